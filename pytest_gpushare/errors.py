@@ -1,0 +1,19 @@
+"""The errors that a user may see, each with the fact, the limit and the remedy.
+
+No room of the house knows pytest; `pytest_gpushare.plugin` turns these into
+`pytest.UsageError`, which pytest prints without a traceback (exit code 4).
+"""
+
+from __future__ import annotations
+
+
+class GpuShareError(Exception):
+    """A condition under which the run cannot start as asked; its text is for the user."""
+
+
+class SettingsError(GpuShareError):
+    """A setting that cannot be used: says where it stands, what was found, what is allowed."""
+
+
+class NoRoomError(GpuShareError):
+    """No GPU worker fits and `fallback_to_cpu_when_constrained` is false."""

@@ -1,0 +1,169 @@
+"""The sizing rule: from facts and settings to a plan, in exact arithmetic.
+
+Per device: budget = max(0, free - outstanding reservation - safety buffer), divided by
+need, by scale and by cap; over all devices: limited by what xdist was told, by RAM, and
+by CPUs where nobody gave a number. The rule is the founding write-up's, except that what
+Ollama holds already is not reserved a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+from pytest_gpushare.plan.model import Device, DevicePlan, Limit, Plan, Request, Slot
+from pytest_gpushare.plan.ollama_share import devices_of_ollama, resident_bytes
+from pytest_gpushare.probe.facts import GpuFacts, HostFacts, OllamaFacts
+from pytest_gpushare.settings.values import Settings
+from pytest_gpushare.units import GB
+
+
+def make_plan(
+    settings: Settings, gpus: GpuFacts, ollama: OllamaFacts, host: HostFacts, request: Request
+) -> Plan:
+    """The plan for this run. Same input, same plan.
+
+    Raises `SettingsError` where `ollama_gpu` names no device of this host.
+    """
+    known = devices_of_ollama(settings.ollama_gpu, gpus)
+    resident = resident_bytes(known, gpus, ollama)
+    devices = [
+        size_device(
+            device,
+            settings,
+            reserved=known is None or device in known,
+            resident=resident.get(device.uuid, 0),
+        )
+        for device in gpus.devices
+    ]
+    ram_limit = _ram_limit(settings, host)
+    if request.in_process:
+        devices = _keep_best(devices)
+        limits: tuple[tuple[Limit, int], ...] = ()
+        cpu_workers = 0
+        decided: tuple[Limit, ...] = (Limit.IN_PROCESS,)
+    else:
+        limits = _limits(request, ram_limit, host)
+        before = sum(device.workers for device in devices)
+        devices = _trim(devices, min((most for _, most in limits), default=before))
+        after = sum(device.workers for device in devices)
+        decided = _deciding(devices, limits, before, after)
+        cpu_workers = 0 if after else _fallback_workers(request, ram_limit, host)
+    return Plan(
+        slots=_deal(devices),
+        cpu_workers=cpu_workers,
+        limited_by=decided,
+        devices=tuple(devices),
+        limits=limits,
+        request=request,
+        absence="" if gpus.devices else gpus.absence,
+        needed=-(-settings.min_vram_per_worker // 1),
+    )
+
+
+def size_device(
+    device: Device, settings: Settings, *, reserved: bool, resident: int
+) -> DevicePlan:
+    """How many workers fit on one device, and which figure decides; no limit of the run yet."""
+    reservation = int(settings.ollama_vram_reservation) if reserved else 0
+    safety = int(settings.safety_buffer)
+    outstanding = max(0, reservation - resident)
+    budget = max(0, device.free - outstanding - safety)
+    by_need = int(budget / settings.min_vram_per_worker)
+    scale = settings.max_workers_per_gb
+    by_scale = max(1, int(Fraction(budget, GB) * scale)) if scale else None
+    by_cap = settings.max_workers_per_gpu or None
+    figures = [(Limit.BY_NEED, by_need), (Limit.BY_SCALE, by_scale), (Limit.BY_CAP, by_cap)]
+    limit, fitting = _smallest([(name, most) for name, most in figures if most is not None])
+    return DevicePlan(
+        device=device,
+        reservation=reservation,
+        resident=min(resident, reservation),
+        outstanding=outstanding,
+        safety_buffer=safety,
+        budget=budget,
+        by_need=by_need,
+        by_scale=by_scale,
+        by_cap=by_cap,
+        fitting=fitting,
+        limited_by=limit,
+        workers=fitting,
+    )
+
+
+def _smallest(figures: Sequence[tuple[Limit, int]]) -> tuple[Limit, int]:
+    """The figure that decides; of equal ones the first, as `Limit` orders them."""
+    return min(figures, key=lambda figure: figure[1])
+
+
+def _ram_limit(settings: Settings, host: HostFacts) -> int | None:
+    if not settings.ram_per_worker or host.available_ram is None:
+        return None
+    # A run needs one worker at least; whether that one fits is not for us to forbid.
+    return max(1, int(host.available_ram / settings.ram_per_worker))
+
+
+def _limits(
+    request: Request, ram_limit: int | None, host: HostFacts
+) -> tuple[tuple[Limit, int], ...]:
+    found = [
+        (Limit.NUMBER, request.number),
+        (Limit.MAXPROCESSES, request.maxprocesses or None),
+        (Limit.RAM, ram_limit),
+        (Limit.CPUS, max(1, host.cpus) if request.number is None else None),
+    ]
+    return tuple((name, most) for name, most in found if most is not None)
+
+
+def _trim(devices: Sequence[DevicePlan], most: int) -> list[DevicePlan]:
+    """Take slots away evenly, the smallest first, until `most` are left.
+
+    Each time from a device with the most slots; of those from the one whose slots are
+    smallest, since its remaining workers gain by the room. Equal ones go by UUID, last first.
+    """
+    left = list(devices)
+    for _ in range(sum(device.workers for device in left) - most):
+        at = max(
+            range(len(left)),
+            key=lambda i: (left[i].workers, -left[i].slot_vram, left[i].device.uuid),
+        )
+        left[at] = replace(left[at], workers=left[at].workers - 1)
+    return left
+
+
+def _keep_best(devices: Sequence[DevicePlan]) -> list[DevicePlan]:
+    """One slot on the device with the largest budget; none where no device has room."""
+    fitting = [device for device in devices if device.fitting]
+    best = min(fitting, key=lambda d: (-d.budget, d.device.uuid), default=None)
+    return [replace(device, workers=int(device is best)) for device in devices]
+
+
+def _deciding(
+    devices: Sequence[DevicePlan],
+    limits: Sequence[tuple[Limit, int]],
+    before: int,
+    after: int,
+) -> tuple[Limit, ...]:
+    if after < before:
+        return (_smallest(limits)[0],)
+    order = list(Limit)
+    found = {device.limited_by for device in devices if device.workers}
+    return tuple(sorted(found, key=order.index)) or (Limit.BY_NEED,)
+
+
+def _fallback_workers(request: Request, ram_limit: int | None, host: HostFacts) -> int:
+    """CPU workers where no GPU worker fits: N if given, else as many as xdist's `auto`."""
+    number = request.number if request.number is not None else max(1, host.cpus)
+    return min(n for n in (number, request.maxprocesses or None, ram_limit) if n is not None)
+
+
+def _deal(devices: Sequence[DevicePlan]) -> tuple[Slot, ...]:
+    """The slots, one of each device in turn, so that the first workers lie on all devices."""
+    rounds = max((device.workers for device in devices), default=0)
+    return tuple(
+        Slot(device.device, device.slot_vram)
+        for turn in range(rounds)
+        for device in devices
+        if turn < device.workers
+    )

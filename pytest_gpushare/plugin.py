@@ -1,0 +1,157 @@
+"""The hooks of pytest and xdist: each translates and calls; nothing is decided here.
+
+Imported in every run of pytest, so only what an idle run needs is imported at the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpushare.settings.options import OPTIONS
+
+if TYPE_CHECKING:
+    from pytest_gpushare.run.start import Started
+
+STARTED: pytest.StashKey[Started] = pytest.StashKey()
+
+
+class _NumprocessesType:
+    """Teaches xdist's `-n` the word `gpu-auto`, whichever of the two plugins loads first."""
+
+    def __init__(self, parser: pytest.Parser) -> None:
+        self._parser = parser
+
+    def pytest_plugin_registered(self, plugin: object) -> None:
+        if getattr(plugin, "__name__", None) == "xdist.plugin":
+            from pytest_gpushare.run.numprocesses import accept_gpu_auto
+
+            accept_gpu_auto(self._parser)
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Register the options of the table; all are unset by default, so that precedence holds."""
+    group = parser.getgroup("gpu-share", "GPU workers beside Ollama (pytest-gpushare)")
+    group.addoption(
+        "--gpu-share",
+        action="store_true",
+        default=None,
+        dest="gpu_share",
+        help="size the xdist workers by the VRAM that Ollama and others leave (also: -n gpu-auto)",
+    )
+    group.addoption(
+        "--no-gpu-share",
+        action="store_false",
+        default=None,
+        dest="gpu_share",
+        help="do not, whatever the ini file says; -n gpu-auto then means -n auto",
+    )
+    group.addoption(
+        "--gpu-share-simulate",
+        action="append",
+        default=None,
+        metavar="SPEC",
+        dest="gpu_share_simulate",
+        help="a what-if device in place of the real ones, such as 24GB:used=2GB (repeatable)",
+    )
+    parser.addini("gpu_share", "size the xdist workers by VRAM (pytest-gpushare)", default=None)
+    for option in OPTIONS:
+        parser.addini(option.ini, option.meaning, default=None)
+        if option.flag:
+            group.addoption(
+                option.flag,
+                action="append" if option.kind == "words" else "store",
+                default=None,
+                metavar=option.metavar,
+                dest=option.ini,
+                help=option.meaning.replace("%", "%%"),
+            )
+    # pytest prints this under "unrecognized arguments", which is what -n is without xdist.
+    parser.extra_info["pytest-gpushare"] = "-n gpu-auto needs pytest-xdist"
+    pluginmanager.register(_NumprocessesType(parser), "gpu-share-numprocesses-type")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Where this process itself runs the tests, place it before any conftest is imported."""
+    if _is_asked(early_config, early_config.known_args_namespace):
+        from pytest_gpushare.run.session import start_in_process
+
+        started = _call(start_in_process, early_config)
+        if started is not None:
+            _hold(early_config, started)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
+    """Write the number of workers before xdist reads it."""
+    # Only workerinput proves a worker: nested runs inherit every environment variable.
+    if not hasattr(config, "workerinput"):
+        if _is_asked(config, config.option):
+            from pytest_gpushare.run.session import start_workers
+
+            started = _call(start_workers, config, config.stash.get(STARTED, None))
+            if started is not None:
+                _hold(config, started)
+        elif getattr(config.option, "numprocesses", None) == "gpu-auto":
+            config.option.numprocesses = "auto"
+    return (yield)
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Give each worker its device; only `spec.env` is there before its first import."""
+    started = config.stash.get(STARTED, None)
+    if started is not None:
+        from pytest_gpushare.run.session import place_workers
+
+        place_workers(started, specs)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str] | None:
+    """The VRAM analysis; nothing in a run that did not ask."""
+    started = config.stash.get(STARTED, None)
+    if started is None:
+        return None
+    from pytest_gpushare.report.output import header_lines
+
+    return header_lines(started, config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """The same lines for the log, and the problems for a run that prints no header."""
+    started = session.config.stash.get(STARTED, None)
+    if started is not None:
+        from pytest_gpushare.report.output import log_lines, print_problems
+
+        log_lines(started, session.config)
+        print_problems(started, session.config)
+
+
+def _is_asked(config: pytest.Config, options: Any) -> bool:
+    if options.gpu_share is not None:
+        return bool(options.gpu_share)
+    if getattr(options, "numprocesses", None) == "gpu-auto":
+        return True
+    from pytest_gpushare.settings.written import switched_on
+
+    return bool(_call(switched_on, config))
+
+
+def _hold(config: pytest.Config, started: Started) -> None:
+    if STARTED not in config.stash:
+        config.stash[STARTED] = started
+        config.add_cleanup(started.close)
+
+
+def _call(function: Any, *arguments: Any) -> Any:
+    """Call into the house; its errors become pytest's, without a traceback (exit code 4)."""
+    from pytest_gpushare.errors import GpuShareError
+
+    try:
+        return function(*arguments)
+    except GpuShareError as error:
+        raise pytest.UsageError(str(error)) from None

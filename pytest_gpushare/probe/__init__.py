@@ -1,0 +1,1 @@
+"""Probe: what NVML, Ollama and the host say, as frozen facts."""

@@ -1,0 +1,72 @@
+"""OLLAMA_HOST, parsed as Ollama itself parses it (envconfig.Host in ollama/ollama)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 11434
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to call an Ollama server."""
+
+    scheme: str
+    host: str
+    """Without brackets; an address to bind (0.0.0.0, ::) is already one to call."""
+    port: int
+    path: str = ""
+    problem: str = ""
+    """What was odd in the text; Ollama itself warns and goes on, and so do we."""
+
+    @property
+    def shown(self) -> str:
+        """`127.0.0.1:11434`, as messages name it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The base URL, without a slash at its end."""
+        return f"{self.scheme}://{self.shown}{self.path}"
+
+
+def parse_address(text: str) -> Address:
+    """The address that a text such as `http://gpu-box:8080/ollama` or `:1234` means."""
+    text = text.strip().strip("\"'").strip()
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        scheme, rest = "http", text
+        default_port = DEFAULT_PORT
+    else:
+        default_port = {"http": 80, "https": 443}.get(scheme.lower(), DEFAULT_PORT)
+    authority, slash, path = rest.partition("/")
+    # Names and passwords are not part of Ollama's grammar, and must never be shown or sent.
+    authority = authority.rpartition("@")[2]
+    host, port_text = _split(authority)
+    problem = ""
+    port = default_port
+    if port_text:
+        if re.fullmatch(r"[0-9]{1,5}", port_text) and int(port_text) <= 65535:
+            port = int(port_text)
+        else:
+            problem = f'"{port_text[:20]}" is no port: {default_port} is used'
+    return Address(
+        scheme="https" if scheme.lower() == "https" else "http",
+        host={"": DEFAULT_HOST, "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host),
+        port=port,
+        path=f"/{path.strip('/')}" if slash and path.strip("/") else "",
+        problem=problem,
+    )
+
+
+def _split(authority: str) -> tuple[str, str]:
+    """(host, port) of `host`, `host:port`, `[v6]`, `[v6]:port` or a bare IPv6 address."""
+    if authority.startswith("["):
+        host, _, rest = authority[1:].partition("]")
+        return host, rest.removeprefix(":")
+    if authority.count(":") > 1:
+        return authority, ""
+    host, _, port = authority.partition(":")
+    return host, port

@@ -1,0 +1,105 @@
+"""What was found out: frozen values in bytes; what could not be found out is None."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GpuProcess:
+    """A process that holds VRAM on a device, from NVML's list of compute processes."""
+
+    pid: int
+    used: int | None
+    """Bytes of VRAM; None where the driver does not tell (WDDM, WSL 2, containers)."""
+    is_ollama: bool = False
+    """Whether it is a runner of an Ollama server."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU or one MIG instance, as NVML described it."""
+
+    uuid: str
+    name: str
+    index: str
+    """NVML's index as nvidia-smi shows it: "0", or "0.1" for a MIG instance of GPU 0."""
+    total: int
+    """Bytes of VRAM."""
+    used: int
+    """Bytes in use, by whomever; on memory that is shared with the CPU, by the whole system."""
+    free: int
+    """Bytes that NVML says are free: decisions are made on this."""
+    processes: tuple[GpuProcess, ...] | None = None
+    """Who holds VRAM there; None where the driver does not tell."""
+    unified: bool = False
+    """Whether the device has no memory of its own but shares the host's."""
+
+    @property
+    def label(self) -> str:
+        """`GPU 0`, as lines of output name it."""
+        return f"GPU {self.index}"
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """All that the probe of the devices found."""
+
+    devices: tuple[Device, ...] = ()
+    """The devices that this process may use, in the order of its visibility."""
+    all_devices: tuple[Device, ...] = ()
+    """Every device of the host, also those that the outer CUDA_VISIBLE_DEVICES hides."""
+    absence: str = ""
+    """Why there is no device to use, with the remedy; empty where there is one."""
+    problems: tuple[str, ...] = ()
+    """What went wrong on the way: devices that were left out, and why."""
+    driver: str | None = None
+    simulated: bool = False
+    """Whether a what-if of the user stands in for NVML."""
+    own_process_has_context: bool = False
+    """Whether NVML lists the probing process itself: CUDA is up in it already."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that Ollama holds in memory, from its `/api/ps`."""
+
+    name: str
+    size: int
+    """Bytes in all."""
+    size_vram: int
+    """Bytes on GPUs; less than `size` where part of the model is on the CPU (a spill)."""
+
+
+@dataclass(frozen=True)
+class OllamaFacts:
+    """What the Ollama server said, or why it said nothing."""
+
+    address: str = ""
+    """host:port as messages name it; empty where nobody was asked."""
+    asked: bool = False
+    answered: bool = False
+    """Whether `/api/ps` gave a list of models that makes sense."""
+    version: str | None = None
+    models: tuple[LoadedModel, ...] = ()
+    problem: str = ""
+    """Why there is no (sensible) answer."""
+    reachable: bool = False
+    """Whether something answered over HTTP, sensibly or not."""
+    on_this_host: bool = True
+    """Whether what it holds can be on this host's devices."""
+
+    @property
+    def vram(self) -> int:
+        """Bytes of VRAM that its models hold, as the server says."""
+        return sum(model.size_vram for model in self.models)
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """What the host can carry."""
+
+    cpus: int
+    """Workers that xdist's `auto` would start."""
+    available_ram: int | None = None
+    """Bytes of RAM that can be had without swapping; None where unknown."""

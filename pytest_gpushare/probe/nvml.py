@@ -1,0 +1,199 @@
+"""The devices as NVML tells them, through the real pynvml, opened once and held.
+
+Any error of one device leaves out that device and says so; any error of the library is
+an absence with its reason. pynvml is imported here alone, and only when a probe runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pytest_gpushare.probe.facts import Device, GpuFacts, GpuProcess
+from pytest_gpushare.probe.host import is_ollama_runner, unified_memory
+from pytest_gpushare.probe.visibility import visible
+
+_NOT_SUPPORTED, _LIBRARY_NOT_FOUND = 3, 12
+_MOST_DEVICES = 256
+_MOST_MIG = 16
+
+_REMEDIES = {
+    4: "no permission: check the access rights of /dev/nvidia*, or the container's devices",
+    9: "the NVIDIA driver is not loaded: load it, or check nvidia-smi",
+    12: "NVML library not found: is the NVIDIA driver installed?",
+    15: "the GPU is lost: reset it or reboot",
+    18: "driver and library versions differ: reboot, or reload the driver",
+    999: "unknown error: check nvidia-smi; in a container, restart it",
+}
+
+
+class Nvml:
+    """An open NVML library; `close` it once at the end. Errors at opening are in `absence`."""
+
+    def __init__(self) -> None:
+        self.absence = ""
+        self._library: Any = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def open(self) -> None:
+        """Load and initialise the library; may take 1.5 s where persistence mode is off."""
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+        except Exception as error:
+            self.absence = reason(error)
+            return
+        with self._lock:
+            if not self._closed:
+                self._library = pynvml
+                return
+        # Closed while a slow driver was still opening: nobody else will shut it down.
+        self._shut_down(pynvml)
+
+    def close(self) -> None:
+        """Shut the library down; harmless when it never opened."""
+        with self._lock:
+            library, self._library, self._closed = self._library, None, True
+        if library is not None:
+            self._shut_down(library)
+
+    def read(self, outer: str | None, order: str | None) -> GpuFacts:
+        """The devices now; `outer` is CUDA_VISIBLE_DEVICES and `order` CUDA_DEVICE_ORDER."""
+        if self._library is None:
+            return GpuFacts(absence=self.absence or "NVML is not open")
+        problems: list[str] = []
+        try:
+            count = min(int(self._library.nvmlDeviceGetCount()), _MOST_DEVICES)
+        except Exception as error:
+            return GpuFacts(absence=reason(error))
+        devices = [
+            device for index in range(count) for device in self._devices_at(index, problems)
+        ]
+        seen = visible(devices, outer, order)
+        absence = seen.absence
+        if not devices:
+            absence = "NVML finds no device" if not problems else "no device can be used"
+        own = os.getpid()
+        return GpuFacts(
+            devices=seen.devices,
+            all_devices=tuple(devices),
+            absence="" if seen.devices else absence,
+            problems=(*problems, *([seen.problem] if seen.problem else [])),
+            driver=self._or_none(self._library.nvmlSystemGetDriverVersion),
+            own_process_has_context=any(
+                process.pid == own for device in devices for process in device.processes or ()
+            ),
+        )
+
+    def _devices_at(self, index: int, problems: list[str]) -> Iterator[Device]:
+        label = f"GPU {index}"
+        try:
+            handle = self._library.nvmlDeviceGetHandleByIndex(index)
+            if not self._has_mig(handle):
+                yield self._device(handle, str(index))
+                return
+            most = min(int(self._library.nvmlDeviceGetMaxMigDeviceCount(handle)), _MOST_MIG)
+        except Exception as error:
+            problems.append(f"{label} was left out: {reason(error)}")
+            return
+        for part in range(most):
+            # Indices of MIG instances may have gaps: go on past an error.
+            with contextlib.suppress(Exception):
+                instance = self._library.nvmlDeviceGetMigDeviceHandleByIndex(handle, part)
+                yield self._device(instance, f"{index}.{part}")
+
+    def _has_mig(self, handle: Any) -> bool:
+        mode = self._or_none(lambda: self._library.nvmlDeviceGetMigMode(handle))
+        return mode is not None and mode[0] == 1
+
+    def _device(self, handle: Any, index: str) -> Device:
+        uuid = str(self._library.nvmlDeviceGetUUID(handle))
+        name = self._or_none(lambda: self._library.nvmlDeviceGetName(handle))
+        memory = self._memory(handle)
+        unified = memory is None
+        total, used, free = memory or _unified()
+        if not 0 <= free <= total or not 0 <= used <= total:
+            raise ValueError(f"NVML tells nonsense: {free} of {total} bytes free, {used} used")
+        return Device(
+            uuid=uuid,
+            name=_printable(name) or "unnamed GPU",
+            index=index,
+            total=total,
+            used=used,
+            free=free,
+            processes=self._processes(handle),
+            unified=unified,
+        )
+
+    def _memory(self, handle: Any) -> tuple[int, int, int] | None:
+        """(total, used, free) in bytes; None where the device has no memory of its own."""
+        read = self._library.nvmlDeviceGetMemoryInfo
+        try:
+            memory = read(handle, version=self._library.nvmlMemory_v2)
+        except Exception:
+            # Version 2 is missing from old drivers, and fails on some under WSL 2.
+            try:
+                memory = read(handle)
+            except Exception as error:
+                if getattr(error, "value", None) == _NOT_SUPPORTED:
+                    return None
+                raise
+        if not memory.total:
+            return None
+        return int(memory.total), int(memory.used), int(memory.free)
+
+    def _processes(self, handle: Any) -> tuple[GpuProcess, ...] | None:
+        found = self._or_none(lambda: self._library.nvmlDeviceGetComputeRunningProcesses_v3(handle))
+        if found is None:
+            return None
+        return tuple(
+            GpuProcess(
+                pid=int(process.pid),
+                # 0 bytes is what containers are told: unknown, not idle.
+                used=int(process.usedGpuMemory) if process.usedGpuMemory else None,
+                is_ollama=is_ollama_runner(int(process.pid)),
+            )
+            for process in found
+        )
+
+    def _shut_down(self, library: Any) -> None:
+        with contextlib.suppress(Exception):
+            library.nvmlShutdown()
+
+    def _or_none(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception:
+            return None
+
+
+def reason(error: Exception) -> str:
+    """Why NVML gave no answer, with what to do about it."""
+    code = getattr(error, "value", None)
+    if isinstance(error, ImportError):
+        return f"pynvml cannot be imported ({error}): install nvidia-ml-py"
+    if isinstance(error, FutureWarning):
+        return (
+            "pynvml cannot be imported under -W error: the deprecated distribution pynvml is "
+            "installed: uninstall it and reinstall nvidia-ml-py"
+        )
+    if not isinstance(code, int):
+        return str(error) or type(error).__name__
+    return f"{_REMEDIES.get(code, str(error).strip())} (NVML error {code})"
+
+
+def _unified() -> tuple[int, int, int]:
+    memory = unified_memory()
+    if memory is None:
+        raise ValueError("NVML knows no memory of the device, and the host's cannot be read")
+    total, free = memory
+    return total, total - free, free
+
+
+def _printable(name: object) -> str:
+    return "".join(c for c in str(name or "") if c.isprintable())[:80]

@@ -1,0 +1,114 @@
+"""Both probes at the same time, each with a limit; a probe that hangs is left behind.
+
+Daemon threads, because neither a DNS look-up nor a call into a stuck driver can be cancelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from pytest_gpushare.probe.address import Address, parse_address
+from pytest_gpushare.probe.facts import GpuFacts, OllamaFacts
+from pytest_gpushare.probe.simulated import simulated
+from pytest_gpushare.probe.visibility import VARIABLE
+from pytest_gpushare.settings.values import Settings
+
+NVML_TIMEOUT = 10.0
+"""Seconds that NVML may take to open and to tell its devices; 1.5 s has been seen."""
+
+_GRACE = 0.02
+"""Seconds for a probe that ran into its own limit to say so."""
+
+T = TypeVar("T")
+
+
+class _Answer(Generic[T]):
+    """A call that runs in a daemon thread."""
+
+    def __init__(self, name: str, call: Callable[[], T]) -> None:
+        self._call = call
+        self._value: T | None = None
+        self._thread = threading.Thread(target=self._run, name=f"gpu-share-{name}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        # A probe that was left behind may fail when its library is closed under it; nobody
+        # waits for it any more, and pytest would report an exception in a thread.
+        with contextlib.suppress(Exception):
+            self._value = self._call()
+
+    def wait(self, until: float) -> T | None:
+        """The answer, or None where there is none at `until` (on the monotonic clock)."""
+        self._thread.join(max(0.0, until - time.monotonic()))
+        return self._value
+
+
+@dataclass
+class Probes:
+    """What both probes found, and the library that is held open for the rest of the run."""
+
+    gpus: GpuFacts
+    ollama: OllamaFacts
+    close: Callable[[], None]
+    """Releases NVML; harmless when called twice."""
+
+
+def probe(settings: Settings, simulate: tuple[str, ...] = ()) -> Probes:
+    """Ask NVML (or the what-if) and Ollama at the same time.
+
+    Raises `SettingsError` for a what-if that cannot be understood; nothing else.
+    """
+    if simulate:
+        return Probes(simulated(simulate), _ask_ollama(settings), _nothing)
+    reading = _NvmlReading()
+    ollama = _ask_ollama(settings)
+    return Probes(reading.finish(), ollama, reading.close)
+
+
+def address_of(settings: Settings) -> Address:
+    """Where Ollama is called: the setting, else OLLAMA_HOST, else its default."""
+    return parse_address(settings.ollama_host or os.environ.get("OLLAMA_HOST", ""))
+
+
+class _NvmlReading:
+    """NVML being opened and read in the background."""
+
+    def __init__(self) -> None:
+        from pytest_gpushare.probe.nvml import Nvml
+
+        self._nvml = Nvml()
+        self._until = time.monotonic() + NVML_TIMEOUT
+        self._answer = _Answer("nvml", self._read)
+
+    def _read(self) -> GpuFacts:
+        self._nvml.open()
+        return self._nvml.read(os.environ.get(VARIABLE), os.environ.get("CUDA_DEVICE_ORDER"))
+
+    def finish(self) -> GpuFacts:
+        facts = self._answer.wait(self._until)
+        return facts or GpuFacts(absence=f"NVML did not answer within {NVML_TIMEOUT:g} s")
+
+    def close(self) -> None:
+        self._nvml.close()
+
+
+def _ask_ollama(settings: Settings) -> OllamaFacts:
+    if not settings.enable_ollama_detection:
+        return OllamaFacts()
+    # Imported in this thread, so that its cost does not count against Ollama's time limit.
+    from pytest_gpushare.probe.ollama import ask, unanswered
+
+    address, limit = address_of(settings), float(settings.ollama_timeout)
+    answer = _Answer("ollama", lambda: ask(address, limit))
+    facts = answer.wait(time.monotonic() + limit + _GRACE)
+    return facts or unanswered(address, f"no answer within {limit:g} s")
+
+
+def _nothing() -> None:
+    pass

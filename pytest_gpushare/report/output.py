@@ -1,0 +1,59 @@
+"""Where the lines go: pytest's header, its terminal, the log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+from pytest_gpushare.report.terminal import Line, header
+from pytest_gpushare.run.start import Started
+
+if TYPE_CHECKING:
+    import pytest
+
+LOGGER = "pytest_gpushare"
+
+
+def header_lines(started: Started, config: pytest.Config) -> list[str]:
+    """The header's lines, problems in yellow where pytest uses colour."""
+    writer = config.get_terminal_writer()
+    return [
+        writer.markup(_encodable(line.text), yellow=True) if line.problem else _encodable(line.text)
+        for line in header(started, config.get_verbosity())
+    ]
+
+
+def print_problems(started: Started, config: pytest.Config) -> None:
+    """At -q pytest prints no header: the problems are told all the same."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and config.get_verbosity() < 0:
+        for line in header(started, config.get_verbosity()):
+            reporter.write_line(_encodable(line.text), yellow=True)
+
+
+def log_lines(started: Started, config: pytest.Config) -> None:
+    """The lines at default verbosity, whatever the terminal's, to the logger `pytest_gpushare`.
+
+    The logger has a level of its own, as the root's default would drop INFO.
+    """
+    logger = logging.getLogger(LOGGER)
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    config.add_cleanup(lambda: logger.setLevel(before))
+    for line in header(started, max(0, config.get_verbosity())):
+        _log(logger, line)
+
+
+def _log(logger: logging.Logger, line: Line) -> None:
+    logger.log(logging.WARNING if line.problem else logging.INFO, "%s", line.text.strip())
+
+
+def _encodable(text: str) -> str:
+    """The text as the terminal can show it; Windows code pages may lack the signs."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.replace("×", "x").encode(encoding, "replace").decode(encoding)
+    return text

@@ -1,0 +1,178 @@
+"""The lines of the header: the VRAM analysis, the plan, and the reason for each figure.
+
+Each line has a word that `grep "VRAM\\|GPU\\|workers"` finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import NamedTuple
+
+from pytest_gpushare.plan.model import DevicePlan, Limit, Plan
+from pytest_gpushare.probe.facts import LoadedModel, OllamaFacts
+from pytest_gpushare.run.start import Started
+from pytest_gpushare.settings.options import OPTIONS
+from pytest_gpushare.units import format_gb, format_number, plural
+
+
+class Line(NamedTuple):
+    """A line of output and whether it is one that `-q` must not swallow."""
+
+    text: str
+    problem: bool = False
+
+
+def header(started: Started, verbosity: int) -> list[Line]:
+    """The lines at this verbosity: below 0 problems only, from 1 the workers, from 2 the sums."""
+    lines = list(_lines(started, verbosity))
+    return lines if verbosity >= 0 else [line for line in lines if line.problem]
+
+
+def _lines(started: Started, verbosity: int) -> Iterator[Line]:
+    plan = started.plan
+    if started.gpus.simulated:
+        yield Line("gpu-share: simulated devices: workers are counted for them, no GPU is assigned")
+    yield _headline(started)
+    for note in started.notes:
+        yield Line(f"  {note}", problem=True)
+    for device in plan.devices:
+        yield Line(_device(device))
+        yield Line(_vram(device, several=len(plan.devices) > 1))
+    if started.ollama.asked:
+        yield Line(_ollama(started.ollama), problem="nonsense" in started.ollama.problem)
+    if verbosity >= 1:
+        yield from (Line(text) for text in _workers(plan))
+    if verbosity >= 2:
+        yield from (Line(text) for text in _arithmetic(started))
+
+
+def _headline(started: Started) -> Line:
+    plan, preset = started.plan, f"preset {', '.join(started.settings.presets)}"
+    if not plan.slots:
+        why = _no_slot(plan)
+        what = (
+            "no workers: this process sees no GPU"
+            if plan.request.in_process
+            else plural(plan.cpu_workers, "CPU worker")
+        )
+        return Line(f"gpu-share: {what} ({why})", problem=True)
+    if plan.request.in_process:
+        if not started.placed:
+            return Line(
+                "gpu-share: no workers: CUDA is up in this process already, so it keeps the GPU "
+                "that it has",
+                problem=True,
+            )
+        slot = plan.slots[0]
+        return Line(
+            f"gpu-share: no workers: this process on {slot.device.label}, "
+            f"{format_gb(slot.vram)} of VRAM ({preset})"
+        )
+    limit = ", ".join(_limit(name, plan) for name in plan.limited_by)
+    total = format_gb(sum(slot.vram for slot in plan.slots))
+    return Line(
+        f"gpu-share: {plural(len(plan.slots), 'GPU worker')} {_slots(plan)} = {total} "
+        f"(limited by {limit}; {preset})"
+    )
+
+
+def _slots(plan: Plan) -> str:
+    """`× 4.5 GB`, or `(2 × 5.0 GB, 2 × 11.0 GB)` where slots differ."""
+    sizes = [format_gb(slot.vram) for slot in plan.slots]
+    different = list(dict.fromkeys(sizes))
+    if len(different) == 1:
+        return f"× {different[0]}"
+    return f"({', '.join(f'{sizes.count(size)} × {size}' for size in different)})"
+
+
+def _limit(name: Limit, plan: Plan) -> str:
+    value = dict(plan.limits).get(name)
+    return f"{name.value} {value}" if name in (Limit.NUMBER, Limit.MAXPROCESSES) else name.value
+
+
+def _no_slot(plan: Plan) -> str:
+    if plan.absence:
+        return f"no GPU: {plan.absence}"
+    return (
+        f"insufficient VRAM per worker: {format_gb(plan.usable)} usable, "
+        f"{format_gb(plan.needed)} needed; gpu_share_min_vram_per_worker_gb"
+    )
+
+
+def _device(plan: DevicePlan) -> str:
+    device = plan.device
+    shared = ", shared with the CPU" if device.unified else ""
+    return (
+        f"  {device.label} {device.name}: total {format_gb(device.total)}, "
+        f"available {format_gb(device.free)}{shared}"
+    )
+
+
+def _vram(plan: DevicePlan, *, several: bool) -> str:
+    resident = f" ({format_gb(plan.resident)} of it resident)" if plan.resident else ""
+    return (
+        f"  VRAM{f' of {plan.device.label}' if several else ''}: "
+        f"Ollama reservation {format_gb(plan.reservation)}{resident}, "
+        f"safety buffer {format_gb(plan.safety_buffer)}, "
+        f"usable for tests {format_gb(plan.budget)}"
+    )
+
+
+def _ollama(ollama: OllamaFacts) -> str:
+    who = f"Ollama {ollama.version}" if ollama.version else "Ollama"
+    where = "" if ollama.on_this_host else ", another machine: it holds no VRAM here"
+    if not ollama.answered:
+        return f"  {who} at {ollama.address}: {ollama.problem}; its VRAM reservation stands"
+    models = ", ".join(_model(model) for model in ollama.models)
+    return f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}"
+
+
+def _model(model: LoadedModel) -> str:
+    size = format_gb(model.size)
+    if model.size_vram > model.size or not model.size:
+        return f"{model.name} {size}, {format_gb(model.size_vram)} on GPU"
+    if not model.size_vram:
+        return f"{model.name} {size}, on the CPU, not on GPU"
+    # Rounded down, so that only a model that is wholly there is called 100 %.
+    return f"{model.name} {size}, {100 * model.size_vram // model.size} % on GPU"
+
+
+def _workers(plan: Plan) -> Iterator[str]:
+    if plan.request.in_process:
+        return
+    for number, slot in enumerate(plan.slots):
+        yield f"  gw{number}: {slot.device.label} ({slot.device.uuid}), VRAM {format_gb(slot.vram)}"
+    if plan.cpu_workers:
+        first, last = len(plan.slots), plan.workers - 1
+        yield f"  gw{first}{f' to gw{last}' if last > first else ''}: CPU, no GPU visible"
+
+
+def _arithmetic(started: Started) -> Iterator[str]:
+    settings, plan = started.settings, started.plan
+    for device in plan.devices:
+        label = device.device.label
+        yield (
+            f"  {label} budget: available VRAM {format_gb(device.device.free)} "
+            f"- outstanding reservation {format_gb(device.outstanding)} "
+            f"- safety buffer {format_gb(device.safety_buffer)} = {format_gb(device.budget)}"
+        )
+        budget = _plain(device.budget)
+        need = _plain(settings.min_vram_per_worker)
+        scale = format_number(settings.max_workers_per_gb)
+        steps = [f"by need {budget} / {need} = {device.by_need}"]
+        if device.by_scale is not None:
+            steps.append(f"by scale {budget} × {scale} = {device.by_scale}")
+        if device.by_cap is not None:
+            steps.append(f"at most {device.by_cap}")
+        yield f"  {label} workers: {', '.join(steps)}: {device.fitting}"
+    for name, most in plan.limits:
+        yield f"  workers of the run: {name.value} allows {most}"
+    for option in OPTIONS:
+        origin = settings.origins.get(option.key, "default")
+        if origin != "default":
+            yield f"  GPU setting {option.ini}: from {origin}"
+
+
+def _plain(size: int | Fraction) -> str:
+    return format_gb(size).removesuffix(" GB")

@@ -1,0 +1,1 @@
+"""Run: the plan carried out on workers and on this process."""

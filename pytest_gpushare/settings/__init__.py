@@ -1,0 +1,1 @@
+"""Settings: one table of options, and how its values are found and checked."""

@@ -1,0 +1,162 @@
+"""The one table of options: the command line, the ini keys and the JSON keys come from it.
+
+Imported even when the plugin is idle, so it holds plain data alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+JSON_SECTION = "gpu_resource_management"
+JSON_FILE = "performance_config.json"
+INI_PREFIX = "gpu_share_"
+
+
+class Option(NamedTuple):
+    """One option: how a user writes it, what it accepts, what it is when unset."""
+
+    key: str
+    """Its name in JSON; `gpu_share_<key>` in ini files and after `-o`."""
+    kind: str
+    """How a value is read: size, number, integer, boolean, words, text."""
+    default: str
+    """The default as a user would write it."""
+    meaning: str
+    field: str = ""
+    """The name in `Settings`, where it differs from the key because units end at the edge."""
+    unit: str = ""
+    """The unit of a number without one: MB, GB or s."""
+    low: str = "0"
+    high: str = ""
+    """Bounds for numbers, in `unit`."""
+    choices: tuple[str, ...] = ()
+    flag: str = ""
+    """The option of the command line, where it has one of its own."""
+    metavar: str = ""
+    in_json: bool = True
+
+    @property
+    def ini(self) -> str:
+        """The ini key."""
+        return INI_PREFIX + self.key
+
+    @property
+    def attribute(self) -> str:
+        """The name of the value in `Settings`."""
+        return self.field or self.key
+
+
+PRESET_NAMES = ("conservative", "aggressive", "ultra-conservative", "no-ollama", "packed")
+
+_MOST_MB = str(1024**3)
+_MOST_GB = str(1024**2)
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        "ollama_vram_reservation_mb",
+        "size",
+        "12288",
+        "VRAM kept for Ollama, in MB; what it holds already counts towards it",
+        field="ollama_vram_reservation",
+        unit="MB",
+        high=_MOST_MB,
+    ),
+    Option(
+        "safety_buffer_mb",
+        "size",
+        "1024",
+        "VRAM left free on each device, whatever happens, in MB",
+        field="safety_buffer",
+        unit="MB",
+        high=_MOST_MB,
+    ),
+    Option(
+        "max_workers_per_gb",
+        "number",
+        "0.25",
+        "GPU workers per GB of a device's budget; 0: no limit",
+        high="1000",
+    ),
+    Option(
+        "min_vram_per_worker_gb",
+        "size",
+        "3.0",
+        "VRAM below which a GPU worker makes no sense, in GB",
+        field="min_vram_per_worker",
+        unit="GB",
+        low="0.001",
+        high=_MOST_GB,
+    ),
+    Option(
+        "max_workers_per_gpu",
+        "integer",
+        "2",
+        "the most GPU workers on one device; 0: no limit",
+        high="1024",
+    ),
+    Option(
+        "ram_per_worker_gb",
+        "size",
+        "0",
+        "host RAM that a worker needs, in GB; 0: no limit by RAM",
+        field="ram_per_worker",
+        unit="GB",
+        high=_MOST_GB,
+    ),
+    Option(
+        "preset",
+        "words",
+        "conservative",
+        "named sets of values, one or several; of several, later ones win",
+        field="presets",
+        choices=PRESET_NAMES,
+        flag="--gpu-share-preset",
+        metavar="NAME",
+    ),
+    Option(
+        "enable_ollama_detection",
+        "boolean",
+        "true",
+        "ask Ollama what it holds; false: no request is made, the reservation stands",
+    ),
+    Option(
+        "fallback_to_cpu_when_constrained",
+        "boolean",
+        "true",
+        "run CPU workers where no GPU worker fits; false: an error instead",
+    ),
+    Option(
+        "ollama_host",
+        "text",
+        "",
+        "where Ollama listens, written as for OLLAMA_HOST; unset: OLLAMA_HOST, else 127.0.0.1:11434",
+    ),
+    Option(
+        "ollama_gpu",
+        "words",
+        "auto",
+        "the device or devices that Ollama uses: index or UUID, auto (find out), none",
+    ),
+    Option(
+        "ollama_timeout_s",
+        "number",
+        "0.5",
+        "seconds for the whole of the questions that are asked of Ollama at the start",
+        field="ollama_timeout",
+        unit="s",
+        low="0.01",
+        high="60",
+    ),
+    Option(
+        "config",
+        "text",
+        "",
+        f"JSON file with a {JSON_SECTION} section; unset: {JSON_FILE} in the root directory, "
+        "if it has one",
+        flag="--gpu-share-config",
+        metavar="FILE",
+        in_json=False,
+    ),
+)
+
+BY_KEY = {option.key: option for option in OPTIONS}

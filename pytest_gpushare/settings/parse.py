@@ -1,0 +1,159 @@
+"""From what a user wrote to a checked value; every refusal says what would be accepted."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from typing import TypeAlias
+
+from pytest_gpushare.errors import SettingsError
+from pytest_gpushare.settings.options import BY_KEY, Option
+from pytest_gpushare.units import parse_size
+
+Value: TypeAlias = Fraction | int | bool | str | tuple[str, ...]
+
+_TRUE = frozenset({"true", "yes", "on", "1"})
+_FALSE = frozenset({"false", "no", "off", "0"})
+_NUMBER = re.compile(r"[+-]?([0-9]{1,24}(\.[0-9]{0,24})?|\.[0-9]{1,24})([eE][+-]?[0-9]{1,3})?")
+
+
+def parse(option: Option, raw: object, where: str, written: str | None = None) -> Value:
+    """The value that `raw` means for `option`.
+
+    `where` tells the place ("pytest.ini") and `written` the name that stands there;
+    both go into the `SettingsError` that is raised for anything unusable.
+    """
+    name = written or option.key
+    try:
+        return _READERS[option.kind](option, raw)
+    except (ValueError, ArithmeticError, TypeError):
+        raise SettingsError(f"{where}: {name} = {shown(raw)}: {allowed(option)}") from None
+
+
+def allowed(option: Option) -> str:
+    """What an option accepts, for error messages and the reference: `allowed is ...`."""
+    if option.kind == "boolean":
+        return "allowed is true or false"
+    if option.kind == "text":
+        return "allowed is a text"
+    if option.kind == "words":
+        known = ", ".join(option.choices)
+        return (
+            f"allowed is one or several of {known}"
+            if known
+            else "allowed is auto, none, or indices and UUIDs of devices"
+        )
+    numbers = "a whole number" if option.kind == "integer" else "a number"
+    bounds = f"from {option.low} to {option.high}"
+    if option.kind == "size":
+        return f"allowed is a number of {option.unit} {bounds}, or a size such as 512MB or 4.5GB"
+    return f"allowed is {numbers} {bounds}{' seconds' if option.unit == 's' else ''}"
+
+
+def unknown(name: str, where: str, names: Iterable[str]) -> SettingsError:
+    """The error for a name that does not exist, with the nearest that does."""
+    names = sorted(names)
+    near = difflib.get_close_matches(name[:80], names, 1, 0.5)
+    hint = f"the nearest known one is {near[0]}" if near else f"known are {', '.join(names)}"
+    return SettingsError(f"{where}: unknown key {shown(name)}: {hint}")
+
+
+def shown(raw: object) -> str:
+    """A value as a user wrote it, short enough for one line of a message."""
+    if isinstance(raw, bool):
+        return str(raw).lower()
+    text = repr(raw) if isinstance(raw, str) else str(raw)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _bounded(option: Option, value: Fraction, scale: int | Fraction = 1) -> Fraction:
+    if not Fraction(option.low) * scale <= value <= Fraction(option.high) * scale:
+        raise ValueError(value)
+    return value
+
+
+def _decimal(raw: object) -> Fraction:
+    if isinstance(raw, bool) or not isinstance(raw, (int, float, Decimal, str)):
+        raise TypeError(raw)
+    if isinstance(raw, str) and not _NUMBER.fullmatch(raw.strip()):
+        raise ValueError(raw)
+    if isinstance(raw, float):
+        # The shortest text that reads back as this float is what the user wrote in TOML.
+        raw = repr(raw)
+    try:
+        number = Decimal(raw)
+    except InvalidOperation:
+        raise ValueError(raw) from None
+    # A Fraction of 1e999999999 would fill the memory: look at the exponent first.
+    if not number.is_finite() or (number and not -30 < number.adjusted() < 30):
+        raise ValueError(raw)
+    exponent = number.as_tuple().exponent
+    if isinstance(exponent, int) and exponent < -100:
+        raise ValueError(raw)
+    return Fraction(number) if number else Fraction(0)
+
+
+def _size(option: Option, raw: object) -> Fraction:
+    scale = parse_size("1", option.unit)
+    if isinstance(raw, str) and not _NUMBER.fullmatch(raw.strip()):
+        return _bounded(option, parse_size(raw, option.unit), scale)
+    return _bounded(option, _decimal(raw) * scale, scale)
+
+
+def _number(option: Option, raw: object) -> Fraction:
+    return _bounded(option, _decimal(raw))
+
+
+def _integer(option: Option, raw: object) -> int:
+    value = _bounded(option, _decimal(raw))
+    if value.denominator != 1:
+        raise ValueError(raw)
+    return int(value)
+
+
+def _boolean(option: Option, raw: object) -> bool:
+    if isinstance(raw, bool):
+        return raw
+    if isinstance(raw, str) and raw.strip().lower() in _TRUE | _FALSE:
+        return raw.strip().lower() in _TRUE
+    raise ValueError(raw)
+
+
+def _words(option: Option, raw: object) -> tuple[str, ...]:
+    if isinstance(raw, bool) or not isinstance(raw, (str, int, list, tuple)):
+        raise TypeError(raw)
+    parts = list(raw) if isinstance(raw, (list, tuple)) else re.split(r"[\s,]+", str(raw))
+    if not all(isinstance(part, str) for part in parts):
+        raise TypeError(raw)
+    words = tuple(part.strip() for part in parts if part.strip())
+    if not words or len(words) > 64:
+        raise ValueError(raw)
+    if option.choices and not set(words) <= set(option.choices):
+        raise ValueError(raw)
+    if len(words) > 1 and {"auto", "none"} & set(words):
+        raise ValueError(raw)
+    return words
+
+
+def _text(option: Option, raw: object) -> str:
+    if not isinstance(raw, str) or len(raw) > 4096 or "\0" in raw:
+        raise ValueError(raw)
+    return raw
+
+
+_READERS = {
+    "size": _size,
+    "number": _number,
+    "integer": _integer,
+    "boolean": _boolean,
+    "words": _words,
+    "text": _text,
+}
+
+
+def default_of(key: str) -> Value:
+    """The default of an option, read as a user's value would be."""
+    return parse(BY_KEY[key], BY_KEY[key].default, "default")

@@ -1,0 +1,41 @@
+"""The resolved settings: frozen values in bytes and seconds, without I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for, after precedence; sizes in bytes, times in seconds."""
+
+    ollama_vram_reservation: Fraction
+    """VRAM kept for Ollama on each device that it may use, in bytes."""
+    safety_buffer: Fraction
+    """VRAM left free on each device, in bytes."""
+    max_workers_per_gb: Fraction
+    """GPU workers per GB of a device's budget; 0: no limit."""
+    min_vram_per_worker: Fraction
+    """The smallest slot, in bytes; exact, so perhaps a fraction of a byte."""
+    max_workers_per_gpu: int
+    """The most GPU workers on one device; 0: no limit."""
+    ram_per_worker: Fraction
+    """Host RAM per worker in bytes; 0: no limit."""
+    presets: tuple[str, ...]
+    """The presets in force, later ones win."""
+    enable_ollama_detection: bool
+    """Whether Ollama is asked at all."""
+    fallback_to_cpu_when_constrained: bool
+    """CPU workers where no GPU worker fits; else `NoRoomError`."""
+    ollama_host: str
+    """Where Ollama listens, as the user wrote it; empty: the environment decides."""
+    ollama_gpu: tuple[str, ...]
+    """Indices or UUIDs of the devices that Ollama uses, or ("auto",) or ("none",)."""
+    ollama_timeout: Fraction
+    """Seconds for all questions to Ollama at the start together."""
+    config: str
+    """The JSON file that was read; empty: none."""
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Key -> where its value came from, as a user would say it."""

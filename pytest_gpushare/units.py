@@ -1,0 +1,46 @@
+"""Bytes inside, MB and GB at the edges.
+
+As nvidia-smi and the project's founding write-up have it, MB means MiB and GB means GiB.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from fractions import Fraction
+
+MB = 1024**2
+GB = 1024**3
+
+_FACTORS = {"B": 1, "K": 1024, "M": MB, "G": GB, "T": 1024**4}
+_SIZE = re.compile(r"([0-9]{1,24}(?:\.[0-9]{0,24})?|\.[0-9]{1,24})\s*(B|[KMGT](?:i?B)?)?", re.I)
+
+
+def parse_size(text: str, unit: str) -> Fraction:
+    """Bytes meant by a text such as `12288`, `12GB`, `4.5 GiB` or `512MB`.
+
+    `unit` ("MB" or "GB") holds where the text names none. The result is exact,
+    so it may be a fraction of a byte: 0.1 GB is not a whole number of bytes.
+    Raises `ValueError` where the text is no size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(text)
+    number, named = match.groups()
+    return Fraction(Decimal(number)) * _FACTORS[(named or unit)[0].upper()]
+
+
+def format_gb(size: int | Fraction) -> str:
+    """`4.5 GB`, `3.33 GB`, `12.0 GB`: one decimal where that is exact, else two."""
+    text = f"{float(Fraction(size) / GB):.2f}"
+    return f"{text[:-1] if text.endswith('0') else text} GB"
+
+
+def format_number(value: Fraction) -> str:
+    """A ratio as a user would write it: `0.25`, `2`, `9`."""
+    return f"{float(value):.6g}"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 worker`, `2 workers`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
