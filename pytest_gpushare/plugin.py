@@ -13,9 +13,9 @@ import pytest
 from pytest_gpushare.settings.options import OPTIONS
 
 if TYPE_CHECKING:
-    from pytest_gpushare.run.start import Started
+    from pytest_gpushare.run.start import LeftAlone, Started
 
-STARTED: pytest.StashKey[Started] = pytest.StashKey()
+STARTED: pytest.StashKey[Started | LeftAlone] = pytest.StashKey()
 
 
 class _NumprocessesType:
@@ -90,10 +90,11 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
     # Only workerinput proves a worker: nested runs inherit every environment variable.
     if not hasattr(config, "workerinput"):
         if _is_asked(config, config.option):
-            from pytest_gpushare.run.session import start_workers
+            from pytest_gpushare.run.session import settle_in_process, start_workers
 
-            started = _call(start_workers, config, config.stash.get(STARTED, None))
-            if started is not None:
+            if STARTED in config.stash:
+                _call(settle_in_process, config)
+            elif (started := _call(start_workers, config)) is not None:
                 _hold(config, started)
         elif getattr(config.option, "numprocesses", None) == "gpu-auto":
             config.option.numprocesses = "auto"
@@ -105,9 +106,7 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     """Give each worker its device; only `spec.env` is there before its first import."""
     started = config.stash.get(STARTED, None)
     if started is not None:
-        from pytest_gpushare.run.session import place_workers
-
-        place_workers(started, specs)
+        started.place(specs)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str] | None:
@@ -141,10 +140,9 @@ def _is_asked(config: pytest.Config, options: Any) -> bool:
     return bool(_call(switched_on, config))
 
 
-def _hold(config: pytest.Config, started: Started) -> None:
-    if STARTED not in config.stash:
-        config.stash[STARTED] = started
-        config.add_cleanup(started.close)
+def _hold(config: pytest.Config, started: Started | LeftAlone) -> None:
+    config.stash[STARTED] = started
+    config.add_cleanup(started.close)
 
 
 def _call(function: Any, *arguments: Any) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.plan.model import Device
-from pytest_gpushare.probe.facts import GpuFacts, OllamaFacts
+from pytest_gpushare.probe.facts import Device, GpuFacts, OllamaFacts
 
 
 def devices_of_ollama(setting: Sequence[str], gpus: GpuFacts) -> tuple[Device, ...] | None:
@@ -60,5 +59,7 @@ def _named(name: str, devices: Sequence[Device]) -> Device:
     if len(matches) != 1:
         known = ", ".join(f"{device.index} ({device.uuid})" for device in devices)
         fact = "names several devices" if matches else "names no device of this machine"
-        raise SettingsError(f"gpu_share_ollama_gpu = {name}: {fact}: allowed is {known}, auto, none")
+        raise SettingsError(
+            f"gpu_share_ollama_gpu = {name}: {fact}: allowed is {known}, auto, none"
+        )
     return matches[0]

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from pytest_gpushare.plan.model import Device, DevicePlan, Limit, Plan, Request, Slot
+from pytest_gpushare.plan.model import DevicePlan, Limit, Plan, Request, Slot
 from pytest_gpushare.plan.ollama_share import devices_of_ollama, resident_bytes
-from pytest_gpushare.probe.facts import GpuFacts, HostFacts, OllamaFacts
+from pytest_gpushare.probe.facts import Device, GpuFacts, HostFacts, OllamaFacts
 from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.units import GB
 
@@ -34,6 +34,7 @@ def make_plan(
             settings,
             reserved=known is None or device in known,
             resident=resident.get(device.uuid, 0),
+            most=host.outer_slot,
         )
         for device in gpus.devices
     ]
@@ -63,13 +64,17 @@ def make_plan(
 
 
 def size_device(
-    device: Device, settings: Settings, *, reserved: bool, resident: int
+    device: Device, settings: Settings, *, reserved: bool, resident: int, most: int | None = None
 ) -> DevicePlan:
-    """How many workers fit on one device, and which figure decides; no limit of the run yet."""
+    """How many workers fit on one device, and which figure decides; no limit of the run yet.
+
+    `most` bounds the budget of a run that lives in a slot of another one, in bytes.
+    """
     reservation = int(settings.ollama_vram_reservation) if reserved else 0
     safety = int(settings.safety_buffer)
     outstanding = max(0, reservation - resident)
     budget = max(0, device.free - outstanding - safety)
+    budget = budget if most is None else min(budget, most)
     by_need = int(budget / settings.min_vram_per_worker)
     scale = settings.max_workers_per_gb
     by_scale = max(1, int(Fraction(budget, GB) * scale)) if scale else None

@@ -103,3 +103,5 @@ class HostFacts:
     """Workers that xdist's `auto` would start."""
     available_ram: int | None = None
     """Bytes of RAM that can be had without swapping; None where unknown."""
+    outer_slot: int | None = None
+    """Bytes of the slot in which this whole run lives, as a test of another run started it."""

@@ -11,6 +11,12 @@ import sys
 from pathlib import Path
 
 _OLLAMA_RUNNERS = ("llama-server", "ollama_llama_server", "ollama-runner")
+_NAMES_OF_THIS_HOST = (
+    "localhost",
+    "host.docker.internal",
+    "gateway.docker.internal",
+    "host.containers.internal",
+)
 _MOST_BYTES = 64 * 1024
 
 
@@ -69,7 +75,12 @@ def is_own_address(host: str) -> bool:
     which containers and WSL reach the machine that they run on.
     """
     name = host.strip("[]").rstrip(".").lower()
-    if name in ("localhost", "host.docker.internal", "gateway.docker.internal", "host.containers.internal"):
+    if name in (
+        "localhost",
+        "host.docker.internal",
+        "gateway.docker.internal",
+        "host.containers.internal",
+    ):
         return True
     try:
         address = ipaddress.ip_address(name)

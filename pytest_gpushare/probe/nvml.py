@@ -71,9 +71,7 @@ class Nvml:
             count = min(int(self._library.nvmlDeviceGetCount()), _MOST_DEVICES)
         except Exception as error:
             return GpuFacts(absence=reason(error))
-        devices = [
-            device for index in range(count) for device in self._devices_at(index, problems)
-        ]
+        devices = [device for index in range(count) for device in self._devices_at(index, problems)]
         seen = visible(devices, outer, order)
         absence = seen.absence
         if not devices:

@@ -56,7 +56,9 @@ def ask(address: Address, timeout: float) -> OllamaFacts:
 def _ask(
     client: httpx.Client, address: Address, deadline: float, timeout: float, on_this_host: bool
 ) -> OllamaFacts:
-    version, models, problem = None, (), ""
+    version: str | None = None
+    models: tuple[LoadedModel, ...] = ()
+    problem = ""
     reachable = answered = False
     try:
         version = _version(_get(client, "/api/version", deadline))

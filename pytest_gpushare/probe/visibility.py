@@ -39,10 +39,13 @@ def visible(devices: Sequence[Device], value: str | None, order: str | None = No
     for entry in value.split(","):
         device = _named(devices, entry.strip())
         if device is None:
-            problem = f'{VARIABLE}={value}: "{entry.strip()}" names no device: it and what follows count for nothing'
+            problem = (
+                f'{VARIABLE}={value}: "{entry.strip()}" names no device: it and what follows '
+                "count for nothing"
+            )
             break
         if device in found:
-            twice = f'{VARIABLE}={value}: names {device.label} twice: CUDA then sees no device'
+            twice = f"{VARIABLE}={value}: names {device.label} twice: CUDA then sees no device"
             return Visible((), twice, twice)
         found.append(device)
     if not found:
@@ -59,7 +62,9 @@ def _named(devices: Sequence[Device], entry: str) -> Device | None:
     if _INTEGER.fullmatch(entry):
         # CUDA counts whole GPUs by integers; MIG instances only go by name.
         position = int(entry)
-        return next((d for d in devices if d.index == str(position)), None) if position >= 0 else None
+        return (
+            next((d for d in devices if d.index == str(position)), None) if position >= 0 else None
+        )
     if not entry.upper().startswith(("GPU-", "MIG-")) or len(entry) < 5:
         return None
     matches = [device for device in devices if device.uuid.lower().startswith(entry.lower())]

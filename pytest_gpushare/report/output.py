@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from pytest_gpushare.report.terminal import Line, header
-from pytest_gpushare.run.start import Started
+from pytest_gpushare.run.start import LeftAlone, Started
 
 if TYPE_CHECKING:
     import pytest
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 LOGGER = "pytest_gpushare"
 
 
-def header_lines(started: Started, config: pytest.Config) -> list[str]:
+def header_lines(started: Started | LeftAlone, config: pytest.Config) -> list[str]:
     """The header's lines, problems in yellow where pytest uses colour."""
     writer = config.get_terminal_writer()
     return [
@@ -24,7 +24,7 @@ def header_lines(started: Started, config: pytest.Config) -> list[str]:
     ]
 
 
-def print_problems(started: Started, config: pytest.Config) -> None:
+def print_problems(started: Started | LeftAlone, config: pytest.Config) -> None:
     """At -q pytest prints no header: the problems are told all the same."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None and config.get_verbosity() < 0:
@@ -32,7 +32,7 @@ def print_problems(started: Started, config: pytest.Config) -> None:
             reporter.write_line(_encodable(line.text), yellow=True)
 
 
-def log_lines(started: Started, config: pytest.Config) -> None:
+def log_lines(started: Started | LeftAlone, config: pytest.Config) -> None:
     """The lines at default verbosity, whatever the terminal's, to the logger `pytest_gpushare`.
 
     The logger has a level of its own, as the root's default would drop INFO.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pytest_gpushare.plan.model import DevicePlan, Limit, Plan
 from pytest_gpushare.probe.facts import LoadedModel, OllamaFacts
-from pytest_gpushare.run.start import Started
+from pytest_gpushare.run.start import LeftAlone, Started
 from pytest_gpushare.settings.options import OPTIONS
 from pytest_gpushare.units import format_gb, format_number, plural
 
@@ -23,8 +23,10 @@ class Line(NamedTuple):
     problem: bool = False
 
 
-def header(started: Started, verbosity: int) -> list[Line]:
+def header(started: Started | LeftAlone, verbosity: int) -> list[Line]:
     """The lines at this verbosity: below 0 problems only, from 1 the workers, from 2 the sums."""
+    if isinstance(started, LeftAlone):
+        return [Line(f"gpu-share: {started.why}", problem=True)]
     lines = list(_lines(started, verbosity))
     return lines if verbosity >= 0 else [line for line in lines if line.problem]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 
@@ -12,6 +13,9 @@ from pytest_gpushare.probe.visibility import VARIABLE
 ROLE = "PYTEST_GPUSHARE_ROLE"
 """`gpu` or `cpu`: what a worker is; set in its environment before its first import."""
 
+SLOT = "PYTEST_GPUSHARE_SLOT"
+"""Bytes of VRAM of a GPU worker's slot, for runs that its tests start."""
+
 
 def worker_environment(plan: Plan, number: int, *, simulated: bool) -> dict[str, str]:
     """The variables for the worker of this number, from 0: GPU workers first, then CPU workers.
@@ -20,10 +24,18 @@ def worker_environment(plan: Plan, number: int, *, simulated: bool) -> dict[str,
     A what-if names devices that do not exist, so there the visibility is left as it is.
     """
     slot = plan.slots[number] if number < len(plan.slots) else None
-    environment = {ROLE: "gpu" if slot else "cpu"}
+    environment = {ROLE: "gpu", SLOT: str(slot.vram)} if slot else {ROLE: "cpu", SLOT: "0"}
     if not simulated:
         environment[VARIABLE] = slot.device.uuid if slot else ""
     return environment
+
+
+def slot_of_outer_run(environment: Mapping[str, str]) -> int | None:
+    """Bytes that a run inside a GPU worker may share out: its slot; None outside of one."""
+    text = environment.get(SLOT, "")
+    if environment.get(ROLE) != "gpu" or not re.fullmatch("[0-9]{1,18}", text):
+        return None
+    return int(text)
 
 
 def place_this_process(plan: Plan, *, simulated: bool) -> Callable[[], None]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.plan.model import Request
 from pytest_gpushare.run import numprocesses
-from pytest_gpushare.run.placement import cuda_is_up, place_this_process, worker_environment
-from pytest_gpushare.run.start import Started, start
+from pytest_gpushare.run.placement import cuda_is_up, place_this_process
+from pytest_gpushare.run.start import LeftAlone, Started, start
 from pytest_gpushare.settings.load import load
 from pytest_gpushare.settings.written import gather
 
@@ -33,21 +33,21 @@ def start_in_process(config: pytest.Config) -> Started | None:
     if cuda_is_up(started.gpus.own_process_has_context):
         started.placed = False
     else:
-        config.add_cleanup(
-            place_this_process(started.plan, simulated=started.gpus.simulated)
-        )
+        config.add_cleanup(place_this_process(started.plan, simulated=started.gpus.simulated))
     return started
 
 
-def start_workers(config: pytest.Config, in_process: Started | None) -> Started | None:
-    """Write the number of workers into xdist's option; None where there is nothing to size."""
+def start_workers(config: pytest.Config) -> Started | LeftAlone | None:
+    """Write the number of workers into xdist's option; None where no test is run."""
     options = config.option
-    if in_process is not None or not numprocesses.runs_tests(options):
-        if numprocesses.has_xdist(options) and options.numprocesses == numprocesses.GPU_AUTO:
-            options.numprocesses = 0
-        return in_process
-    if numprocesses.keeps_own_workers(options):
+    if not numprocesses.runs_tests(options):
+        settle_in_process(config)
         return None
+    if numprocesses.keeps_own_workers(options):
+        return LeftAlone(
+            "the workers of --tx are left as they are: give -n or drop --tx to have GPU workers "
+            "counted"
+        )
     request, cpus = numprocesses.request_for(config)
     started = start(load(gather(config)), request, _simulate(options), cpus)
     plan = started.plan
@@ -60,16 +60,10 @@ def start_workers(config: pytest.Config, in_process: Started | None) -> Started 
     return started
 
 
-def place_workers(started: Started, specs: list[Any]) -> None:
-    """Write each worker's place into the environment of its spec.
-
-    The spec lives on when its worker crashes, so a replacement gets the same place.
-    """
-    for number, spec in enumerate(specs):
-        environment = worker_environment(
-            started.plan, number, simulated=started.gpus.simulated
-        )
-        spec.env.update(environment)
+def settle_in_process(config: pytest.Config) -> None:
+    """Leave no word in xdist's option where xdist expects a number, in a run without workers."""
+    if getattr(config.option, "numprocesses", None) == numprocesses.GPU_AUTO:
+        config.option.numprocesses = 0
 
 
 def _simulate(options: Any) -> tuple[str, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pytest_gpushare.errors import NoRoomError
 from pytest_gpushare.plan.model import Plan, Request
@@ -11,8 +13,22 @@ from pytest_gpushare.plan.sizing import make_plan
 from pytest_gpushare.probe.facts import GpuFacts, HostFacts, OllamaFacts
 from pytest_gpushare.probe.host import available_ram
 from pytest_gpushare.probe.together import probe
+from pytest_gpushare.run.placement import slot_of_outer_run, worker_environment
 from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.units import format_gb
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A run that asked, but whose workers are the user's own; nothing is probed."""
+
+    why: str
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def place(self, specs: Sequence[Any]) -> None:
+        """Nothing is placed."""
 
 
 @dataclass
@@ -30,10 +46,16 @@ class Started:
     placed: bool = True
     """False where the process could not be placed because CUDA was up in it already."""
 
+    def place(self, specs: Sequence[Any]) -> None:
+        """Write each worker's place into the environment of its execnet spec.
 
-def start(
-    settings: Settings, request: Request, simulate: tuple[str, ...], cpus: int
-) -> Started:
+        The spec lives on when its worker crashes, so a replacement gets the same place.
+        """
+        for number, spec in enumerate(specs):
+            spec.env.update(worker_environment(self.plan, number, simulated=self.gpus.simulated))
+
+
+def start(settings: Settings, request: Request, simulate: tuple[str, ...], cpus: int) -> Started:
     """Probe and plan. `cpus` is what xdist's `auto` comes to on this host.
 
     Raises `NoRoomError` where nothing fits and the fall-back is switched off, and
@@ -41,7 +63,11 @@ def start(
     """
     probes = probe(settings, simulate)
     try:
-        host = HostFacts(cpus, available_ram() if settings.ram_per_worker else None)
+        host = HostFacts(
+            cpus,
+            available_ram() if settings.ram_per_worker else None,
+            slot_of_outer_run(os.environ),
+        )
         plan = make_plan(settings, probes.gpus, probes.ollama, host, request)
         if not plan.slots and not settings.fallback_to_cpu_when_constrained:
             raise NoRoomError(_no_room(plan))

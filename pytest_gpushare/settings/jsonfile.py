@@ -74,15 +74,12 @@ def _read(path: Path, shown: str, *, required: bool) -> str | None:
         raise SettingsError(f"{shown}: cannot be read: {reason}; check its permissions") from None
     try:
         # Windows editors and shells write a byte order mark, and UTF-16.
-        return content.decode("utf-8-sig" if not _is_wide(content) else json.detect_encoding(content))
+        encoding = json.detect_encoding(content)
+        return content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
     except UnicodeDecodeError as error:
         raise SettingsError(
             f"{shown}: is no text in UTF-8 (byte {error.start}): save it as UTF-8"
         ) from None
-
-
-def _is_wide(content: bytes) -> bool:
-    return json.detect_encoding(content) not in ("utf-8", "utf-8-sig")
 
 
 def _parse(text: str, shown: str) -> object:
@@ -116,7 +113,9 @@ def _parse(text: str, shown: str) -> object:
             f"{shown}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"
         ) from None
     except RecursionError:
-        raise SettingsError(f"{shown}: is nested too deeply: settings are one flat section") from None
+        raise SettingsError(
+            f"{shown}: is nested too deeply: settings are one flat section"
+        ) from None
 
 
 def _near_section(document: object) -> str:

@@ -53,9 +53,7 @@ def load(written: Written) -> Settings:
     """The settings in force. Raises `SettingsError` for anything that cannot be used."""
     entries: dict[str, _Entry] = {}
     for option in OPTIONS:
-        entries[option.key] = _Entry(
-            parse(option, option.default, "default"), _DEFAULT, "default"
-        )
+        entries[option.key] = _Entry(parse(option, option.default, "default"), _DEFAULT, "default")
     explicit = _ini_level(written)
     explicit.update(_command_line_level(written))
     config_entry = explicit.get("config", entries["config"])
@@ -95,9 +93,7 @@ def _prefixed(found: Mapping[str, object], where: str, level: int) -> dict[str, 
 
 def _json_level(written: Written, config: _Entry) -> dict[str, _Entry]:
     named = str(config.value)
-    base = (
-        written.invocation_directory if config.level == _COMMAND_LINE else written.ini_directory
-    )
+    base = written.invocation_directory if config.level == _COMMAND_LINE else written.ini_directory
     if named:
         path, shown = base / Path(named).expanduser(), named
     elif config.level != _DEFAULT:
@@ -108,14 +104,18 @@ def _json_level(written: Written, config: _Entry) -> dict[str, _Entry]:
     section = read_section(path, shown, required=bool(named))
     if section is None:
         return {}
-    return {key: _Entry(parse(BY_KEY[key], raw, shown), _JSON, shown) for key, raw in section.items()}
+    return {
+        key: _Entry(parse(BY_KEY[key], raw, shown), _JSON, shown) for key, raw in section.items()
+    }
 
 
 def _apply_presets(entries: dict[str, _Entry]) -> None:
     presets = entries["preset"]
     names = presets.value
     if not isinstance(names, tuple):
-        raise SettingsError(f"{presets.origin}: preset = {names!r}: allowed is one or several names")
+        raise SettingsError(
+            f"{presets.origin}: preset = {names!r}: allowed is one or several names"
+        )
     for key, (raw, name) in merged(names).items():
         if entries[key].level < presets.level:
             entries[key] = _Entry(

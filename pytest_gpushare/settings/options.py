@@ -129,7 +129,8 @@ OPTIONS: tuple[Option, ...] = (
         "ollama_host",
         "text",
         "",
-        "where Ollama listens, written as for OLLAMA_HOST; unset: OLLAMA_HOST, else 127.0.0.1:11434",
+        "where Ollama listens, written as for OLLAMA_HOST; unset: OLLAMA_HOST, "
+        "else 127.0.0.1:11434",
     ),
     Option(
         "ollama_gpu",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import TypeAlias
@@ -114,7 +114,7 @@ def _integer(option: Option, raw: object) -> int:
     return int(value)
 
 
-def _boolean(option: Option, raw: object) -> bool:
+def _boolean(_: Option, raw: object) -> bool:
     if isinstance(raw, bool):
         return raw
     if isinstance(raw, str) and raw.strip().lower() in _TRUE | _FALSE:
@@ -138,13 +138,13 @@ def _words(option: Option, raw: object) -> tuple[str, ...]:
     return words
 
 
-def _text(option: Option, raw: object) -> str:
+def _text(_: Option, raw: object) -> str:
     if not isinstance(raw, str) or len(raw) > 4096 or "\0" in raw:
         raise ValueError(raw)
     return raw
 
 
-_READERS = {
+_READERS: Mapping[str, Callable[[Option, object], Value]] = {
     "size": _size,
     "number": _number,
     "integer": _integer,

@@ -33,7 +33,7 @@ def gather(config: pytest.Config) -> Written:
         flags={
             option.key: value
             for option in OPTIONS
-            if option.flag and (value := getattr(options, destination(option.key), None)) is not None
+            if option.flag and (value := getattr(options, option.ini, None)) is not None
         },
         overrides={name: value for name, value in found.items() if name in overridden},
         ini={name: value for name, value in found.items() if name not in overridden},
@@ -51,14 +51,7 @@ def switched_on(config: pytest.Config) -> bool:
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in _TRUE | _FALSE:
         return value.strip().lower() in _TRUE
-    raise SettingsError(
-        f"{_ini_file(config)}: {SWITCH} = {shown(value)}: allowed is true or false"
-    )
-
-
-def destination(key: str) -> str:
-    """The attribute of `config.option` that holds an option of the command line."""
-    return INI_PREFIX + key
+    raise SettingsError(f"{_ini_file(config)}: {SWITCH} = {shown(value)}: allowed is true or false")
 
 
 def _ini_values(config: pytest.Config) -> dict[str, object]:
@@ -79,7 +72,7 @@ def _read(config: pytest.Config, name: str, raw: Mapping[str, object] | None) ->
 
 
 def _raw(config: pytest.Config) -> Mapping[str, object]:
-    """The configuration file as pytest read it: `getini` cannot list names nor give typed values."""
+    """The configuration file as pytest read it; `getini` neither lists names nor gives types."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = getattr(config, "inicfg", None)
