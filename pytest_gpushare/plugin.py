@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpushare.settings.options import OPTIONS
+from pytest_gpushare.worker import PLACED, keep_log_file
 
 if TYPE_CHECKING:
     from pytest_gpushare.run.start import LeftAlone, Started
@@ -107,6 +108,20 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     started = config.stash.get(STARTED, None)
     if started is not None:
         started.place(specs)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell each worker that the plugin is active in its controller."""
+    if STARTED in node.config.stash:
+        node.workerinput[PLACED] = True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """In a worker of an active run: let its log lines join those of the controller."""
+    if PLACED in getattr(config, "workerinput", ()) and hasattr(config.option, "log_file_mode"):
+        keep_log_file(config)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str] | None:

@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from pytest_gpushare.plan.model import DevicePlan, Limit, Plan
-from pytest_gpushare.probe.facts import LoadedModel, OllamaFacts
+from pytest_gpushare.probe.facts import LoadedModel
 from pytest_gpushare.run.start import LeftAlone, Started
 from pytest_gpushare.settings.options import OPTIONS
 from pytest_gpushare.units import format_gb, format_number, plural
@@ -28,7 +28,9 @@ def header(started: Started | LeftAlone, verbosity: int) -> list[Line]:
     if isinstance(started, LeftAlone):
         return [Line(f"gpu-share: {started.why}", problem=True)]
     lines = list(_lines(started, verbosity))
-    return lines if verbosity >= 0 else [line for line in lines if line.problem]
+    if verbosity >= 0:
+        return lines
+    return [_alone(line) for line in lines if line.problem]
 
 
 def _lines(started: Started, verbosity: int) -> Iterator[Line]:
@@ -41,12 +43,19 @@ def _lines(started: Started, verbosity: int) -> Iterator[Line]:
     for device in plan.devices:
         yield Line(_device(device))
         yield Line(_vram(device, several=len(plan.devices) > 1))
-    if started.ollama.asked:
-        yield Line(_ollama(started.ollama), problem="nonsense" in started.ollama.problem)
+    # Where there is no device, a server that is not there either is no news.
+    if started.ollama.asked and (plan.devices or started.ollama.reachable):
+        yield _ollama(started)
     if verbosity >= 1:
         yield from (Line(text) for text in _workers(plan))
     if verbosity >= 2:
         yield from (Line(text) for text in _arithmetic(started))
+
+
+def _alone(line: Line) -> Line:
+    """A line that stands without the others says whose it is."""
+    text = line.text.strip()
+    return line if text.startswith("gpu-share:") else Line(f"gpu-share: {text}", line.problem)
 
 
 def _headline(started: Started) -> Line:
@@ -121,13 +130,17 @@ def _vram(plan: DevicePlan, *, several: bool) -> str:
     )
 
 
-def _ollama(ollama: OllamaFacts) -> str:
+def _ollama(started: Started) -> Line:
+    ollama = started.ollama
     who = f"Ollama {ollama.version}" if ollama.version else "Ollama"
-    where = "" if ollama.on_this_host else ", another machine: it holds no VRAM here"
     if not ollama.answered:
-        return f"  {who} at {ollama.address}: {ollama.problem}; its VRAM reservation stands"
+        stands = "its VRAM reservation stands" if started.plan.devices else "no GPU to share with it"
+        return Line(
+            f"  {who} at {ollama.address}: {ollama.problem}; {stands}", problem=ollama.reachable
+        )
+    where = "" if ollama.on_this_host else ", another machine: it holds no VRAM here"
     models = ", ".join(_model(model) for model in ollama.models)
-    return f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}"
+    return Line(f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}")
 
 
 def _model(model: LoadedModel) -> str:
