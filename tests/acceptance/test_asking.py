@@ -1,0 +1,313 @@
+"""Every way to ask for the plugin, and every way to be left alone by it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from simulator import Machine
+
+from .conftest import SHOW_PLACE, Project
+
+TWO = "gpu-share: 2 GPU workers × 4.5 GB = 9.0 GB (limited by max_workers_per_gb; preset conservative)"
+ONE = "gpu-share: 1 GPU worker × 9.0 GB = 9.0 GB (limited by -n 1; preset conservative)"
+PYTEST_9 = pytest.mark.skipif(pytest.version_tuple < (9,), reason="files of pytest 9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "workers"),
+    [
+        (["--gpu-share"], TWO, 2),
+        (["-n", "gpu-auto"], TWO, 2),
+        (["-ngpu-auto"], TWO, 2),
+        (["--numprocesses=gpu-auto"], TWO, 2),
+        (["-n", "gpu-auto", "--gpu-share"], TWO, 2),
+        (["--gpu-share", "-n", "1"], ONE, 1),
+        (["-n", "gpu-auto", "-n", "1", "--gpu-share"], ONE, 1),
+        (["--gpu-share", "-n", "2"], TWO, 2),
+        (["--gpu-share", "-n", "8"], TWO, 2),
+        (["--gpu-share", "-n", "auto"], TWO, 2),
+        (["--gpu-share", "-n", "logical"], TWO, 2),
+        (["--gpu-share", "--maxprocesses", "1"], ONE.replace("-n 1", "--maxprocesses 1"), 1),
+        (["--gpu-share", "-d"], TWO, 2),
+        (["--gpu-share", "--dist", "no"], TWO, 2),
+        (["--gpu-share", "--dist", "worksteal"], TWO, 2),
+        (["--gpu-share", "--dist", "loadscope"], TWO, 2),
+        (["--gpu-share", "--dist", "loadfile"], TWO, 2),
+        (["--gpu-share", "--dist", "loadgroup"], TWO, 2),
+        (["--gpu-share", "--tx", "5*popen", "-n", "3"], TWO, 2),
+        (["--no-gpu-share", "--gpu-share"], TWO, 2),
+        (["-n", "gpu-auto", "-p", "no:terminal"], None, None),
+    ],
+)
+def test_asked(
+    arguments: list[str], said: str | None, workers: int | None, project: Project, machine: Machine
+) -> None:
+    """xdist starts what the plan says, whatever the form of the question."""
+    project.write(test_project=SHOW_PLACE)
+    result = project.pytest(*arguments)
+    assert (result.code, result.err) == (0, "")
+    assert (result.said[0] if result.said else None) == said
+    assert result.workers == workers
+    places = set(project.places().values())
+    assert places == {f"gpu {machine.snapshot()[0].uuid}"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "workers"),
+    [
+        ([], None),
+        (["-n", "2"], 2),
+        (["--no-gpu-share"], None),
+        (["--gpu-share", "--no-gpu-share", "-n", "1"], 1),
+        (["-n", "gpu-auto", "-n", "1"], 1),
+        (["-n", "gpu-auto", "-n", "0"], None),
+        (["-n", "0"], None),
+    ],
+)
+def test_not_asked(
+    arguments: list[str], workers: int | None, project: Project, machine: Machine
+) -> None:
+    """The plugin says nothing, asks nobody and changes nothing."""
+    project.write(test_project=SHOW_PLACE)
+    machine.inject("nvmlInitWithFlags", code=999)
+    result = project.pytest(*arguments, PYTEST_XDIST_AUTO_NUM_WORKERS="2")
+    assert (result.code, result.err, result.said, result.workers) == (0, "", [], workers)
+    assert set(project.places().values()) == {"unset unset"}
+
+
+def test_no_gpu_share_makes_gpu_auto_mean_auto(project: Project, machine: Machine) -> None:
+    """A developer without a GPU overrules the ini file's `-n gpu-auto`."""
+    project.file("pytest.ini", "[pytest]\naddopts = -n gpu-auto\n")
+    result = project.pytest("--no-gpu-share", PYTEST_XDIST_AUTO_NUM_WORKERS="3")
+    assert (result.code, result.said, result.workers) == (0, [], 3)
+
+
+INI_FILES = {
+    "pytest.ini": "[pytest]\ngpu_share = true\n",
+    "tox.ini": "[pytest]\ngpu_share = true\n",
+    "setup.cfg": "[tool:pytest]\ngpu_share = true\n",
+    "pyproject.toml": "[tool.pytest.ini_options]\ngpu_share = true\n",
+}
+
+
+@pytest.mark.parametrize("name", INI_FILES)
+def test_ini_file(name: str, project: Project, machine: Machine) -> None:
+    """`gpu_share = true` in any configuration file, under the strictest of settings."""
+    project.file(name, INI_FILES[name])
+    result = project.pytest("--strict-config", "--strict-markers", "-W", "error")
+    assert (result.code, result.err, result.said[0], result.workers) == (0, "", TWO, 2)
+    assert project.pytest("--no-gpu-share").said == []
+    assert project.pytest("-n1").said[0] == ONE
+
+
+@PYTEST_9
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pytest.toml", "[pytest]\ngpu_share = true\ngpu_share_safety_buffer_mb = 1024\n"),
+        ("pytest.toml", '[pytest]\ngpu_share = "true"\ngpu_share_safety_buffer_mb = "1GB"\n'),
+        (
+            "pyproject.toml",
+            "[tool.pytest]\ngpu_share = true\ngpu_share_max_workers_per_gb = 0.25\n",
+        ),
+        ("pyproject.toml", '[tool.pytest]\naddopts = ["-n", "gpu-auto"]\n'),
+    ],
+)
+def test_native_toml(name: str, content: str, project: Project, machine: Machine) -> None:
+    """pytest 9's own TOML tables, typed or quoted."""
+    project.file(name, content)
+    result = project.pytest("--strict-config", "-W", "error")
+    assert (result.code, result.err, result.said[0], result.workers) == (0, "", TWO, 2)
+
+
+def test_addopts_in_environment(project: Project, machine: Machine) -> None:
+    """PYTEST_ADDOPTS, as CI systems use it."""
+    assert project.pytest(PYTEST_ADDOPTS="--gpu-share").said[0] == TWO
+
+
+def test_json_alone_does_not_switch_on(project: Project, machine: Machine) -> None:
+    """A file that lies about for another tool starts nothing."""
+    project.file("performance_config.json", '{"gpu_resource_management": {"nonsense": 1}}')
+    result = project.pytest()
+    assert (result.code, result.said) == (0, [])
+
+
+XDIST, OURS = "xdist.plugin", "pytest_gpushare.plugin"
+
+
+@pytest.mark.parametrize("order", [(XDIST, OURS), (OURS, XDIST)])
+@pytest.mark.parametrize("arguments", [("-n", "gpu-auto"), ("--gpu-share", "-n", "2")])
+def test_loaded_by_hand(
+    order: tuple[str, str], arguments: tuple[str, ...], project: Project, machine: Machine
+) -> None:
+    """`-p` in both orders where plugins are not loaded automatically."""
+    plugins = [part for name in order for part in ("-p", name)]
+    result = project.pytest(*plugins, *arguments, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert (result.code, result.err, result.said[0], result.workers) == (0, "", TWO, 2)
+
+
+def test_loaded_twice(project: Project, machine: Machine) -> None:
+    """`-p` beside automatic loading is one plugin."""
+    result = project.pytest("-p", OURS, "-n", "gpu-auto")
+    assert (result.code, result.said[0]) == (0, TWO)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-p", "no:xdist"], ["-p", OURS, "-p", "no:xdist.plugin", "-p", "no:xdist"]]
+)
+def test_without_xdist(arguments: list[str], project: Project, machine: Machine) -> None:
+    """An explicit question that cannot be answered is an error, with the remedy."""
+    result = project.pytest("--gpu-share", *arguments)
+    assert (result.code, result.err.strip()) == (
+        4,
+        "ERROR: --gpu-share sizes the workers of pytest-xdist, which is not loaded: install "
+        "pytest-xdist, or drop -p no:xdist",
+    )
+
+
+def test_gpu_auto_without_xdist(project: Project, machine: Machine) -> None:
+    """Where `-n` itself is unknown, pytest's own error names what is missing."""
+    result = project.pytest("-n", "gpu-auto", "-p", "no:xdist")
+    assert result.code == 4
+    assert "unrecognized arguments: -n" in result.err
+    assert "pytest-gpushare: -n gpu-auto needs pytest-xdist" in result.err
+
+
+def test_ini_without_xdist(project: Project, machine: Machine) -> None:
+    """Switched on in the ini file, a run without xdist is one in this process."""
+    project.file("pytest.ini", "[pytest]\ngpu_share = true\n")
+    project.write(test_project=SHOW_PLACE.replace("i, worker_id", "i, worker_id='main'"))
+    result = project.pytest("-p", "no:xdist")
+    assert result.code == 0
+    assert result.said[0].startswith("gpu-share: no workers: this process on GPU 0, 9.0 GB of VRAM")
+
+
+def test_bad_number_of_workers(project: Project) -> None:
+    """What xdist refuses stays refused, in the words that xdist's users know."""
+    result = project.pytest("-n", "gpu-atuo")
+    assert result.code == 4
+    assert "argument -n/--numprocesses: invalid parse_numprocesses value: 'gpu-atuo'" in result.err
+
+
+@pytest.mark.parametrize(
+    "option", ["--collect-only", "--help", "--version", "--markers", "--fixtures"]
+)
+@pytest.mark.parametrize(
+    "asking", [["-n", "gpu-auto"], ["--gpu-share", "-n", "0"], ["--gpu-share"]]
+)
+def test_nothing_is_probed(
+    option: str, asking: list[str], project: Project, machine: Machine
+) -> None:
+    """A command that runs no test asks neither NVML nor Ollama."""
+    machine.inject("nvmlInitWithFlags", delay=5)
+    project.write(
+        conftest="""
+            import sys
+
+            import atexit
+
+            @atexit.register
+            def tell():
+                print("imported:", {"pynvml", "httpx"} & set(sys.modules))
+        """
+    )
+    result = project.pytest(*asking, option)
+    assert result.code == 0
+    assert result.said == []
+    # pytest 9.1 and newer answer --version before any conftest is imported.
+    assert "imported: set()" in result.out or option == "--version"
+
+
+@pytest.mark.parametrize("asking", [["-n", "0"], ["--pdb"], ["-n", "gpu-auto", "--pdb"]])
+def test_in_process(asking: list[str], project: Project, machine: Machine) -> None:
+    """Without workers the process itself is placed, before the first conftest is imported."""
+    project.write(
+        conftest="""
+            import os
+            SEEN = os.environ["CUDA_VISIBLE_DEVICES"], os.environ["PYTEST_GPUSHARE_ROLE"]
+
+            def pytest_terminal_summary(terminalreporter):
+                terminalreporter.write_line(f"conftest saw {SEEN}")
+        """
+    )
+    result = project.pytest("--gpu-share", *asking)
+    uuid = machine.snapshot()[0].uuid
+    assert (result.code, result.workers, result.passed) == (0, None, 4)
+    assert result.said[0] == (
+        "gpu-share: no workers: this process on GPU 0, 9.0 GB of VRAM (preset conservative)"
+    )
+    assert f"conftest saw ('{uuid}', 'gpu')" in result.out
+
+
+def test_in_process_leaves_nothing_behind(project: Project, machine: Machine) -> None:
+    """pytest.main in somebody's program gives the environment back as it was."""
+    project.file(
+        "main.py",
+        """
+        import os, pytest
+        before = dict(os.environ)
+        assert pytest.main(["-q", "--gpu-share", "-n0", "-p", "no:cacheprovider"]) == 0
+        changed = {k for k in before.keys() | os.environ.keys() if before.get(k) != os.environ.get(k)}
+        print("changed:", sorted(changed))
+        """,
+    )
+    result = project.command([sys.executable, "main.py"])
+    assert "changed: []" in result.out or "changed: ['PYTEST_VERSION']" in result.out
+
+
+def test_in_process_with_cuda_up(project: Project, machine: Machine) -> None:
+    """A process that has a CUDA context already keeps the device that it has, and says so."""
+    project.write(early="import gpusim\nheld = gpusim.alloc('1GB')\n", test_project=SHOW_PLACE)
+    result = project.pytest("--gpu-share", "-n0", "-p", "early")
+    assert result.code == 0
+    assert result.said[0] == (
+        "gpu-share: no workers: CUDA is up in this process already, so it keeps the GPU that it has"
+    )
+    assert set(project.places().values()) == {"unset unset"}
+
+
+def test_dist_each_is_warned_of(project: Project, machine: Machine) -> None:
+    """`--dist=each` multiplies the tests; it runs, but not unsaid."""
+    result = project.pytest("--gpu-share", "--dist=each")
+    assert (result.code, result.passed) == (0, 8)
+    assert result.said[1] == (
+        "  --dist=each: every test runs on each of the 2 workers: use --dist=load to share them out"
+    )
+
+
+def test_tx_alone_is_left_as_it_is(project: Project, machine: Machine) -> None:
+    """Workers that the user listed by hand are not counted anew, and that is said."""
+    result = project.pytest("--gpu-share", "--dist=load", "--tx=3*popen")
+    assert (result.code, result.workers) == (0, 3)
+    assert result.said == [
+        "gpu-share: the workers of --tx are left as they are: give -n or drop --tx to have "
+        "GPU workers counted"
+    ]
+
+
+NESTED = """
+    import os, subprocess, sys
+    pytest_plugins = ["pytester"]
+
+    def test_outer(pytester, monkeypatch):
+        pytester.makepyfile("import os\\ndef test_inner():\\n    print(os.environ['CUDA_VISIBLE_DEVICES'])")
+        inner = pytester.runpytest_subprocess("-p", "no:cacheprovider", *{arguments!r})
+        inner.assert_outcomes(passed=1)
+        inner.stdout.fnmatch_lines([{line!r}])
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["-s"], "*GPU-*"),
+        (["--gpu-share", "-n0", "-s"], "*gpu-share: no workers: this process on GPU 0, * of VRAM*"),
+        (["-n", "gpu-auto"], "gpu-share: 1 GPU worker *"),
+    ],
+)
+def test_nested_runs(arguments: list[str], line: str, project: Project, machine: Machine) -> None:
+    """A pytest that a test starts inside a worker is a run of its own, on the worker's device."""
+    project.write(test_project=NESTED.format(arguments=arguments, line=line))
+    result = project.pytest("--gpu-share")
+    assert (result.code, result.passed) == (0, 1), result.out

@@ -1,0 +1,430 @@
+"""What the documentation shows is what happens: every block of every page is run or read.
+
+- A `console` block is run, in a project that has the files shown above it in the section,
+  and the plugin's lines must be those in the block. `...` stands for lines left out.
+- An `ini`, `toml` or `json` block must hold settings that the plugin accepts.
+- A table under `plan-table` names options and the plan that they give.
+- Any other block needs a reason not to be run.
+
+Comments steer this (`% key: value`; in pages for GitHub `<!-- key: value -->`): `on` names
+the machine for the rest of the section, `file` the next block's file, `refused` marks
+settings that are wrong on purpose, `not-run` gives the reason. `UPDATE_GOLDEN=1` writes
+the plugin's lines into the pages.
+"""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from simulator import Device, Machine
+
+from pytest_gpushare.errors import SettingsError
+from pytest_gpushare.plan.model import Request
+from pytest_gpushare.report.terminal import header
+from pytest_gpushare.run.start import start
+from pytest_gpushare.settings.load import Written, load
+from pytest_gpushare.settings.options import BY_KEY, JSON_SECTION, OPTIONS
+from pytest_gpushare.settings.parse import parse
+from pytest_gpushare.settings.presets import PRESETS
+
+from .conftest import Project, Result
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    )
+    if "_build" not in path.parts
+}
+CONFIGURATION = ("pytest.ini", "pyproject.toml", "pytest.toml", "tox.ini", "setup.cfg")
+COMMANDS = {"pytest", "grep"}
+KEYS = {"on", "file", "refused", "not-run", "plan-table"}
+
+
+@dataclass
+class Block:
+    """A fenced block of code, or a table under `plan-table`."""
+
+    line: int
+    """Of its first line of content, from 1."""
+    language: str
+    lines: list[str]
+    section: int
+    marks: dict[str, str] = field(default_factory=dict)
+    file: str = ""
+    on: str = ""
+
+
+def blocks_of(path: Path) -> list[Block]:
+    """All blocks of a page, in order."""
+    return list(_blocks(path.read_text(encoding="utf-8").splitlines()))
+
+
+def _blocks(lines: list[str]) -> Iterator[Block]:
+    section, on, marks, at = 0, "", {}, 0
+    while at < len(lines):
+        line = lines[at]
+        at += 1
+        if line.startswith("## "):
+            section, on = section + 1, ""
+        mark = re.fullmatch(r"(?:%|<!--) ([a-z-]+)(?:: (.*?))?(?: -->)?", line)
+        if mark and mark[1] in KEYS:
+            if mark[1] == "on":
+                on = mark[2]
+            elif mark[1] == "plan-table":
+                start_at = at + next(i for i, x in enumerate(lines[at:]) if x.startswith("|"))
+                end = start_at + next(
+                    i for i, x in enumerate([*lines[start_at:], ""]) if not x.startswith("|")
+                )
+                yield Block(start_at + 1, "plan-table", lines[start_at:end], section)
+                at = end
+            else:
+                marks[mark[1]] = mark[2] or ""
+            continue
+        fence = re.fullmatch(r"(\s*)(`{3,}|~{3,}|:{3,})\s*(\{[\w-]+\})?\s*(.*)", line)
+        if fence is None:
+            continue
+        indent, ticks, directive, rest = fence.groups()
+        content: list[str] = []
+        first = at + 1
+        while lines[at].strip() != ticks:
+            content.append(lines[at].removeprefix(indent))
+            at += 1
+        at += 1
+        if directive and directive != "{code-block}":
+            assert not any("```" in text for text in content), f"line {first}: a block in a block"
+            continue
+        file = marks.pop("file", "")
+        while content and content[0].startswith(":"):
+            option = content.pop(0)
+            first += 1
+            if option.startswith(":caption:"):
+                file = option.removeprefix(":caption:").strip()
+        if content and directive and not content[0]:
+            content.pop(0)
+            first += 1
+        yield Block(first, rest.strip(), content, section, marks, file, on)
+        marks = {}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page(
+    page: str,
+    project: Project,
+    machine_with: Callable[..., Machine],
+    ollama_with: Callable[..., Any],
+) -> None:
+    """Every block of the page is true."""
+    path = PAGES[page]
+    project.environment.update(PYTEST_XDIST_AUTO_NUM_WORKERS="8", OLLAMA_HOST="127.0.0.1:9")
+    outside = dict(project.environment)
+    keep = "/tutorial/" in page
+    section, on = 0, ""
+    updates: list[tuple[Block, list[str]]] = []
+    for block in blocks_of(path):
+        place = f"{page}:{block.line}"
+        if block.section != section and not keep:
+            for name in (*CONFIGURATION, "performance_config.json"):
+                (project.path / name).unlink(missing_ok=True)
+        section = block.section
+        if block.on != on:
+            on = block.on
+            project.environment.clear()
+            project.environment.update(outside)
+            if on:
+                set_up(on, project, machine_with, ollama_with)
+        if "not-run" in block.marks:
+            assert len(block.marks["not-run"]) > 10, f"{place}: not-run needs a reason"
+            continue
+        if block.file:
+            place_file(project, block)
+        if block.language == "console":
+            updates.append((block, run_console(block, project, place)))
+        elif block.language in ("ini", "toml", "json"):
+            check_settings(block, place)
+        elif block.language == "plan-table":
+            check_plans(block, page)
+        elif not (block.language == "python" and block.file):
+            pytest.fail(f"{place}: a {block.language or 'bare'} block needs a not-run reason")
+    if os.environ.get("UPDATE_GOLDEN"):
+        write_back(path, updates)
+
+
+def set_up(
+    text: str,
+    project: Project,
+    machine_with: Callable[..., Machine],
+    ollama_with: Callable[..., Any],
+) -> None:
+    """The machine that `on` names: `gpu=TOTAL,USED[,NAME]`, `ollama=MODEL,SIZE`, `cpus=N`.
+
+    `nvml=NUMBER` is an NVML that fails with this error; `idle-ollama` has nothing loaded.
+    """
+    words = [word.partition("=")[::2] for word in shlex.split(text)]
+    devices = [
+        Device(**dict(zip(("total", "used", "name"), value.split(","), strict=False)))
+        for key, value in words
+        if key == "gpu"
+    ]
+    given = dict(words)
+    assert given.keys() <= {"gpu", "ollama", "cpus", "nvml", "idle-ollama"}, text
+    if devices or "nvml" in given:
+        machine = machine_with(*devices or [Device()])
+        if "nvml" in given:
+            machine.inject("nvmlInit*", code=int(given["nvml"]))
+    if "ollama" in given:
+        name, size = given["ollama"].split(",")
+        ollama_with({name: size}, load=name)
+    elif "idle-ollama" in given:
+        ollama_with({"qwen2.5:14b": "10.8GB"})
+    project.environment["PYTEST_XDIST_AUTO_NUM_WORKERS"] = given.get("cpus", "8")
+
+
+def place_file(project: Project, block: Block) -> None:
+    """Write the block's file; a project has one configuration file at a time."""
+    if block.file in CONFIGURATION:
+        for name in CONFIGURATION:
+            (project.path / name).unlink(missing_ok=True)
+    if block.language == "python" and block.file.startswith("test_"):
+        (project.path / "test_project.py").unlink(missing_ok=True)
+    project.file(block.file, "\n".join(block.lines) + "\n")
+
+
+# --- console blocks ---
+
+
+def run_console(block: Block, project: Project, place: str) -> list[str]:
+    """Run each command and compare; returns the block as it should be."""
+    wanted = list(block.lines)
+    parts: list[tuple[str, list[str]]] = []
+    for line in block.lines:
+        if line.startswith("$ "):
+            parts.append((line, []))
+        else:
+            assert parts, f"{place}: output before the first command"
+            parts[-1][1].append(line)
+    made: list[str] = []
+    for command, expected in parts:
+        result = run(command[2:], project, place)
+        made += [command, *rewritten(expected, result)]
+        if not os.environ.get("UPDATE_GOLDEN"):
+            compare(command, expected, result, place)
+    return made if os.environ.get("UPDATE_GOLDEN") else wanted
+
+
+def run(command: str, project: Project, place: str) -> Result:
+    words = shlex.split(command)
+    environment = {}
+    while "=" in words[0]:
+        name, _, environment[name] = words.pop(0).partition("=")
+    assert words[0] in COMMANDS, f"{place}: {words[0]} cannot be run here: give a not-run reason"
+    if words[0] == "pytest":
+        return project.pytest(*words[1:], **environment)
+    return project.command(words, **environment)
+
+
+def compare(command: str, expected: list[str], result: Result, place: str) -> None:
+    """The plugin's lines and errors are exactly the block's; its other lines occur."""
+    told = f"{place}: {command}\n{result.out}\n{result.err}"
+    errors = [line for line in plain(result.err) if line.startswith("ERROR: ")]
+    shown = plain("\n".join(expected))
+    code = 4 if errors else 1 if any(" failed" in line for line in shown) else 0
+    assert result.code == code, told
+    if expected:
+        assert said(expected) == plain("\n".join(result.said)), told
+        assert [line for line in shown if line.startswith("ERROR: ")] == errors, told
+        output = plain(result.out + result.err)
+        assert [line for line in shown if line not in output and line != "..."] == [], told
+
+
+def rewritten(expected: list[str], result: Result) -> list[str]:
+    """The block's output with the plugin's lines and errors as they are now."""
+    errors = [line for line in plain(result.err) if line.startswith("ERROR: ")]
+    now = [*plain("\n".join(result.said)), *errors]
+    old = [
+        i
+        for i, line in enumerate(expected)
+        if line.startswith("ERROR: ") or plain(line)[0] in said(expected)
+    ]
+    if not old:
+        return [*now, *expected]
+    return [*expected[: old[0]], *now, *expected[old[-1] + 1 :]]
+
+
+def said(lines: list[str]) -> list[str]:
+    return plain("\n".join(Result(0, "\n".join(lines), "").said))
+
+
+def plain(text: str) -> list[str]:
+    """The lines without what differs between runs."""
+    text = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:11434", text)
+    text = re.sub(r"\bin \d+\.\d+s\b", "in 0.50s", text)
+    text = re.sub(r"(?m)^=+ (.*?) =+$", r"== \1 ==", text)
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+def write_back(path: Path, updates: list[tuple[Block, list[str]]]) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for block, made in reversed(updates):
+        lines[block.line - 1 : block.line - 1 + len(block.lines)] = made
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# --- settings ---
+
+
+def check_settings(block: Block, place: str) -> None:
+    """The block's settings are accepted, or refused where the page says so."""
+    text = "\n".join(block.lines)
+    ini: dict[str, object] = {}
+    found = {"ini": _from_ini, "toml": _from_toml, "json": _from_json}[block.language](text)
+    assert found is not None, f"{place}: no settings of pytest in it: give a not-run reason"
+    problems = []
+    for name, value in found.items():
+        if name == "gpu_share":
+            assert str(value).lower() in ("true", "false"), place
+        elif name.startswith("gpu_share_"):
+            ini[name] = value
+        elif block.language == "json":
+            ini[f"gpu_share_{name}"] = value
+    try:
+        load(written(ini=ini))
+    except SettingsError as error:
+        problems.append(str(error))
+    assert bool(problems) == ("refused" in block.marks), f"{place}: {problems}"
+
+
+def _from_ini(text: str) -> dict[str, object] | None:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read_string(text)
+    for name in ("pytest", "tool:pytest"):
+        if parser.has_section(name):
+            return dict(parser[name])
+    return None
+
+
+def _from_toml(text: str) -> dict[str, object] | None:
+    document = tomllib.loads(text)
+    tool = document.get("tool", {}).get("pytest", document.get("pytest"))
+    return None if tool is None else tool.get("ini_options", tool)
+
+
+def _from_json(text: str) -> dict[str, object] | None:
+    section = json.loads(text).get(JSON_SECTION)
+    return section if isinstance(section, dict) else None
+
+
+def written(**given: Any) -> Written:
+    here = Path("/nowhere")
+    defaults = {"flags": {}, "overrides": {}, "ini": {}, "ini_file": "pytest.ini"}
+    places = {"root": here, "ini_directory": here, "invocation_directory": here}
+    return Written(**{**defaults, **places, **given})
+
+
+# --- tables of plans ---
+
+
+def check_plans(block: Block, page: str) -> None:
+    """In each row the last code is the plan that the codes before it, as options, give."""
+    for offset, row in enumerate(block.lines[2:], start=2):
+        *options, expected = re.findall(r"`([^`]+)`", row)
+        text = plan_of(shlex.split(" ".join(options)))
+        assert text.startswith(f"{expected} ("), f"{page}:{block.line + offset}: {text}"
+
+
+def plan_of(arguments: list[str]) -> str:
+    """The headline's words for these options, on a machine with 64 CPUs and no Ollama."""
+    flags: dict[str, object] = {}
+    overrides: dict[str, object] = {"gpu_share_enable_ollama_detection": "false"}
+    simulate: list[str] = []
+    number = None
+    words = iter(arguments)
+    for word in words:
+        value = next(words)
+        if word == "--gpu-share-simulate":
+            simulate.append(value)
+        elif word == "--gpu-share-preset":
+            flags["preset"] = value
+        elif word == "-n":
+            number = int(value)
+        else:
+            assert word == "-o", f"not an option of these tables: {word}"
+            key, _, overrides[key] = value.partition("=")
+    settings = load(written(flags=flags, overrides=overrides))
+    started = start(settings, Request(number), tuple(simulate), 64)
+    headline = next(line.text for line in header(started, 0) if "workers" in line.text[:30])
+    started.close()
+    return headline.removeprefix("gpu-share: ")
+
+
+# --- the pages as a whole ---
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_exist(page: str) -> None:
+    """A page names only options that exist: what is planned is told without names."""
+    text = PAGES[page].read_text(encoding="utf-8")
+    known = {option.ini for option in OPTIONS} | {"gpu_share"}
+    named = set(re.findall(r"\bgpu_share(?:_\w+)?\b", text)) - {"gpu_share_KEY"}
+    refused = {
+        name
+        for block in blocks_of(PAGES[page])
+        if "refused" in block.marks
+        for name in re.findall(r"\bgpu_share_\w+", "\n".join(block.lines))
+    }
+    assert named - known <= refused
+    flags = {option.flag for option in OPTIONS if option.flag}
+    flags |= {"--gpu-share", "--no-gpu-share", "--gpu-share-simulate"}
+    assert set(re.findall(r"--(?:no-)?gpu-share[\w-]*", text)) <= flags
+
+
+def test_reference_lists_every_option(project: Project) -> None:
+    """All that `pytest --help` shows of the plugin, and every key of the table."""
+    sys.path.insert(0, str(ROOT / "docs" / "_ext"))
+    try:
+        import gpushare_reference
+    finally:
+        sys.path.pop(0)
+    page = PAGES["docs/reference/options.md"].read_text(encoding="utf-8")
+    assert "{gpu-share-options}" in page
+    assert "{gpu-share-presets}" in page
+    text = page + gpushare_reference.options() + gpushare_reference.presets()
+    for option in OPTIONS:
+        assert f"{{confval}} {option.ini}" in text
+        assert option.meaning in text
+    assert all(f"`{name}`" in text for name in PRESETS)
+    helped = project.pytest("--help").out
+    for name in re.findall(r"^ +(--(?:no-)?gpu-share[\w-]*)", helped, re.MULTILINE):
+        assert f"`{name}" in text, name
+
+
+def test_default_preset_is_the_defaults() -> None:
+    """What the reference says of `conservative`."""
+    for key, value in PRESETS["conservative"].items():
+        option = BY_KEY[key]
+        assert parse(option, value, "preset") == parse(option, option.default, "default")
+
+
+def test_links_of_pages_for_github() -> None:
+    """Relative links lead to files."""
+    for name in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / name).read_text()):
+            assert (ROOT / target).exists(), f"{name}: {target}"

@@ -1,0 +1,212 @@
+"""Ollama's HTTP API on top of the scheduler."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import time
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
+from typing import TYPE_CHECKING, Any
+
+from .durations import moment, seconds
+from .models import full_name
+from .runner import as_tuple
+from .scheduler import LoadAbortedError, LoadError
+
+if TYPE_CHECKING:
+    from .scheduler import Loaded
+    from .server import OllamaServer
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it came in; `time` is time.time()."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    time: float
+
+    def json(self) -> Any:
+        """Return the body, decoded."""
+        return json.loads(self.body)
+
+
+class ApiError(Exception):
+    """An answer ``{"error": text}`` with a status."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+    # Header and body are written separately: with Nagle's algorithm the body would wait
+    # for the client's delayed acknowledgement, 40 ms.
+    disable_nagle_algorithm = True
+    server_version, sys_version = "", ""
+    ollama: OllamaServer  # set by the server
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: requests are recorded."""
+
+    def do_GET(self) -> None:
+        """Answer a GET."""
+        self._answer(b"")
+
+    def do_HEAD(self) -> None:
+        """Answer a HEAD."""
+        self._answer(b"")
+
+    def do_POST(self) -> None:
+        """Answer a POST."""
+        self._answer(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+
+    def _answer(self, body: bytes) -> None:
+        path = self.path.split("?")[0]
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.ollama.requests.append(Request(self.command, path, headers, body, time.time()))
+        time.sleep(self.ollama.delays.get(path, 0.0))
+        try:
+            if not self._host_is_local():
+                self._send(403, b"", "text/plain")
+                return
+            if path in self.ollama.errors:
+                raise ApiError(*self.ollama.errors[path])
+            self._route(path, body)
+        except ApiError as error:
+            self._send_json({"error": str(error)}, error.status)
+        except LoadAbortedError:
+            self.close_connection = True
+        except LoadError as error:
+            self._send_json({"error": str(error)}, 500)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+    def _route(self, path: str, body: bytes) -> None:
+        get, post = self.command in ("GET", "HEAD"), self.command == "POST"
+        if path == "/" and get:
+            self._send(200, b"Ollama is running", "text/plain; charset=utf-8")
+        elif path == "/api/version" and get:
+            self._send_json({"version": self.ollama.version})
+        elif path == "/api/ps" and get:
+            entries = self.ollama.scheduler.loaded()
+            self._send_json({"models": [self._ps_entry(entry) for entry in entries]})
+        elif path == "/api/tags" and get:
+            self._send_json({"models": [m.tag() for m in self.ollama.models.values()]})
+        elif path == "/api/show" and post:
+            request = _object(body)
+            model = self._model(request.get("model") or request.get("name"))
+            self._send_json(model.show(verbose=bool(request.get("verbose"))))
+        elif path == "/api/generate" and post:
+            self._generate(_object(body))
+        elif path in ("/", "/api/version", "/api/ps", "/api/tags", "/api/show", "/api/generate"):
+            self._send(405, b"405 method not allowed", "text/plain")
+        else:
+            self._send(404, b"404 page not found", "text/plain")
+
+    def _ps_entry(self, entry: Loaded) -> dict[str, Any]:
+        model = entry.model
+        shown = {
+            "name": model.full_name,
+            "model": model.full_name,
+            "size": entry.need,
+            "digest": model.digest,
+            "details": model.details(),
+            "expires_at": entry.expires_at,
+            "size_vram": entry.placement.vram,
+            "context_length": entry.key[0],
+        }
+        if (0, 0, 0) < as_tuple(self.ollama.version) < (0, 10, 0):
+            del shown["context_length"]
+        return shown
+
+    def _generate(self, request: dict[str, Any]) -> None:
+        began = time.monotonic_ns()
+        model = self._model(request.get("model"))
+        prompt = request.get("prompt") or ""
+        options = request.get("options") or {}
+        try:
+            given = request.get("keep_alive")
+            keep_alive = None if given is None else seconds(given)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+        scheduler = self.ollama.scheduler
+        if keep_alive == 0 and not prompt:
+            scheduler.unload(model.full_name)
+            self._send_generated(request, model.full_name, [], "unload", began)
+            return
+        entry = scheduler.acquire(
+            model,
+            context=int(options.get("num_ctx", 0)),
+            num_gpu=int(options.get("num_gpu", -1)),
+            keep_alive=keep_alive,
+            aborted=self._client_is_gone,
+        )
+        try:
+            if prompt:
+                time.sleep(scheduler.settings.generate_delay)
+        finally:
+            # Before the answer: who has it finds the keep-alive of this request in ps.
+            scheduler.release(entry)
+        words = ["Simulated", " answer", "."] if prompt else []
+        self._send_generated(request, model.full_name, words, "stop" if prompt else "load", began)
+
+    def _send_generated(
+        self, request: dict[str, Any], name: str, words: list[str], reason: str, began: int
+    ) -> None:
+        head = {"model": request.get("model", name), "created_at": moment(time.time_ns())}
+        last = {**head, "response": "", "done": True, "done_reason": reason}
+        if words:
+            last |= {"total_duration": time.monotonic_ns() - began, "eval_count": len(words)}
+        if request.get("stream") is False:
+            self._send_json({**last, "response": "".join(words)})
+            return
+        parts = [{**head, "response": word, "done": False} for word in words]
+        lines = b"".join(json.dumps(part).encode() + b"\n" for part in [*parts, last])
+        self._send(200, lines, "application/x-ndjson")
+
+    def _model(self, name: Any) -> Any:
+        if not isinstance(name, str) or not name:
+            raise ApiError(400, "model is required")
+        model = self.ollama.models.get(full_name(name))
+        if model is None:
+            raise ApiError(404, f"model '{name}' not found")
+        return model
+
+    def _host_is_local(self) -> bool:
+        host = self.headers.get("Host", "").rsplit(":", 1)[0].strip("[]").lower()
+        if host in ("", "localhost", "127.0.0.1", "::1", "0.0.0.0"):
+            return True
+        return host.endswith((".localhost", ".local", ".internal"))
+
+    def _client_is_gone(self) -> bool:
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+
+    def _send_json(self, value: Any, status: int = 200) -> None:
+        self._send(status, json.dumps(value).encode(), "application/json; charset=utf-8")
+
+    def _send(self, status: int, body: bytes, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        raise ApiError(400, "invalid JSON in the request body") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "json: cannot unmarshal into an object")
+    return value

@@ -1,0 +1,152 @@
+"""Models that a simulated Ollama has: what they need, and what the API tells of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..sizes import Size, to_bytes
+
+DEFAULT_CONTEXT = 4096
+"""Tokens of context for which `Model.size` is meant."""
+
+MODIFIED_AT = "2026-08-01T10:00:00.123456789+02:00"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model.
+
+    name: without a tag, ``:latest`` is meant.
+    size: bytes of VRAM that it needs at a context of 4096 tokens and one parallel request.
+    weights: bytes of the file; by default `size` less the KV cache and the graph.
+    graph: bytes of the compute buffers.
+    layers, heads, kv_heads, key_length, value_length, embedding_length, trained_context:
+        the shape, from which the KV cache follows; the defaults are qwen2.5:14b's, but for
+        a model that is no larger than four such KV caches, where they are a toy's.
+    """
+
+    name: str
+    size: Size
+    weights: Size | None = None
+    graph: Size = 0
+    architecture: str = "qwen2"
+    layers: int | None = None
+    heads: int = 40
+    kv_heads: int | None = None
+    key_length: int = 128
+    value_length: int = 128
+    embedding_length: int = 5120
+    trained_context: int = 32768
+    parameter_size: str = "14.8B"
+    quantization: str = "Q4_K_M"
+
+    def __post_init__(self) -> None:
+        if self.file_bytes <= 0:
+            raise ValueError(f"{self.name}: nothing of its size is left to the weights")
+
+    @property
+    def full_name(self) -> str:
+        """The name with its tag."""
+        return full_name(self.name)
+
+    @property
+    def digest(self) -> str:
+        """A digest like the one of a real manifest: 64 hexadecimal digits."""
+        return hashlib.sha256(self.full_name.encode()).hexdigest()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(layers, KV heads)."""
+        kv_of_14b = 48 * 8 * (self.key_length + self.value_length) * DEFAULT_CONTEXT * 2
+        layers, kv_heads = (48, 8) if to_bytes(self.size) > 4 * kv_of_14b else (8, 1)
+        return self.layers or layers, self.kv_heads or kv_heads
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the model's file, which are those of its weights."""
+        if self.weights is not None:
+            return to_bytes(self.weights)
+        return to_bytes(self.size) - self.kv_bytes(DEFAULT_CONTEXT) - to_bytes(self.graph)
+
+    def kv_bytes(self, context: int) -> int:
+        """Bytes of an f16 KV cache for *context* tokens."""
+        layers, kv_heads = self.shape
+        return layers * kv_heads * (self.key_length + self.value_length) * context * 2
+
+    def need(self, context: int, parallel: int = 1) -> int:
+        """Bytes of VRAM needed for *parallel* requests of *context* tokens each."""
+        if self.weights is None:
+            fixed = to_bytes(self.size) - self.kv_bytes(DEFAULT_CONTEXT)
+        else:
+            fixed = to_bytes(self.weights) + to_bytes(self.graph)
+        return fixed + self.kv_bytes(context) * parallel
+
+    def details(self) -> dict[str, Any]:
+        """The `details` of /api/tags, /api/ps and /api/show."""
+        return {
+            "parent_model": "",
+            "format": "gguf",
+            "family": self.architecture,
+            "families": [self.architecture],
+            "parameter_size": self.parameter_size,
+            "quantization_level": self.quantization,
+        }
+
+    def tag(self) -> dict[str, Any]:
+        """The entry in /api/tags."""
+        return {
+            "name": self.full_name,
+            "model": self.full_name,
+            "modified_at": MODIFIED_AT,
+            "size": self.file_bytes,
+            "digest": self.digest,
+            "details": self.details(),
+        }
+
+    def show(self, *, verbose: bool) -> dict[str, Any]:
+        """The answer of /api/show. Arrays are null unless *verbose*, as in the real one."""
+        a = self.architecture
+        layers, kv_heads = self.shape
+        info: dict[str, Any] = {
+            "general.architecture": a,
+            "general.file_type": 15,
+            "general.parameter_count": 14770033664,
+            f"{a}.block_count": layers,
+            f"{a}.attention.head_count": self.heads,
+            f"{a}.attention.head_count_kv": kv_heads,
+            f"{a}.attention.key_length": self.key_length,
+            f"{a}.attention.value_length": self.value_length,
+            f"{a}.embedding_length": self.embedding_length,
+            f"{a}.context_length": self.trained_context,
+            "tokenizer.ggml.tokens": ["a", "b"] if verbose else None,
+        }
+        return {
+            "modelfile": f"FROM {self.full_name}",
+            "template": "{{ .Prompt }}",
+            "details": self.details(),
+            "model_info": info,
+            "capabilities": ["completion"],
+            "modified_at": MODIFIED_AT,
+        }
+
+
+def full_name(name: str) -> str:
+    """Return a model's name with its tag."""
+    return name if ":" in name.rsplit("/", 1)[-1] else f"{name}:latest"
+
+
+def as_models(models: Mapping[str, Any] | list[Model]) -> dict[str, Model]:
+    """Return models by full name, from Model values or a mapping of name to size or fields."""
+    if isinstance(models, list):
+        made = models
+    else:
+        made = [
+            value
+            if isinstance(value, Model)
+            else Model(name, **(value if isinstance(value, dict) else {"size": value}))
+            for name, value in models.items()
+        ]
+    return {model.full_name: model for model in made}

@@ -1,0 +1,227 @@
+"""Loading and unloading: which models are in VRAM, and until when."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..hardware import OutOfMemoryError
+from ..machine import Machine
+from ..sizes import to_bytes
+from ..store import start_time
+from ..visibility import visible_devices
+from .durations import moment, seconds
+from .models import Model
+from .placement import Placement, Room, forced, place_alone, place_beside
+from .runner import Processes
+from .settings import Settings
+
+
+class LoadError(RuntimeError):
+    """A model could not be loaded; HTTP status 500."""
+
+
+class LoadAbortedError(LoadError):
+    """The client went away while its model was being loaded."""
+
+
+@dataclass
+class Loaded:
+    """A model that is loaded. `key` is what a request must match to use it as it is."""
+
+    model: Model
+    key: tuple[int, int]  # context in tokens, num_gpu
+    need: int
+    placement: Placement
+    pid: int
+    keep_alive: float
+    busy: int = 1
+    deadline: float = 0.0  # time.monotonic() when it expires, once idle
+    expires_at: str = field(default_factory=lambda: moment(time.time_ns()))
+
+
+class Scheduler:
+    """Loads models one at a time, as Ollama does, and expires them."""
+
+    def __init__(self, machine: Machine | None, processes: Processes, settings: Settings) -> None:
+        self.settings = settings
+        self._machine = machine
+        self._processes = processes
+        self._loading = threading.Lock()
+        self._changed = threading.Condition()
+        self._loaded: dict[str, Loaded] = {}
+        self._port = 40000
+        self._closed = False
+        self._expirer = threading.Thread(target=self._expire, name="ollama-expire", daemon=True)
+        self._expirer.start()
+
+    def loaded(self) -> list[Loaded]:
+        """Return the loaded models, the first to expire last, as /api/ps does."""
+        with self._changed:
+            for entry in list(self._loaded.values()):
+                if start_time(entry.pid) is None:  # somebody killed the runner
+                    del self._loaded[entry.model.full_name]
+            return sorted(self._loaded.values(), key=lambda entry: -entry.deadline)
+
+    def acquire(
+        self,
+        model: Model,
+        *,
+        context: int = 0,
+        num_gpu: int = -1,
+        keep_alive: float | None = None,
+        aborted: Callable[[], bool] = lambda: False,
+    ) -> Loaded:
+        """Return the model, loaded so; it stays until `release`. Others may have to leave."""
+        wanted = context or self.settings.context_length or self._context_by_vram()
+        key = (min(wanted, model.trained_context), num_gpu)
+        with self._loading:
+            self.loaded()
+            with self._changed:
+                entry = self._loaded.get(model.full_name)
+                if entry is not None and entry.key == key:
+                    entry.busy += 1
+                    entry.keep_alive = entry.keep_alive if keep_alive is None else keep_alive
+                    return entry
+                while entry is not None and entry.busy:
+                    self._changed.wait()
+            if entry is not None:
+                self.unload(model.full_name)
+            if keep_alive is None:
+                keep_alive = seconds(self.settings.keep_alive)
+            return self._load(model, key, keep_alive, aborted)
+
+    def release(self, entry: Loaded) -> None:
+        """End a request; the keep-alive starts anew."""
+        with self._changed:
+            entry.busy -= 1
+            entry.deadline = time.monotonic() + entry.keep_alive
+            entry.expires_at = moment(time.time_ns(), entry.keep_alive)
+            self._changed.notify_all()
+        if entry.keep_alive == 0 and not entry.busy:
+            self.unload(entry.model.full_name)
+
+    def unload(self, name: str) -> None:
+        """Drop a model from the list and end its runner."""
+        with self._changed:
+            entry = self._loaded.pop(name, None)
+            self._changed.notify_all()
+        if entry is None:
+            return
+        if self.settings.unload_delay:
+            stop = threading.Timer(self.settings.unload_delay, self._processes.stop, [entry.pid])
+            stop.daemon = True
+            stop.start()
+        else:
+            self._processes.stop(entry.pid)
+
+    def close(self) -> None:
+        """Stop expiring; the runners end with their processes."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._expirer.join()
+
+    # --- inside ---
+
+    def _rooms(self) -> list[Room]:
+        if self._machine is None:
+            return []
+        devices = self._machine.snapshot()
+        environ = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        if self.settings.visible is not None:
+            environ["CUDA_VISIBLE_DEVICES"] = self.settings.visible
+        visible = visible_devices(devices, environ)
+        own = to_bytes(self.settings.context)
+        by_uuid = {device.uuid: device for device in devices}
+        return [Room(uuid, max(0, by_uuid[uuid].free - own)) for uuid in visible]
+
+    def _context_by_vram(self) -> int:
+        total = 0
+        if self._machine is not None:
+            uuids = {room.uuid for room in self._rooms()}
+            total = sum(d.total for d in self._machine.snapshot() if d.uuid in uuids)
+        return 262144 if total >= 47 << 30 else 32768 if total >= 23 << 30 else 4096
+
+    def _load(
+        self, model: Model, key: tuple[int, int], keep_alive: float, aborted: Callable[[], bool]
+    ) -> Loaded:
+        need = model.need(key[0], self.settings.parallel)
+        placement = self._make_room(model, need, key[1])
+        self._port += 1
+        pid = self._processes.start(model.digest, self._port)
+        try:
+            self._fill(pid, placement)
+            until = time.monotonic() + self.settings.load_delay
+            while (left := until - time.monotonic()) > 0:
+                if aborted():
+                    raise LoadAbortedError("client closed connection before the model was loaded")
+                time.sleep(min(0.01, left))
+        except BaseException:
+            self._processes.stop(pid)
+            raise
+        entry = Loaded(model, key, need, placement, pid, keep_alive)
+        with self._changed:
+            self._loaded[model.full_name] = entry
+        return entry
+
+    def _make_room(self, model: Model, need: int, num_gpu: int) -> Placement:
+        """Decide where the model goes; evict idle models, the next to expire first."""
+        margin = to_bytes(self.settings.margin)
+        while True:
+            rooms = self._rooms()
+            entries = self.loaded()
+            layers = model.shape[0]
+            if num_gpu == 0 or not rooms:
+                return Placement(())
+            if num_gpu > 0:
+                return forced(need, layers, rooms, num_gpu)
+            if not entries:
+                return place_alone(need, layers, rooms, margin)
+            if len(entries) < self.settings.max_loaded * len(rooms):
+                beside = place_beside(need, rooms, margin)
+                if beside is not None:
+                    return beside
+            self._evict_one()
+
+    def _evict_one(self) -> None:
+        with self._changed:
+            while True:
+                idle = [entry for entry in self._loaded.values() if not entry.busy]
+                if idle or not self._loaded:
+                    break
+                self._changed.wait()
+        if not idle:
+            return
+        leaving = min(idle, key=lambda entry: entry.deadline)
+        wanted = sum(room.free for room in self._rooms()) + leaving.placement.vram
+        self.unload(leaving.model.full_name)
+        deadline = time.monotonic() + 5  # Ollama waits as long for the VRAM to come back
+        while sum(room.free for room in self._rooms()) < wanted and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _fill(self, pid: int, placement: Placement) -> None:
+        for uuid, nbytes in placement.shares:
+            assert self._machine is not None
+            try:
+                self._machine.allocate(uuid, nbytes, pid, context=self.settings.context)
+            except OutOfMemoryError as error:
+                raise LoadError(
+                    f"llama runner process has terminated: cudaMalloc failed: {error}"
+                ) from error
+
+    def _expire(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed:
+                    return
+                now = time.monotonic()
+                idle = [entry for entry in self._loaded.values() if not entry.busy]
+                due = [entry.model.full_name for entry in idle if entry.deadline <= now]
+                if not due:
+                    soonest = min((entry.deadline for entry in idle), default=now + 3600)
+                    self._changed.wait(min(soonest - now, 3600))
+            for name in due:
+                self.unload(name)

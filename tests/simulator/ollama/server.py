@@ -1,0 +1,149 @@
+"""A simulated Ollama server: real HTTP, simulated VRAM, real processes that hold it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import threading
+from collections.abc import Mapping
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from ..machine import Machine
+from .api import Handler, Request
+from .models import Model, as_models, full_name
+from .runner import Processes
+from .scheduler import Scheduler
+from .settings import Settings
+
+
+class OllamaError(RuntimeError):
+    """The server answered with an error status."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"HTTP {status}: {text}")
+        self.status = status
+
+
+class OllamaServer:
+    """Ollama on 127.0.0.1; a context manager.
+
+    requests: every request so far.
+    delays: seconds to wait before answering, by path.
+    errors: (status, text) to answer with, by path.
+    """
+
+    def __init__(
+        self,
+        machine: Machine | None,
+        models: Mapping[str, Any] | list[Model],
+        *,
+        port: int = 0,
+        version: str = "0.33.0",
+        settings: Settings | None = None,
+        binaries: Path | None = None,
+        **options: Any,
+    ) -> None:
+        """Start serving.
+
+        machine: None for an Ollama without a GPU, or on another host.
+        models: `Model` values, or a mapping of names to sizes or to the fields of `Model`.
+        binaries: where the compiled helper is kept between runs.
+        options: the fields of `Settings`.
+        """
+        self.version = version
+        self.models = as_models(models)
+        self.requests: list[Request] = []
+        self.delays: dict[str, float] = {}
+        self.errors: dict[str, tuple[int, str]] = {}
+        handler = type("BoundHandler", (Handler,), {"ollama": self})
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self._http.daemon_threads = True
+        self._http.block_on_close = False
+        self.processes = Processes(version, binaries)
+        self.scheduler = Scheduler(machine, self.processes, settings or Settings(**options))
+        self._thread = threading.Thread(
+            target=self._http.serve_forever, args=(0.02,), name="ollama-http", daemon=True
+        )
+        self._thread.start()
+
+    def __enter__(self) -> OllamaServer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop serving; all models leave VRAM."""
+        self._http.shutdown()
+        self._http.server_close()
+        self.scheduler.close()
+        runners = self.runner_pids()
+        self.processes.close()
+        self.processes.wait_for_death(runners)
+
+    @property
+    def port(self) -> int:
+        """The TCP port."""
+        return int(self._http.server_address[1])
+
+    @property
+    def host(self) -> str:
+        """Host and port, as in OLLAMA_HOST."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The base URL."""
+        return f"http://{self.host}"
+
+    def runner_pids(self) -> list[int]:
+        """Return the PIDs that hold the models' VRAM."""
+        return [entry.pid for entry in self.scheduler.loaded()]
+
+    def wait(self) -> None:
+        """Block until the server is closed."""
+        self._thread.join()
+
+    # --- through HTTP, as a client would ---
+
+    def request(self, path: str, body: object = None, timeout: float = 60.0) -> Any:
+        """Send a request, POST if there is a body; return the decoded answer."""
+        # http.client, because urllib reads the CA certificates for each opener: 30 ms.
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        with contextlib.closing(connection):
+            if body is None:
+                connection.request("GET", path)
+            else:
+                connection.request("POST", path, json.dumps(body))
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        if answer.status >= 400:
+            raise OllamaError(answer.status, text)
+        return json.loads(text)
+
+    def load(self, name: str, *, keep_alive: float | str | None = None, **options: Any) -> Any:
+        """Load a model; *options* are request options such as num_ctx. Returns its ps entry."""
+        body: dict[str, Any] = {"model": name, "stream": False}
+        if keep_alive is not None:
+            body["keep_alive"] = keep_alive
+        if options:
+            body["options"] = options
+        self.request("/api/generate", body)
+        return next((entry for entry in self.ps() if entry["name"] == full_name(name)), None)
+
+    def unload(self, name: str) -> None:
+        """Unload a model."""
+        self.request("/api/generate", {"model": name, "keep_alive": 0, "stream": False})
+
+    def ps(self) -> list[dict[str, Any]]:
+        """Return the entries of /api/ps."""
+        entries: list[dict[str, Any]] = self.request("/api/ps")["models"]
+        return entries
+
+    def spilled(self) -> list[str]:
+        """Return the models that are not wholly on GPUs; asks the scheduler, not HTTP."""
+        loaded = self.scheduler.loaded()
+        return [entry.model.full_name for entry in loaded if entry.placement.vram < entry.need]
