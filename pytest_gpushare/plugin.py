@@ -5,11 +5,13 @@ Imported in every run of pytest, so only what an idle run needs is imported at t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_gpushare.settings.gpu_auto import GPU_AUTO, accept_gpu_auto
 from pytest_gpushare.settings.options import OPTIONS
 from pytest_gpushare.worker import PLACED, keep_log_file
 
@@ -27,8 +29,6 @@ class _NumprocessesType:
 
     def pytest_plugin_registered(self, plugin: object) -> None:
         if getattr(plugin, "__name__", None) == "xdist.plugin":
-            from pytest_gpushare.run.numprocesses import accept_gpu_auto
-
             accept_gpu_auto(self._parser)
 
 
@@ -97,7 +97,7 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
                 _call(settle_in_process, config)
             elif (started := _call(start_workers, config)) is not None:
                 _hold(config, started)
-        elif getattr(config.option, "numprocesses", None) == "gpu-auto":
+        elif getattr(config.option, "numprocesses", None) == GPU_AUTO:
             config.option.numprocesses = "auto"
     return (yield)
 
@@ -148,8 +148,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def _is_asked(config: pytest.Config, options: Any) -> bool:
     if options.gpu_share is not None:
         return bool(options.gpu_share)
-    if getattr(options, "numprocesses", None) == "gpu-auto":
+    if getattr(options, "numprocesses", None) == GPU_AUTO:
         return True
+    # getini refuses a typed value of pytest 9's TOML; the reader below takes it.
+    with contextlib.suppress(Exception):
+        if config.getini("gpu_share") is None:
+            return False
     from pytest_gpushare.settings.written import switched_on
 
     return bool(_call(switched_on, config))

@@ -13,7 +13,11 @@ MB = 1024**2
 GB = 1024**3
 
 _FACTORS = {"B": 1, "K": 1024, "M": MB, "G": GB, "T": 1024**4}
-_SIZE = re.compile(r"([0-9]{1,24}(?:\.[0-9]{0,24})?|\.[0-9]{1,24})\s*(B|[KMGT](?:i?B)?)?", re.I)
+# ASCII alone: without regard to case, K is also the sign of Kelvin, which is no unit of ours.
+_SIZE = re.compile(
+    r"([0-9]{1,24}(?:\.[0-9]{0,24})?|\.[0-9]{1,24})\s*(B|[KMGT](?:i?B)?)?",
+    re.IGNORECASE | re.ASCII,
+)
 
 
 def parse_size(text: str, unit: str) -> Fraction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 
@@ -23,13 +24,17 @@ class Address:
     @property
     def shown(self) -> str:
         """`127.0.0.1:11434`, as messages name it."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
+        text = "".join(c if c.isprintable() else "?" for c in self._authority)
+        return text if len(text) <= 80 else f"{text[:40]}...{text[-37:]}"
 
     @property
     def url(self) -> str:
         """The base URL, without a slash at its end."""
-        return f"{self.scheme}://{self.shown}{self.path}"
+        return f"{self.scheme}://{self._authority}{self.path}"
+
+    @property
+    def _authority(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def parse_address(text: str) -> Address:
@@ -48,17 +53,28 @@ def parse_address(text: str) -> Address:
     problem = ""
     port = default_port
     if port_text:
-        if re.fullmatch(r"[0-9]{1,5}", port_text) and int(port_text) <= 65535:
+        if re.fullmatch(r"[0-9]{1,9}", port_text) and int(port_text) <= 65535:
             port = int(port_text)
         else:
-            problem = f'"{port_text[:20]}" is no port: {default_port} is used'
+            problem = f"{port_text[:20]!r} is no port: {default_port} is used"
     return Address(
         scheme="https" if scheme.lower() == "https" else "http",
-        host={"": DEFAULT_HOST, "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host),
+        host=_callable(host),
         port=port,
         path=f"/{path.strip('/')}" if slash and path.strip("/") else "",
         problem=problem,
     )
+
+
+def _callable(host: str) -> str:
+    """The host to call for one to bind: loopback for every address, or for none."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host or DEFAULT_HOST
+    if not address.is_unspecified:
+        return host
+    return DEFAULT_HOST if address.version == 4 else "::1"
 
 
 def _split(authority: str) -> tuple[str, str]:

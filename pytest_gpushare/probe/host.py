@@ -80,7 +80,7 @@ def is_own_address(host: str) -> bool:
         "host.docker.internal",
         "gateway.docker.internal",
         "host.containers.internal",
-    ):
+    ) or name.endswith(".localhost"):
         return True
     try:
         address = ipaddress.ip_address(name)

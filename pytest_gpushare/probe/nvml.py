@@ -16,9 +16,12 @@ from pytest_gpushare.probe.facts import Device, GpuFacts, GpuProcess
 from pytest_gpushare.probe.host import is_ollama_runner, unified_memory
 from pytest_gpushare.probe.visibility import visible
 
-_NOT_SUPPORTED, _LIBRARY_NOT_FOUND = 3, 12
+_NOT_SUPPORTED = 3
+_NO_INSTANCE = (2, 6)
+"""What NVML answers to an index at which there is no MIG instance."""
 _MOST_DEVICES = 256
 _MOST_MIG = 16
+_MOST_VRAM = 2**50
 
 _REMEDIES = {
     4: "no permission: check the access rights of /dev/nvidia*, or the container's devices",
@@ -81,7 +84,7 @@ class Nvml:
             devices=seen.devices,
             all_devices=tuple(devices),
             absence="" if seen.devices else absence,
-            problems=(*problems, *([seen.problem] if seen.problem else [])),
+            problems=(*problems, *([seen.problem] if seen.problem and devices else [])),
             driver=self._or_none(self._library.nvmlSystemGetDriverVersion),
             own_process_has_context=any(
                 process.pid == own for device in devices for process in device.processes or ()
@@ -99,11 +102,33 @@ class Nvml:
         except Exception as error:
             problems.append(f"{label} was left out: {reason(error)}")
             return
+        yield from self._instances(handle, index, most, problems)
+
+    def _instances(
+        self, handle: Any, index: int, most: int, problems: list[str]
+    ) -> Iterator[Device]:
+        """The MIG instances of a GPU; indices may have gaps: go on past an error."""
+        found, odd = 0, []
         for part in range(most):
-            # Indices of MIG instances may have gaps: go on past an error.
-            with contextlib.suppress(Exception):
+            try:
                 instance = self._library.nvmlDeviceGetMigDeviceHandleByIndex(handle, part)
-                yield self._device(instance, f"{index}.{part}")
+            except Exception as error:
+                if getattr(error, "value", None) not in _NO_INSTANCE:
+                    odd.append(f"GPU {index}: MIG instances were left out: {reason(error)}")
+                continue
+            try:
+                device = self._device(instance, f"{index}.{part}")
+            except Exception as error:
+                odd.append(f"GPU {index}.{part} was left out: {reason(error)}")
+                continue
+            found += 1
+            yield device
+        if not found and not odd:
+            odd.append(
+                f"GPU {index} was left out: it is in MIG mode and has no instance: create one, "
+                "or switch MIG off"
+            )
+        problems += dict.fromkeys(odd)
 
     def _has_mig(self, handle: Any) -> bool:
         mode = self._or_none(lambda: self._library.nvmlDeviceGetMigMode(handle))
@@ -115,7 +140,9 @@ class Nvml:
         memory = self._memory(handle)
         unified = memory is None
         total, used, free = memory or _unified()
-        if not 0 <= free <= total or not 0 <= used <= total:
+        if not uuid.isprintable() or not 0 < len(uuid) < 97 or "," in uuid:
+            raise ValueError("NVML tells no UUID by which CUDA could be given the device")
+        if not 0 <= free <= total < _MOST_VRAM or not 0 <= used <= total:
             raise ValueError(f"NVML tells nonsense: {free} of {total} bytes free, {used} used")
         return Device(
             uuid=uuid,
@@ -181,7 +208,7 @@ def reason(error: Exception) -> str:
             "installed: uninstall it and reinstall nvidia-ml-py"
         )
     if not isinstance(code, int):
-        return str(error) or type(error).__name__
+        return _printable(error, 200) or type(error).__name__
     return f"{_REMEDIES.get(code, str(error).strip())} (NVML error {code})"
 
 
@@ -193,5 +220,5 @@ def _unified() -> tuple[int, int, int]:
     return total, total - free, free
 
 
-def _printable(name: object) -> str:
-    return "".join(c for c in str(name or "") if c.isprintable())[:80]
+def _printable(text: object, most: int = 80) -> str:
+    return "".join(c for c in str(text or "")[:most] if c.isprintable())

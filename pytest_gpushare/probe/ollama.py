@@ -28,7 +28,11 @@ class _Nonsense(Exception):
 
 def unanswered(address: Address, problem: str) -> OllamaFacts:
     """The facts when no answer came, for the reason given."""
-    return OllamaFacts(address=address.shown, asked=True, problem=problem, on_this_host=True)
+    return OllamaFacts(
+        address=address.shown,
+        asked=True,
+        problem=f"{problem} ({address.problem})" if address.problem else problem,
+    )
 
 
 def ask(address: Address, timeout: float) -> OllamaFacts:
@@ -50,7 +54,7 @@ def ask(address: Address, timeout: float) -> OllamaFacts:
         ) as client:
             return _ask(client, address, deadline, timeout, on_this_host)
     except Exception as error:
-        return unanswered(address, f"cannot be asked: {type(error).__name__}: {error}"[:200])
+        return unanswered(address, _line(f"cannot be asked: {type(error).__name__}: {error}", 200))
 
 
 def _ask(
@@ -61,9 +65,12 @@ def _ask(
     problem = ""
     reachable = answered = False
     try:
-        version = _version(_get(client, "/api/version", deadline))
+        answer, peer = _get(client, "/api/version", deadline)
+        # A name that this machine has in its hosts file is known by where it leads.
+        on_this_host = on_this_host or (peer is not None and is_own_address(peer))
+        version = _version(answer)
         reachable = True
-        models = _models(_get(client, "/api/ps", deadline))
+        models = _models(_get(client, "/api/ps", deadline)[0])
         answered = True
     except _Nonsense as odd:
         reachable, problem = True, f"reachable but answers nonsense: {odd}"
@@ -71,10 +78,12 @@ def _ask(
         problem = f"no answer within {timeout:g} s"
     except httpx.ConnectError as error:
         refused = "refused" in str(error).lower() or "10061" in str(error)
-        problem = "nothing listens there" if refused else f"cannot be reached: {error}"[:200]
+        problem = "nothing listens there" if refused else _line(f"cannot be reached: {error}", 200)
     except httpx.HTTPError as error:
         reachable = True
-        problem = f"reachable but answers nonsense: {type(error).__name__}: {error}"[:200]
+        problem = _line(f"reachable but answers nonsense: {type(error).__name__}: {error}", 200)
+    if problem and address.problem:
+        problem = f"{problem} ({address.problem})"
     return OllamaFacts(
         address=address.shown,
         asked=True,
@@ -87,7 +96,9 @@ def _ask(
     )
 
 
-def _get(client: httpx.Client, path: str, deadline: float) -> object:
+def _get(client: httpx.Client, path: str, deadline: float) -> tuple[object, str | None]:
+    """The decoded answer, and the address that gave it where the connection tells."""
+
     def left() -> float:
         seconds = deadline - time.monotonic()
         if seconds <= 0:
@@ -99,6 +110,8 @@ def _get(client: httpx.Client, path: str, deadline: float) -> object:
             raise _Nonsense(f"{path} gives status {response.status_code}")
         if response.headers.get("content-encoding", "identity") != "identity":
             raise _Nonsense(f"{path} gives a compressed answer that was not asked for")
+        stream = response.extensions.get("network_stream")
+        peer = stream.get_extra_info("server_addr") if stream is not None else None
         body = bytearray()
         for chunk in response.iter_raw():
             body += chunk
@@ -106,7 +119,7 @@ def _get(client: httpx.Client, path: str, deadline: float) -> object:
                 raise _Nonsense(f"{path} gives more than {MOST_BYTES // MB} MB")
             left()
     try:
-        return json.loads(bytes(body))
+        return json.loads(bytes(body)), peer[0] if isinstance(peer, tuple) else None
     except (ValueError, RecursionError):
         raise _Nonsense(f"{path} gives no JSON") from None
 
@@ -138,8 +151,15 @@ def _model(model: object) -> LoadedModel:
 def _size(model: dict[str, object], key: str) -> int:
     value = model.get(key)
     if type(value) is not int or not 0 <= value < _MOST_VRAM:
-        raise _Nonsense(f"/api/ps gives a model whose {key} is {str(value)[:30]}")
+        raise _Nonsense(f"/api/ps gives a model whose {key} is {_shown(value)}")
     return value
+
+
+def _shown(value: object) -> str:
+    """A value that makes no sense, short and harmless."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    return "null" if value is None else _line(json.dumps(value), 30)
 
 
 def _line(text: str, most: int) -> str:

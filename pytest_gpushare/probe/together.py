@@ -87,8 +87,14 @@ class _NvmlReading:
         self._answer = _Answer("nvml", self._read)
 
     def _read(self) -> GpuFacts:
-        self._nvml.open()
-        return self._nvml.read(os.environ.get(VARIABLE), os.environ.get("CUDA_DEVICE_ORDER"))
+        from pytest_gpushare.probe.nvml import reason
+
+        try:
+            self._nvml.open()
+            return self._nvml.read(os.environ.get(VARIABLE), os.environ.get("CUDA_DEVICE_ORDER"))
+        except Exception as error:
+            # Or it would be told as a time-out, which it is not.
+            return GpuFacts(absence=reason(error))
 
     def finish(self) -> GpuFacts:
         facts = self._answer.wait(self._until)

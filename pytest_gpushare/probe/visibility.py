@@ -35,24 +35,24 @@ def visible(devices: Sequence[Device], value: str | None, order: str | None = No
     if not value.strip():
         return Visible((), absence=f"{VARIABLE} is empty; unset it or name a device")
     found: list[Device] = []
-    problem = ""
+    problem, written = "", f"{VARIABLE}={_short(value)}"
     for entry in value.split(","):
         device = _named(devices, entry.strip())
         if device is None:
             problem = (
-                f'{VARIABLE}={value}: "{entry.strip()}" names no device: it and what follows '
+                f'{written}: "{_short(entry.strip())}" names no device: it and what follows '
                 "count for nothing"
             )
             break
         if device in found:
-            twice = f"{VARIABLE}={value}: names {device.label} twice: CUDA then sees no device"
+            twice = f"{written}: names {device.label} twice: CUDA then sees no device"
             return Visible((), twice, twice)
         found.append(device)
     if not found:
         return Visible((), "", problem)
     if not problem and _order_matters(devices, value, order):
         problem = (
-            f"{VARIABLE}={value}: counts in CUDA's own order of devices, which NVML does not know; "
+            f"{written}: counts in CUDA's own order of devices, which NVML does not know; "
             "set CUDA_DEVICE_ORDER=PCI_BUS_ID or name UUIDs"
         )
     return Visible(tuple(found), problem)
@@ -61,14 +61,19 @@ def visible(devices: Sequence[Device], value: str | None, order: str | None = No
 def _named(devices: Sequence[Device], entry: str) -> Device | None:
     if _INTEGER.fullmatch(entry):
         # CUDA counts whole GPUs by integers; MIG instances only go by name.
-        position = int(entry)
-        return (
-            next((d for d in devices if d.index == str(position)), None) if position >= 0 else None
-        )
+        # Compared as text: Python converts no integer of more than 4300 digits.
+        index = entry.removeprefix("+").lstrip("0") or "0"
+        return next((d for d in devices if d.index == index), None)
     if not entry.upper().startswith(("GPU-", "MIG-")) or len(entry) < 5:
         return None
     matches = [device for device in devices if device.uuid.lower().startswith(entry.lower())]
     return matches[0] if len(matches) == 1 else None
+
+
+def _short(text: str) -> str:
+    """A piece of the environment, fit for one line of a message."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _order_matters(devices: Sequence[Device], value: str, order: str | None) -> bool:

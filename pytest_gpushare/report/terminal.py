@@ -134,7 +134,9 @@ def _ollama(started: Started) -> Line:
     ollama = started.ollama
     who = f"Ollama {ollama.version}" if ollama.version else "Ollama"
     if not ollama.answered:
-        stands = "its VRAM reservation stands" if started.plan.devices else "no GPU to share with it"
+        stands = (
+            "its VRAM reservation stands" if started.plan.devices else "no GPU to share with it"
+        )
         return Line(
             f"  {who} at {ollama.address}: {ollama.problem}; {stands}", problem=ollama.reachable
         )

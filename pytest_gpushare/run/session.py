@@ -9,6 +9,7 @@ from pytest_gpushare.plan.model import Request
 from pytest_gpushare.run import numprocesses
 from pytest_gpushare.run.placement import cuda_is_up, place_this_process
 from pytest_gpushare.run.start import LeftAlone, Started, start
+from pytest_gpushare.settings.gpu_auto import GPU_AUTO
 from pytest_gpushare.settings.load import load
 from pytest_gpushare.settings.written import gather
 
@@ -62,7 +63,7 @@ def start_workers(config: pytest.Config) -> Started | LeftAlone | None:
 
 def settle_in_process(config: pytest.Config) -> None:
     """Leave no word in xdist's option where xdist expects a number, in a run without workers."""
-    if getattr(config.option, "numprocesses", None) == numprocesses.GPU_AUTO:
+    if getattr(config.option, "numprocesses", None) == GPU_AUTO:
         config.option.numprocesses = 0
 
 

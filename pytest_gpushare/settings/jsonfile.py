@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import stat
 from collections.abc import Mapping
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.settings.options import JSON_SECTION, OPTIONS
+from pytest_gpushare.settings.parse import shown as shown_value
 from pytest_gpushare.settings.parse import unknown
 from pytest_gpushare.units import MB
 
 MOST_BYTES = MB
 """The largest file that is read: a settings file of more than this is some other file."""
-
-_LONGEST_NUMBER = 100
 
 
 def read_section(path: Path, shown: str, *, required: bool) -> Mapping[str, object] | None:
@@ -71,7 +71,7 @@ def _read(path: Path, shown: str, *, required: bool) -> str | None:
         raise SettingsError(f"{shown}: no such file: check gpu_share_config") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise SettingsError(f"{shown}: cannot be read: {reason}; check its permissions") from None
+        raise SettingsError(f"{shown}: cannot be read: {reason}; check the path") from None
     try:
         # Windows editors and shells write a byte order mark, and UTF-16.
         encoding = json.detect_encoding(content)
@@ -87,24 +87,27 @@ def _parse(text: str, shown: str) -> object:
         result: dict[str, object] = {}
         for key, value in items:
             if key in result:
-                raise SettingsError(f'{shown}: key "{key[:80]}" stands there twice: keep one')
+                raise SettingsError(
+                    f"{shown}: the key {shown_value(key)} stands there twice: keep one"
+                )
             result[key] = value
         return result
 
-    def constant(name: str) -> object:
-        raise SettingsError(f"{shown}: {name} is no JSON number: write a finite number")
-
     def number(digits: str) -> Decimal:
-        # Python refuses to convert integers of more than 4300 digits, without naming the file.
-        if len(digits) > _LONGEST_NUMBER:
-            raise SettingsError(f"{shown}: a number of {len(digits)} digits: write a smaller one")
-        return Decimal(digits)
+        # Exact, and of any length: Python refuses integers of more than 4300 digits without
+        # naming the file. NaN and Infinity too, so that who refuses them can name their key.
+        try:
+            return Decimal(digits)
+        except InvalidOperation:
+            raise SettingsError(
+                f"{shown}: {shown_value(digits)} is beyond all bounds: write a smaller number"
+            ) from None
 
     try:
         return json.loads(
             text,
             object_pairs_hook=pairs,
-            parse_constant=constant,
+            parse_constant=number,
             parse_int=number,
             parse_float=number,
         )
@@ -121,7 +124,8 @@ def _parse(text: str, shown: str) -> object:
 def _near_section(document: object) -> str:
     if isinstance(document, dict) and {option.key for option in OPTIONS} & document.keys():
         return f"; its settings stand at the top level: put them under {JSON_SECTION}"
-    return ""
+    near = difflib.get_close_matches(JSON_SECTION, document if isinstance(document, dict) else ())
+    return f"; the nearest to it is {shown_value(near[0])}" if near else ""
 
 
 def _type_name(value: object) -> str:

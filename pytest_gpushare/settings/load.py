@@ -74,6 +74,9 @@ def _command_line_level(written: Written) -> dict[str, _Entry]:
     result = _prefixed(written.overrides, "command line, -o", _COMMAND_LINE)
     for key, raw in written.flags.items():
         option = BY_KEY[key]
+        if isinstance(raw, list) and len(raw) == 1:
+            # A repeatable flag that was given once: shown as it was written.
+            raw = raw[0]
         value = parse(option, raw, "command line", option.flag)
         result[key] = _Entry(value, _COMMAND_LINE, f"command line, {option.flag}")
     return result
@@ -95,7 +98,11 @@ def _json_level(written: Written, config: _Entry) -> dict[str, _Entry]:
     named = str(config.value)
     base = written.invocation_directory if config.level == _COMMAND_LINE else written.ini_directory
     if named:
-        path, shown = base / Path(named).expanduser(), named
+        shown = _shown_path(named)
+        try:
+            path = base / Path(named).expanduser()
+        except RuntimeError:
+            raise SettingsError(f"{shown}: no such home directory: check the path") from None
     elif config.level != _DEFAULT:
         # `-o gpu_share_config=` with nothing after it: no JSON file at all.
         return {}
@@ -107,6 +114,12 @@ def _json_level(written: Written, config: _Entry) -> dict[str, _Entry]:
     return {
         key: _Entry(parse(BY_KEY[key], raw, shown), _JSON, shown) for key, raw in section.items()
     }
+
+
+def _shown_path(path: str) -> str:
+    """A path on one line; of a long one the end, which tells more."""
+    text = "".join(c if c.isprintable() else "?" for c in path)
+    return text if len(text) <= 120 else f"...{text[-117:]}"
 
 
 def _apply_presets(entries: dict[str, _Entry]) -> None:

@@ -55,18 +55,33 @@ def allowed(option: Option) -> str:
 
 def unknown(name: str, where: str, names: Iterable[str]) -> SettingsError:
     """The error for a name that does not exist, with the nearest that does."""
-    names = sorted(names)
-    near = difflib.get_close_matches(name[:80], names, 1, 0.5)
-    hint = f"the nearest known one is {near[0]}" if near else f"known are {', '.join(names)}"
-    return SettingsError(f"{where}: unknown key {shown(name)}: {hint}")
+    # Without a cutoff there always is a nearest one; a list of all would fill the screen.
+    near = difflib.get_close_matches(name[:80], sorted(names), 1, 0.0)
+    return SettingsError(f"{where}: unknown key {shown(name)}: the nearest known one is {near[0]}")
 
 
 def shown(raw: object) -> str:
     """A value as a user wrote it, short enough for one line of a message."""
+    if isinstance(raw, (list, tuple)):
+        # Not deeper: what is nested a thousand times cannot be printed at all.
+        text = f"[{', '.join(_shown_part(part) for part in raw[:9])}]"
+    else:
+        text = _shown_part(raw)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _shown_part(raw: object) -> str:
+    if raw is None:
+        return "null"
     if isinstance(raw, bool):
         return str(raw).lower()
-    text = repr(raw) if isinstance(raw, str) else str(raw)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if isinstance(raw, (dict, list, tuple)):
+        return "{...}" if isinstance(raw, dict) else "[...]"
+    try:
+        return repr(raw) if isinstance(raw, str) else str(raw)
+    except ValueError:
+        # Python writes no integer of more than 4300 digits; TOML may have one in hexadecimal.
+        return "a number of thousands of digits"
 
 
 def _bounded(option: Option, value: Fraction, scale: int | Fraction = 1) -> Fraction:
@@ -123,19 +138,24 @@ def _boolean(_: Option, raw: object) -> bool:
 
 
 def _words(option: Option, raw: object) -> tuple[str, ...]:
-    if isinstance(raw, bool) or not isinstance(raw, (str, int, list, tuple)):
-        raise TypeError(raw)
-    parts = list(raw) if isinstance(raw, (list, tuple)) else re.split(r"[\s,]+", str(raw))
-    if not all(isinstance(part, str) for part in parts):
-        raise TypeError(raw)
-    words = tuple(part.strip() for part in parts if part.strip())
-    if not words or len(words) > 64:
+    parts = raw if isinstance(raw, (list, tuple)) else (raw,)
+    words = tuple(word for part in parts for word in re.split(r"[\s,]+", _word(part)) if word)
+    if not words or len(words) > 64 or max(map(len, words)) > 128:
         raise ValueError(raw)
     if option.choices and not set(words) <= set(option.choices):
         raise ValueError(raw)
     if len(words) > 1 and {"auto", "none"} & set(words):
         raise ValueError(raw)
     return words
+
+
+def _word(part: object) -> str:
+    """A text, or an index of a device, which TOML and JSON have as a number."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, (int, Decimal)) and re.fullmatch("[0-9]{1,9}", str(part)):
+        return str(part)
+    raise TypeError(part)
 
 
 def _text(_: Option, raw: object) -> str:

@@ -90,7 +90,7 @@ def _override(config: pytest.Config, name: str) -> object:
 def _overrides(config: pytest.Config) -> Iterable[tuple[str, str]]:
     for text in getattr(config.known_args_namespace, "override_ini", None) or ():
         name, _, value = text.partition("=")
-        yield name.strip(), value
+        yield name, value
 
 
 def _ini_file(config: pytest.Config) -> str:
