@@ -22,6 +22,9 @@ from pytest_gpushare.settings.values import Settings
 NVML_TIMEOUT = 10.0
 """Seconds that NVML may take to open and to tell its devices; 1.5 s has been seen."""
 
+_CLOSE_TIMEOUT = 1.0
+"""Seconds that NVML may take to shut down; the end of the process does the same."""
+
 _GRACE = 0.02
 """Seconds for a probe that ran into its own limit to say so."""
 
@@ -101,7 +104,7 @@ class _NvmlReading:
         return facts or GpuFacts(absence=f"NVML did not answer within {NVML_TIMEOUT:g} s")
 
     def close(self) -> None:
-        self._nvml.close()
+        _Answer("nvml-close", self._nvml.close).wait(time.monotonic() + _CLOSE_TIMEOUT)
 
 
 def _ask_ollama(settings: Settings) -> OllamaFacts:

@@ -20,15 +20,15 @@ def header_lines(started: Started | LeftAlone, config: pytest.Config) -> list[st
     writer = config.get_terminal_writer()
     return [
         writer.markup(_encodable(line.text), yellow=True) if line.problem else _encodable(line.text)
-        for line in header(started, config.get_verbosity())
+        for line in header(started, _verbosity(config))
     ]
 
 
 def print_problems(started: Started | LeftAlone, config: pytest.Config) -> None:
     """At -q pytest prints no header: the problems are told all the same."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None and config.get_verbosity() < 0:
-        for line in header(started, config.get_verbosity()):
+    if reporter is not None and _verbosity(config) < 0:
+        for line in header(started, _verbosity(config)):
             reporter.write_line(_encodable(line.text), yellow=True)
 
 
@@ -41,8 +41,13 @@ def log_lines(started: Started | LeftAlone, config: pytest.Config) -> None:
     before = logger.level
     logger.setLevel(logging.INFO)
     config.add_cleanup(lambda: logger.setLevel(before))
-    for line in header(started, max(0, config.get_verbosity())):
+    for line in header(started, max(0, _verbosity(config))):
         _log(logger, line)
+
+
+def _verbosity(config: pytest.Config) -> int:
+    # The option belongs to the terminal plugin: up to pytest 8.0 it is missing under -p no:terminal.
+    return int(getattr(config.option, "verbose", 0))
 
 
 def _log(logger: logging.Logger, line: Line) -> None:

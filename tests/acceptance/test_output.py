@@ -16,6 +16,9 @@ OllamaWith = Callable[..., object]
 SEEDS_GREP = re.compile(r"VRAM|GPU|workers")
 # xdist at -v and pytest at any verbosity change their own words between versions: there only
 # the plugin's lines are compared.
+APPENDS = pytest.mark.skipif(
+    pytest.version_tuple < (8, 1), reason="pytest 8.0 cannot append: its workers empty log_file"
+)
 LEVELS = {"quiet": ["-q"], "default": [], "verbose": ["-v"], "very_verbose": ["-vv"]}
 
 
@@ -103,6 +106,7 @@ def test_ascii_terminal(project: Project, machine: Machine) -> None:
     assert result.said[0].startswith("gpu-share: 2 GPU workers x 4.5 GB = 9.0 GB (")
 
 
+@APPENDS
 @pytest.mark.parametrize("level", ["-q", "-v"])
 def test_log(level: str, project: Project, machine: Machine) -> None:
     """The lines stand in pytest's log file, where the founding write-up looks for them."""
@@ -122,6 +126,7 @@ def test_log(level: str, project: Project, machine: Machine) -> None:
     assert all(SEEDS_GREP.search(line) for line in log.splitlines())
 
 
+@APPENDS
 def test_log_needs_no_level(project: Project, machine: Machine) -> None:
     """`log_file` alone is enough: the logger has a level of its own."""
     result = project.pytest("--gpu-share", "-o", "log_file=run.log")
