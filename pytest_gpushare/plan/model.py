@@ -14,6 +14,7 @@ class Limit(str, Enum):
     BY_NEED = "min_vram_per_worker_gb"
     BY_SCALE = "max_workers_per_gb"
     BY_CAP = "max_workers_per_gpu"
+    BY_MODE = "compute mode"
     NUMBER = "-n"
     MAXPROCESSES = "--maxprocesses"
     RAM = "ram_per_worker_gb"
@@ -30,6 +31,8 @@ class Request:
     maxprocesses: int | None = None
     in_process: bool = False
     """`-n 0` or `--pdb`: no workers, the process itself is placed."""
+    fixed: bool = False
+    """`--tx` lists the workers: those beyond the slots are there too, and see no GPU."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,12 @@ class DevicePlan:
     """None: no limit."""
     by_cap: int | None
     """None: no limit."""
+    by_mode: int | None
+    """What the device's compute mode allows; None: no limit."""
     fitting: int
-    """Workers that fit by the three figures above."""
+    """Workers that fit by the figures above."""
     limited_by: Limit
-    """Which of the three decided."""
+    """Which of them decided."""
     workers: int
     """Workers that are left after the limits of the whole run."""
 

@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from pytest_gpushare.plan.model import DevicePlan, Limit, Plan, Request, Slot
 from pytest_gpushare.plan.ollama_share import devices_of_ollama, resident_bytes
-from pytest_gpushare.probe.facts import Device, GpuFacts, HostFacts, OllamaFacts
+from pytest_gpushare.probe.facts import ComputeMode, Device, GpuFacts, HostFacts, OllamaFacts
 from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.units import GB
 
@@ -50,7 +50,7 @@ def make_plan(
         devices = _trim(devices, min((most for _, most in limits), default=before))
         after = sum(device.workers for device in devices)
         decided = _deciding(devices, limits, before, after)
-        cpu_workers = 0 if after else _fallback_workers(request, ram_limit, host)
+        cpu_workers = _cpu_workers(after, request, ram_limit, host)
     return Plan(
         slots=_deal(devices),
         cpu_workers=cpu_workers,
@@ -79,7 +79,13 @@ def size_device(
     scale = settings.max_workers_per_gb
     by_scale = max(1, int(Fraction(budget, GB) * scale)) if scale else None
     by_cap = settings.max_workers_per_gpu or None
-    figures = [(Limit.BY_NEED, by_need), (Limit.BY_SCALE, by_scale), (Limit.BY_CAP, by_cap)]
+    by_mode = _by_compute_mode(device)
+    figures = [
+        (Limit.BY_NEED, by_need),
+        (Limit.BY_SCALE, by_scale),
+        (Limit.BY_CAP, by_cap),
+        (Limit.BY_MODE, by_mode),
+    ]
     limit, fitting = _smallest([(name, most) for name, most in figures if most is not None])
     return DevicePlan(
         device=device,
@@ -91,6 +97,7 @@ def size_device(
         by_need=by_need,
         by_scale=by_scale,
         by_cap=by_cap,
+        by_mode=by_mode,
         fitting=fitting,
         limited_by=limit,
         workers=fitting,
@@ -100,6 +107,13 @@ def size_device(
 def _smallest(figures: Sequence[tuple[Limit, int]]) -> tuple[Limit, int]:
     """The figure that decides; of equal ones the first, as `Limit` orders them."""
     return min(figures, key=lambda figure: figure[1])
+
+
+def _by_compute_mode(device: Device) -> int | None:
+    """Processes that the compute mode lets in beside those that hold a context there now."""
+    if device.compute_mode is ComputeMode.DEFAULT:
+        return None
+    return int(device.compute_mode is ComputeMode.EXCLUSIVE and not device.processes)
 
 
 def _ram_limit(settings: Settings, host: HostFacts) -> int | None:
@@ -157,8 +171,12 @@ def _deciding(
     return tuple(sorted(found, key=order.index)) or (Limit.BY_NEED,)
 
 
-def _fallback_workers(request: Request, ram_limit: int | None, host: HostFacts) -> int:
-    """CPU workers where no GPU worker fits: N if given, else as many as xdist's `auto`."""
+def _cpu_workers(gpu_workers: int, request: Request, ram_limit: int | None, host: HostFacts) -> int:
+    """Workers without a slot: the fall-back's, N if given, else as many as xdist's `auto`."""
+    if request.fixed and request.number is not None:
+        return request.number - gpu_workers
+    if gpu_workers:
+        return 0
     number = request.number if request.number is not None else max(1, host.cpus)
     return min(n for n in (number, request.maxprocesses or None, ram_limit) if n is not None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,14 @@ class GpuProcess:
     """Bytes of VRAM; None where the driver does not tell (WDDM, WSL 2, containers)."""
     is_ollama: bool = False
     """Whether it is a runner of an Ollama server."""
+
+
+class ComputeMode(Enum):
+    """How many processes may use a device at once (nvidia-smi -c)."""
+
+    DEFAULT = 0
+    PROHIBITED = 2
+    EXCLUSIVE = 3
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,9 @@ class Device:
     """Bytes that NVML says are free: decisions are made on this."""
     processes: tuple[GpuProcess, ...] | None = None
     """Who holds VRAM there; None where the driver does not tell."""
+    compute_mode: ComputeMode = ComputeMode.DEFAULT
+    capability: tuple[int, int] = (0, 0)
+    """CUDA compute capability; (0, 0) where the driver does not tell."""
     unified: bool = False
     """Whether the device has no memory of its own but shares the host's."""
 

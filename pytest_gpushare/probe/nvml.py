@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pytest_gpushare.probe.facts import Device, GpuFacts, GpuProcess
+from pytest_gpushare.probe.facts import ComputeMode, Device, GpuFacts, GpuProcess
 from pytest_gpushare.probe.host import is_ollama_runner, unified_memory
 from pytest_gpushare.probe.visibility import visible
 
@@ -152,6 +152,12 @@ class Nvml:
             used=used,
             free=free,
             processes=self._processes(handle),
+            compute_mode=_compute_mode(
+                self._or_none(lambda: self._library.nvmlDeviceGetComputeMode(handle))
+            ),
+            capability=_capability(
+                self._or_none(lambda: self._library.nvmlDeviceGetCudaComputeCapability(handle))
+            ),
             unified=unified,
         )
 
@@ -218,6 +224,19 @@ def _unified() -> tuple[int, int, int]:
         raise ValueError("NVML knows no memory of the device, and the host's cannot be read")
     total, free = memory
     return total, total - free, free
+
+
+def _compute_mode(told: object) -> ComputeMode:
+    # 1 is EXCLUSIVE_THREAD, which drivers have treated as EXCLUSIVE_PROCESS since CUDA 8.
+    return {2: ComputeMode.PROHIBITED, 1: ComputeMode.EXCLUSIVE, 3: ComputeMode.EXCLUSIVE}.get(
+        told if isinstance(told, int) else 0, ComputeMode.DEFAULT
+    )
+
+
+def _capability(told: object) -> tuple[int, int]:
+    if isinstance(told, (list, tuple)) and len(told) == 2:
+        return int(told[0]), int(told[1])
+    return 0, 0
 
 
 def _printable(text: object, most: int = 80) -> str:

@@ -46,7 +46,7 @@ def log_lines(started: Started | LeftAlone, config: pytest.Config) -> None:
 
 
 def _verbosity(config: pytest.Config) -> int:
-    # The option belongs to the terminal plugin: up to pytest 8.0 it is missing under -p no:terminal.
+    # The terminal plugin owns the option: in pytest 8.0 -p no:terminal takes it away.
     return int(getattr(config.option, "verbose", 0))
 
 

@@ -10,10 +10,16 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from pytest_gpushare.plan.model import DevicePlan, Limit, Plan
-from pytest_gpushare.probe.facts import LoadedModel
+from pytest_gpushare.probe.facts import ComputeMode, LoadedModel
 from pytest_gpushare.run.start import LeftAlone, Started
 from pytest_gpushare.settings.options import OPTIONS
 from pytest_gpushare.units import format_gb, format_number, plural
+
+
+_MODES = {
+    ComputeMode.PROHIBITED: "its compute mode PROHIBITED lets no process in",
+    ComputeMode.EXCLUSIVE: "its compute mode EXCLUSIVE_PROCESS keeps others out while it is used",
+}
 
 
 class Line(NamedTuple):
@@ -81,9 +87,10 @@ def _headline(started: Started) -> Line:
             f"{format_gb(slot.vram)} of VRAM ({preset})"
         )
     limit = ", ".join(_limit(name, plan) for name in plan.limited_by)
+    beside = f", {plural(plan.cpu_workers, 'CPU worker')}" if plan.cpu_workers else ""
     total = format_gb(sum(slot.vram for slot in plan.slots))
     return Line(
-        f"gpu-share: {plural(len(plan.slots), 'GPU worker')} {_slots(plan)} = {total} "
+        f"gpu-share: {plural(len(plan.slots), 'GPU worker')} {_slots(plan)} = {total}{beside} "
         f"(limited by {limit}; {preset})"
     )
 
@@ -105,6 +112,9 @@ def _limit(name: Limit, plan: Plan) -> str:
 def _no_slot(plan: Plan) -> str:
     if plan.absence:
         return f"no GPU: {plan.absence}"
+    barred = [d.device for d in plan.devices if d.limited_by is Limit.BY_MODE]
+    if len(barred) == len(plan.devices):
+        return "; ".join(f"{d.label}: {_MODES[d.compute_mode]}" for d in barred)
     return (
         f"insufficient VRAM per worker: {format_gb(plan.usable)} usable, "
         f"{format_gb(plan.needed)} needed; gpu_share_min_vram_per_worker_gb"
@@ -182,6 +192,8 @@ def _arithmetic(started: Started) -> Iterator[str]:
             steps.append(f"by scale {budget} × {scale} = {device.by_scale}")
         if device.by_cap is not None:
             steps.append(f"at most {device.by_cap}")
+        if device.by_mode is not None:
+            steps.append(f"by compute mode {device.by_mode}")
         yield f"  {label} workers: {', '.join(steps)}: {device.fitting}"
     for name, most in plan.limits:
         yield f"  workers of the run: {name.value} allows {most}"

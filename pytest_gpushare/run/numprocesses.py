@@ -42,11 +42,24 @@ def keeps_own_workers(options: Any) -> bool:
     return bool(getattr(options, "tx", None)) and options.numprocesses is None
 
 
+def local_workers(tx: list[str]) -> int:
+    """How many workers on this host the specs of `--tx` list, such as `3*popen`."""
+    count = 0
+    for text in tx:
+        times, star, spec = text.partition("*")
+        if not (star and times.isdigit()):
+            times, spec = "1", text
+        count += int(times) if spec.startswith("popen") and "via=" not in spec else 0
+    return count
+
+
 def request_for(config: pytest.Config) -> tuple[Request, int]:
     """What the user asked of xdist, and how many workers its `auto` would start."""
     options = config.option
     if is_in_process(options):
         return Request(in_process=True), 1
+    if keeps_own_workers(options):
+        return Request(local_workers(options.tx), fixed=True), 1
     given = options.numprocesses
     cpus = _xdist_auto(config, "logical" if given == "logical" else "auto")
     number = {"auto": cpus, "logical": cpus, GPU_AUTO: None}.get(given, given)

@@ -44,15 +44,14 @@ def start_workers(config: pytest.Config) -> Started | LeftAlone | None:
     if not numprocesses.runs_tests(options):
         settle_in_process(config)
         return None
-    if numprocesses.keeps_own_workers(options):
-        return LeftAlone(
-            "the workers of --tx are left as they are: give -n or drop --tx to have GPU workers "
-            "counted"
-        )
+    own_workers = numprocesses.keeps_own_workers(options)
+    if own_workers and not numprocesses.local_workers(options.tx):
+        return LeftAlone("the workers of --tx are on other hosts: no GPU is assigned to them")
     request, cpus = numprocesses.request_for(config)
     started = start(load(gather(config)), request, _simulate(options), cpus)
     plan = started.plan
-    options.numprocesses = plan.workers
+    if not own_workers:
+        options.numprocesses = plan.workers
     if options.dist == "each":
         started.notes.append(
             f"--dist=each: every test runs on each of the {plan.workers} workers: "

@@ -13,6 +13,7 @@ from pytest_gpushare.plan.sizing import make_plan
 from pytest_gpushare.probe.facts import GpuFacts, HostFacts, OllamaFacts
 from pytest_gpushare.probe.host import available_ram
 from pytest_gpushare.probe.together import probe
+from pytest_gpushare.probe.visibility import VARIABLE
 from pytest_gpushare.run.placement import slot_of_outer_run, worker_environment
 from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.units import format_gb
@@ -49,10 +50,16 @@ class Started:
     def place(self, specs: Sequence[Any]) -> None:
         """Write each worker's place into the environment of its execnet spec.
 
-        The spec lives on when its worker crashes, so a replacement gets the same place.
+        Workers of other hosts, and those to which the user gave devices, are left alone. The
+        spec lives on when its worker crashes, so a replacement gets the same place.
         """
-        for number, spec in enumerate(specs):
-            spec.env.update(worker_environment(self.plan, number, simulated=self.gpus.simulated))
+        number = 0
+        for spec in specs:
+            if spec.popen and VARIABLE not in spec.env:
+                spec.env.update(
+                    worker_environment(self.plan, number, simulated=self.gpus.simulated)
+                )
+                number += 1
 
 
 def start(settings: Settings, request: Request, simulate: tuple[str, ...], cpus: int) -> Started:

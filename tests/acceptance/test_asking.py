@@ -276,14 +276,27 @@ def test_dist_each_is_warned_of(project: Project, machine: Machine) -> None:
     )
 
 
-def test_tx_alone_is_left_as_it_is(project: Project, machine: Machine) -> None:
-    """Workers that the user listed by hand are not counted anew, and that is said."""
+def test_tx_alone_keeps_its_workers(project: Project, machine: Machine) -> None:
+    """Workers that the user listed are all started; as many as fit get a GPU, the rest none."""
+    project.write(test_project=SHOW_PLACE)
     result = project.pytest("--gpu-share", "--dist=load", "--tx=3*popen")
     assert (result.code, result.workers) == (0, 3)
-    assert result.said == [
-        "gpu-share: the workers of --tx are left as they are: give -n or drop --tx to have "
-        "GPU workers counted"
-    ]
+    assert result.said[0] == (
+        "gpu-share: 2 GPU workers × 4.5 GB = 9.0 GB, 1 CPU worker "
+        "(limited by max_workers_per_gb; preset conservative)"
+    )
+    uuid = machine.snapshot()[0].uuid
+    assert sorted(project.places().values()) == ["cpu ", f"gpu {uuid}", f"gpu {uuid}"]
+
+
+def test_tx_with_devices_of_its_own(project: Project, machine: Machine) -> None:
+    """A worker to which the user gave a device keeps it, and takes no slot."""
+    project.write(test_project=SHOW_PLACE)
+    own = "popen//env:CUDA_VISIBLE_DEVICES=7"
+    result = project.pytest("--gpu-share", "--dist=load", f"--tx={own}", "--tx=2*popen")
+    assert (result.code, result.workers) == (0, 3)
+    uuid = machine.snapshot()[0].uuid
+    assert sorted(project.places().values()) == [f"gpu {uuid}", f"gpu {uuid}", "unset 7"]
 
 
 NESTED = """
