@@ -6,18 +6,22 @@ Imported in every run of pytest, so only what an idle run needs is imported at t
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_gpushare import worker
 from pytest_gpushare.settings.gpu_auto import GPU_AUTO, accept_gpu_auto
 from pytest_gpushare.settings.options import OPTIONS
-from pytest_gpushare.worker import PLACED, keep_log_file
 
 if TYPE_CHECKING:
-    from pytest_gpushare.run.start import LeftAlone, Started
+    from pytest_gpushare.place import Place
+    from pytest_gpushare.run.started import LeftAlone, Started
 
+OUTER: pytest.StashKey[dict[str, str]] = pytest.StashKey()
 STARTED: pytest.StashKey[Started | LeftAlone] = pytest.StashKey()
 
 
@@ -50,6 +54,13 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         help="do not, whatever the ini file says; -n gpu-auto then means -n auto",
     )
     group.addoption(
+        "--gpu-share-strict",
+        action="store_true",
+        default=False,
+        dest="gpu_share_strict",
+        help="fail the run (exit code 1) where a worker's placement was changed behind the plan",
+    )
+    group.addoption(
         "--gpu-share-simulate",
         action="append",
         default=None,
@@ -74,15 +85,24 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     pluginmanager.register(_NumprocessesType(parser), "gpu-share-numprocesses-type")
 
 
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """The hooks by which others add devices and have a last word on the plan."""
+    from pytest_gpushare import hooks
+
+    pluginmanager.add_hookspecs(hooks)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Where this process itself runs the tests, place it before any conftest is imported."""
+    # A conftest may change what its own process sees; the plan goes by what the user set.
+    early_config.stash[OUTER] = dict(os.environ)
     if _is_asked(early_config, early_config.known_args_namespace):
         from pytest_gpushare.run.session import start_in_process
 
-        started = _call(start_in_process, early_config)
-        if started is not None:
-            _hold(early_config, started)
+        _hold(early_config, _call(start_in_process, early_config, early_config.stash[OUTER]))
+    if any(os.environ.get(name) for name in worker.HOOKS):
+        early_config.add_cleanup(worker.cap_after_import())
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -91,14 +111,14 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
     # Only workerinput proves a worker: nested runs inherit every environment variable.
     if not hasattr(config, "workerinput"):
         if _is_asked(config, config.option):
-            from pytest_gpushare.run.session import settle_in_process, start_workers
+            from pytest_gpushare.run.session import start_workers
 
-            if STARTED in config.stash:
-                _call(settle_in_process, config)
-            elif (started := _call(start_workers, config)) is not None:
-                _hold(config, started)
-        elif getattr(config.option, "numprocesses", None) == GPU_AUTO:
-            config.option.numprocesses = "auto"
+            if STARTED not in config.stash:
+                outer = config.stash.get(OUTER, os.environ)
+                _hold(config, _call(start_workers, config, outer))
+        # xdist knows no gpu-auto: with --no-gpu-share it means auto, in a run without workers 0.
+        if getattr(config.option, "numprocesses", None) == GPU_AUTO:
+            config.option.numprocesses = "auto" if config.option.gpu_share is False else 0
     return (yield)
 
 
@@ -113,15 +133,24 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Tell each worker that the plugin is active in its controller."""
-    if STARTED in node.config.stash:
-        node.workerinput[PLACED] = True
+    started = node.config.stash.get(STARTED, None)
+    if started is not None and (message := started.message_to(node.gateway.spec)):
+        channel = node.gateway.newchannel()
+        channel.setcallback(partial(started.note_overwritten, node.gateway.id))
+        node.workerinput[worker.PLACED] = {**message, "tell": channel}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """In a worker of an active run: let its log lines join those of the controller."""
-    if PLACED in getattr(config, "workerinput", ()) and hasattr(config.option, "log_file_mode"):
-        keep_log_file(config)
+    """In a process that was placed: its place, its log, and a watch over its placement."""
+    message = getattr(config, "workerinput", {}).get(worker.PLACED)
+    if message:
+        _call(worker.begin, config, message, message["tell"].send)
+        return
+    started = config.stash.get(STARTED, None)
+    if started is not None and (own := started.message_to_itself()):
+        tell = partial(started.note_overwritten, "this process")
+        config.pluginmanager.register(worker.Placed(own, tell), "gpu-share-placed")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str] | None:
@@ -145,6 +174,31 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         print_problems(started, session.config)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Under --gpu-share-strict a placement that was changed fails the run."""
+    started = session.config.stash.get(STARTED, None)
+    if started is not None and started.has_failed() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What went wrong on the way; nothing where nothing did."""
+    started = terminalreporter.config.stash.get(STARTED, None)
+    if started is not None:
+        from pytest_gpushare.report.output import print_summary
+
+        print_summary(started, terminalreporter)
+
+
+@pytest.fixture(scope="session")
+def gpu_share() -> Place:
+    """Where this process was placed: role, device, VRAM in bytes, and the run's plan."""
+    from pytest_gpushare.place import current
+
+    return current()
+
+
 def _is_asked(config: pytest.Config, options: Any) -> bool:
     if options.gpu_share is not None:
         return bool(options.gpu_share)
@@ -159,9 +213,10 @@ def _is_asked(config: pytest.Config, options: Any) -> bool:
     return bool(_call(switched_on, config))
 
 
-def _hold(config: pytest.Config, started: Started | LeftAlone) -> None:
-    config.stash[STARTED] = started
-    config.add_cleanup(started.close)
+def _hold(config: pytest.Config, started: Started | LeftAlone | None) -> None:
+    if started is not None:
+        config.stash[STARTED] = started
+        config.add_cleanup(started.close)
 
 
 def _call(function: Any, *arguments: Any) -> Any:

@@ -1,14 +1,60 @@
-"""The worker's side: what an xdist worker does because the controller's plugin is active."""
+"""What a process does of its place: a worker, or a run without workers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pytest
 
-PLACED = "gpushare_placed"
-"""The key of workerinput that says so; unlike the environment, nested runs do not inherit it."""
+PLACED = "gpushare_place"
+"""The key of workerinput with the worker's place; unlike the environment, not inherited."""
+
+HOOKS = ("PYTEST_GPUSHARE_TORCH_FRACTION", "PYTEST_GPUSHARE_TENSORFLOW_MB")
+"""Variables whose caps wait for a framework's import; see `run/caps.py`."""
+
+
+class Placed:
+    """The plugin of a process that was placed: its fixture, and a watch over its placement."""
+
+    def __init__(
+        self, message: Mapping[str, Any], tell: Callable[[str], None] | None = None
+    ) -> None:
+        self._wanted: Mapping[str, str] = message["visible"]
+        self._tell = tell
+        self._told = False
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """The initial conftests are loaded: did one of them change what this process sees?"""
+        plugins = config.pluginmanager.get_plugins()
+        self._compare(getattr(plugin, "__file__", None) for plugin in plugins)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """All modules are imported: did one of them?"""
+        plugins = session.config.pluginmanager.get_plugins()
+        files = [getattr(plugin, "__file__", None) for plugin in plugins]
+        self._compare([*files, *(str(item.path) for item in session.items)])
+
+    def _compare(self, files: Iterable[str | None]) -> None:
+        from pytest_gpushare.run.overwritten import culprit, difference
+
+        changed = "" if self._told else difference(self._wanted, os.environ)
+        if changed and self._tell is not None:
+            self._told = True
+            where = culprit(self._wanted, files)
+            self._tell(f"{changed}: {f'changed by {where}' if where else 'by whom is unknown'}")
+
+
+def begin(config: pytest.Config, message: Mapping[str, Any], tell: Callable[[str], None]) -> None:
+    """In an xdist worker, before pytest's own plugins are configured."""
+    from pytest_gpushare.place import entered
+    from pytest_gpushare.run.places import place_from
+
+    config.add_cleanup(entered(place_from(message)))
+    keep_log_file(config)
+    config.pluginmanager.register(Placed(message, tell), "gpu-share-placed")
 
 
 def keep_log_file(config: pytest.Config) -> None:
@@ -17,5 +63,47 @@ def keep_log_file(config: pytest.Config) -> None:
     Every worker opens the controller's file anew: the VRAM analysis was gone from it before
     the first test. Must run before pytest's logging plugin opens the file.
     """
-    if config.option.log_file_mode is None:
+    if getattr(config.option, "log_file_mode", "") is None:
         config.option.log_file_mode = "a"
+
+
+def cap_after_import(environment: Mapping[str, str] = os.environ) -> Callable[[], None]:
+    """Cap frameworks that only a call can cap, once the tests import them; the result undoes it.
+
+    Nothing is imported here and CUDA is not initialised: torch keeps the call until CUDA
+    comes up, TensorFlow until its context does.
+    """
+    from pytest_gpushare.run.post_import import after_import
+
+    fraction, megabytes = (environment.get(name) for name in HOOKS)
+    actions: dict[str, Callable[[Any], None]] = {}
+    if fraction:
+        actions["torch"] = lambda torch: _cap_torch(torch, float(fraction))
+    if megabytes:
+        actions["tensorflow"] = lambda tensorflow: _cap_tensorflow(tensorflow, int(megabytes))
+    return after_import(actions)
+
+
+def _cap_torch(torch: Any, fraction: float) -> None:
+    # _lazy_call runs the function when CUDA comes up, at once where it is up already; the
+    # public function would bring it up.
+    torch.cuda._lazy_call(lambda: torch.cuda.set_per_process_memory_fraction(fraction))
+
+
+def _cap_tensorflow(tensorflow: Any, megabytes: int) -> None:
+    from importlib import import_module
+
+    context = import_module("tensorflow.python.eager.context").context()
+    initialise = context.ensure_initialized
+
+    def capped() -> None:
+        if "ensure_initialized" in vars(context):
+            del context.ensure_initialized
+            config = tensorflow.config
+            for device in config.list_physical_devices("GPU"):
+                if not config.get_logical_device_configuration(device):
+                    limit = config.LogicalDeviceConfiguration(memory_limit=megabytes)
+                    config.set_logical_device_configuration(device, [limit])
+        initialise()
+
+    context.ensure_initialized = capped

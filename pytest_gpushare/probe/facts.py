@@ -44,6 +44,10 @@ class Device:
     compute_mode: ComputeMode = ComputeMode.DEFAULT
     capability: tuple[int, int] = (0, 0)
     """CUDA compute capability; (0, 0) where the driver does not tell."""
+    variable: str = "CUDA_VISIBLE_DEVICES"
+    """The environment variable by which a process is shown this device."""
+    visible_as: str = ""
+    """What is written there; empty: its UUID."""
     unified: bool = False
     """Whether the device has no memory of its own but shares the host's."""
 

@@ -84,7 +84,7 @@ class Nvml:
             devices=seen.devices,
             all_devices=tuple(devices),
             absence="" if seen.devices else absence,
-            problems=(*problems, *([seen.problem] if seen.problem and devices else [])),
+            problems=(*problems, *([seen.problem] if seen.problem else [])),
             driver=self._or_none(self._library.nvmlSystemGetDriverVersion),
             own_process_has_context=any(
                 process.pid == own for device in devices for process in device.processes or ()

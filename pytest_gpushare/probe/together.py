@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -62,29 +62,34 @@ class Probes:
     """Releases NVML; harmless when called twice."""
 
 
-def probe(settings: Settings, simulate: tuple[str, ...] = ()) -> Probes:
-    """Ask NVML (or the what-if) and Ollama at the same time.
+def probe(
+    settings: Settings,
+    simulate: tuple[str, ...] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> Probes:
+    """Ask NVML (or the what-if) and Ollama at the same time; `environment` is the user's.
 
     Raises `SettingsError` for a what-if that cannot be understood; nothing else.
     """
     if simulate:
-        return Probes(simulated(simulate), _ask_ollama(settings), _nothing)
-    reading = _NvmlReading()
-    ollama = _ask_ollama(settings)
+        return Probes(simulated(simulate), _ask_ollama(settings, environment), _nothing)
+    reading = _NvmlReading(environment)
+    ollama = _ask_ollama(settings, environment)
     return Probes(reading.finish(), ollama, reading.close)
 
 
-def address_of(settings: Settings) -> Address:
+def address_of(settings: Settings, environment: Mapping[str, str]) -> Address:
     """Where Ollama is called: the setting, else OLLAMA_HOST, else its default."""
-    return parse_address(settings.ollama_host or os.environ.get("OLLAMA_HOST", ""))
+    return parse_address(settings.ollama_host or environment.get("OLLAMA_HOST", ""))
 
 
 class _NvmlReading:
     """NVML being opened and read in the background."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str]) -> None:
         from pytest_gpushare.probe.nvml import Nvml
 
+        self._visible = environment.get(VARIABLE), environment.get("CUDA_DEVICE_ORDER")
         self._nvml = Nvml()
         self._until = time.monotonic() + NVML_TIMEOUT
         self._answer = _Answer("nvml", self._read)
@@ -94,7 +99,7 @@ class _NvmlReading:
 
         try:
             self._nvml.open()
-            return self._nvml.read(os.environ.get(VARIABLE), os.environ.get("CUDA_DEVICE_ORDER"))
+            return self._nvml.read(*self._visible)
         except Exception as error:
             # Or it would be told as a time-out, which it is not.
             return GpuFacts(absence=reason(error))
@@ -107,13 +112,13 @@ class _NvmlReading:
         _Answer("nvml-close", self._nvml.close).wait(time.monotonic() + _CLOSE_TIMEOUT)
 
 
-def _ask_ollama(settings: Settings) -> OllamaFacts:
+def _ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFacts:
     if not settings.enable_ollama_detection:
         return OllamaFacts()
     # Imported in this thread, so that its cost does not count against Ollama's time limit.
     from pytest_gpushare.probe.ollama import ask, unanswered
 
-    address, limit = address_of(settings), float(settings.ollama_timeout)
+    address, limit = address_of(settings, environment), float(settings.ollama_timeout)
     answer = _Answer("ollama", lambda: ask(address, limit))
     facts = answer.wait(time.monotonic() + limit + _GRACE)
     return facts or unanswered(address, f"no answer within {limit:g} s")

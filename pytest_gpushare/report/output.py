@@ -6,8 +6,8 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from pytest_gpushare.report.terminal import Line, header
-from pytest_gpushare.run.start import LeftAlone, Started
+from pytest_gpushare.report.terminal import Line, header, summary
+from pytest_gpushare.run.started import LeftAlone, Started
 
 if TYPE_CHECKING:
     import pytest
@@ -30,6 +30,14 @@ def print_problems(started: Started | LeftAlone, config: pytest.Config) -> None:
     if reporter is not None and _verbosity(config) < 0:
         for line in header(started, _verbosity(config)):
             reporter.write_line(_encodable(line.text), yellow=True)
+
+
+def print_summary(started: Started | LeftAlone, reporter: pytest.TerminalReporter) -> None:
+    """What went wrong while the tests ran, in red where it fails the run."""
+    for line in summary(started):
+        reporter.write_line(
+            _encodable(line.text), red=started.has_failed(), yellow=not started.has_failed()
+        )
 
 
 def log_lines(started: Started | LeftAlone, config: pytest.Config) -> None:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from pytest_gpushare.plan.model import DevicePlan, Limit, Plan
 from pytest_gpushare.probe.facts import ComputeMode, LoadedModel
-from pytest_gpushare.run.start import LeftAlone, Started
+from pytest_gpushare.run.placement import caps_of
+from pytest_gpushare.run.started import LeftAlone, Started
 from pytest_gpushare.settings.options import OPTIONS
 from pytest_gpushare.units import format_gb, format_number, plural
-
 
 _MODES = {
     ComputeMode.PROHIBITED: "its compute mode PROHIBITED lets no process in",
@@ -39,6 +39,17 @@ def header(started: Started | LeftAlone, verbosity: int) -> list[Line]:
     return [_alone(line) for line in lines if line.problem]
 
 
+def summary(started: Started | LeftAlone) -> list[Line]:
+    """The lines after the tests: problems that showed while they ran."""
+    if isinstance(started, LeftAlone):
+        return []
+    kind = " (an error under --gpu-share-strict)" if started.strict else ""
+    return [
+        Line(f"gpu-share: {worker} does not see the GPU that it was given: {how}{kind}", True)
+        for worker, how in sorted(started.overwritten.items())
+    ]
+
+
 def _lines(started: Started, verbosity: int) -> Iterator[Line]:
     plan = started.plan
     if started.gpus.simulated:
@@ -53,7 +64,7 @@ def _lines(started: Started, verbosity: int) -> Iterator[Line]:
     if started.ollama.asked and (plan.devices or started.ollama.reachable):
         yield _ollama(started)
     if verbosity >= 1:
-        yield from (Line(text) for text in _workers(plan))
+        yield from (Line(text) for text in _workers(started))
     if verbosity >= 2:
         yield from (Line(text) for text in _arithmetic(started))
 
@@ -165,11 +176,16 @@ def _model(model: LoadedModel) -> str:
     return f"{model.name} {size}, {100 * model.size_vram // model.size} % on GPU"
 
 
-def _workers(plan: Plan) -> Iterator[str]:
+def _workers(started: Started) -> Iterator[str]:
+    plan = started.plan
     if plan.request.in_process:
         return
     for number, slot in enumerate(plan.slots):
-        yield f"  gw{number}: {slot.device.label} ({slot.device.uuid}), VRAM {format_gb(slot.vram)}"
+        caps = ", ".join(caps_of(slot, started.around).told)
+        yield (
+            f"  gw{number}: {slot.device.label} ({slot.device.uuid}), "
+            f"VRAM {format_gb(slot.vram)}{f', capped: {caps}' if caps else ''}"
+        )
     if plan.cpu_workers:
         first, last = len(plan.slots), plan.workers - 1
         yield f"  gw{first}{f' to gw{last}' if last > first else ''}: CPU, no GPU visible"

@@ -1,14 +1,15 @@
-"""Which device each worker sees, as environment variables."""
+"""Which device each worker sees and what caps it, as environment variables. Pure."""
 
 from __future__ import annotations
 
-import os
 import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from pytest_gpushare.plan.model import Plan
+from pytest_gpushare.plan.model import Plan, Slot
+from pytest_gpushare.probe.facts import Device
 from pytest_gpushare.probe.visibility import VARIABLE
+from pytest_gpushare.run.caps import TENSORFLOW_HOOK, TORCH_HOOK, Caps, caps_for
 
 ROLE = "PYTEST_GPUSHARE_ROLE"
 """`gpu` or `cpu`: what a worker is; set in its environment before its first import."""
@@ -16,18 +17,52 @@ ROLE = "PYTEST_GPUSHARE_ROLE"
 SLOT = "PYTEST_GPUSHARE_SLOT"
 """Bytes of VRAM of a GPU worker's slot, for runs that its tests start."""
 
+ORDER = "CUDA_DEVICE_ORDER"
 
-def worker_environment(plan: Plan, number: int, *, simulated: bool) -> dict[str, str]:
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What of the world outside decides on the workers' environments."""
+
+    outer: Mapping[str, str]
+    """The environment that workers inherit."""
+    versions: Mapping[str, str]
+    """The frameworks that are installed; empty where nothing is to be capped."""
+    mps: bool = False
+    """Whether the daemon of CUDA MPS runs."""
+    cap_vram: bool = True
+    by_index: bool = False
+    """Devices by NVML's index, which is CUDA's under CUDA_DEVICE_ORDER=PCI_BUS_ID."""
+    simulated: bool = False
+    """A what-if names devices that do not exist: no visibility, no caps."""
+    context: int | None = None
+    """Bytes of a CUDA context where that was measured."""
+
+
+def worker_environment(plan: Plan, number: int, around: Surroundings) -> dict[str, str]:
     """The variables for the worker of this number, from 0: GPU workers first, then CPU workers.
 
-    A GPU worker sees its device alone, named by its full UUID; a CPU worker sees none.
-    A what-if names devices that do not exist, so there the visibility is left as it is.
+    A GPU worker sees its device alone; a CPU worker sees none.
     """
     slot = plan.slots[number] if number < len(plan.slots) else None
-    environment = {ROLE: "gpu", SLOT: str(slot.vram)} if slot else {ROLE: "cpu", SLOT: "0"}
-    if not simulated:
-        environment[VARIABLE] = slot.device.uuid if slot else ""
+    # Variables of an outer run must not reach a worker of this one: empty ones undo them.
+    environment = {name: "" for name in (TORCH_HOOK, TENSORFLOW_HOOK) if name in around.outer}
+    if slot is None:
+        environment.update({ROLE: "cpu", SLOT: "0"})
+    else:
+        environment.update({ROLE: "gpu", SLOT: str(slot.vram)})
+        environment.update(caps_of(slot, around).environment)
+    if not around.simulated:
+        environment.update(_visibility(slot.device if slot else None, around))
     return environment
+
+
+def caps_of(slot: Slot, around: Surroundings) -> Caps:
+    """What caps the frameworks of a worker in this slot, where anything does."""
+    if not around.cap_vram or around.simulated or slot.device.variable != VARIABLE:
+        return Caps()
+    more = {} if around.context is None else {"context": around.context}
+    return caps_for(slot, around.outer, around.versions, mps=around.mps, **more)
 
 
 def slot_of_outer_run(environment: Mapping[str, str]) -> int | None:
@@ -38,28 +73,13 @@ def slot_of_outer_run(environment: Mapping[str, str]) -> int | None:
     return int(text)
 
 
-def place_this_process(plan: Plan, *, simulated: bool) -> Callable[[], None]:
-    """Let this process see the device of its slot; the result undoes that."""
-    wanted = worker_environment(plan, 0, simulated=simulated)
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    return lambda: _restore(before)
-
-
-def cuda_is_up(own_process_has_context: bool) -> bool:
-    """Whether CUDA was initialised in this process, so that its visibility is settled.
-
-    Asks no framework to load: what is not imported has not initialised anything.
-    """
-    torch = sys.modules.get("torch")
-    cuda = getattr(torch, "cuda", None)
-    is_initialized = getattr(cuda, "is_initialized", None)
-    return own_process_has_context or bool(is_initialized and is_initialized())
-
-
-def _restore(before: Mapping[str, str | None]) -> None:
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+def _visibility(device: Device | None, around: Surroundings) -> dict[str, str]:
+    if device is None:
+        return {VARIABLE: ""}
+    if device.variable != VARIABLE:
+        # An accelerator that CUDA does not know: its worker sees no CUDA device beside it.
+        return {VARIABLE: "", device.variable: device.visible_as or device.uuid}
+    # MIG instances have no index that CUDA knows.
+    if not around.by_index or "." in device.index:
+        return {VARIABLE: device.uuid}
+    return {VARIABLE: device.index, ORDER: "PCI_BUS_ID"}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.errors import SettingsError
+from pytest_gpushare.place import entered
 from pytest_gpushare.plan.model import Request
 from pytest_gpushare.run import numprocesses
-from pytest_gpushare.run.placement import cuda_is_up, place_this_process
-from pytest_gpushare.run.start import LeftAlone, Started, start
-from pytest_gpushare.settings.gpu_auto import GPU_AUTO
+from pytest_gpushare.run.placement import worker_environment
+from pytest_gpushare.run.places import place_of
+from pytest_gpushare.run.process import cuda_is_up, set_variables
+from pytest_gpushare.run.start import Host, Others, start
+from pytest_gpushare.run.started import LeftAlone, Started
 from pytest_gpushare.settings.load import load
 from pytest_gpushare.settings.written import gather
 
@@ -17,7 +22,7 @@ if TYPE_CHECKING:
     import pytest
 
 
-def start_in_process(config: pytest.Config) -> Started | None:
+def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> Started | None:
     """Place this process where it runs the tests itself; None in any other run.
 
     Called before the first conftest, as CUDA reads its visibility once.
@@ -30,25 +35,28 @@ def start_in_process(config: pytest.Config) -> Started | None:
         )
     if not numprocesses.runs_tests(options) or not numprocesses.is_in_process(options):
         return None
-    started = start(load(gather(config)), Request(in_process=True), _simulate(options), 1)
+    request = Request(in_process=True)
+    started = start(load(gather(config)), request, _host(options, 1, outer), _others(config))
+    started.strict = bool(options.gpu_share_strict)
     if cuda_is_up(started.gpus.own_process_has_context):
         started.placed = False
     else:
-        config.add_cleanup(place_this_process(started.plan, simulated=started.gpus.simulated))
+        config.add_cleanup(set_variables(worker_environment(started.plan, 0, started.around)))
+        config.add_cleanup(entered(place_of(started.plan, 0)))
     return started
 
 
-def start_workers(config: pytest.Config) -> Started | LeftAlone | None:
+def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> Started | LeftAlone | None:
     """Write the number of workers into xdist's option; None where no test is run."""
     options = config.option
     if not numprocesses.runs_tests(options):
-        settle_in_process(config)
         return None
     own_workers = numprocesses.keeps_own_workers(options)
     if own_workers and not numprocesses.local_workers(options.tx):
         return LeftAlone("the workers of --tx are on other hosts: no GPU is assigned to them")
     request, cpus = numprocesses.request_for(config)
-    started = start(load(gather(config)), request, _simulate(options), cpus)
+    started = start(load(gather(config)), request, _host(options, cpus, outer), _others(config))
+    started.strict = bool(options.gpu_share_strict)
     plan = started.plan
     if not own_workers:
         options.numprocesses = plan.workers
@@ -60,11 +68,13 @@ def start_workers(config: pytest.Config) -> Started | LeftAlone | None:
     return started
 
 
-def settle_in_process(config: pytest.Config) -> None:
-    """Leave no word in xdist's option where xdist expects a number, in a run without workers."""
-    if getattr(config.option, "numprocesses", None) == GPU_AUTO:
-        config.option.numprocesses = 0
+def _others(config: pytest.Config) -> Others:
+    hook = config.hook
+    return Others(
+        devices=lambda: chain.from_iterable(hook.pytest_gpushare_devices(config=config)),
+        last_word=lambda plan: hook.pytest_gpushare_plan(config=config, plan=plan),
+    )
 
 
-def _simulate(options: Any) -> tuple[str, ...]:
-    return tuple(options.gpu_share_simulate or ())
+def _host(options: Any, cpus: int, outer: Mapping[str, str]) -> Host:
+    return Host(tuple(options.gpu_share_simulate or ()), cpus, outer)

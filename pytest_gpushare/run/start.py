@@ -1,89 +1,97 @@
-"""The way from settings to a plan at the start of a run, and what is held until its end."""
+"""The way from settings to a plan at the start of a run."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
-from pytest_gpushare.errors import NoRoomError
+from pytest_gpushare.errors import GpuShareError, NoRoomError
 from pytest_gpushare.plan.model import Plan, Request
 from pytest_gpushare.plan.sizing import make_plan
-from pytest_gpushare.probe.facts import GpuFacts, HostFacts, OllamaFacts
+from pytest_gpushare.probe.facts import Device, GpuFacts, HostFacts
 from pytest_gpushare.probe.host import available_ram
 from pytest_gpushare.probe.together import probe
-from pytest_gpushare.probe.visibility import VARIABLE
-from pytest_gpushare.run.placement import slot_of_outer_run, worker_environment
+from pytest_gpushare.run.placement import slot_of_outer_run
+from pytest_gpushare.run.started import Started
 from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.units import format_gb
 
 
 @dataclass(frozen=True)
-class LeftAlone:
-    """A run that asked, but whose workers are the user's own; nothing is probed."""
+class Others:
+    """What other plugins and conftests have to say."""
 
-    why: str
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def place(self, specs: Sequence[Any]) -> None:
-        """Nothing is placed."""
+    devices: Callable[[], Iterable[Device]] = tuple
+    """Devices that NVML does not know."""
+    last_word: Callable[[Plan], Plan | None] = lambda plan: plan
+    """Another plan in place of the one that was made; None leaves it."""
 
 
-@dataclass
-class Started:
-    """A run for which the plan is made: what was found, what was decided, what is held."""
+@dataclass(frozen=True)
+class Host:
+    """Where the run takes place."""
 
-    settings: Settings
-    gpus: GpuFacts
-    ollama: OllamaFacts
-    plan: Plan
-    close: Callable[[], None]
-    """Releases NVML; harmless when called twice."""
-    notes: list[str] = field(default_factory=list)
-    """Problems that the user should know of, one sentence each."""
-    placed: bool = True
-    """False where the process could not be placed because CUDA was up in it already."""
-
-    def place(self, specs: Sequence[Any]) -> None:
-        """Write each worker's place into the environment of its execnet spec.
-
-        Workers of other hosts, and those to which the user gave devices, are left alone. The
-        spec lives on when its worker crashes, so a replacement gets the same place.
-        """
-        number = 0
-        for spec in specs:
-            if spec.popen and VARIABLE not in spec.env:
-                spec.env.update(
-                    worker_environment(self.plan, number, simulated=self.gpus.simulated)
-                )
-                number += 1
+    simulate: tuple[str, ...]
+    """The devices of a what-if in place of NVML's; empty: the real ones."""
+    cpus: int
+    """Workers that xdist's `auto` would start."""
+    outer: Mapping[str, str]
+    """The environment as it was before any conftest could change it."""
 
 
-def start(settings: Settings, request: Request, simulate: tuple[str, ...], cpus: int) -> Started:
-    """Probe and plan. `cpus` is what xdist's `auto` comes to on this host.
+def start(settings: Settings, request: Request, host: Host, others: Others) -> Started:
+    """Probe and plan.
 
     Raises `NoRoomError` where nothing fits and the fall-back is switched off, and
     `SettingsError` for settings that do not fit this host.
     """
-    probes = probe(settings, simulate)
+    probes = probe(settings, host.simulate, host.outer)
     try:
-        host = HostFacts(
-            cpus,
+        facts = HostFacts(
+            host.cpus,
             available_ram() if settings.ram_per_worker else None,
-            slot_of_outer_run(os.environ),
+            slot_of_outer_run(host.outer),
         )
-        plan = make_plan(settings, probes.gpus, probes.ollama, host, request)
+        gpus = _joined(probes.gpus, tuple(others.devices()))
+        plan = make_plan(settings, gpus, probes.ollama, facts, request)
+        plan = _checked(others.last_word(plan) or plan)
         if not plan.slots and not settings.fallback_to_cpu_when_constrained:
             raise NoRoomError(_no_room(plan))
     except BaseException:
         probes.close()
         raise
-    started = Started(settings, probes.gpus, probes.ollama, plan, probes.close)
-    started.notes += probes.gpus.problems
+    started = Started(settings, gpus, probes.ollama, plan, probes.close)
+    started.notes += gpus.problems
     return started
+
+
+def _joined(gpus: GpuFacts, more: tuple[Device, ...]) -> GpuFacts:
+    if not all(isinstance(device, Device) for device in more):
+        raise GpuShareError(
+            "a pytest_gpushare_devices hook gave something else than pytest_gpushare devices"
+        )
+    if not more or gpus.simulated:
+        return gpus
+    return replace(
+        gpus,
+        devices=(*gpus.devices, *more),
+        all_devices=(*gpus.all_devices, *more),
+        absence="",
+    )
+
+
+def _checked(plan: Plan) -> Plan:
+    """A plan that may come from a hook. What it promises twice would run out of memory."""
+    if not isinstance(plan, Plan):
+        raise GpuShareError(f"a pytest_gpushare_plan hook gave no plan but {type(plan).__name__}")
+    for device in {slot.device for slot in plan.slots}:
+        promised = sum(slot.vram for slot in plan.slots if slot.device == device)
+        if promised > device.free:
+            raise GpuShareError(
+                f"a pytest_gpushare_plan hook promises {format_gb(promised)} on {device.label}, "
+                f"where {format_gb(device.free)} are free: make its slots fewer or smaller"
+            )
+    return plan
 
 
 def _no_room(plan: Plan) -> str:

@@ -18,7 +18,7 @@ class Option(NamedTuple):
     key: str
     """Its name in JSON; `gpu_share_<key>` in ini files and after `-o`."""
     kind: str
-    """How a value is read: size, number, integer, boolean, words, text."""
+    """How a value is read: size, number, integer, boolean, choice, words, text."""
     default: str
     """The default as a user would write it."""
     meaning: str
@@ -147,6 +147,20 @@ OPTIONS: tuple[Option, ...] = (
         unit="s",
         low="0.01",
         high="60",
+    ),
+    Option(
+        "cap_vram",
+        "boolean",
+        "true",
+        "cap the frameworks of each GPU worker at its slot, less a CUDA context",
+    ),
+    Option(
+        "device_names",
+        "choice",
+        "uuid",
+        "how a device is written to CUDA_VISIBLE_DEVICES: by full UUID, or by index for tools "
+        "that break on UUIDs",
+        choices=("uuid", "index"),
     ),
     Option(
         "config",

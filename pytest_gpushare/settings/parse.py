@@ -39,6 +39,8 @@ def allowed(option: Option) -> str:
         return "allowed is true or false"
     if option.kind == "text":
         return "allowed is a text"
+    if option.kind == "choice":
+        return f"allowed is {' or '.join(option.choices)}"
     if option.kind == "words":
         known = ", ".join(option.choices)
         return (
@@ -158,6 +160,12 @@ def _word(part: object) -> str:
     raise TypeError(part)
 
 
+def _choice(option: Option, raw: object) -> str:
+    if not isinstance(raw, str) or raw.strip().lower() not in option.choices:
+        raise ValueError(raw)
+    return raw.strip().lower()
+
+
 def _text(_: Option, raw: object) -> str:
     if not isinstance(raw, str) or len(raw) > 4096 or "\0" in raw:
         raise ValueError(raw)
@@ -169,6 +177,7 @@ _READERS: Mapping[str, Callable[[Option, object], Value]] = {
     "number": _number,
     "integer": _integer,
     "boolean": _boolean,
+    "choice": _choice,
     "words": _words,
     "text": _text,
 }

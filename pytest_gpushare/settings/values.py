@@ -35,6 +35,10 @@ class Settings:
     """Indices or UUIDs of the devices that Ollama uses, or ("auto",) or ("none",)."""
     ollama_timeout: Fraction
     """Seconds for all questions to Ollama at the start together."""
+    cap_vram: bool
+    """Whether the frameworks of GPU workers are capped at their slots."""
+    device_names: str
+    """`uuid` or `index`: how CUDA_VISIBLE_DEVICES is written."""
     config: str
     """The JSON file that was read; empty: none."""
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)

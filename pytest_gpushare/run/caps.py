@@ -1,0 +1,138 @@
+"""Caps: what keeps a worker's frameworks within its slot, set from outside the process.
+
+A cap is the slot less an allowance for the CUDA context, which no framework counts. What
+the user has set is respected, and merged where a variable holds several settings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+from pytest_gpushare.plan.model import Slot
+from pytest_gpushare.units import MB, format_gb
+
+CONTEXT_ALLOWANCE = 600 * MB
+"""Bytes that a CUDA context and its modules take; 256 to 616 MB have been seen."""
+
+TORCH_HOOK = "PYTEST_GPUSHARE_TORCH_FRACTION"
+"""The fraction that the worker sets once torch has brought CUDA up (torch before 2.10)."""
+TENSORFLOW_HOOK = "PYTEST_GPUSHARE_TENSORFLOW_MB"
+"""The limit that the worker sets once TensorFlow is imported."""
+
+_TORCH, _TORCH_OLD = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+_TORCH_KEY = "per_process_memory_fraction"
+_JAX, _JAX_OLD = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_JAX_PREALLOCATE, _JAX_ALLOCATOR = "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR"
+_CUPY = "CUPY_GPU_MEMORY_LIMIT"
+_MPS = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
+
+
+@dataclass(frozen=True)
+class Caps:
+    """The variables that cap one worker, and what is said of each framework."""
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
+    """`torch 2.13.0: 3.91 GB`, one for each framework that is installed."""
+
+
+class _Cap(NamedTuple):
+    """What a framework's rule looks at."""
+
+    size: int
+    """Bytes."""
+    fraction: str
+    """The same as a part of the device's total."""
+    outer: Mapping[str, str]
+    version: str
+    """Empty where the framework is not installed."""
+
+
+def caps_for(
+    slot: Slot,
+    outer: Mapping[str, str],
+    versions: Mapping[str, str],
+    *,
+    context: int = CONTEXT_ALLOWANCE,
+    mps: bool = False,
+) -> Caps:
+    """The caps of the worker in this slot.
+
+    `outer` is the environment that it would have without us, `versions` the installed
+    frameworks (see `frameworks.installed`), `context` the allowance in bytes.
+    """
+    cap = max(slot.vram - context, slot.vram // 2)
+    # Rounded down, so that the fraction never comes to more than the cap.
+    fraction = f"{float(Fraction(cap * 10**6 // slot.device.total, 10**6)):.6f}"
+    environment: dict[str, str] = {}
+    told: list[str] = []
+    for name, rule in _RULES.items():
+        added, how = rule(_Cap(cap, fraction, outer, versions.get(name, "")))
+        environment.update(added)
+        if name in versions:
+            told.append(f"{name} {versions[name]}: {how}")
+    if mps and _MPS not in outer:
+        # The worker's device is its only one, so its number is 0 there.
+        environment[_MPS] = f"0={slot.vram // MB}M"
+        told.append(f"CUDA MPS: {format_gb(slot.vram)}")
+    return Caps(environment, tuple(told))
+
+
+def mps_is_running(outer: Mapping[str, str]) -> bool:
+    """Whether the control daemon of CUDA MPS has its pipe where clients look for it."""
+    return Path(outer.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"), "control").exists()
+
+
+def _torch(cap: _Cap) -> tuple[dict[str, str], str]:
+    given = cap.outer.get(_TORCH) or cap.outer.get(_TORCH_OLD) or ""
+    if re.search(rf"(^|,)\s*{_TORCH_KEY}\s*:", given):
+        return {}, "the cap that the environment sets"
+    if _backend_is_async(given):
+        return {}, "no cap (backend cudaMallocAsync)"
+    if cap.version and _release(cap.version) < (2, 10):
+        # An allocator key that it does not know makes an older torch fail at its first use.
+        return {TORCH_HOOK: cap.fraction}, f"{format_gb(cap.size)}, set when CUDA is first used"
+    if not cap.version:
+        return {}, ""
+    return {_TORCH: f"{given},{_TORCH_KEY}:{cap.fraction}".lstrip(",")}, format_gb(cap.size)
+
+
+def _backend_is_async(given: str) -> bool:
+    return re.search(r"(^|,)\s*backend\s*:\s*cudaMallocAsync", given) is not None
+
+
+def _jax(cap: _Cap) -> tuple[dict[str, str], str]:
+    if cap.outer.get(_JAX_ALLOCATOR, "").lower() in ("platform", "cuda_async", "vmm"):
+        return {}, f"no cap (allocator {cap.outer[_JAX_ALLOCATOR].lower()})"
+    if cap.outer.get(_JAX) or cap.outer.get(_JAX_OLD):
+        # Both names together raise ValueError in JAX.
+        return {}, "the cap that the environment sets"
+    environment = {_JAX: cap.fraction}
+    if _JAX_PREALLOCATE not in cap.outer:
+        environment[_JAX_PREALLOCATE] = "false"
+    return environment, format_gb(cap.size)
+
+
+def _cupy(cap: _Cap) -> tuple[dict[str, str], str]:
+    if cap.outer.get(_CUPY):
+        return {}, "the cap that the environment sets"
+    return {_CUPY: str(cap.size)}, format_gb(cap.size)
+
+
+def _tensorflow(cap: _Cap) -> tuple[dict[str, str], str]:
+    if not cap.version:
+        return {}, ""
+    return {TENSORFLOW_HOOK: str(cap.size // MB)}, f"{format_gb(cap.size)}, set when it is imported"
+
+
+_RULES = {"torch": _torch, "JAX": _jax, "CuPy": _cupy, "TensorFlow": _tensorflow}
+
+
+def _release(version: str) -> tuple[int, int]:
+    match = re.match(r"([0-9]+)\.([0-9]+)", version)
+    return (int(match.group(1)), int(match.group(2))) if match else (0, 0)

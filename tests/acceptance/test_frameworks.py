@@ -1,0 +1,137 @@
+"""Caps in the real frameworks, where they are installed (`tox -e frameworks`)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+import pytest
+from simulator import Machine
+
+from .conftest import Project
+
+TORCH = """
+    import os
+    import torch
+
+    def test_torch(gpu_share):
+        assert not torch.cuda.is_initialized()
+        queued = [str(call) for call in torch.cuda._queued_calls]
+        print("QUEUED", sum("_cap_torch" in call for call in queued))
+        print("CONF", os.environ.get("PYTORCH_ALLOC_CONF"), os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+"""
+JAX = """
+    import os
+    import jax
+
+    def test_jax():
+        assert int(jax.numpy.arange(4).sum()) == 6
+        from jaxlib import xla_client
+        options = xla_client.generate_pjrt_gpu_plugin_options()
+        print("JAX", options["memory_fraction"], options["preallocate"])
+"""
+
+
+def test_torch_takes_the_allocator_setting(project: Project, machine: Machine) -> None:
+    """The user's settings and ours in one variable, and torch imports under it."""
+    version = importlib.metadata.version("torch") if _has("torch") else "0.0"
+    if tuple(map(int, version.split(".")[:2])) < (2, 10):
+        pytest.skip("torch 2.10 or newer is not installed here")
+    project.write(test_project=TORCH)
+    result = project.pytest(
+        "--gpu-share", "-rP", PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"
+    )
+    assert (result.code, result.passed) == (0, 1), result.out
+    assert (
+        "CONF expandable_segments:True,per_process_memory_fraction:0.163085 "
+        "expandable_segments:True" in result.out
+    )
+    assert f"capped: torch {version}: 3.91 GB" in project.pytest("--gpu-share", "-v").out
+
+
+def test_torch_keeps_the_call_until_cuda_is_up(project: Project, machine: Machine) -> None:
+    """The way of torch before 2.10, run on the torch that is installed; CUDA stays down."""
+    pytest.importorskip("torch", reason="torch is not installed here", exc_type=ImportError)
+    project.write(test_project=TORCH)
+    result = project.pytest("-rP", PYTEST_GPUSHARE_TORCH_FRACTION="0.25")
+    assert (result.code, result.passed) == (0, 1), result.out
+    assert "QUEUED 1" in result.out
+
+
+def test_jax_reads_the_fraction(project: Project, machine: Machine) -> None:
+    """What JAX hands to its GPU plugin is the cap's fraction, without preallocation."""
+    if not _has("jax"):
+        pytest.skip("jax is not installed here")
+    project.write(test_project=JAX)
+    result = project.pytest("--gpu-share", "-rP")
+    assert (result.code, result.passed) == (0, 1), result.out
+    assert "JAX 0.163085 false" in result.out.replace("False", "false")
+
+
+def _has(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def test_versions_are_read_without_importing(project: Project, machine: Machine) -> None:
+    """By metadata alone: a torch whose import fails is told with its version all the same."""
+    if _has("torch"):
+        pytest.skip("a real torch is installed here")
+    site = project.path / "site"
+    for name, version in (("torch", "2.11.0"), ("cupy_cuda12x", "13.6.0")):
+        info = site / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n"
+        )
+    (site / "torch.py").write_text("raise RuntimeError('imported')\n")
+    path = f"{project.environment['PYTHONPATH']}:{site}"
+    result = project.pytest("--gpu-share", "-v", PYTHONPATH=path)
+    assert result.code == 0
+    assert any(
+        line.endswith("VRAM 4.5 GB, capped: torch 2.11.0: 3.91 GB, CuPy 13.6.0: 3.91 GB")
+        for line in result.said
+    ), (result.said, sys.version)
+
+
+def test_tensorflow_is_capped_when_its_context_comes_up(project: Project, machine: Machine) -> None:
+    """A stand-in of TensorFlow's shape: nothing at import, the limit before the first use."""
+    package = project.path / "tensorflow" / "python" / "eager"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").write_text("")
+    (package / "context.py").write_text(
+        "class Context:\n"
+        "    def ensure_initialized(self): print('INITIALISED')\n"
+        "_context = Context()\n"
+        "def context(): return _context\n"
+    )
+    (project.path / "tensorflow" / "__init__.py").write_text(
+        "class config:\n"
+        "    class LogicalDeviceConfiguration:\n"
+        "        def __init__(self, memory_limit): self.memory_limit = memory_limit\n"
+        "    @staticmethod\n"
+        "    def list_physical_devices(kind): return ['gpu']\n"
+        "    @staticmethod\n"
+        "    def get_logical_device_configuration(device): return None\n"
+        "    @staticmethod\n"
+        "    def set_logical_device_configuration(device, limits):\n"
+        "        print('LIMIT', device, limits[0].memory_limit)\n"
+    )
+    project.write(
+        test_project="""
+            def test_tensorflow():
+                import tensorflow
+                from tensorflow.python.eager.context import context
+                print("IMPORTED")
+                context().ensure_initialized()
+                context().ensure_initialized()
+        """
+    )
+    result = project.pytest("-rP", PYTEST_GPUSHARE_TENSORFLOW_MB="4008")
+    assert result.code == 0
+    lines = [line for line in result.out.splitlines() if line.isupper() or "LIMIT" in line]
+    assert lines[-4:] == ["IMPORTED", "LIMIT gpu 4008", "INITIALISED", "INITIALISED"]
