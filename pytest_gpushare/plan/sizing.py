@@ -141,7 +141,8 @@ def _trim(devices: Sequence[DevicePlan], most: int) -> list[DevicePlan]:
     Each time from a device with the most slots; of those from the one whose slots are
     smallest, since its remaining workers gain by the room. Equal ones go by UUID, last first.
     """
-    left = list(devices)
+    # No device keeps more than all may have: millions of tiny slots must not go one by one.
+    left = [replace(device, workers=min(device.workers, most)) for device in devices]
     for _ in range(sum(device.workers for device in left) - most):
         at = max(
             range(len(left)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 
 import httpx
 
@@ -35,10 +36,15 @@ def unanswered(address: Address, problem: str) -> OllamaFacts:
     )
 
 
-def ask(address: Address, timeout: float) -> OllamaFacts:
+def ask(
+    address: Address,
+    timeout: float,
+    opened: Callable[[httpx.Client], object] = lambda _: None,
+) -> OllamaFacts:
     """Ask for version and loaded models; `timeout` seconds for both together, then give up.
 
-    Never raises. The limit is on waiting: an answer that drips is cut off by it too.
+    Never raises. `opened` is given the client: a head that drips defeats every limit on single
+    reads, and closing the client from outside is what ends it.
     """
     deadline = time.monotonic() + timeout
     try:
@@ -52,6 +58,7 @@ def ask(address: Address, timeout: float) -> OllamaFacts:
             follow_redirects=False,
             headers={"Accept-Encoding": "identity", "User-Agent": "pytest-gpushare"},
         ) as client:
+            opened(client)
             return _ask(client, address, deadline, timeout, on_this_host)
     except Exception as error:
         return unanswered(address, _line(f"cannot be asked: {type(error).__name__}: {error}", 200))

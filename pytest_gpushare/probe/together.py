@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pytest_gpushare.probe.address import Address, parse_address
 from pytest_gpushare.probe.facts import GpuFacts, OllamaFacts
@@ -119,9 +119,15 @@ def _ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFac
     from pytest_gpushare.probe.ollama import ask, unanswered
 
     address, limit = address_of(settings, environment), float(settings.ollama_timeout)
-    answer = _Answer("ollama", lambda: ask(address, limit))
+    clients: list[Any] = []
+    answer = _Answer("ollama", lambda: ask(address, limit, clients.append))
     facts = answer.wait(time.monotonic() + limit + _GRACE)
-    return facts or unanswered(address, f"no answer within {limit:g} s")
+    if facts is not None:
+        return facts
+    for client in clients:
+        with contextlib.suppress(Exception):
+            client.close()
+    return unanswered(address, f"no answer within {limit:g} s")
 
 
 def _nothing() -> None:

@@ -266,3 +266,11 @@ def test_what_is_resident_is_never_counted_twice(
     assert sum(resident.values()) <= max(held, told if known else 0)
     for one in fleet:
         assert 0 <= resident.get(one.uuid, 0) <= one.used
+
+
+def test_millions_of_slots_are_trimmed_at_once() -> None:
+    """A smallest need of 1 MB on a huge device is a plan like any other."""
+    tiny = {"min_vram_per_worker": Fraction(MB), "max_workers_per_gb": Fraction(0)}
+    pair = device(90_000, total=100_000), device(80_000, total=100_000, index=1)
+    result = plan(*pair, request=Request(number=3), max_workers_per_gpu=0, **tiny)
+    assert [slot.device.index for slot in result.slots] == ["0", "1", "0"]

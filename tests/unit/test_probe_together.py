@@ -1,0 +1,30 @@
+"""Both probes together: what is left behind when one of them gives no answer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from simulator.ollama import FaultyServer
+
+from pytest_gpushare.probe.together import probe
+
+from .test_plan_sizing import DEFAULTS
+
+
+@pytest.mark.parametrize("mode", ["silent", "drip-header", "drip-body"])
+def test_no_thread_is_left_behind(mode: str) -> None:
+    """Given up on, a server that drips its answer for ever does not keep a thread for ever."""
+    with FaultyServer(mode) as server:
+        facts = probe(replace(DEFAULTS, ollama_host=server.host), ("24GB",)).ollama
+        assert facts.problem == "no answer within 0.5 s"
+        until = time.monotonic() + 5
+        while time.monotonic() < until and _ours():
+            time.sleep(0.05)
+        assert _ours() == []
+
+
+def _ours() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("gpu-share")]
