@@ -44,6 +44,8 @@ class Device:
     compute_mode: ComputeMode = ComputeMode.DEFAULT
     capability: tuple[int, int] = (0, 0)
     """CUDA compute capability; (0, 0) where the driver does not tell."""
+    parent: str = ""
+    """UUID of the GPU of which this is a MIG instance; empty for a whole GPU."""
     variable: str = "CUDA_VISIBLE_DEVICES"
     """The environment variable by which a process is shown this device."""
     visible_as: str = ""

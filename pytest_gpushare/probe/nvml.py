@@ -109,6 +109,7 @@ class Nvml:
     ) -> Iterator[Device]:
         """The MIG instances of a GPU; indices may have gaps: go on past an error."""
         found, odd = 0, []
+        parent = self._or_none(lambda: str(self._library.nvmlDeviceGetUUID(handle))) or ""
         for part in range(most):
             try:
                 instance = self._library.nvmlDeviceGetMigDeviceHandleByIndex(handle, part)
@@ -117,7 +118,7 @@ class Nvml:
                     odd.append(f"GPU {index}: MIG instances were left out: {reason(error)}")
                 continue
             try:
-                device = self._device(instance, f"{index}.{part}")
+                device = self._device(instance, f"{index}.{part}", parent)
             except Exception as error:
                 odd.append(f"GPU {index}.{part} was left out: {reason(error)}")
                 continue
@@ -134,7 +135,7 @@ class Nvml:
         mode = self._or_none(lambda: self._library.nvmlDeviceGetMigMode(handle))
         return mode is not None and mode[0] == 1
 
-    def _device(self, handle: Any, index: str) -> Device:
+    def _device(self, handle: Any, index: str, parent: str = "") -> Device:
         uuid = str(self._library.nvmlDeviceGetUUID(handle))
         name = self._or_none(lambda: self._library.nvmlDeviceGetName(handle))
         memory = self._memory(handle)
@@ -158,6 +159,7 @@ class Nvml:
             capability=_capability(
                 self._or_none(lambda: self._library.nvmlDeviceGetCudaComputeCapability(handle))
             ),
+            parent=parent,
             unified=unified,
         )
 

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from pytest_gpushare.probe.address import Address, parse_address
@@ -89,6 +89,7 @@ class _NvmlReading:
     def __init__(self, environment: Mapping[str, str]) -> None:
         from pytest_gpushare.probe.nvml import Nvml
 
+        self._environment = environment
         self._visible = environment.get(VARIABLE), environment.get("CUDA_DEVICE_ORDER")
         self._nvml = Nvml()
         self._until = time.monotonic() + NVML_TIMEOUT
@@ -106,7 +107,12 @@ class _NvmlReading:
 
     def finish(self) -> GpuFacts:
         facts = self._answer.wait(self._until)
-        return facts or GpuFacts(absence=f"NVML did not answer within {NVML_TIMEOUT:g} s")
+        facts = facts or GpuFacts(absence=f"NVML did not answer within {NVML_TIMEOUT:g} s")
+        given = self._environment.get("NVIDIA_VISIBLE_DEVICES")
+        if facts.all_devices or given not in ("void", "none"):
+            return facts
+        hidden = f"NVIDIA_VISIBLE_DEVICES={given} gives this container none: start it with --gpus"
+        return replace(facts, absence=f"{facts.absence}; {hidden}")
 
     def close(self) -> None:
         _Answer("nvml-close", self._nvml.close).wait(time.monotonic() + _CLOSE_TIMEOUT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pytest_gpushare.probe.facts import Device
@@ -36,8 +36,9 @@ def visible(devices: Sequence[Device], value: str | None, order: str | None = No
         return Visible((), absence=f"{VARIABLE} is empty; unset it or name a device")
     found: list[Device] = []
     problem, written = "", f"{VARIABLE}={_short(value)}"
+    gpus = _as_cuda_counts(devices, order)
     for entry in value.split(","):
-        device = _named(devices, entry.strip())
+        device = _named(gpus, entry.strip())
         if device is None:
             problem = (
                 f'{written}: "{_short(entry.strip())}" names no device: it and what follows '
@@ -52,22 +53,44 @@ def visible(devices: Sequence[Device], value: str | None, order: str | None = No
         return Visible((), "", problem)
     if not problem and _order_matters(devices, value, order):
         problem = (
-            f"{written}: counts in CUDA's own order of devices, which NVML does not know; "
-            "set CUDA_DEVICE_ORDER=PCI_BUS_ID or name UUIDs"
+            f"{written}: counts in CUDA's own order of devices, which NVML does not know: taken "
+            "as the fastest first; set CUDA_DEVICE_ORDER=PCI_BUS_ID or name UUIDs"
         )
     return Visible(tuple(found), problem)
 
 
-def _named(devices: Sequence[Device], entry: str) -> Device | None:
+def _named(gpus: Mapping[str, Sequence[Device]], entry: str) -> Device | None:
+    """The device that an entry means; of a GPU that is cut into MIG instances, its first one."""
     if _INTEGER.fullmatch(entry):
-        # CUDA counts whole GPUs by integers; MIG instances only go by name.
         # Compared as text: Python converts no integer of more than 4300 digits.
-        index = entry.removeprefix("+").lstrip("0") or "0"
-        return next((d for d in devices if d.index == index), None)
+        return next(iter(gpus.get(entry.removeprefix("+").lstrip("0") or "0", ())), None)
     if not entry.upper().startswith(("GPU-", "MIG-")) or len(entry) < 5:
         return None
-    matches = [device for device in devices if device.uuid.lower().startswith(entry.lower())]
+    start = entry.lower()
+    matches = [parts[0] for parts in gpus.values() if parts[0].parent.lower().startswith(start)]
+    matches += [d for parts in gpus.values() for d in parts if d.uuid.lower().startswith(start)]
     return matches[0] if len(matches) == 1 else None
+
+
+def _as_cuda_counts(devices: Sequence[Device], order: str | None) -> dict[str, list[Device]]:
+    """Number in CUDA -> the GPU's MIG instances, or the GPU itself.
+
+    Under CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA counts as NVML does. By default it puts the fastest
+    first, by a rule of its own that capability and size come near; equal ones stay in order.
+    """
+    gpus: dict[str, list[Device]] = {}
+    for device in devices:
+        gpus.setdefault(device.index.partition(".")[0], []).append(device)
+    if order == "PCI_BUS_ID" or not _are_mixed(devices):
+        return gpus
+    fastest = sorted(
+        gpus.values(), key=lambda gpu: (gpu[0].capability, sum(d.total for d in gpu)), reverse=True
+    )
+    return {str(number): gpu for number, gpu in enumerate(fastest)}
+
+
+def _are_mixed(devices: Sequence[Device]) -> bool:
+    return len({device.name for device in devices}) > 1
 
 
 def _short(text: str) -> str:
@@ -79,4 +102,4 @@ def _short(text: str) -> str:
 def _order_matters(devices: Sequence[Device], value: str, order: str | None) -> bool:
     """Whether integers may mean other devices to CUDA (fastest first) than to NVML."""
     integers = any(_INTEGER.fullmatch(entry.strip()) for entry in value.split(","))
-    return integers and order != "PCI_BUS_ID" and len({device.name for device in devices}) > 1
+    return integers and order != "PCI_BUS_ID" and _are_mixed(devices)

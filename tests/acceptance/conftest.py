@@ -210,7 +210,7 @@ def _machine_of(project: Project) -> Machine:
 
 
 @pytest.fixture
-def golden() -> Iterator[Callable[[Result, str], None]]:
+def golden() -> Callable[[Result, str], None]:
     """Compare a whole output with a file; `UPDATE_GOLDEN=1` writes the file anew."""
 
     def compare(result: Result, name: str) -> None:
@@ -221,7 +221,7 @@ def golden() -> Iterator[Callable[[Result, str], None]]:
             path.write_text(text, encoding="utf-8")
         assert text == path.read_text(encoding="utf-8")
 
-    yield compare
+    return compare
 
 
 def normal(text: str) -> str:

@@ -9,7 +9,10 @@ from simulator import Machine
 
 from .conftest import SHOW_PLACE, Project
 
-TWO = "gpu-share: 2 GPU workers × 4.5 GB = 9.0 GB (limited by max_workers_per_gb; preset conservative)"
+TWO = (
+    "gpu-share: 2 GPU workers × 4.5 GB = 9.0 GB "
+    "(limited by max_workers_per_gb; preset conservative)"
+)
 ONE = "gpu-share: 1 GPU worker × 9.0 GB = 9.0 GB (limited by -n 1; preset conservative)"
 PYTEST_9 = pytest.mark.skipif(pytest.version_tuple < (9,), reason="files of pytest 9")
 
@@ -248,7 +251,8 @@ def test_in_process_leaves_nothing_behind(project: Project, machine: Machine) ->
         import os, pytest
         before = dict(os.environ)
         assert pytest.main(["-q", "--gpu-share", "-n0", "-p", "no:cacheprovider"]) == 0
-        changed = {k for k in before.keys() | os.environ.keys() if before.get(k) != os.environ.get(k)}
+        after = dict(os.environ)
+        changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
         print("changed:", sorted(changed))
         """,
     )
@@ -304,7 +308,8 @@ NESTED = """
     pytest_plugins = ["pytester"]
 
     def test_outer(pytester, monkeypatch):
-        pytester.makepyfile("import os\\ndef test_inner():\\n    print(os.environ['CUDA_VISIBLE_DEVICES'])")
+        test = "import os\\ndef test_inner():\\n    print(os.environ['CUDA_VISIBLE_DEVICES'])"
+        pytester.makepyfile(test)
         inner = pytester.runpytest_subprocess("-p", "no:cacheprovider", *{arguments!r})
         inner.assert_outcomes(passed=1)
         inner.stdout.fnmatch_lines([{line!r}])

@@ -18,7 +18,8 @@ TORCH = """
         assert not torch.cuda.is_initialized()
         queued = [str(call) for call in torch.cuda._queued_calls]
         print("QUEUED", sum("_cap_torch" in call for call in queued))
-        print("CONF", os.environ.get("PYTORCH_ALLOC_CONF"), os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+        names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+        print("CONF", *map(os.environ.get, names))
 """
 JAX = """
     import os

@@ -69,7 +69,7 @@ def test_outer_visibility(project: Project, machine_with: Callable[..., Machine]
     assert result.code == 0
     uuids = [state.uuid for state in machine.snapshot()]
     assert {place.split()[1] for place in project.places().values()} <= {uuids[1], uuids[3]}
-    assert [line for line in result.said if line.startswith("  GPU")][0].startswith("  GPU 3 ")
+    assert next(line for line in result.said if line.startswith("  GPU")).startswith("  GPU 3 ")
 
 
 @pytest.mark.parametrize(
@@ -249,8 +249,8 @@ INVISIBLE = """
         before = dict(os.environ), set(threading.enumerate()), set(pathlib.Path().rglob("*"))
         yield
         after = dict(os.environ), set(threading.enumerate()), set(pathlib.Path().rglob("*"))
-        changed = {k for k in before[0].keys() | after[0].keys() if before[0].get(k) != after[0].get(k)}
-        assert changed <= {"PYTEST_CURRENT_TEST"}
+        assert {k for k, v in after[0].items() if before[0].get(k) != v} <= {"PYTEST_CURRENT_TEST"}
+        assert not before[0].keys() - after[0].keys()
         assert {t for t in after[1] - before[1] if not t.daemon} == set()
         assert {p for p in after[2] - before[2] if "__pycache__" not in p.parts} == set()
         children = pathlib.Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
@@ -338,3 +338,14 @@ def test_hooks_that_err(hook: str, message: str, project: Project, machine: Mach
     assert (result.code, result.passed) == (4, 0)
     assert message in result.err
     assert "Traceback" not in result.err
+
+
+def test_forked(project: Project, machine: Machine) -> None:
+    """pytest-forked runs each test in a child of the worker, which sees the worker's device."""
+    pytest.importorskip("pytest_forked", reason="pytest-forked is not installed here")
+    project.write(test_project=SHOW_PLACE)
+    if project.pytest("--forked", "-p", "no:randomly").code:
+        pytest.skip("pytest-forked does not work with this pytest")
+    result = project.pytest("--gpu-share", "--forked")
+    assert (result.code, result.passed) == (0, 8), result.out
+    assert set(project.places().values()) >= {f"gpu {machine.snapshot()[0].uuid}"}

@@ -108,7 +108,7 @@ def test_empty(value: str) -> None:
         ((A, SMALL), "0", None, True),
         ((A, SMALL), "0", "FASTEST_FIRST", True),
         ((A, SMALL), "0", "PCI_BUS_ID", False),
-        ((A, SMALL), f"{A.uuid},3", None, True),
+        ((A, SMALL), f"{A.uuid},1", None, True),
         ((A, SMALL), A.uuid, None, False),
         ((A, SMALL), None, None, False),
         ((A, B), "1,0", None, False),
@@ -155,3 +155,31 @@ def test_any_text(value: str) -> None:
     """Whatever stands there, devices or a reason come out."""
     found = visible(ALL, value, "PCI_BUS_ID")
     assert bool(found.devices) is not bool(found.absence)
+
+
+def _gpu(number: int, gigabytes: int, capability: tuple[int, int], **more: str) -> Device:
+    size = gigabytes * 2**30
+    return Device(
+        f"GPU-{number}aaa", f"card {gigabytes}", str(number), size, 0, size,
+        capability=capability, **more,
+    )  # fmt: skip
+
+
+def test_integers_count_the_fastest_first() -> None:
+    """By default CUDA's 0 is the fastest device, not NVML's first; that is a guess, and told."""
+    old, new = _gpu(0, 24, (7, 5)), _gpu(1, 24, (9, 0))
+    guessed = visible((old, new), "0")
+    assert guessed.devices == (new,)
+    by_bus = visible((old, new), "0", "PCI_BUS_ID")
+    assert (by_bus.devices, by_bus.problem) == ((old,), "")
+
+
+def test_a_gpu_in_mig_mode_stands_for_its_first_instance() -> None:
+    """Its index and its UUID name one instance, as a process sees no more than one."""
+    size = 2**30
+    parts = tuple(
+        Device(f"MIG-{n}bbb", "part", f"0.{n}", size, 0, size, parent="GPU-0ccc") for n in range(3)
+    )
+    for value in ("0", "GPU-0ccc", "GPU-0"):
+        assert visible(parts, value, "PCI_BUS_ID").devices == parts[:1]
+    assert visible(parts, "MIG-2bbb").devices == parts[2:]
