@@ -109,7 +109,6 @@ class Nvml:
     ) -> Iterator[Device]:
         """The MIG instances of a GPU; indices may have gaps: go on past an error."""
         found, odd = 0, []
-        parent = self._or_none(lambda: str(self._library.nvmlDeviceGetUUID(handle))) or ""
         for part in range(most):
             try:
                 instance = self._library.nvmlDeviceGetMigDeviceHandleByIndex(handle, part)
@@ -118,7 +117,7 @@ class Nvml:
                     odd.append(f"GPU {index}: MIG instances were left out: {reason(error)}")
                 continue
             try:
-                device = self._device(instance, f"{index}.{part}", parent)
+                device = self._device(instance, f"{index}.{part}", handle)
             except Exception as error:
                 odd.append(f"GPU {index}.{part} was left out: {reason(error)}")
                 continue
@@ -135,7 +134,8 @@ class Nvml:
         mode = self._or_none(lambda: self._library.nvmlDeviceGetMigMode(handle))
         return mode is not None and mode[0] == 1
 
-    def _device(self, handle: Any, index: str, parent: str = "") -> Device:
+    def _device(self, handle: Any, index: str, parent: Any = None) -> Device:
+        whole = handle if parent is None else parent
         uuid = str(self._library.nvmlDeviceGetUUID(handle))
         name = self._or_none(lambda: self._library.nvmlDeviceGetName(handle))
         memory = self._memory(handle)
@@ -154,12 +154,14 @@ class Nvml:
             free=free,
             processes=self._processes(handle),
             compute_mode=_compute_mode(
-                self._or_none(lambda: self._library.nvmlDeviceGetComputeMode(handle))
+                self._or_none(lambda: self._library.nvmlDeviceGetComputeMode(whole))
             ),
             capability=_capability(
-                self._or_none(lambda: self._library.nvmlDeviceGetCudaComputeCapability(handle))
+                self._or_none(lambda: self._library.nvmlDeviceGetCudaComputeCapability(whole))
             ),
-            parent=parent,
+            parent=""
+            if parent is None
+            else self._or_none(lambda: str(self._library.nvmlDeviceGetUUID(parent))) or "",
             unified=unified,
         )
 

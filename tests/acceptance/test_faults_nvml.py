@@ -407,7 +407,7 @@ def test_odd_names(tmp_path: Path, nvml_library: Path) -> None:
 def test_outer_visibility(tmp_path: Path, nvml_library: Path) -> None:
     """CUDA_VISIBLE_DEVICES bounds what the probe gives, in each of its forms."""
     machine = Machine.create(
-        tmp_path / "vram", [WHOLE, IN_PARTS, Device(name="Other", total="8GB")]
+        tmp_path / "vram", [WHOLE, IN_PARTS, Device(name="Other", total="3GB", used="1GB")]
     )
     first, _, third, part, last = (device.uuid for device in machine.snapshot())
     values = {

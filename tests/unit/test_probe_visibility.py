@@ -60,7 +60,7 @@ def test_seen(value: str | None, expected: tuple[Device, ...]) -> None:
         ("0 1", (), "0 1"),
         ("-1", (), "-1"),
         ("-0", (), "-0"),
-        ("4", (), "4"),
+        ("6", (), "6"),
         ("4.0", (), "4.0"),
         ("all", (), "all"),
         ("none", (), "none"),
@@ -160,7 +160,7 @@ def test_any_text(value: str) -> None:
 def _gpu(number: int, gigabytes: int, capability: tuple[int, int], **more: str) -> Device:
     size = gigabytes * 2**30
     return Device(
-        f"GPU-{number}aaa", f"card {gigabytes}", str(number), size, 0, size,
+        f"GPU-{number}aaa", f"card {capability}", str(number), size, 0, size,
         capability=capability, **more,
     )  # fmt: skip
 
