@@ -34,6 +34,7 @@ class _NumprocessesType:
     def pytest_plugin_registered(self, plugin: object) -> None:
         if getattr(plugin, "__name__", None) == "xdist.plugin":
             accept_gpu_auto(self._parser)
+            self._parser.extra_info.pop("pytest-gpushare", None)
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:

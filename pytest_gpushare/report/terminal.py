@@ -10,16 +10,12 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from pytest_gpushare.plan.model import DevicePlan, Limit, Plan
-from pytest_gpushare.probe.facts import ComputeMode, LoadedModel
+from pytest_gpushare.plan.shortage import shortage
+from pytest_gpushare.probe.facts import LoadedModel
 from pytest_gpushare.run.placement import caps_of
 from pytest_gpushare.run.started import LeftAlone, Started
 from pytest_gpushare.settings.options import OPTIONS
 from pytest_gpushare.units import format_gb, format_number, plural
-
-_MODES = {
-    ComputeMode.PROHIBITED: "its compute mode PROHIBITED lets no process in",
-    ComputeMode.EXCLUSIVE: "its compute mode EXCLUSIVE_PROCESS keeps others out while it is used",
-}
 
 
 class Line(NamedTuple):
@@ -78,7 +74,7 @@ def _alone(line: Line) -> Line:
 def _headline(started: Started) -> Line:
     plan, preset = started.plan, f"preset {', '.join(started.settings.presets)}"
     if not plan.slots:
-        why = _no_slot(plan)
+        why = shortage(plan)
         what = (
             "no workers: this process sees no GPU"
             if plan.request.in_process
@@ -120,18 +116,6 @@ def _limit(name: Limit, plan: Plan) -> str:
     return f"{name.value} {value}" if name in (Limit.NUMBER, Limit.MAXPROCESSES) else name.value
 
 
-def _no_slot(plan: Plan) -> str:
-    if plan.absence:
-        return f"no GPU: {plan.absence}"
-    barred = [d.device for d in plan.devices if d.limited_by is Limit.BY_MODE]
-    if len(barred) == len(plan.devices):
-        return "; ".join(f"{d.label}: {_MODES[d.compute_mode]}" for d in barred)
-    return (
-        f"insufficient VRAM per worker: {format_gb(plan.usable)} usable, "
-        f"{format_gb(plan.needed)} needed; gpu_share_min_vram_per_worker_gb"
-    )
-
-
 def _device(plan: DevicePlan) -> str:
     device = plan.device
     shared = ", shared with the CPU" if device.unified else ""
@@ -163,7 +147,8 @@ def _ollama(started: Started) -> Line:
         )
     where = "" if ollama.on_this_host else ", another machine: it holds no VRAM here"
     models = ", ".join(_model(model) for model in ollama.models)
-    return Line(f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}")
+    spilled = any(model.size_vram < model.size for model in ollama.models)
+    return Line(f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}", spilled)
 
 
 def _model(model: LoadedModel) -> str:

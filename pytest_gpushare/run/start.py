@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from pytest_gpushare.errors import GpuShareError, NoRoomError
-from pytest_gpushare.plan.model import Plan, Request
+from pytest_gpushare.plan.model import Limit, Plan, Request
+from pytest_gpushare.plan.shortage import shortage
 from pytest_gpushare.plan.sizing import make_plan
 from pytest_gpushare.probe.facts import Device, GpuFacts, HostFacts
 from pytest_gpushare.probe.host import available_ram
@@ -100,6 +101,11 @@ def _no_room(plan: Plan) -> str:
         return (
             f"gpu-share: no GPU for the workers: {plan.absence}; {off}: "
             "set it to true to run the tests on the CPU"
+        )
+    if all(planned.limited_by is Limit.BY_MODE for planned in plan.devices):
+        return (
+            f"gpu-share: no GPU for the workers: {shortage(plan)}; {off}: change the mode with "
+            "nvidia-smi -c, or set it to true to run the tests on the CPU"
         )
     return (
         f"gpu-share: a GPU worker needs {format_gb(plan.needed)} of VRAM, "

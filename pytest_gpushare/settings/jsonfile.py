@@ -68,7 +68,9 @@ def _read(path: Path, shown: str, *, required: bool) -> str | None:
     except FileNotFoundError:
         if not required:
             return None
-        raise SettingsError(f"{shown}: no such file: check gpu_share_config") from None
+        raise SettingsError(
+            f"{shown}: no such file: check --gpu-share-config or gpu_share_config"
+        ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SettingsError(f"{shown}: cannot be read: {reason}; check the path") from None

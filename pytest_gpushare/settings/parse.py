@@ -30,7 +30,17 @@ def parse(option: Option, raw: object, where: str, written: str | None = None) -
     try:
         return _READERS[option.kind](option, raw)
     except (ValueError, ArithmeticError, TypeError):
-        raise SettingsError(f"{where}: {name} = {shown(raw)}: {allowed(option)}") from None
+        hint = _nearest(raw, option.choices)
+        raise SettingsError(f"{where}: {name} = {shown(raw)}: {allowed(option)}{hint}") from None
+
+
+def _nearest(raw: object, choices: Iterable[str]) -> str:
+    """`; the nearest is aggressive`, where one of the words is almost a choice."""
+    texts = raw[:8] if isinstance(raw, (list, tuple)) else [raw]
+    words = [w for text in texts if isinstance(text, str) for w in re.split(r"[\s,]+", text[:200])]
+    near = [near for word in words for near in difflib.get_close_matches(word, choices, 1)]
+    wrong = [name for name in near if name not in words]
+    return f"; the nearest is {wrong[0]}" if wrong else ""
 
 
 def allowed(option: Option) -> str:

@@ -28,6 +28,11 @@ _REMOVED = re.compile(
     re.I,
 )
 
+# A cache would stay in the project; the others, which come with our own tests, cost a second.
+_PLUGINS_LEFT_OUT = [
+    part for name in ("cacheprovider", "hypothesispytest", "anyio") for part in ("-p", f"no:{name}")
+]
+
 TRIVIAL = """
     import pytest
 
@@ -119,7 +124,7 @@ class Project:
     def pytest(self, *arguments: str, **environment: str | None) -> Result:
         """Run `pytest` with these arguments."""
         return self.command(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments], **environment
+            [sys.executable, "-m", "pytest", *_PLUGINS_LEFT_OUT, *arguments], **environment
         )
 
     def places(self) -> dict[str, str]:

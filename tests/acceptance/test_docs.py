@@ -8,17 +8,20 @@
 
 Comments steer this (`% key: value`; in pages for GitHub `<!-- key: value -->`): `on` names
 the machine for the rest of the section, `file` the next block's file, `refused` marks
-settings that are wrong on purpose, `not-run` gives the reason. `UPDATE_GOLDEN=1` writes
+settings that are wrong on purpose, `not-run` gives the reason, and a block with
+`pytest-from` is true from that version of pytest on. `UPDATE_GOLDEN=1` writes
 the plugin's lines into the pages.
 """
 
 from __future__ import annotations
 
+import ast
 import configparser
 import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,9 +32,7 @@ import pytest
 from simulator import Device, Machine
 
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.plan.model import Request
-from pytest_gpushare.report.terminal import header
-from pytest_gpushare.run.start import start
+from pytest_gpushare.probe.nvml import _REMEDIES
 from pytest_gpushare.settings.load import Written, load
 from pytest_gpushare.settings.options import BY_KEY, JSON_SECTION, OPTIONS
 from pytest_gpushare.settings.parse import parse
@@ -56,7 +57,7 @@ PAGES = {
 }
 CONFIGURATION = ("pytest.ini", "pyproject.toml", "pytest.toml", "tox.ini", "setup.cfg")
 COMMANDS = {"pytest", "grep"}
-KEYS = {"on", "file", "refused", "not-run", "plan-table"}
+KEYS = {"on", "file", "refused", "not-run", "pytest-from", "plan-table"}
 
 
 @dataclass
@@ -99,7 +100,7 @@ def _blocks(lines: list[str]) -> Iterator[Block]:
             else:
                 marks[mark[1]] = mark[2] or ""
             continue
-        fence = re.fullmatch(r"(\s*)(`{3,}|~{3,}|:{3,})\s*(\{[\w-]+\})?\s*(.*)", line)
+        fence = re.fullmatch(r"(\s*)(`{3,}|~{3,}|:{3,})\s*(\{[\w:-]+\})?\s*(.*)", line)
         if fence is None:
             continue
         indent, ticks, directive, rest = fence.groups()
@@ -134,7 +135,12 @@ def test_page(
 ) -> None:
     """Every block of the page is true."""
     path = PAGES[page]
-    project.environment.update(PYTEST_XDIST_AUTO_NUM_WORKERS="8", OLLAMA_HOST="127.0.0.1:9")
+    project.environment.update(
+        PYTEST_XDIST_AUTO_NUM_WORKERS="8",
+        OLLAMA_HOST="127.0.0.1:9",
+        # Plugins of the test environment that take a third of the time of a short run.
+        PYTEST_ADDOPTS="-p no:hypothesispytest -p no:anyio",
+    )
     outside = dict(project.environment)
     keep = "/tutorial/" in page
     section, on = 0, ""
@@ -154,6 +160,9 @@ def test_page(
         if "not-run" in block.marks:
             assert len(block.marks["not-run"]) > 10, f"{place}: not-run needs a reason"
             continue
+        oldest = tuple(int(part) for part in block.marks.get("pytest-from", "0").split("."))
+        if pytest.version_tuple[: len(oldest)] < oldest:
+            continue
         if block.file:
             place_file(project, block)
         if block.language == "console":
@@ -161,7 +170,7 @@ def test_page(
         elif block.language in ("ini", "toml", "json"):
             check_settings(block, place)
         elif block.language == "plan-table":
-            check_plans(block, page)
+            check_plans(block, project, page)
         elif not (block.language == "python" and block.file):
             pytest.fail(f"{place}: a {block.language or 'bare'} block needs a not-run reason")
     if os.environ.get("UPDATE_GOLDEN"):
@@ -257,6 +266,8 @@ def compare(command: str, expected: list[str], result: Result, place: str) -> No
 
 def rewritten(expected: list[str], result: Result) -> list[str]:
     """The block's output with the plugin's lines and errors as they are now."""
+    if not expected:
+        return []
     errors = [line for line in plain(result.err) if line.startswith("ERROR: ")]
     now = [*plain("\n".join(result.said)), *errors]
     old = [
@@ -265,7 +276,8 @@ def rewritten(expected: list[str], result: Result) -> list[str]:
         if line.startswith("ERROR: ") or plain(line)[0] in said(expected)
     ]
     if not old:
-        return [*now, *expected]
+        start_at = 1 if expected[:1] == ["..."] else 0
+        return [*expected[:start_at], *now, *expected[start_at:]]
     return [*expected[: old[0]], *now, *expected[old[-1] + 1 :]]
 
 
@@ -341,38 +353,46 @@ def written(**given: Any) -> Written:
 
 # --- tables of plans ---
 
+# The header of many runs, in one process: everything up to the moment when xdist would start.
+HEADERS = """
+import json, sys
+import pytest
 
-def check_plans(block: Block, page: str) -> None:
-    """In each row the last code is the plan that the codes before it, as options, give."""
-    for offset, row in enumerate(block.lines[2:], start=2):
-        *options, expected = re.findall(r"`([^`]+)`", row)
-        text = plan_of(shlex.split(" ".join(options)))
-        assert text.startswith(f"{expected} ("), f"{page}:{block.line + offset}: {text}"
+class Stop:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session):
+        hook = session.config.hook.pytest_report_header
+        self.parts = hook(config=session.config, start_path=session.config.rootpath)
+        pytest.exit("seen", returncode=0)
+
+for arguments in json.load(sys.stdin):
+    stop = Stop()
+    assert pytest.main(["--gpu-share", *arguments], plugins=[stop]) == 0
+    said = next(part for part in stop.parts if part[0].startswith("gpu-share: "))
+    # The first line of a what-if says that it is one.
+    print("HEADLINE", said[1])
+"""
 
 
-def plan_of(arguments: list[str]) -> str:
-    """The headline's words for these options, on a machine with 64 CPUs and no Ollama."""
-    flags: dict[str, object] = {}
-    overrides: dict[str, object] = {"gpu_share_enable_ollama_detection": "false"}
-    simulate: list[str] = []
-    number = None
-    words = iter(arguments)
-    for word in words:
-        value = next(words)
-        if word == "--gpu-share-simulate":
-            simulate.append(value)
-        elif word == "--gpu-share-preset":
-            flags["preset"] = value
-        elif word == "-n":
-            number = int(value)
-        else:
-            assert word == "-o", f"not an option of these tables: {word}"
-            key, _, overrides[key] = value.partition("=")
-    settings = load(written(flags=flags, overrides=overrides))
-    started = start(settings, Request(number), tuple(simulate), 64)
-    headline = next(line.text for line in header(started, 0) if "workers" in line.text[:30])
-    started.close()
-    return headline.removeprefix("gpu-share: ")
+def check_plans(block: Block, project: Project, page: str) -> None:
+    """In each row the last code is the plan that the codes before it, as options, give.
+
+    On a machine with 64 CPUs.
+    """
+    rows = [re.findall(r"`([^`]+)`", row) for row in block.lines[2:]]
+    done = subprocess.run(
+        [sys.executable, "-c", HEADERS],
+        input=json.dumps([shlex.split(" ".join(options)) for *options, _ in rows]),
+        cwd=project.path,
+        env={**project.environment, "PYTEST_XDIST_AUTO_NUM_WORKERS": "64"},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    headlines = re.findall(r"^HEADLINE gpu-share: (.*)", done.stdout, re.MULTILINE)
+    for row, headline in zip(rows, headlines, strict=True):
+        assert headline.startswith(f"{row[-1]} ("), f"{page}:{block.line}: {row}: {headline}"
 
 
 # --- the pages as a whole ---
@@ -392,7 +412,7 @@ def test_names_exist(page: str) -> None:
     }
     assert named - known <= refused
     flags = {option.flag for option in OPTIONS if option.flag}
-    flags |= {"--gpu-share", "--no-gpu-share", "--gpu-share-simulate"}
+    flags |= {"--gpu-share", "--no-gpu-share", "--gpu-share-simulate", "--gpu-share-strict"}
     assert set(re.findall(r"--(?:no-)?gpu-share[\w-]*", text)) <= flags
 
 
@@ -407,13 +427,40 @@ def test_reference_lists_every_option(project: Project) -> None:
     assert "{gpu-share-options}" in page
     assert "{gpu-share-presets}" in page
     text = page + gpushare_reference.options() + gpushare_reference.presets()
+    text += PAGES["docs/reference/command-line.md"].read_text(encoding="utf-8")
     for option in OPTIONS:
         assert f"{{confval}} {option.ini}" in text
-        assert option.meaning in text
+        assert option.meaning[1:] in text
     assert all(f"`{name}`" in text for name in PRESETS)
     helped = project.pytest("--help").out
     for name in re.findall(r"^ +(--(?:no-)?gpu-share[\w-]*)", helped, re.MULTILINE):
         assert f"`{name}" in text, name
+
+
+def test_messages_exist() -> None:
+    """Each message of the reference is made of words that stand in the package."""
+    texts = [
+        node.value
+        for path in sorted((ROOT / "pytest_gpushare").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    source = "\n".join(texts)
+    page = PAGES["docs/reference/messages.md"].read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    # Placeholders, and what the plugin puts together from parts.
+    between = r"^gpu-share: |CUDA_VISIBLE_DEVICES|\.\.\.|\b[A-Z]+\b|\b[0-9.]+\b|[×=(),;\"]| worker"
+    for message in messages:
+        for part in (piece.strip(" s:") for piece in re.split(between, message)):
+            assert part in source, f"{message}: {part}"
+    assert len(messages) > 20
+
+
+def test_remedies_are_in_the_reference() -> None:
+    """Every error of NVML that has a remedy of its own."""
+    page = PAGES["docs/reference/messages.md"].read_text(encoding="utf-8")
+    for code, remedy in _REMEDIES.items():
+        assert f"`{remedy} (NVML error {code})`" in page
 
 
 def test_default_preset_is_the_defaults() -> None:

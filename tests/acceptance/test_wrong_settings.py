@@ -83,6 +83,7 @@ NEED = "allowed is a number of GB from 0.001 to 1048576, or a size such as 512MB
 NAMES = (
     "allowed is one or several of conservative, aggressive, ultra-conservative, no-ollama, packed"
 )
+NEAREST = f"{NAMES}; the nearest is aggressive"
 SECONDS = "allowed is a number from 0.01 to 60 seconds"
 SWITCH = "allowed is true or false"
 
@@ -107,8 +108,8 @@ WRONG = [
     ("fallback_to_cpu_when_constrained", "", "''", SWITCH),
     ("ollama_timeout_s", "0", "'0'", SECONDS),
     ("ollama_timeout_s", "61", "'61'", SECONDS),
-    ("preset", "agressive", "'agressive'", NAMES),
-    ("preset", "packed, agressive", "'packed, agressive'", NAMES),
+    ("preset", "agressive", "'agressive'", NEAREST),
+    ("preset", "packed, agressive", "'packed, agressive'", NEAREST),
     ("preset", "", "''", NAMES),
 ]
 """Key, what is written, how it is shown, and what is allowed there."""
@@ -172,7 +173,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
     ),
     "flag, preset": (
         Case({}, ("--gpu-share", "--gpu-share-preset", "agressive")),
-        f"command line: --gpu-share-preset = 'agressive': {NAMES}",
+        f"command line: --gpu-share-preset = 'agressive': {NEAREST}",
     ),
     "flag, presets": (
         Case({}, ("--gpu-share", "--gpu-share-preset=packed", "--gpu-share-preset=x")),
@@ -184,7 +185,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
     ),
     "flag, no file": (
         Case({}, ("--gpu-share", "--gpu-share-config=gone.json")),
-        "gone.json: no such file: check gpu_share_config",
+        "gone.json: no such file: check --gpu-share-config or gpu_share_config",
     ),
     "flag, directory": (
         Case({}, ("--gpu-share", "--gpu-share-config", "..")),
@@ -204,7 +205,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
     ),
     "ini names a file": (
         Case({"pytest.ini": "[pytest]\ngpu_share_config = gone.json\n"}),
-        "gone.json: no such file: check gpu_share_config",
+        "gone.json: no such file: check --gpu-share-config or gpu_share_config",
     ),
     "-o, unknown": (
         Case({}, ("--gpu-share", "-o", f"{MISSPELT}=1")),

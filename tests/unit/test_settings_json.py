@@ -244,7 +244,9 @@ def test_section_is_missing(content: str, hint: str, tmp_path: Path) -> None:
 def test_no_file(tmp_path: Path) -> None:
     """A file that was named must be there; the one that would be found need not."""
     assert read_section(tmp_path / "x.json", "x.json", required=False) is None
-    with pytest.raises(SettingsError, match=r"^x.json: no such file: check gpu_share_config$"):
+    with pytest.raises(
+        SettingsError, match=r"^x.json: no such file: check --gpu-share-config or gpu_share_config$"
+    ):
         read_section(tmp_path / "x.json", "x.json", required=True)
 
 

@@ -1,0 +1,76 @@
+"""The reference of options and presets, made from the tables that the plugin itself uses.
+
+`options` and `presets` return MyST text; the directives `gpu-share-options` and
+`gpu-share-presets` put it into a page.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_gpushare.settings import options as table_of_options
+from pytest_gpushare.settings import presets as table_of_presets
+from pytest_gpushare.settings.options import OPTIONS, Option
+from pytest_gpushare.settings.parse import allowed
+from pytest_gpushare.settings.presets import PRESETS
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+
+def options() -> str:
+    """One entry for each option, in the order of the table."""
+    return "\n".join(_entry(option) for option in OPTIONS)
+
+
+def presets() -> str:
+    """A table: a row for each key that a preset sets, a column for each preset."""
+    keys = list(dict.fromkeys(key for values in PRESETS.values() for key in values))
+    rows = [
+        ["", *(f"`{name}`" for name in PRESETS)],
+        ["---"] * (len(PRESETS) + 1),
+        *([f"`{key}`", *(values.get(key, "") for values in PRESETS.values())] for key in keys),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _entry(option: Option) -> str:
+    fields = [f"- {_sentence(allowed(option).replace('allowed is', 'allowed:'))}"]
+    if option.in_json:
+        fields.append(f"- JSON: `{option.key}`")
+    else:
+        fields.append("- JSON: no")
+    command = f"`-o {option.ini}=...`"
+    if option.flag:
+        repeated = ", repeatable" if option.kind == "words" else ""
+        command = f"`{option.flag} {option.metavar}`{repeated}, or {command}"
+    fields.append(f"- command line: {command}")
+    default = f"`{option.default}`" if option.default else "unset"
+    return (
+        f"````{{confval}} {option.ini}\n"
+        f":default: {default}\n\n"
+        f"{_sentence(option.meaning)}.\n\n" + "\n".join(fields) + "\n````\n"
+    )
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def setup(app: Sphinx) -> dict[str, object]:
+    """Register the two directives."""
+    from sphinx.util.docutils import SphinxDirective
+
+    def directive(make):
+        class Generated(SphinxDirective):
+            def run(self):
+                # Else Sphinx would keep the page when only the tables change.
+                for table in (table_of_options, table_of_presets):
+                    self.env.note_dependency(table.__file__)
+                return self.parse_text_to_nodes(make())
+
+        return Generated
+
+    app.add_directive("gpu-share-options", directive(options))
+    app.add_directive("gpu-share-presets", directive(presets))
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
