@@ -141,6 +141,16 @@ def pytest_configure_node(node: Any) -> None:
         node.workerinput[worker.PLACED] = {**message, "tell": channel}
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Keep what a worker measured; one that crashed has nothing to say."""
+    measured = getattr(node, "workeroutput", {}).get(worker.CONTEXT)
+    if measured and STARTED in node.config.stash:
+        from pytest_gpushare.run.context import learn
+
+        learn(node.config, *measured)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """In a process that was placed: its place, its log, and a watch over its placement."""
@@ -170,6 +180,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     started = session.config.stash.get(STARTED, None)
     if started is not None:
         from pytest_gpushare.report.output import log_lines, print_problems
+        from pytest_gpushare.run.context import known
+
+        started.recall(known(session.config))
 
         log_lines(started, session.config)
         print_problems(started, session.config)

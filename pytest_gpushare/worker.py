@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pytest
+import pytest
 
 PLACED = "gpushare_place"
 """The key of workerinput with the worker's place; unlike the environment, not inherited."""
+
+CONTEXT = "gpushare_context"
+"""The key of workeroutput with [name of the device, bytes of a CUDA context]."""
 
 HOOKS = ("PYTEST_GPUSHARE_TORCH_FRACTION", "PYTEST_GPUSHARE_TENSORFLOW_MB")
 """Variables whose caps wait for a framework's import; see `run/caps.py`."""
@@ -22,6 +25,7 @@ class Placed:
     def __init__(
         self, message: Mapping[str, Any], tell: Callable[[str], None] | None = None
     ) -> None:
+        self._place: Mapping[str, Any] = message["place"]
         self._wanted: Mapping[str, str] = message["visible"]
         self._tell = tell
         self._told = False
@@ -36,6 +40,27 @@ class Placed:
         plugins = session.config.pluginmanager.get_plugins()
         files = [getattr(plugin, "__file__", None) for plugin in plugins]
         self._compare([*files, *(str(item.path) for item in session.items)])
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """The tests are done: what did this process's CUDA context cost?"""
+        place = self._place
+        if place["role"] == "gpu" and "torch" in sys.modules:
+            from pytest_gpushare.run.context import measure
+
+            size = measure(place["device"])
+            if size is not None:
+                self._learned(session.config, place["name"], size)
+
+    def _learned(self, config: pytest.Config, name: str, size: int) -> None:
+        """A worker sends the figure with its last message; else it is kept at once."""
+        output = getattr(config, "workeroutput", None)
+        if output is None:
+            from pytest_gpushare.run.context import learn
+
+            learn(config, name, size)
+        else:
+            output[CONTEXT] = [name, size]
 
     def _compare(self, files: Iterable[str | None]) -> None:
         from pytest_gpushare.run.overwritten import culprit, difference

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pytest_gpushare.plan.model import Plan, Slot
 from pytest_gpushare.probe.facts import Device
 from pytest_gpushare.probe.visibility import VARIABLE
-from pytest_gpushare.run.caps import TENSORFLOW_HOOK, TORCH_HOOK, Caps, caps_for
+from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE, TENSORFLOW_HOOK, TORCH_HOOK, Caps, caps_for
 
 ROLE = "PYTEST_GPUSHARE_ROLE"
 """`gpu` or `cpu`: what a worker is; set in its environment before its first import."""
@@ -35,8 +35,8 @@ class Surroundings:
     """Devices by NVML's index, which is CUDA's under CUDA_DEVICE_ORDER=PCI_BUS_ID."""
     simulated: bool = False
     """A what-if names devices that do not exist: no visibility, no caps."""
-    context: int | None = None
-    """Bytes of a CUDA context where that was measured."""
+    contexts: Mapping[str, int] = field(default_factory=dict)
+    """Device name -> bytes of a CUDA context, where that was measured."""
 
 
 def worker_environment(plan: Plan, number: int, around: Surroundings) -> dict[str, str]:
@@ -61,8 +61,8 @@ def caps_of(slot: Slot, around: Surroundings) -> Caps:
     """What caps the frameworks of a worker in this slot, where anything does."""
     if not around.cap_vram or around.simulated or slot.device.variable != VARIABLE:
         return Caps()
-    more = {} if around.context is None else {"context": around.context}
-    return caps_for(slot, around.outer, around.versions, mps=around.mps, **more)
+    context = around.contexts.get(slot.device.name, CONTEXT_ALLOWANCE)
+    return caps_for(slot, around.outer, around.versions, context=context, mps=around.mps)
 
 
 def slot_of_outer_run(environment: Mapping[str, str]) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,9 @@ class LeftAlone:
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def recall(self, _contexts: Mapping[str, int]) -> None:
+        """Nothing is capped."""
 
     def place(self, _specs: Sequence[Any]) -> None:
         """Nothing is placed."""
@@ -56,6 +59,8 @@ class Started:
     """Releases NVML; harmless when called twice."""
     notes: list[str] = field(default_factory=list)
     """Problems that the user should know of, one sentence each."""
+    contexts: Mapping[str, int] = field(default_factory=dict)
+    """Device name -> bytes of a CUDA context, as earlier runs measured it."""
     strict: bool = False
     """Whether what is only told otherwise fails the run."""
     overwritten: dict[str, str] = field(default_factory=dict)
@@ -82,6 +87,10 @@ class Started:
         number = spec.env.get(NUMBER, "")
         return message_to(self.plan, int(number), self.around) if number.isdigit() else None
 
+    def recall(self, contexts: Mapping[str, int]) -> None:
+        """Take what earlier runs measured, once pytest's cache is there to ask."""
+        self.contexts = contexts
+
     @cached_property
     def around(self) -> Surroundings:
         """What decides on the environments of workers beside the plan."""
@@ -93,6 +102,7 @@ class Started:
             cap_vram=self.settings.cap_vram,
             by_index=self.settings.device_names == "index",
             simulated=self.gpus.simulated,
+            contexts=self.contexts,
         )
 
     def place(self, specs: Sequence[Any]) -> None:

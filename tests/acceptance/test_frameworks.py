@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import sys
 
 import pytest
@@ -136,3 +137,45 @@ def test_tensorflow_is_capped_when_its_context_comes_up(project: Project, machin
     assert result.code == 0
     lines = [line for line in result.out.splitlines() if line.isupper() or "LIMIT" in line]
     assert lines[-4:] == ["IMPORTED", "LIMIT gpu 4008", "INITIALISED", "INITIALISED"]
+
+
+STAND_IN_TORCH = """
+    import gpusim
+
+    class cuda:
+        _held = []
+
+        @staticmethod
+        def is_initialized():
+            return bool(cuda._held)
+
+        @staticmethod
+        def memory_reserved():
+            return sum(block.nbytes for block in cuda._held)
+"""
+
+
+def test_context_is_measured(project: Project, machine: Machine) -> None:
+    """What NVML tells of a worker, less what torch counts, is the next run's allowance."""
+    project.write(
+        torch=STAND_IN_TORCH,
+        test_project="""
+            import os
+            import gpusim
+            import torch
+
+            def test_holds():
+                torch.cuda._held.append(gpusim.alloc("1GB"))
+                print("CUPY", os.environ["CUPY_GPU_MEMORY_LIMIT"])
+        """,
+    )
+    cached = ("--gpu-share", "-rP", "-p", "cacheprovider", "-o", "cache_dir=cache")
+    first = project.pytest(*cached)
+    assert f"CUPY {(4608 - 600) * 2**20}" in first.out, first.out
+    cache = json.loads((project.path / "cache/v/gpushare/contexts").read_text())
+    assert cache == {"NVIDIA GeForce RTX 3090 Ti": 600 * 2**20}
+    cache["NVIDIA GeForce RTX 3090 Ti"] = 500 * 2**20
+    (project.path / "cache/v/gpushare/contexts").write_text(json.dumps(cache))
+    assert f"CUPY {(4608 - 500) * 2**20}" in project.pytest(*cached).out
+    (project.path / "cache/v/gpushare/contexts").write_text('{"NVIDIA GeForce RTX 3090 Ti": "x"}')
+    assert f"CUPY {(4608 - 600) * 2**20}" in project.pytest(*cached).out
