@@ -15,8 +15,6 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 
-from simulator import Device, Machine
-
 from .scene import PYTEST, Scene, scene
 
 SUITE = """
@@ -44,9 +42,7 @@ def main() -> None:
     dice = random.Random(options.seed)
     killed = lost = moved = 0
     for number in range(options.runs):
-        with scene(SUITE) as here:
-            # Two devices in place of the scene's one.
-            Machine.create(here.machine.path, [Device(used="1GB"), Device(used="1GB")])
+        with scene(SUITE, devices=2) as here:
             killed_now, results, devices = _once(here, dice)
         killed += killed_now
         lost += results != 24
