@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -124,11 +125,13 @@ def _cap_tensorflow(tensorflow: Any, megabytes: int) -> None:
     def capped() -> None:
         if "ensure_initialized" in vars(context):
             del context.ensure_initialized
-            config = tensorflow.config
-            for device in config.list_physical_devices("GPU"):
-                if not config.get_logical_device_configuration(device):
-                    limit = config.LogicalDeviceConfiguration(memory_limit=megabytes)
-                    config.set_logical_device_configuration(device, [limit])
+            # A cap that cannot be set must not break the user's first call.
+            with contextlib.suppress(Exception):
+                config = tensorflow.config
+                for device in config.list_physical_devices("GPU"):
+                    if not config.get_logical_device_configuration(device):
+                        limit = config.LogicalDeviceConfiguration(memory_limit=megabytes)
+                        config.set_logical_device_configuration(device, [limit])
         initialise()
 
     context.ensure_initialized = capped

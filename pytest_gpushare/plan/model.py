@@ -20,6 +20,7 @@ class Limit(str, Enum):
     RAM = "ram_per_worker_gb"
     CPUS = "CPUs"
     IN_PROCESS = "no workers"
+    HOOK = "a pytest_gpushare_plan hook"
 
 
 @dataclass(frozen=True)

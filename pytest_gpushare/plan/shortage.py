@@ -16,6 +16,8 @@ def shortage(plan: Plan) -> str:
     """What a plan without slots lacks: devices, VRAM, or a device that lets a worker in."""
     if plan.absence:
         return f"no GPU: {plan.absence}"
+    if plan.limited_by == (Limit.HOOK,):
+        return f"{Limit.HOOK.value} left no GPU worker"
     barred = [planned.device for planned in plan.devices if planned.limited_by is Limit.BY_MODE]
     if len(barred) == len(plan.devices):
         return "; ".join(f"{device.label}: {_MODES[device.compute_mode]}" for device in barred)

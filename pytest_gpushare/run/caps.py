@@ -83,6 +83,29 @@ def caps_for(
     return Caps(environment, tuple(told))
 
 
+MARK = "PYTEST_GPUSHARE_CAPS"
+"""The names of the variables that a run set for its caps, for runs inside its workers."""
+
+
+def with_mark(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables, and a note of which they are."""
+    return {**environment, MARK: ",".join(environment)}
+
+
+def without_caps_of_outer_run(outer: Mapping[str, str]) -> dict[str, str]:
+    """The environment as the user had set it.
+
+    Inside a worker the outer run's caps look like the user's, and would cap each worker of
+    the inner run at the slot that they share.
+    """
+    kept = dict(outer)
+    for name in outer.get(MARK, "").split(","):
+        text = kept.pop(name, "")
+        if name == _TORCH:
+            kept[name] = re.sub(rf"(^|,)\s*{_TORCH_KEY}\s*:[^,]*", "", text).lstrip(",")
+    return kept
+
+
 def mps_is_running(outer: Mapping[str, str]) -> bool:
     """Whether the control daemon of CUDA MPS has its pipe where clients look for it."""
     return Path(outer.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"), "control").exists()

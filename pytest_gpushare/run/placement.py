@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from pytest_gpushare.plan.model import Plan, Slot
 from pytest_gpushare.probe.facts import Device
 from pytest_gpushare.probe.visibility import VARIABLE
-from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE, TENSORFLOW_HOOK, TORCH_HOOK, Caps, caps_for
+from pytest_gpushare.run.caps import (
+    CONTEXT_ALLOWANCE,
+    TENSORFLOW_HOOK,
+    TORCH_HOOK,
+    Caps,
+    caps_for,
+    with_mark,
+)
 
 ROLE = "PYTEST_GPUSHARE_ROLE"
 """`gpu` or `cpu`: what a worker is; set in its environment before its first import."""
@@ -26,7 +33,7 @@ class Surroundings:
 
     outer: Mapping[str, str]
     """The environment that workers inherit."""
-    versions: Mapping[str, str]
+    versions: Mapping[str, str] = field(default_factory=dict)
     """The frameworks that are installed; empty where nothing is to be capped."""
     mps: bool = False
     """Whether the daemon of CUDA MPS runs."""
@@ -51,9 +58,9 @@ def worker_environment(plan: Plan, number: int, around: Surroundings) -> dict[st
         environment.update({ROLE: "cpu", SLOT: "0"})
     else:
         environment.update({ROLE: "gpu", SLOT: str(slot.vram)})
-        environment.update(caps_of(slot, around).environment)
+        environment.update(with_mark(caps_of(slot, around).environment))
     if not around.simulated:
-        environment.update(_visibility(slot.device if slot else None, around))
+        environment.update(_visibility(plan, slot.device if slot else None, around))
     return environment
 
 
@@ -73,13 +80,12 @@ def slot_of_outer_run(environment: Mapping[str, str]) -> int | None:
     return int(text)
 
 
-def _visibility(device: Device | None, around: Surroundings) -> dict[str, str]:
+def _visibility(plan: Plan, device: Device | None, around: Surroundings) -> dict[str, str]:
+    # A worker that is given one kind of accelerator sees none of the others.
+    hidden = dict.fromkeys([VARIABLE, *(d.device.variable for d in plan.devices)], "")
     if device is None:
-        return {VARIABLE: ""}
-    if device.variable != VARIABLE:
-        # An accelerator that CUDA does not know: its worker sees no CUDA device beside it.
-        return {VARIABLE: "", device.variable: device.visible_as or device.uuid}
+        return hidden
     # MIG instances have no index that CUDA knows.
-    if not around.by_index or "." in device.index:
-        return {VARIABLE: device.uuid}
-    return {VARIABLE: device.index, ORDER: "PCI_BUS_ID"}
+    if around.by_index and device.variable == VARIABLE and "." not in device.index:
+        return {**hidden, VARIABLE: device.index, ORDER: "PCI_BUS_ID"}
+    return {**hidden, device.variable: device.visible_as or device.uuid}

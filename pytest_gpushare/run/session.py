@@ -10,10 +10,11 @@ from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.place import entered
 from pytest_gpushare.plan.model import Request
 from pytest_gpushare.run import numprocesses
+from pytest_gpushare.run.others import Others
 from pytest_gpushare.run.placement import worker_environment
 from pytest_gpushare.run.places import place_of
 from pytest_gpushare.run.process import cuda_is_up, set_variables
-from pytest_gpushare.run.start import Host, Others, start
+from pytest_gpushare.run.start import Host, start
 from pytest_gpushare.run.started import LeftAlone, Started
 from pytest_gpushare.settings.load import load
 from pytest_gpushare.settings.written import gather

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from pytest_gpushare.errors import GpuShareError, NoRoomError
+from pytest_gpushare.errors import NoRoomError
 from pytest_gpushare.plan.model import Limit, Plan, Request
 from pytest_gpushare.plan.shortage import shortage
 from pytest_gpushare.plan.sizing import make_plan
-from pytest_gpushare.probe.facts import Device, GpuFacts, HostFacts
+from pytest_gpushare.probe.facts import HostFacts
 from pytest_gpushare.probe.host import available_ram
 from pytest_gpushare.probe.together import probe
+from pytest_gpushare.run.others import Others
 from pytest_gpushare.run.placement import slot_of_outer_run
 from pytest_gpushare.run.started import Started
 from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.units import format_gb
-
-
-@dataclass(frozen=True)
-class Others:
-    """What other plugins and conftests have to say."""
-
-    devices: Callable[[], Iterable[Device]] = tuple
-    """Devices that NVML does not know."""
-    last_word: Callable[[Plan], Plan | None] = lambda plan: plan
-    """Another plan in place of the one that was made; None leaves it."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +44,9 @@ def start(settings: Settings, request: Request, host: Host, others: Others) -> S
             available_ram() if settings.ram_per_worker else None,
             slot_of_outer_run(host.outer),
         )
-        gpus = _joined(probes.gpus, tuple(others.devices()))
+        gpus = others.joined(probes.gpus)
         plan = make_plan(settings, gpus, probes.ollama, facts, request)
-        plan = _checked(others.last_word(plan) or plan)
+        plan = others.revised(plan, host.cpus)
         if not plan.slots and not settings.fallback_to_cpu_when_constrained:
             raise NoRoomError(_no_room(plan))
     except BaseException:
@@ -64,35 +55,6 @@ def start(settings: Settings, request: Request, host: Host, others: Others) -> S
     started = Started(settings, gpus, probes.ollama, plan, probes.close)
     started.notes += gpus.problems
     return started
-
-
-def _joined(gpus: GpuFacts, more: tuple[Device, ...]) -> GpuFacts:
-    if not all(isinstance(device, Device) for device in more):
-        raise GpuShareError(
-            "a pytest_gpushare_devices hook gave something else than pytest_gpushare devices"
-        )
-    if not more or gpus.simulated:
-        return gpus
-    return replace(
-        gpus,
-        devices=(*gpus.devices, *more),
-        all_devices=(*gpus.all_devices, *more),
-        absence="",
-    )
-
-
-def _checked(plan: Plan) -> Plan:
-    """A plan that may come from a hook. What it promises twice would run out of memory."""
-    if not isinstance(plan, Plan):
-        raise GpuShareError(f"a pytest_gpushare_plan hook gave no plan but {type(plan).__name__}")
-    for device in {slot.device for slot in plan.slots}:
-        promised = sum(slot.vram for slot in plan.slots if slot.device == device)
-        if promised > device.free:
-            raise GpuShareError(
-                f"a pytest_gpushare_plan hook promises {format_gb(promised)} on {device.label}, "
-                f"where {format_gb(device.free)} are free: make its slots fewer or smaller"
-            )
-    return plan
 
 
 def _no_room(plan: Plan) -> str:

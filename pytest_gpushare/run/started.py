@@ -11,7 +11,7 @@ from typing import Any
 from pytest_gpushare.plan.model import Plan
 from pytest_gpushare.probe.facts import GpuFacts, OllamaFacts
 from pytest_gpushare.probe.visibility import VARIABLE
-from pytest_gpushare.run.caps import mps_is_running
+from pytest_gpushare.run.caps import mps_is_running, without_caps_of_outer_run
 from pytest_gpushare.run.frameworks import installed
 from pytest_gpushare.run.placement import Surroundings, worker_environment
 from pytest_gpushare.run.places import NUMBER, message_to
@@ -94,9 +94,10 @@ class Started:
     @cached_property
     def around(self) -> Surroundings:
         """What decides on the environments of workers beside the plan."""
+        outer = without_caps_of_outer_run(os.environ)
         capped = self.settings.cap_vram and bool(self.plan.slots) and not self.gpus.simulated
         return Surroundings(
-            outer=dict(os.environ),
+            outer=outer,
             versions=installed() if capped else {},
             mps=capped and mps_is_running(os.environ),
             cap_vram=self.settings.cap_vram,

@@ -314,9 +314,8 @@ def test_hooks(project: Project, machine: Machine) -> None:
     result = project.pytest("--gpu-share", "-o", "gpu_share_ollama_gpu=0")
     assert (result.code, result.workers) == (0, 3), result.out
     assert "  GPU npu0 npu: total 16.0 GB, available 16.0 GB" in result.said
-    assert Counter(project.places().values()) <= Counter(
-        {"gpu unset": 2, "gpu NPU-0": 2}
-    ) + Counter({"gpu unset": 0})
+    # The workers of GPU 0 do not see the other device.
+    assert set(project.places().values()) == {"gpu ", "gpu NPU-0"}
 
 
 @pytest.mark.parametrize(
@@ -329,6 +328,22 @@ def test_hooks(project: Project, machine: Machine) -> None:
             "def pytest_gpushare_plan(config, plan): return replace(plan, slots=plan.slots * 5)",
             "promises 45.0 GB on GPU 0, where 22.0 GB are free",
         ),
+        (
+            "from dataclasses import replace\n"
+            "def pytest_gpushare_plan(config, plan):\n"
+            "    return replace(plan, slots=(replace(plan.slots[0], vram=-5),))",
+            "gave a slot of -5 bytes: give more than 0",
+        ),
+        (
+            "from pytest_gpushare.probe.facts import Device\n"
+            "def pytest_gpushare_devices(config): return [Device('X', 'x', 'x', 16e9, 0, 16e9)]",
+            "gave X with total, used, free = (16000000000.0, 0, 16000000000.0)",
+        ),
+        (
+            "from pytest_gpushare.probe.facts import Device\n"
+            "def pytest_gpushare_devices(config): return [Device('X', 'x', 'x', 1, 0, 1)] * 2",
+            "names X a second time",
+        ),
     ],
 )
 def test_hooks_that_err(hook: str, message: str, project: Project, machine: Machine) -> None:
@@ -338,6 +353,25 @@ def test_hooks_that_err(hook: str, message: str, project: Project, machine: Mach
     assert (result.code, result.passed) == (4, 0)
     assert message in result.err
     assert "Traceback" not in result.err
+
+
+def test_hook_that_leaves_no_slot(project: Project, machine: Machine) -> None:
+    """A last word without GPU workers means CPU workers, and says who decided."""
+    project.write(
+        conftest="""
+            from dataclasses import replace
+
+            def pytest_gpushare_plan(config, plan):
+                return replace(plan, slots=())
+        """,
+        test_project=SHOW_PLACE,
+    )
+    result = project.pytest("--gpu-share", PYTEST_XDIST_AUTO_NUM_WORKERS="2")
+    assert (result.code, result.workers) == (0, 2)
+    assert result.said[0] == (
+        "gpu-share: 2 CPU workers (a pytest_gpushare_plan hook left no GPU worker)"
+    )
+    assert set(project.places().values()) == {"cpu "}
 
 
 def test_forked(project: Project, machine: Machine) -> None:

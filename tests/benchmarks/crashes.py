@@ -78,8 +78,10 @@ def _once(here: Scene, dice: random.Random) -> tuple[bool, int, dict[str, set[st
     results = {case.get("name") for case in cases}
     devices: dict[str, set[str]] = {}
     for path in here.path.glob("worker-*"):
-        number, seen = path.read_text().split()
-        devices.setdefault(number, set()).add(seen)
+        # Killed while it wrote, a worker leaves an empty file.
+        if text := path.read_text():
+            number, seen = text.split()
+            devices.setdefault(number, set()).add(seen)
     return bool(killed), len(results), devices
 
 

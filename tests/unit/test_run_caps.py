@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pytest_gpushare.plan.model import Slot
 from pytest_gpushare.probe.facts import Device
-from pytest_gpushare.run.caps import Caps, caps_for
+from pytest_gpushare.run.caps import Caps, caps_for, with_mark, without_caps_of_outer_run
 from pytest_gpushare.units import GB, MB
 
 CARD = Device("GPU-1", "card", "0", 24 * GB, 2 * GB, 22 * GB)
@@ -116,3 +116,14 @@ def test_caps_never_exceed_the_slot(vram: int, total_gb: int, context: int) -> N
     limit = int(environment["CUPY_GPU_MEMORY_LIMIT"])
     assert 0 < limit <= vram
     assert 0 <= float(environment["XLA_CLIENT_MEM_FRACTION"]) * total <= limit + 1
+
+
+def test_caps_of_an_outer_run_are_not_the_users() -> None:
+    """A run inside a worker caps its own workers by their own, smaller slots."""
+    user = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "OTHER": "1"}
+    inside = {**user, **with_mark(caps(user).environment)}
+    assert inside["PYTORCH_ALLOC_CONF"] != user["PYTORCH_ALLOC_CONF"]
+    seen = without_caps_of_outer_run(inside)
+    assert {name: seen[name] for name in user} == user
+    assert caps(seen).environment == caps(user).environment
+    assert without_caps_of_outer_run(user) == user
