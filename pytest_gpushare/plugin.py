@@ -93,17 +93,22 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.add_hookspecs(hooks)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    """Where this process itself runs the tests, place it before any conftest is imported."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, None, None]:
+    """Where this process itself runs the tests, place it before any conftest is imported.
+
+    A wrapper, so that it comes before other plugins that ask here whether there are workers.
+    """
     # A conftest may change what its own process sees; the plan goes by what the user set.
     early_config.stash[OUTER] = dict(os.environ)
     if _is_asked(early_config, early_config.known_args_namespace):
-        from pytest_gpushare.run.session import start_in_process
+        from pytest_gpushare.run.session import announce_workers, start_in_process
 
         _hold(early_config, _call(start_in_process, early_config, early_config.stash[OUTER]))
+        announce_workers(early_config.known_args_namespace)
     if any(os.environ.get(name) for name in worker.HOOKS):
         early_config.add_cleanup(worker.cap_after_import())
+    return (yield)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -64,21 +64,23 @@ class Placed:
             output[CONTEXT] = [name, size]
 
     def _compare(self, files: Iterable[str | None]) -> None:
+        if self._told or all(os.environ.get(n) == text for n, text in self._wanted.items()):
+            return
         from pytest_gpushare.run.overwritten import culprit, difference
 
-        changed = "" if self._told else difference(self._wanted, os.environ)
-        if changed and self._tell is not None:
+        if self._tell is not None:
             self._told = True
             where = culprit(self._wanted, files)
+            changed = difference(self._wanted, os.environ)
             self._tell(f"{changed}: {f'changed by {where}' if where else 'by whom is unknown'}")
 
 
 def begin(config: pytest.Config, message: Mapping[str, Any], tell: Callable[[str], None]) -> None:
     """In an xdist worker, before pytest's own plugins are configured."""
-    from pytest_gpushare.place import entered
-    from pytest_gpushare.run.places import place_from
+    # Every worker pays for what is imported here: no more than the place itself.
+    from pytest_gpushare.place import Place, entered
 
-    config.add_cleanup(entered(place_from(message)))
+    config.add_cleanup(entered(Place(**message["place"])))
     keep_log_file(config)
     config.pluginmanager.register(Placed(message, tell), "gpu-share-placed")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from pytest_gpushare.probe.facts import Device
 
@@ -23,8 +24,7 @@ class Limit(str, Enum):
     HOOK = "a pytest_gpushare_plan hook"
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """How many workers the user asked for, from xdist's options."""
 
     number: int | None = None
@@ -55,6 +55,8 @@ class DevicePlan:
     """What of it Ollama holds already, so that it is in `used` and not reserved twice."""
     outstanding: int
     safety_buffer: int
+    most: int | None
+    """The slot of the outer run in which this run lives; None: no such limit."""
     budget: int
     by_need: int
     by_scale: int | None

@@ -93,6 +93,7 @@ def size_device(
         resident=min(resident, reservation),
         outstanding=outstanding,
         safety_buffer=safety,
+        most=most,
         budget=budget,
         by_need=by_need,
         by_scale=by_scale,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 11434
 
 
-@dataclass(frozen=True)
-class Address:
+class Address(NamedTuple):
     """Where to call an Ollama server."""
 
     scheme: str

@@ -75,12 +75,7 @@ def is_own_address(host: str) -> bool:
     which containers and WSL reach the machine that they run on.
     """
     name = host.strip("[]").rstrip(".").lower()
-    if name in (
-        "localhost",
-        "host.docker.internal",
-        "gateway.docker.internal",
-        "host.containers.internal",
-    ) or name.endswith(".localhost"):
+    if name in _NAMES_OF_THIS_HOST or name.endswith(".localhost"):
         return True
     try:
         address = ipaddress.ip_address(name)

@@ -10,8 +10,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from dataclasses import replace
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from pytest_gpushare.probe.address import Address, parse_address
 from pytest_gpushare.probe.facts import GpuFacts, OllamaFacts
@@ -52,8 +52,7 @@ class _Answer(Generic[T]):
         return self._value
 
 
-@dataclass
-class Probes:
+class Probes(NamedTuple):
     """What both probes found, and the library that is held open for the rest of the run."""
 
     gpus: GpuFacts
@@ -122,9 +121,12 @@ def _ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFac
     if not settings.enable_ollama_detection:
         return OllamaFacts()
     # Imported in this thread, so that its cost does not count against Ollama's time limit.
-    from pytest_gpushare.probe.ollama import ask, unanswered
-
     address, limit = address_of(settings, environment), float(settings.ollama_timeout)
+    try:
+        from pytest_gpushare.probe.ollama import ask, unanswered
+    except Exception as error:
+        problem = f"cannot be asked: httpx cannot be imported ({error})"[:200]
+        return OllamaFacts(address=address.shown, asked=True, problem=problem)
     clients: list[Any] = []
     answer = _Answer("ollama", lambda: ask(address, limit, clients.append))
     facts = answer.wait(time.monotonic() + limit + _GRACE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pytest_gpushare.probe.facts import Device
 
@@ -12,8 +12,7 @@ VARIABLE = "CUDA_VISIBLE_DEVICES"
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
-@dataclass(frozen=True)
-class Visible:
+class Visible(NamedTuple):
     """The devices that are left, in the order that CUDA gives them, and what was odd."""
 
     devices: tuple[Device, ...]

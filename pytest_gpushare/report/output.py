@@ -25,10 +25,11 @@ def header_lines(started: Started | LeftAlone, config: pytest.Config) -> list[st
 
 
 def print_problems(started: Started | LeftAlone, config: pytest.Config) -> None:
-    """At -q pytest prints no header: the problems are told all the same."""
+    """At -q and under --no-header pytest prints no header: the problems are told all the same."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None and _verbosity(config) < 0:
-        for line in header(started, _verbosity(config)):
+    no_header = _verbosity(config) < 0 or getattr(config.option, "no_header", False)
+    if reporter is not None and no_header:
+        for line in header(started, -1):
             reporter.write_line(_encodable(line.text), yellow=True)
 
 

@@ -82,10 +82,9 @@ def _headline(started: Started) -> Line:
         )
         return Line(f"gpu-share: {what} ({why})", problem=True)
     if plan.request.in_process:
-        if not started.placed:
+        if started.unplaced:
             return Line(
-                "gpu-share: no workers: CUDA is up in this process already, so it keeps the GPU "
-                "that it has",
+                f"gpu-share: no workers: {started.unplaced}, so it keeps the GPU that it has",
                 problem=True,
             )
         slot = plan.slots[0]
@@ -163,27 +162,30 @@ def _model(model: LoadedModel) -> str:
 
 def _workers(started: Started) -> Iterator[str]:
     plan = started.plan
-    if plan.request.in_process:
-        return
+    # Workers that the user listed may have other numbers in their names.
+    name = "worker " if plan.request.fixed else "gw"
     for number, slot in enumerate(plan.slots):
+        who = "this process" if plan.request.in_process else f"{name}{number}"
         caps = ", ".join(caps_of(slot, started.around).told)
         yield (
-            f"  gw{number}: {slot.device.label} ({slot.device.uuid}), "
+            f"  {who}: {slot.device.label} ({slot.device.uuid}), "
             f"VRAM {format_gb(slot.vram)}{f', capped: {caps}' if caps else ''}"
         )
     if plan.cpu_workers:
         first, last = len(plan.slots), plan.workers - 1
-        yield f"  gw{first}{f' to gw{last}' if last > first else ''}: CPU, no GPU visible"
+        yield f"  {name}{first}{f' to {name}{last}' if last > first else ''}: CPU, no GPU visible"
 
 
 def _arithmetic(started: Started) -> Iterator[str]:
     settings, plan = started.settings, started.plan
     for device in plan.devices:
         label = device.device.label
+        bound = "" if device.most is None else f", at most this run's slot {format_gb(device.most)}"
         yield (
             f"  {label} budget: available VRAM {format_gb(device.device.free)} "
             f"- outstanding reservation {format_gb(device.outstanding)} "
-            f"- safety buffer {format_gb(device.safety_buffer)} = {format_gb(device.budget)}"
+            f"- safety buffer {format_gb(device.safety_buffer)}{bound} "
+            f"= {format_gb(device.budget)}"
         )
         budget = _plain(device.budget)
         need = _plain(settings.min_vram_per_worker)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -32,11 +31,10 @@ _CUPY = "CUPY_GPU_MEMORY_LIMIT"
 _MPS = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
 
 
-@dataclass(frozen=True)
-class Caps:
+class Caps(NamedTuple):
     """The variables that cap one worker, and what is said of each framework."""
 
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = {}
     told: tuple[str, ...] = ()
     """`torch 2.13.0: 3.91 GB`, one for each framework that is installed."""
 
@@ -122,6 +120,7 @@ def _torch(cap: _Cap) -> tuple[dict[str, str], str]:
         return {TORCH_HOOK: cap.fraction}, f"{format_gb(cap.size)}, set when CUDA is first used"
     if not cap.version:
         return {}, ""
+    given = given.strip().strip(",")
     return {_TORCH: f"{given},{_TORCH_KEY}:{cap.fraction}".lstrip(",")}, format_gb(cap.size)
 
 
@@ -135,7 +134,9 @@ def _jax(cap: _Cap) -> tuple[dict[str, str], str]:
     if cap.outer.get(_JAX) or cap.outer.get(_JAX_OLD):
         # Both names together raise ValueError in JAX.
         return {}, "the cap that the environment sets"
-    environment = {_JAX: cap.fraction}
+    # The name without PYTHON is younger; JAX 0.10 still reads the older one.
+    name = _JAX_OLD if cap.version and _release(cap.version) < (0, 10) else _JAX
+    environment = {name: cap.fraction}
     if _JAX_PREALLOCATE not in cap.outer:
         environment[_JAX_PREALLOCATE] = "false"
     return environment, format_gb(cap.size)

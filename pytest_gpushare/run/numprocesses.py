@@ -43,13 +43,20 @@ def keeps_own_workers(options: Any) -> bool:
 
 
 def local_workers(tx: list[str]) -> int:
-    """How many workers on this host the specs of `--tx` list, such as `3*popen`."""
+    """How many workers on this host the specs of `--tx` list, such as `3*popen`.
+
+    Those to which the user gave devices are not counted: they take no slot.
+    """
     count = 0
     for text in tx:
         times, star, spec = text.partition("*")
         if not (star and times.isdigit()):
             times, spec = "1", text
-        count += int(times) if spec.startswith("popen") and "via=" not in spec else 0
+        parts = spec.split("//")
+        kept = parts[0] == "popen" and not any(
+            part.startswith(("via=", "env:CUDA_VISIBLE_DEVICES=")) for part in parts
+        )
+        count += int(times) if kept else 0
     return count
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.plan.model import Limit, Plan, Slot
@@ -13,10 +14,10 @@ from pytest_gpushare.units import format_gb
 
 _DEVICES = "a pytest_gpushare_devices hook"
 _PLAN = "a pytest_gpushare_plan hook"
+_FIRM = (Limit.NUMBER, Limit.MAXPROCESSES)
 
 
-@dataclass(frozen=True)
-class Others:
+class Others(NamedTuple):
     """The answers of the two hooks."""
 
     devices: Callable[[], Iterable[Device]] = tuple
@@ -27,12 +28,14 @@ class Others:
     def joined(self, gpus: GpuFacts) -> GpuFacts:
         """The devices of NVML and of the hook. Raises `GpuShareError` for what is no device."""
         more = tuple(self.devices())
+        names = {device.uuid for device in gpus.all_devices}
         for device in more:
             _check_device(device)
-        names = Counter(device.uuid for device in (*gpus.all_devices, *more))
-        twice = [uuid for uuid, count in names.items() if count > 1]
-        if twice:
-            raise GpuShareError(f"{_DEVICES} names {twice[0]} a second time: name each device once")
+            if device.uuid in names:
+                raise GpuShareError(
+                    f"{_DEVICES} names {device.uuid} a second time: name each device once"
+                )
+            names.add(device.uuid)
         if not more or gpus.simulated:
             return gpus
         return replace(
@@ -71,7 +74,7 @@ def _check_device(device: object) -> None:
     texts = (device.uuid, device.name, device.index, device.variable, device.visible_as)
     if not all(isinstance(text, str) for text in texts) or not device.uuid or not device.variable:
         raise GpuShareError(f"{_DEVICES} gave a device whose uuid, name, index, variable or "
-                            "visible_as is no text")  # fmt: skip
+                            "visible_as is no text, or empty")  # fmt: skip
     if not all(type(size) is int and 0 <= size <= device.total for size in sizes):
         raise GpuShareError(
             f"{_DEVICES} gave {device.uuid} with total, used, free = {sizes}: they are whole "
@@ -84,6 +87,11 @@ def _check_device(device: object) -> None:
 
 
 def _check_slots(plan: Plan) -> None:
+    most = min((m for name, m in plan.limits if name in _FIRM), default=None)
+    if most is not None and len(plan.slots) > most:
+        raise GpuShareError(f"{_PLAN} gave {len(plan.slots)} slots: the command line allows {most}")
+    if type(plan.cpu_workers) is not int or plan.cpu_workers < 0:
+        raise GpuShareError(f"{_PLAN} gave {plan.cpu_workers} CPU workers: give 0 or more")
     known = {planned.device for planned in plan.devices}
     for slot in plan.slots:
         if not isinstance(slot, Slot) or slot.device not in known:

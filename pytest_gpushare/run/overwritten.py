@@ -54,5 +54,5 @@ def _text(path: Path) -> str:
 def _relative(name: str) -> str:
     try:
         return str(Path(name).relative_to(Path.cwd()))
-    except ValueError:
+    except (ValueError, OSError):
         return name

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pytest_gpushare.plan.model import Plan, Slot
 from pytest_gpushare.probe.facts import Device
@@ -26,14 +27,16 @@ SLOT = "PYTEST_GPUSHARE_SLOT"
 
 ORDER = "CUDA_DEVICE_ORDER"
 
+NO_DEVICE = "-1" if sys.platform == "win32" else ""
+"""What shows no device. Windows knows no empty variables: an empty one would show all."""
 
-@dataclass(frozen=True)
-class Surroundings:
+
+class Surroundings(NamedTuple):
     """What of the world outside decides on the workers' environments."""
 
     outer: Mapping[str, str]
     """The environment that workers inherit."""
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = {}
     """The frameworks that are installed; empty where nothing is to be capped."""
     mps: bool = False
     """Whether the daemon of CUDA MPS runs."""
@@ -42,7 +45,7 @@ class Surroundings:
     """Devices by NVML's index, which is CUDA's under CUDA_DEVICE_ORDER=PCI_BUS_ID."""
     simulated: bool = False
     """A what-if names devices that do not exist: no visibility, no caps."""
-    contexts: Mapping[str, int] = field(default_factory=dict)
+    contexts: Mapping[str, int] = {}
     """Device name -> bytes of a CUDA context, where that was measured."""
 
 
@@ -60,7 +63,7 @@ def worker_environment(plan: Plan, number: int, around: Surroundings) -> dict[st
         environment.update({ROLE: "gpu", SLOT: str(slot.vram)})
         environment.update(with_mark(caps_of(slot, around).environment))
     if not around.simulated:
-        environment.update(_visibility(plan, slot.device if slot else None, around))
+        environment.update(visibility(plan, slot.device if slot else None, around))
     return environment
 
 
@@ -80,9 +83,10 @@ def slot_of_outer_run(environment: Mapping[str, str]) -> int | None:
     return int(text)
 
 
-def _visibility(plan: Plan, device: Device | None, around: Surroundings) -> dict[str, str]:
+def visibility(plan: Plan, device: Device | None, around: Surroundings) -> dict[str, str]:
+    """The variables that show a worker its device, and hide all others from it."""
     # A worker that is given one kind of accelerator sees none of the others.
-    hidden = dict.fromkeys([VARIABLE, *(d.device.variable for d in plan.devices)], "")
+    hidden = dict.fromkeys([VARIABLE, *(d.device.variable for d in plan.devices)], NO_DEVICE)
     if device is None:
         return hidden
     # MIG instances have no index that CUDA knows.

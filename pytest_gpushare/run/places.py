@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from pytest_gpushare.place import Place
 from pytest_gpushare.plan.model import Plan
-from pytest_gpushare.run.placement import ORDER, Surroundings, worker_environment
+from pytest_gpushare.run.placement import Surroundings, visibility
 
 NUMBER = "PYTEST_GPUSHARE_NUMBER"
 """A worker's number in the plan: its replacement after a crash has another id, but this number."""
@@ -30,15 +29,6 @@ def place_of(plan: Plan, number: int) -> Place:
 
 def message_to(plan: Plan, number: int, around: Surroundings) -> dict[str, Any]:
     """What a worker is told, in the builtin types that execnet carries."""
-    environment = worker_environment(plan, number, around)
-    own = {name: text for name, text in environment.items() if _is_visibility(name)}
+    slot = plan.slots[number] if number < len(plan.slots) else None
+    own = {} if around.simulated else visibility(plan, slot.device if slot else None, around)
     return {"place": vars(place_of(plan, number)), "visible": own}
-
-
-def place_from(message: Mapping[str, Any]) -> Place:
-    """The place in a message, on the worker's side."""
-    return Place(**message["place"])
-
-
-def _is_visibility(name: str) -> bool:
-    return name.endswith("VISIBLE_DEVICES") or name == ORDER

@@ -8,6 +8,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 Action = Callable[[ModuleType], None]
 
@@ -36,28 +37,37 @@ class _Finder(MetaPathFinder):
 
     def __init__(self, waiting: dict[str, Action]) -> None:
         self._waiting = waiting
+        self._looking: set[str] = set()
 
     def find_spec(
         self, fullname: str, _path: Sequence[str] | None, _target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The usual spec with our loader around its own; None for every other module."""
-        action = self._waiting.pop(fullname, None)
-        if action is None:
+        """The usual spec with our loader around its own; None for every other module.
+
+        A look-up is no import yet: libraries ask for a spec to see what is installed.
+        """
+        if fullname not in self._waiting or fullname in self._looking:
             return None
-        # Taken out of the waiting first: the look-up below comes back to this finder.
-        spec = find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return None
-        spec.loader = _Loader(spec.loader, action)
+        self._looking.add(fullname)
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._looking.discard(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, fullname, self._waiting)
         return spec
 
 
 class _Loader(Loader):
     """Another loader, and an action after it."""
 
-    def __init__(self, loader: Loader, action: Action) -> None:
+    def __init__(self, loader: Loader, name: str, waiting: dict[str, Action]) -> None:
         self._loader = loader
-        self._action = action
+        self._name = name
+        self._waiting = waiting
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """As the loader does."""
@@ -69,7 +79,9 @@ class _Loader(Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _act(self._action, module)
+        action = self._waiting.pop(self._name, None)
+        if action is not None:
+            _act(action, module)
 
 
 def _act(action: Action, module: ModuleType) -> None:

@@ -16,6 +16,7 @@ from pytest_gpushare.run.places import place_of
 from pytest_gpushare.run.process import cuda_is_up, set_variables
 from pytest_gpushare.run.start import Host, start
 from pytest_gpushare.run.started import LeftAlone, Started
+from pytest_gpushare.settings.gpu_auto import GPU_AUTO
 from pytest_gpushare.settings.load import load
 from pytest_gpushare.settings.written import gather
 
@@ -29,22 +30,35 @@ def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> Started
     Called before the first conftest, as CUDA reads its visibility once.
     """
     options = config.known_args_namespace
+    if not numprocesses.runs_tests(options):
+        return None
     if not numprocesses.has_xdist(options) and options.gpu_share:
         raise SettingsError(
             "--gpu-share sizes the workers of pytest-xdist, which is not loaded: install "
             "pytest-xdist, or drop -p no:xdist"
         )
-    if not numprocesses.runs_tests(options) or not numprocesses.is_in_process(options):
+    if not numprocesses.is_in_process(options):
         return None
     request = Request(in_process=True)
     started = start(load(gather(config)), request, _host(options, 1, outer), _others(config))
     started.strict = bool(options.gpu_share_strict)
     if cuda_is_up(started.gpus.own_process_has_context):
-        started.placed = False
+        started.unplaced = "CUDA is up in this process already"
     else:
         config.add_cleanup(set_variables(worker_environment(started.plan, 0, started.around)))
         config.add_cleanup(entered(place_of(started.plan, 0)))
     return started
+
+
+def announce_workers(options: Any) -> None:
+    """Say in the early options that there will be workers, though nobody gave a number.
+
+    pytest-cov looks there, before the number is known, and must start as in any run with `-n`.
+    """
+    if not numprocesses.runs_tests(options) or numprocesses.is_in_process(options):
+        return
+    if options.numprocesses is None and not options.tx:
+        options.numprocesses = GPU_AUTO
 
 
 def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> Started | LeftAlone | None:
@@ -59,6 +73,8 @@ def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> Started | 
     started = start(load(gather(config)), request, _host(options, cpus, outer), _others(config))
     started.strict = bool(options.gpu_share_strict)
     plan = started.plan
+    if request.in_process:
+        started.unplaced = "the plugin was loaded too late to place this process: load it with -p"
     if not own_workers:
         options.numprocesses = plan.workers
     if options.dist == "each":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pytest_gpushare.errors import NoRoomError
 from pytest_gpushare.plan.model import Limit, Plan, Request
@@ -19,8 +19,7 @@ from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.units import format_gb
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(NamedTuple):
     """Where the run takes place."""
 
     simulate: tuple[str, ...]
@@ -69,6 +68,8 @@ def _no_room(plan: Plan) -> str:
             f"gpu-share: no GPU for the workers: {shortage(plan)}; {off}: change the mode with "
             "nvidia-smi -c, or set it to true to run the tests on the CPU"
         )
+    if plan.limited_by == (Limit.HOOK,):
+        return f"gpu-share: {shortage(plan)}; {off}: change the hook, or set it to true"
     return (
         f"gpu-share: a GPU worker needs {format_gb(plan.needed)} of VRAM, "
         f"{format_gb(plan.usable)} are left; {off}: lower gpu_share_min_vram_per_worker_gb or "

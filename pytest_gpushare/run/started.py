@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from pytest_gpushare.plan.model import Plan
 from pytest_gpushare.probe.facts import GpuFacts, OllamaFacts
@@ -18,8 +18,7 @@ from pytest_gpushare.run.places import NUMBER, message_to
 from pytest_gpushare.settings.values import Settings
 
 
-@dataclass(frozen=True)
-class LeftAlone:
+class LeftAlone(NamedTuple):
     """A run that asked, but whose workers are the user's own; nothing is probed."""
 
     why: str
@@ -65,12 +64,12 @@ class Started:
     """Whether what is only told otherwise fails the run."""
     overwritten: dict[str, str] = field(default_factory=dict)
     """Worker -> how its placement was changed behind the plan, and by which file."""
-    placed: bool = True
-    """False where the process could not be placed because CUDA was up in it already."""
+    unplaced: str = ""
+    """Why a run without workers could not place its process."""
 
     def message_to_itself(self) -> dict[str, Any] | None:
         """What this process is told where it runs the tests itself."""
-        if not self.plan.request.in_process or not self.placed:
+        if not self.plan.request.in_process or self.unplaced:
             return None
         return message_to(self.plan, 0, self.around)
 
@@ -90,6 +89,7 @@ class Started:
     def recall(self, contexts: Mapping[str, int]) -> None:
         """Take what earlier runs measured, once pytest's cache is there to ask."""
         self.contexts = contexts
+        self.__dict__.pop("around", None)
 
     @cached_property
     def around(self) -> Surroundings:
@@ -114,7 +114,7 @@ class Started:
         """
         number = 0
         for spec in specs:
-            if spec.popen and VARIABLE not in spec.env:
+            if spec.popen and not spec.via and VARIABLE not in spec.env:
                 spec.env.update(worker_environment(self.plan, number, self.around))
                 spec.env[NUMBER] = str(number)
                 number += 1

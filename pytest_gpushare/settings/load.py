@@ -6,9 +6,8 @@ A preset ranks at the level that names it: explicit keys at that level or above 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.settings.jsonfile import read_section
@@ -21,8 +20,7 @@ SWITCH = "gpu_share"
 _DEFAULT, _JSON, _INI, _COMMAND_LINE = range(4)
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(NamedTuple):
     """What stands in the places where a user can write settings, unparsed."""
 
     flags: Mapping[str, object]
@@ -41,8 +39,7 @@ class Written:
     """What a path on the command line is relative to."""
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     value: Value
     level: int
     origin: str

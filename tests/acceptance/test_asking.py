@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -301,6 +302,8 @@ def test_tx_with_devices_of_its_own(project: Project, machine: Machine) -> None:
     assert (result.code, result.workers) == (0, 3)
     uuid = machine.snapshot()[0].uuid
     assert sorted(project.places().values()) == [f"gpu {uuid}", f"gpu {uuid}", "unset 7"]
+    one = project.pytest("--gpu-share", "--dist=load", f"--tx={own}", "--tx=popen")
+    assert one.said[0].startswith("gpu-share: 1 GPU worker × 9.0 GB = 9.0 GB (limited by -n 1")
 
 
 NESTED = """
@@ -329,3 +332,58 @@ def test_nested_runs(arguments: list[str], line: str, project: Project, machine:
     project.write(test_project=NESTED.format(arguments=arguments, line=line))
     result = project.pytest("--gpu-share")
     assert (result.code, result.passed) == (0, 1), result.out
+
+
+COVERED = "def double(x):\n    return 2 * x\n"
+
+
+@pytest.mark.parametrize("asking", [["--gpu-share"], ["-n", "gpu-auto"], ["ini"], ["-n0"]])
+def test_with_pytest_cov(asking: list[str], project: Project, machine: Machine) -> None:
+    """pytest-cov decides before any number is known whether there are workers to measure in."""
+    pytest.importorskip("pytest_cov", reason="pytest-cov is not installed here")
+    project.file("covered.py", COVERED)
+    project.write(test_project="import covered\ndef test_double(): assert covered.double(2) == 4\n")
+    if asking == ["ini"]:
+        project.file("pytest.ini", "[pytest]\ngpu_share = true\n")
+    arguments = {"ini": [], "-n0": ["--gpu-share", "-n0"]}.get(asking[0], asking)
+    result = project.pytest(*arguments, "--cov=covered")
+    assert (result.code, result.passed) == (0, 1), result.out + result.err
+    assert re.search(r"covered\.py +2 +0 +100%", result.out)
+
+
+def test_loaded_too_late(project: Project, machine: Machine) -> None:
+    """From a conftest the plugin comes too late to place the process itself, and says so."""
+    project.write(conftest="pytest_plugins = ['pytest_gpushare.plugin']\n", test_project=SHOW_PLACE)
+    result = project.pytest(
+        *("-p", "xdist.plugin", "-n0", "-o", "gpu_share=true"),
+        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
+    )
+    assert result.code == 0, result.out + result.err
+    assert result.said[0] == (
+        "gpu-share: no workers: the plugin was loaded too late to place this process: load it "
+        "with -p, so it keeps the GPU that it has"
+    )
+
+
+def test_no_header(project: Project, machine: Machine) -> None:
+    """A fall-back is told also where pytest prints no header."""
+    result = project.pytest(
+        "--gpu-share", "-n1", "--no-header", "-o", "gpu_share_min_vram_per_worker_gb=20"
+    )
+    assert (result.code, result.passed) == (0, 4)
+    assert result.said == [
+        "gpu-share: 1 CPU worker (insufficient VRAM per worker: 9.0 GB usable, 20.0 GB needed; "
+        "gpu_share_min_vram_per_worker_gb)"
+    ]
+
+
+def test_help_without_xdist(project: Project, machine: Machine) -> None:
+    """Help is given also to whom the plugin would refuse a run."""
+    assert project.pytest("--gpu-share", "-p", "no:xdist", "--help").code == 0
+
+
+def test_in_process_at_v(project: Project, machine: Machine) -> None:
+    """-v tells the place of the process itself."""
+    uuid = machine.snapshot()[0].uuid
+    result = project.pytest("--gpu-share", "-n0", "-v")
+    assert f"  this process: GPU 0 ({uuid}), VRAM 9.0 GB" in result.said

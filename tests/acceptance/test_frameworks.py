@@ -89,7 +89,8 @@ def test_versions_are_read_without_importing(project: Project, machine: Machine)
         (info / "METADATA").write_text(
             f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n"
         )
-    (site / "torch.py").write_text("raise RuntimeError('imported')\n")
+    for module in ("torch", "cupy"):
+        (site / f"{module}.py").write_text("raise RuntimeError('imported')\n")
     path = f"{project.environment['PYTHONPATH']}:{site}"
     result = project.pytest("--gpu-share", "-v", PYTHONPATH=path)
     assert result.code == 0
@@ -126,6 +127,9 @@ def test_tensorflow_is_capped_when_its_context_comes_up(project: Project, machin
     project.write(
         test_project="""
             def test_tensorflow():
+                # Libraries look for a spec to see what is installed; that is no import.
+                from importlib.util import find_spec
+                assert find_spec("tensorflow").loader.get_filename("tensorflow")
                 import tensorflow
                 from tensorflow.python.eager.context import context
                 print("IMPORTED")

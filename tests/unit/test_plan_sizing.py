@@ -212,7 +212,11 @@ SETTINGS = st.fixed_dictionaries(
     }
 )
 REQUESTS = st.builds(
-    Request, st.none() | st.integers(1, 40), st.none() | st.integers(1, 40), st.booleans()
+    Request,
+    st.none() | st.integers(1, 40),
+    st.none() | st.integers(1, 40),
+    st.booleans(),
+    fixed=st.just(False),
 )
 
 

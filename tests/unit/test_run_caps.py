@@ -86,6 +86,13 @@ def test_jax_allocators_without_a_cap(allocator: str) -> None:
     assert result.told[1] == f"JAX 0.10.2: no cap (allocator {allocator})"
 
 
+def test_older_jax_knows_the_older_name() -> None:
+    """Where the younger name may not be read yet, the older one is set, and it alone."""
+    environment = caps_for(SLOT, {}, {"JAX": "0.4.38"}).environment
+    assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == FRACTION
+    assert "XLA_CLIENT_MEM_FRACTION" not in environment
+
+
 def test_preallocation_of_the_user_stands() -> None:
     """XLA_PYTHON_CLIENT_PREALLOCATE is only set where it was not."""
     environment = caps({"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}).environment

@@ -71,7 +71,7 @@ def test_devices_by_index() -> None:
     """For tools that break on UUIDs: the host's index, in the order in which NVML counts."""
     card = Device("GPU-9", "card", "3", 24 * GB, 0, 24 * GB)
     plan = planned((card,), (card,), 1)
-    environment = worker_environment(plan, 0, replace(AROUND, by_index=True))
+    environment = worker_environment(plan, 0, AROUND._replace(by_index=True))
     assert environment["CUDA_VISIBLE_DEVICES"] == "3"
     assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
@@ -80,7 +80,7 @@ def test_mig_instances_go_by_uuid_always() -> None:
     """CUDA knows no index of a MIG instance."""
     part = Device("MIG-9", "part", "0.1", 10 * GB, 0, 10 * GB)
     plan = planned((part,), (part,), 1)
-    environment = worker_environment(plan, 0, replace(AROUND, by_index=True))
+    environment = worker_environment(plan, 0, AROUND._replace(by_index=True))
     assert environment["CUDA_VISIBLE_DEVICES"] == "MIG-9"
 
 
@@ -96,7 +96,7 @@ def test_other_accelerators_go_by_their_own_variable() -> None:
 
 def test_hooks_of_an_outer_run_are_undone() -> None:
     """A worker of a run inside a worker does not inherit the outer worker's caps by call."""
-    around = replace(AROUND, outer={"PYTEST_GPUSHARE_TORCH_FRACTION": "0.5"})
+    around = AROUND._replace(outer={"PYTEST_GPUSHARE_TORCH_FRACTION": "0.5"})
     plan = planned((), (), 1)
     assert worker_environment(plan, 0, around)["PYTEST_GPUSHARE_TORCH_FRACTION"] == ""
 
