@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpushare import worker
-from pytest_gpushare.settings.gpu_auto import GPU_AUTO, accept_gpu_auto
+from pytest_gpushare.settings.gpu_auto import (
+    GPU_AUTO,
+    accept_gpu_auto,
+    announce_workers,
+    is_in_process,
+    runs_tests,
+)
 from pytest_gpushare.settings.options import OPTIONS
 
 if TYPE_CHECKING:
@@ -101,11 +107,15 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None
     """
     # A conftest may change what its own process sees; the plan goes by what the user set.
     early_config.stash[OUTER] = dict(os.environ)
-    if _is_asked(early_config, early_config.known_args_namespace):
-        from pytest_gpushare.run.session import announce_workers, start_in_process
+    options = early_config.known_args_namespace
+    if _is_asked(early_config, options) and runs_tests(options):
+        # Workers parse the same arguments and come here too: they pay for nothing but this look.
+        if is_in_process(options):
+            from pytest_gpushare.run.session import start_in_process
 
-        _hold(early_config, _call(start_in_process, early_config, early_config.stash[OUTER]))
-        announce_workers(early_config.known_args_namespace)
+            _hold(early_config, _call(start_in_process, early_config, early_config.stash[OUTER]))
+        else:
+            announce_workers(options)
     if any(os.environ.get(name) for name in worker.HOOKS):
         early_config.add_cleanup(worker.cap_after_import())
     return (yield)

@@ -5,36 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.plan.model import Request
-from pytest_gpushare.settings.gpu_auto import GPU_AUTO
+from pytest_gpushare.settings.gpu_auto import GPU_AUTO, is_in_process
 
 if TYPE_CHECKING:
     import pytest
-
-_NOT_A_RUN = (
-    "collectonly",
-    "help",
-    "version",
-    "markers",
-    "showfixtures",
-    "show_fixtures_per_test",
-    "cacheshow",
-)
-
-
-def runs_tests(options: Any) -> bool:
-    """Whether this is a run at all: `--collect-only`, `--help` and their kind probe nothing."""
-    return not any(getattr(options, name, None) for name in _NOT_A_RUN)
-
-
-def has_xdist(options: Any) -> bool:
-    """Whether xdist is there, under whatever name it was loaded."""
-    return hasattr(options, "numprocesses")
-
-
-def is_in_process(options: Any) -> bool:
-    """Whether the process itself runs the tests: `-n 0`, `--pdb`, or no xdist."""
-    number = getattr(options, "numprocesses", 0)
-    return bool(getattr(options, "usepdb", False)) or (isinstance(number, int) and number <= 0)
 
 
 def keeps_own_workers(options: Any) -> bool:

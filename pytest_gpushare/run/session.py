@@ -16,7 +16,7 @@ from pytest_gpushare.run.places import place_of
 from pytest_gpushare.run.process import cuda_is_up, set_variables
 from pytest_gpushare.run.start import Host, start
 from pytest_gpushare.run.started import LeftAlone, Started
-from pytest_gpushare.settings.gpu_auto import GPU_AUTO
+from pytest_gpushare.settings.gpu_auto import has_xdist, runs_tests
 from pytest_gpushare.settings.load import load
 from pytest_gpushare.settings.written import gather
 
@@ -24,21 +24,17 @@ if TYPE_CHECKING:
     import pytest
 
 
-def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> Started | None:
-    """Place this process where it runs the tests itself; None in any other run.
+def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> Started:
+    """Place this process, which runs the tests itself.
 
     Called before the first conftest, as CUDA reads its visibility once.
     """
     options = config.known_args_namespace
-    if not numprocesses.runs_tests(options):
-        return None
-    if not numprocesses.has_xdist(options) and options.gpu_share:
+    if not has_xdist(options) and options.gpu_share:
         raise SettingsError(
             "--gpu-share sizes the workers of pytest-xdist, which is not loaded: install "
             "pytest-xdist, or drop -p no:xdist"
         )
-    if not numprocesses.is_in_process(options):
-        return None
     request = Request(in_process=True)
     started = start(load(gather(config)), request, _host(options, 1, outer), _others(config))
     started.strict = bool(options.gpu_share_strict)
@@ -50,21 +46,10 @@ def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> Started
     return started
 
 
-def announce_workers(options: Any) -> None:
-    """Say in the early options that there will be workers, though nobody gave a number.
-
-    pytest-cov looks there, before the number is known, and must start as in any run with `-n`.
-    """
-    if not numprocesses.runs_tests(options) or numprocesses.is_in_process(options):
-        return
-    if options.numprocesses is None and not options.tx:
-        options.numprocesses = GPU_AUTO
-
-
 def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> Started | LeftAlone | None:
     """Write the number of workers into xdist's option; None where no test is run."""
     options = config.option
-    if not numprocesses.runs_tests(options):
+    if not runs_tests(options):
         return None
     own_workers = numprocesses.keeps_own_workers(options)
     if own_workers and not numprocesses.local_workers(options.tx):

@@ -1,4 +1,4 @@
-"""The word `gpu-auto` in the grammar of xdist's `-n`. Imported in every run: keep it light."""
+"""What xdist was told, and the word `gpu-auto`. Imported in every run: keep it light."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ if TYPE_CHECKING:
     import pytest
 
 GPU_AUTO = "gpu-auto"
+
+_NOT_A_RUN = (
+    "collectonly",
+    "help",
+    "version",
+    "markers",
+    "showfixtures",
+    "show_fixtures_per_test",
+    "cacheshow",
+)
 
 
 def accept_gpu_auto(parser: pytest.Parser) -> None:
@@ -32,3 +42,28 @@ def _accepting(parse: Callable[[str], Any]) -> Callable[[str], Any]:
         return text if text == GPU_AUTO else parse(text)
 
     return parse_numprocesses
+
+
+def runs_tests(options: Any) -> bool:
+    """Whether this is a run at all: `--collect-only`, `--help` and their kind probe nothing."""
+    return not any(getattr(options, name, None) for name in _NOT_A_RUN)
+
+
+def has_xdist(options: Any) -> bool:
+    """Whether xdist is there, under whatever name it was loaded."""
+    return hasattr(options, "numprocesses")
+
+
+def is_in_process(options: Any) -> bool:
+    """Whether the process itself runs the tests: `-n 0`, `--pdb`, or no xdist."""
+    number = getattr(options, "numprocesses", 0)
+    return bool(getattr(options, "usepdb", False)) or (isinstance(number, int) and number <= 0)
+
+
+def announce_workers(options: Any) -> None:
+    """Say in the early options that there will be workers, though nobody gave a number.
+
+    pytest-cov looks there, before the number is known, and must start as in any run with `-n`.
+    """
+    if options.numprocesses is None and not options.tx:
+        options.numprocesses = GPU_AUTO
