@@ -151,16 +151,19 @@ def pytest_configure_node(node: Any) -> None:
     """Tell each worker that the plugin is active in its controller."""
     started = node.config.stash.get(STARTED, None)
     if started is not None and (message := started.message_to(node.gateway.spec)):
-        channel = node.gateway.newchannel()
-        channel.setcallback(partial(started.note_overwritten, node.gateway.id))
-        node.workerinput[worker.PLACED] = {**message, "tell": channel}
+        channel = started.links.open(node.gateway.newchannel(), node.gateway.id)
+        node.workerinput[worker.PLACED] = {**message, "channel": channel}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Keep what a worker measured; one that crashed has nothing to say."""
+    """Close the link to a worker, and keep what it measured; a crashed one has nothing to say."""
+    started = node.config.stash.get(STARTED, None)
+    if started is None:
+        return
+    started.links.close(node.gateway.id)
     measured = getattr(node, "workeroutput", {}).get(worker.CONTEXT)
-    if measured and STARTED in node.config.stash:
+    if measured:
         from pytest_gpushare.run.context import learn
 
         learn(node.config, *measured)
@@ -171,12 +174,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """In a process that was placed: its place, its log, and a watch over its placement."""
     message = getattr(config, "workerinput", {}).get(worker.PLACED)
     if message:
-        _call(worker.begin, config, message, message["tell"].send)
+        _call(worker.begin, config, message)
         return
     started = config.stash.get(STARTED, None)
     if started is not None and (own := started.message_to_itself()):
-        tell = partial(started.note_overwritten, "this process")
-        config.pluginmanager.register(worker.Placed(own, tell), "gpu-share-placed")
+        link = worker.Link(partial(started.links.receive, worker.ITSELF))
+        started.links.attach(worker.ITSELF, link.receive)
+        config.pluginmanager.register(worker.Placed(own, link), "gpu-share-placed")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str] | None:
@@ -201,13 +205,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
         log_lines(started, session.config)
         print_problems(started, session.config)
+        started.begin()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Under --gpu-share-strict a placement that was changed fails the run."""
+    """End what ran beside the tests; under --gpu-share-strict what went wrong fails the run."""
     started = session.config.stash.get(STARTED, None)
-    if started is not None and started.has_failed() and session.exitstatus == pytest.ExitCode.OK:
+    if started is None:
+        return
+    started.end()
+    if started.has_failed() and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -246,6 +254,7 @@ def _hold(config: pytest.Config, started: Started | LeftAlone | None) -> None:
     if started is not None:
         config.stash[STARTED] = started
         config.add_cleanup(started.close)
+        config.add_cleanup(started.end)
 
 
 def _call(function: Any, *arguments: Any) -> Any:

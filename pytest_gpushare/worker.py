@@ -16,19 +16,45 @@ PLACED = "gpushare_place"
 CONTEXT = "gpushare_context"
 """The key of workeroutput with [name of the device, bytes of a CUDA context]."""
 
+ITSELF = "this process"
+"""The name of the worker where there are no workers."""
+
 HOOKS = ("PYTEST_GPUSHARE_TORCH_FRACTION", "PYTEST_GPUSHARE_TENSORFLOW_MB")
 """Variables whose caps wait for a framework's import; see `run/caps.py`."""
+
+
+class Link:
+    """This process's end of the private channel to its controller."""
+
+    def __init__(self, send: Callable[[Any], object]) -> None:
+        self._send = send
+        self._handlers: dict[str, list[Callable[[Any], None]]] = {}
+
+    def send(self, kind: str, payload: Any) -> None:
+        """Tell the controller something, in builtin types; one that is gone hears nothing."""
+        with contextlib.suppress(OSError):
+            self._send((kind, payload))
+
+    def on(self, kind: str, handler: Callable[[Any], None]) -> None:
+        """Hear messages of this kind; the handler runs in the thread that receives."""
+        self._handlers.setdefault(kind, []).append(handler)
+
+    def receive(self, message: Any) -> None:
+        """Hand a message of the controller on."""
+        kind, payload = message
+        for handler in self._handlers.get(kind, ()):
+            # An error here would end execnet's receiver, and with it this worker.
+            with contextlib.suppress(Exception):
+                handler(payload)
 
 
 class Placed:
     """The plugin of a process that was placed: its fixture, and a watch over its placement."""
 
-    def __init__(
-        self, message: Mapping[str, Any], tell: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, message: Mapping[str, Any], link: Link) -> None:
         self._place: Mapping[str, Any] = message["place"]
         self._wanted: Mapping[str, str] = message["visible"]
-        self._tell = tell
+        self._link = link
         self._told = False
 
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -68,21 +94,24 @@ class Placed:
             return
         from pytest_gpushare.run.overwritten import culprit, difference
 
-        if self._tell is not None:
-            self._told = True
-            where = culprit(self._wanted, files)
-            changed = difference(self._wanted, os.environ)
-            self._tell(f"{changed}: {f'changed by {where}' if where else 'by whom is unknown'}")
+        self._told = True
+        where = culprit(self._wanted, files)
+        changed = difference(self._wanted, os.environ)
+        how = f"{changed}: {f'changed by {where}' if where else 'by whom is unknown'}"
+        self._link.send("overwritten", how)
 
 
-def begin(config: pytest.Config, message: Mapping[str, Any], tell: Callable[[str], None]) -> None:
+def begin(config: pytest.Config, message: Mapping[str, Any]) -> None:
     """In an xdist worker, before pytest's own plugins are configured."""
     # Every worker pays for what is imported here: no more than the place itself.
     from pytest_gpushare.place import Place, entered
 
     config.add_cleanup(entered(Place(**message["place"])))
     keep_log_file(config)
-    config.pluginmanager.register(Placed(message, tell), "gpu-share-placed")
+    channel = message["channel"]
+    link = Link(channel.send)
+    channel.setcallback(link.receive)
+    config.pluginmanager.register(Placed(message, link), "gpu-share-placed")
 
 
 def keep_log_file(config: pytest.Config) -> None:

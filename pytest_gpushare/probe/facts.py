@@ -18,6 +18,14 @@ class GpuProcess:
     """Whether it is a runner of an Ollama server."""
 
 
+class Memory(NamedTuple):
+    """VRAM of a device at one moment, in bytes."""
+
+    total: int
+    used: int
+    free: int
+
+
 class ComputeMode(Enum):
     """How many processes may use a device at once (nvidia-smi -c)."""
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pytest_gpushare.probe.facts import ComputeMode, Device, GpuFacts, GpuProcess
+from pytest_gpushare.probe.facts import ComputeMode, Device, GpuFacts, GpuProcess, Memory
 from pytest_gpushare.probe.host import is_ollama_runner, unified_memory
 from pytest_gpushare.probe.visibility import visible
 
@@ -39,6 +39,7 @@ class Nvml:
     def __init__(self) -> None:
         self.absence = ""
         self._library: Any = None
+        self._handles: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._closed = False
 
@@ -90,6 +91,19 @@ class Nvml:
                 process.pid == own for device in devices for process in device.processes or ()
             ),
         )
+
+    def memory(self) -> dict[str, Memory]:
+        """UUID -> VRAM now, of the devices that were read; one that fails is left out."""
+        found = {}
+        for uuid, handle in self._handles.items():
+            # A device may be lost in the middle of a run: the others go on.
+            with contextlib.suppress(Exception):
+                found[uuid] = self._memory(handle) or _unified()
+        return found
+
+    def processes(self) -> dict[str, tuple[GpuProcess, ...] | None]:
+        """UUID -> who holds VRAM there; takes milliseconds under a lock of the driver."""
+        return {uuid: self._processes(handle) for uuid, handle in self._handles.items()}
 
     def _devices_at(self, index: int, problems: list[str]) -> Iterator[Device]:
         label = f"GPU {index}"
@@ -145,6 +159,7 @@ class Nvml:
             raise ValueError("NVML tells no UUID by which CUDA could be given the device")
         if not 0 <= free <= total < _MOST_VRAM or not 0 <= used <= total:
             raise ValueError(f"NVML tells nonsense: {free} of {total} bytes free, {used} used")
+        self._handles[uuid] = handle
         return Device(
             uuid=uuid,
             name=_printable(name) or "unnamed GPU",
@@ -165,7 +180,7 @@ class Nvml:
             unified=unified,
         )
 
-    def _memory(self, handle: Any) -> tuple[int, int, int] | None:
+    def _memory(self, handle: Any) -> Memory | None:
         """(total, used, free) in bytes; None where the device has no memory of its own."""
         read = self._library.nvmlDeviceGetMemoryInfo
         try:
@@ -180,7 +195,7 @@ class Nvml:
                 raise
         if not memory.total:
             return None
-        return int(memory.total), int(memory.used), int(memory.free)
+        return Memory(int(memory.total), int(memory.used), int(memory.free))
 
     def _processes(self, handle: Any) -> tuple[GpuProcess, ...] | None:
         found = self._or_none(lambda: self._library.nvmlDeviceGetComputeRunningProcesses_v3(handle))
@@ -222,12 +237,12 @@ def reason(error: Exception) -> str:
     return f"{_REMEDIES.get(code, str(error).strip())} (NVML error {code})"
 
 
-def _unified() -> tuple[int, int, int]:
+def _unified() -> Memory:
     memory = unified_memory()
     if memory is None:
         raise ValueError("NVML knows no memory of the device, and the host's cannot be read")
     total, free = memory
-    return total, total - free, free
+    return Memory(total, total - free, free)
 
 
 def _compute_mode(told: object) -> ComputeMode:

@@ -11,13 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from pytest_gpushare.probe.address import Address, parse_address
 from pytest_gpushare.probe.facts import GpuFacts, OllamaFacts
 from pytest_gpushare.probe.simulated import simulated
 from pytest_gpushare.probe.visibility import VARIABLE
 from pytest_gpushare.settings.values import Settings
+
+if TYPE_CHECKING:
+    from pytest_gpushare.probe.nvml import Nvml
 
 NVML_TIMEOUT = 10.0
 """Seconds that NVML may take to open and to tell its devices; 1.5 s has been seen."""
@@ -59,6 +62,8 @@ class Probes(NamedTuple):
     ollama: OllamaFacts
     close: Callable[[], None]
     """Releases NVML; harmless when called twice."""
+    nvml: Nvml | None = None
+    """The open library, for readings during the run; None under a what-if."""
 
 
 def probe(
@@ -74,7 +79,7 @@ def probe(
         return Probes(simulated(simulate), _ask_ollama(settings, environment), _nothing)
     reading = _NvmlReading(environment)
     ollama = _ask_ollama(settings, environment)
-    return Probes(reading.finish(), ollama, reading.close)
+    return Probes(reading.finish(), ollama, reading.close, reading.nvml)
 
 
 def address_of(settings: Settings, environment: Mapping[str, str]) -> Address:
@@ -90,7 +95,7 @@ class _NvmlReading:
 
         self._environment = environment
         self._visible = environment.get(VARIABLE), environment.get("CUDA_DEVICE_ORDER")
-        self._nvml = Nvml()
+        self.nvml = Nvml()
         self._until = time.monotonic() + NVML_TIMEOUT
         self._answer = _Answer("nvml", self._read)
 
@@ -98,8 +103,8 @@ class _NvmlReading:
         from pytest_gpushare.probe.nvml import reason
 
         try:
-            self._nvml.open()
-            return self._nvml.read(*self._visible)
+            self.nvml.open()
+            return self.nvml.read(*self._visible)
         except Exception as error:
             # Or it would be told as a time-out, which it is not.
             return GpuFacts(absence=reason(error))
@@ -114,7 +119,7 @@ class _NvmlReading:
         return replace(facts, absence=f"{facts.absence}; {hidden}")
 
     def close(self) -> None:
-        _Answer("nvml-close", self._nvml.close).wait(time.monotonic() + _CLOSE_TIMEOUT)
+        _Answer("nvml-close", self.nvml.close).wait(time.monotonic() + _CLOSE_TIMEOUT)
 
 
 def _ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFacts:

@@ -35,10 +35,10 @@ def print_problems(started: Started | LeftAlone, config: pytest.Config) -> None:
 
 def print_summary(started: Started | LeftAlone, reporter: pytest.TerminalReporter) -> None:
     """What went wrong while the tests ran, in red where it fails the run."""
+    failed = started.has_failed()
     for line in summary(started):
-        reporter.write_line(
-            _encodable(line.text), red=started.has_failed(), yellow=not started.has_failed()
-        )
+        marks = {"red": failed, "yellow": not failed} if line.problem else {}
+        reporter.write_line(_encodable(line.text), **marks)
 
 
 def log_lines(started: Started | LeftAlone, config: pytest.Config) -> None:

@@ -5,7 +5,7 @@ Each line has a word that `grep "VRAM\\|GPU\\|workers"` finds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -39,11 +39,17 @@ def summary(started: Started | LeftAlone) -> list[Line]:
     """The lines after the tests: problems that showed while they ran."""
     if isinstance(started, LeftAlone):
         return []
+    return [line for part in _SUMMARY for line in part(started)]
+
+
+def _overwritten(started: Started) -> Iterator[Line]:
     kind = " (an error under --gpu-share-strict)" if started.strict else ""
-    return [
-        Line(f"gpu-share: {worker} does not see the GPU that it was given: {how}{kind}", True)
-        for worker, how in sorted(started.overwritten.items())
-    ]
+    for worker, how in sorted(started.overwritten.items()):
+        text = f"gpu-share: {worker} does not see the GPU that it was given: {how}{kind}"
+        yield Line(text, problem=True)
+
+
+_SUMMARY: tuple[Callable[[Started], Iterator[Line]], ...] = (_overwritten,)
 
 
 def _lines(started: Started, verbosity: int) -> Iterator[Line]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from pytest_gpushare.errors import NoRoomError
@@ -12,6 +12,7 @@ from pytest_gpushare.plan.sizing import make_plan
 from pytest_gpushare.probe.facts import HostFacts
 from pytest_gpushare.probe.host import available_ram
 from pytest_gpushare.probe.together import probe
+from pytest_gpushare.run.live import LiveVram
 from pytest_gpushare.run.others import Others
 from pytest_gpushare.run.placement import slot_of_outer_run
 from pytest_gpushare.run.started import Started
@@ -51,9 +52,21 @@ def start(settings: Settings, request: Request, host: Host, others: Others) -> S
     except BaseException:
         probes.close()
         raise
-    started = Started(settings, gpus, probes.ollama, plan, probes.close)
+    live = LiveVram(probes.nvml) if probes.nvml is not None and gpus.all_devices else None
+    started = Started(settings, gpus, probes.ollama, plan, _closing(live, probes.close), live=live)
     started.notes += gpus.problems
     return started
+
+
+def _closing(live: LiveVram | None, close: Callable[[], None]) -> Callable[[], None]:
+    """Nobody may read once the library is closed."""
+
+    def both() -> None:
+        if live is not None:
+            live.close()
+        close()
+
+    return both
 
 
 def _no_room(plan: Plan) -> str:

@@ -6,22 +6,39 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pytest_gpushare.plan.model import Plan
 from pytest_gpushare.probe.facts import GpuFacts, OllamaFacts
 from pytest_gpushare.probe.visibility import VARIABLE
 from pytest_gpushare.run.caps import mps_is_running, without_caps_of_outer_run
 from pytest_gpushare.run.frameworks import installed
+from pytest_gpushare.run.links import Links
 from pytest_gpushare.run.placement import Surroundings, worker_environment
 from pytest_gpushare.run.places import NUMBER, message_to
+from pytest_gpushare.run.record import Record
 from pytest_gpushare.settings.values import Settings
+
+if TYPE_CHECKING:
+    from pytest_gpushare.run.live import LiveVram
+
+
+class Service(Protocol):
+    """Something that runs beside the tests, from before the first to after the last."""
+
+    def start(self) -> None:
+        """Begin; threads are daemons."""
+
+    def stop(self) -> None:
+        """End within a second or so, and leave nothing behind."""
 
 
 class LeftAlone(NamedTuple):
     """A run that asked, but whose workers are the user's own; nothing is probed."""
 
     why: str
+    links: Links = Links()
+    """Never opened."""
 
     def close(self) -> None:
         """Nothing is held."""
@@ -38,8 +55,11 @@ class LeftAlone(NamedTuple):
     def message_to_itself(self) -> None:
         """Nothing is told."""
 
-    def note_overwritten(self, worker: str, how: str) -> None:
-        """Nothing is noted."""
+    def begin(self) -> None:
+        """Nothing runs beside the tests."""
+
+    def end(self) -> None:
+        """Nothing ran beside the tests."""
 
     def has_failed(self) -> bool:
         """Nothing is judged."""
@@ -66,6 +86,35 @@ class Started:
     """Worker -> how its placement was changed behind the plan, and by which file."""
     unplaced: str = ""
     """Why a run without workers could not place its process."""
+    links: Links = field(default_factory=Links)
+    """The private channels to the workers."""
+    record: Record = field(default_factory=Record)
+    """What happens beside the tests."""
+    live: LiveVram | None = None
+    """VRAM while the run lasts; None under a what-if, where there is nothing to read."""
+    services: list[Service] = field(default_factory=list)
+    """What runs beside the tests."""
+
+    def __post_init__(self) -> None:
+        self.links.on("overwritten", self._note_overwritten)
+
+    def begin(self) -> None:
+        """Start all that runs beside the tests; what fails is told and left out."""
+        for service in list(self.services):
+            try:
+                service.start()
+            except Exception as error:
+                self.services.remove(service)
+                self.notes.append(f"{_name(service)} could not start: {error}")
+
+    def end(self) -> None:
+        """Stop it, the last first; harmless when called twice."""
+        while self.services:
+            service = self.services.pop()
+            try:
+                service.stop()
+            except Exception as error:
+                self.notes.append(f"{_name(service)} could not stop: {error}")
 
     def message_to_itself(self) -> dict[str, Any] | None:
         """What this process is told where it runs the tests itself."""
@@ -73,9 +122,9 @@ class Started:
             return None
         return message_to(self.plan, 0, self.around)
 
-    def note_overwritten(self, worker: str, how: str) -> None:
-        """Keep what a worker said of its placement; may be called in any thread."""
+    def _note_overwritten(self, worker: str, how: str) -> None:
         self.overwritten[worker] = how
+        self.record.note("placement-overwritten", f"{worker}: {how}", worker=worker)
 
     def has_failed(self) -> bool:
         """Whether the run counts as failed whatever its tests say."""
@@ -118,3 +167,7 @@ class Started:
                 spec.env.update(worker_environment(self.plan, number, self.around))
                 spec.env[NUMBER] = str(number)
                 number += 1
+
+
+def _name(service: Service) -> str:
+    return type(service).__name__.lower()

@@ -1,0 +1,68 @@
+"""The private channels between controller and workers: xdist's own takes no foreign words.
+
+Messages are (kind, payload) with builtin types. Handlers run in the thread in which execnet
+receives, so they must be quick and must not wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+Handler = Callable[[str, Any], None]
+"""Called with the worker's id and the payload."""
+
+
+class Links:
+    """The controller's ends of the channels, by worker."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, list[Handler]] = {}
+        self._ends: dict[str, Callable[[Any], object]] = {}
+        self._lock = threading.Lock()
+
+    def on(self, kind: str, handler: Handler) -> None:
+        """Hear messages of this kind from every worker."""
+        self._handlers.setdefault(kind, []).append(handler)
+
+    def open(self, channel: Any, worker: str) -> Any:
+        """Take the controller's end of a worker's channel; returns the channel."""
+        channel.setcallback(partial(self.receive, worker))
+        self.attach(worker, channel.send)
+        return channel
+
+    def attach(self, worker: str, send: Callable[[Any], object]) -> None:
+        """Send a worker's messages here: in a run without workers, the process itself."""
+        with self._lock:
+            self._ends[worker] = send
+
+    def close(self, worker: str) -> None:
+        """Send nothing more to a worker that is gone."""
+        with self._lock:
+            self._ends.pop(worker, None)
+
+    def send(self, worker: str, kind: str, payload: Any = None) -> bool:
+        """Tell a worker something; False where it is not there (any more)."""
+        with self._lock:
+            send = self._ends.get(worker)
+        if send is None:
+            return False
+        try:
+            send((kind, payload))
+        except OSError:
+            # Its process has died; xdist will say so.
+            return False
+        return True
+
+    def receive(self, worker: str, message: Any) -> None:
+        """Hand a message on; what comes from a worker gone wild is dropped."""
+        if not (isinstance(message, tuple) and len(message) == 2):
+            return
+        kind, payload = message
+        for handler in self._handlers.get(kind, ()):
+            # An error here would end execnet's receiver, and with it the worker.
+            with contextlib.suppress(Exception):
+                handler(worker, payload)
