@@ -22,6 +22,8 @@ class Job(NamedTuple):
     split where workers would be idle else. Empty: a group of its own."""
     duration: float | None = None
     """As an earlier run measured it; None: unknown."""
+    refusal: str = ""
+    """Why it fails without being run: a marker that cannot be understood."""
 
 
 class Worker(NamedTuple):

@@ -126,7 +126,7 @@ def _apply_presets(entries: dict[str, _Entry]) -> None:
         raise SettingsError(
             f"{presets.origin}: preset = {names!r}: allowed is one or several names"
         )
-    for key, (raw, name) in merged(names).items():
+    for key, (raw, name) in merged([str(name) for name in names]).items():
         if entries[key].level < presets.level:
             entries[key] = _Entry(
                 parse(BY_KEY[key], raw, f"preset {name}"), presets.level, f"preset {name}", False

@@ -18,7 +18,8 @@ class Option(NamedTuple):
     key: str
     """Its name in JSON; `gpu_share_<key>` in ini files and after `-o`."""
     kind: str
-    """How a value is read: size, number, integer, boolean, choice, words, text."""
+    """How a value is read: size, number, integer, boolean, choice, words, text, marker, or by
+    lines: aliases, rules."""
     default: str
     """The default as a user would write it."""
     meaning: str
@@ -149,10 +150,62 @@ OPTIONS: tuple[Option, ...] = (
         high="60",
     ),
     Option(
+        "marker",
+        "marker",
+        "gpu",
+        "the marker of GPU tests",
+    ),
+    Option(
+        "markers",
+        "aliases",
+        "",
+        "what other markers mean, one a line, so that no test need be edited: "
+        "`multi_gpu = devices=2`, `profiled_vram_gib(n) = vram={n}GB`, `serial = exclusive`, "
+        "`not_device_test = cpu`",
+    ),
+    Option(
+        "vram",
+        "rules",
+        "",
+        "needs by node id, one a line, such as `tests/test_llm.py = 8GB`; the first that matches",
+    ),
+    Option(
+        "without_gpu",
+        "choice",
+        "run",
+        "what a GPU test does when no GPU can be had: run (on the CPU), skip, fail",
+        choices=("run", "skip", "fail"),
+    ),
+    Option(
+        "empty_caches",
+        "choice",
+        "when-needed",
+        "when GPU workers collect garbage and empty the caches of their frameworks: when a test "
+        "waits for the VRAM, after each GPU test, or not at all",
+        choices=("when-needed", "always", "never"),
+    ),
+    Option(
+        "pressure_timeout_s",
+        "number",
+        "300",
+        "how long GPU tests wait for VRAM that Ollama or other programs took, in seconds",
+        field="pressure_timeout",
+        unit="s",
+        high="86400",
+    ),
+    Option(
         "cap_vram",
         "boolean",
         "true",
         "cap the frameworks of each GPU worker at its slot, less a CUDA context",
+    ),
+    Option(
+        "visible_devices",
+        "choice",
+        "own",
+        "what a GPU worker sees: its own device, or all, its own first (for tests on several "
+        "devices)",
+        choices=("own", "all"),
     ),
     Option(
         "device_names",

@@ -10,10 +10,20 @@ from fractions import Fraction
 from typing import TypeAlias
 
 from pytest_gpushare.errors import SettingsError
+from pytest_gpushare.settings.lines import (
+    MEANINGS,
+    Alias,
+    LineError,
+    VramRule,
+    parse_aliases,
+    parse_rules,
+)
 from pytest_gpushare.settings.options import BY_KEY, Option
 from pytest_gpushare.units import parse_size
 
-Value: TypeAlias = Fraction | int | bool | str | tuple[str, ...]
+Value: TypeAlias = (
+    Fraction | int | bool | str | tuple[str, ...] | tuple[Alias, ...] | tuple[VramRule, ...]
+)
 
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
@@ -29,6 +39,9 @@ def parse(option: Option, raw: object, where: str, written: str | None = None) -
     name = written or option.key
     try:
         return _READERS[option.kind](option, raw)
+    except LineError as error:
+        line = f"{where}: {name}, line {shown(error.line)}"
+        raise SettingsError(f"{line}: {shown_text(error.problem)}: {allowed(option)}") from None
     except (ValueError, ArithmeticError, TypeError):
         hint = _nearest(raw, option.choices)
         raise SettingsError(f"{where}: {name} = {shown(raw)}: {allowed(option)}{hint}") from None
@@ -49,6 +62,12 @@ def allowed(option: Option) -> str:
         return "allowed is true or false"
     if option.kind == "text":
         return "allowed is a text"
+    if option.kind == "marker":
+        return "allowed is the name of a marker"
+    if option.kind == "aliases":
+        return f"allowed are lines MARKER = meaning or MARKER(n) = meaning; meanings: {MEANINGS}"
+    if option.kind == "rules":
+        return "allowed are lines PATTERN = SIZE, such as tests/test_llm.py = 8GB"
     if option.kind == "choice":
         return f"allowed is {' or '.join(option.choices)}"
     if option.kind == "words":
@@ -80,6 +99,12 @@ def shown(raw: object) -> str:
     else:
         text = _shown_part(raw)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def shown_text(text: str) -> str:
+    """A text that may hold what a user wrote, safe to print and short enough for a message."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _shown_part(raw: object) -> str:
@@ -182,6 +207,12 @@ def _text(_: Option, raw: object) -> str:
     return raw
 
 
+def _marker(_: Option, raw: object) -> str:
+    if not isinstance(raw, str) or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,99}", raw.strip()):
+        raise ValueError(raw)
+    return raw.strip()
+
+
 _READERS: Mapping[str, Callable[[Option, object], Value]] = {
     "size": _size,
     "number": _number,
@@ -190,6 +221,9 @@ _READERS: Mapping[str, Callable[[Option, object], Value]] = {
     "choice": _choice,
     "words": _words,
     "text": _text,
+    "marker": _marker,
+    "aliases": lambda _, raw: parse_aliases(raw),
+    "rules": lambda _, raw: parse_rules(raw),
 }
 
 

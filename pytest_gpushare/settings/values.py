@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_gpushare.settings.lines import Alias, VramRule
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,22 @@ class Settings:
     """Indices or UUIDs of the devices that Ollama uses, or ("auto",) or ("none",)."""
     ollama_timeout: Fraction
     """Seconds for all questions to Ollama at the start together."""
+    marker: str
+    """The marker of GPU tests."""
+    markers: tuple[Alias, ...]
+    """What other markers mean."""
+    vram: tuple[VramRule, ...]
+    """Needs by node id; the first that matches holds."""
+    without_gpu: str
+    """`run`, `skip` or `fail`: what a GPU test does when no GPU can be had."""
+    empty_caches: str
+    """`when-needed`, `always` or `never`."""
+    pressure_timeout: Fraction
+    """Seconds that GPU tests wait for VRAM which others took."""
     cap_vram: bool
     """Whether the frameworks of GPU workers are capped at their slots."""
+    visible_devices: str
+    """`own` or `all`: what a GPU worker sees; its own device comes first."""
     device_names: str
     """`uuid` or `index`: how CUDA_VISIBLE_DEVICES is written."""
     config: str

@@ -104,6 +104,11 @@ def test_encodings(encode: Callable[[str], bytes], tmp_path: Path) -> None:
         ('"ollama_gpu": "none"', "ollama_gpu", ("none",)),
         ('"enable_ollama_detection": "false"', "enable_ollama_detection", False),
         ('"ollama_host": "gpu-box:80"', "ollama_host", "gpu-box:80"),
+        ('"vram": {"test_a.py": "8GB"}', "vram", (("test_a.py", 8 * GB),)),
+        ('"vram": ["test_a.py = 8GB"]', "vram", (("test_a.py", 8 * GB),)),
+        ('"vram": "test_a.py = 8GB"', "vram", (("test_a.py", 8 * GB),)),
+        ('"markers": {"serial": "exclusive"}', "markers",
+         (("serial", (), (("exclusive", ""),), "serial = exclusive"),)),
     ],
 )  # fmt: skip
 def test_accepted(body: str, key: str, expected: object, tmp_path: Path) -> None:

@@ -204,6 +204,9 @@ def test_same_value_at_every_level(tmp_path: Path) -> None:
         "integer": "3",
         "text": "gpu-box:80",
         "words": "0",
+        "marker": "cuda",
+        "aliases": "serial = exclusive\nmulti_gpu = devices=2",
+        "rules": "test_a.py = 8GB",
     }
     for option in OPTIONS:
         if not option.in_json:
