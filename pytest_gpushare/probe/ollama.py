@@ -1,7 +1,4 @@
-"""What Ollama says of itself: two bounded questions, in which nothing is believed.
-
-httpx is imported here alone, and this module only when a server is asked.
-"""
+"""What Ollama says of itself: two bounded questions, in which nothing is believed."""
 
 from __future__ import annotations
 
@@ -9,22 +6,18 @@ import json
 import time
 from collections.abc import Callable
 
-import httpx
-
 from pytest_gpushare.probe.address import Address
+from pytest_gpushare.probe.exchange import (
+    Connection,
+    NonsenseError,
+    UnreachableError,
+    connect,
+)
 from pytest_gpushare.probe.facts import LoadedModel, OllamaFacts
 from pytest_gpushare.probe.host import is_own_address
-from pytest_gpushare.units import MB
-
-MOST_BYTES = MB
-"""The largest answer that is read."""
 
 _MOST_VRAM = 2**50
 _MOST_MODELS = 256
-
-
-class _Nonsense(Exception):
-    """An answer that an Ollama server would not give; the text says what was odd."""
 
 
 def unanswered(address: Address, problem: str) -> OllamaFacts:
@@ -39,56 +32,47 @@ def unanswered(address: Address, problem: str) -> OllamaFacts:
 def ask(
     address: Address,
     timeout: float,
-    opened: Callable[[httpx.Client], object] = lambda _: None,
+    opened: Callable[[Connection], object] = lambda _: None,
 ) -> OllamaFacts:
     """Ask for version and loaded models; `timeout` seconds for both together, then give up.
 
-    Never raises. `opened` is given the client: a head that drips defeats every limit on single
-    reads, and closing the client from outside is what ends it.
+    Never raises. `opened` is given the connection: a head that drips defeats every limit on
+    single reads, and closing the connection from outside is what ends it.
     """
     deadline = time.monotonic() + timeout
     try:
         on_this_host = is_own_address(address.host)
-        # Without verification no certificate store is loaded, which costs 50 to 90 ms; without
-        # trust in the environment no proxy and no .netrc comes between. Plain http needs neither.
-        with httpx.Client(
-            base_url=address.url,
-            verify=address.scheme == "https",
-            trust_env=False,
-            follow_redirects=False,
-            headers={"Accept-Encoding": "identity", "User-Agent": "pytest-gpushare"},
-        ) as client:
-            opened(client)
-            return _ask(client, address, deadline, timeout, on_this_host)
+        connection = connect(address, opened)
+        try:
+            return _ask(connection, address, deadline, timeout, on_this_host)
+        finally:
+            connection.close()
     except Exception as error:
         return unanswered(address, _line(f"cannot be asked: {type(error).__name__}: {error}", 200))
 
 
 def _ask(
-    client: httpx.Client, address: Address, deadline: float, timeout: float, on_this_host: bool
+    connection: Connection, address: Address, deadline: float, timeout: float, on_this_host: bool
 ) -> OllamaFacts:
     version: str | None = None
     models: tuple[LoadedModel, ...] = ()
     problem = ""
     reachable = answered = False
     try:
-        answer, peer = _get(client, "/api/version", deadline)
+        answer, peer = _get(connection, "/api/version", deadline)
         # A name that this machine has in its hosts file is known by where it leads.
         on_this_host = on_this_host or (peer is not None and is_own_address(peer))
         version = _version(answer)
         reachable = True
-        models = _models(_get(client, "/api/ps", deadline)[0])
+        models = _models(_get(connection, "/api/ps", deadline)[0])
         answered = True
-    except _Nonsense as odd:
-        reachable, problem = True, f"reachable but answers nonsense: {odd}"
-    except httpx.TimeoutException:
+    except NonsenseError as odd:
+        reachable, problem = True, _line(f"reachable but answers nonsense: {odd}", 200)
+    except TimeoutError:
         problem = f"no answer within {timeout:g} s"
-    except httpx.ConnectError as error:
-        refused = "refused" in str(error).lower() or "10061" in str(error)
-        problem = "nothing listens there" if refused else _line(f"cannot be reached: {error}", 200)
-    except httpx.HTTPError as error:
-        reachable = True
-        problem = _line(f"reachable but answers nonsense: {type(error).__name__}: {error}", 200)
+    except UnreachableError as error:
+        reason = str(error)
+        problem = _line(f"cannot be reached: {reason}", 200) if reason else "nothing listens there"
     if problem and address.problem:
         problem = f"{problem} ({address.problem})"
     return OllamaFacts(
@@ -103,62 +87,43 @@ def _ask(
     )
 
 
-def _get(client: httpx.Client, path: str, deadline: float) -> tuple[object, str | None]:
+def _get(connection: Connection, path: str, deadline: float) -> tuple[object, str | None]:
     """The decoded answer, and the address that gave it where the connection tells."""
-
-    def left() -> float:
-        seconds = deadline - time.monotonic()
-        if seconds <= 0:
-            raise httpx.ReadTimeout("out of time")
-        return seconds
-
-    with client.stream("GET", path, timeout=left()) as response:
-        if response.status_code != 200:
-            raise _Nonsense(f"{path} gives status {response.status_code}")
-        if response.headers.get("content-encoding", "identity") != "identity":
-            raise _Nonsense(f"{path} gives a compressed answer that was not asked for")
-        stream = response.extensions.get("network_stream")
-        peer = stream.get_extra_info("server_addr") if stream is not None else None
-        body = bytearray()
-        for chunk in response.iter_raw():
-            body += chunk
-            if len(body) > MOST_BYTES:
-                raise _Nonsense(f"{path} gives more than {MOST_BYTES // MB} MB")
-            left()
+    answer = connection.get(path, deadline)
     try:
-        return json.loads(bytes(body)), peer[0] if isinstance(peer, tuple) else None
+        return json.loads(answer.body), answer.peer
     except (ValueError, RecursionError):
-        raise _Nonsense(f"{path} gives no JSON") from None
+        raise NonsenseError(f"{path} gives no JSON") from None
 
 
 def _version(answer: object) -> str | None:
     version = answer.get("version") if isinstance(answer, dict) else None
     if not isinstance(version, str):
-        raise _Nonsense("/api/version gives no version")
+        raise NonsenseError("/api/version gives no version")
     return _line(version, 40)
 
 
 def _models(answer: object) -> tuple[LoadedModel, ...]:
     models = answer.get("models") if isinstance(answer, dict) else None
     if not isinstance(models, list) or len(models) > _MOST_MODELS:
-        raise _Nonsense("/api/ps gives no list of models")
+        raise NonsenseError("/api/ps gives no list of models")
     return tuple(_model(model) for model in models)
 
 
 def _model(model: object) -> LoadedModel:
     if not isinstance(model, dict):
-        raise _Nonsense("/api/ps gives a model that is no object")
+        raise NonsenseError("/api/ps gives a model that is no object")
     # `model` came in 0.1.42; older servers have `name` alone.
     name = model.get("name") or model.get("model")
     if not isinstance(name, str):
-        raise _Nonsense("/api/ps gives a model without a name")
+        raise NonsenseError("/api/ps gives a model without a name")
     return LoadedModel(_line(name, 120), _size(model, "size"), _size(model, "size_vram"))
 
 
 def _size(model: dict[str, object], key: str) -> int:
     value = model.get(key)
     if type(value) is not int or not 0 <= value < _MOST_VRAM:
-        raise _Nonsense(f"/api/ps gives a model whose {key} is {_shown(value)}")
+        raise NonsenseError(f"/api/ps gives a model whose {key} is {_shown(value)}")
     return value
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from pytest_gpushare.probe.address import Address, parse_address
 from pytest_gpushare.probe.facts import GpuFacts, OllamaFacts
@@ -20,6 +20,7 @@ from pytest_gpushare.probe.visibility import VARIABLE
 from pytest_gpushare.settings.values import Settings
 
 if TYPE_CHECKING:
+    from pytest_gpushare.probe.exchange import Connection
     from pytest_gpushare.probe.nvml import Nvml
 
 NVML_TIMEOUT = 10.0
@@ -126,20 +127,22 @@ def _ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFac
     if not settings.enable_ollama_detection:
         return OllamaFacts()
     # Imported in this thread, so that its cost does not count against Ollama's time limit.
+    from pytest_gpushare.probe.ollama import ask, unanswered
+
     address, limit = address_of(settings, environment), float(settings.ollama_timeout)
-    try:
-        from pytest_gpushare.probe.ollama import ask, unanswered
-    except Exception as error:
-        problem = f"cannot be asked: httpx cannot be imported ({error})"[:200]
-        return OllamaFacts(address=address.shown, asked=True, problem=problem)
-    clients: list[Any] = []
-    answer = _Answer("ollama", lambda: ask(address, limit, clients.append))
+    if address.scheme == "https":
+        try:
+            import pytest_gpushare.probe.secure  # noqa: F401 - as above
+        except Exception as error:
+            return unanswered(address, f"cannot be asked: no httpx for https ({error})"[:200])
+    connections: list[Connection] = []
+    answer = _Answer("ollama", lambda: ask(address, limit, connections.append))
     facts = answer.wait(time.monotonic() + limit + _GRACE)
     if facts is not None:
         return facts
-    for client in clients:
+    for connection in connections:
         with contextlib.suppress(Exception):
-            client.close()
+            connection.close()
     return unanswered(address, f"no answer within {limit:g} s")
 
 

@@ -1,0 +1,55 @@
+"""The same over https, through httpx, which is imported here and only for such a server."""
+
+from __future__ import annotations
+
+import httpx
+
+from pytest_gpushare.probe.address import Address
+from pytest_gpushare.probe.exchange import (
+    HEADERS,
+    MOST_BYTES,
+    Answer,
+    NonsenseError,
+    UnreachableError,
+    check,
+    left,
+)
+from pytest_gpushare.units import MB
+
+
+class SecureConnection:
+    """Over https: certificates are verified; no proxy, no .netrc, no redirects."""
+
+    def __init__(self, address: Address) -> None:
+        self._client = httpx.Client(
+            base_url=address.url, trust_env=False, follow_redirects=False, headers=HEADERS
+        )
+
+    def get(self, path: str, deadline: float) -> Answer:
+        """See `exchange.Connection.get`."""
+        try:
+            return self._exchange(path, deadline)
+        except httpx.TimeoutException:
+            raise TimeoutError from None
+        except httpx.ConnectError as error:
+            refused = "refused" in str(error).lower() or "10061" in str(error)
+            raise UnreachableError("" if refused else str(error)) from None
+        except httpx.HTTPError as error:
+            raise NonsenseError(f"{type(error).__name__}: {error}") from None
+
+    def close(self) -> None:
+        """See `exchange.Connection.close`."""
+        self._client.close()
+
+    def _exchange(self, path: str, deadline: float) -> Answer:
+        with self._client.stream("GET", path, timeout=left(deadline)) as response:
+            check(path, response.status_code, response.headers.get("content-encoding"))
+            stream = response.extensions.get("network_stream")
+            peer = stream.get_extra_info("server_addr") if stream is not None else None
+            body = bytearray()
+            for chunk in response.iter_raw():
+                body += chunk
+                if len(body) > MOST_BYTES:
+                    raise NonsenseError(f"{path} gives more than {MOST_BYTES // MB} MB")
+                left(deadline)
+        return Answer(bytes(body), peer[0] if isinstance(peer, tuple) else None)
