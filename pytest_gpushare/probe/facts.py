@@ -96,6 +96,21 @@ class LoadedModel:
     """Bytes in all."""
     size_vram: int
     """Bytes on GPUs; less than `size` where part of the model is on the CPU (a spill)."""
+    digest: str = ""
+    """The digest of its manifest; empty where the server tells none."""
+    context: int | None = None
+    """Tokens of context that it was loaded with; None before Ollama 0.10."""
+
+    @property
+    def is_spilled(self) -> bool:
+        """Whether part of it is on the CPU."""
+        return self.size_vram < self.size
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is on GPUs, as the server says; where it says that more than all
+        of it is there, nobody knows."""
+        return self.size_vram == self.size > 0
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def _ask(
         on_this_host = on_this_host or (peer is not None and is_own_address(peer))
         version = _version(answer)
         reachable = True
-        models = _models(_get(connection, "/api/ps", deadline)[0])
+        models = loaded_models(connection, deadline)
         answered = True
     except NonsenseError as odd:
         reachable, problem = True, _line(f"reachable but answers nonsense: {odd}", 200)
@@ -85,6 +85,14 @@ def _ask(
         reachable=reachable,
         on_this_host=on_this_host,
     )
+
+
+def loaded_models(connection: Connection, deadline: float) -> tuple[LoadedModel, ...]:
+    """The models that the server holds now, none of which is believed unchecked.
+
+    Raises `TimeoutError`, `UnreachableError` or `NonsenseError`.
+    """
+    return _models(_get(connection, "/api/ps", deadline)[0])
 
 
 def _get(connection: Connection, path: str, deadline: float) -> tuple[object, str | None]:
@@ -117,7 +125,14 @@ def _model(model: object) -> LoadedModel:
     name = model.get("name") or model.get("model")
     if not isinstance(name, str):
         raise NonsenseError("/api/ps gives a model without a name")
-    return LoadedModel(_line(name, 120), _size(model, "size"), _size(model, "size_vram"))
+    digest, context = model.get("digest"), model.get("context_length")
+    return LoadedModel(
+        _line(name, 120),
+        _size(model, "size"),
+        _size(model, "size_vram"),
+        _line(digest, 80) if isinstance(digest, str) else "",
+        context if type(context) is int and 0 <= context < _MOST_VRAM else None,
+    )
 
 
 def _size(model: dict[str, object], key: str) -> int:
