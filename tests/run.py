@@ -19,7 +19,8 @@ from own_venv import own_venv  # noqa: E402 - its folder is on the path only now
 def main(arguments: list[str]) -> int:
     """Run pytest with *arguments*, by default on as many workers as there are CPUs."""
     pyproject = ROOT / "pyproject.toml"
-    requirements = ["--editable", str(ROOT), "--group", f"{pyproject}:test"]
+    groups = [f"{pyproject}:{name}" for name in ("test", "browser")]
+    requirements = ["--editable", str(ROOT), *(f"--group={group}" for group in groups)]
     python = own_venv(ROOT / ".venv-tests", requirements, [pyproject])
     command = [str(python), "-m", "pytest", "-n", "auto", *arguments]
     try:

@@ -1,0 +1,63 @@
+// How figures are written; the same words as in words.py.
+
+const UNKNOWN = "unknown";
+const MB = 1024 ** 2;
+const GB = 1024 ** 3;
+
+function size(bytes) {
+  if (bytes === null || bytes === undefined) return UNKNOWN;
+  if (bytes && Math.abs(bytes) < GB / 10) return `${Math.round(bytes / MB)} MB`;
+  const text = (bytes / GB).toFixed(2);
+  return `${text.endsWith("0") ? text.slice(0, -1) : text} GB`;
+}
+
+function span(seconds) {
+  if (seconds === null || seconds === undefined) return UNKNOWN;
+  const two = (value) => String(Math.floor(value)).padStart(2, "0");
+  if (seconds < 60) return `${seconds.toFixed(seconds < 10 ? 2 : 1)} s`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${two(seconds % 60)} s`;
+  return `${Math.floor(seconds / 3600)} h ${two((seconds % 3600) / 60)} min`;
+}
+
+function clock(seconds) {
+  if (seconds === null || seconds === undefined) return UNKNOWN;
+  const two = (value) => String(Math.floor(value)).padStart(2, "0");
+  if (seconds < 3600) {
+    const tenths = Math.floor(seconds * 10 + 1e-6);
+    return `${Math.floor(tenths / 600)}:${two((tenths / 10) % 60)}.${tenths % 10}`;
+  }
+  return `${Math.floor(seconds / 3600)}:${two((seconds / 60) % 60)}:${two(seconds % 60)}`;
+}
+
+// An element with text: never HTML, as names come from elsewhere.
+function element(name, text, className) {
+  const made = document.createElement(name);
+  if (text !== undefined) made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+// --- columns, as data.py writes them ---
+
+function column(held, count) {
+  if (Array.isArray(held)) return held;
+  if (held && held.words) return held.of.map((index) => held.words[index]);
+  return new Array(count).fill(held ? held.all : null);
+}
+
+function sums(differences, factor) {
+  let before = 0;
+  return differences.map((step) => (step === null ? null : (before += step) * factor));
+}
+
+// The last index whose value is not above the wanted one, or -1; of ascending values.
+function indexBefore(values, wanted) {
+  let low = 0;
+  let high = values.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (values[middle] <= wanted) low = middle + 1;
+    else high = middle;
+  }
+  return low - 1;
+}

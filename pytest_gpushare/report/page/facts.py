@@ -1,0 +1,299 @@
+"""The parts of the page that are lists and tables of facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pytest_gpushare.report.page.data import MOST_EVENTS, colours
+from pytest_gpushare.report.page.markup import Markup, tag
+from pytest_gpushare.report.page.meter import Part, meter
+from pytest_gpushare.report.page.words import (
+    UNKNOWN,
+    clock,
+    each,
+    label,
+    listed,
+    number,
+    percent,
+    severity,
+    size,
+    span,
+    texts,
+)
+from pytest_gpushare.units import plural
+
+_SIGNS = {"bad": "▼", "warning": "◆", "neutral": "●"}
+
+
+def meters(document: Mapping[str, Any]) -> Markup:
+    """A bar for each device: what it held at its fullest moment."""
+    devices = each(document, "devices")
+    if not devices:
+        return Markup("")
+    return tag(
+        "section",
+        tag("h2", "At the fullest moment"),
+        *(_meter(document, device) for device in devices),
+        id="devices",
+    )
+
+
+def _meter(document: Mapping[str, Any], device: Mapping[str, Any]) -> Markup:
+    total, peak = number(device.get("total_bytes")), number(device.get("peak_used_bytes"))
+    at, parts = _fullest(document, device)
+    if not parts and peak:
+        parts = [Part("rest", "in use", peak)]
+    when = f" at {clock(at)}" if at is not None else ""
+    return tag(
+        "article",
+        tag("h3", tag("b", label(device)), " ", str(device.get("name") or "")),
+        tag(
+            "p",
+            tag("b", size(peak), data_bytes=peak),
+            f" of {size(total)} used{when}" if peak is not None else f" used of {size(total)}",
+            cls="figure",
+        ),
+        meter(parts, total, number(device.get("safety_buffer_bytes"))) if total else Markup(""),
+        _key(parts, total, peak),
+        _pairs(
+            [
+                ("free at the start", size(device.get("free_at_start_bytes"))),
+                ("kept for Ollama", size(device.get("reservation_bytes"))),
+                ("of it resident", size(device.get("resident_bytes"))),
+                ("safety buffer", size(device.get("safety_buffer_bytes"))),
+                ("budget of tests", size(device.get("budget_bytes"))),
+                ("most held by tests", size(device.get("peak_workers_bytes"))),
+            ]
+        ),
+        cls="device",
+    )
+
+
+def _fullest(
+    document: Mapping[str, Any], device: Mapping[str, Any]
+) -> tuple[float | None, list[Part]]:
+    """The moment at which the device was fullest, and who held what."""
+    held = ((document.get("samples") or {}).get("devices") or {}).get(device.get("uuid")) or {}
+    used = [number(value) for value in held.get("used_bytes") or ()]
+    if not any(used):
+        return None, []
+    index = max(range(len(used)), key=lambda at: used[at] or 0)
+
+    def there(values: Any) -> float:
+        return (number(values[index]) if values and len(values) > index else None) or 0
+
+    workers = each(document, "workers")
+    numbers = {
+        worker.get("id"): colour
+        for worker, colour in zip(workers, colours(workers), strict=True)
+        if colour is not None
+    }
+    parts = [
+        Part("ollama", "Ollama", there(held.get("ollama_bytes"))),
+        Part("others", "others", there(held.get("others_bytes"))),
+    ]
+    own = [
+        Part(f"worker-{numbers.get(worker, 0)}", str(worker), there(values))
+        for worker, values in (held.get("workers_bytes") or {}).items()
+    ]
+    rest = (used[index] or 0) - sum(part.held for part in [*parts, *own])
+    if rest > (number(device.get("total_bytes")) or 0) / 100:
+        parts.append(Part("rest", "not told apart", rest))
+    times = held.get("at_s") or ()
+    at = number(times[index]) if len(times) > index else None
+    return at, [part for part in [*parts, *own] if part.held > 0]
+
+
+def _key(parts: list[Part], total: float | None, peak: float | None) -> Markup:
+    if not parts:
+        return Markup("")
+    items = [
+        tag("li", tag("i", cls=f"swatch {part.kind}"), f"{part.name} {size(part.held)}")
+        for part in parts
+    ]
+    if total and peak is not None:
+        items.append(tag("li", tag("i", cls="swatch free"), f"free {size(total - peak)}"))
+    return tag("ul", *items, cls="key")
+
+
+def events(document: Mapping[str, Any]) -> Markup:
+    """What happened, with its times; the numbers are those on the timeline."""
+    happened = each(document, "events")
+    if not happened:
+        return Markup("")
+    rows = []
+    for event in happened[:MOST_EVENTS]:
+        state = severity(event.get("kind"))
+        at = number(event.get("at_s"))
+        rows.append(
+            tag(
+                "li",
+                tag("button", clock(at), type="button", data_at=at, title="Show on the timeline"),
+                tag("span", _SIGNS[state], cls="sign", aria_hidden="true"),
+                tag("span", str(event.get("text") or event.get("kind")), cls="text"),
+                tag("code", str(event.get("kind"))),
+                cls=state,
+            )
+        )
+    left = len(happened) - MOST_EVENTS
+    more = [tag("p", f"{left} more are in the JSON report.")] if left > 0 else []
+    count = tag("span", f"{len(happened):,}", cls="count")
+    return tag(
+        "section", tag("h2", "What happened", " ", count), tag("ol", *rows), *more, id="events"
+    )
+
+
+def leaks(document: Mapping[str, Any]) -> Markup:
+    """Tests that left VRAM behind, the largest first."""
+    found = sorted(each(document, "leaks"), key=lambda leak: -(number(leak.get("bytes")) or 0))
+    if not found:
+        return Markup("")
+    rows = [
+        [
+            tag("bdi", _leaky(leak)),
+            str(leak.get("worker") or UNKNOWN),
+            tag("b", size(leak.get("bytes"))),
+            str(leak.get("source") or UNKNOWN),
+        ]
+        for leak in found
+    ]
+    heads = ["test", "worker", "left", "measured by"]
+    return tag("section", tag("h2", "VRAM left behind"), _table(heads, rows), id="leaks")
+
+
+def _leaky(leak: Mapping[str, Any]) -> str:
+    """The test, or those of which one it was."""
+    if leak.get("nodeid"):
+        return str(leak["nodeid"])
+    suspects = texts(leak, "suspects")
+    return f"one of {listed(suspects)}" if suspects else UNKNOWN
+
+
+def workers(document: Mapping[str, Any]) -> Markup:
+    """Each worker: where it ran, and its peak against its slot."""
+    found = each(document, "workers")
+    if not found:
+        return Markup("")
+    names = {device.get("uuid"): label(device) for device in each(document, "devices")}
+    rows: list[list[str]] = []
+    for worker, colour in zip(found, colours(found), strict=True):
+        kind = "cpu" if colour is None else f"worker-{colour}"
+        slot, peak = number(worker.get("slot_bytes")), number(worker.get("peak_bytes"))
+        share = meter([Part(kind, "peak", peak)], slot) if slot and peak is not None else Markup("")
+        device = worker.get("device")
+        rows.append(
+            [
+                tag("span", tag("i", cls=f"swatch {kind}"), str(worker.get("id"))),
+                str(names.get(device, device or "CPU")),
+                size(slot) if slot else "–",
+                tag("b", size(peak), data_bytes=peak) if slot else "–",
+                tag("span", share, percent(peak, slot) if slot and peak is not None else ""),
+                str(worker.get("peak_source") or ("–" if not slot else UNKNOWN)),
+                "crashed" if worker.get("crashed") else span(_lived(worker)),
+            ]
+        )
+    heads = ["worker", "where", "slot", "peak", "peak of slot", "measured by", "ran"]
+    return tag("section", tag("h2", "Workers"), _table(heads, rows), id="workers")
+
+
+def _lived(worker: Mapping[str, Any]) -> float | None:
+    start, end = number(worker.get("started_s")), number(worker.get("ended_s"))
+    return None if start is None or end is None else end - start
+
+
+def ollama(document: Mapping[str, Any]) -> Markup:
+    """What Ollama said of itself and of its models."""
+    found = document.get("ollama")
+    if not found:
+        return Markup("")
+    rows = [
+        [
+            tag("bdi", str(model.get("name"))),
+            size(model.get("size_bytes")),
+            size(model.get("size_vram_bytes")),
+            "a part on the CPU" if model.get("spilled") else "whole on the GPU",
+        ]
+        for model in each(found, "models")
+    ]
+    return tag(
+        "section",
+        tag("h2", "Ollama"),
+        *(tag("p", line) for line in texts(found, "verdict")),
+        _table(["model", "size", "on the GPU", "at the end"], rows) if rows else Markup(""),
+        _pairs(
+            [
+                ("server", str(found.get("address") or UNKNOWN)),
+                ("version", str(found.get("version") or UNKNOWN)),
+                ("found by", str(found.get("found_by") or UNKNOWN)),
+                ("problem", str(found.get("problem") or "")),
+            ]
+        ),
+        id="ollama",
+    )
+
+
+def settings(document: Mapping[str, Any]) -> Markup:
+    """The plan, and each setting with its origin; those that are not defaults first."""
+    plan = document.get("plan") or {}
+    held = plan.get("settings") or {}
+    rows = [
+        [tag("code", f"gpu_share_{key}"), str(setting.get("value")), str(setting.get("origin"))]
+        for key, setting in sorted(
+            held.items(), key=lambda item: (item[1].get("origin") == "default", item[0])
+        )
+    ]
+    run = document.get("run") or {}
+    return tag(
+        "section",
+        tag("h2", "Plan and settings"),
+        _pairs(
+            [
+                ("GPU workers", str(plan.get("gpu_workers", UNKNOWN))),
+                ("CPU workers", str(plan.get("cpu_workers", UNKNOWN))),
+                ("limited by", ", ".join(texts(plan, "limited_by")) or "nothing"),
+                ("presets", ", ".join(texts(plan, "presets")) or "none"),
+                ("needed for a worker", size(plan.get("needed_bytes"))),
+                ("no GPU because", str(plan.get("absence") or "")),
+                ("platform", str(run.get("platform") or UNKNOWN)),
+            ]
+        ),
+        tag(
+            "details",
+            tag("summary", plural(len(rows), "setting")),
+            _table(["setting", "value", "from"], rows),
+        )
+        if rows
+        else Markup(""),
+        id="settings",
+    )
+
+
+def told(document: Mapping[str, Any]) -> Markup:
+    """What the terminal said."""
+    lines = texts(document, "summary")
+    if not lines:
+        return Markup("")
+    return tag(
+        "section",
+        tag("details", tag("summary", "What the terminal said"), tag("pre", "\n".join(lines))),
+        id="terminal",
+    )
+
+
+def _table(heads: list[str], rows: Iterable[Iterable[str]]) -> Markup:
+    return tag(
+        "div",
+        tag(
+            "table",
+            tag("thead", tag("tr", *(tag("th", head, scope="col") for head in heads))),
+            tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows)),
+        ),
+        cls="scroll",
+    )
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> Markup:
+    return tag(
+        "dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs if value)
+    )

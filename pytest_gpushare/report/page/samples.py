@@ -1,0 +1,96 @@
+"""Samples as the timeline draws them: thinned, told apart, written as differences in MiB."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pytest_gpushare.report.page.words import number
+from pytest_gpushare.units import MB
+
+Values = Sequence[float | None]
+
+
+def drawn(samples: Mapping[str, Any], most: int, total: float | None) -> dict[str, Any] | None:
+    """Times, what is used, and the parts of it from the ground up; None without a sample.
+
+    *most* bounds the number of samples. What no part accounts for is a part `rest`, unless it
+    stays below a hundredth of *total*: figures of one moment are read one after another.
+    """
+    times = [number(at) for at in samples.get("at_s") or ()]
+    used = _values(samples.get("used_bytes"), len(times))
+    at = [index for index in thinned(used, most) if times[index] is not None]
+    if not at:
+        return None
+    parts = [("ollama", "", samples.get("ollama_bytes"))]
+    parts.append(("others", "", samples.get("others_bytes")))
+    workers = samples.get("workers_bytes") or {}
+    parts += [("worker", worker, held) for worker, held in workers.items()]
+    told: list[tuple[str, str, Values]] = []
+    for kind, name, held in parts:
+        all_values = _values(held, len(times))
+        values = [all_values[index] for index in at]
+        if any(values):
+            told.append((kind, name, values))
+    kept = [used[index] for index in at]
+    rest = _rest(kept, [values for _, _, values in told])
+    if max(rest, default=0) > (total or 0) / 100:
+        first_worker = sum(kind != "worker" for kind, _, _ in told)
+        told.insert(first_worker, ("rest", "", rest))
+    return {
+        "at_ms": differences([(times[index] or 0) * 1000 for index in at]),
+        "used": differences(_mib(kept)),
+        "parts": [
+            {"kind": kind, "name": name, "held": differences(_mib(values))}
+            for kind, name, values in told
+        ],
+    }
+
+
+def thinned(values: Values, most: int) -> list[int]:
+    """Indices of about *most* values: of each stretch the least and the largest, and the ends."""
+    count = len(values)
+    if count <= most:
+        return list(range(count))
+    stretches = max(1, most // 2 - 1)
+    kept = {0, count - 1}
+    for stretch in range(stretches):
+        inside = range(count * stretch // stretches, count * (stretch + 1) // stretches)
+        known = [index for index in inside if values[index] is not None]
+        if known:
+            kept.add(min(known, key=lambda index: values[index] or 0))
+            kept.add(max(known, key=lambda index: values[index] or 0))
+        else:
+            # A gap stays a gap.
+            kept.add(inside[0])
+    return sorted(kept)
+
+
+def differences(values: Sequence[float | None]) -> list[int | None]:
+    """Each value, rounded, less the known one before it: few digits where little changes."""
+    written: list[int | None] = []
+    before = 0
+    for value in values:
+        if value is None:
+            written.append(None)
+        else:
+            written.append(round(value) - before)
+            before = round(value)
+    return written
+
+
+def _rest(used: Values, parts: Sequence[Values]) -> list[float]:
+    return [
+        max(0.0, (held or 0) - sum(values[index] or 0 for values in parts))
+        for index, held in enumerate(used)
+    ]
+
+
+def _mib(values: Values) -> list[float | None]:
+    return [None if value is None else value / MB for value in values]
+
+
+def _values(held: object, count: int) -> list[float | None]:
+    """As many figures as there are times, whatever the document has."""
+    values = [number(value) for value in held] if isinstance(held, (list, tuple)) else []
+    return (values + [None] * count)[:count]

@@ -1,0 +1,330 @@
+"""The HTML page as text: what it says, what it must never contain, and how large it is."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import html
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import documents
+
+import pytest_gpushare.report.page as package
+from pytest_gpushare.report.page import page
+from pytest_gpushare.report.page.data import data
+from pytest_gpushare.report.page.samples import differences, drawn, thinned
+from pytest_gpushare.report.page.verdict import answers, outcome
+from pytest_gpushare.report.page.words import clock, label, listed, percent, size, span
+
+GB, MB = documents.GB, documents.MB
+ASSETS = Path(package.__file__).parent / "assets"
+
+EVERY = (
+    documents.small,
+    documents.eventful,
+    documents.cpu_only,
+    documents.empty,
+    documents.untold,
+    documents.hostile,
+    documents.simulated,
+    documents.cut_off,
+)
+
+
+def held(text: str) -> dict[str, Any]:
+    """The data in the page, as its script reads it."""
+    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    assert len(found) == 1
+    return dict(json.loads(found[0]))
+
+
+def scripts(text: str) -> list[str]:
+    return re.findall(r"<script>(.*?)</script>", text, re.S)
+
+
+# --- the page as a whole ---
+
+
+@pytest.mark.parametrize("make", EVERY, ids=lambda make: make.__name__)
+def test_is_one_whole_page(make: Any) -> None:
+    """Every element is closed, nothing is fetched, and the same document gives the same page."""
+    text = page(make())
+    assert text == page(make())
+    assert text.startswith('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">')
+    assert text.endswith("</script></body></html>\n")
+    assert len(scripts(text)) == 2
+    without = re.sub(r"<(script|style)[ >].*?</\1>", "", text, flags=re.S)
+    for name in ("section", "article", "div", "table", "tr", "td", "p", "ul", "li", "svg", "rect"):
+        opened, closed = len(re.findall(f"<{name}[ >]", without)), without.count(f"</{name}>")
+        assert opened == closed, name
+    fetched = re.findall(r'(?:src|href|action|poster|srcset)="([^"]*)"', without)
+    assert set(fetched) <= {"data:,", "#tests"}
+    assert not re.findall(r"<[^>]+ (?:style|on\w+)=", without)
+    text.encode("utf-8")
+
+
+def test_knows_nothing_of_an_empty_document() -> None:
+    """Nothing is required: a document of another version is shown as far as it can be."""
+    text = page({})
+    assert "No test ran" in text
+    assert held(text)["tests"]["count"] == 0
+    assert page({"future": 1, "run": None, "tests": None, "samples": None, "plan": None})
+
+
+def test_policy_allows_its_own_scripts_and_nothing_else() -> None:
+    text = page(documents.small())
+    policy = html.unescape(re.findall(r'Content-Security-Policy" content="(.*?)">', text)[0])
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules["default-src"] == "'none'"
+    style = re.findall(r"<style>(.*?)</style>", text, re.S)
+    for rule, parts in (("script-src", scripts(text)), ("style-src", style)):
+        hashes = [
+            f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
+            for part in parts
+        ]
+        assert rules[rule] == " ".join(hashes)
+
+
+def test_names_are_escaped_everywhere() -> None:
+    document = documents.hostile()
+    text = page(document)
+    for script in scripts(text):
+        text = text.replace(script, "")
+    assert not re.findall(r"<(?:script>alert|img|svg onload|i>card|b>note|u>)", text)
+    assert text.count("</script>") == text.count("<script") == 3
+    for sign in ("\u202e", "\u2028", "\udc80", "\x00"):
+        assert sign not in text
+    assert held(text)["tests"]["name"][0] == documents.HOSTILE.removeprefix("test_x.py")
+    assert html.escape(documents.HOSTILE) in text
+
+
+def test_size_for_ten_thousand_tests() -> None:
+    """Below 5 MB, with names of 200 characters still; a small run is a small page."""
+    document = documents.large()
+    assert len(page(document).encode()) < 2_500_000
+    for number, test in enumerate(document["tests"]):
+        test["nodeid"] = f"{test['nodeid']}{number:0{200 - len(test['nodeid'])}d}"
+    assert len(document["tests"][0]["nodeid"]) == 200
+    assert len(page(document).encode()) < 5_000_000
+    assert len(page(documents.small()).encode()) < 150_000
+
+
+def test_a_day_of_unthinned_samples_stays_small() -> None:
+    """The page thins what the document has: 432,000 samples of one device."""
+    document = documents.small()
+    samples = next(iter(document["samples"]["devices"].values()))
+    times = len(samples["at_s"])
+    for name in ("used_bytes", "ollama_bytes", "others_bytes"):
+        samples[name] = [samples[name][n % times] for n in range(432_000)]
+    samples["workers_bytes"] = {
+        worker: [values[n % times] for n in range(432_000)]
+        for worker, values in samples["workers_bytes"].items()
+    }
+    samples["at_s"] = [n / 5 for n in range(432_000)]
+    assert len(page(document).encode()) < 1_500_000
+
+
+def test_text_is_legible_in_both_themes() -> None:
+    """Contrast of 4.5 and more for text, of 3 for the colours of parts (WCAG AA)."""
+    css = (ASSETS / "page.css").read_text(encoding="utf-8")
+    for theme in re.findall(r":root[^{]*\{\s*color-scheme[^}]*\}", css):
+        colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", theme))
+        for name in ("text", "dim", "link", "good", "warning", "bad", "neutral"):
+            assert contrast(colours[name], colours["panel"]) >= 4.5, name
+        for name in ("budget", "ollama-line", "total"):
+            for ground in ("panel", "kept"):
+                assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted(luminance(colour) for colour in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return sum(part * weight for part, weight in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
+
+
+def test_licence_of_the_library_goes_with_it() -> None:
+    licence = (ASSETS / "uPlot.LICENSE.txt").read_text(encoding="utf-8")
+    assert "MIT License" in licence
+    assert licence in page({})
+
+
+# --- the verdict ---
+
+
+def test_verdict_of_a_good_run() -> None:
+    who, near, ollama, change = answers(documents.small())
+    assert (who.state, who.answer) == ("good", "2 workers on 1 GPU")
+    assert who.details == ["GPU 0 NVIDIA GeForce RTX 3090 Ti: 2 × 4.5 GB: gw0 and gw1"]
+    assert (near.state, near.answer) == ("good", "83 % full")
+    assert near.details[0] == "19.97 GB of 24.0 GB at the peak"
+    assert (ollama.state, ollama.answer) == ("good", "No")
+    assert ollama.details == documents.small()["ollama"]["verdict"]
+    assert (change.state, change.answer) == ("neutral", "1 suggestion")
+
+
+def test_verdict_of_a_run_in_trouble() -> None:
+    document = documents.eventful()
+    _, near, ollama, change = answers(document)
+    assert (near.state, near.answer) == ("bad", "1 test ran out of memory")
+    assert "the fullest of 2 GPUs" in near.details[0]
+    assert (ollama.state, ollama.answer) == ("bad", "Yes, while tests ran")
+    assert change.state == "warning"
+    assert change.details[-1] == "1 test left 0.6 GB behind: see the leaks below"
+
+
+def test_verdict_where_nobody_can_tell() -> None:
+    _, near, ollama, change = answers(documents.untold())
+    assert near.details[-1] == "what tests held of their budget of 9.0 GB is unknown"
+    assert (ollama.state, ollama.answer) == ("neutral", "Nobody can tell")
+    assert (change.state, change.answer) == ("good", "Nothing")
+    assert answers(documents.empty())[1].answer == "Not measured"
+    assert answers(documents.cpu_only())[0].details == [
+        "2 CPU workers",
+        "NVML library not found: is the NVIDIA driver installed?",
+    ]
+    assert answers(documents.simulated())[0].answer == "Nobody: simulated devices"
+
+
+def test_peak_in_the_safety_buffer_is_a_warning() -> None:
+    document = documents.small()
+    document["devices"][0]["peak_used_bytes"] = int(23.5 * GB)
+    near = answers(document)[1]
+    assert near.state == "warning"
+    assert near.details[1] == "0.5 GB into the safety buffer of 1.0 GB"
+
+
+def test_budget_overrun_is_a_warning() -> None:
+    document = documents.small()
+    document["devices"][0]["peak_workers_bytes"] = 10 * GB
+    assert answers(document)[1].state == "warning"
+
+
+@pytest.mark.parametrize(
+    ("change", "state", "text"),
+    [
+        ({}, "good", "22 passed, 2 skipped"),
+        ({"exit_status": 1}, "bad", "22 passed, 2 skipped"),
+        ({"exit_status": 2}, "bad", "22 passed, 2 skipped; interrupted"),
+        ({"finished": False}, "bad", "22 passed, 2 skipped; the run did not finish"),
+    ],
+)
+def test_outcome(change: dict[str, Any], state: str, text: str) -> None:
+    document = documents.small()
+    document["run"].update(change)
+    assert outcome(document) == (state, text)
+
+
+# --- samples ---
+
+
+def test_thinning_keeps_the_peak_and_the_ends() -> None:
+    values: list[float | None] = [float(n % 7) for n in range(10_000)]
+    values[7123], values[31] = 99.0, -5.0
+    kept = thinned(values, 200)
+    assert len(kept) <= 202
+    assert {0, 9_999, 7123, 31} <= set(kept)
+    assert kept == sorted(kept)
+    assert thinned(values[:50], 200) == list(range(50))
+
+
+def test_thinning_keeps_a_gap() -> None:
+    values: list[float | None] = [1.0] * 1000 + [None] * 1000 + [1.0] * 1000
+    assert any(values[index] is None for index in thinned(values, 100))
+
+
+def test_differences_give_the_values_back() -> None:
+    values = [5.4, 5.6, None, 5.5, -1.0]
+    before, back = 0, []
+    for step in differences(values):
+        before += step or 0
+        back.append(None if step is None else before)
+    assert back == [5, 6, None, 6, -1]
+
+
+def test_what_nobody_accounts_for_is_a_part() -> None:
+    samples = {
+        "at_s": [0.0, 0.2],
+        "used_bytes": [8 * GB, 8 * GB],
+        "ollama_bytes": [None, None],
+        "workers_bytes": {"gw0": [None, 3 * GB]},
+    }
+    shown = drawn(samples, 100, 24 * GB)
+    assert shown is not None
+    assert [(part["kind"], part["held"]) for part in shown["parts"]] == [
+        ("rest", [8192, -3072]),
+        ("worker", [None, 3072]),
+    ]
+
+
+def test_samples_of_uneven_length_are_bounded_by_their_times() -> None:
+    shown = drawn({"at_s": [0.0], "used_bytes": [GB, GB, GB]}, 100, 24 * GB)
+    assert shown is not None
+    assert shown["used"] == [1024]
+    assert drawn({"at_s": [], "used_bytes": [GB]}, 100, None) is None
+
+
+# --- data ---
+
+
+def test_columns_of_equal_values_are_one() -> None:
+    columns = data(documents.large())["tests"]
+    assert columns["attempts"] != {"all": 1}
+    assert columns["outcome"]["words"] == ["passed", "skipped", "failed"]
+    assert data(documents.small())["tests"]["attempts"] == {"all": 1}
+
+
+def test_figures_of_tests_are_exact() -> None:
+    document = documents.small()
+    columns = data(document)["tests"]
+    assert columns["peak_bytes"] == [test["peak_bytes"] for test in document["tests"]]
+    names = [columns["files"][file] for file in columns["file"]]
+    assert [f"{file}{name}" for file, name in zip(names, columns["name"], strict=True)] == [
+        test["nodeid"] for test in document["tests"]
+    ]
+
+
+def test_no_number_is_no_number() -> None:
+    """What JSON cannot express is unknown, never an error."""
+    document = copy.deepcopy(documents.small())
+    document["tests"][0].update(peak_bytes=math.nan, end_s=math.inf, start_s="soon")
+    document["devices"][0]["peak_used_bytes"] = math.inf
+    text = page(document)
+    assert held(text)["tests"]["peak_bytes"][0] is None
+    assert "NaN" not in json.dumps(held(text))
+
+
+# --- words ---
+
+
+def test_words() -> None:
+    assert [size(value) for value in (None, 0, 5 * MB, int(4.5 * GB))] == [
+        "unknown",
+        "0.0 GB",
+        "5 MB",
+        "4.5 GB",
+    ]
+    assert [span(value) for value in (0.25, 12.34, 200, 7500)] == [
+        "0.25 s",
+        "12.3 s",
+        "3 min 20 s",
+        "2 h 05 min",
+    ]
+    assert [clock(value) for value in (3.21, 725, 12005.0)] == ["0:03.2", "12:05.0", "3:20:05"]
+    assert percent(999, 1000) == "99 %"
+    assert listed([]) == ""
+    assert listed(["a"]) == "a"
+    assert listed(["a", "b", "c"]) == "a, b and c"
+    assert listed([str(n) for n in range(14)]) == "0, 1, 2, 3, 4 and 9 more"
+    assert label({"index": "0"}) == "GPU 0"
+    assert label({"uuid": "GPU-12345678-9"}) == "GPU-12345678"
