@@ -17,9 +17,9 @@ def drawn(samples: Mapping[str, Any], most: int, total: float | None) -> dict[st
     *most* bounds the number of samples. What no part accounts for is a part `rest`, unless it
     stays below a hundredth of *total*: figures of one moment are read one after another.
     """
-    times = [number(at) for at in samples.get("at_s") or ()]
-    used = _values(samples.get("used_bytes"), len(times))
-    at = [index for index in thinned(used, most) if times[index] is not None]
+    times = samples.get("at_s") or ()
+    used = _values(samples.get("used_bytes"), range(len(times)))
+    at = [index for index in thinned(used, most) if number(times[index]) is not None]
     if not at:
         return None
     parts = [("ollama", "", samples.get("ollama_bytes"))]
@@ -28,8 +28,7 @@ def drawn(samples: Mapping[str, Any], most: int, total: float | None) -> dict[st
     parts += [("worker", worker, held) for worker, held in workers.items()]
     told: list[tuple[str, str, Values]] = []
     for kind, name, held in parts:
-        all_values = _values(held, len(times))
-        values = [all_values[index] for index in at]
+        values = _values(held, at)
         if any(values):
             told.append((kind, name, values))
     kept = [used[index] for index in at]
@@ -38,7 +37,7 @@ def drawn(samples: Mapping[str, Any], most: int, total: float | None) -> dict[st
         first_worker = sum(kind != "worker" for kind, _, _ in told)
         told.insert(first_worker, ("rest", "", rest))
     return {
-        "at_ms": differences([(times[index] or 0) * 1000 for index in at]),
+        "at_ms": differences([times[index] * 1000 for index in at]),
         "used": differences(_mib(kept)),
         "parts": [
             {"kind": kind, "name": name, "held": differences(_mib(values))}
@@ -55,14 +54,10 @@ def thinned(values: Values, most: int) -> list[int]:
     stretches = max(1, most // 2 - 1)
     kept = {0, count - 1}
     for stretch in range(stretches):
-        inside = range(count * stretch // stretches, count * (stretch + 1) // stretches)
-        known = [index for index in inside if values[index] is not None]
-        if known:
-            kept.add(min(known, key=lambda index: values[index] or 0))
-            kept.add(max(known, key=lambda index: values[index] or 0))
-        else:
-            # A gap stays a gap.
-            kept.add(inside[0])
+        first, last = count * stretch // stretches, count * (stretch + 1) // stretches
+        known = [(value, at) for at, value in enumerate(values[first:last]) if value is not None]
+        # A gap stays a gap.
+        kept |= {first + min(known)[1], first + max(known)[1]} if known else {first}
     return sorted(kept)
 
 
@@ -90,7 +85,8 @@ def _mib(values: Values) -> list[float | None]:
     return [None if value is None else value / MB for value in values]
 
 
-def _values(held: object, count: int) -> list[float | None]:
-    """As many figures as there are times, whatever the document has."""
-    values = [number(value) for value in held] if isinstance(held, (list, tuple)) else []
-    return (values + [None] * count)[:count]
+def _values(held: object, indices: Sequence[int]) -> list[float | None]:
+    """The figures at these indices, whatever the document has there."""
+    if not isinstance(held, (list, tuple)):
+        return [None] * len(indices)
+    return [number(held[index]) if index < len(held) else None for index in indices]
