@@ -35,7 +35,9 @@ def data(document: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "duration": _duration(run, tests, events, samples),
         "simulated": bool(run.get("simulated")),
-        "devices": [_device(device, samples.get(device.get("uuid")), most) for device in devices],
+        "devices": [
+            _device(device, samples.get(device.get("uuid")), most, workers) for device in devices
+        ],
         "workers": [
             {"id": str(worker.get("id")), "device": worker.get("device"), "colour": colour}
             for worker, colour in zip(workers, colours(workers), strict=True)
@@ -77,7 +79,10 @@ def _duration(
 
 
 def _device(
-    device: Mapping[str, Any], samples: Mapping[str, Any] | None, most: int
+    device: Mapping[str, Any],
+    samples: Mapping[str, Any] | None,
+    most: int,
+    workers: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     figures = {
         name: number(device.get(f"{name}_bytes"))
@@ -96,7 +101,7 @@ def _device(
         "label": label(device),
         "name": visible(str(device.get("name") or "")),
         **figures,
-        "samples": drawn(samples, most, total) if samples else None,
+        "samples": drawn(samples, most, total, workers) if samples else None,
     }
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from pytest_gpushare.report.page.data import MOST_EVENTS, colours
 from pytest_gpushare.report.page.markup import Markup, tag
-from pytest_gpushare.report.page.meter import Part, meter
+from pytest_gpushare.report.page.meter import Edges, Part, meter
 from pytest_gpushare.report.page.words import (
     UNKNOWN,
     clock,
     each,
+    in_order,
     label,
     listed,
     number,
@@ -54,7 +55,7 @@ def _meter(document: Mapping[str, Any], device: Mapping[str, Any]) -> Markup:
             f" of {size(total)} used{when}" if peak is not None else f" used of {size(total)}",
             cls="figure",
         ),
-        meter(parts, total, number(device.get("safety_buffer_bytes"))) if total else Markup(""),
+        _bar(device, parts, total) if total else Markup(""),
         _key(parts, total, peak),
         _pairs(
             [
@@ -68,6 +69,16 @@ def _meter(document: Mapping[str, Any], device: Mapping[str, Any]) -> Markup:
         ),
         cls="device",
     )
+
+
+def _bar(device: Mapping[str, Any], parts: list[Part], total: float) -> Markup:
+    """As the timeline has it: Ollama at one end, all others at the other."""
+    ollama = next((part for part in parts if part.kind == "ollama"), None)
+    reservation = number(device.get("reservation_bytes")) or 0
+    resident = 0 if ollama else number(device.get("resident_bytes")) or 0
+    buffer = number(device.get("safety_buffer_bytes")) or 0
+    edges = Edges(max(0, reservation - resident), buffer)
+    return meter([part for part in parts if part is not ollama], total, ollama, edges)
 
 
 def _fullest(
@@ -89,31 +100,29 @@ def _fullest(
         for worker, colour in zip(workers, colours(workers), strict=True)
         if colour is not None
     }
-    parts = [
-        Part("ollama", "Ollama", there(held.get("ollama_bytes"))),
-        Part("others", "others", there(held.get("others_bytes"))),
-    ]
+    parts = [Part("others", "others", there(held.get("others_bytes")))]
+    ollama = Part("ollama", "Ollama", there(held.get("ollama_bytes")))
     own = [
         Part(f"worker-{numbers.get(worker, 0)}", str(worker), there(values))
-        for worker, values in (held.get("workers_bytes") or {}).items()
+        for worker, values in in_order(held.get("workers_bytes"), workers)
     ]
-    rest = (used[index] or 0) - sum(part.held for part in [*parts, *own])
+    rest = (used[index] or 0) - sum(part.held for part in [*parts, *own, ollama])
     if rest > (number(device.get("total_bytes")) or 0) / 100:
         parts.append(Part("rest", "not told apart", rest))
     times = held.get("at_s") or ()
     at = number(times[index]) if len(times) > index else None
-    return at, [part for part in [*parts, *own] if part.held > 0]
+    return at, [part for part in [*parts, *own, ollama] if part.held > 0]
 
 
 def _key(parts: list[Part], total: float | None, peak: float | None) -> Markup:
     if not parts:
         return Markup("")
+    free = [Part("free", "free", total - peak)] if total and peak is not None else []
+    ends = [part for part in parts if part.kind == "ollama"]
     items = [
         tag("li", tag("i", cls=f"swatch {part.kind}"), f"{part.name} {size(part.held)}")
-        for part in parts
+        for part in [*(part for part in parts if part not in ends), *free, *ends]
     ]
-    if total and peak is not None:
-        items.append(tag("li", tag("i", cls="swatch free"), f"free {size(total - peak)}"))
     return tag("ul", *items, cls="key")
 
 

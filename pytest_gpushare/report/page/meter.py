@@ -21,18 +21,36 @@ class Part(NamedTuple):
     """Bytes."""
 
 
-def meter(parts: Sequence[Part], total: float, buffer: float | None = None) -> Markup:
-    """The parts one after another, of *total* bytes; *buffer* bytes at the end are shaded."""
+class Edges(NamedTuple):
+    """What a plan keeps at the right end of a bar, in bytes."""
+
+    kept: float
+    """For Ollama, at the very end."""
+    buffer: float
+    """Free, before it."""
+
+
+def meter(
+    parts: Sequence[Part], total: float, hanging: Part | None = None, edges: Edges | None = None
+) -> Markup:
+    """The parts one after another from the left, *hanging* at the right end, of *total* bytes."""
     shapes = []
-    if buffer:
-        at = _WIDTH * (1 - min(1.0, buffer / total))
-        shapes.append(_rect("buffer", at, _WIDTH - at))
+    if edges:
+        kept = min(edges.kept, total)
+        buffer = min(edges.buffer, total - kept)
+        shapes.append(_rect("kept", _WIDTH * (1 - kept / total), _WIDTH * kept / total))
+        at = _WIDTH * (1 - (kept + buffer) / total)
+        shapes.append(_rect("buffer", at, _WIDTH * buffer / total))
     at = 0.0
     for part in parts:
         width = min(_WIDTH - at, _WIDTH * part.held / total)
         shapes.append(_rect(part.kind, at, width))
         at += width
-    told = ", ".join(f"{part.name} {size(part.held)}" for part in parts)
+    if hanging:
+        width = min(_WIDTH - at, _WIDTH * hanging.held / total)
+        shapes.append(_rect(hanging.kind, _WIDTH - width, width))
+    every = [*parts, *([hanging] if hanging else [])]
+    told = ", ".join(f"{part.name} {size(part.held)}" for part in every)
     return tag(
         "svg",
         *shapes,

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pytest_gpushare.report.page.words import number
+from pytest_gpushare.report.page.words import in_order, number
 from pytest_gpushare.units import MB
 
 Values = Sequence[float | None]
 
 
-def drawn(samples: Mapping[str, Any], most: int, total: float | None) -> dict[str, Any] | None:
+def drawn(
+    samples: Mapping[str, Any],
+    most: int,
+    total: float | None,
+    workers: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any] | None:
     """Times, what is used, and the parts of it from the ground up; None without a sample.
 
     *most* bounds the number of samples. What no part accounts for is a part `rest`, unless it
@@ -24,8 +29,8 @@ def drawn(samples: Mapping[str, Any], most: int, total: float | None) -> dict[st
         return None
     parts = [("ollama", "", samples.get("ollama_bytes"))]
     parts.append(("others", "", samples.get("others_bytes")))
-    workers = samples.get("workers_bytes") or {}
-    parts += [("worker", worker, held) for worker, held in workers.items()]
+    held_by = in_order(samples.get("workers_bytes"), workers)
+    parts += [("worker", worker, held) for worker, held in held_by]
     told: list[tuple[str, str, Values]] = []
     for kind, name, held in parts:
         values = _values(held, at)

@@ -116,7 +116,8 @@ def _timeline(document: Mapping[str, Any]) -> Markup:
             "div",
             tag(
                 "p",
-                "Drag to zoom, double-click for the whole run. Keys: arrows, + and −, 0.",
+                "Tests stand on the ground, Ollama hangs from the ceiling; between them is what is "
+                "free. Drag to zoom, double-click for the whole run; keys: arrows, + and −, 0.",
                 cls="hint",
             ),
             tag(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pytest_gpushare.units import GB, MB, format_gb
@@ -78,6 +78,15 @@ def label(device: Mapping[str, Any]) -> str:
 def each(document: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     """The objects that a list of the document holds; none where it is missing."""
     return [item for item in document.get(key) or () if isinstance(item, Mapping)]
+
+
+def in_order(held: object, workers: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
+    """What samples hold by worker, in the order of the document's workers."""
+    if not isinstance(held, Mapping):
+        return []
+    order = {str(worker.get("id")): at for at, worker in enumerate(workers)}
+    pairs = [(str(worker), values) for worker, values in held.items()]
+    return sorted(pairs, key=lambda pair: order.get(pair[0], len(order)))
 
 
 def texts(document: Mapping[str, Any], key: str) -> list[str]:

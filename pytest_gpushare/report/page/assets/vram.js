@@ -1,23 +1,25 @@
-// A device's VRAM over time: Ollama, others and the workers, one on another.
+// A device's VRAM over time. Others and the workers stand on the ground, one on another; Ollama
+// hangs from the ceiling. What is left between them is free, so one sees who comes near to whom.
 
 function vramPlot(timeline, device, height) {
   const samples = device.samples;
   const times = sums(samples.at_ms, 1 / 1000);
   const used = sums(samples.used, 1);
-  const parts = samples.parts.map((part) => describe(timeline, part, sums(part.held, 1)));
+  const all = samples.parts.map((part) => describe(timeline, part, sums(part.held, 1)));
   const mib = (bytes) => (bytes === null ? null : bytes / MB);
-  const [total, budget, reservation] = [device.total, device.budget, device.reservation].map(mib);
-  const start = mib(device.used_at_start);
+  const total = mib(device.total);
+  const hanging = total === null ? [] : all.filter((part) => part.colour === "ollama");
+  const standing = all.filter((part) => !hanging.includes(part));
+  const parts = [...standing, ...hanging];
   const plot = {};
   const { panel, key } = frame(timeline, device.label, device.name);
 
-  // The top of each part: what stands under it, and itself.
-  const tops = [];
+  // The top of each standing part: what stands under it, and itself.
   let below = times.map(() => 0);
-  for (const part of parts) {
+  const tops = standing.map((part) => {
     below = below.map((held, index) => (used[index] === null ? null : held + (part.held[index] ?? 0)));
-    tops.push(below);
-  }
+    return below;
+  });
 
   const most = Math.max(total ?? 0, reduceMost(used), 1);
   const made = options(timeline, height);
@@ -28,38 +30,35 @@ function vramPlot(timeline, device, height) {
     values: (chart, splits) => splits.map((value) => size(value * MB)),
   };
   made.series = [{}];
-  // Painted from the top down: each covers what does not belong to the one above it.
-  for (let number = parts.length - 1; number >= 0; number--) {
-    const { colour } = parts[number];
-    made.series.push({
-      paths: uPlot.paths.stepped({ align: 1 }),
-      points: { show: false },
-      width: 1,
-      // A rim between parts; where samples are denser than pixels it would be all that is seen.
-      stroke: (chart) => timeline.palette[seen(chart, times) < chart.width / 3 ? "panel" : colour],
-      fill: () => timeline.palette[colour],
-    });
-  }
-  if (!parts.length) made.series.push({ points: { show: false }, stroke: () => timeline.palette.rest });
-  // As the plan divides it, from the top: the buffer, what Ollama may still take, the budget.
-  const edge = total === null ? null : total - (mib(device.safety_buffer) ?? 0);
-  const outstanding = Math.max(0, (reservation ?? 0) - (mib(device.resident) ?? 0));
-  const resident = device.resident && timeline.width() > 600 ? `, ${size(device.resident)} of it resident` : "";
-  const lines = [
-    [total, "total", `total ${size(device.total)}`, [], -4],
-    [reservation ? edge : null, "ollama-line", `kept for Ollama ${size(device.reservation)}${resident}`, [2, 3], 12],
-    [start !== null && budget ? start + budget : null, "budget", `budget of tests ${size(device.budget)}`, [7, 4], 12],
-  ].filter(([at]) => at !== null);
+  const paint = (colour, fillTo) => ({
+    paths: uPlot.paths.stepped({ align: 1 }),
+    points: { show: false },
+    width: 1,
+    fillTo,
+    // A rim between parts; where samples are denser than pixels it would be all that is seen.
+    stroke: (chart) => timeline.palette[seen(chart, times) < chart.width / 3 ? "panel" : colour],
+    fill: () => timeline.palette[colour],
+  });
+  // From the top down: each covers what does not belong to the one above it.
+  for (const part of [...standing].reverse()) made.series.push(paint(part.colour, 0));
+  for (const part of hanging) made.series.push(paint(part.colour, total));
+  if (!parts.length) made.series.push(paint("rest", 0));
+  const plan = planned(device, hanging.length > 0);
   const events = timeline.data.events.filter((event) => event.at !== null && (!event.device || event.device === device.uuid));
-  made.hooks.drawAxes = [(chart) => drawKept(timeline, chart, total, edge, outstanding)];
+  made.hooks.drawAxes = [(chart) => drawKept(timeline, chart, plan)];
   made.hooks.draw = [
-    (chart) => drawLines(timeline, chart, lines),
+    (chart) => drawLines(timeline, chart, plan),
     (chart) => drawEvents(timeline, chart, events, true),
   ];
 
   plot.paintKey = () => {};
   plot.click = () => {};
   const figures = fillKey(key, parts);
+  if (plan.buffer) {
+    const item = element("li");
+    item.append(element("i", undefined, "swatch buffer"), `safety buffer ${size(plan.buffer)}`);
+    key.append(item);
+  }
   const whole = parts.map((part) => reduceMost(part.held));
   plot.tell = (seconds) => {
     const index = seconds === null ? -1 : indexBefore(times, seconds);
@@ -87,7 +86,8 @@ function vramPlot(timeline, device, height) {
     }
     timeline.showTip(event, `${device.label} at ${clock(seconds)}`, lines);
   };
-  const shown = parts.length ? [times, ...tops.reverse()] : [times, used];
+  const ceilings = hanging.map((part) => part.held.map((value) => (value === null ? null : total - value)));
+  const shown = parts.length ? [times, ...tops.reverse(), ...ceilings] : [times, used];
   follow(timeline, plot, new uPlot(made, shown, panel));
   plot.tell(null);
   return plot;
@@ -122,25 +122,40 @@ function seen(chart, times) {
   return indexBefore(times, chart.scales.x.max) - indexBefore(times, chart.scales.x.min);
 }
 
-function drawKept(timeline, chart, total, edge, outstanding) {
-  if (!total) return;
+// How the plan divides the device, from the ground: what others had, the budget of tests, the
+// safety buffer, and what is kept for Ollama. Where Ollama is not told apart from the others,
+// only what it does not hold yet hangs from the ceiling.
+function planned(device, toldApart) {
+  const { total, budget, reservation, used_at_start: start } = device;
+  const resident = device.resident ?? 0;
+  const kept = toldApart ? reservation : Math.max(0, (reservation ?? 0) - resident);
+  const ground = start === null ? null : start - (toldApart ? Math.min(resident, reservation ?? 0) : 0);
+  const lines = [[total, "total", `total ${size(total)}`, [], -4]];
+  if (kept) lines.push([total - kept, "ollama-line", `kept for Ollama: ${size(reservation)}`, [2, 3], -4]);
+  if (ground !== null && budget) lines.push([ground + budget, "budget", `budget of tests: ${size(budget)}`, [7, 4], 12]);
+  return { total, kept: kept ?? 0, buffer: device.safety_buffer ?? 0, lines: lines.filter(([at]) => at !== null) };
+}
+
+function drawKept(timeline, chart, plan) {
+  if (!plan.total) return;
   inside(chart, (ctx, width) => {
-    const [top, middle, bottom] = [total, edge, edge - outstanding].map((value) => chart.valToPos(value, "y"));
-    ctx.fillStyle = timeline.palette.buffer;
-    ctx.fillRect(0, top, width, middle - top);
+    const edges = [plan.total, plan.total - plan.kept, plan.total - plan.kept - plan.buffer];
+    const [top, middle, bottom] = edges.map((bytes) => chart.valToPos(bytes / MB, "y"));
     ctx.fillStyle = timeline.palette.kept;
+    ctx.fillRect(0, top, width, middle - top);
+    ctx.fillStyle = timeline.palette.buffer;
     ctx.fillRect(0, middle, width, bottom - middle);
   });
 }
 
-function drawLines(timeline, chart, lines) {
+function drawLines(timeline, chart, plan) {
   inside(chart, (ctx, width) => {
     ctx.font = "600 11px system-ui, sans-serif";
     ctx.textAlign = "right";
     ctx.textBaseline = "alphabetic";
     const taken = [];
-    for (const [value, colour, label, dash, shift] of lines) {
-      const y = Math.round(chart.valToPos(value, "y")) + 0.5;
+    for (const [value, colour, label, dash, shift] of plan.lines) {
+      const y = Math.round(chart.valToPos(value / MB, "y")) + 0.5;
       ctx.strokeStyle = timeline.palette[colour];
       ctx.lineWidth = 1.5;
       ctx.setLineDash(dash);
