@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.probe.facts import Device
+
+if TYPE_CHECKING:
+    from pytest_gpushare.plan.model_needs import Demand
 
 
 class Limit(str, Enum):
@@ -95,6 +98,10 @@ class Plan:
     """Why there is no device, where there is none."""
     needed: int = 0
     """Bytes that a GPU worker needs at least."""
+    demand: Demand | None = None
+    """What the models need that the user named; None where none is named."""
+    is_released: bool = False
+    """Whether nothing is kept for Ollama because no server was reached."""
 
     @property
     def usable(self) -> int:

@@ -11,15 +11,37 @@ from pytest_gpushare.probe.facts import Device, GpuFacts, OllamaFacts
 def devices_of_ollama(setting: Sequence[str], gpus: GpuFacts) -> tuple[Device, ...] | None:
     """The devices that Ollama uses; None while that is unknown, () where it uses none.
 
-    The setting decides; under `auto` the devices on which NVML lists one of its processes.
-    Raises `SettingsError` for a name that is no device of this host.
+    Those on which NVML lists one of its processes, and those that the setting names, which is
+    where it may load more. Raises `SettingsError` for a name that is no device of this host.
     """
     if tuple(setting) == ("none",):
         return ()
-    if tuple(setting) != ("auto",):
-        return tuple(_named(name, gpus.all_devices) for name in setting if gpus.all_devices)
-    found = tuple(d for d in gpus.all_devices if any(p.is_ollama for p in d.processes or ()))
-    return found or (gpus.all_devices if len(gpus.all_devices) == 1 else None)
+    devices = gpus.all_devices
+    named = () if tuple(setting) == ("auto",) else [_named(n, devices) for n in setting if devices]
+    found = tuple(d for d in devices if d in named or _lists_ollama(d))
+    return found or (devices if len(devices) == 1 else None)
+
+
+def unexpected(setting: Sequence[str], gpus: GpuFacts) -> tuple[Device, ...]:
+    """The devices on which Ollama's processes are, though the setting names others alone."""
+    if tuple(setting) in (("auto",), ("none",)):
+        return ()
+    return tuple(
+        d
+        for d in gpus.all_devices
+        if _lists_ollama(d) and not any(is_named(d, name) for name in setting)
+    )
+
+
+def is_named(device: Device, name: str) -> bool:
+    """Whether a name is the index of the device, or the start of its UUID."""
+    if name.isdigit():
+        return device.index == name
+    return device.index == name or device.uuid.lower().startswith(name.lower())
+
+
+def _lists_ollama(device: Device) -> bool:
+    return any(process.is_ollama for process in device.processes or ())
 
 
 def resident_bytes(
@@ -30,7 +52,8 @@ def resident_bytes(
     NVML's figure for its processes is the best one, as `/api/ps` leaves out contexts and
     pools. Where NVML does not tell, what the server says is laid on the devices that it
     uses, the fullest first (while they are unknown: on all), and never more than is in use.
-    A server on another host holds nothing here.
+    Of several on which its processes are listed without their sizes, each gets its part: a
+    model may be split over them. A server on another host holds nothing here.
     """
     if ollama.asked and not ollama.on_this_host:
         return {}
@@ -38,6 +61,11 @@ def resident_bytes(
     told = {d.uuid: min(_by_process(d), d.used) for d in candidates if _by_process(d)}
     left = max(0, ollama.vram - sum(told.values())) if ollama.answered else 0
     result = dict(told)
+    split = [d for d in candidates if d.uuid not in told and _lists_ollama(d)]
+    used, shared = sum(d.used for d in split) or 1, left
+    for device in split if len(split) > 1 else ():
+        result[device.uuid] = min(device.used, shared * device.used // used)
+        left -= result[device.uuid]
     for device in sorted(candidates, key=lambda d: (-d.used, d.uuid)):
         more = min(left, device.used - result.get(device.uuid, 0))
         result[device.uuid] = result.get(device.uuid, 0) + more
@@ -50,12 +78,7 @@ def _by_process(device: Device) -> int:
 
 
 def _named(name: str, devices: Sequence[Device]) -> Device:
-    matches = [
-        device
-        for device in devices
-        if device.index == name
-        or (not name.isdigit() and device.uuid.lower().startswith(name.lower()))
-    ]
+    matches = [device for device in devices if is_named(device, name)]
     if len(matches) != 1:
         known = ", ".join(f"{device.index} ({device.uuid})" for device in devices)
         fact = "names several devices" if matches else "names no device of this machine"

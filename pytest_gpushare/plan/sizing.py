@@ -8,31 +8,40 @@ Ollama holds already is not reserved a second time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from types import MappingProxyType
 
 from pytest_gpushare.plan.model import DevicePlan, Limit, Plan, Request, Slot
 from pytest_gpushare.plan.ollama_share import devices_of_ollama, resident_bytes
+from pytest_gpushare.plan.reservation import reserve
 from pytest_gpushare.probe.facts import ComputeMode, Device, GpuFacts, HostFacts, OllamaFacts
 from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.units import GB
 
 
 def make_plan(
-    settings: Settings, gpus: GpuFacts, ollama: OllamaFacts, host: HostFacts, request: Request
+    settings: Settings,
+    gpus: GpuFacts,
+    ollama: OllamaFacts,
+    host: HostFacts,
+    request: Request,
+    seen: Mapping[str, int] = MappingProxyType({}),
 ) -> Plan:
     """The plan for this run. Same input, same plan.
 
-    Raises `SettingsError` where `ollama_gpu` names no device of this host.
+    `seen` has the sizes of Ollama's models in earlier runs, in bytes. Raises `SettingsError`
+    where `ollama_gpu` names no device of this host.
     """
     known = devices_of_ollama(settings.ollama_gpu, gpus)
     resident = resident_bytes(known, gpus, ollama)
+    kept = reserve(settings, gpus, ollama, known, resident, seen)
     devices = [
         size_device(
             device,
             settings,
-            reserved=known is None or device in known,
+            reservation=kept.per_device.get(device.uuid, 0),
             resident=resident.get(device.uuid, 0),
             most=host.outer_slot,
         )
@@ -60,17 +69,24 @@ def make_plan(
         request=request,
         absence="" if gpus.devices else gpus.absence,
         needed=-(-settings.min_vram_per_worker // 1),
+        demand=kept.demand,
+        is_released=kept.is_released,
     )
 
 
 def size_device(
-    device: Device, settings: Settings, *, reserved: bool, resident: int, most: int | None = None
+    device: Device,
+    settings: Settings,
+    *,
+    reservation: int,
+    resident: int,
+    most: int | None = None,
 ) -> DevicePlan:
     """How many workers fit on one device, and which figure decides; no limit of the run yet.
 
-    `most` bounds the budget of a run that lives in a slot of another one, in bytes.
+    `reservation` bytes are kept for Ollama there, `resident` of them it holds already. `most`
+    bounds the budget of a run that lives in a slot of another one, in bytes.
     """
-    reservation = int(settings.ollama_vram_reservation) if reserved else 0
     safety = int(settings.safety_buffer)
     outstanding = max(0, reservation - resident)
     budget = max(0, device.free - outstanding - safety)

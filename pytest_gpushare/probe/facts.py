@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -114,6 +115,27 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """A model that a run relies on, from `/api/tags` and `/api/show`; nothing is checked yet."""
+
+    name: str
+    """As the user wrote it."""
+    digest: str = ""
+    file_bytes: int | None = None
+    """Bytes of its files; None where the server does not list it."""
+    parameter_size: str = ""
+    """`14.8B`, as the server says."""
+    num_ctx: int | None = None
+    """Tokens of context that its own settings ask for; None where they do not."""
+    info: Mapping[str, object] | None = None
+    """The metadata of its file; None where there are none."""
+    is_remote: bool = False
+    """Whether it runs in the cloud, so that it needs no VRAM here."""
+    problem: str = ""
+    """Why there are no metadata."""
+
+
+@dataclass(frozen=True)
 class OllamaFacts:
     """What the Ollama server said, or why it said nothing."""
 
@@ -130,6 +152,10 @@ class OllamaFacts:
     """Whether something answered over HTTP, sensibly or not."""
     on_this_host: bool = True
     """Whether what it holds can be on this host's devices."""
+    found_by: str = ""
+    """How its address was found: the setting or variable that names it, or what was tried."""
+    relied_on: tuple[ModelFacts, ...] = ()
+    """What it says of the models that the user named."""
 
     @property
     def vram(self) -> int:

@@ -60,7 +60,14 @@ def load(written: Written) -> Settings:
     _apply_presets(entries)
     values: dict[str, Any] = {BY_KEY[key].attribute: entry.value for key, entry in entries.items()}
     origins = {key: entry.origin for key, entry in entries.items()}
-    return Settings(**values, origins=origins)
+    settings = Settings(**values, origins=origins)
+    if settings.ollama_vram_reservation is None and not settings.ollama_models:
+        key = "ollama_vram_reservation_mb"
+        raise SettingsError(
+            f"{origins[key]}: {key} = auto: needs the names of models: set "
+            "gpu_share_ollama_models, or give a number of MB"
+        )
+    return settings
 
 
 def _ini_level(written: Written) -> dict[str, _Entry]:

@@ -18,8 +18,8 @@ class Option(NamedTuple):
     key: str
     """Its name in JSON; `gpu_share_<key>` in ini files and after `-o`."""
     kind: str
-    """How a value is read: size, number, integer, boolean, choice, words, text, marker, or by
-    lines: aliases, rules."""
+    """How a value is read: size, number, integer, boolean, choice, words, names, text, marker, or
+    by lines: aliases, rules."""
     default: str
     """The default as a user would write it."""
     meaning: str
@@ -35,6 +35,10 @@ class Option(NamedTuple):
     """The option of the command line, where it has one of its own."""
     metavar: str = ""
     in_json: bool = True
+    auto: bool = False
+    """Whether `auto` is accepted in place of a number."""
+    noun: str = ""
+    """What the words name, where they are not choices."""
 
     @property
     def ini(self) -> str:
@@ -57,10 +61,12 @@ OPTIONS: tuple[Option, ...] = (
         "ollama_vram_reservation_mb",
         "size",
         "12288",
-        "VRAM kept for Ollama, in MB; what it holds already counts towards it",
+        "VRAM kept for Ollama, in MB; what it holds already counts towards it; auto: as much as "
+        "gpu_share_ollama_models will need",
         field="ollama_vram_reservation",
         unit="MB",
         high=_MOST_MB,
+        auto=True,
     ),
     Option(
         "safety_buffer_mb",
@@ -131,7 +137,47 @@ OPTIONS: tuple[Option, ...] = (
         "text",
         "",
         "where Ollama listens, written as for OLLAMA_HOST; unset: OLLAMA_HOST, "
-        "else 127.0.0.1:11434",
+        "else 127.0.0.1:11434; auto: also host.docker.internal and, under WSL, the gateway",
+    ),
+    Option(
+        "ollama_unreachable",
+        "choice",
+        "reserve",
+        "where Ollama gives no answer: reserve (keep its VRAM all the same), release (keep "
+        "nothing if no server is reached), fail (an error)",
+        choices=("reserve", "release", "fail"),
+    ),
+    Option(
+        "ollama_models",
+        "names",
+        "",
+        "the models that the run relies on: Ollama is asked what they need",
+        noun="names of models",
+        high="16",
+    ),
+    Option(
+        "ollama_context",
+        "integer",
+        "auto",
+        "the server's OLLAMA_CONTEXT_LENGTH, in tokens; auto: by its total VRAM, as Ollama does",
+        low="16",
+        high="16777216",
+        auto=True,
+    ),
+    Option(
+        "ollama_parallel",
+        "integer",
+        "1",
+        "the server's OLLAMA_NUM_PARALLEL",
+        low="1",
+        high="256",
+    ),
+    Option(
+        "ollama_kv_cache_type",
+        "choice",
+        "f16",
+        "the server's OLLAMA_KV_CACHE_TYPE",
+        choices=("f16", "q8_0", "q4_0"),
     ),
     Option(
         "ollama_gpu",

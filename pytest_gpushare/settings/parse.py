@@ -22,7 +22,7 @@ from pytest_gpushare.settings.options import BY_KEY, Option
 from pytest_gpushare.units import parse_size
 
 Value: TypeAlias = (
-    Fraction | int | bool | str | tuple[str, ...] | tuple[Alias, ...] | tuple[VramRule, ...]
+    Fraction | int | bool | str | tuple[str, ...] | tuple[Alias, ...] | tuple[VramRule, ...] | None
 )
 
 _TRUE = frozenset({"true", "yes", "on", "1"})
@@ -38,6 +38,8 @@ def parse(option: Option, raw: object, where: str, written: str | None = None) -
     """
     name = written or option.key
     try:
+        if option.auto and isinstance(raw, str) and raw.strip().lower() == "auto":
+            return None
         return _READERS[option.kind](option, raw)
     except LineError as error:
         line = f"{where}: {name}, line {shown(error.line)}"
@@ -69,7 +71,10 @@ def allowed(option: Option) -> str:
     if option.kind == "rules":
         return "allowed are lines PATTERN = SIZE, such as tests/test_llm.py = 8GB"
     if option.kind == "choice":
-        return f"allowed is {' or '.join(option.choices)}"
+        *first, last = option.choices
+        return f"allowed is {', '.join(first)} or {last}"
+    if option.kind == "names":
+        return f"allowed is up to {option.high} {option.noun}"
     if option.kind == "words":
         known = ", ".join(option.choices)
         return (
@@ -79,9 +84,10 @@ def allowed(option: Option) -> str:
         )
     numbers = "a whole number" if option.kind == "integer" else "a number"
     bounds = f"from {option.low} to {option.high}"
+    start = "allowed is auto, or" if option.auto else "allowed is"
     if option.kind == "size":
-        return f"allowed is a number of {option.unit} {bounds}, or a size such as 512MB or 4.5GB"
-    return f"allowed is {numbers} {bounds}{' seconds' if option.unit == 's' else ''}"
+        return f"{start} a number of {option.unit} {bounds}, or a size such as 512MB or 4.5GB"
+    return f"{start} {numbers} {bounds}{' seconds' if option.unit == 's' else ''}"
 
 
 def unknown(name: str, where: str, names: Iterable[str]) -> SettingsError:
@@ -186,6 +192,17 @@ def _words(option: Option, raw: object) -> tuple[str, ...]:
     return words
 
 
+def _names(option: Option, raw: object) -> tuple[str, ...]:
+    """Texts between spaces, commas or lines; none at all is allowed."""
+    parts = raw if isinstance(raw, (list, tuple)) else (raw,)
+    if not all(isinstance(part, str) for part in parts):
+        raise TypeError(raw)
+    names = tuple(n for part in parts for n in re.split(r"[\s,]+", part) if n)
+    if len(names) > int(option.high) or not all(n.isprintable() and len(n) <= 256 for n in names):
+        raise ValueError(raw)
+    return names
+
+
 def _word(part: object) -> str:
     """A text, or an index of a device, which TOML and JSON have as a number."""
     if isinstance(part, str):
@@ -220,6 +237,7 @@ _READERS: Mapping[str, Callable[[Option, object], Value]] = {
     "boolean": _boolean,
     "choice": _choice,
     "words": _words,
+    "names": _names,
     "text": _text,
     "marker": _marker,
     "aliases": lambda _, raw: parse_aliases(raw),

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 class Settings:
     """What the user asked for, after precedence; sizes in bytes, times in seconds."""
 
-    ollama_vram_reservation: Fraction
-    """VRAM kept for Ollama on each device that it may use, in bytes."""
+    ollama_vram_reservation: Fraction | None
+    """VRAM kept for Ollama on each device that it may use, in bytes; None: as much as
+    `ollama_models` need."""
     safety_buffer: Fraction
     """VRAM left free on each device, in bytes."""
     max_workers_per_gb: Fraction
@@ -35,6 +36,16 @@ class Settings:
     """CPU workers where no GPU worker fits; else `NoRoomError`."""
     ollama_host: str
     """Where Ollama listens, as the user wrote it; empty: the environment decides."""
+    ollama_unreachable: str
+    """`reserve`, `release` or `fail`: what becomes of the reservation without an answer."""
+    ollama_models: tuple[str, ...]
+    """The models that the run relies on, as the user wrote them."""
+    ollama_context: int | None
+    """Tokens of context that the server gives a model which names none; None: by its VRAM."""
+    ollama_parallel: int
+    """Requests that the server answers at once for each model."""
+    ollama_kv_cache_type: str
+    """`f16`, `q8_0` or `q4_0`: the type of the server's KV caches."""
     ollama_gpu: tuple[str, ...]
     """Indices or UUIDs of the devices that Ollama uses, or ("auto",) or ("none",)."""
     ollama_timeout: Fraction
