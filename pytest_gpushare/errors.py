@@ -15,5 +15,9 @@ class SettingsError(GpuShareError):
     """A setting that cannot be used: says where it stands, what was found, what is allowed."""
 
 
+class OllamaUnreachableError(GpuShareError):
+    """Ollama gives no answer and `ollama_unreachable` is `fail`."""
+
+
 class NoRoomError(GpuShareError):
     """No GPU worker fits and `fallback_to_cpu_when_constrained` is false."""

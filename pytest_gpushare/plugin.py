@@ -215,6 +215,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if started is None:
         return
     started.end()
+    started.keep_what_it_saw(session.config)
     if started.has_failed() and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

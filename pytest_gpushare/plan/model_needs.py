@@ -20,7 +20,7 @@ from pytest_gpushare.plan.demand import (
     predict,
 )
 from pytest_gpushare.plan.shape import ShapeUnknownError
-from pytest_gpushare.probe.facts import LoadedModel, ModelFacts, OllamaFacts
+from pytest_gpushare.probe.facts import LoadedModel, ModelFacts, OllamaFacts, full_name
 
 
 class Source(str, Enum):
@@ -108,14 +108,6 @@ def demand_of(
         if name not in loaded and model.digest not in digests:
             needs.append(_need(model, server, seen))
     return Demand(tuple(needs))
-
-
-def full_name(name: str) -> str:
-    """A model's name as Ollama completes it, for comparisons: with its tag, in lower case."""
-    name = name.strip().lower()
-    for start in ("registry.ollama.ai/", "library/"):
-        name = name.removeprefix(start)
-    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
 def _loaded(model: LoadedModel, told: ModelFacts | None, server: Server) -> ModelNeed:

@@ -22,9 +22,20 @@ MOST_BYTES = MB
 
 HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "pytest-gpushare"}
 
+JSON = {"Content-Type": "application/json"}
+"""The header of a request with a body."""
+
 
 class NonsenseError(Exception):
     """An answer that an Ollama server would not give; the text says what was odd."""
+
+
+class StatusError(NonsenseError):
+    """An answer with another status than 200."""
+
+    def __init__(self, path: str, status: int) -> None:
+        super().__init__(f"{path} gives status {status}")
+        self.status = status
 
 
 class UnreachableError(Exception):
@@ -47,6 +58,9 @@ class Connection(Protocol):
 
         Raises `TimeoutError`, `UnreachableError` or `NonsenseError`.
         """
+
+    def post(self, path: str, body: bytes, deadline: float, most_bytes: int = MOST_BYTES) -> Answer:
+        """The answer to a body of JSON; no more than `most_bytes` of it are read."""
 
     def close(self) -> None:
         """Hang up; called from another thread it ends a `get` that is under way."""
@@ -75,7 +89,7 @@ def left(deadline: float) -> float:
 def check(path: str, status: int, encoding: str | None) -> None:
     """Raises `NonsenseError` for an answer whose body is not worth reading."""
     if status != 200:
-        raise NonsenseError(f"{path} gives status {status}")
+        raise StatusError(path, status)
     if (encoding or "identity") != "identity":
         raise NonsenseError(f"{path} gives a compressed answer that was not asked for")
 
@@ -91,9 +105,18 @@ class PlainConnection:
 
     def get(self, path: str, deadline: float) -> Answer:
         """See `Connection.get`."""
+        return self._ask("GET", path, None, deadline, MOST_BYTES)
+
+    def post(self, path: str, body: bytes, deadline: float, most_bytes: int = MOST_BYTES) -> Answer:
+        """See `Connection.post`."""
+        return self._ask("POST", path, body, deadline, most_bytes)
+
+    def _ask(
+        self, method: str, path: str, body: bytes | None, deadline: float, most_bytes: int
+    ) -> Answer:
         self._open(deadline)
         try:
-            return self._exchange(path, deadline)
+            return self._exchange(method, path, body, deadline, most_bytes)
         except TimeoutError:
             raise
         except (http.client.HTTPException, OSError, ValueError) as error:
@@ -126,10 +149,13 @@ class PlainConnection:
             with contextlib.suppress(OSError):
                 self._peer = str(connected.getpeername()[0])
 
-    def _exchange(self, path: str, deadline: float) -> Answer:
+    def _exchange(
+        self, method: str, path: str, sent: bytes | None, deadline: float, most_bytes: int
+    ) -> Answer:
         assert self._socket is not None
         self._socket.settimeout(left(deadline))
-        self._client.request("GET", self._address.path + path, headers=HEADERS)
+        headers = HEADERS if sent is None else {**HEADERS, **JSON}
+        self._client.request(method, self._address.path + path, sent, headers)
         response = self._client.getresponse()
         check(path, response.status, response.getheader("Content-Encoding"))
         body = bytearray()
@@ -139,8 +165,8 @@ class PlainConnection:
             if not chunk:
                 break
             body += chunk
-            if len(body) > MOST_BYTES:
-                raise NonsenseError(f"{path} gives more than {MOST_BYTES // MB} MB")
+            if len(body) > most_bytes:
+                raise NonsenseError(f"{path} gives more than {most_bytes // MB} MB")
         if response.length:
             raise NonsenseError(f"{path} gives less than it announced")
         # Or the connection would not take the next request.

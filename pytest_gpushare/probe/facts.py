@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from pytest_gpushare.probe.address import Address
+
 
 @dataclass(frozen=True)
 class GpuProcess:
@@ -154,6 +156,8 @@ class OllamaFacts:
     """Whether what it holds can be on this host's devices."""
     found_by: str = ""
     """How its address was found: the setting or variable that names it, or what was tried."""
+    server: Address | None = None
+    """Where it is called, for whoever asks more later; None where nobody was asked."""
     relied_on: tuple[ModelFacts, ...] = ()
     """What it says of the models that the user named."""
 
@@ -172,3 +176,11 @@ class HostFacts(NamedTuple):
     """Bytes of RAM that can be had without swapping; None where unknown."""
     outer_slot: int | None = None
     """Bytes of the slot in which this whole run lives, as a test of another run started it."""
+
+
+def full_name(name: str) -> str:
+    """A model's name as Ollama completes it, for comparisons: with its tag, in lower case."""
+    name = name.strip().lower()
+    for start in ("registry.ollama.ai/", "library/"):
+        name = name.removeprefix(start)
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"

@@ -99,9 +99,21 @@ def _can_bind(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 def _gateway_of_host() -> str | None:
     """The default gateway where it is the machine that we run on: under WSL 2 or in a container."""
-    kernel = _read(Path("/proc/sys/kernel/osrelease")).lower()
-    if "microsoft" not in kernel and not Path("/.dockerenv").exists():
+    if not _is_wsl() and not Path("/.dockerenv").exists():
         return None
+    return _default_gateway()
+
+
+def wsl_gateway() -> str | None:
+    """The address of Windows as WSL sees it through NAT; None elsewhere."""
+    return _default_gateway() if _is_wsl() else None
+
+
+def _is_wsl() -> bool:
+    return "microsoft" in _read(Path("/proc/sys/kernel/osrelease")).lower()
+
+
+def _default_gateway() -> str | None:
     for line in _read(Path("/proc/net/route")).splitlines()[1:]:
         fields = line.split()
         if len(fields) > 2 and fields[1] == "00000000":

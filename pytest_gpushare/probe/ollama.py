@@ -20,6 +20,9 @@ _MOST_VRAM = 2**50
 _MOST_MODELS = 256
 
 
+_MOST_CONTEXT = 2**27
+
+
 def unanswered(address: Address, problem: str) -> OllamaFacts:
     """The facts when no answer came, for the reason given."""
     return OllamaFacts(
@@ -48,7 +51,7 @@ def ask(
         finally:
             connection.close()
     except Exception as error:
-        return unanswered(address, _line(f"cannot be asked: {type(error).__name__}: {error}", 200))
+        return unanswered(address, line(f"cannot be asked: {type(error).__name__}: {error}", 200))
 
 
 def _ask(
@@ -67,12 +70,12 @@ def _ask(
         models = loaded_models(connection, deadline)
         answered = True
     except NonsenseError as odd:
-        reachable, problem = True, _line(f"reachable but answers nonsense: {odd}", 200)
+        reachable, problem = True, line(f"reachable but answers nonsense: {odd}", 200)
     except TimeoutError:
         problem = f"no answer within {timeout:g} s"
     except UnreachableError as error:
         reason = str(error)
-        problem = _line(f"cannot be reached: {reason}", 200) if reason else "nothing listens there"
+        problem = line(f"cannot be reached: {reason}", 200) if reason else "nothing listens there"
     if problem and address.problem:
         problem = f"{problem} ({address.problem})"
     return OllamaFacts(
@@ -108,7 +111,7 @@ def _version(answer: object) -> str | None:
     version = answer.get("version") if isinstance(answer, dict) else None
     if not isinstance(version, str):
         raise NonsenseError("/api/version gives no version")
-    return _line(version, 40)
+    return line(version, 40)
 
 
 def _models(answer: object) -> tuple[LoadedModel, ...]:
@@ -127,11 +130,12 @@ def _model(model: object) -> LoadedModel:
         raise NonsenseError("/api/ps gives a model without a name")
     digest, context = model.get("digest"), model.get("context_length")
     return LoadedModel(
-        _line(name, 120),
+        line(name, 120),
         _size(model, "size"),
         _size(model, "size_vram"),
-        _line(digest, 80) if isinstance(digest, str) else "",
-        context if type(context) is int and 0 <= context < _MOST_VRAM else None,
+        digest=line(digest, 80) if isinstance(digest, str) else "",
+        # Came in 0.10. What it was loaded with decides nothing that could not do without.
+        context=context if type(context) is int and 0 < context < _MOST_CONTEXT else None,
     )
 
 
@@ -146,9 +150,9 @@ def _shown(value: object) -> str:
     """A value that makes no sense, short and harmless."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
-    return "null" if value is None else _line(json.dumps(value), 30)
+    return "null" if value is None else line(json.dumps(value), 30)
 
 
-def _line(text: str, most: int) -> str:
+def line(text: str, most: int) -> str:
     """A text from outside, fit to be printed on one line of a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text[:most])

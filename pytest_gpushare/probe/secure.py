@@ -7,6 +7,7 @@ import httpx
 from pytest_gpushare.probe.address import Address
 from pytest_gpushare.probe.exchange import (
     HEADERS,
+    JSON,
     MOST_BYTES,
     Answer,
     NonsenseError,
@@ -27,8 +28,17 @@ class SecureConnection:
 
     def get(self, path: str, deadline: float) -> Answer:
         """See `exchange.Connection.get`."""
+        return self._ask("GET", path, None, deadline, MOST_BYTES)
+
+    def post(self, path: str, body: bytes, deadline: float, most_bytes: int = MOST_BYTES) -> Answer:
+        """See `exchange.Connection.post`."""
+        return self._ask("POST", path, body, deadline, most_bytes)
+
+    def _ask(
+        self, method: str, path: str, body: bytes | None, deadline: float, most_bytes: int
+    ) -> Answer:
         try:
-            return self._exchange(path, deadline)
+            return self._exchange(method, path, body, deadline, most_bytes)
         except httpx.TimeoutException:
             raise TimeoutError from None
         except httpx.ConnectError as error:
@@ -41,15 +51,19 @@ class SecureConnection:
         """See `exchange.Connection.close`."""
         self._client.close()
 
-    def _exchange(self, path: str, deadline: float) -> Answer:
-        with self._client.stream("GET", path, timeout=left(deadline)) as response:
+    def _exchange(
+        self, method: str, path: str, sent: bytes | None, deadline: float, most_bytes: int
+    ) -> Answer:
+        with self._client.stream(
+            method, path, content=sent, headers=JSON if sent else None, timeout=left(deadline)
+        ) as response:
             check(path, response.status_code, response.headers.get("content-encoding"))
             stream = response.extensions.get("network_stream")
             peer = stream.get_extra_info("server_addr") if stream is not None else None
             body = bytearray()
             for chunk in response.iter_raw():
                 body += chunk
-                if len(body) > MOST_BYTES:
-                    raise NonsenseError(f"{path} gives more than {MOST_BYTES // MB} MB")
+                if len(body) > most_bytes:
+                    raise NonsenseError(f"{path} gives more than {most_bytes // MB} MB")
                 left(deadline)
         return Answer(bytes(body), peer[0] if isinstance(peer, tuple) else None)

@@ -9,12 +9,14 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from pytest_gpushare.probe.address import Address, parse_address
-from pytest_gpushare.probe.facts import GpuFacts, OllamaFacts
+from pytest_gpushare.probe.address import Address
+from pytest_gpushare.probe.candidates import Candidate, candidates
+from pytest_gpushare.probe.facts import GpuFacts, ModelFacts, OllamaFacts
 from pytest_gpushare.probe.simulated import simulated
 from pytest_gpushare.probe.visibility import VARIABLE
 from pytest_gpushare.settings.values import Settings
@@ -83,11 +85,6 @@ def probe(
     return Probes(reading.finish(), ollama, reading.close, reading.nvml)
 
 
-def address_of(settings: Settings, environment: Mapping[str, str]) -> Address:
-    """Where Ollama is called: the setting, else OLLAMA_HOST, else its default."""
-    return parse_address(settings.ollama_host or environment.get("OLLAMA_HOST", ""))
-
-
 class _NvmlReading:
     """NVML being opened and read in the background."""
 
@@ -124,26 +121,93 @@ class _NvmlReading:
 
 
 def _ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFacts:
+    """Every address that may be Ollama's is asked at once; the best that answers is taken.
+
+    All its questions together have the one time limit.
+    """
     if not settings.enable_ollama_detection:
         return OllamaFacts()
+    limit = float(settings.ollama_timeout)
+    places = candidates(settings.ollama_host, environment)
     # Imported in this thread, so that its cost does not count against Ollama's time limit.
-    from pytest_gpushare.probe.ollama import ask, unanswered
+    from pytest_gpushare.probe.ollama import ask
 
-    address, limit = address_of(settings, environment), float(settings.ollama_timeout)
+    for place in places:
+        _prepare(place.address)
+    until = time.monotonic() + limit
+    asked = [_OllamaAsking(place, until, partial(ask, place.address, limit)) for place in places]
+    facts = []
+    for asking in asked:
+        facts.append(asking.finish(limit))
+        if facts[-1].answered:
+            break
+    for asking in asked:
+        asking.hang_up()
+    found = facts[-1] if facts[-1].answered else _nobody(facts)
+    if found.answered and settings.ollama_models:
+        place = places[len(facts) - 1]
+        return replace(found, relied_on=_ask_models(place.address, settings, until))
+    return found
+
+
+def _nobody(facts: Sequence[OllamaFacts]) -> OllamaFacts:
+    """None of the addresses gave an answer: what is told of them together."""
+    if len(facts) == 1:
+        return facts[0]
+    reachable = [each for each in facts if each.reachable]
+    if reachable:
+        return reachable[0]
+    return replace(
+        facts[0],
+        address=", ".join(each.address for each in facts),
+        problem="; ".join(dict.fromkeys(each.problem for each in facts)),
+        found_by="",
+    )
+
+
+class _OllamaAsking:
+    """One address being asked in the background."""
+
+    def __init__(self, place: Candidate, until: float, ask: Callable[[Any], OllamaFacts]) -> None:
+        self._place, self._until = place, until
+        self._connections: list[Connection] = []
+        self._answer = _Answer("ollama", lambda: ask(self._connections.append))
+
+    def finish(self, limit: float) -> OllamaFacts:
+        """What it said in time, or that it said nothing."""
+        from pytest_gpushare.probe.ollama import unanswered
+
+        facts = self._answer.wait(self._until + _GRACE)
+        facts = facts or unanswered(self._place.address, f"no answer within {limit:g} s")
+        return replace(facts, found_by=self._place.found_by, server=self._place.address)
+
+    def hang_up(self) -> None:
+        """End what is still under way: a server that drips would keep its thread for ever."""
+        _hang_up(self._connections)
+
+
+def _ask_models(address: Address, settings: Settings, until: float) -> tuple[ModelFacts, ...]:
+    from pytest_gpushare.probe.models import ask_models
+
+    names, connections = settings.ollama_models, list[Any]()
+    answer = _Answer("ollama", lambda: ask_models(address, names, until, connections.append))
+    models = answer.wait(until + _GRACE)
+    _hang_up(connections)
+    problem = "no answer in time: raise gpu_share_ollama_timeout_s"
+    return models or tuple(ModelFacts(name, problem=problem) for name in names)
+
+
+def _prepare(address: Address) -> None:
+    """Import what a server over https takes; where that fails, asking it will tell."""
     if address.scheme == "https":
-        try:
-            import pytest_gpushare.probe.secure  # noqa: F401 - as above
-        except Exception as error:
-            return unanswered(address, f"cannot be asked: no httpx for https ({error})"[:200])
-    connections: list[Connection] = []
-    answer = _Answer("ollama", lambda: ask(address, limit, connections.append))
-    facts = answer.wait(time.monotonic() + limit + _GRACE)
-    if facts is not None:
-        return facts
+        with contextlib.suppress(Exception):
+            import pytest_gpushare.probe.secure  # noqa: F401 - for its cost
+
+
+def _hang_up(connections: Sequence[Connection]) -> None:
     for connection in connections:
         with contextlib.suppress(Exception):
             connection.close()
-    return unanswered(address, f"no answer within {limit:g} s")
 
 
 def _nothing() -> None:

@@ -18,6 +18,7 @@ from pytest_gpushare.run.start import Host, start
 from pytest_gpushare.run.started import LeftAlone, Started
 from pytest_gpushare.settings.gpu_auto import has_xdist, runs_tests
 from pytest_gpushare.settings.load import load
+from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.settings.written import gather
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> Started
             "pytest-xdist, or drop -p no:xdist"
         )
     request = Request(in_process=True)
-    started = start(load(gather(config)), request, _host(options, 1, outer), _others(config))
+    settings = load(gather(config))
+    started = start(
+        settings, request, _host(options, 1, outer), _others(config), _seen(settings, config)
+    )
     started.strict = bool(options.gpu_share_strict)
     if cuda_is_up(started.gpus.own_process_has_context):
         started.unplaced = "CUDA is up in this process already"
@@ -55,7 +59,10 @@ def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> Started | 
     if own_workers and not numprocesses.local_workers(options.tx):
         return LeftAlone("the workers of --tx are on other hosts: no GPU is assigned to them")
     request, cpus = numprocesses.request_for(config)
-    started = start(load(gather(config)), request, _host(options, cpus, outer), _others(config))
+    settings = load(gather(config))
+    started = start(
+        settings, request, _host(options, cpus, outer), _others(config), _seen(settings, config)
+    )
     started.strict = bool(options.gpu_share_strict)
     plan = started.plan
     if request.in_process:
@@ -68,6 +75,14 @@ def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> Started | 
             "use --dist=load to share them out"
         )
     return started
+
+
+def _seen(settings: Settings, config: pytest.Config) -> Mapping[str, int]:
+    if not settings.ollama_models:
+        return {}
+    from pytest_gpushare.run.learned import recall
+
+    return recall(config)
 
 
 def _others(config: pytest.Config) -> Others:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
-from pytest_gpushare.errors import NoRoomError
+from pytest_gpushare.errors import NoRoomError, OllamaUnreachableError
 from pytest_gpushare.plan.model import Limit, Plan, Request
+from pytest_gpushare.plan.ollama_share import unexpected
 from pytest_gpushare.plan.shortage import shortage
 from pytest_gpushare.plan.sizing import make_plan
-from pytest_gpushare.probe.facts import HostFacts
+from pytest_gpushare.probe.facts import GpuFacts, HostFacts, OllamaFacts
 from pytest_gpushare.probe.host import available_ram
 from pytest_gpushare.probe.together import probe
 from pytest_gpushare.run.live import LiveVram
@@ -31,21 +33,30 @@ class Host(NamedTuple):
     """The environment as it was before any conftest could change it."""
 
 
-def start(settings: Settings, request: Request, host: Host, others: Others) -> Started:
-    """Probe and plan.
+def start(
+    settings: Settings,
+    request: Request,
+    host: Host,
+    others: Others,
+    seen: Mapping[str, int] = MappingProxyType({}),
+) -> Started:
+    """Probe and plan; `seen` has the sizes of Ollama's models in earlier runs.
 
-    Raises `NoRoomError` where nothing fits and the fall-back is switched off, and
-    `SettingsError` for settings that do not fit this host.
+    Raises `NoRoomError` where nothing fits and the fall-back is switched off,
+    `OllamaUnreachableError` where Ollama has to answer and does not, and `SettingsError` for
+    settings that do not fit this host.
     """
     probes = probe(settings, host.simulate, host.outer)
     try:
+        if settings.ollama_unreachable == "fail" and probes.ollama.asked:
+            _check_answer(probes.ollama)
         facts = HostFacts(
             host.cpus,
             available_ram() if settings.ram_per_worker else None,
             slot_of_outer_run(host.outer),
         )
         gpus = others.joined(probes.gpus)
-        plan = make_plan(settings, gpus, probes.ollama, facts, request)
+        plan = make_plan(settings, gpus, probes.ollama, facts, request, seen)
         plan = others.revised(plan, host.cpus)
         if not plan.slots and not settings.fallback_to_cpu_when_constrained:
             raise NoRoomError(_no_room(plan))
@@ -55,7 +66,27 @@ def start(settings: Settings, request: Request, host: Host, others: Others) -> S
     live = LiveVram(probes.nvml) if probes.nvml is not None and gpus.all_devices else None
     started = Started(settings, gpus, probes.ollama, plan, _closing(live, probes.close), live=live)
     started.notes += gpus.problems
+    started.notes += _unexpected(settings, gpus)
+    for model in probes.ollama.models:
+        started.saw(model)
     return started
+
+
+def _check_answer(ollama: OllamaFacts) -> None:
+    if not ollama.answered:
+        raise OllamaUnreachableError(
+            f"gpu-share: Ollama at {ollama.address}: {ollama.problem}; gpu_share_ollama_unreachable "
+            "is fail: start Ollama, correct gpu_share_ollama_host, or set it to reserve or release"
+        )
+
+
+def _unexpected(settings: Settings, gpus: GpuFacts) -> list[str]:
+    """Where Ollama is on a device that the user did not name."""
+    return [
+        f"gpu_share_ollama_gpu = {', '.join(settings.ollama_gpu)}, but NVML lists Ollama on "
+        f"{device.label}: VRAM is reserved for it there, too"
+        for device in unexpected(settings.ollama_gpu, gpus)
+    ]
 
 
 def _closing(live: LiveVram | None, close: Callable[[], None]) -> Callable[[], None]:

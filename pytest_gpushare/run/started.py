@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pytest_gpushare.plan.model import Plan
-from pytest_gpushare.probe.facts import GpuFacts, OllamaFacts
+from pytest_gpushare.probe.facts import GpuFacts, LoadedModel, OllamaFacts
 from pytest_gpushare.probe.visibility import VARIABLE
 from pytest_gpushare.run.caps import mps_is_running, without_caps_of_outer_run
 from pytest_gpushare.run.frameworks import installed
@@ -20,6 +20,8 @@ from pytest_gpushare.run.record import Record
 from pytest_gpushare.settings.values import Settings
 
 if TYPE_CHECKING:
+    import pytest
+
     from pytest_gpushare.run.live import LiveVram
 
 
@@ -45,6 +47,9 @@ class LeftAlone(NamedTuple):
 
     def recall(self, _contexts: Mapping[str, int]) -> None:
         """Nothing is capped."""
+
+    def keep_what_it_saw(self, _config: pytest.Config) -> None:
+        """Nothing was looked at."""
 
     def place(self, _specs: Sequence[Any]) -> None:
         """Nothing is placed."""
@@ -94,6 +99,10 @@ class Started:
     """VRAM while the run lasts; None under a what-if, where there is nothing to read."""
     services: list[Service] = field(default_factory=list)
     """What runs beside the tests."""
+    sightings: dict[tuple[str, int | None], tuple[LoadedModel, int | None]] = field(
+        default_factory=dict
+    )
+    """(digest, context) -> a model of Ollama's that was loaded, and the bytes of its process."""
 
     def __post_init__(self) -> None:
         self.links.on("overwritten", self._note_overwritten)
@@ -115,6 +124,22 @@ class Started:
                 service.stop()
             except Exception as error:
                 self.notes.append(f"{_name(service)} could not stop: {error}")
+
+    def saw(self, model: LoadedModel, used: int | None = None) -> None:
+        """Keep for later runs what a loaded model takes; may be called in any thread.
+
+        `used` are the bytes of its process where NVML tells them; the largest counts.
+        """
+        _, before = self.sightings.get((model.digest, model.context), (model, None))
+        most = max(before or 0, used or 0) or None
+        self.sightings[model.digest, model.context] = model, most
+
+    def keep_what_it_saw(self, config: pytest.Config) -> None:
+        """Write the sizes of loaded models into pytest's cache, for later runs."""
+        if self.sightings:
+            from pytest_gpushare.run.learned import keep
+
+            keep(config, self)
 
     def message_to_itself(self) -> dict[str, Any] | None:
         """What this process is told where it runs the tests itself."""

@@ -160,7 +160,7 @@ OPTIONS: tuple[Option, ...] = (
         "integer",
         "auto",
         "the server's OLLAMA_CONTEXT_LENGTH, in tokens; auto: by its total VRAM, as Ollama does",
-        low="16",
+        low="1",
         high="16777216",
         auto=True,
     ),

@@ -204,6 +204,7 @@ def test_same_value_at_every_level(tmp_path: Path) -> None:
         "integer": "3",
         "text": "gpu-box:80",
         "words": "0",
+        "names": "a-model:7b",
         "marker": "cuda",
         "aliases": "serial = exclusive\nmulti_gpu = devices=2",
         "rules": "test_a.py = 8GB",
