@@ -69,6 +69,7 @@ class Prediction(NamedTuple):
     graph: int
     context: int
     """Tokens of context for each request."""
+    cuda_context: int = CUDA_CONTEXT
 
     @property
     def buffers(self) -> int:
@@ -78,7 +79,7 @@ class Prediction(NamedTuple):
     @property
     def vram(self) -> int:
         """Bytes by which a device's free VRAM will shrink."""
-        return self.buffers + CUDA_CONTEXT
+        return self.buffers + self.cuda_context
 
 
 def predict(model: ModelFacts, server: Server) -> Prediction:

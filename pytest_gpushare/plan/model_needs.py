@@ -73,16 +73,21 @@ class Demand:
             need.missing if need.source is Source.LOADED else need.vram for need in self.needs
         )
 
+    @property
+    def margin(self) -> int:
+        """Bytes that have to stay free beside a model when it is loaded."""
+        return MARGIN if self.asked else 0
+
     def room(self, choices: int) -> int:
         """Bytes that must be free on a device, beside what Ollama holds there already.
 
         Where Ollama has several devices to choose from it takes no more than 80 % of what is
         free on one, so that so much more must be free.
         """
-        if not self.asked:
-            return self.pending
-        least = self.pending + MARGIN
-        return least if choices < 2 else max(least, -(-self.pending * SHARE[1] // SHARE[0]))
+        least = self.pending + self.margin
+        if choices < 2 or not self.asked:
+            return least
+        return max(least, -(-self.pending * SHARE[1] // SHARE[0]))
 
 
 def demand_of(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pytest_gpushare.plan.model import DevicePlan, Limit, Plan
 from pytest_gpushare.plan.shortage import shortage
-from pytest_gpushare.probe.facts import LoadedModel
+from pytest_gpushare.report.ollama import ollama_lines
 from pytest_gpushare.run.placement import caps_of
 from pytest_gpushare.run.started import LeftAlone, Started
 from pytest_gpushare.settings.options import OPTIONS
@@ -62,9 +62,7 @@ def _lines(started: Started, verbosity: int) -> Iterator[Line]:
     for device in plan.devices:
         yield Line(_device(device))
         yield Line(_vram(device, several=len(plan.devices) > 1))
-    # Where there is no device, a server that is not there either is no news.
-    if started.ollama.asked and (plan.devices or started.ollama.reachable):
-        yield _ollama(started)
+    yield from (Line(*line) for line in ollama_lines(started, verbosity))
     if verbosity >= 1:
         yield from (Line(text) for text in _workers(started))
     if verbosity >= 2:
@@ -138,32 +136,6 @@ def _vram(plan: DevicePlan, *, several: bool) -> str:
         f"safety buffer {format_gb(plan.safety_buffer)}, "
         f"usable for tests {format_gb(plan.budget)}"
     )
-
-
-def _ollama(started: Started) -> Line:
-    ollama = started.ollama
-    who = f"Ollama {ollama.version}" if ollama.version else "Ollama"
-    if not ollama.answered:
-        stands = (
-            "its VRAM reservation stands" if started.plan.devices else "no GPU to share with it"
-        )
-        return Line(
-            f"  {who} at {ollama.address}: {ollama.problem}; {stands}", problem=ollama.reachable
-        )
-    where = "" if ollama.on_this_host else ", another machine: it holds no VRAM here"
-    models = ", ".join(_model(model) for model in ollama.models)
-    spilled = any(model.size_vram < model.size for model in ollama.models)
-    return Line(f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}", spilled)
-
-
-def _model(model: LoadedModel) -> str:
-    size = format_gb(model.size)
-    if model.size_vram > model.size or not model.size:
-        return f"{model.name} {size}, {format_gb(model.size_vram)} on GPU"
-    if not model.size_vram:
-        return f"{model.name} {size}, on the CPU, not on GPU"
-    # Rounded down, so that only a model that is wholly there is called 100 %.
-    return f"{model.name} {size}, {100 * model.size_vram // model.size} % on GPU"
 
 
 def _workers(started: Started) -> Iterator[str]:

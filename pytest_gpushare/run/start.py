@@ -75,8 +75,9 @@ def start(
 def _check_answer(ollama: OllamaFacts) -> None:
     if not ollama.answered:
         raise OllamaUnreachableError(
-            f"gpu-share: Ollama at {ollama.address}: {ollama.problem}; gpu_share_ollama_unreachable "
-            "is fail: start Ollama, correct gpu_share_ollama_host, or set it to reserve or release"
+            f"gpu-share: Ollama at {ollama.address}: {ollama.problem}; "
+            "gpu_share_ollama_unreachable is fail: start Ollama, correct gpu_share_ollama_host, "
+            "or set it to reserve or release"
         )
 
 
