@@ -30,14 +30,15 @@ def ordered(document: dict[str, Any], figure: str, *, down: bool) -> list[str]:
 def test_opens(name: str, opened: Open) -> None:
     """No error, no request, nothing wider than the screen, whatever is unknown or hostile."""
     document = getattr(documents, name)()
+    here = opened(document)
+    assert len(here.texts("#verdict article")) == 4
+    charts = len(document["samples"]["devices"]) + bool(document["tests"])
+    assert here.tab.locator("#charts canvas").count() == charts
+    words = here.text("body").lower()
+    assert not [word for word in ("undefined", "nan", "none ", "null") if word in words]
     for width in (1280, 390):
-        here = opened(document, viewport={"width": width, "height": 800})
+        here.tab.set_viewport_size({"width": width, "height": 800})
         assert here.tab.evaluate("document.documentElement.scrollWidth") <= width
-        assert len(here.texts("#verdict article")) == 4
-        charts = len(document["samples"]["devices"]) + bool(document["tests"])
-        assert here.tab.locator("#charts canvas").count() == charts
-        words = here.text("body").lower()
-        assert not [word for word in ("undefined", "nan", "none ", "null") if word in words]
 
 
 def test_figures_are_the_documents(opened: Open) -> None:

@@ -19,7 +19,17 @@ from pytest_gpushare.report.page.sections import body
 from pytest_gpushare.report.page.verdict import title
 
 _ASSETS = Path(__file__).parent / "assets"
-_SCRIPTS = ("words.js", "timeline.js", "vram.js", "bars.js", "tests.js", "page.js")
+_SCRIPTS = (
+    "words.js",
+    "tests.js",
+    "table.js",
+    "timeline.js",
+    "plot.js",
+    "vram.js",
+    "bars.js",
+    "page.js",
+)
+_STYLES = ("uPlot.min.css", "page.css", "media.css")
 
 
 def page(document: Mapping[str, Any]) -> str:
@@ -29,7 +39,7 @@ def page(document: Mapping[str, Any]) -> str:
     hashes alone, and everything that would reach out is forbidden. The text can be written as
     UTF-8 whatever the names are.
     """
-    style = _asset("uPlot.min.css") + _asset("page.css")
+    style = "".join(map(_asset, _STYLES))
     # The licence asks to go wherever the library goes.
     library = f"/*!\n{_asset('uPlot.LICENSE.txt')}*/\n{_asset('uPlot.iife.min.js')}"
     own = "".join(_asset(name) for name in _SCRIPTS)

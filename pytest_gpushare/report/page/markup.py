@@ -58,3 +58,11 @@ def visible(text: str) -> str:
 
 def _safe(text: str) -> str:
     return text if isinstance(text, Markup) else escape(visible(text), quote=True)
+
+
+def pairs(held: Iterable[tuple[str, str]]) -> Markup:
+    """A list of names and values, without those that have no value."""
+    return tag(
+        "dl",
+        *(tag("div", tag("dt", name), tag("dd", value)) for name, value in held if value),
+    )

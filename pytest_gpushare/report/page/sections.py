@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pytest_gpushare.report.page import facts
+from pytest_gpushare.report.page import devices, facts
 from pytest_gpushare.report.page.markup import Markup, tag
 from pytest_gpushare.report.page.verdict import Answer, answers, outcome, subtitle
 from pytest_gpushare.report.page.words import each
@@ -31,7 +31,7 @@ def body(document: Mapping[str, Any]) -> Markup:
                     None,
                     [
                         _verdict(document),
-                        facts.meters(document),
+                        devices.meters(document),
                         _timeline(document),
                         facts.events(document),
                         _tests(document),
