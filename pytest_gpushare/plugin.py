@@ -153,6 +153,7 @@ def pytest_configure_node(node: Any) -> None:
     if started is not None and (message := started.message_to(node.gateway.spec)):
         channel = started.links.open(node.gateway.newchannel(), node.gateway.id)
         node.workerinput[worker.PLACED] = {**message, "channel": channel}
+        started.joined(node.gateway.id, message)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -162,6 +163,7 @@ def pytest_testnodedown(node: Any) -> None:
     if started is None:
         return
     started.links.close(node.gateway.id)
+    started.gone(node.gateway.id)
     measured = getattr(node, "workeroutput", {}).get(worker.CONTEXT)
     if measured:
         from pytest_gpushare.run.context import learn
@@ -180,7 +182,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if started is not None and (own := started.message_to_itself()):
         link = worker.Link(partial(started.links.receive, worker.ITSELF))
         started.links.attach(worker.ITSELF, link.receive)
+        started.joined(worker.ITSELF, own)
         config.pluginmanager.register(worker.Placed(own, link), "gpu-share-placed")
+        worker.watch_memory(config, own, link)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str] | None:
@@ -200,8 +204,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if started is not None:
         from pytest_gpushare.report.output import log_lines, print_problems
         from pytest_gpushare.run.context import known
+        from pytest_gpushare.run.session import attach
 
         started.recall(known(session.config))
+        attach(started, session.config)
 
         log_lines(started, session.config)
         print_problems(started, session.config)

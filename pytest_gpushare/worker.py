@@ -110,8 +110,18 @@ def begin(config: pytest.Config, message: Mapping[str, Any]) -> None:
     keep_log_file(config)
     channel = message["channel"]
     link = Link(channel.send)
-    channel.setcallback(link.receive)
+    channel.setcallback(link.receive, endmarker=("closed", None))
     config.pluginmanager.register(Placed(message, link), "gpu-share-placed")
+    watch_memory(config, message, link)
+
+
+def watch_memory(config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
+    """Measure the tests of a process that has a GPU; a CPU worker pays for none of this."""
+    # A what-if shows no device, and holds no VRAM.
+    if message["place"]["role"] == "gpu" and message["visible"]:
+        from pytest_gpushare.meter import watch
+
+        watch(config, message["memory"], link)
 
 
 def keep_log_file(config: pytest.Config) -> None:

@@ -6,7 +6,8 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from pytest_gpushare.report.terminal import Line, header, summary
+from pytest_gpushare.report.line import Line
+from pytest_gpushare.report.terminal import header, summary
 from pytest_gpushare.run.started import LeftAlone, Started
 
 if TYPE_CHECKING:

@@ -7,22 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import NamedTuple
 
 from pytest_gpushare.plan.model import DevicePlan, Limit, Plan
 from pytest_gpushare.plan.shortage import shortage
+from pytest_gpushare.report.line import Line
+from pytest_gpushare.report.memory import out_of_memory
 from pytest_gpushare.report.ollama import ollama_lines
 from pytest_gpushare.run.placement import caps_of
 from pytest_gpushare.run.started import LeftAlone, Started
 from pytest_gpushare.settings.options import OPTIONS
 from pytest_gpushare.units import format_gb, format_number, plural
-
-
-class Line(NamedTuple):
-    """A line of output and whether it is one that `-q` must not swallow."""
-
-    text: str
-    problem: bool = False
 
 
 def header(started: Started | LeftAlone, verbosity: int) -> list[Line]:
@@ -49,7 +43,7 @@ def _overwritten(started: Started) -> Iterator[Line]:
         yield Line(text, problem=True)
 
 
-_SUMMARY: tuple[Callable[[Started], Iterator[Line]], ...] = (_overwritten,)
+_SUMMARY: tuple[Callable[[Started], Iterator[Line]], ...] = (_overwritten, out_of_memory)
 
 
 def _lines(started: Started, verbosity: int) -> Iterator[Line]:

@@ -58,13 +58,18 @@ def caps_for(
     *,
     context: int = CONTEXT_ALLOWANCE,
     mps: bool = False,
+    room: int | None = None,
 ) -> Caps:
     """The caps of the worker in this slot.
+
+    `room`, the device's budget in bytes, takes the slot's place where tests have needs of
+    their own: what only the environment can set must let the largest of them through.
 
     `outer` is the environment that it would have without us, `versions` the installed
     frameworks (see `frameworks.installed`), `context` the allowance in bytes.
     """
-    cap = max(slot.vram - context, slot.vram // 2)
+    vram = slot.vram if room is None else room
+    cap = cap_of(vram, context)
     # Rounded down, so that the fraction never comes to more than the cap.
     fraction = f"{float(Fraction(cap * 10**6 // slot.device.total, 10**6)):.6f}"
     environment: dict[str, str] = {}
@@ -76,9 +81,14 @@ def caps_for(
             told.append(f"{name} {versions[name]}: {how}")
     if mps and _MPS not in outer:
         # The worker's device is its only one, so its number is 0 there.
-        environment[_MPS] = f"0={slot.vram // MB}M"
-        told.append(f"CUDA MPS: {format_gb(slot.vram)}")
+        environment[_MPS] = f"0={vram // MB}M"
+        told.append(f"CUDA MPS: {format_gb(vram)}")
     return Caps(environment, tuple(told))
+
+
+def cap_of(vram: int, context: int) -> int:
+    """What frameworks may take of so much VRAM, in bytes, as they do not count the context."""
+    return max(vram - context, vram // 2)
 
 
 MARK = "PYTEST_GPUSHARE_CAPS"
@@ -102,6 +112,20 @@ def without_caps_of_outer_run(outer: Mapping[str, str]) -> dict[str, str]:
         if name == _TORCH:
             kept[name] = re.sub(rf"(^|,)\s*{_TORCH_KEY}\s*:[^,]*", "", text).lstrip(",")
     return kept
+
+
+def torch_fraction(environment: Mapping[str, str]) -> float | None:
+    """The share of its device at which a run has capped torch in the process with this
+    environment; None where it has not: the user's own cap is nobody else's to change."""
+    ours = environment.get(MARK, "").split(",")
+    text = environment.get(TORCH_HOOK, "") if TORCH_HOOK in ours else ""
+    if _TORCH in ours:
+        match = re.search(rf"(?:^|,)\s*{_TORCH_KEY}\s*:([0-9.]+)", environment.get(_TORCH, ""))
+        text = match.group(1) if match else ""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def mps_is_running(outer: Mapping[str, str]) -> bool:

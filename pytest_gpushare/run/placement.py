@@ -47,6 +47,8 @@ class Surroundings(NamedTuple):
     """A what-if names devices that do not exist: no visibility, no caps."""
     contexts: Mapping[str, int] = {}
     """Device name -> bytes of a CUDA context, where that was measured."""
+    rooms: Mapping[str, int] = {}
+    """UUID -> the device's budget in bytes, where tests have needs of their own; else empty."""
 
 
 def worker_environment(plan: Plan, number: int, around: Surroundings) -> dict[str, str]:
@@ -72,7 +74,14 @@ def caps_of(slot: Slot, around: Surroundings) -> Caps:
     if not around.cap_vram or around.simulated or slot.device.variable != VARIABLE:
         return Caps()
     context = around.contexts.get(slot.device.name, CONTEXT_ALLOWANCE)
-    return caps_for(slot, around.outer, around.versions, context=context, mps=around.mps)
+    return caps_for(
+        slot,
+        around.outer,
+        around.versions,
+        context=context,
+        mps=around.mps,
+        room=around.rooms.get(slot.device.uuid),
+    )
 
 
 def slot_of_outer_run(environment: Mapping[str, str]) -> int | None:

@@ -85,6 +85,16 @@ def _seen(settings: Settings, config: pytest.Config) -> Mapping[str, int]:
     return recall(config)
 
 
+def attach(started: Started | LeftAlone, config: pytest.Config) -> None:
+    """What runs beside the tests of a run that has GPU workers: pytest's cache is there by now."""
+    if isinstance(started, Started) and started.plan.slots and not started.gpus.simulated:
+        from pytest_gpushare.run.alone import Alone
+        from pytest_gpushare.run.profile import Profile
+
+        started.alone = Alone(started)
+        started.services.append(Profile(started, config))
+
+
 def _others(config: pytest.Config) -> Others:
     hook = config.hook
     return Others(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from pytest_gpushare.plan.model import Plan
 from pytest_gpushare.probe.facts import GpuFacts, LoadedModel, OllamaFacts
 from pytest_gpushare.probe.visibility import VARIABLE
-from pytest_gpushare.run.caps import mps_is_running, without_caps_of_outer_run
+from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE, mps_is_running, without_caps_of_outer_run
 from pytest_gpushare.run.frameworks import installed
 from pytest_gpushare.run.links import Links
 from pytest_gpushare.run.placement import Surroundings, worker_environment
@@ -22,6 +22,7 @@ from pytest_gpushare.settings.values import Settings
 if TYPE_CHECKING:
     import pytest
 
+    from pytest_gpushare.run.alone import Alone
     from pytest_gpushare.run.live import LiveVram
 
 
@@ -59,6 +60,12 @@ class LeftAlone(NamedTuple):
 
     def message_to_itself(self) -> None:
         """Nothing is told."""
+
+    def joined(self, worker: str, message: Mapping[str, Any]) -> None:
+        """Nobody shares anything."""
+
+    def gone(self, worker: str) -> None:
+        """Nobody shares anything."""
 
     def begin(self) -> None:
         """Nothing runs beside the tests."""
@@ -103,6 +110,12 @@ class Started:
         default_factory=dict
     )
     """(digest, context) -> a model of Ollama's that was loaded, and the bytes of its process."""
+    alone: Alone | None = None
+    """Who has a device alone; None before the session starts."""
+    has_needs: bool = False
+    """Whether tests may have needs of their own, so that no slot may cap them."""
+
+    _devices: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.links.on("overwritten", self._note_overwritten)
@@ -145,7 +158,34 @@ class Started:
         """What this process is told where it runs the tests itself."""
         if not self.plan.request.in_process or self.unplaced:
             return None
-        return message_to(self.plan, 0, self.around)
+        return self._with_memory(message_to(self.plan, 0, self.around))
+
+    def device_of(self, worker: str) -> str | None:
+        """The UUID of the device that a worker was given; None: none, or no such worker."""
+        return self._devices.get(worker)
+
+    def joined(self, worker: str, message: Mapping[str, Any]) -> None:
+        """A worker that was told this is on its way; its device is known from now on."""
+        device = self._devices[worker] = message["place"]["device"]
+        if self.alone is not None and device is not None:
+            self.alone.joined(worker, (device,))
+
+    def gone(self, worker: str) -> None:
+        """A worker has ended or died."""
+        if self.alone is not None:
+            self.alone.gone(worker)
+
+    def context_of(self, device: str | None) -> int:
+        """Bytes of a CUDA context on devices of that name: measured, or assumed."""
+        return self.contexts.get(device or "", CONTEXT_ALLOWANCE)
+
+    def _with_memory(self, message: dict[str, Any]) -> dict[str, Any]:
+        memory = {
+            "context": self.context_of(message["place"]["name"]),
+            "empty_caches": self.settings.empty_caches,
+            "needs": self.has_needs,
+        }
+        return {**message, "memory": memory}
 
     def _note_overwritten(self, worker: str, how: str) -> None:
         self.overwritten[worker] = how
@@ -158,7 +198,9 @@ class Started:
     def message_to(self, spec: Any) -> dict[str, Any] | None:
         """What the worker of this spec is told of its place; None where it has none from us."""
         number = spec.env.get(NUMBER, "")
-        return message_to(self.plan, int(number), self.around) if number.isdigit() else None
+        if not number.isdigit():
+            return None
+        return self._with_memory(message_to(self.plan, int(number), self.around))
 
     def recall(self, contexts: Mapping[str, int]) -> None:
         """Take what earlier runs measured, once pytest's cache is there to ask."""
@@ -178,6 +220,7 @@ class Started:
             by_index=self.settings.device_names == "index",
             simulated=self.gpus.simulated,
             contexts=self.contexts,
+            rooms={d.device.uuid: d.budget for d in self.plan.devices} if self.has_needs else {},
         )
 
     def place(self, specs: Sequence[Any]) -> None:

@@ -21,6 +21,7 @@ from simulator import Device, Machine, build
 from simulator.ollama import OllamaServer
 
 GOLDEN = Path(__file__).parent / "golden"
+FRAMEWORKS = Path(__file__).parents[1] / "simulator" / "frameworks"
 
 # What would let the outside shine into a run: CI systems, an outer xdist, the user's own GPU.
 _REMOVED = re.compile(
@@ -126,6 +127,11 @@ class Project:
         return self.command(
             [sys.executable, "-m", "pytest", *_PLUGINS_LEFT_OUT, *arguments], **environment
         )
+
+    def with_frameworks(self) -> None:
+        """Put stand-ins of torch, CuPy and JAX on the path; the machine must be there."""
+        path = [self.environment["PYTHONPATH"], str(FRAMEWORKS)]
+        self.environment["PYTHONPATH"] = os.pathsep.join(path)
 
     def places(self) -> dict[str, str]:
         """Worker -> "role CUDA_VISIBLE_DEVICES", as `SHOW_PLACE` wrote it."""

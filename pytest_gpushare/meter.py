@@ -1,0 +1,215 @@
+"""What each test of a GPU process takes: measured around its protocol, told to the controller."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import time
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpushare.retry import Retry
+from pytest_gpushare.run import caches, peaks
+from pytest_gpushare.run.caps import cap_of
+from pytest_gpushare.run.gate import Gate
+from pytest_gpushare.run.torch_cap import TorchCap
+from pytest_gpushare.units import MB
+
+if TYPE_CHECKING:
+    from pytest_gpushare.worker import Link
+
+WORTH_COLLECTING = 16 * MB
+"""Bytes that a test leaves behind beyond which garbage is collected before it is blamed."""
+
+FIGURES = "gpushare_figures"
+"""The attribute of a forked test's last report that carries its figures to the worker."""
+
+
+def watch(config: pytest.Config, memory: Mapping[str, Any], link: Link) -> None:
+    """In a process that has a GPU: measure its tests, and let them share the device.
+
+    `memory` is what the controller tells of it: the bytes of a CUDA context, when caches are
+    emptied, and whether tests have needs of their own.
+    """
+    cap = TorchCap(os.environ)
+    may_empty = memory["empty_caches"] != "never"
+
+    def give_back() -> int | None:
+        if may_empty:
+            caches.empty()
+        return peaks.held()
+
+    gate = Gate(link.send, give_back)
+    link.on("pause", gate.pause)
+    link.on("resume", gate.resume)
+    link.on("empty-caches", gate.empty)
+    link.on("closed", gate.open)
+    retry = Retry(link, cap, memory)
+    config.pluginmanager.register(retry, "gpu-share-retry")
+    config.pluginmanager.register(Meter(link, gate, retry, cap, memory), "gpu-share-meter")
+    if memory["needs"]:
+        config.add_cleanup(cap.watch())
+    link.send("here", os.getpid())
+
+
+class Meter:
+    """The plugin that measures; it sends nothing of tests beside which no framework was up."""
+
+    def __init__(
+        self, link: Link, gate: Gate, retry: Retry, cap: TorchCap, memory: Mapping[str, Any]
+    ) -> None:
+        self._link = link
+        self._gate = gate
+        self._retry = retry
+        self._cap = cap
+        self._context = int(memory["context"])
+        self._empty_caches = str(memory["empty_caches"])
+        self._pid = os.getpid()
+        self._needs: dict[str, int] = {}
+        """Node id -> bytes that the test was admitted with."""
+        self._fixtures: dict[int, int] = {}
+        """id of a fixture of a wider scope -> bytes by which its set-up grew what is in use."""
+        self._errors: list[BaseException] = []
+        self._outcome = "passed"
+        self._forked: dict[str, Any] | None = None
+        link.on("need", self._need)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Measure the test; before it, wait at the gate while the device is another's."""
+        # Outside of all others, so that no timeout counts the wait.
+        self._gate.enter()
+        try:
+            self._retry.begin()
+            self._outcome, self._forked = "passed", None
+            need = self._needs.pop(item.nodeid, None)
+            if need is not None:
+                self._cap.set(cap_of(need, self._context))
+            fixtures = sum(self._fixtures.values())
+            cap = self._cap.size
+            before, start = peaks.counts(reset=True), time.time()
+            try:
+                return (yield)
+            finally:
+                self._retry.over(item, self._outcome)
+                self._finish(item, before, start, fixtures, cap)
+                self._cap.set(None)
+        finally:
+            self._gate.leave()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Keep how it went, and what it raised until its frames are cleared."""
+        report = yield
+        if report.when == "setup" or self._outcome == "passed" or report.failed:
+            self._outcome = report.outcome
+        if call.excinfo is not None and self._empty_caches != "never":
+            self._errors.append(call.excinfo.value)
+        if report.when == "teardown" and os.getpid() != self._pid:
+            # pytest-forked: only this report leaves the child.
+            figures = peaks.measured(None, peaks.counts())
+            if figures is not None:
+                setattr(report, FIGURES, _told(figures))
+        return report
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any]
+    ) -> Generator[None, object, object]:
+        """What a fixture of a wider scope takes is left behind by no test."""
+        if fixturedef.scope == "function" or (before := peaks.used()) is None:
+            return (yield)
+        try:
+            return (yield)
+        finally:
+            after = peaks.used()
+            if after is not None and after != before:
+                self._fixtures[id(fixturedef)] = after - before
+
+    def pytest_fixture_post_finalizer(self, fixturedef: pytest.FixtureDef[Any]) -> None:
+        """It has been torn down: what it does not give back is left behind from here on."""
+        self._fixtures.pop(id(fixturedef), None)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take the figures of a forked test."""
+        if FIGURES in vars(report):
+            self._forked = vars(report).pop(FIGURES)
+            self._outcome = report.outcome if report.failed else self._outcome
+
+    def _need(self, told: Any) -> None:
+        nodeid, size = told
+        if size is None:
+            self._needs.pop(nodeid, None)
+        else:
+            self._needs[nodeid] = int(size)
+
+    def _finish(
+        self,
+        item: pytest.Item,
+        before: peaks.Counts | None,
+        start: float,
+        fixtures: int,
+        cap: int | None,
+    ) -> None:
+        end = time.time()
+        errors, self._errors = self._errors, []
+        for error in errors:
+            caches.clear_frames(error)
+        errors.clear()
+        after = peaks.counts()
+        if after is None and self._forked is None:
+            return
+        # A framework in an odd state must not fail the test that is over.
+        with contextlib.suppress(Exception):
+            told = self._forked or self._measured(before, after, fixtures)
+            if told is not None:
+                self._link.send(
+                    "test",
+                    {
+                        "nodeid": item.nodeid,
+                        "start": start,
+                        "end": end,
+                        "outcome": self._outcome,
+                        "cap": cap,
+                        "attempts": self._retry.attempts,
+                        "notes": [self._retry.note] if self._retry.note else [],
+                        **told,
+                    },
+                )
+
+    def _measured(
+        self, before: peaks.Counts | None, after: peaks.Counts | None, fixtures: int
+    ) -> dict[str, Any] | None:
+        figures = peaks.measured(before, after)
+        if figures is None:
+            return None
+        own = sum(self._fixtures.values()) - fixtures
+        left = figures.grown - own
+        if left > WORTH_COLLECTING and self._empty_caches != "never":
+            # Cycles hold what nobody can reach any more: that is no leak.
+            gc.collect()
+            collected = peaks.used()
+            left -= figures.used - collected if collected is not None else 0
+        kept = sum(figures.helds)
+        if self._empty_caches == "always" and any(figures.peaks):
+            caches.empty()
+            kept = peaks.held() or 0
+        return {**_told(figures), "held": kept, "left": max(0, left)}
+
+
+def _told(figures: peaks.Measured) -> dict[str, Any]:
+    """The figures in the builtin types that execnet and marshal carry."""
+    return {
+        "peak": max(figures.peaks, default=0),
+        "peaks": list(figures.peaks),
+        "exact": figures.exact,
+        "peak_source": "frameworks",
+        "held": sum(figures.helds),
+        "helds": list(figures.helds),
+        "left": max(0, figures.grown),
+    }

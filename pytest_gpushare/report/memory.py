@@ -1,0 +1,32 @@
+"""The summary's lines of tests that ran out of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pytest_gpushare.report.line import Line
+from pytest_gpushare.units import plural
+
+if TYPE_CHECKING:
+    from pytest_gpushare.run.record import Event
+    from pytest_gpushare.run.started import Started
+
+MOST = 10
+"""Tests that are told one by one."""
+
+
+def out_of_memory(started: Started) -> Iterator[Line]:
+    """Each test that ran out of memory: beside whom, and how it went alone."""
+    again = {event.facts["nodeid"]: event for event in started.record.events("oom-retried")}
+    found = started.record.events("oom")
+    for event in found[:MOST]:
+        yield Line(f"gpu-share: {_sentence(event, again.get(event.facts['nodeid']))}", problem=True)
+    if len(found) > MOST:
+        more = plural(len(found) - MOST, "test")
+        yield Line(f"gpu-share: {more} more ran out of VRAM: see their reports", problem=True)
+
+
+def _sentence(event: Event, again: Event | None) -> str:
+    outcome = f"; {again.facts['outcome']} alone" if again is not None else ""
+    return f"{event.text.replace('out of memory', 'out of VRAM')}{outcome}"

@@ -1,0 +1,207 @@
+"""What tests took in earlier runs, by node id and model of device: kept in pytest's cache.
+
+Peaks that the frameworks counted set a test's figure; what NVML saw once a second, or what a
+large cache blurred, is a lower bound, which raises a figure and never sets one lower. The file
+is outside data: what is no sensible figure in it is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_gpushare.units import MB, format_gb
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_gpushare.run.started import Started
+
+FILE = "needs.json"
+"""In the folder `gpushare` of pytest's cache."""
+MOST_TESTS = 20_000
+"""Of one model of device; the tests that ran longest ago go first."""
+_MOST_BYTES = 32 * MB
+_MOST_NODEID = 1000
+_MOST_VRAM = 2**50
+_MOST_SECONDS = 1e7
+_VERSION = 1
+_DATE = re.compile(r"20[0-9]{2}-[0-9]{2}-[0-9]{2}")
+_MARGIN = 115
+"""Per cent of what was measured: fragmentation, and what differs from run to run."""
+_SAME_SHARE, _SAME_SIZE = 0.10, 64 * MB
+"""A peak that differs by more than both was not measured of the same test."""
+
+
+class Learned(NamedTuple):
+    """What a test took when it last ran."""
+
+    peak: int | None
+    """Bytes that the frameworks held for it, without the CUDA context; None: not measured."""
+    duration: float | None = None
+    """Seconds; None: unknown."""
+    date: str = ""
+    """When, as YYYY-MM-DD."""
+
+    def need(self, context: int) -> int | None:
+        """Bytes that a process needs for it, a CUDA context of so many bytes included."""
+        if self.peak is None:
+            return None
+        # Without a peak no context comes up for it.
+        return (self.peak + context) * _MARGIN // 100 if self.peak else 0
+
+
+def recall(config: pytest.Config, device: str) -> dict[str, Learned]:
+    """Node id -> what the test took on this model of device; empty where nothing is kept."""
+    path = _path(config)
+    return _sensible(_read(path).get(device)) if path is not None else {}
+
+
+class Profile:
+    """Hears what tests take, and keeps it at the end of the run."""
+
+    def __init__(self, started: Started, config: pytest.Config) -> None:
+        self._started = started
+        self._config = config
+        self._found: dict[str, dict[str, Learned]] = {}
+        """Device's name -> node id -> what was learned in this run."""
+        self._before: dict[str, dict[str, Learned]] = {}
+        names = {slot.device.uuid: slot.device.name for slot in started.plan.slots}
+        self._names = names
+        started.links.on("test", self._heard)
+
+    def start(self) -> None:
+        """Read what earlier runs kept; nothing is written before the end."""
+        for name in {"", *self._names.values()}:
+            self._before[name] = recall(self._config, name)
+
+    def stop(self) -> None:
+        """Write it, once and atomically; what cannot be written is a note."""
+        path = _path(self._config)
+        if path is None or not any(self._found.values()):
+            return
+        kept = {name: _sensible(tests) for name, tests in _read(path).items()}
+        for name, tests in self._found.items():
+            merged = {**kept.get(name, {}), **tests}
+            newest = sorted(merged.items(), key=lambda entry: entry[1].date, reverse=True)
+            kept[name] = dict(newest[:MOST_TESTS])
+        try:
+            _write(path, kept)
+        except OSError as error:
+            self._started.notes.append(f"what the tests took could not be kept in {path}: {error}")
+
+    def learned(self, device: str) -> Mapping[str, Learned]:
+        """What earlier runs kept of this model of device."""
+        return self._before.get(device, {})
+
+    def at_least(self, device: str, nodeid: str, size: int) -> None:
+        """A lower bound of a test's peak, such as NVML's samples give: it may raise its figure.
+
+        `size` is in bytes, without the CUDA context.
+        """
+        self._keep(device, nodeid, size, None, exact=False)
+
+    def took(self, nodeid: str, seconds: float, device: str = "") -> None:
+        """How long a test took that no framework told of; without a device: on the CPU."""
+        self._keep(device, nodeid, None, seconds, exact=False)
+
+    def _heard(self, worker: str, told: Mapping[str, Any]) -> None:
+        device = self._started.device_of(worker)
+        name = self._names.get(device or "")
+        if name is None or told["outcome"] != "passed":
+            # A test that failed or was skipped on its way may not have got to its peak.
+            return
+        duration = max(0.0, float(told["end"]) - float(told["start"]))
+        if told["attempts"] > 1:
+            duration = 0.0
+        self._keep(name, str(told["nodeid"]), told["peak"], duration or None, told["exact"])
+
+    def _keep(
+        self, device: str, nodeid: str, peak: int | None, duration: float | None, exact: bool
+    ) -> None:
+        before = self._found.get(device, {}).get(nodeid) or self.learned(device).get(nodeid)
+        old = before.peak if before is not None else None
+        new = _joined(old, peak, exact)
+        if old is not None and new is not None and _differ(old, new):
+            self._started.record.note(
+                "need-changed",
+                f"{nodeid} took {format_gb(new)} of VRAM, {format_gb(old)} when it last ran",
+                nodeid=nodeid,
+                before=old,
+                after=new,
+            )
+        if duration is None and before is not None:
+            duration = before.duration
+        today = time.strftime("%Y-%m-%d", time.gmtime())
+        self._found.setdefault(device, {})[nodeid] = Learned(new, duration, today)
+
+
+def _joined(old: int | None, new: int | None, exact: bool) -> int | None:
+    """The figure to keep: a counted peak wins, a lower bound only raises."""
+    if new is None or (not exact and old is not None and new <= old):
+        return old
+    return new
+
+
+def _differ(old: int, new: int) -> bool:
+    return abs(new - old) > max(_SAME_SIZE, _SAME_SHARE * max(old, new))
+
+
+def _path(config: pytest.Config) -> Path | None:
+    """The file; None where pytest keeps no cache."""
+    cache = getattr(config, "cache", None)
+    if cache is None:
+        return None
+    try:
+        return Path(cache.mkdir("gpushare"), FILE)
+    except OSError:
+        return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Device's name -> what stands there; empty where the file is none of ours."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+        if len(text) <= _MOST_BYTES:
+            found = json.loads(text)
+            if isinstance(found, dict) and found.get("version") == _VERSION:
+                devices = found.get("devices")
+                if isinstance(devices, dict):
+                    return devices
+    return {}
+
+
+def _sensible(tests: object) -> dict[str, Learned]:
+    if not isinstance(tests, dict):
+        return {}
+    found: dict[str, Learned] = {}
+    for nodeid, entry in tests.items():
+        if len(found) == MOST_TESTS:
+            break
+        if len(nodeid) <= _MOST_NODEID and isinstance(entry, list) and len(entry) == 3:
+            peak, duration, date = entry
+            good = (peak is None or (type(peak) is int and 0 <= peak <= _MOST_VRAM)) and (
+                duration is None
+                or (type(duration) in (int, float) and 0 <= duration <= _MOST_SECONDS)
+            )
+            if good and isinstance(date, str) and _DATE.fullmatch(date):
+                found[nodeid] = Learned(peak, duration, date)
+    return found
+
+
+def _write(path: Path, devices: Mapping[str, Mapping[str, Learned]]) -> None:
+    # Whoever reads meanwhile, or comes after a crash, finds the old file or the new one.
+    text = json.dumps({"version": _VERSION, "devices": devices}, separators=(",", ":"))
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
