@@ -75,6 +75,14 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         dest="gpu_share_simulate",
         help="a what-if device in place of the real ones, such as 24GB:used=2GB (repeatable)",
     )
+    group.addoption(
+        "--gpu-share-report",
+        action="append",
+        default=None,
+        metavar="FILE",
+        dest="gpu_share_report",
+        help="write what happened to FILE.json or FILE.html after the tests (repeatable)",
+    )
     parser.addini("gpu_share", "size the xdist workers by VRAM (pytest-gpushare)", default=None)
     for option in OPTIONS:
         parser.addini(option.ini, option.meaning, default=None)
@@ -179,6 +187,10 @@ def pytest_configure(config: pytest.Config) -> None:
         _call(worker.begin, config, message)
         return
     started = config.stash.get(STARTED, None)
+    if started is not None:
+        from pytest_gpushare.observer import observe
+
+        observe(started, config)
     if started is not None and (own := started.message_to_itself()):
         link = worker.Link(partial(started.links.receive, worker.ITSELF))
         started.links.attach(worker.ITSELF, link.receive)
@@ -214,16 +226,26 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         started.begin()
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """End what ran beside the tests; under --gpu-share-strict what went wrong fails the run."""
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
+    """End what ran beside the tests; under --gpu-share-strict what went wrong fails the run.
+
+    A wrapper, as the workers' processes are there only until xdist's own part of this.
+    """
     started = session.config.stash.get(STARTED, None)
     if started is None:
-        return
-    started.end()
-    started.keep_what_it_saw(session.config)
-    if started.has_failed() and session.exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        return (yield)
+    started.look_again()
+    try:
+        return (yield)
+    finally:
+        started.end()
+        started.keep_what_it_saw(session.config)
+        if started.has_failed() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        from pytest_gpushare.report.output import publish
+
+        publish(started, session.config, int(session.exitstatus))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -48,6 +48,11 @@ def command_line(pid: int) -> tuple[str, ...] | None:
     return tuple(raw.rstrip("\0").split("\0")) if raw else None
 
 
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process on this host; True where this host does not tell."""
+    return not Path("/proc/self").exists() or Path(f"/proc/{pid}").exists()
+
+
 def is_ollama_runner(pid: int) -> bool:
     """Whether a process is one in which an Ollama server holds a model.
 
@@ -64,7 +69,7 @@ def is_ollama_runner(pid: int) -> bool:
         return False
     if name != "llama-server" or any(_is_ollama_blob(argument) for argument in arguments):
         return True
-    parent = _parent(pid)
+    parent = parent_of(pid)
     return parent is not None and "ollama" in (command_line(parent) or ("",))[0].lower()
 
 
@@ -126,7 +131,8 @@ def _is_ollama_blob(argument: str) -> bool:
     return re.search(r"[/\\]blobs[/\\]sha256-[0-9a-f]+$", argument) is not None
 
 
-def _parent(pid: int) -> int | None:
+def parent_of(pid: int) -> int | None:
+    """The PID of a process's parent; None where this host does not tell."""
     # The name in field 2 may hold spaces and brackets: count from the last bracket.
     fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return int(fields[1]) if len(fields) > 1 and fields[1].isdigit() else None

@@ -1,4 +1,4 @@
-"""A line of output."""
+"""A line of output, and where it is shown."""
 
 from __future__ import annotations
 
@@ -10,3 +10,11 @@ class Line(NamedTuple):
 
     text: str
     problem: bool = False
+
+
+class View(NamedTuple):
+    """How much of it is wanted, and how wide the terminal is."""
+
+    verbosity: int = 0
+    """Below 0: problems only; 1 and more: details."""
+    columns: int = 80

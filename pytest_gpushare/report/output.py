@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from pytest_gpushare.report.line import Line
+from pytest_gpushare.report.line import Line, View
 from pytest_gpushare.report.terminal import header, summary
 from pytest_gpushare.run.started import LeftAlone, Started
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import pytest
 
 LOGGER = "pytest_gpushare"
+
+_PLAIN = str.maketrans("×▁▂▃▄▅▆▇█", "x_.-=+*#@")
+"""Signs that stand for those that a terminal lacks."""
 
 
 def header_lines(started: Started | LeftAlone, config: pytest.Config) -> list[str]:
@@ -35,11 +38,31 @@ def print_problems(started: Started | LeftAlone, config: pytest.Config) -> None:
 
 
 def print_summary(started: Started | LeftAlone, reporter: pytest.TerminalReporter) -> None:
-    """What went wrong while the tests ran, in red where it fails the run."""
+    """What the tests used, and what went wrong, in red where it fails the run."""
     failed = started.has_failed()
-    for line in summary(started):
+    for line in summary(started, _view(reporter.config)):
         marks = {"red": failed, "yellow": not failed} if line.problem else {}
         reporter.write_line(_encodable(line.text), **marks)
+
+
+def publish(started: Started | LeftAlone, config: pytest.Config, exit_status: int) -> None:
+    """Write the reports; one that cannot be written is a problem that the summary tells."""
+    if isinstance(started, LeftAlone) or not started.reports:
+        return
+    from pytest_gpushare.report.document import document
+    from pytest_gpushare.report.files import write_reports
+
+    try:
+        lines = [line.text for line in summary(started, _view(config))]
+        whole = document(started, exit_status, lines)
+        started.unwritten += write_reports(whole, started.reports)
+    except Exception as error:
+        # The tests have their results; a report is not worth an internal error.
+        started.unwritten.append(f"no report: {type(error).__name__}: {error}"[:300])
+
+
+def _view(config: pytest.Config) -> View:
+    return View(_verbosity(config), int(config.get_terminal_writer().fullwidth))
 
 
 def log_lines(started: Started | LeftAlone, config: pytest.Config) -> None:
@@ -70,5 +93,5 @@ def _encodable(text: str) -> str:
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        return text.replace("×", "x").encode(encoding, "replace").decode(encoding)
+        return text.translate(_PLAIN).encode(encoding, "replace").decode(encoding)
     return text

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from pytest_gpushare.plan.model import DevicePlan, Limit, Plan
 from pytest_gpushare.plan.shortage import shortage
-from pytest_gpushare.report.line import Line
+from pytest_gpushare.report.line import Line, View
 from pytest_gpushare.report.memory import out_of_memory
 from pytest_gpushare.report.ollama import ollama_lines
 from pytest_gpushare.run.placement import caps_of
@@ -29,11 +29,15 @@ def header(started: Started | LeftAlone, verbosity: int) -> list[Line]:
     return [_alone(line) for line in lines if line.problem]
 
 
-def summary(started: Started | LeftAlone) -> list[Line]:
-    """The lines after the tests: problems that showed while they ran."""
+def summary(started: Started | LeftAlone, view: View) -> list[Line]:
+    """The lines after the tests: what they used, and problems that showed while they ran."""
     if isinstance(started, LeftAlone):
         return []
-    return [line for part in _SUMMARY for line in part(started)]
+    from pytest_gpushare.report.usage import usage_lines
+
+    lines = [line for part in _SUMMARY for line in part(started)]
+    lines += usage_lines(started, view)
+    return [line for line in lines if line.problem or view.verbosity >= 0]
 
 
 def _overwritten(started: Started) -> Iterator[Line]:
@@ -43,7 +47,16 @@ def _overwritten(started: Started) -> Iterator[Line]:
         yield Line(text, problem=True)
 
 
-_SUMMARY: tuple[Callable[[Started], Iterator[Line]], ...] = (_overwritten, out_of_memory)
+def _unwritten(started: Started) -> Iterator[Line]:
+    for text in started.unwritten:
+        yield Line(f"gpu-share: {text}", problem=True)
+
+
+_SUMMARY: tuple[Callable[[Started], Iterator[Line]], ...] = (
+    _overwritten,
+    out_of_memory,
+    _unwritten,
+)
 
 
 def _lines(started: Started, verbosity: int) -> Iterator[Line]:

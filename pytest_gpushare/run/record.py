@@ -41,6 +41,10 @@ class Record:
         """Seconds since the run started."""
         return self._clock() - self._began
 
+    def since_start(self, moment: float) -> float:
+        """A moment on the monotonic clock, in seconds since the run started."""
+        return moment - self._began
+
     def note(self, kind: str, text: str, **facts: Any) -> Event:
         """Keep an event, with the time at which it was noted."""
         event = Event(self.now(), kind, text, facts)

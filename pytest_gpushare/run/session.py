@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.errors import SettingsError
@@ -18,6 +19,7 @@ from pytest_gpushare.run.start import Host, start
 from pytest_gpushare.run.started import LeftAlone, Started
 from pytest_gpushare.settings.gpu_auto import has_xdist, runs_tests
 from pytest_gpushare.settings.load import load
+from pytest_gpushare.settings.reports import report_files
 from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.settings.written import gather
 
@@ -36,11 +38,13 @@ def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> Started
             "--gpu-share sizes the workers of pytest-xdist, which is not loaded: install "
             "pytest-xdist, or drop -p no:xdist"
         )
+    reports = _reports(config, options)
     request = Request(in_process=True)
     settings = load(gather(config))
     started = start(
         settings, request, _host(options, 1, outer), _others(config), _seen(settings, config)
     )
+    started.reports = reports
     started.strict = bool(options.gpu_share_strict)
     if cuda_is_up(started.gpus.own_process_has_context):
         started.unplaced = "CUDA is up in this process already"
@@ -58,11 +62,13 @@ def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> Started | 
     own_workers = numprocesses.keeps_own_workers(options)
     if own_workers and not numprocesses.local_workers(options.tx):
         return LeftAlone("the workers of --tx are on other hosts: no GPU is assigned to them")
+    reports = _reports(config, options)
     request, cpus = numprocesses.request_for(config)
     settings = load(gather(config))
     started = start(
         settings, request, _host(options, cpus, outer), _others(config), _seen(settings, config)
     )
+    started.reports = reports
     started.strict = bool(options.gpu_share_strict)
     plan = started.plan
     if request.in_process:
@@ -75,6 +81,10 @@ def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> Started | 
             "use --dist=load to share them out"
         )
     return started
+
+
+def _reports(config: pytest.Config, options: Any) -> tuple[Path, ...]:
+    return report_files(options.gpu_share_report, Path(config.invocation_params.dir))
 
 
 def _seen(settings: Settings, config: pytest.Config) -> Mapping[str, int]:

@@ -64,7 +64,9 @@ def start(
         probes.close()
         raise
     live = LiveVram(probes.nvml) if probes.nvml is not None and gpus.all_devices else None
-    started = Started(settings, gpus, probes.ollama, plan, _closing(live, probes.close), live=live)
+    started = Started(
+        settings, gpus, probes.ollama, plan, _closing(live, probes.close), live=live, host=facts
+    )
     started.notes += gpus.problems
     started.notes += _unexpected(settings, gpus)
     for model in probes.ollama.models:

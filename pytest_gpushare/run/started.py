@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pytest_gpushare.plan.model import Plan
-from pytest_gpushare.probe.facts import GpuFacts, LoadedModel, OllamaFacts
+from pytest_gpushare.probe.facts import GpuFacts, HostFacts, LoadedModel, OllamaFacts
 from pytest_gpushare.probe.visibility import VARIABLE
 from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE, mps_is_running, without_caps_of_outer_run
 from pytest_gpushare.run.frameworks import installed
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_gpushare.run.alone import Alone
+    from pytest_gpushare.run.crew import Crew
+    from pytest_gpushare.run.journal import Journal
     from pytest_gpushare.run.live import LiveVram
+    from pytest_gpushare.run.watch import Watch
 
 
 class Service(Protocol):
@@ -70,6 +75,9 @@ class LeftAlone(NamedTuple):
     def begin(self) -> None:
         """Nothing runs beside the tests."""
 
+    def look_again(self) -> None:
+        """Nothing was looked at."""
+
     def end(self) -> None:
         """Nothing ran beside the tests."""
 
@@ -114,20 +122,58 @@ class Started:
     """Who has a device alone; None before the session starts."""
     has_needs: bool = False
     """Whether tests may have needs of their own, so that no slot may cap them."""
+    host: HostFacts | None = None
+    """What the host can carry, as the plan took it."""
+    reports: tuple[Path, ...] = ()
+    """The files that are written when the run is over."""
+    unwritten: list[str] = field(default_factory=list)
+    """Why a report could not be written, one sentence each."""
+    watch: Watch | None = None
+    """The samples; None before the run began, and under a what-if."""
 
     _devices: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.links.on("overwritten", self._note_overwritten)
+        self.links.on("here", lambda worker, pid: self.crew.came_up(worker, pid))
+        self.links.on("pid", lambda worker, pid: self.crew.came_up(worker, pid))
+        self.links.on("test", self._note_test)
+
+    @cached_property
+    def crew(self) -> Crew:
+        """The processes that run the tests."""
+        from pytest_gpushare.run.crew import Crew
+
+        return Crew(self.plan, self.context_on)
+
+    @cached_property
+    def journal(self) -> Journal:
+        """The tests, as they are reported."""
+        from pytest_gpushare.run.journal import Journal
+
+        return Journal(self.crew)
 
     def begin(self) -> None:
         """Start all that runs beside the tests; what fails is told and left out."""
+        if self.live is not None and self.plan.devices:
+            from pytest_gpushare.run.watch import Watch
+
+            uuids = [planned.device.uuid for planned in self.plan.devices]
+            self.watch = Watch(self.live, uuids, self.crew, self.record)
+            self.services.insert(0, self.watch)
         for service in list(self.services):
             try:
                 service.start()
             except Exception as error:
                 self.services.remove(service)
                 self.notes.append(f"{_name(service)} could not start: {error}")
+
+    def look_again(self) -> None:
+        """The tests are done and their processes still there: a last look at what they hold."""
+        if self.watch is not None and self.watch in self.services:
+            # Whatever NVML does now, the run has its result.
+            with contextlib.suppress(Exception):
+                self.watch.last_look()
 
     def end(self) -> None:
         """Stop it, the last first; harmless when called twice."""
@@ -186,6 +232,15 @@ class Started:
             "needs": self.has_needs,
         }
         return {**message, "memory": memory}
+
+    def _note_test(self, worker: str, told: Any) -> None:
+        member = self.crew.get(worker)
+        self.journal.measured(worker, told, self.context_on(member.device if member else None))
+
+    def context_on(self, uuid: str | None) -> int:
+        """Bytes of a CUDA context on a device: as earlier runs measured it, or assumed."""
+        names = [d.device.name for d in self.plan.devices if d.device.uuid == uuid]
+        return self.contexts.get(names[0] if names else "", CONTEXT_ALLOWANCE)
 
     def _note_overwritten(self, worker: str, how: str) -> None:
         self.overwritten[worker] = how

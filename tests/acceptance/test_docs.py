@@ -413,6 +413,7 @@ def test_names_exist(page: str) -> None:
     assert named - known <= refused
     flags = {option.flag for option in OPTIONS if option.flag}
     flags |= {"--gpu-share", "--no-gpu-share", "--gpu-share-simulate", "--gpu-share-strict"}
+    flags |= {"--gpu-share-report"}
     assert set(re.findall(r"--(?:no-)?gpu-share[\w-]*", text)) <= flags
 
 

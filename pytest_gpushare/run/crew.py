@@ -1,0 +1,143 @@
+"""The processes that run the tests: where each was placed, when it lived, what it held."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pytest_gpushare.plan.model import Plan
+from pytest_gpushare.run.leaks import LEAST_BY_NVML, Growths
+
+_MOST_READINGS = 4096
+"""For a test that runs for hours; then every second reading has to do."""
+
+
+class Peak(NamedTuple):
+    """The most VRAM that something held, and who says so."""
+
+    size: int
+    """Bytes, the CUDA context included."""
+    source: str
+    """`frameworks`: their counters, which miss nothing that they allocate; `nvml`: readings a
+    second apart, so at least this much."""
+
+
+def higher(one: Peak | None, other: Peak | None) -> Peak | None:
+    """The larger of two peaks; what is unknown says nothing."""
+    if one is None or other is None:
+        return one or other
+    return one if one.size >= other.size else other
+
+
+@dataclass
+class Member:
+    """One worker, or the process itself where there are none."""
+
+    id: str
+    role: str
+    """`gpu`, `cpu`, or `unplanned`: placed by the user, or not at all."""
+    device: str | None
+    """UUID of its device."""
+    slot: int
+    """Bytes of VRAM of its slot; 0 without one."""
+    pid: int | None = None
+    started: float | None = None
+    """Seconds since the run started."""
+    ended: float | None = None
+    crashed: bool = False
+    context: int = 0
+    """Bytes of its CUDA context, measured or assumed."""
+    low_at: float = float("-inf")
+    """When NVML last told so little of it that nothing can have been left behind."""
+    kept: int | None = None
+    """Bytes that it held, by NVML, when its fixtures were torn down; None: nobody looked."""
+    counted: Peak | None = None
+    """The highest peak of its tests by the frameworks' counters."""
+    seen: Peak | None = None
+    """The highest figure that NVML told of it and its descendants."""
+    growths: Growths = field(default_factory=Growths)
+    readings: list[tuple[float, int]] = field(default_factory=list)
+    """(seconds, bytes) by NVML since the end of the last test that was reported."""
+
+    @property
+    def peak(self) -> Peak | None:
+        """The most VRAM that it held; None where nobody can tell."""
+        return higher(self.counted, self.seen)
+
+
+class Crew:
+    """All workers of the run, those that crashed among them; used by several threads."""
+
+    def __init__(self, plan: Plan, context_on: Callable[[str | None], int]) -> None:
+        self._plan, self._context_on = plan, context_on
+        self._members: dict[str, Member] = {}
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[Member]:
+        with self._lock:
+            return iter(list(self._members.values()))
+
+    def get(self, worker: str) -> Member | None:
+        """The worker of this id."""
+        return self._members.get(worker)
+
+    def join(self, worker: str, number: int | None, at: float) -> Member:
+        """A worker starts; `number` is its place in the plan, None where it has none from us."""
+        slots = self._plan.slots
+        slot = slots[number] if number is not None and number < len(slots) else None
+        device = None if slot is None else slot.device.uuid
+        member = Member(
+            worker,
+            "gpu" if slot else "unplanned" if number is None else "cpu",
+            device,
+            0 if slot is None else slot.vram,
+            started=at,
+            context=self._context_on(device),
+        )
+        with self._lock:
+            return self._members.setdefault(worker, member)
+
+    def came_up(self, worker: str, pid: object) -> None:
+        """A worker tells its PID."""
+        member = self._members.get(worker)
+        if member is not None and type(pid) is int and pid > 0:
+            member.pid = pid
+
+    def leave(self, worker: str, at: float, *, crashed: bool) -> None:
+        """A worker has finished its tests, or died."""
+        member = self._members.get(worker)
+        if member is not None and member.ended is None:
+            member.ended, member.crashed = at, crashed
+
+    def at_work(self) -> dict[int, str]:
+        """PID -> id of the workers that have not finished."""
+        return {
+            member.pid: member.id
+            for member in self
+            if member.pid is not None and member.ended is None
+        }
+
+    def not_crashed(self) -> dict[int, str]:
+        """PID -> id of the workers whose processes may still be there."""
+        return {m.pid: m.id for m in self if m.pid is not None and not m.crashed}
+
+    def read(self, member: Member, at: float, size: int) -> None:
+        """NVML told what a worker holds."""
+        member.seen = higher(member.seen, Peak(size, "nvml") if size else None)
+        if size <= member.context + LEAST_BY_NVML:
+            member.low_at = at
+        with self._lock:
+            member.readings.append((at, size))
+            if len(member.readings) > _MOST_READINGS:
+                pairs = zip(member.readings[::2], member.readings[1::2], strict=False)
+                member.readings = [max(pair, key=lambda reading: reading[1]) for pair in pairs]
+
+    def peak_between(self, member: Member, start: float, end: float) -> Peak | None:
+        """The highest reading of a worker in this time; earlier ones are then forgotten."""
+        with self._lock:
+            found = [size for at, size in member.readings if start <= at <= end]
+            member.readings = [reading for reading in member.readings if reading[0] > end]
+        size = max(found, default=0)
+        return Peak(size, "nvml") if size else None
