@@ -58,7 +58,9 @@ class Placed:
         self._told = False
 
     def pytest_configure(self, config: pytest.Config) -> None:
-        """The initial conftests are loaded: did one of them change what this process sees?"""
+        """Say who this is; the initial conftests are loaded: did one change what it sees?"""
+        who = {name: self._place[name] for name in ("role", "device", "vram")}
+        self._link.send("hello", {**who, "pid": os.getpid()})
         plugins = config.pluginmanager.get_plugins()
         self._compare(getattr(plugin, "__file__", None) for plugin in plugins)
 

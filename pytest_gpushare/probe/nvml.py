@@ -66,6 +66,15 @@ class Nvml:
         if library is not None:
             self._shut_down(library)
 
+    def versions(self) -> tuple[str | None, str | None]:
+        """Versions of the library and of the CUDA that its driver can do; None: not told."""
+        if self._library is None:
+            return None, None
+        nvml = self._or_none(self._library.nvmlSystemGetNVMLVersion)
+        cuda = self._or_none(self._library.nvmlSystemGetCudaDriverVersion)
+        told = isinstance(cuda, int) and cuda > 0
+        return _printable(nvml) or None, f"{cuda // 1000}.{cuda % 1000 // 10}" if told else None
+
     def read(self, outer: str | None, order: str | None) -> GpuFacts:
         """The devices now; `outer` is CUDA_VISIBLE_DEVICES and `order` CUDA_DEVICE_ORDER."""
         if self._library is None:

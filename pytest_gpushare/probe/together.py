@@ -79,9 +79,9 @@ def probe(
     Raises `SettingsError` for a what-if that cannot be understood; nothing else.
     """
     if simulate:
-        return Probes(simulated(simulate), _ask_ollama(settings, environment), _nothing)
+        return Probes(simulated(simulate), ask_ollama(settings, environment), _nothing)
     reading = _NvmlReading(environment)
-    ollama = _ask_ollama(settings, environment)
+    ollama = ask_ollama(settings, environment)
     return Probes(reading.finish(), ollama, reading.close, reading.nvml)
 
 
@@ -120,7 +120,7 @@ class _NvmlReading:
         _Answer("nvml-close", self.nvml.close).wait(time.monotonic() + _CLOSE_TIMEOUT)
 
 
-def _ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFacts:
+def ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFacts:
     """Every address that may be Ollama's is asked at once; the best that answers is taken.
 
     All its questions together have the one time limit.

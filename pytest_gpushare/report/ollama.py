@@ -35,7 +35,7 @@ def _server(started: Started) -> Text:
     if not ollama.answered:
         text = f"  {who} at {ollama.address}: {ollama.problem}; {_what_stands(started)}"
         return Text(text, problem=ollama.reachable)
-    models = ", ".join(_model(model) for model in ollama.models)
+    models = ", ".join(model_in_words(model) for model in ollama.models)
     spilled = any(model.is_spilled for model in ollama.models)
     where = _found(started, ollama) + _elsewhere(started)
     return Text(f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}", spilled)
@@ -67,7 +67,8 @@ def _elsewhere(started: Started) -> str:
     return ", on another machine (VRAM is reserved here all the same; gpu_share_ollama_gpu = none)"
 
 
-def _model(model: LoadedModel) -> str:
+def model_in_words(model: LoadedModel) -> str:
+    """`qwen2.5:14b 10.8 GB, 100 % on GPU`."""
     size = format_gb(model.size)
     if model.size_vram > model.size or not model.size:
         return f"{model.name} {size}, {format_gb(model.size_vram)} on GPU"

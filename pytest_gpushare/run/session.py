@@ -14,6 +14,7 @@ from pytest_gpushare.run import numprocesses
 from pytest_gpushare.run.others import Others
 from pytest_gpushare.run.placement import worker_environment
 from pytest_gpushare.run.places import place_of
+from pytest_gpushare.run.presence import Presence
 from pytest_gpushare.run.process import cuda_is_up, set_variables
 from pytest_gpushare.run.start import Host, start
 from pytest_gpushare.run.started import LeftAlone, Started
@@ -51,6 +52,7 @@ def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> Started
     else:
         config.add_cleanup(set_variables(worker_environment(started.plan, 0, started.around)))
         config.add_cleanup(entered(place_of(started.plan, 0)))
+    _show(started, config)
     return started
 
 
@@ -80,6 +82,7 @@ def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> Started | 
             f"--dist=each: every test runs on each of the {plan.workers} workers: "
             "use --dist=load to share them out"
         )
+    _show(started, config)
     return started
 
 
@@ -103,6 +106,12 @@ def attach(started: Started | LeftAlone, config: pytest.Config) -> None:
 
         started.alone = Alone(started)
         started.services.append(Profile(started, config))
+
+
+def _show(started: Started, config: pytest.Config) -> None:
+    """Let `pytest-gpushare watch` see this session; a what-if has nothing to see."""
+    if not started.gpus.simulated:
+        started.services.append(Presence(started, config.rootpath))
 
 
 def _others(config: pytest.Config) -> Others:

@@ -56,7 +56,7 @@ PAGES = {
     if "_build" not in path.parts
 }
 CONFIGURATION = ("pytest.ini", "pyproject.toml", "pytest.toml", "tox.ini", "setup.cfg")
-COMMANDS = {"pytest", "grep"}
+COMMANDS = {"pytest", "pytest-gpushare", "grep"}
 KEYS = {"on", "file", "refused", "not-run", "pytest-from", "plan-table"}
 
 
@@ -247,6 +247,8 @@ def run(command: str, project: Project, place: str) -> Result:
     assert words[0] in COMMANDS, f"{place}: {words[0]} cannot be run here: give a not-run reason"
     if words[0] == "pytest":
         return project.pytest(*words[1:], **environment)
+    if words[0] == "pytest-gpushare":
+        words[:1] = [sys.executable, "-m", "pytest_gpushare"]
     return project.command(words, **environment)
 
 
@@ -255,7 +257,8 @@ def compare(command: str, expected: list[str], result: Result, place: str) -> No
     told = f"{place}: {command}\n{result.out}\n{result.err}"
     errors = [line for line in plain(result.err) if line.startswith("ERROR: ")]
     shown = plain("\n".join(expected))
-    code = 4 if errors else 1 if any(" failed" in line for line in shown) else 0
+    failed = any(" failed" in line or "[x]" in line for line in shown)
+    code = 4 if errors else 1 if failed else 0
     assert result.code == code, told
     if expected:
         assert said(expected) == plain("\n".join(result.said)), told

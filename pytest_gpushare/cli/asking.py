@@ -1,0 +1,71 @@
+"""pytest, asked what it would do: its own command line, files and plugins, but no test.
+
+Precedence, root directory, `addopts` and other plugins are pytest's business; whoever read
+the files anew would tell something else than a run does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from pytest_gpushare.run.context import known
+
+PLUGIN = ("-p", "pytest_gpushare.plugin")
+"""Loads the plugin also where entry points are switched off; a second time does no harm."""
+
+Look = Callable[[pytest.Config], int]
+
+
+class _Stop:
+    """Ends pytest at the moment when everything is decided and nothing has begun."""
+
+    def __init__(self, look: Look, cpus: int | None) -> None:
+        self._look = look
+        self._cpus = cpus
+        self._stdout = sys.stdout
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_cmdline_main(self, config: pytest.Config) -> int:
+        """Called within the plugin's wrapper: the plan is made by then."""
+        _drop_captured(config)
+        with contextlib.redirect_stdout(self._stdout):
+            return self._look(config)
+
+    @pytest.hookimpl(optionalhook=True, tryfirst=True)
+    def pytest_xdist_auto_num_workers(self) -> int | None:
+        """The CPUs of a what-if."""
+        return self._cpus
+
+
+def ask_pytest(arguments: Sequence[str], look: Look, cpus: int | None = None) -> int:
+    """Let pytest read its configuration and plan; `look` sees it, and gives the exit code.
+
+    What conftests and plugins print goes to standard error. pytest reports wrong settings
+    itself, there, in one line, and the code is its own.
+    """
+    stop = _Stop(look, cpus)
+    with contextlib.redirect_stdout(sys.stderr):
+        return int(pytest.main([*PLUGIN, *arguments], plugins=[stop]))
+
+
+def _drop_captured(config: pytest.Config) -> None:
+    """What conftests printed; pytest would show it when its capture ends without a run."""
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    with contextlib.suppress(Exception):
+        if capture is not None:
+            capture.read_global_capture()
+
+
+def recall(config: pytest.Config) -> dict[str, int]:
+    """What earlier runs measured of CUDA contexts; pytest opens its cache only in a real run."""
+    plugin = config.pluginmanager.get_plugin("cacheprovider")
+    # A cache that cannot be read is an empty one.
+    with contextlib.suppress(Exception):
+        config.option.cacheclear = False
+        if plugin is not None and not hasattr(config, "cache"):
+            plugin.pytest_configure(config)
+    return known(config)

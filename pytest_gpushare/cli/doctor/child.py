@@ -1,0 +1,91 @@
+"""Run as a process of its own: what pytest reads in this directory, as one line of JSON.
+
+In a process of its own, because plugins are imported there, which may fail or hang. No
+conftest is imported, nothing is probed, no test is collected.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pytest_gpushare.cli.asking import ask_pytest
+from pytest_gpushare.cli.doctor.pytest_view import MARK
+from pytest_gpushare.errors import GpuShareError
+from pytest_gpushare.run.numprocesses import request_for
+from pytest_gpushare.settings.gpu_auto import GPU_AUTO, has_xdist
+from pytest_gpushare.settings.written import gather, switched_on
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def main(arguments: list[str]) -> int:
+    """Print what pytest found."""
+
+    def look(config: pytest.Config) -> int:
+        print(MARK + json.dumps(_found(config), default=str))  # noqa: T201
+        return 0
+
+    return ask_pytest(["--noconftest", *arguments, "--no-gpu-share"], look)
+
+
+def _found(config: pytest.Config) -> dict[str, Any]:
+    try:
+        switch, wrong = switched_on(config), ""
+    except GpuShareError as error:
+        switch, wrong = False, str(error)
+    arguments = _added(config)
+    by_number = any(word.endswith(GPU_AUTO) for word in arguments)
+    request, cpus = request_for(config)
+    if by_number:
+        # Our own --no-gpu-share has made xdist's number of it.
+        request = request._replace(number=None)
+    return {
+        "written": {name: _plain(value) for name, value in gather(config)._asdict().items()},
+        "configuration": str(config.inipath or ""),
+        "root": str(config.rootpath),
+        "switched_on": switch,
+        "wrong_switch": wrong,
+        "asked_by_arguments": by_number or "--gpu-share" in arguments,
+        "strict": _is_strict(config),
+        "xdist": has_xdist(config.option),
+        "autoload": not os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
+        and not getattr(config.option, "disable_plugin_autoload", False),
+        "request": request._asdict(),
+        "cpus": cpus,
+    }
+
+
+def _plain(value: object) -> object:
+    return dict(value) if isinstance(value, dict) else str(value)
+
+
+def _added(config: pytest.Config) -> list[str]:
+    """What stands in `addopts` and PYTEST_ADDOPTS."""
+    try:
+        return [*config.getini("addopts"), *shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))]
+    except ValueError:
+        return []
+
+
+def _is_strict(config: pytest.Config) -> bool:
+    """Whether pytest refuses ini keys that it does not know."""
+    options = config.option
+    if getattr(options, "strict_config", False) or getattr(options, "strict", False):
+        return True
+    for name in ("strict_config", "strict"):
+        # The keys came with pytest 9.
+        try:
+            if config.getini(name):
+                return True
+        except (ValueError, KeyError):
+            continue
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,125 @@
+"""The findings in sections, on the terminal or as a document."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from pytest_gpushare.cli.doctor.caps import caps, tools
+from pytest_gpushare.cli.doctor.findings import Finding, Level, Section, broken
+from pytest_gpushare.cli.doctor.gather import Examined, examine
+from pytest_gpushare.cli.doctor.gpus import devices, driver, visibility
+from pytest_gpushare.cli.doctor.neighbour import ollama
+from pytest_gpushare.cli.doctor.packages import packages
+from pytest_gpushare.cli.doctor.project import files, plan, settings
+from pytest_gpushare.cli.document import SCHEMA, generator
+from pytest_gpushare.cli.main import FOUND, OK
+from pytest_gpushare.cli.output import Piece, Row, show, show_json
+from pytest_gpushare.units import plural
+
+PAGE = "how-to/doctor"
+
+_STYLES = {Level.OK: "green", Level.LOOK: "bold yellow", Level.BROKEN: "bold red"}
+
+Check = Callable[[Examined], Iterator[Finding]]
+
+_SECTIONS: Sequence[tuple[str, Sequence[Check]]] = (
+    ("Packages", (packages,)),
+    ("Driver", (driver,)),
+    ("Devices", (devices,)),
+    ("Visibility", (visibility,)),
+    ("Ollama", (ollama,)),
+    ("Settings", (settings,)),
+    ("Plan", (plan,)),
+    ("Caps", (caps, tools)),
+    ("Project", (files,)),
+)
+
+
+def tell(options: argparse.Namespace) -> int:
+    """Examine, print, and give the exit code."""
+    found = examine(options.pytest_arguments)
+    sections = sections_of(found)
+    if options.json:
+        show_json(document(sections))
+    else:
+        show(rows(sections))
+    return FOUND if _count(sections, Level.BROKEN) else OK
+
+
+def sections_of(found: Examined) -> list[Section]:
+    """All findings; a check that fails itself is one, and keeps no other from being told."""
+    result = []
+    for title, checks in _SECTIONS:
+        findings: list[Finding] = []
+        for check in checks:
+            try:
+                findings += check(found)
+            except Exception as error:
+                fact = f"this check itself failed: {type(error).__name__}: {error}"
+                mend = "please report it, with this output"
+                findings.append(broken("doctor-failed", fact, mend))
+        if findings:
+            result.append(Section(title, tuple(findings)))
+    return result
+
+
+def rows(sections: Sequence[Section]) -> Iterator[Row]:
+    """The lines: a title for each section, and under what is not well its mend."""
+    yield [Piece(f"pytest-gpushare {generator()['version']}", "bold")]
+    for section in sections:
+        yield [Piece("")]
+        yield [Piece(section.title, "bold")]
+        for finding in section.findings:
+            mark = f"[{finding.level.value}]"
+            code = f" ({finding.code})" if finding.code else ""
+            yield [
+                Piece("  "),
+                Piece(f"{mark:<4}", _STYLES[finding.level]),
+                Piece(f" {finding.fact}"),
+                Piece(code, "dim"),
+            ]
+            if finding.mend:
+                yield [Piece("       mend: ", "bold"), Piece(finding.mend)]
+    yield [Piece("")]
+    yield [_verdict(sections)]
+
+
+def document(sections: Sequence[Section]) -> dict[str, Any]:
+    """What `doctor --json` prints."""
+    return {
+        "schema": SCHEMA,
+        "generator": generator(),
+        "broken": _count(sections, Level.BROKEN),
+        "look": _count(sections, Level.LOOK),
+        "sections": [
+            {
+                "title": section.title,
+                "findings": [
+                    {
+                        "level": {"ok": "ok", "!": "look", "x": "broken"}[finding.level.value],
+                        "code": finding.code or None,
+                        "fact": finding.fact,
+                        "mend": finding.mend or None,
+                    }
+                    for finding in section.findings
+                ],
+            }
+            for section in sections
+        ],
+    }
+
+
+def _verdict(sections: Sequence[Section]) -> Piece:
+    bad, odd = _count(sections, Level.BROKEN), _count(sections, Level.LOOK)
+    if not bad and not odd:
+        return Piece("All is well.", "green")
+    parts = [f"{bad} broken"] if bad else []
+    parts += [f"{plural(odd, 'thing')} to look at"] if odd else []
+    where = f"each word in brackets is a section of {PAGE} in the documentation"
+    return Piece(f"{', '.join(parts)}; {where}", "bold red" if bad else "bold yellow")
+
+
+def _count(sections: Sequence[Section], level: Level) -> int:
+    return sum(finding.level is level for section in sections for finding in section.findings)

@@ -1,0 +1,216 @@
+"""The command line of `pytest-gpushare`, and its exit codes.
+
+What a subcommand needs is imported when it is asked for: `doctor` must be able to say that
+pytest or httpx is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from pytest_gpushare.errors import GpuShareError
+
+OK, FOUND, USAGE, INTERNAL, REFUSED = 0, 1, 2, 3, 4
+"""Exit codes: all is well; doctor found an [x]; wrong use; an error of our own; the run would
+refuse to start, as pytest's own code 4 says."""
+
+TRACEBACK = "PYTEST_GPUSHARE_TRACEBACK"
+
+_EPILOG = """\
+exit codes:
+  0  all is well
+  1  doctor found something that is broken, an [x]
+  2  this command was used wrongly
+  3  an error of this program
+  4  plan: the run would refuse to start, as pytest does with exit code 4
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with these arguments, by default the process's own; the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    own, pytest_arguments = _split(given)
+    parser = _parser()
+    options = parser.parse_args(own)
+    if pytest_arguments and options.command == "watch":
+        parser.error("watch runs no pytest: nothing may follow --")
+    options.pytest_arguments = pytest_arguments
+    try:
+        return _run(options)
+    except GpuShareError as error:
+        print(f"ERROR: {error}", file=sys.stderr)  # noqa: T201
+        return REFUSED
+    except KeyboardInterrupt:
+        # The way to end watch, perhaps before it has begun.
+        return OK if options.command == "watch" else 130
+    except BrokenPipeError:
+        # The reader went, as `head` does. Else Python would complain while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return OK
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        hint = f"{TRACEBACK}=1 in the environment shows where"
+        print(f"pytest-gpushare: internal error: {what}; {hint}", file=sys.stderr)  # noqa: T201
+        return INTERNAL
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "plan":
+        from pytest_gpushare.cli.plan import plan
+
+        return plan(options)
+    if options.command == "doctor":
+        from pytest_gpushare.cli.doctor import doctor
+
+        return doctor(options)
+    from pytest_gpushare.cli.watch import watch
+
+    return watch(options)
+
+
+def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments before the first `--`, and those after it, which are pytest's."""
+    at = given.index("--") if "--" in given else len(given)
+    return list(given[:at]), list(given[at + 1 :])
+
+
+def _parser() -> argparse.ArgumentParser:
+    from pytest_gpushare import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="pytest-gpushare",
+        description="Look at the GPUs, Ollama and the settings that a test run would find here.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"pytest-gpushare {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_plan(commands)
+    _add_doctor(commands)
+    _add_watch(commands)
+    return parser
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        "tell how many workers a run would start here, and why",
+        "Tell what `pytest --gpu-share` would do in this directory: the words of its header, "
+        "without running a test. What stands after -- is given to pytest as it is.",
+        "[-- PYTEST_ARGUMENT ...]",
+    )
+    parser.add_argument(
+        "--simulate",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="a device that is not here, such as 24GB:used=2GB; repeat it for several devices",
+    )
+    parser.add_argument(
+        "--preset", action="append", default=[], metavar="NAME", help="a preset; repeatable"
+    )
+    parser.add_argument("--config", metavar="FILE", help="a JSON file with settings")
+    parser.add_argument(
+        "-o",
+        dest="override",
+        action="append",
+        default=[],
+        metavar="gpu_share_KEY=VALUE",
+        help="any setting, as after pytest's -o; repeatable",
+    )
+    parser.add_argument(
+        "-n", dest="number", type=_number, metavar="N", help="as pytest's: at most N workers"
+    )
+    parser.add_argument(
+        "--cpus", type=_positive, metavar="N", help="plan for N CPUs, as xdist's auto counts them"
+    )
+    parser.add_argument(
+        "-v",
+        dest="verbosity",
+        action="count",
+        default=0,
+        help="each worker; -vv: the arithmetic too",
+    )
+    parser.add_argument("--json", action="store_true", help="a document in place of the lines")
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "doctor",
+        "find what is wrong with this machine and project, and say how to mend it",
+        "Look at packages, driver, devices, Ollama, settings and the project in this directory. "
+        "Each finding is [ok], [!] (look at this) or [x] (broken). Nothing is changed, and "
+        "nothing secret is printed: the output can go into a bug report. What stands after -- "
+        "is given to pytest as it is.",
+        "[-- PYTEST_ARGUMENT ...]",
+    )
+    parser.add_argument("--json", action="store_true", help="a document in place of the lines")
+
+
+def _add_watch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "watch",
+        "show devices, workers of running sessions and Ollama's models, live",
+        "Show the VRAM of each device, the workers of your running sessions and what Ollama "
+        "holds. In a terminal the picture is redrawn until Ctrl-C; into a pipe or a file go "
+        "plain lines.",
+        "",
+    )
+    parser.add_argument("--once", action="store_true", help="one picture, then end")
+    parser.add_argument(
+        "--interval",
+        type=_interval,
+        default=1.0,
+        metavar="S",
+        help="seconds between two pictures, 0.2 to 3600 (default: 1)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on each line")
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    short: str,
+    long: str,
+    after: str,
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=short,
+        description=long,
+        allow_abbrev=False,
+        usage=f"pytest-gpushare {name} [OPTION ...] {after}".rstrip(),
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < len(text) < 7 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of CPUs: allowed is 1 to 999999")
+    return int(text)
+
+
+def _number(text: str) -> str:
+    if text in ("auto", "logical", "gpu-auto") or (text.isascii() and text.isdigit()):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: allowed is a number of workers, auto, logical or gpu-auto"
+    )
+
+
+def _interval(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.2 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a number from 0.2 to 3600 seconds")
+    return seconds

@@ -1,0 +1,378 @@
+"""`pytest-gpushare doctor` on broken machines: each trap is named, with what mends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from simulator import Device, Machine, Mig
+
+from .conftest import Project, Result, clean_environment, normal
+
+COMMAND = [sys.executable, "-m", "pytest_gpushare", "doctor"]
+OllamaWith = Callable[..., Any]
+MachineWith = Callable[..., Machine]
+
+
+class Told:
+    """What doctor said, by code."""
+
+    def __init__(self, result: Result) -> None:
+        self.result = result
+        document = json.loads(result.out)
+        findings = [f for section in document["sections"] for f in section["findings"]]
+        self.all = findings
+        self.codes = {f["code"]: f for f in findings if f["code"]}
+        assert result.code == int(any(f["level"] == "broken" for f in findings))
+        assert document["broken"] == sum(f["level"] == "broken" for f in findings)
+        assert all(f["mend"] for f in findings if f["level"] != "ok")
+        assert result.err == ""
+
+    def level(self, code: str) -> str:
+        return str(self.codes[code]["level"]) if code in self.codes else ""
+
+    def fact(self, code: str) -> str:
+        return str(self.codes[code]["fact"])
+
+    def mend(self, code: str) -> str:
+        return str(self.codes[code]["mend"])
+
+
+def doctor(project: Project, *arguments: str, **environment: str | None) -> Told:
+    return Told(project.command([*COMMAND, "--json", *arguments], **environment))
+
+
+# Several machines in one process, as starting Python takes as long as the rest.
+MANY = """
+import contextlib, io, json, os, sys
+from simulator import Machine
+from pytest_gpushare.cli.main import main
+
+for environment, injections in json.load(sys.stdin):
+    os.environ.update(environment)
+    machine = Machine.open()
+    machine.clear_injections()
+    for injection in injections:
+        machine.inject(**injection)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = main(["doctor", "--json"])
+    print(json.dumps([code, out.getvalue(), ""]))
+    for name in environment:
+        del os.environ[name]
+"""
+
+
+def doctors(project: Project, machines: Sequence[tuple[Mapping[str, str], Any]]) -> list[Told]:
+    """What doctor says for each environment and fault of the project's machine."""
+    done = subprocess.run(
+        [sys.executable, "-c", MANY],
+        input=json.dumps(machines),
+        cwd=project.path,
+        env=project.environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return [Told(Result(*json.loads(line))) for line in done.stdout.splitlines()]
+
+
+def pretend_installed(project: Project, tmp_path: Path, **versions: str) -> Path:
+    """Distributions by their metadata alone; returns the folder, which is first on the path."""
+    folder = tmp_path / "packages"
+    folder.mkdir(exist_ok=True)
+    for name, version in versions.items():
+        info = folder / f"{name}-{version}.dist-info"
+        info.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n"
+        (info / "METADATA").write_text(text)
+    before = project.environment.get("PYTHONPATH", "")
+    project.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), before]))
+    return folder
+
+
+def test_healthy(
+    project: Project, machine: Machine, ollama_with: OllamaWith, golden: Callable[..., None]
+) -> None:
+    """Nothing to mend; all that a bug report needs, word for word."""
+    ollama_with({"qwen2.5:14b": "10.8GB"}, load="qwen2.5:14b")
+    project.file("pytest.ini", "[pytest]\ngpu_share = true\ngpu_share_safety_buffer_mb = 1GB\n")
+    result = project.command(COMMAND)
+    assert (result.code, result.err) == (0, "")
+    golden(Result(0, versionless(result.out), ""), "doctor_healthy")
+
+
+def test_golden_of_a_broken_machine(
+    project: Project, machine_with: MachineWith, golden: Callable[..., None]
+) -> None:
+    """How findings and mends look."""
+    machine = machine_with(Device(), Device(compute_mode=2))
+    machine.inject("nvmlDeviceGetHandleByIndex_v2", code=15, device=0)
+    project.write(conftest='import os\nos.environ["CUDA_VISIBLE_DEVICES"] = "0"\n')
+    result = project.command(COMMAND, OLLAMA_HOST="127.0.0.1:9")
+    assert (result.code, result.err) == (1, "")
+    golden(Result(1, versionless(result.out), ""), "doctor_broken")
+
+
+def versionless(text: str) -> str:
+    """The output without what differs between the machines that run this test."""
+    text = re.sub(r"(\[ok\]) \S+ \S+ on Linux .*", r"\1 PYTHON on SYSTEM", text)
+    text = re.sub(r"(\[ok\] (?:pytest|pytest-xdist|nvidia-ml-py|httpx)) \S+", r"\1 VERSION", text)
+    text = re.sub(r"(?m)^  \[ok\] (torch|JAX|none of torch).*\n", "  [ok] FRAMEWORKS\n", text)
+    text = re.sub(r"; from a container the host is .* listen on 0\.0\.0\.0", "", text)
+    return re.sub(r"pytest-gpushare \d\S*", "pytest-gpushare VERSION", normal(text))
+
+
+# --- the library and the driver ---
+
+
+def test_no_library(project: Project) -> None:
+    told = doctor(project, KUBERNETES_SERVICE_HOST=None)
+    assert told.level("nvml-missing") == "broken"
+    assert "NVML library not found" in told.fact("nvml-missing")
+    assert re.search("install the NVIDIA driver|--gpus all", told.mend("nvml-missing"))
+    assert told.level("no-gpu-for-tests") == "look"
+
+
+WRONG_DRIVERS = {
+    18: ("driver-mismatch", "reboot"),
+    9: ("driver-not-loaded", "sudo modprobe nvidia"),
+    4: ("nvml-no-permission", "ls -l /dev/nvidia*"),
+    999: ("nvml-unknown", "nvidia-smi"),
+}
+
+
+def test_wrong_driver(project: Project, machine: Machine) -> None:
+    """Each error of NVML when it starts; the last one in a container that was given no GPU."""
+    faults = [({}, [{"function": "nvmlInit*", "code": number}]) for number in WRONG_DRIVERS]
+    faults[-1] = ({"NVIDIA_VISIBLE_DEVICES": "void"}, faults[-1][1])
+    told = doctors(project, faults)
+    for (code, mend), one in zip(WRONG_DRIVERS.values(), told, strict=True):
+        assert one.level(code) == "broken"
+        assert mend in one.mend(code)
+    assert ["container-without-gpu" in one.codes for one in told] == [False, False, False, True]
+
+
+def test_devices(project: Project, machine_with: MachineWith) -> None:
+    """A lost GPU, one without permission, both compute modes, MIG, unified memory."""
+    machine = machine_with(
+        Device(),
+        Device(),
+        Device(compute_mode=2),
+        Device(compute_mode=3),
+        Device(total="40GB", capability=(8, 0), mig=(Mig(total="10GB"),)),
+        Device(memory="unsupported", name="NVIDIA GB10"),
+    )
+    machine.inject("nvmlDeviceGetHandleByIndex_v2", code=15, device=0)
+    machine.inject("nvmlDeviceGetHandleByIndex_v2", code=4, device=1)
+    machine.inject("nvmlDeviceGetMigDeviceHandleByIndex", code=6, device=4)
+    told = doctor(project)
+    levels = {
+        "gpu-lost": "broken",
+        "gpu-no-permission": "broken",
+        "compute-mode": "look",
+        "mig-without-instance": "broken",
+        "unified-memory": "look",
+    }
+    assert {code: told.level(code) for code in levels} == levels
+    assert told.mend("gpu-lost").startswith("sudo nvidia-smi -i 0 --gpu-reset")
+    modes = [f for f in told.all if f["code"] == "compute-mode"]
+    assert [(f["level"], f["mend"]) for f in modes] == [
+        ("broken", "sudo nvidia-smi -i 2 -c DEFAULT"),
+        ("look", "sudo nvidia-smi -i 3 -c DEFAULT"),
+    ]
+    assert told.mend("mig-without-instance").startswith("sudo nvidia-smi mig -i 4 -cgi")
+
+
+VISIBLE = {
+    "0,0": ("visible-twice", "broken", "export CUDA_VISIBLE_DEVICES with each device once"),
+    "7": ("visible-unknown", "broken", "nvidia-smi -L"),
+    "0,7": ("visible-unknown", "look", "nvidia-smi -L"),
+    "": ("visible-empty", "broken", "unset CUDA_VISIBLE_DEVICES"),
+    "1": ("visible-order", "look", "export CUDA_DEVICE_ORDER=PCI_BUS_ID"),
+}
+
+
+def test_visibility(project: Project, machine_with: MachineWith) -> None:
+    """What an outer CUDA_VISIBLE_DEVICES may have wrong."""
+    machine_with(Device(), Device(total="16GB", name="NVIDIA GeForce RTX 4080"))
+    told = doctors(project, [({"CUDA_VISIBLE_DEVICES": value}, []) for value in VISIBLE])
+    for (code, level, mend), one in zip(VISIBLE.values(), told, strict=True):
+        assert one.level(code) == level
+        assert mend in one.mend(code)
+
+
+# --- Ollama ---
+
+
+def test_ollama_down(project: Project, machine: Machine) -> None:
+    told = doctor(project, OLLAMA_HOST="http://me:hunter2@127.0.0.1:9/?token=hunter3")
+    assert told.level("ollama-silent") == "look"
+    assert "127.0.0.1:9 (OLLAMA_HOST): nothing listens there" in told.fact("ollama-silent")
+    assert "ollama serve" in told.mend("ollama-silent")
+    assert "hunter" not in told.result.out
+
+
+def test_ollama_spilled_and_old(
+    project: Project, machine_with: MachineWith, ollama_with: OllamaWith
+) -> None:
+    machine_with(Device(total="24GB", used="20GB"))
+    ollama_with({"qwen2.5:14b": "10.8GB"}, load="qwen2.5:14b", version="0.24.0")
+    told = doctor(project)
+    assert told.level("ollama-spilled") == "look"
+    assert re.search(r"qwen2.5:14b: 10.8 GB, \d+ % on the GPU", told.fact("ollama-spilled"))
+    assert "ollama stop qwen2.5:14b" in told.mend("ollama-spilled")
+    assert told.level("ollama-old") == "look"
+    assert "update Ollama" in told.mend("ollama-old")
+    assert told.level("no-room") == "look"
+    assert "free VRAM" in told.mend("no-room")
+
+
+def test_which_device_ollama_uses(
+    project: Project, machine_with: MachineWith, ollama_with: OllamaWith
+) -> None:
+    machine_with(Device(), Device())
+    ollama_with({"qwen2.5:14b": "10.8GB"})
+    told = doctor(project)
+    assert told.level("ollama-device-unknown") == "look"
+    assert told.mend("ollama-device-unknown").startswith("gpu_share_ollama_gpu = 0")
+
+
+# --- packages ---
+
+
+def test_deprecated_pynvml(project: Project, machine: Machine, tmp_path: Path) -> None:
+    """Its metadata, and an old one's package, which hides the module of nvidia-ml-py."""
+    folder = pretend_installed(project, tmp_path, pynvml="13.0.1")
+    told = doctor(project)
+    assert told.level("pynvml-deprecated") == "look"
+    assert "pip uninstall -y pynvml" in told.mend("pynvml-deprecated")
+    (folder / "pynvml").mkdir()
+    (folder / "pynvml" / "__init__.py").write_text(
+        "import warnings\nwarnings.warn('The pynvml package is deprecated', FutureWarning)\n"
+    )
+    told = doctor(project, PYTHONWARNINGS="error::FutureWarning")
+    assert told.level("pynvml-deprecated") == "broken"
+    assert told.level("pynvml-unusable") == "broken"
+
+
+def test_old_packages(project: Project, machine: Machine, tmp_path: Path) -> None:
+    """An xdist that is too old, and tools that cannot read UUIDs."""
+    pretend_installed(
+        project, tmp_path, pytest_xdist="3.5.0", httpx="0.20.0", deepspeed="0.18.0", vllm="0.20.1"
+    )
+    told = doctor(project)
+    assert told.level("xdist-old") == "broken"
+    assert 'pip install "pytest-xdist>=3.6.1"' in told.mend("xdist-old")
+    assert told.level("package-old") == "broken"
+    tools = [finding for finding in told.all if finding["code"] == "uuid-tools"]
+    assert [finding["fact"].split()[0] for finding in tools] == ["vllm", "deepspeed"]
+    assert {finding["mend"] for finding in tools} == {"gpu_share_device_names = index"}
+
+
+def test_no_xdist(project: Project, tmp_path: Path, nvml_library: Path) -> None:
+    """In an environment of its own: all that is installed here, but xdist."""
+    python = environment_without(tmp_path / "venv", r"(pytest_)?xdist\b.*|pytest_xdist-.*")
+    command = [str(python), "-m", "pytest_gpushare", "doctor", "--json"]
+    told = Told(project.command(command))
+    assert told.level("xdist-missing") == "broken"
+    assert 'pip install "pytest-xdist>=3.6.1"' in told.mend("xdist-missing")
+
+
+def environment_without(path: Path, pattern: str) -> Path:
+    """A virtual environment with links to what is installed here; returns its Python."""
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(path)],
+        check=True,
+        env=clean_environment(),
+    )
+    own = sysconfig.get_path("purelib", vars={"base": str(path), "platbase": str(path)})
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not re.fullmatch(pattern, entry.name):
+            Path(own, entry.name).symlink_to(entry)
+    return path / "bin" / "python"
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "code"),
+    [
+        ({"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, (), "autoload-off"),
+        ({"PYTEST_ADDOPTS": "-p no:xdist"}, (), "xdist-off"),
+        ({}, ("--", "--nonsense"), "pytest-refuses"),
+    ],
+)
+def test_how_pytest_starts(
+    environment: Mapping[str, str],
+    arguments: tuple[str, ...],
+    code: str,
+    project: Project,
+    machine: Machine,
+) -> None:
+    told = doctor(project, *arguments, **environment)
+    assert told.level(code) == ("broken" if code == "pytest-refuses" else "look")
+
+
+# --- settings and project ---
+
+
+def test_wrong_settings(project: Project, machine: Machine) -> None:
+    """Named with file and key; what is told besides goes by the defaults."""
+    project.file("pytest.ini", "[pytest]\ngpu_share = true\ngpu_share_safety_bufer_mb = 1\n")
+    told = doctor(project)
+    assert told.level("settings-refused") == "broken"
+    assert "pytest.ini: unknown key 'gpu_share_safety_bufer_mb'" in told.fact("settings-refused")
+    assert any("a run would start 2 GPU workers" in f["fact"] for f in told.all)
+
+
+def test_settings_of_another_machine(project: Project, machine: Machine) -> None:
+    """A device that is not here."""
+    told = doctor(project, "--", "-o", "gpu_share_ollama_gpu=5")
+    assert told.level("run-refused") == "broken"
+    assert "names no device of this machine" in told.fact("run-refused")
+
+
+def test_traps_of_the_project(project: Project, machine: Machine) -> None:
+    """A JSON file that asks for nothing, strict reading, no room, and conftests that overwrite."""
+    project.file("pytest.ini", "[pytest]\naddopts = --strict-config\ngpu_share_cap_vram = false\n")
+    project.file(
+        "performance_config.json",
+        '{"gpu_resource_management": {"ollama_vram_reservation_mb": 20480}}',
+    )
+    project.write(conftest='import os\nos.environ["CUDA_VISIBLE_DEVICES"] = "0"\n')
+    (project.path / "sub").mkdir()
+    project.file("sub/conftest.py", 'import os\nprint(os.environ.get("CUDA_VISIBLE_DEVICES"))\n')
+    told = doctor(project)
+    assert told.level("json-alone") == "look"
+    assert told.mend("json-alone").startswith("gpu_share = true")
+    assert told.level("strict-config") == "look"
+    assert "performance_config.json" in told.mend("strict-config")
+    assert told.level("no-room") == "look"
+    assert told.mend("no-room").startswith("gpu_share_ollama_vram_reservation_mb = 18432; or ")
+    overwriting = [f["fact"] for f in told.all if f["code"] == "conftest-overwrites"]
+    assert len(overwriting) == 1
+    assert overwriting[0].startswith("conftest.py:2 sets CUDA_VISIBLE_DEVICES")
+    mended = ("--", "-o", "gpu_share_ollama_vram_reservation_mb=18432")
+    assert "no-room" not in doctor(project, *mended).codes
+
+
+def test_slow_plugin_and_secrets(project: Project, machine: Machine) -> None:
+    """What pytest prints while it starts is not in the way, and no variable's value leaks."""
+    project.write(loud='print("noise")\nimport os; os.write(1, b"noise\\n")\n')
+    told = doctor(
+        project,
+        PYTEST_ADDOPTS="-p loud",
+        PYTHONPATH=os.pathsep.join([str(project.path), project.environment["PYTHONPATH"]]),
+        API_TOKEN="hunter2",
+    )
+    assert "pytest-refuses" not in told.codes
+    assert "noise" not in told.result.out
+    assert "hunter" not in told.result.out

@@ -1,0 +1,275 @@
+"""Doctor's checks, called with facts that no simulated machine has."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_gpushare.cli.doctor import told
+from pytest_gpushare.cli.doctor.caps import caps, tools
+from pytest_gpushare.cli.doctor.conftests import overwriting
+from pytest_gpushare.cli.doctor.findings import Finding, Level, look, safe
+from pytest_gpushare.cli.doctor.gather import Examined, Surroundings, settings_of
+from pytest_gpushare.cli.doctor.gpus import driver, visibility
+from pytest_gpushare.cli.doctor.neighbour import ollama
+from pytest_gpushare.cli.doctor.packages import packages, release
+from pytest_gpushare.cli.doctor.pytest_view import PytestView, ask
+from pytest_gpushare.plan.model import Request
+from pytest_gpushare.plan.sizing import make_plan
+from pytest_gpushare.probe.facts import Device, GpuFacts, HostFacts, LoadedModel, OllamaFacts
+from pytest_gpushare.run.started import Started
+from pytest_gpushare.settings.load import Written, load
+from pytest_gpushare.units import GB
+
+ROOT = Path(__file__).parents[2]
+CARD = Device("GPU-0", "RTX 3090 Ti", "0", 24 * GB, 2 * GB, 22 * GB)
+SILENT = OllamaFacts("127.0.0.1:11434", asked=True, problem="nothing listens there")
+
+
+def examined(
+    gpus: GpuFacts = GpuFacts((CARD,), (CARD,), driver="580"),  # noqa: B008 - frozen
+    server: OllamaFacts = SILENT,
+    ini: dict[str, object] | None = None,
+    **changes: Any,
+) -> Examined:
+    """A healthy machine, but for the changes."""
+    here = Path("/nowhere")
+    settings = load(Written({}, {}, ini or {}, "pytest.ini", here, here, here))
+    plan = make_plan(settings, gpus, server, HostFacts(8), Request())
+    found = Examined(
+        environment={},
+        where=Surroundings(system="Linux", python="CPython 3.12"),
+        packages={"pytest": "9.2.0", "pytest-xdist": "3.8.0", "nvidia-ml-py": "13", "httpx": "1.0"},
+        pynvml_is_foreign=False,
+        pytest=PytestView(),
+        settings=settings,
+        settings_error="",
+        started=Started(settings, gpus, server, plan, lambda: None),
+        start_error="",
+    )
+    return replace(found, **changes)
+
+
+def only(findings: Any, code: str) -> Finding:
+    (found,) = [finding for finding in findings if finding.code == code]
+    assert isinstance(found, Finding)
+    return found
+
+
+NO_LIBRARY = GpuFacts(absence="NVML library not found (NVML error 12)")
+
+
+@pytest.mark.parametrize(
+    ("where", "mend"),
+    [
+        (Surroundings(), "install the NVIDIA driver; nvidia-smi must work"),
+        (Surroundings(is_container=True), "start the container with the GPU"),
+        (Surroundings(is_wsl=True), "install the NVIDIA driver on Windows"),
+        (Surroundings(is_wsl=True, wsl_library=True), "export LD_LIBRARY_PATH=/usr/lib/wsl/lib"),
+    ],
+)
+def test_no_library_by_surroundings(where: Surroundings, mend: str) -> None:
+    """What is missing differs between a bare machine, a container and WSL."""
+    assert mend in only(driver(examined(NO_LIBRARY, where=where)), "nvml-missing").mend
+
+
+@pytest.mark.parametrize(
+    ("absence", "code"),
+    [
+        ("NVML did not answer within 10 s", "nvml-hangs"),
+        ("Some new thing (NVML error 28)", "nvml-fails"),
+        ("NVML finds no device", "no-device"),
+        ("pynvml cannot be imported (no such module): install nvidia-ml-py", "pynvml-unusable"),
+    ],
+)
+def test_other_absences(absence: str, code: str) -> None:
+    """Each reason for which there is no NVML has a mend."""
+    found = only(driver(examined(GpuFacts(absence=absence))), code)
+    assert (found.level, found.fact) == (Level.BROKEN, absence)
+
+
+def test_visibility_without_devices() -> None:
+    """Where there is no device, the variable is only told."""
+    environment = {"CUDA_VISIBLE_DEVICES": "0", "NVIDIA_VISIBLE_DEVICES": "all"}
+    findings = list(visibility(examined(NO_LIBRARY, environment=environment)))
+    assert [finding.level for finding in findings] == [Level.OK, Level.OK]
+
+
+def server(**changes: Any) -> OllamaFacts:
+    return replace(OllamaFacts("h:1", True, True, "0.33.0", reachable=True), **changes)
+
+
+@pytest.mark.parametrize(
+    ("facts", "changes", "code", "words"),
+    [
+        (SILENT, {"where": Surroundings(is_wsl=True)}, "ollama-silent", "from WSL the host is"),
+        (
+            replace(SILENT, problem="no answer within 0.5 s"),
+            {"patient_ollama": server()},
+            "ollama-slow",
+            "gpu_share_ollama_timeout_s",
+        ),
+        (replace(SILENT, problem="x ('z' is no port: 1)"), {}, "ollama-address", "the port"),
+        (
+            replace(SILENT, reachable=True, problem="/api/ps gives status 404"),
+            {},
+            "ollama-nonsense",
+            "before 0.1.38",
+        ),
+        (server(version="0.5.13"), {}, "ollama-old", "update Ollama"),
+        (
+            server(models=(LoadedModel("m", GB, 0),)),
+            {},
+            "ollama-spilled",
+            "ollama stop m",
+        ),
+    ],
+)
+def test_ollama(facts: OllamaFacts, changes: dict[str, Any], code: str, words: str) -> None:
+    """What may be odd about the server."""
+    assert words in only(ollama(examined(server=facts, **changes)), code).mend
+
+
+@pytest.mark.parametrize("version", ["0.30.0", "0.33.0-rc2", "0.0.0", None])
+def test_ollama_that_is_not_old(version: str | None) -> None:
+    """Builds from source call themselves 0.0.0."""
+    assert not [f for f in ollama(examined(server=server(version=version))) if f.code]
+
+
+def test_ollama_that_is_not_asked() -> None:
+    """Told with the place that says so."""
+    ini = {"gpu_share_enable_ollama_detection": "false"}
+    (finding,) = ollama(examined(server=OllamaFacts(), ini=ini))
+    assert finding.fact.endswith("(pytest.ini)")
+
+
+@pytest.mark.parametrize(
+    ("tool", "version", "breaks"),
+    [
+        ("torch", "1.13.1+cu117", True),
+        ("torch", "2.0.0", False),
+        ("vllm", "0.20.1", True),
+        ("vllm", "0.22.0", False),
+        ("deepspeed", "0.18.0", True),
+    ],
+)
+def test_tools_that_break_on_uuids(tool: str, version: str, breaks: bool) -> None:
+    """`index` is recommended where it is needed, and only while UUIDs are written."""
+    found = examined(packages={tool: version})
+    assert bool(list(tools(found))) == breaks
+    by_index = examined(ini={"gpu_share_device_names": "index"}, packages={tool: version})
+    assert list(tools(by_index)) == []
+
+
+def test_caps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which caps hold, and which cannot."""
+    versions = {"torch": "2.13.0", "JAX": "0.10.0"}
+    monkeypatch.setattr("pytest_gpushare.run.started.installed", lambda: versions)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
+    found = list(caps(examined()))
+    assert found[0].fact.startswith("torch 2.13.0: 3.9")
+    assert found[1].code == "no-cap"
+    assert "unset XLA_PYTHON_CLIENT_ALLOCATOR" in found[1].mend
+    monkeypatch.setattr("pytest_gpushare.cli.doctor.caps.installed", lambda: versions)
+    off = list(caps(examined(ini={"gpu_share_cap_vram": "false"})))
+    assert [finding.code for finding in off] == ["caps-off"]
+
+
+def test_missing_package() -> None:
+    """Named with what does not work without it, and the command that installs it."""
+    found = only(
+        packages(examined(packages={**examined().packages, "httpx": "0.1"})), "package-old"
+    )
+    assert 'pip install "httpx>=0.27"' in found.mend
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("2.10.0+cu130", (2, 10, 0)), ("0.33.0-rc2", (0, 33, 0)), ("", ())]
+)
+def test_release(text: str, numbers: tuple[int, ...]) -> None:
+    assert release(text) == numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:secret@host:1/x", "http://***@host:1/x"),
+        ("host/x?token=secret&b=secret", "host/x?token=***&b=***"),
+        ("two\nlines\x1b[31m", "two lines?[31m"),
+        ("x" * 2000, "x" * 600),
+    ],
+)
+def test_safe(text: str, shown: str) -> None:
+    """Nothing secret, nothing that a terminal would obey."""
+    assert safe(text) == shown
+
+
+def test_a_check_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told, and the others too."""
+
+    def fails(_: Examined) -> Any:
+        raise ZeroDivisionError("oh")
+
+    def works(_: Examined) -> Any:
+        yield look("no-room", "little", "more")
+
+    monkeypatch.setattr(told, "_SECTIONS", (("A", (fails,)), ("B", (works,))))
+    sections = told.sections_of(examined())
+    assert [f.code for section in sections for f in section.findings] == [
+        "doctor-failed",
+        "no-room",
+    ]
+
+
+def test_conftests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that write the variable; not those that read it, nor those of installed packages."""
+    monkeypatch.chdir(tmp_path)
+    writes = 'import os\nos.environ["CUDA_VISIBLE_DEVICES"] = "0"\n'
+    for name, text in {
+        "tests": writes,
+        "reads": 'import os\nos.environ.get("CUDA_VISIBLE_DEVICES")\n',
+        ".hidden": writes,
+        "venv/lib": writes,
+        "node_modules/x": writes,
+    }.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "conftest.py").write_text(text)
+    (tmp_path / "venv" / "pyvenv.cfg").touch()
+    assert overwriting(tmp_path) == [str(Path("tests", "conftest.py:2"))]
+
+
+def test_pytest_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A plugin that never comes back is waited for no longer than the limit."""
+    (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("pytest_gpushare.cli.doctor.pytest_view.TIMEOUT", 0.5)
+    assert ask(["-p", "sleeper"]).error == "pytest did not start within 0.5 s"
+
+
+def test_settings_that_stand_in() -> None:
+    """Where pytest did not start, the defaults."""
+    settings, error = settings_of(PytestView(error="broken"))
+    assert (settings.presets, error) == (("conservative",), "")
+
+
+NOT_CODES = {"pytest-xdist", "nvidia-ml-py", "nvidia-smi", "site-packages"}
+
+
+def test_each_code_has_its_section() -> None:
+    """Every word in brackets is a heading of the page, and every heading is a code."""
+    page = (ROOT / "docs" / "how-to" / "doctor.md").read_text(encoding="utf-8")
+    headings = re.findall(r"(?m)^### (\S+)$", page)
+    constants = {
+        node.value
+        for path in (ROOT / "pytest_gpushare" / "cli" / "doctor").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    codes = {text for text in constants if re.fullmatch(r"[a-z]+(-[a-z]+)+", text)} - NOT_CODES
+    assert sorted(headings) == sorted(codes)
+    assert len(headings) == len(set(headings)) > 35

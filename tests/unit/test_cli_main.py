@@ -1,0 +1,82 @@
+"""The command line of `pytest-gpushare`: what it accepts, and how errors end."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_gpushare.cli import main as command
+from pytest_gpushare.cli.main import main
+from pytest_gpushare.errors import GpuShareError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ((), 2, "required: COMMAND"),
+        (("plan", "-n", "many"), 2, "allowed is a number of workers"),
+        (("plan", "--cpus", "0"), 2, "is no number of CPUs"),
+        (("plan", "--sim", "24GB"), 2, "unrecognized arguments: --sim 24GB"),
+        (("watch", "--interval", "0"), 2, "allowed is a number from 0.2 to 3600 seconds"),
+        (("watch", "--interval", "nan"), 2, "allowed is a number from 0.2 to 3600 seconds"),
+        (("watch", "--", "x"), 2, "nothing may follow --"),
+        (("--help",), 0, "exit codes:"),
+        (("plan", "--help"), 0, "without running a test"),
+        (("doctor", "--help"), 0, "Nothing is changed"),
+        (("watch", "--help"), 0, "redrawn until Ctrl-C"),
+        (("--version",), 0, "pytest-gpushare "),
+    ],
+)
+def test_command_line(
+    arguments: tuple[str, ...], code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong use is told in argparse's manner."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    said = capsys.readouterr()
+    assert ended.value.code == code
+    assert words in " ".join((said.out + said.err).split())
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "code", "words"),
+    [
+        (GpuShareError("fact: remedy"), "plan", 4, "ERROR: fact: remedy\n"),
+        (KeyboardInterrupt(), "plan", 130, ""),
+        (KeyboardInterrupt(), "watch", 0, ""),
+        (
+            ValueError("two\nlines"),
+            "doctor",
+            3,
+            "pytest-gpushare: internal error: ValueError: two lines; "
+            "PYTEST_GPUSHARE_TRACEBACK=1 in the environment shows where\n",
+        ),
+    ],
+)
+def test_errors_are_one_line(
+    error: BaseException,
+    arguments: str,
+    code: int,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever happens ends with a code and at most one line."""
+
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(command, "_run", fail)
+    assert main([arguments]) == code
+    assert capsys.readouterr().err == words
+
+
+def test_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reports the error can have all of it."""
+
+    def fail(_: object) -> int:
+        raise ValueError("here")
+
+    monkeypatch.setattr(command, "_run", fail)
+    monkeypatch.setenv("PYTEST_GPUSHARE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="here"):
+        main(["plan"])

@@ -1,0 +1,167 @@
+"""The pictures of watch in words, from values."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pytest_gpushare.cli.output import encodable, text_of
+from pytest_gpushare.cli.picture import Picture, SeenDevice, Watcher, _are_told
+from pytest_gpushare.cli.picture_lines import document, lines, rows, sparkline
+from pytest_gpushare.cli.screen import _cropped
+from pytest_gpushare.probe.facts import Device, GpuProcess, LoadedModel, Memory, OllamaFacts
+from pytest_gpushare.run.presence import PresentSession, PresentWorker
+from pytest_gpushare.units import GB
+
+CARD = Device("GPU-0", "RTX 3090 Ti", "0", 24 * GB, 12 * GB, 12 * GB)
+SEEN = SeenDevice(CARD, Memory(24 * GB, 12 * GB, 12 * GB), 6 * GB, 4 * GB, 2 * GB, (0.0, 0.5, 1.0))
+WORKERS = (
+    PresentWorker("gw0", 11, "gpu", "GPU-0", 3 * GB),
+    PresentWorker("gw1", 12, "gpu", "GPU-0", 3 * GB),
+    PresentWorker("gw2", 13, "cpu", None, 0),
+)
+PICTURE = Picture(
+    at=1_000_000_000.0,
+    devices=(SEEN,),
+    absence="",
+    driver="580",
+    problems=("GPU 1 was left out: it is lost",),
+    sessions=(PresentSession(10, "/p", 1_000_000_000.0 - 3725, WORKERS),),
+    held={11: 4 * GB},
+    ollama=OllamaFacts(
+        "h:1", True, True, "0.33.0", (LoadedModel("m", 8 * GB, 6 * GB),), reachable=True
+    ),
+)
+CLOCK = time.strftime("%H:%M:%S", time.localtime(PICTURE.at))
+
+
+def drawn(picture: Picture, width: int = 100, **options: Any) -> list[str]:
+    return [text_of(row) for row in rows(picture, width, **options)]
+
+
+def test_rows() -> None:
+    """All that a terminal shows."""
+    assert drawn(PICTURE) == [
+        f"pytest-gpushare watch  {CLOCK}, driver 580",
+        "",
+        "GPU 0 RTX 3090 Ti",
+        "  ██████▓▓▓▓▒▒░░░░░░░░░░░░  12.0 GB of 24.0 GB used, 12.0 GB free  ▁▅█",
+        "  █ Ollama 6.0 GB  ▓ tests 4.0 GB  ▒ others 2.0 GB  ",
+        "GPU 1 was left out: it is lost",
+        "",
+        "session 10 in /p: 3 workers, 1:02:05",
+        "  gw0: GPU 0, 4.0 GB of 3.0 GB, over its slot, PID 11",
+        "  gw1: GPU 0, unknown of 3.0 GB, PID 12",
+        "  gw2: CPU, no GPU",
+        "",
+        "Ollama 0.33.0 at h:1",
+        "  m 8.0 GB, 75 % on GPU",
+    ]
+
+
+def test_ascii() -> None:
+    """A terminal without these signs gets letters, and every line can be encoded."""
+    shown = drawn(PICTURE, unicode=False)
+    assert "  OOOOOOTTTT##............  12.0 GB" in "\n".join(shown)
+    assert all(line.isascii() for line in shown)
+    assert encodable("2 × 4", "ascii") == "2 x 4"
+    assert encodable("2 × 4", None) == "2 × 4"
+
+
+def test_lines() -> None:
+    """The same facts for a pipe, the time in front of each."""
+    told = list(lines(PICTURE))
+    assert all(line.startswith(f"{CLOCK} ") for line in told)
+    assert told[0].endswith(
+        "GPU 0: 12.0 GB of 24.0 GB used, 12.0 GB free; Ollama 6.0 GB, tests 4.0 GB, others 2.0 GB"
+    )
+    assert len(told) == 8
+
+
+def test_document() -> None:
+    """What is unknown is null, never 0."""
+    found = json.loads(json.dumps(document(PICTURE)))
+    assert [w["held_bytes"] for w in found["sessions"][0]["workers"]] == [4 * GB, None, None]
+    assert found["sessions"][0]["workers"][2]["slot_bytes"] is None
+    assert found["at"] == "2001-09-09T01:46:40.000+00:00"
+    blind = replace(SEEN, memory=None, ollama=None, tests=None, others=None)
+    (device,) = document(replace(PICTURE, devices=(blind,)))["devices"]
+    assert {device[name] for name in device if name.endswith("_bytes")} == {None}
+
+
+def test_nothing_is_known() -> None:
+    """A lost device, nobody told by process, no session, no Ollama."""
+    blind = replace(SEEN, memory=None, ollama=None, tests=None, others=None, history=())
+    picture = replace(PICTURE, devices=(blind,), sessions=(), problems=(), ollama=OllamaFacts())
+    assert drawn(picture)[2:] == [
+        "GPU 0 RTX 3090 Ti",
+        "  no reading: the device does not answer",
+        "  who holds it is not told",
+        "",
+        "no session of yours runs under the plugin",
+        "",
+        "Ollama is not asked",
+    ]
+    assert f"{CLOCK} GPU 0: no reading; who holds it is not told" in list(lines(picture))
+
+
+@pytest.mark.parametrize("width", [20, 60, 80, 200])
+def test_no_line_is_too_long(width: int) -> None:
+    """What does not fit is cut, or the picture would move."""
+    cut = _cropped(rows(PICTURE, width), width, 40)
+    assert max(len(text_of(row)) for row in cut) <= width
+
+
+def test_small_terminal() -> None:
+    """The last line says how much is missing."""
+    cut = [text_of(row) for row in _cropped(rows(PICTURE, 80), 80, 5)]
+    assert (len(cut), cut[-1]) == (5, "... 10 more lines")
+
+
+def test_sparkline() -> None:
+    assert sparkline((-1, 0, 0.5, 1, 2)) == "▁▁▅██"
+    assert sparkline((0, 1), unicode=False) == "_#"
+
+
+def test_pids_of_a_container_tell_nothing() -> None:
+    """A list with a process that is not here is about another system."""
+    import os
+
+    assert _are_told([GpuProcess(os.getpid(), 1)])
+    assert not _are_told([GpuProcess(os.getpid(), 1), GpuProcess(2**22 + 5, 1)])
+    assert not _are_told([GpuProcess(os.getpid(), None)])
+
+
+def test_a_bar_always_has_its_length() -> None:
+    """Rounding at the borders neither adds nor drops a cell."""
+    for used in range(0, 25):
+        for tests in range(0, used + 1):
+            seen = replace(
+                SEEN,
+                memory=Memory(24 * GB + 7, used * GB, (24 - used) * GB),
+                ollama=(used - tests) * GB // 2,
+                tests=tests * GB,
+                others=0,
+                history=(),
+            )
+            line = drawn(replace(PICTURE, devices=(seen,)))[3]
+            assert sum(line.count(sign) for sign in "█▓▒░") == 24
+
+
+def test_watcher_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that hangs is waited for no longer than the limit."""
+    from pathlib import Path
+
+    from pytest_gpushare.cli import picture as module
+    from pytest_gpushare.settings.load import Written, load
+
+    monkeypatch.setattr(module, "_OPEN_PATIENCE", 0.05)
+    monkeypatch.setattr(module.Nvml, "open", lambda _: time.sleep(5))
+    here = Path("/nowhere")
+    off = {"gpu_share_enable_ollama_detection": "false"}
+    watcher = Watcher(load(Written({}, {}, off, "", here, here, here)))
+    assert watcher.take(1.0).absence == "NVML did not answer within 0.05 s"
