@@ -59,7 +59,7 @@ def make_plan(
         devices = _trim(devices, min((most for _, most in limits), default=before))
         after = sum(device.workers for device in devices)
         decided = _deciding(devices, limits, before, after)
-        cpu_workers = _cpu_workers(after, request, ram_limit, host)
+        cpu_workers = _cpu_workers(after, settings.cpu_workers, request, ram_limit, host)
     return Plan(
         slots=_deal(devices),
         cpu_workers=cpu_workers,
@@ -189,14 +189,23 @@ def _deciding(
     return tuple(sorted(found, key=order.index)) or (Limit.BY_NEED,)
 
 
-def _cpu_workers(gpu_workers: int, request: Request, ram_limit: int | None, host: HostFacts) -> int:
-    """Workers without a slot: the fall-back's, N if given, else as many as xdist's `auto`."""
+def _cpu_workers(
+    gpu_workers: int,
+    wanted: int | None,
+    request: Request,
+    ram_limit: int | None,
+    host: HostFacts,
+) -> int:
+    """Workers without a slot: beside GPU workers those asked for, else the fall-back's."""
     if request.fixed and request.number is not None:
         return request.number - gpu_workers
-    if gpu_workers:
-        return 0
     number = request.number if request.number is not None else max(1, host.cpus)
-    return min(n for n in (number, request.maxprocesses or None, ram_limit) if n is not None)
+    if not gpu_workers:
+        wanted = number
+    elif wanted is None:
+        wanted = max(1, number - gpu_workers)
+    bounds = [b for b in (request.number, request.maxprocesses or None, ram_limit) if b is not None]
+    return min([wanted, *(max(0, bound - gpu_workers) for bound in bounds)])
 
 
 def _deal(devices: Sequence[DevicePlan]) -> tuple[Slot, ...]:

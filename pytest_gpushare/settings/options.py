@@ -216,6 +216,14 @@ OPTIONS: tuple[Option, ...] = (
         "needs by node id, one a line, such as `tests/test_llm.py = 8GB`; the first that matches",
     ),
     Option(
+        "cpu_workers",
+        "integer",
+        "0",
+        "CPU workers beside the GPU workers; auto: as many as there are CPUs that GPU workers leave",
+        high="1024",
+        auto=True,
+    ),
+    Option(
         "without_gpu",
         "choice",
         "run",

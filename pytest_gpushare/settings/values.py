@@ -56,6 +56,8 @@ class Settings:
     """What other markers mean."""
     vram: tuple[VramRule, ...]
     """Needs by node id; the first that matches holds."""
+    cpu_workers: int | None
+    """CPU workers beside the GPU workers; None: the CPUs that GPU workers leave."""
     without_gpu: str
     """`run`, `skip` or `fail`: what a GPU test does when no GPU can be had."""
     empty_caches: str

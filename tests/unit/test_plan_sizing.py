@@ -181,6 +181,40 @@ def test_fallback_counts() -> None:
     assert plan(ram=4 * GB, ram_per_worker=Fraction(2 * GB)).cpu_workers == 2
 
 
+@pytest.mark.parametrize(
+    ("wanted", "request_", "cpus", "expected"),
+    [
+        (0, Request(), 8, (2, 0)),
+        (4, Request(), 1, (1, 4)),
+        (4, Request(), 8, (2, 4)),
+        (None, Request(), 8, (2, 6)),
+        (None, Request(), 2, (2, 1)),
+        (None, Request(number=6), 8, (2, 4)),
+        (None, Request(number=2), 8, (2, 0)),
+        (4, Request(number=5), 8, (2, 3)),
+        (4, Request(number=1), 8, (1, 0)),
+        (4, Request(number=9), 8, (2, 4)),
+        (4, Request(maxprocesses=3), 8, (2, 1)),
+        (4, Request(in_process=True), 8, (1, 0)),
+        (4, Request(number=5, fixed=True), 8, (2, 3)),
+    ],
+)
+def test_cpu_workers_beside_gpu_workers(
+    wanted: int | None, request_: Request, cpus: int, expected: tuple[int, int]
+) -> None:
+    """Those asked for, within -n and --maxprocesses; auto takes the CPUs that are left."""
+    result = plan(device(22), cpus=cpus, request=request_, cpu_workers=wanted)
+    assert (len(result.slots), result.cpu_workers) == expected
+
+
+def test_cpu_workers_in_the_fallback_and_under_a_ram_limit() -> None:
+    """Without a GPU worker the key is ignored; RAM is for both kinds."""
+    assert plan(cpus=8, cpu_workers=2).cpu_workers == 8
+    assert plan(request=Request(number=3), cpu_workers=None).cpu_workers == 3
+    tight = plan(device(22), ram=6 * GB, ram_per_worker=Fraction(2 * GB), cpu_workers=4)
+    assert (len(tight.slots), tight.cpu_workers) == (2, 1)
+
+
 def test_in_process_takes_the_best_device() -> None:
     """-n 0: the process itself gets the whole budget of the device with most of it."""
     result = plan(device(18), device(22, index=1), request=Request(in_process=True))
@@ -209,6 +243,7 @@ SETTINGS = st.fixed_dictionaries(
         "min_vram_per_worker": st.fractions(1, 24).map(lambda gb: gb * GB),
         "max_workers_per_gpu": st.integers(0, 8),
         "ollama_gpu": st.sampled_from([("auto",), ("none",), ("0",)]),
+        "cpu_workers": st.integers(0, 8) | st.none(),
     }
 )
 REQUESTS = st.builds(
@@ -239,7 +274,16 @@ def test_what_always_holds(
             assert len(mine) <= settings["max_workers_per_gpu"]
     most = 1 if request_.in_process else min(request_.number or cpus, request_.maxprocesses or 999)
     assert len(result.slots) <= most
-    assert bool(result.slots) != bool(result.cpu_workers) or request_.in_process
+    if not request_.in_process:
+        beside = settings["cpu_workers"]
+        asked = [n for n in (request_.number, request_.maxprocesses) if n is not None]
+        assert result.workers <= min(asked, default=result.workers)
+        assert result.slots or result.cpu_workers == min(request_.number or cpus, *asked, 999)
+        if result.slots and beside is not None:
+            left = min(asked, default=999) - len(result.slots)
+            assert result.cpu_workers == min(beside, left)
+        elif result.slots and not asked:
+            assert result.cpu_workers == max(1, cpus - len(result.slots))
     assert result == plan(*fleet, ollama=ollama, request=request_, cpus=cpus, **settings)
 
 
