@@ -1,0 +1,94 @@
+"""What the controller must know of each collected test: markers, shared fixtures, skips."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from pytest_gpushare.plan.needs import Declared, Mark, Wanted, declared, rules_of, wanted
+from pytest_gpushare.run.told import Told
+from pytest_gpushare.settings.lines import Alias, VramRule
+
+_NOTHING = Declared()
+
+
+class Reader:
+    """Reads markers as the settings say; they come from the controller."""
+
+    def __init__(self, message: Mapping[str, Any]) -> None:
+        self._marker: str = message["marker"]
+        self._aliases = [Alias(*alias) for alias in message["aliases"]]
+        self._names = {self._marker, *(alias.marker for alias in self._aliases)}
+        self._rules = rules_of([VramRule(*rule) for rule in message["rules"]])
+        self._all_are_gpu_tests: bool = message["gpu_unless_marked"]
+
+    def declared(self, marks: Iterable[pytest.Mark]) -> Declared:
+        """What the markers of one test say; most say nothing to us."""
+        ours = [Mark(m.name, m.args, m.kwargs) for m in marks if m.name in self._names]
+        return declared(ours, self._marker, self._aliases) if ours else _NOTHING
+
+    def wanted(self, item: pytest.Item) -> tuple[Declared, Wanted]:
+        """Whether a test is a GPU test, where no controller weighs it."""
+        said = self.declared(item.iter_markers())
+        return said, wanted(
+            item.nodeid, said, self._rules, gpu_unless_marked=self._all_are_gpu_tests
+        )
+
+
+def told_of(items: Sequence[pytest.Item], reader: Reader) -> Told:
+    """All tests of this process."""
+    said, groups, skips = [], [], []
+    scopes: dict[int, int] = {}
+    for item in items:
+        marks = list(item.iter_markers())
+        said.append(reader.declared(marks))
+        groups.append(_group(item, scopes))
+        skips.append(_is_skipped(item, marks))
+    return Told(os.getpid(), said, groups, skips)
+
+
+_NODES: Mapping[int, type[Any]] = {1: pytest.Class, 2: pytest.Module, 3: pytest.Package}
+_SCOPES = {"class": 1, "module": 2, "package": 3}
+
+
+def _group(item: pytest.Item, scopes: dict[int, int]) -> str:
+    """The node id of what the item shares fixtures with; the session is shared by all."""
+    info = getattr(item, "_fixtureinfo", None)
+    if info is None:
+        return ""
+    # The tests of one parametrised function have this object in common; it outlives the loop.
+    widest = scopes.get(id(info))
+    if widest is None:
+        found = (definitions[-1].scope for definitions in info.name2fixturedefs.values())
+        widest = max((_SCOPES.get(scope, 0) for scope in found), default=0)
+        scopes[id(info)] = widest
+    if not widest:
+        return ""
+    node = item.getparent(_NODES[widest]) or item.getparent(pytest.Module)
+    return node.nodeid if node is not None else ""
+
+
+def _is_skipped(item: pytest.Item, marks: Iterable[pytest.Mark]) -> bool:
+    """Whether markers skip the test, as far as that can be known before it is its turn."""
+    # Whatever stands in a condition is other people's code.
+    with contextlib.suppress(Exception):
+        if any(_skips(mark) for mark in marks):
+            return True
+    cls = getattr(item, "cls", None)
+    function = getattr(cls, getattr(item, "originalname", None) or item.name, None)
+    return bool(
+        getattr(cls, "__unittest_skip__", False) or getattr(function, "__unittest_skip__", False)
+    )
+
+
+def _skips(mark: pytest.Mark) -> bool:
+    if mark.name == "skip":
+        return True
+    if mark.name != "skipif":
+        return False
+    conditions = mark.args or (mark.kwargs.get("condition", False),)
+    return any(not isinstance(c, str) and bool(c) for c in conditions)

@@ -1,0 +1,103 @@
+"""The plugin of a worker whose tests the controller hands out."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import pytest
+
+from pytest_gpushare.pull.instead import report_instead
+from pytest_gpushare.pull.items import Reader, told_of
+from pytest_gpushare.pull.rest import Between, Rest
+from pytest_gpushare.run.told import written
+
+
+class Link(Protocol):
+    """The private channel to the controller."""
+
+    def send(self, kind: str, payload: Any) -> None:
+        """Tell it something."""
+
+    def on(self, kind: str, handler: Any) -> None:
+        """Hear something."""
+
+
+class Puller:
+    """Tells what was collected, and obeys what comes beside xdist's own commands.
+
+    The handlers of messages run in the thread that receives, and in the order in which the
+    controller sent: what is said of a test is here before xdist's command to run it.
+    """
+
+    def __init__(self, message: Mapping[str, Any], link: Link) -> None:
+        self._reader = Reader(message)
+        self._link = link
+        self._rest: Rest | None = None
+        self._between: Between | None = None
+        self._instead: dict[int, tuple[str, str]] = {}
+        self._numbers: dict[pytest.Item, int] = {}
+        self._empty: bool | None = None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Tell what was collected before xdist does."""
+        self._link.send("collected", written(told_of(session.items, self._reader)))
+        items = session.items
+        rest = Rest.from_parent(session, name="between two tests")
+
+        def begin(_: Any) -> None:
+            # Now the controller is sure to dispatch by itself: xdist never sees the rest item
+            # in a run that is left to it.
+            self._between = Between(session)
+            self._rest = rest
+            items.append(rest)
+
+        self._link.on("pull", begin)
+        self._link.on("instead", lambda told: self._note(items[told[0]], told[1], told[2]))
+        self._link.on("empty", self._note_empty)
+
+    def _note(self, item: pytest.Item, outcome: str, reason: str) -> None:
+        self._instead[id(item)] = (outcome, reason)
+
+    def _note_empty(self, fixtures: bool) -> None:
+        self._empty = fixtures
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> bool | None:
+        """Run what no one else must see: the rest item, and tests that are not run."""
+        between, rest = self._between, self._rest
+        if between is None or rest is None:
+            return None
+        if item is rest:
+            self._take_a_rest(between, rest, nextitem)
+            return True
+        instead = self._instead.pop(id(item), None)
+        if instead is not None:
+            report_instead(item, *instead)
+            if nextitem is rest and between.last is not None:
+                rest.follow(between.last)
+            else:
+                between.change_over(nextitem)
+            return True
+        between.last = item
+        if nextitem is rest:
+            rest.follow(item)
+        return None
+
+    def _take_a_rest(self, between: Between, rest: Rest, nextitem: pytest.Item | None) -> None:
+        fixtures, self._empty = self._empty, None
+        if fixtures is None:
+            between.change_over(nextitem)
+            return
+        if fixtures:
+            between.leave_all(rest)
+        held = None
+        # Other people's finalizers may do anything.
+        with contextlib.suppress(Exception):
+            gc.collect()
+        self._link.send("emptied", held)

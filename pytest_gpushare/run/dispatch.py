@@ -1,0 +1,159 @@
+"""A scheduler for xdist: the plugin's own where there is something to route, else xdist's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pytest_gpushare.run.jobs import Crew, Suite
+from pytest_gpushare.run.told import Told, read
+
+if TYPE_CHECKING:
+    from pytest_gpushare.run.hand_out import HandOut
+    from pytest_gpushare.run.links import Links
+    from pytest_gpushare.run.own import Own
+
+_SILENT = Told(0, (), (), ())
+
+
+class Scheduler:
+    """xdist's scheduler protocol, which xdist calls from one thread.
+
+    Who schedules is decided when all tests are collected, as only markers tell whether there
+    are needs. Until then xdist's scheduler hears all that is said; after that only one does.
+    """
+
+    def __init__(
+        self, stock: Any, links: Links, own: Own, most_deaths: int | None
+    ) -> None:
+        """`stock` is what xdist would use; of workers that die xdist replaces `most_deaths`."""
+        self._stock = stock
+        self._own = own
+        self._most_deaths = most_deaths
+        self._deaths = 0
+        self._nodes: dict[Any, list[str] | None] = {}
+        self._told: dict[str, Told] = {}
+        self._suite = Suite()
+        self._hand_out: HandOut | None = None
+        self._decided = False
+        self._due = False
+        links.on("collected", self._hear)
+
+    def _hear(self, worker: str, message: Mapping[str, Any]) -> None:
+        self._told[worker] = read(message)
+
+    @property
+    def nodes(self) -> list[Any]:
+        """The workers that are there."""
+        return list(self._nodes)
+
+    @property
+    def collection_is_completed(self) -> bool:
+        """Whether all workers of the start, or their replacements, have collected."""
+        return self._hand_out is not None or bool(self._stock.collection_is_completed)
+
+    @property
+    def tests_finished(self) -> bool:
+        """Whether the workers may be told to end; xdist asks after everything that happens."""
+        if self._hand_out is None:
+            return bool(self._stock.tests_finished)
+        if self._due:
+            # Only now is all told that came with the event, such as that a test comes again.
+            self._due = False
+            self._hand_out.step()
+        return self._hand_out.is_done
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether tests are left that have not had their outcome."""
+        if self._hand_out is None:
+            return bool(self._stock.has_pending)
+        return not self._hand_out.is_done
+
+    def add_node(self, node: Any) -> None:
+        """A worker is up, and collects."""
+        self._nodes[node] = None
+        if self._hand_out is None:
+            self._stock.add_node(node)
+
+    def add_node_collection(self, node: Any, collection: Sequence[str]) -> None:
+        """A worker has collected these tests."""
+        self._nodes[node] = list(collection)
+        if self._hand_out is None:
+            self._stock.add_node_collection(node, collection)
+
+    def schedule(self) -> None:
+        """All have collected, for the first time or after a worker was replaced."""
+        if not self._decided:
+            self._decided = True
+            self._decide()
+        elif self._hand_out is None:
+            self._stock.schedule()
+        else:
+            self._join(self._hand_out)
+            self._hand_out.step()
+
+    def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
+        """A worker has done a test."""
+        self._stock.mark_test_complete(node, item_index, duration)
+
+    def mark_test_pending(self, item: str) -> None:
+        """Another plugin wants a test to run once more."""
+        if self._hand_out is None:
+            self._stock.mark_test_pending(item)
+            return
+        number = self._suite.number(item)
+        if number is not None:
+            self._hand_out.again(number)
+            self._due = True
+
+    def remove_pending_tests_from_node(self, node: Any, indices: Sequence[int]) -> None:
+        """Tests were taken back from a worker; with none of them, a nudge of our own."""
+        if self._hand_out is None:
+            self._stock.remove_pending_tests_from_node(node, indices)
+        else:
+            self._hand_out.step()
+
+    def remove_node(self, node: Any) -> str | None:
+        """A worker has ended or died; returns the test in which it died."""
+        has_died = not hasattr(node, "workeroutput")
+        self._deaths += has_died
+        del self._nodes[node]
+        if self._hand_out is None:
+            return self._stock.remove_node(node)  # type: ignore[no-any-return]
+        replaced = has_died and (self._most_deaths is None or self._deaths <= self._most_deaths)
+        self._due = True
+        return self._hand_out.leave(node.gateway.id, replaced=replaced)
+
+    def _decide(self) -> None:
+        collected = [(node, ids) for node, ids in self._nodes.items() if ids is not None]
+        crew = Crew()
+        for node, ids in collected:
+            told = self._told.get(node.gateway.id, _SILENT)
+            crew.add(self._own.has_gpu(node), self._suite.add(ids), told)
+        self._hand_out = self._own.begin(self._suite, crew)
+        if self._hand_out is None:
+            # Called for each test: as if nobody stood in between.
+            self.mark_test_complete = self._stock.mark_test_complete  # type: ignore[method-assign]
+            self._stock.schedule()
+            return
+        self.mark_test_complete = self._complete  # type: ignore[method-assign]
+        self._join(self._hand_out)
+        self._hand_out.step()
+
+    def _complete(self, node: Any, item_index: int, duration: float = 0) -> None:
+        assert self._hand_out is not None
+        self._hand_out.done(node.gateway.id, item_index, duration)
+
+    def _join(self, hand_out: HandOut) -> None:
+        for node, ids in self._nodes.items():
+            if ids is not None and not hand_out.knows(node.gateway.id):
+                hand_out.join(node, self._own.worker(node), self._suite.add(ids))
+
+
+def most_deaths(options: Any) -> int | None:
+    """How many dead workers xdist replaces; None: any number."""
+    given = options.maxworkerrestart
+    if given is not None:
+        return int(given)
+    return options.numprocesses * 4 if options.numprocesses else None

@@ -1,0 +1,185 @@
+"""Between xdist's workers and the dispatcher: events in, commands out, in xdist's own thread."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_gpushare.plan.work import (
+    Action,
+    EmptyCaches,
+    Instead,
+    Reading,
+    Run,
+    Shutdown,
+    Tell,
+    Worker,
+)
+
+if TYPE_CHECKING:
+    from pytest_gpushare.plan.dispatcher import Dispatcher
+    from pytest_gpushare.run.jobs import Collection
+    from pytest_gpushare.run.links import Links
+
+
+class Sent(NamedTuple):
+    """How a test was sent to its worker, for the report."""
+
+    worker: str
+    need: int
+    """Bytes on each of its devices; 0 where it had no need."""
+    source: str
+    waited: float
+    """Seconds for which it was its turn before it fitted."""
+    note: str
+    alone: bool
+
+
+class _Hand:
+    """A worker, and whether the rest item stands at the end of its queue."""
+
+    def __init__(self, node: Any, collection: Collection) -> None:
+        self.node = node
+        self.collection = collection
+        self.rest = len(collection.ids)
+        self.rests = False
+
+
+class HandOut:
+    """Sends each worker what the dispatcher says, and tells the dispatcher what came of it."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        nodeids: Sequence[str],
+        links: Links,
+        readings: Callable[[], Mapping[str, Reading]],
+        tell: Callable[..., object],
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._nodeids = nodeids
+        self._links = links
+        self._readings = readings
+        self._tell = tell
+        self._hands: dict[str, _Hand] = {}
+        self._held: dict[str, Mapping[str, int]] = {}
+        self._emptied: list[tuple[str, Mapping[str, int]]] = []
+        self.sent: dict[str, Sent] = {}
+        """Node id -> how the test was sent, of those for which there is something to tell."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every test has had its outcome."""
+        return self._dispatcher.is_done
+
+    @property
+    def waits(self) -> bool:
+        """Whether a step may do something though no worker says anything."""
+        return bool(self._emptied) or self._dispatcher.wants_step
+
+    def node(self) -> Any:
+        """Any worker that is there, to speak for all; None without workers."""
+        return next((hand.node for hand in self._hands.values()), None)
+
+    def join(self, node: Any, worker: Worker, collection: Collection) -> None:
+        """A worker is ready for tests."""
+        hand = self._hands[worker.id] = _Hand(node, collection)
+        known: Container[int] | None = None
+        if collection.indices is not None:
+            known = collection.indices.keys()
+        elif len(collection.ids) < len(self._nodeids):
+            known = range(len(collection.ids))
+        self._links.send(worker.id, "pull")
+        self._dispatcher.worker_up(worker, known)
+
+    def knows(self, worker: str) -> bool:
+        """Whether this worker has joined."""
+        return worker in self._hands
+
+    def leave(self, worker: str, *, replaced: bool) -> str | None:
+        """A worker is gone; returns the test that it ran, where it died in one."""
+        if self._hands.pop(worker, None) is None:
+            return None
+        self._held.pop(worker, None)
+        lost = self._dispatcher.worker_down(worker, replaced=replaced)
+        return None if lost.running is None else self._nodeids[lost.running]
+
+    def done(self, worker: str, index: int, duration: float) -> None:
+        """A worker has done a test, or its rest item."""
+        hand = self._hands.get(worker)
+        if hand is None or index == hand.rest:
+            return
+        number = hand.collection.numbers[index]
+        if self._dispatcher.finished(worker, number, self._held.pop(worker, None), duration):
+            self.step()
+
+    def again(self, number: int) -> None:
+        """Dispatch once more a test that is over."""
+        self._dispatcher.again(number)
+
+    def hold(self, worker: str, held: Mapping[str, int]) -> None:
+        """A worker has told, in any thread, what it holds; it counts from its next report on."""
+        self._held[worker] = held
+
+    def emptied(self, worker: str, held: Mapping[str, int]) -> None:
+        """A worker has told, in any thread, that it has emptied its caches."""
+        self._emptied.append((worker, held))
+
+    def step(self) -> None:
+        """Do what is to be done now."""
+        dispatcher = self._dispatcher
+        while self._emptied:
+            dispatcher.emptied(*self._emptied.pop(0))
+        readings = self._readings() if dispatcher.wants_reading else {}
+        for action in dispatcher.step(readings, time.monotonic()):
+            self._carry_out(action)
+
+    def _carry_out(self, action: Action) -> None:
+        if isinstance(action, Tell):
+            self._tell(action.kind, action.text, **action.facts)
+            return
+        hand = self._hands.get(action.worker)
+        # A worker that was told to end, by us or by xdist after a failure, gets nothing more.
+        if hand is None or hand.node.shutting_down:
+            return
+        # One that has died meanwhile: xdist will say so, and what it had comes again.
+        with contextlib.suppress(OSError):
+            if isinstance(action, Run):
+                self._run(hand, action)
+            elif isinstance(action, Instead):
+                index = hand.collection.index(action.test)
+                self._links.send(
+                    action.worker, "instead", [index, action.outcome, action.reason]
+                )
+                self._send(hand, [index], last=True)
+            elif isinstance(action, EmptyCaches):
+                self._links.send(action.worker, "empty", action.fixtures)
+                # The rest item that it has is over when another one is behind it.
+                hand.node.send_runtest_some([hand.rest])
+            elif isinstance(action, Shutdown):
+                hand.node.shutdown()
+
+    def _run(self, hand: _Hand, action: Run) -> None:
+        if action.source or action.note:
+            nodeid = self._nodeids[action.tests[0]]
+            self.sent[nodeid] = Sent(
+                action.worker,
+                action.need,
+                action.source,
+                action.waited,
+                action.note,
+                action.alone,
+            )
+            if action.source:
+                self._links.send(action.worker, "need", [nodeid, action.need])
+        index = hand.collection.index
+        self._send(hand, [index(test) for test in action.tests], last=action.last)
+
+    def _send(self, hand: _Hand, indices: list[int], *, last: bool) -> None:
+        if last and (indices or not hand.rests):
+            indices = [*indices, hand.rest]
+        if indices:
+            hand.rests = indices[-1] == hand.rest
+            hand.node.send_runtest_some(indices)

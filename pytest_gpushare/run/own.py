@@ -1,0 +1,96 @@
+"""Dispatch by the plugin itself: whether there is a reason for it, and what it works with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pytest_gpushare.plan.dispatcher import Dispatcher
+from pytest_gpushare.plan.work import Policy, Reading, Room, Worker
+from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE
+from pytest_gpushare.run.hand_out import HandOut
+from pytest_gpushare.run.jobs import Crew, Learned, Suite, weigh
+from pytest_gpushare.run.places import NUMBER
+from pytest_gpushare.run.ticker import Ticker
+
+if TYPE_CHECKING:
+    from pytest_gpushare.run.started import Started
+
+
+class Own:
+    """Begins the plugin's own dispatch where the design says so."""
+
+    def __init__(
+        self,
+        started: Started,
+        options: Any,
+        learned: Learned,
+        readings: Callable[[Mapping[str, int]], Mapping[str, Reading]],
+    ) -> None:
+        self._started = started
+        self._options = options
+        self._learned = learned
+        self._readings = readings
+
+    def has_gpu(self, node: Any) -> bool:
+        """Whether a worker was placed on a GPU."""
+        return int(node.gateway.spec.env[NUMBER]) < len(self._started.plan.slots)
+
+    def worker(self, node: Any) -> Worker:
+        """The worker as the dispatcher knows it."""
+        plan = self._started.plan
+        if not self.has_gpu(node):
+            return Worker(node.gateway.id)
+        slot = plan.slots[int(node.gateway.spec.env[NUMBER])]
+        return Worker(node.gateway.id, self._started.seen_by(slot), slot.vram)
+
+    def begin(self, suite: Suite, crew: Crew) -> HandOut | None:
+        """What hands the tests out; None where xdist's scheduler does as well."""
+        started, dist = self._started, self._options.dist
+        weighed = weigh(suite, crew, started.settings, dist, self._learned)
+        if not (weighed.has_needs or crew.on_cpu):
+            return None
+        suite.is_closed = True
+        dispatcher = Dispatcher(weighed.jobs, self._rooms(), self._policy())
+        hand_out = HandOut(
+            dispatcher, suite.nodeids, started.links, lambda: self._readings({}), started.record.note
+        )
+        started.sent = hand_out.sent
+        ticker = Ticker(lambda: hand_out.waits, lambda: _nudge(hand_out))
+        started.services.append(ticker)
+        ticker.start()
+        return hand_out
+
+    def _rooms(self) -> list[Room]:
+        started = self._started
+        return [
+            Room(
+                planned.device.uuid,
+                planned.device.label,
+                planned.budget,
+                planned.reservation,
+                planned.safety_buffer,
+                planned.device.free,
+                planned.resident,
+                started.contexts.get(planned.device.name, CONTEXT_ALLOWANCE),
+            )
+            for planned in started.plan.devices
+        ]
+
+    def _policy(self) -> Policy:
+        settings = self._started.settings
+        return Policy(
+            dist=self._options.dist,
+            without_gpu=settings.without_gpu,
+            empty_caches=settings.empty_caches,
+            pressure_timeout=float(settings.pressure_timeout),
+            visible_devices=settings.visible_devices,
+            chunk=self._options.maxschedchunk,
+        )
+
+
+def _nudge(hand_out: HandOut) -> None:
+    """Have xdist call the scheduler in its own thread, by an event that changes nothing."""
+    node = hand_out.node()
+    if node is not None:
+        node.notify_inproc("unscheduled", node=node, indices=[])
