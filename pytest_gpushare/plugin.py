@@ -154,6 +154,18 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
         started.place(specs)
 
 
+@pytest.hookimpl(optionalhook=True, wrapper=True)
+def pytest_xdist_make_scheduler(config: pytest.Config) -> Generator[None, Any, Any]:
+    """Schedule GPU tests by VRAM, where there is something to route; else as xdist does."""
+    stock = yield
+    started = config.stash.get(STARTED, None)
+    if started is None:
+        return stock
+    from pytest_gpushare.run.own import scheduler_for
+
+    return scheduler_for(started, config, stock)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Tell each worker that the plugin is active in its controller."""
@@ -181,7 +193,14 @@ def pytest_testnodedown(node: Any) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """In a process that was placed: its place, its log, and a watch over its placement."""
+    """The marker; in a process that was placed its place, its log, and a watch over both."""
+    # Suites with --strict-markers run without --gpu-share too.
+    marker = config.getini("gpu_share_marker") or "gpu"
+    config.addinivalue_line(
+        "markers",
+        f"{marker}(vram=..., devices=..., exclusive=..., "
+        "required=...): a test that needs a GPU (pytest-gpushare)",
+    )
     message = getattr(config, "workerinput", {}).get(worker.PLACED)
     if message:
         _call(worker.begin, config, message)
@@ -196,6 +215,7 @@ def pytest_configure(config: pytest.Config) -> None:
         started.links.attach(worker.ITSELF, link.receive)
         started.joined(worker.ITSELF, own)
         config.pluginmanager.register(worker.Placed(own, link), "gpu-share-placed")
+        worker.follow(config, own["tests"], link)
         worker.watch_memory(config, own, link)
 
 

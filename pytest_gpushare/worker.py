@@ -114,6 +114,7 @@ def begin(config: pytest.Config, message: Mapping[str, Any]) -> None:
     link = Link(channel.send)
     channel.setcallback(link.receive, endmarker=("closed", None))
     config.pluginmanager.register(Placed(message, link), "gpu-share-placed")
+    follow(config, message["tests"], link)
     watch_memory(config, message, link)
 
 
@@ -124,6 +125,18 @@ def watch_memory(config: pytest.Config, message: Mapping[str, Any], link: Link) 
         from pytest_gpushare.meter import watch
 
         watch(config, message["memory"], link)
+
+
+def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
+    """Run the tests that the controller hands out; without any GPU, as the settings say."""
+    if message["absence"]:
+        from pytest_gpushare.pull.absent import Absent
+
+        config.pluginmanager.register(Absent(message), "gpu-share-absent")
+    elif hasattr(config, "workerinput"):
+        from pytest_gpushare.pull.puller import Puller
+
+        config.pluginmanager.register(Puller(message, link), "gpu-share-puller")
 
 
 def keep_log_file(config: pytest.Config) -> None:

@@ -23,9 +23,7 @@ class Scheduler:
     are needs. Until then xdist's scheduler hears all that is said; after that only one does.
     """
 
-    def __init__(
-        self, stock: Any, links: Links, own: Own, most_deaths: int | None
-    ) -> None:
+    def __init__(self, stock: Any, links: Links, own: Own, most_deaths: int | None) -> None:
         """`stock` is what xdist would use; of workers that die xdist replaces `most_deaths`."""
         self._stock = stock
         self._own = own
@@ -148,7 +146,8 @@ class Scheduler:
     def _join(self, hand_out: HandOut) -> None:
         for node, ids in self._nodes.items():
             if ids is not None and not hand_out.knows(node.gateway.id):
-                hand_out.join(node, self._own.worker(node), self._suite.add(ids))
+                told = self._told.get(node.gateway.id, _SILENT)
+                hand_out.join(node, self._own.worker(node), self._suite.add(ids), told.pid)
 
 
 def most_deaths(options: Any) -> int | None:

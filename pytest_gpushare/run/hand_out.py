@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection as Numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpushare.plan.work import (
     Action,
     EmptyCaches,
     Instead,
-    Reading,
     Run,
     Shutdown,
     Tell,
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.plan.dispatcher import Dispatcher
     from pytest_gpushare.run.jobs import Collection
     from pytest_gpushare.run.links import Links
+    from pytest_gpushare.run.readings import Readings
 
 
 class Sent(NamedTuple):
@@ -40,11 +41,12 @@ class Sent(NamedTuple):
 class _Hand:
     """A worker, and whether the rest item stands at the end of its queue."""
 
-    def __init__(self, node: Any, collection: Collection) -> None:
+    def __init__(self, node: Any, collection: Collection, devices: Sequence[str]) -> None:
         self.node = node
         self.collection = collection
         self.rest = len(collection.ids)
         self.rests = False
+        self.devices = devices
 
 
 class HandOut:
@@ -55,13 +57,16 @@ class HandOut:
         dispatcher: Dispatcher,
         nodeids: Sequence[str],
         links: Links,
-        readings: Callable[[], Mapping[str, Reading]],
+        readings: Readings,
+        contexts: Mapping[str, int],
         tell: Callable[..., object],
     ) -> None:
+        """`contexts`: UUID -> bytes of a CUDA context, which no framework counts."""
         self._dispatcher = dispatcher
         self._nodeids = nodeids
         self._links = links
         self._readings = readings
+        self._contexts = contexts
         self._tell = tell
         self._hands: dict[str, _Hand] = {}
         self._held: dict[str, Mapping[str, int]] = {}
@@ -83,14 +88,15 @@ class HandOut:
         """Any worker that is there, to speak for all; None without workers."""
         return next((hand.node for hand in self._hands.values()), None)
 
-    def join(self, node: Any, worker: Worker, collection: Collection) -> None:
+    def join(self, node: Any, worker: Worker, collection: Collection, pid: int) -> None:
         """A worker is ready for tests."""
-        hand = self._hands[worker.id] = _Hand(node, collection)
-        known: Container[int] | None = None
+        self._hands[worker.id] = _Hand(node, collection, worker.devices)
+        known: Numbers[int] | None = None
         if collection.indices is not None:
             known = collection.indices.keys()
         elif len(collection.ids) < len(self._nodeids):
             known = range(len(collection.ids))
+        self._readings.workers[pid] = worker.id
         self._links.send(worker.id, "pull")
         self._dispatcher.worker_up(worker, known)
 
@@ -112,6 +118,8 @@ class HandOut:
         if hand is None or index == hand.rest:
             return
         number = hand.collection.numbers[index]
+        if hand.devices:
+            self._readings.has_reported()
         if self._dispatcher.finished(worker, number, self._held.pop(worker, None), duration):
             self.step()
 
@@ -119,20 +127,28 @@ class HandOut:
         """Dispatch once more a test that is over."""
         self._dispatcher.again(number)
 
-    def hold(self, worker: str, held: Mapping[str, int]) -> None:
-        """A worker has told, in any thread, what it holds; it counts from its next report on."""
-        self._held[worker] = held
+    def hold(self, worker: str, told: Mapping[str, Any]) -> None:
+        """A worker tells, in any thread, what its frameworks hold after a test."""
+        self._held[worker] = self._by_device(worker, told.get("helds"))
 
-    def emptied(self, worker: str, held: Mapping[str, int]) -> None:
-        """A worker has told, in any thread, that it has emptied its caches."""
-        self._emptied.append((worker, held))
+    def emptied(self, worker: str, held: Sequence[int | None] | None) -> None:
+        """A worker tells, in any thread, what they hold now that their caches are empty."""
+        self._emptied.append((worker, self._by_device(worker, held)))
+
+    def _by_device(self, worker: str, held: Sequence[int | None] | None) -> Mapping[str, int]:
+        """UUID -> bytes with the context, from what frameworks count by visible device."""
+        hand = self._hands.get(worker)
+        if hand is None or held is None:
+            return {}
+        pairs = zip(hand.devices, held, strict=False)
+        return {uuid: size + self._contexts.get(uuid, 0) for uuid, size in pairs if size}
 
     def step(self) -> None:
         """Do what is to be done now."""
         dispatcher = self._dispatcher
         while self._emptied:
             dispatcher.emptied(*self._emptied.pop(0))
-        readings = self._readings() if dispatcher.wants_reading else {}
+        readings = self._readings.now() if dispatcher.wants_reading else {}
         for action in dispatcher.step(readings, time.monotonic()):
             self._carry_out(action)
 
@@ -149,10 +165,8 @@ class HandOut:
             if isinstance(action, Run):
                 self._run(hand, action)
             elif isinstance(action, Instead):
-                index = hand.collection.index(action.test)
-                self._links.send(
-                    action.worker, "instead", [index, action.outcome, action.reason]
-                )
+                index = hand.collection.place(action.test)
+                self._links.send(action.worker, "instead", [index, action.outcome, action.reason])
                 self._send(hand, [index], last=True)
             elif isinstance(action, EmptyCaches):
                 self._links.send(action.worker, "empty", action.fixtures)
@@ -174,8 +188,8 @@ class HandOut:
             )
             if action.source:
                 self._links.send(action.worker, "need", [nodeid, action.need])
-        index = hand.collection.index
-        self._send(hand, [index(test) for test in action.tests], last=action.last)
+        place = hand.collection.place
+        self._send(hand, [place(test) for test in action.tests], last=action.last)
 
     def _send(self, hand: _Hand, indices: list[int], *, last: bool) -> None:
         if last and (indices or not hand.rests):

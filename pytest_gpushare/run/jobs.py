@@ -10,7 +10,6 @@ from pytest_gpushare.plan.work import Job
 from pytest_gpushare.run.told import Told
 from pytest_gpushare.settings.values import Settings
 
-
 UNKNOWN = -1
 """The number of a test that is not in the run's list."""
 
@@ -24,7 +23,7 @@ class Collection(NamedTuple):
     indices: Mapping[int, int] | None
     """The test's number -> its index; None where the two are equal."""
 
-    def index(self, number: int) -> int:
+    def place(self, number: int) -> int:
         """The worker's index of the test of this number."""
         return number if self.indices is None else self.indices[number]
 
@@ -93,9 +92,7 @@ class Weighed(NamedTuple):
 
 def _asks(job: Job) -> bool:
     need = job.need
-    return need is not None and (
-        need.source != "slot" or need.devices > 1 or need.exclusive
-    )
+    return need is not None and (need.source != "slot" or need.devices > 1 or need.exclusive)
 
 
 Learned: TypeAlias = Callable[[str], "tuple[int | None, float | None]"]
@@ -124,9 +121,7 @@ def weigh(suite: Suite, crew: Crew, settings: Settings, dist: str, learned: Lear
     return Weighed(jobs, by_skip)
 
 
-def _merged(
-    count: int, workers: Iterable[tuple[Collection, Told]]
-) -> list[tuple[Declared, str]]:
+def _merged(count: int, workers: Iterable[tuple[Collection, Told]]) -> list[tuple[Declared, str]]:
     found: list[tuple[Declared, str] | None] = [None] * count
     done: set[int] = set()
     for collection, told in workers:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.plan.dispatcher import Dispatcher
-from pytest_gpushare.plan.work import Policy, Reading, Room, Worker
+from pytest_gpushare.plan.work import Policy, Room, Worker
 from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE
+from pytest_gpushare.run.dispatch import Scheduler, most_deaths
 from pytest_gpushare.run.hand_out import HandOut
 from pytest_gpushare.run.jobs import Crew, Learned, Suite, weigh
 from pytest_gpushare.run.places import NUMBER
+from pytest_gpushare.run.readings import Readings
+from pytest_gpushare.run.started import LeftAlone, Started
 from pytest_gpushare.run.ticker import Ticker
 
 if TYPE_CHECKING:
-    from pytest_gpushare.run.started import Started
+    import pytest
 
 
 class Own:
@@ -25,12 +27,10 @@ class Own:
         started: Started,
         options: Any,
         learned: Learned,
-        readings: Callable[[Mapping[str, int]], Mapping[str, Reading]],
     ) -> None:
         self._started = started
         self._options = options
         self._learned = learned
-        self._readings = readings
 
     def has_gpu(self, node: Any) -> bool:
         """Whether a worker was placed on a GPU."""
@@ -51,11 +51,19 @@ class Own:
         if not (weighed.has_needs or crew.on_cpu):
             return None
         suite.is_closed = True
-        dispatcher = Dispatcher(weighed.jobs, self._rooms(), self._policy())
+        rooms = self._rooms()
+        dispatcher = Dispatcher(weighed.jobs, rooms, self._policy())
         hand_out = HandOut(
-            dispatcher, suite.nodeids, started.links, lambda: self._readings({}), started.record.note
+            dispatcher,
+            suite.nodeids,
+            started.links,
+            Readings(started.live, [room.uuid for room in rooms]),
+            {room.uuid: room.context for room in rooms},
+            started.record.note,
         )
         started.sent = hand_out.sent
+        started.links.on("test", hand_out.hold)
+        started.links.on("emptied", hand_out.emptied)
         ticker = Ticker(lambda: hand_out.waits, lambda: _nudge(hand_out))
         started.services.append(ticker)
         ticker.start()
@@ -87,6 +95,17 @@ class Own:
             visible_devices=settings.visible_devices,
             chunk=self._options.maxschedchunk,
         )
+
+
+def scheduler_for(started: Started | LeftAlone, config: pytest.Config, stock: Any) -> Any:
+    """The scheduler of this run, given the one that xdist would use."""
+    options = config.option
+    if isinstance(started, LeftAlone) or not started.plan.slots or options.dist == "each":
+        return stock
+    if not started.has_placed_all:
+        return stock
+    own = Own(started, options, lambda _: (None, None))
+    return Scheduler(stock, started.links, own, most_deaths(options))
 
 
 def _nudge(hand_out: HandOut) -> None:

@@ -43,6 +43,8 @@ class Surroundings(NamedTuple):
     cap_vram: bool = True
     by_index: bool = False
     """Devices by NVML's index, which is CUDA's under CUDA_DEVICE_ORDER=PCI_BUS_ID."""
+    see_all: bool = False
+    """Whether a GPU worker sees the other devices too, after its own."""
     simulated: bool = False
     """A what-if names devices that do not exist: no visibility, no caps."""
     contexts: Mapping[str, int] = {}
@@ -54,7 +56,7 @@ class Surroundings(NamedTuple):
 def worker_environment(plan: Plan, number: int, around: Surroundings) -> dict[str, str]:
     """The variables for the worker of this number, from 0: GPU workers first, then CPU workers.
 
-    A GPU worker sees its device alone; a CPU worker sees none.
+    A GPU worker sees its device, alone or first; a CPU worker sees none.
     """
     slot = plan.slots[number] if number < len(plan.slots) else None
     # Variables of an outer run must not reach a worker of this one: empty ones undo them.
@@ -93,12 +95,33 @@ def slot_of_outer_run(environment: Mapping[str, str]) -> int | None:
 
 
 def visibility(plan: Plan, device: Device | None, around: Surroundings) -> dict[str, str]:
-    """The variables that show a worker its device, and hide all others from it."""
+    """The variables that show a worker what it is to see, and hide all others from it."""
     # A worker that is given one kind of accelerator sees none of the others.
     hidden = dict.fromkeys([VARIABLE, *(d.device.variable for d in plan.devices)], NO_DEVICE)
     if device is None:
         return hidden
+    devices = seen(plan, device, around)
     # MIG instances have no index that CUDA knows.
-    if around.by_index and device.variable == VARIABLE and "." not in device.index:
-        return {**hidden, VARIABLE: device.index, ORDER: "PCI_BUS_ID"}
-    return {**hidden, device.variable: device.visible_as or device.uuid}
+    if around.by_index and device.variable == VARIABLE and not _is_instance(device):
+        return {**hidden, VARIABLE: ",".join(d.index for d in devices), ORDER: "PCI_BUS_ID"}
+    return {**hidden, device.variable: ",".join(d.visible_as or d.uuid for d in devices)}
+
+
+def seen(plan: Plan, device: Device, around: Surroundings) -> tuple[Device, ...]:
+    """What a worker on this device sees: its own device first, the others only if they may be."""
+    # A process of CUDA can use one MIG instance, and no GPU beside it.
+    if not around.see_all or _is_instance(device):
+        return (device,)
+    others = (planned.device for planned in plan.devices)
+    return (
+        device,
+        *(
+            other
+            for other in others
+            if other != device and other.variable == device.variable and not _is_instance(other)
+        ),
+    )
+
+
+def _is_instance(device: Device) -> bool:
+    return "." in device.index

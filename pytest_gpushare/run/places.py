@@ -6,7 +6,10 @@ from typing import Any
 
 from pytest_gpushare.place import Place
 from pytest_gpushare.plan.model import Plan
+from pytest_gpushare.plan.needs import means_cpu
+from pytest_gpushare.plan.shortage import shortage
 from pytest_gpushare.run.placement import Surroundings, visibility
+from pytest_gpushare.settings.values import Settings
 
 NUMBER = "PYTEST_GPUSHARE_NUMBER"
 """A worker's number in the plan: its replacement after a crash has another id, but this number."""
@@ -32,3 +35,15 @@ def message_to(plan: Plan, number: int, around: Surroundings) -> dict[str, Any]:
     slot = plan.slots[number] if number < len(plan.slots) else None
     own = {} if around.simulated else visibility(plan, slot.device if slot else None, around)
     return {"place": vars(place_of(plan, number)), "visible": own}
+
+
+def message_of_tests(settings: Settings, plan: Plan) -> dict[str, Any]:
+    """What a worker must know to tell which of its tests are GPU tests."""
+    return {
+        "marker": settings.marker,
+        "aliases": [tuple(alias) for alias in settings.markers],
+        "rules": [tuple(rule) for rule in settings.vram],
+        "gpu_unless_marked": means_cpu(settings.markers),
+        "without_gpu": settings.without_gpu,
+        "absence": "" if plan.slots else shortage(plan),
+    }

@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from pytest_gpushare.plan.model import Plan
+from pytest_gpushare.plan.model import Plan, Slot
 from pytest_gpushare.probe.facts import GpuFacts, HostFacts, LoadedModel, OllamaFacts
 from pytest_gpushare.probe.visibility import VARIABLE
 from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE, mps_is_running, without_caps_of_outer_run
 from pytest_gpushare.run.frameworks import installed
 from pytest_gpushare.run.links import Links
-from pytest_gpushare.run.placement import Surroundings, worker_environment
-from pytest_gpushare.run.places import NUMBER, message_to
+from pytest_gpushare.run.placement import Surroundings, seen, worker_environment
+from pytest_gpushare.run.places import NUMBER, message_of_tests, message_to
 from pytest_gpushare.run.record import Record
 from pytest_gpushare.settings.values import Settings
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.run.alone import Alone
     from pytest_gpushare.run.crew import Crew
     from pytest_gpushare.run.journal import Journal
+    from pytest_gpushare.run.hand_out import Sent
     from pytest_gpushare.run.live import LiveVram
     from pytest_gpushare.run.watch import Watch
 
@@ -131,6 +132,11 @@ class Started:
     watch: Watch | None = None
     """The samples; None before the run began, and under a what-if."""
 
+    has_placed_all: bool = False
+    """Whether every worker has its place from the plan."""
+    sent: Mapping[str, Sent] = field(default_factory=dict)
+    """Node id -> how a GPU test was admitted, where the plugin itself dispatches."""
+
     _devices: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -204,7 +210,7 @@ class Started:
         """What this process is told where it runs the tests itself."""
         if not self.plan.request.in_process or self.unplaced:
             return None
-        return self._with_memory(message_to(self.plan, 0, self.around))
+        return self._message(0)
 
     def device_of(self, worker: str) -> str | None:
         """The UUID of the device that a worker was given; None: none, or no such worker."""
@@ -225,13 +231,15 @@ class Started:
         """Bytes of a CUDA context on devices of that name: measured, or assumed."""
         return self.contexts.get(device or "", CONTEXT_ALLOWANCE)
 
-    def _with_memory(self, message: dict[str, Any]) -> dict[str, Any]:
+    def _message(self, number: int) -> dict[str, Any]:
+        message = message_to(self.plan, number, self.around)
         memory = {
             "context": self.context_of(message["place"]["name"]),
             "empty_caches": self.settings.empty_caches,
             "needs": self.has_needs,
         }
-        return {**message, "memory": memory}
+        tests = message_of_tests(self.settings, self.plan)
+        return {**message, "memory": memory, "tests": tests}
 
     def _note_test(self, worker: str, told: Any) -> None:
         member = self.crew.get(worker)
@@ -253,9 +261,11 @@ class Started:
     def message_to(self, spec: Any) -> dict[str, Any] | None:
         """What the worker of this spec is told of its place; None where it has none from us."""
         number = spec.env.get(NUMBER, "")
-        if not number.isdigit():
-            return None
-        return self._with_memory(message_to(self.plan, int(number), self.around))
+        return self._message(int(number)) if number.isdigit() else None
+
+    def seen_by(self, slot: Slot) -> tuple[str, ...]:
+        """UUIDs of the devices that the worker in this slot sees, its own first."""
+        return tuple(device.uuid for device in seen(self.plan, slot.device, self.around))
 
     def recall(self, contexts: Mapping[str, int]) -> None:
         """Take what earlier runs measured, once pytest's cache is there to ask."""
@@ -273,6 +283,7 @@ class Started:
             mps=capped and mps_is_running(os.environ),
             cap_vram=self.settings.cap_vram,
             by_index=self.settings.device_names == "index",
+            see_all=self.settings.visible_devices == "all",
             simulated=self.gpus.simulated,
             contexts=self.contexts,
             rooms={d.device.uuid: d.budget for d in self.plan.devices} if self.has_needs else {},
@@ -290,6 +301,7 @@ class Started:
                 spec.env.update(worker_environment(self.plan, number, self.around))
                 spec.env[NUMBER] = str(number)
                 number += 1
+        self.has_placed_all = number == len(specs)
 
 
 def _name(service: Service) -> str:

@@ -1,0 +1,95 @@
+"""What the dispatcher decides by: free VRAM, what Ollama holds, what each worker holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from pytest_gpushare.plan.work import Reading
+from pytest_gpushare.probe.facts import GpuProcess, Memory
+from pytest_gpushare.probe.host import parent_of
+from pytest_gpushare.run.live import MEMORY_AGE, PROCESSES_AGE, LiveVram
+from pytest_gpushare.units import format_gb
+
+_DEEPEST = 32
+"""Generations between a worker and a process that is taken for its descendant."""
+
+_MOST_HOLDERS = 5
+"""Named in a message."""
+
+
+class Readings:
+    """Readings of the devices for the dispatcher; NVML is asked no more often than it must be."""
+
+    def __init__(
+        self,
+        live: LiveVram | None,
+        devices: Sequence[str],
+        resident: Callable[[], Mapping[str, int]] = dict,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`resident` gives UUID -> bytes that Ollama holds, where somebody knows."""
+        self.workers: dict[int, str] = {}
+        """PID -> id of the worker, of those that are there."""
+        self._live = live
+        self._devices = devices
+        self._resident = resident
+        self._clock = clock
+        self._reported = float("-inf")
+
+    def has_reported(self) -> None:
+        """A GPU worker has done a test: what was read before shows what it held then."""
+        self._reported = self._clock()
+
+    def now(self) -> Mapping[str, Reading]:
+        """UUID -> reading; empty where nobody can be asked."""
+        if self._live is None:
+            return {}
+        # The processes first: of what a test allocates meanwhile, free must show at least as
+        # much as its worker does, or the room would be counted twice.
+        age = min(PROCESSES_AGE, max(0.0, self._clock() - self._reported))
+        processes = self._live.processes(age).devices
+        memory = self._live.memory(MEMORY_AGE).devices
+        resident = self._resident()
+        return {
+            uuid: _reading(memory.get(uuid), processes.get(uuid), self.workers, resident.get(uuid))
+            for uuid in self._devices
+        }
+
+
+def _reading(
+    memory: Memory | None,
+    processes: Sequence[GpuProcess] | None,
+    workers: Mapping[int, str],
+    resident: int | None,
+) -> Reading:
+    held: dict[str, int | None] = {}
+    others: list[tuple[int, str]] = []
+    ollama = 0
+    for process in processes or ():
+        owner = owner_of(process.pid, workers)
+        if owner is None:
+            ollama += (process.used or 0) if process.is_ollama else 0
+            if not process.is_ollama and process.used:
+                others.append((process.used, f"PID {process.pid} {format_gb(process.used)}"))
+        elif process.used is None or held.get(owner, 0) is None:
+            held[owner] = None
+        else:
+            held[owner] = (held.get(owner) or 0) + process.used
+    told = resident if resident is not None else (ollama or None)
+    names = [text for _, text in sorted(others, reverse=True)[:_MOST_HOLDERS]]
+    if told:
+        names.insert(0, f"Ollama {format_gb(told)}")
+    return Reading(None if memory is None else memory.free, told, held, ", ".join(names))
+
+
+def owner_of(pid: int, workers: Mapping[int, str]) -> str | None:
+    """The worker that this process is, or from which it descends."""
+    at: int | None = pid
+    for _ in range(_DEEPEST):
+        if at is None or at <= 1:
+            break
+        if at in workers:
+            return workers[at]
+        at = parent_of(at)
+    return None
