@@ -13,6 +13,7 @@ from pytest_gpushare.plan.shortage import shortage
 from pytest_gpushare.report.line import Line, View
 from pytest_gpushare.report.memory import out_of_memory
 from pytest_gpushare.report.ollama import ollama_lines
+from pytest_gpushare.report.routing import routing
 from pytest_gpushare.run.placement import caps_of
 from pytest_gpushare.run.started import LeftAlone, Started
 from pytest_gpushare.settings.options import OPTIONS
@@ -54,6 +55,7 @@ def _unwritten(started: Started) -> Iterator[Line]:
 
 _SUMMARY: tuple[Callable[[Started], Iterator[Line]], ...] = (
     _overwritten,
+    routing,
     out_of_memory,
     _unwritten,
 )

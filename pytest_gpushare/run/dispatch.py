@@ -43,7 +43,8 @@ class Scheduler:
     @property
     def nodes(self) -> list[Any]:
         """The workers that are there."""
-        return list(self._nodes)
+        # xdist's loadscope drops workers for which there is no work.
+        return list(self._stock.nodes if self._hand_out is None else self._nodes)
 
     @property
     def collection_is_completed(self) -> bool:
@@ -116,7 +117,7 @@ class Scheduler:
         """A worker has ended or died; returns the test in which it died."""
         has_died = not hasattr(node, "workeroutput")
         self._deaths += has_died
-        del self._nodes[node]
+        self._nodes.pop(node, None)
         if self._hand_out is None:
             return self._stock.remove_node(node)  # type: ignore[no-any-return]
         replaced = has_died and (self._most_deaths is None or self._deaths <= self._most_deaths)
@@ -147,7 +148,8 @@ class Scheduler:
         for node, ids in self._nodes.items():
             if ids is not None and not hand_out.knows(node.gateway.id):
                 told = self._told.get(node.gateway.id, _SILENT)
-                hand_out.join(node, self._own.worker(node), self._suite.add(ids), told.pid)
+                collection = self._suite.add(ids)
+                hand_out.join(node, self._own.joins(node, self._suite), collection, told.pid)
 
 
 def most_deaths(options: Any) -> int | None:

@@ -10,6 +10,7 @@ from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE
 from pytest_gpushare.run.dispatch import Scheduler, most_deaths
 from pytest_gpushare.run.hand_out import HandOut
 from pytest_gpushare.run.jobs import Crew, Learned, Suite, weigh
+from pytest_gpushare.run.parity import Parity
 from pytest_gpushare.run.places import NUMBER
 from pytest_gpushare.run.readings import Readings
 from pytest_gpushare.run.started import LeftAlone, Started
@@ -27,18 +28,27 @@ class Own:
         started: Started,
         options: Any,
         learned: Learned,
+        plugins: Any,
     ) -> None:
+        """`plugins` is pytest's plugin manager."""
         self._started = started
         self._options = options
         self._learned = learned
+        self._plugins = plugins
 
     def has_gpu(self, node: Any) -> bool:
         """Whether a worker was placed on a GPU."""
         return int(node.gateway.spec.env[NUMBER]) < len(self._started.plan.slots)
 
-    def worker(self, node: Any) -> Worker:
+    def joins(self, node: Any, suite: Suite) -> Worker:
         """The worker as the dispatcher knows it."""
-        plan = self._started.plan
+        plan, parity = self._started.plan, self._started.parity
+        if parity is not None:
+            parity.worker_up(node.gateway.id, has_gpu=self.has_gpu(node))
+        session = self._plugins.get_plugin("session")
+        if session is not None:
+            # xdist takes the worker that collected last for the measure of all.
+            session.testscollected = len(suite.nodeids)
         if not self.has_gpu(node):
             return Worker(node.gateway.id)
         slot = plan.slots[int(node.gateway.spec.env[NUMBER])]
@@ -64,6 +74,8 @@ class Own:
         started.sent = hand_out.sent
         started.links.on("test", hand_out.hold)
         started.links.on("emptied", hand_out.emptied)
+        started.parity = Parity(weighed, crew)
+        self._plugins.register(started.parity, "gpu-share-parity")
         ticker = Ticker(lambda: hand_out.waits, lambda: _nudge(hand_out))
         started.services.append(ticker)
         ticker.start()
@@ -104,7 +116,7 @@ def scheduler_for(started: Started | LeftAlone, config: pytest.Config, stock: An
         return stock
     if not started.has_placed_all:
         return stock
-    own = Own(started, options, lambda _: (None, None))
+    own = Own(started, options, lambda _: (None, None), config.pluginmanager)
     return Scheduler(stock, started.links, own, most_deaths(options))
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.run.hand_out import Sent
     from pytest_gpushare.run.live import LiveVram
     from pytest_gpushare.run.watch import Watch
+    from pytest_gpushare.run.parity import Parity
 
 
 class Service(Protocol):
@@ -134,6 +135,8 @@ class Started:
 
     has_placed_all: bool = False
     """Whether every worker has its place from the plan."""
+    parity: Parity | None = None
+    """What the kinds of worker skip or miss, where the plugin itself dispatches."""
     sent: Mapping[str, Sent] = field(default_factory=dict)
     """Node id -> how a GPU test was admitted, where the plugin itself dispatches."""
 
@@ -256,7 +259,8 @@ class Started:
 
     def has_failed(self) -> bool:
         """Whether the run counts as failed whatever its tests say."""
-        return self.strict and bool(self.overwritten)
+        lost = self.parity is not None and bool(self.parity.lost)
+        return self.strict and (bool(self.overwritten) or lost)
 
     def message_to(self, spec: Any) -> dict[str, Any] | None:
         """What the worker of this spec is told of its place; None where it has none from us."""

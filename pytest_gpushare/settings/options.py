@@ -219,7 +219,7 @@ OPTIONS: tuple[Option, ...] = (
         "cpu_workers",
         "integer",
         "0",
-        "CPU workers beside the GPU workers; auto: as many as there are CPUs that GPU workers leave",
+        "CPU workers beside the GPU workers; auto: the CPUs that GPU workers leave",
         high="1024",
         auto=True,
     ),

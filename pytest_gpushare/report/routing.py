@@ -1,0 +1,41 @@
+"""Lines about the routing of tests: what went where for another reason than its marker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_gpushare.report.line import Line
+from pytest_gpushare.run.started import Started
+from pytest_gpushare.units import plural
+
+_MOST_NAMES = 3
+
+
+def routing(started: Started) -> Iterator[Line]:
+    """What went elsewhere than its marker says, and what was skipped for it."""
+    parity, marker = started.parity, started.settings.marker
+    if parity is None:
+        return
+    lost = parity.lost
+    if lost:
+        names = [f"{skip.nodeid} ({skip.reason[:80]})" for skip in lost[:_MOST_NAMES]]
+        more = f", and {len(lost) - len(names)} more" if len(lost) > len(names) else ""
+        kind = " (an error under --gpu-share-strict)" if started.strict else ""
+        were = "was" if len(lost) == 1 else "were"
+        yield Line(
+            f"gpu-share: {plural(len(lost), 'test')} {were} skipped on CPU workers for want of a "
+            f"GPU: mark with {marker} what needs one: {', '.join(names)}{more}{kind}",
+            problem=True,
+        )
+    if parity.by_skip:
+        yield Line(
+            f"gpu-share: {plural(len(parity.by_skip), 'test')} that markers skip without a GPU "
+            f"ran on GPU workers, though not marked with {marker}",
+        )
+    if parity.only_on_gpu or parity.only_on_cpu:
+        yield Line(
+            f"gpu-share: workers collected different tests: {parity.only_on_gpu} only GPU workers, "
+            f"{parity.only_on_cpu} only CPU workers; each test ran where it was collected",
+        )
+    if parity.has_cpu_workers and parity.tests and not parity.gpu_tests:
+        yield Line(f"gpu-share: no GPU test was selected: no test is marked with {marker}")
