@@ -10,6 +10,7 @@ from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE
 from pytest_gpushare.run.dispatch import Scheduler, most_deaths
 from pytest_gpushare.run.hand_out import HandOut
 from pytest_gpushare.run.jobs import Crew, Learned, Suite, weigh
+from pytest_gpushare.run.lessons import Lessons, remember_needs
 from pytest_gpushare.run.parity import Parity
 from pytest_gpushare.run.places import NUMBER
 from pytest_gpushare.run.readings import Readings
@@ -26,15 +27,14 @@ class Own:
     def __init__(
         self,
         started: Started,
-        options: Any,
+        config: pytest.Config,
         learned: Learned,
-        plugins: Any,
     ) -> None:
-        """`plugins` is pytest's plugin manager."""
         self._started = started
-        self._options = options
+        self._config = config
+        self._options: Any = config.option
         self._learned = learned
-        self._plugins = plugins
+        self._plugins = config.pluginmanager
 
     def has_gpu(self, node: Any) -> bool:
         """Whether a worker was placed on a GPU."""
@@ -61,6 +61,8 @@ class Own:
         if not (weighed.has_needs or crew.on_cpu):
             return None
         suite.is_closed = True
+        if weighed.has_needs:
+            remember_needs(self._config)
         rooms = self._rooms()
         dispatcher = Dispatcher(weighed.jobs, rooms, self._policy())
         hand_out = HandOut(
@@ -116,7 +118,7 @@ def scheduler_for(started: Started | LeftAlone, config: pytest.Config, stock: An
         return stock
     if not started.has_placed_all:
         return stock
-    own = Own(started, options, lambda _: (None, None), config.pluginmanager)
+    own = Own(started, config, Lessons(started, config))
     return Scheduler(stock, started.links, own, most_deaths(options))
 
 

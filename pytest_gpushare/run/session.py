@@ -102,8 +102,10 @@ def attach(started: Started | LeftAlone, config: pytest.Config) -> None:
     """What runs beside the tests of a run that has GPU workers: pytest's cache is there by now."""
     if isinstance(started, Started) and started.plan.slots and not started.gpus.simulated:
         from pytest_gpushare.run.alone import Alone
+        from pytest_gpushare.run.lessons import may_have_needs
         from pytest_gpushare.run.profile import Profile
 
+        started.has_needs = may_have_needs(started, config)
         started.alone = Alone(started)
         started.services.append(Profile(started, config))
 
