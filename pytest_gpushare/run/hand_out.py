@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Collection as Numbers
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.plan.work import (
     Action,
@@ -21,21 +21,9 @@ from pytest_gpushare.plan.work import (
 if TYPE_CHECKING:
     from pytest_gpushare.plan.dispatcher import Dispatcher
     from pytest_gpushare.run.jobs import Collection
+    from pytest_gpushare.run.journal import Journal
     from pytest_gpushare.run.links import Links
     from pytest_gpushare.run.readings import Readings
-
-
-class Sent(NamedTuple):
-    """How a test was sent to its worker, for the report."""
-
-    worker: str
-    need: int
-    """Bytes on each of its devices; 0 where it had no need."""
-    source: str
-    waited: float
-    """Seconds for which it was its turn before it fitted."""
-    note: str
-    alone: bool
 
 
 class _Hand:
@@ -59,6 +47,7 @@ class HandOut:
         links: Links,
         readings: Readings,
         contexts: Mapping[str, int],
+        journal: Journal,
         tell: Callable[..., object],
     ) -> None:
         """`contexts`: UUID -> bytes of a CUDA context, which no framework counts."""
@@ -67,12 +56,11 @@ class HandOut:
         self._links = links
         self._readings = readings
         self._contexts = contexts
+        self._journal = journal
         self._tell = tell
         self._hands: dict[str, _Hand] = {}
         self._held: dict[str, Mapping[str, int]] = {}
         self._emptied: list[tuple[str, Mapping[str, int]]] = []
-        self.sent: dict[str, Sent] = {}
-        """Node id -> how the test was sent, of those for which there is something to tell."""
 
     @property
     def is_done(self) -> bool:
@@ -177,19 +165,20 @@ class HandOut:
 
     def _run(self, hand: _Hand, action: Run) -> None:
         if action.source or action.note:
-            nodeid = self._nodeids[action.tests[0]]
-            self.sent[nodeid] = Sent(
-                action.worker,
-                action.need,
-                action.source,
-                action.waited,
-                action.note,
-                action.alone,
-            )
-            if action.source:
-                self._links.send(action.worker, "need", [nodeid, action.need])
+            self._tell_of(action)
         place = hand.collection.place
         self._send(hand, [place(test) for test in action.tests], last=action.last)
+
+    def _tell_of(self, action: Run) -> None:
+        """A GPU test comes alone: the worker and the report hear how it was admitted."""
+        nodeid, journal = self._nodeids[action.tests[0]], self._journal
+        if action.source:
+            self._links.send(action.worker, "need", [nodeid, action.need])
+            journal.need(nodeid, action.need, action.source)
+        if action.waited:
+            journal.waited(nodeid, action.waited)
+        if action.note:
+            journal.remark(nodeid, action.note)
 
     def _send(self, hand: _Hand, indices: list[int], *, last: bool) -> None:
         if last and (indices or not hand.rests):

@@ -97,6 +97,8 @@ class Journal:
         key = worker, report.nodeid
         with self._lock:
             test = self._open.get(key)
+            if test is None and report.when == "teardown" and self._is_late(worker, report):
+                return
             if test is None:
                 test = self._open[key] = Test(report.nodeid, worker, report.marked)
             if report.when not in ("setup", "call", "teardown"):
@@ -110,6 +112,16 @@ class Journal:
             test.outcome = max(test.outcome, _outcome(report), key=_RANKS.index)
             if report.when == "teardown":
                 self._close(key, test)
+
+    def _is_late(self, worker: str, report: Told) -> bool:
+        """Whether this is of the last test's wider fixtures, torn down when it was over."""
+        last = self._last.get(worker)
+        if last is None or last.nodeid != report.nodeid:
+            return False
+        self.counts[last.outcome] -= 1
+        last.outcome = max(last.outcome, _outcome(report), key=_RANKS.index)
+        self.counts[last.outcome] += 1
+        return True
 
     def measured(self, worker: str, told: Any, context: int) -> None:
         """Take what a worker counted around a test; what makes no sense is dropped.

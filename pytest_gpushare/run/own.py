@@ -71,9 +71,9 @@ class Own:
             started.links,
             Readings(started.live, [room.uuid for room in rooms]),
             {room.uuid: room.context for room in rooms},
+            started.journal,
             started.record.note,
         )
-        started.sent = hand_out.sent
         started.links.on("test", hand_out.hold)
         started.links.on("emptied", hand_out.emptied)
         started.parity = Parity(weighed, crew)

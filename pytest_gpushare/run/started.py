@@ -27,10 +27,9 @@ if TYPE_CHECKING:
     from pytest_gpushare.run.alone import Alone
     from pytest_gpushare.run.crew import Crew
     from pytest_gpushare.run.journal import Journal
-    from pytest_gpushare.run.hand_out import Sent
     from pytest_gpushare.run.live import LiveVram
-    from pytest_gpushare.run.watch import Watch
     from pytest_gpushare.run.parity import Parity
+    from pytest_gpushare.run.watch import Watch
 
 
 class Service(Protocol):
@@ -132,13 +131,10 @@ class Started:
     """Why a report could not be written, one sentence each."""
     watch: Watch | None = None
     """The samples; None before the run began, and under a what-if."""
-
     has_placed_all: bool = False
     """Whether every worker has its place from the plan."""
     parity: Parity | None = None
     """What the kinds of worker skip or miss, where the plugin itself dispatches."""
-    sent: Mapping[str, Sent] = field(default_factory=dict)
-    """Node id -> how a GPU test was admitted, where the plugin itself dispatches."""
 
     _devices: dict[str, str | None] = field(default_factory=dict)
 
