@@ -26,8 +26,8 @@ CUDA_CONTEXT = 512 * MB
 _MOST_VRAM = 2**50
 _CELLS = 256
 """The number of cells of a cache is a multiple of this."""
-_BYTES_PER_BLOCK = {"f16": 64, "q8_0": 34, "q4_0": 18}
-"""Bytes of 32 elements of a KV cache, by its type."""
+_BLOCKS = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
+"""Elements of a block of a KV cache and its bytes, by the cache's type."""
 
 _TABLE = ((10, 8192 * MB), (16, 12288 * MB))
 _LARGEST = 18432 * MB
@@ -144,7 +144,8 @@ def _padded(cells: int) -> int:
 
 
 def _row(elements: int, cache_type: str) -> int:
-    return -(-elements // 32) * _BYTES_PER_BLOCK[cache_type]
+    each, size = _BLOCKS[cache_type]
+    return -(-elements // each) * size
 
 
 def graph_bytes(shape: Shape, tokens: int, batch: int, server: Server) -> int:

@@ -6,6 +6,7 @@ reason. Which layers keep what follows llama.cpp, which is what Ollama runs sinc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ class _Metadata:
 
     def __init__(self, info: Mapping[str, object]) -> None:
         architecture = info.get("general.architecture")
-        if not isinstance(architecture, str) or not 0 < len(architecture) <= 64:
+        if not isinstance(architecture, str) or not re.fullmatch(r"[\w.-]{1,64}", architecture):
             raise ShapeUnknownError("the metadata names no architecture")
         self.architecture = architecture
         self._info = info
