@@ -84,10 +84,10 @@ class Prediction(NamedTuple):
 
 def predict(model: ModelFacts, server: Server) -> Prediction:
     """The prediction for one model. Raises `ShapeUnknownError` where its metadata do not do."""
-    if model.file_bytes is None:
-        raise ShapeUnknownError("/api/tags gives no size")
     if model.info is None:
         raise ShapeUnknownError(model.problem or "/api/show gives no metadata")
+    if model.file_bytes is None:
+        raise ShapeUnknownError("/api/tags gives no size")
     shape = shape_of(model.info)
     context = context_of(model.num_ctx, server, shape.trained_context)
     batch = batch_of(shape, context, server)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -51,12 +53,13 @@ def plan(
     request: Request = Request(),  # noqa: B008 - frozen
     cpus: int = 64,
     ram: int | None = None,
+    seen: Mapping[str, int] = MappingProxyType({}),
     **settings: Any,
 ) -> Plan:
     """The plan for these devices, the rest at its default."""
     facts = GpuFacts(devices, devices, absence="" if devices else "NVML finds no device")
     host = HostFacts(cpus, ram)
-    return make_plan(replace(DEFAULTS, **settings), facts, ollama, host, request)
+    return make_plan(replace(DEFAULTS, **settings), facts, ollama, host, request, seen)
 
 
 def slots(result: Plan) -> list[tuple[str, float]]:

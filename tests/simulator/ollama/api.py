@@ -79,6 +79,9 @@ class Handler(BaseHTTPRequestHandler):
                 return
             if path in self.ollama.errors:
                 raise ApiError(*self.ollama.errors[path])
+            if path in self.ollama.answers:
+                self._send(200, self.ollama.answers[path], "application/json; charset=utf-8")
+                return
             self._route(path, body)
         except ApiError as error:
             self._send_json({"error": str(error)}, error.status)

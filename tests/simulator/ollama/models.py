@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..sizes import Size, to_bytes
@@ -25,7 +25,12 @@ class Model:
     graph: bytes of the compute buffers.
     layers, heads, kv_heads, key_length, value_length, embedding_length, trained_context:
         the shape, from which the KV cache follows; the defaults are qwen2.5:14b's, but for
-        a model that is no larger than four such KV caches, where they are a toy's.
+        a model that is no larger than four such KV caches, where they are a toy's. `kv_heads`
+        may have a figure for each layer.
+    window, windowed: tokens of the sliding window, and for each layer whether it has one.
+    num_ctx: the context that the model's own settings ask for.
+    remote: the host in the cloud on which it runs.
+    info: metadata in place of what the shape says, or besides.
     """
 
     name: str
@@ -35,13 +40,18 @@ class Model:
     architecture: str = "qwen2"
     layers: int | None = None
     heads: int = 40
-    kv_heads: int | None = None
+    kv_heads: int | Sequence[int] | None = None
     key_length: int = 128
     value_length: int = 128
     embedding_length: int = 5120
     trained_context: int = 32768
     parameter_size: str = "14.8B"
     quantization: str = "Q4_K_M"
+    window: int = 0
+    windowed: Sequence[bool] = ()
+    num_ctx: int = 0
+    remote: str = ""
+    info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.file_bytes <= 0:
@@ -58,7 +68,7 @@ class Model:
         return hashlib.sha256(self.full_name.encode()).hexdigest()
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, int | Sequence[int]]:
         """(layers, KV heads)."""
         kv_of_14b = 48 * 8 * (self.key_length + self.value_length) * DEFAULT_CONTEXT * 2
         layers, kv_heads = (48, 8) if to_bytes(self.size) > 4 * kv_of_14b else (8, 1)
@@ -72,9 +82,13 @@ class Model:
         return to_bytes(self.size) - self.kv_bytes(DEFAULT_CONTEXT) - to_bytes(self.graph)
 
     def kv_bytes(self, context: int) -> int:
-        """Bytes of an f16 KV cache for *context* tokens."""
+        """Bytes of an f16 KV cache for *context* tokens; a window keeps 512 beside its own."""
         layers, kv_heads = self.shape
-        return layers * kv_heads * (self.key_length + self.value_length) * context * 2
+        heads = [kv_heads] * layers if isinstance(kv_heads, int) else kv_heads
+        windowed = self.windowed or [False] * layers
+        cells = [min(context, self.window + 512) if short else context for short in windowed]
+        tokens = sum(count * many for count, many in zip(heads, cells, strict=True))
+        return tokens * (self.key_length + self.value_length) * 2
 
     def need(self, context: int, parallel: int = 1) -> int:
         """Bytes of VRAM needed for *parallel* requests of *context* tokens each."""
@@ -104,6 +118,7 @@ class Model:
             "size": self.file_bytes,
             "digest": self.digest,
             "details": self.details(),
+            **({"remote_host": self.remote, "remote_model": self.name} if self.remote else {}),
         }
 
     def show(self, *, verbose: bool) -> dict[str, Any]:
@@ -121,10 +136,17 @@ class Model:
             f"{a}.attention.value_length": self.value_length,
             f"{a}.embedding_length": self.embedding_length,
             f"{a}.context_length": self.trained_context,
-            "tokenizer.ggml.tokens": ["a", "b"] if verbose else None,
+            "tokenizer.ggml.tokens": ["a", "b"] * 76032,
         }
+        if self.window:
+            info[f"{a}.attention.sliding_window"] = self.window
+            info[f"{a}.attention.sliding_window_pattern"] = list(self.windowed)
+        info.update(self.info)
+        if not verbose:
+            info = {k: None if isinstance(v, (list, tuple)) else v for k, v in info.items()}
         return {
             "modelfile": f"FROM {self.full_name}",
+            "parameters": f'num_ctx    {self.num_ctx}\nstop    "x"' if self.num_ctx else "",
             "template": "{{ .Prompt }}",
             "details": self.details(),
             "model_info": info,

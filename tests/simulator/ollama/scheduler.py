@@ -75,7 +75,8 @@ class Scheduler:
         aborted: Callable[[], bool] = lambda: False,
     ) -> Loaded:
         """Return the model, loaded so; it stays until `release`. Others may have to leave."""
-        wanted = context or self.settings.context_length or self._context_by_vram()
+        wanted = context or model.num_ctx or self.settings.context_length
+        wanted = wanted or self._context_by_vram()
         key = (min(wanted, model.trained_context), num_gpu)
         with self._loading:
             self.loaded()

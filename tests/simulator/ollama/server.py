@@ -33,6 +33,7 @@ class OllamaServer:
     requests: every request so far.
     delays: seconds to wait before answering, by path.
     errors: (status, text) to answer with, by path.
+    answers: bodies to answer with in place of the true ones, by path.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class OllamaServer:
         self.requests: list[Request] = []
         self.delays: dict[str, float] = {}
         self.errors: dict[str, tuple[int, str]] = {}
+        self.answers: dict[str, bytes] = {}
         handler = type("BoundHandler", (Handler,), {"ollama": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self._http.daemon_threads = True

@@ -1,0 +1,189 @@
+"""Runs that keep as much VRAM for Ollama as the models need that they rely on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+from simulator import Device, Machine
+from simulator.ollama import FaultyServer, Model, OllamaServer
+
+from .conftest import Project, Result
+from .test_output import check_lines
+from .test_plan_table import card
+
+Golden = Callable[[Result, str], None]
+OllamaWith = Callable[..., OllamaServer]
+
+QWEN = {"qwen2.5:14b": Model("qwen2.5:14b", size="10.8GB")}
+AUTO = (
+    "-o", "gpu_share_ollama_vram_reservation_mb=auto",
+    "-o", "gpu_share_ollama_context=4096",
+    "-o", "gpu_share_ollama_timeout_s=5",
+)  # fmt: skip
+
+
+def models(*names: str) -> tuple[str, str]:
+    return "-o", f"gpu_share_ollama_models={' '.join(names)}"
+
+
+def remembering(project: Project, *arguments: str) -> Result:
+    """A run with pytest's cache, which other tests leave out."""
+    plugins = ("-p", "no:hypothesispytest", "-p", "no:anyio")
+    return project.command([sys.executable, "-m", "pytest", *plugins, "--gpu-share", *arguments])
+
+
+def test_predicted(
+    project: Project, machine: Machine, ollama_with: OllamaWith, golden: Golden
+) -> None:
+    """An idle server: what its model will take, by parts, and no question more than it takes."""
+    server = ollama_with(QWEN)
+    result = project.pytest("--gpu-share", "-v", *AUTO, *models("qwen2.5:14b"))
+    assert (result.code, result.passed, result.err) == (0, 4, "")
+    check_lines(result, golden, "models_predicted")
+    assert [(r.method, r.path) for r in server.requests] == [
+        ("GET", "/api/version"),
+        ("GET", "/api/ps"),
+        ("GET", "/api/tags"),
+        ("POST", "/api/show"),
+    ]
+    assert server.ps() == []
+
+
+def test_seen_in_an_earlier_run(
+    project: Project, machine: Machine, ollama_with: OllamaWith, golden: Golden
+) -> None:
+    """A run beside the loaded model learns what it takes; the next one goes by that."""
+    server = ollama_with(QWEN, load="qwen2.5:14b", context="600MB")
+    loaded = remembering(project, "-v", *AUTO, *models("qwen2.5:14b"))
+    assert (loaded.code, loaded.passed, loaded.err) == (0, 4, "")
+    check_lines(loaded, golden, "models_loaded")
+    kept = json.loads((project.path / ".pytest_cache/v/gpushare/ollama").read_text())
+    assert len(kept) == 1
+    server.unload("qwen2.5:14b")
+    again = remembering(project, "-v", *AUTO, *models("qwen2.5:14b"))
+    assert (again.code, again.passed, again.err) == (0, 4, "")
+    check_lines(again, golden, "models_seen")
+
+
+def test_windows_and_lists(
+    project: Project, machine: Machine, ollama_with: OllamaWith, golden: Golden
+) -> None:
+    """Figures that differ by layer, beside a model in the cloud and one that is not there."""
+    gemma = Model(
+        "gemma3:12b", size="5GB", architecture="gemma3", layers=6, kv_heads=(8, 8, 8, 8, 8, 4),
+        key_length=256, value_length=256, window=1024, windowed=(True,) * 5 + (False,),
+    )  # fmt: skip
+    cloud = Model("glm-5:cloud", size="10GB", remote="https://ollama.com:443")
+    server = ollama_with({model.name: model for model in (gemma, cloud)})
+    names = models("gemma3:12b", "glm-5:cloud", "llama9:7b")
+    result = project.pytest("--gpu-share", "-v", "-n2", *AUTO, *names)
+    assert (result.code, result.passed, result.err) == (0, 4, "")
+    check_lines(result, golden, "models_odd")
+    shown = [r.json() for r in server.requests if r.path == "/api/show"]
+    assert shown == [{"model": "gemma3:12b"}, {"model": "gemma3:12b", "verbose": True}]
+
+
+def test_reservation_that_is_too_small(
+    project: Project, machine: Machine, ollama_with: OllamaWith
+) -> None:
+    """The number that would do is told, and a run with that number says nothing more."""
+    ollama_with(QWEN)
+    small = project.pytest("--gpu-share", *AUTO, "-o", "gpu_share_ollama_vram_reservation_mb=8192",
+                           *models("qwen2.5:14b"))  # fmt: skip
+    assert small.code == 0
+    said = "  VRAM that Ollama needs is more than is reserved: "
+    line = next(line for line in small.said if line.startswith(said))
+    setting = line.removeprefix(said).partition(" would hold its models")[0]
+    number = int(setting.partition(" = ")[2])
+    assert 11000 < number < 13500
+    enough = project.pytest("--gpu-share", *AUTO, "-o", setting.replace(" ", ""),
+                            *models("qwen2.5:14b"))  # fmt: skip
+    assert (enough.code, [line for line in enough.said if line.startswith(said)]) == (0, [])
+
+
+def test_without_an_answer(project: Project, machine: Machine) -> None:
+    """By the sizes in the names, released, or refused."""
+    host = project.environment["OLLAMA_HOST"]
+    by_name = project.pytest("--gpu-share", *AUTO, *models("qwen2.5:14b"))
+    assert (by_name.code, by_name.passed) == (0, 4)
+    assert by_name.said[2].startswith("  VRAM: Ollama reservation 12.0 GB, ")
+    assert by_name.said[3:] == [
+        f"  Ollama at {host}: nothing listens there; its VRAM is reserved by the sizes in its "
+        "models' names"
+    ]
+    released = project.pytest("--gpu-share", "-o", "gpu_share_ollama_unreachable=release")
+    assert (released.code, released.passed) == (0, 4)
+    assert released.said[2].startswith("  VRAM: Ollama reservation 0.0 GB, ")
+    assert released.said[3:] == [
+        f"  Ollama at {host}: nothing listens there; no VRAM is reserved for it "
+        "(gpu_share_ollama_unreachable = release)"
+    ]
+    refused = project.pytest("--gpu-share", "-o", "gpu_share_ollama_unreachable=fail")
+    assert (refused.code, refused.out) == (4, "")
+    assert refused.err.strip() == (
+        f"ERROR: gpu-share: Ollama at {host}: nothing listens there; gpu_share_ollama_unreachable "
+        "is fail: start Ollama, correct gpu_share_ollama_host, or set it to reserve or release"
+    )
+
+
+def test_something_is_there(project: Project, machine: Machine) -> None:
+    """A server that answers nonsense is not a server that is not there."""
+    with FaultyServer("status-503") as server:
+        result = project.pytest(
+            "--gpu-share", "-o", "gpu_share_ollama_unreachable=release", OLLAMA_HOST=server.host
+        )
+    assert (result.code, result.passed) == (0, 4)
+    assert result.said[2].startswith("  VRAM: Ollama reservation 12.0 GB, ")
+    assert result.said[3].endswith("; something is there, so its VRAM reservation stands")
+
+
+def test_found(project: Project, machine: Machine, ollama_with: OllamaWith) -> None:
+    """`ollama_host = auto`: the header tells where it is and how it was found."""
+    server = ollama_with(QWEN)
+    result = project.pytest("--gpu-share", "-o", "gpu_share_ollama_host=auto")
+    assert (result.code, result.passed) == (0, 4)
+    assert result.said[-1] == (
+        f"  Ollama 0.33.0 at {server.host}, found as OLLAMA_HOST: no model in VRAM"
+    )
+
+
+def test_on_a_device_that_was_not_named(
+    project: Project, machine_with: Callable[..., Machine], ollama_with: OllamaWith
+) -> None:
+    """The process list knows better than the setting, and says so."""
+    machine_with(card("24GB", "20GB"), card("24GB", "23GB"))
+    ollama_with(QWEN, load="qwen2.5:14b")
+    result = project.pytest("--gpu-share", "-o", "gpu_share_ollama_gpu=0")
+    assert (result.code, result.passed) == (0, 4)
+    assert result.said[1] == (
+        "  gpu_share_ollama_gpu = 0, but NVML lists Ollama on GPU 1: VRAM is reserved for it "
+        "there, too"
+    )
+
+
+def test_auto_without_models(project: Project, machine: Machine) -> None:
+    result = project.pytest("--gpu-share", "-o", "gpu_share_ollama_vram_reservation_mb=auto")
+    assert (result.code, result.out) == (4, "")
+    assert result.err.strip() == (
+        "ERROR: command line, -o: ollama_vram_reservation_mb = auto: needs the names of models: "
+        "set gpu_share_ollama_models, or give a number of MB"
+    )
+
+
+def test_slow_answers_cost_the_limit_alone(
+    project: Project, machine_with: Callable[..., Machine], ollama_with: OllamaWith
+) -> None:
+    """A server that never tells of its models does not keep the tests waiting."""
+    machine_with(Device(total="24GB", used="2GB"))
+    server = ollama_with(QWEN)
+    server.delays["/api/show"] = 60
+    result = project.pytest(
+        "--gpu-share", *AUTO, *models("qwen2.5:14b"), "-o", "gpu_share_ollama_timeout_s=0.5"
+    )
+    assert (result.code, result.passed) == (0, 4)
+    assert result.said[-1] == (
+        "  VRAM for qwen2.5:14b: 12.0 GB by the size in its name: no answer in time: raise "
+        "gpu_share_ollama_timeout_s"
+    )

@@ -1,0 +1,263 @@
+"""How much is kept for Ollama on each device, and from what."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_gpushare.plan.demand import CUDA_CONTEXT, MARGIN, Server, predict
+from pytest_gpushare.plan.model import Plan
+from pytest_gpushare.plan.model_needs import Source
+from pytest_gpushare.plan.ollama_share import unexpected
+from pytest_gpushare.probe.facts import (
+    Device,
+    GpuFacts,
+    GpuProcess,
+    LoadedModel,
+    ModelFacts,
+    OllamaFacts,
+)
+from pytest_gpushare.units import GB, MB
+
+from .real_models import BY_NAME
+from .test_plan_sizing import device, plan
+
+AUTO: dict[str, Any] = {
+    "ollama_vram_reservation": None,
+    "ollama_models": ("qwen2.5:14b",),
+    "ollama_context": 4096,
+}
+FACTS = ModelFacts("qwen2.5:14b", "d" * 64, 9 * 10**9, "14.8B", None, BY_NAME["qwen2.5:14b"].info)
+NEED = predict(FACTS, Server(24 * GB, "0.33.0", 4096))
+
+
+def answering(*models: LoadedModel, told: ModelFacts = FACTS, **more: Any) -> OllamaFacts:
+    return OllamaFacts(
+        asked=True, answered=True, reachable=True, version="0.33.0", models=models,
+        relied_on=(told,), **more,
+    )  # fmt: skip
+
+
+def kept(result: Plan) -> list[int]:
+    return [planned.reservation for planned in result.devices]
+
+
+def sources(result: Plan) -> list[tuple[str, Source]]:
+    assert result.demand is not None
+    return [(need.name, need.source) for need in result.demand.needs]
+
+
+def test_as_much_as_the_model_needs() -> None:
+    """And what Ollama wants to stay free."""
+    result = plan(device(22), ollama=answering(), **AUTO)
+    assert kept(result) == [NEED.vram + MARGIN]
+    assert sources(result) == [("qwen2.5:14b", Source.PREDICTED)]
+
+
+def test_several_devices_to_choose_from() -> None:
+    """80 % of what is free must do, on whichever device it will be."""
+    pair = device(22), device(22, index=1)
+    result = plan(*pair, ollama=answering(), **{**AUTO, "ollama_context": None})
+    # 48 GB in all: the longest context, cut to what the model was trained for.
+    assert result.demand is not None
+    need = result.demand.needs[0].vram
+    assert result.demand.needs[0].prediction.context == 32768  # type: ignore[union-attr]
+    assert kept(result) == [need * 5 // 4] * 2
+    assert need * 5 // 4 > need + MARGIN
+    tied = plan(*pair, ollama=answering(), **{**AUTO, "ollama_gpu": ("1",)})
+    assert kept(tied) == [0, NEED.vram + MARGIN]
+
+
+def test_small_models_on_several_devices() -> None:
+    """Where 1024 MB are more than a quarter of the need, they count."""
+    small = replace(FACTS, file_bytes=GB, info=BY_NAME["nomic-embed-text"].info)
+    result = plan(device(22), device(22, index=1), ollama=answering(told=small), **AUTO)
+    assert result.demand is not None
+    assert kept(result) == [result.demand.needs[0].vram + MARGIN] * 2
+
+
+def test_what_is_loaded_counts_with_what_it_holds() -> None:
+    """Nothing more is kept for it than the room to be loaded again."""
+    loaded = LoadedModel("qwen2.5:14b", 10 * GB, 10 * GB, FACTS.digest, 4096)
+    result = plan(device(12), ollama=answering(loaded), **AUTO)
+    assert kept(result) == [10 * GB + MARGIN]
+    assert result.devices[0].outstanding == MARGIN
+    assert sources(result) == [("qwen2.5:14b", Source.LOADED)]
+
+
+def test_what_spilled_wants_all_of_it() -> None:
+    """When it is loaded again it should find room for what is on the CPU now."""
+    loaded = LoadedModel("qwen2.5:14b", 10 * GB, 4 * GB, FACTS.digest, 4096)
+    result = plan(device(12), ollama=answering(loaded), **AUTO)
+    assert result.devices[0].outstanding == 6 * GB + MARGIN
+
+
+def test_models_that_nobody_named() -> None:
+    """What is loaded beside them is resident, and takes nothing from what they need."""
+    other = LoadedModel("other:latest", 2 * GB, 2 * GB, "e" * 64, 4096)
+    result = plan(device(20), ollama=answering(other), **AUTO)
+    assert result.devices[0].outstanding == NEED.vram + MARGIN
+    assert kept(result) == [2 * GB + NEED.vram + MARGIN]
+
+
+@pytest.mark.parametrize("written", ["Qwen2.5:14B", "library/qwen2.5:14b", "alias"])
+def test_names_of_the_same_model(written: str) -> None:
+    """By name as Ollama completes it, or by digest."""
+    loaded = LoadedModel("qwen2.5:14b", 10 * GB, 10 * GB, FACTS.digest, 4096)
+    told = replace(FACTS, name=written)
+    settings = {**AUTO, "ollama_models": (written,)}
+    result = plan(device(12), ollama=answering(loaded, told=told), **settings)
+    assert sources(result) == [("qwen2.5:14b", Source.LOADED)]
+
+
+def test_nvml_tells_more_than_the_server() -> None:
+    """A process holds its context, too: it is resident, and not kept twice."""
+    runner = GpuProcess(7, 11 * GB, is_ollama=True)
+    loaded = LoadedModel("qwen2.5:14b", 10 * GB, 10 * GB, FACTS.digest, 4096)
+    result = plan(device(12, processes=(runner,)), ollama=answering(loaded), **AUTO)
+    assert kept(result) == [11 * GB + MARGIN]
+    assert result.devices[0].outstanding == MARGIN
+
+
+def test_what_was_seen_wins() -> None:
+    """A size from an earlier run, at the same context and settings, and only then."""
+    server = Server(0, kv_cache_type="f16")
+    seen = {server.key(FACTS.digest, 4096): 11 * GB}
+    result = plan(device(22), ollama=answering(), seen=seen, **AUTO)
+    assert kept(result) == [11 * GB + MARGIN]
+    assert result.demand is not None
+    assert result.demand.needs[0].difference == 11 * GB - NEED.vram
+    for other in (
+        {"ollama_context": 8192},
+        {"ollama_parallel": 2},
+        {"ollama_kv_cache_type": "q8_0"},
+    ):
+        result = plan(device(22), ollama=answering(), seen=seen, **{**AUTO, **other})
+        assert sources(result) == [("qwen2.5:14b", Source.PREDICTED)]
+
+
+def test_difference_of_a_loaded_model() -> None:
+    """Compared at the context that it has, without a CUDA context, which the server leaves out."""
+    loaded = LoadedModel("qwen2.5:14b", 10 * GB, 10 * GB, FACTS.digest, 4096)
+    settings = {**AUTO, "ollama_context": 32768}
+    result = plan(device(12), ollama=answering(loaded), **settings)
+    assert result.demand is not None
+    assert result.demand.needs[0].difference == 10 * GB - (NEED.vram - CUDA_CONTEXT)
+
+
+def test_cloud_models_need_nothing() -> None:
+    result = plan(
+        device(22), ollama=answering(told=ModelFacts("qwen2.5:14b", is_remote=True)), **AUTO
+    )
+    assert (kept(result), sources(result)) == ([MARGIN], [("qwen2.5:14b", Source.CLOUD)])
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (replace(FACTS, info=None, problem="/api/show gives no JSON"), "/api/show gives no JSON"),
+        (replace(FACTS, file_bytes=None), "/api/tags gives no size"),
+        (replace(FACTS, info={}), "the metadata names no architecture"),
+    ],
+)
+def test_by_name_for_want_of_better(told: ModelFacts, reason: str) -> None:
+    result = plan(device(22), ollama=answering(told=told), **AUTO)
+    assert result.demand is not None
+    (need,) = result.demand.needs
+    assert (need.vram, need.source, need.reason) == (12288 * MB, Source.NAME, reason)
+    assert kept(result) == [12288 * MB + MARGIN]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_without_an_answer(asked: bool) -> None:
+    """The founding write-up's table, whose figures are whole reservations."""
+    settings = {**AUTO, "ollama_models": ("qwen2.5:14b", "nomic-embed-text:137m")}
+    result = plan(device(22), device(22, index=1), ollama=OllamaFacts(asked=asked), **settings)
+    assert kept(result) == [(12288 + 8192) * MB] * 2
+
+
+def test_elsewhere() -> None:
+    """A server on another machine: room for all of its named models, unless the GPU is `none`."""
+    loaded = LoadedModel("qwen2.5:14b", 10 * GB, 10 * GB, FACTS.digest, 4096)
+    remote = answering(loaded, on_this_host=False)
+    assert kept(plan(device(22), ollama=remote, **AUTO)) == [10 * GB + MARGIN]
+    assert plan(device(22), ollama=remote, **AUTO).devices[0].resident == 0
+    assert kept(plan(device(22), ollama=remote, **{**AUTO, "ollama_gpu": ("none",)})) == [0]
+
+
+SILENT = OllamaFacts(asked=True, problem="nothing listens there")
+NONSENSE = OllamaFacts(asked=True, reachable=True, problem="reachable but answers nonsense")
+RUNNER = GpuProcess(7, None, is_ollama=True)
+
+
+@pytest.mark.parametrize(
+    ("ollama", "setting", "processes", "released"),
+    [
+        (SILENT, "release", (), True),
+        (SILENT, "reserve", (), False),
+        (SILENT, "release", (RUNNER,), False),
+        (NONSENSE, "release", (), False),
+        (answering(), "release", (), False),
+        (OllamaFacts(), "release", (), False),
+    ],
+)
+def test_released_only_where_no_server_is(
+    ollama: OllamaFacts, setting: str, processes: tuple[GpuProcess, ...], released: bool
+) -> None:
+    result = plan(device(22, processes=processes), ollama=ollama, ollama_unreachable=setting)
+    assert result.is_released is released
+    assert kept(result) == [0 if released else 12 * GB]
+
+
+# --- which device ---
+
+
+def test_process_list_beside_the_setting() -> None:
+    """Where its process is, room is kept, whatever the setting says; and the user is told."""
+    devices = device(23), device(12, index=1, processes=(GpuProcess(7, 9 * GB, is_ollama=True),))
+    assert kept(plan(*devices, ollama_gpu=("0",))) == [12 * GB, 12 * GB]
+    facts = GpuFacts(devices, devices)
+    assert unexpected(("0",), facts) == (devices[1],)
+    assert unexpected(("GPU-0001", "0"), facts) == unexpected(("auto",), facts) == ()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_split_over_devices(told: bool) -> None:
+    """A model on two devices is resident on each, whether or not NVML tells how much."""
+    runner = GpuProcess(7, 8 * GB if told else None, is_ollama=True)
+    pair = device(15, processes=(runner,)), device(15, index=1, processes=(runner,))
+    loaded = LoadedModel("m", 16 * GB, 16 * GB)
+    ollama = OllamaFacts(asked=True, answered=True, models=(loaded,))
+    result = plan(*pair, ollama=ollama)
+    assert [planned.resident for planned in result.devices] == [8 * GB, 8 * GB]
+
+
+def test_split_by_what_is_used() -> None:
+    """Without sizes the fuller device is taken to hold more."""
+    runner = GpuProcess(7, None, is_ollama=True)
+    pair = device(12, processes=(runner,)), device(18, index=1, processes=(runner,))
+    ollama = OllamaFacts(asked=True, answered=True, models=(LoadedModel("m", 9 * GB, 9 * GB),))
+    result = plan(*pair, ollama=ollama)
+    assert [planned.resident for planned in result.devices] == [6 * GB, 3 * GB]
+
+
+@given(st.integers(0, 24), st.integers(0, 24), st.integers(0, 60), st.booleans(), st.booleans())
+def test_split_never_counts_a_byte_twice(
+    one: int, other: int, held: int, first: bool, second: bool
+) -> None:
+    """Nor more than is in use."""
+    runner = (GpuProcess(7, None, is_ollama=True),)
+    pair: tuple[Device, ...] = (
+        device(24 - one, processes=runner if first else ()),
+        device(24 - other, index=1, processes=runner if second else ()),
+    )
+    loaded = LoadedModel("m", held * GB, held * GB)
+    ollama = OllamaFacts(asked=True, answered=True, models=(loaded,))
+    result = plan(*pair, ollama=ollama, ollama_vram_reservation=2**40)
+    resident = [planned.resident for planned in result.devices]
+    assert sum(resident) <= held * GB
+    assert all(r <= p.device.used for r, p in zip(resident, result.devices, strict=True))
