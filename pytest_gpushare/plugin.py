@@ -65,7 +65,8 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         action="store_true",
         default=False,
         dest="gpu_share_strict",
-        help="fail the run (exit code 1) where a worker's placement was changed behind the plan",
+        help="fail the run (exit code 1) where a worker's placement was changed behind the plan, "
+        "or the tests drove a part of a model of Ollama's off the GPU",
     )
     group.addoption(
         "--gpu-share-simulate",

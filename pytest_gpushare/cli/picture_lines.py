@@ -11,8 +11,8 @@ from typing import Any
 from pytest_gpushare.cli.document import SCHEMA, ollama_document
 from pytest_gpushare.cli.output import Piece, Row
 from pytest_gpushare.cli.picture import Picture, SeenDevice
+from pytest_gpushare.plan.placed import placed
 from pytest_gpushare.probe.facts import OllamaFacts
-from pytest_gpushare.report.ollama import model_in_words
 from pytest_gpushare.run.presence import PresentSession, PresentWorker
 from pytest_gpushare.units import format_gb, plural
 
@@ -184,7 +184,7 @@ def _ollama_rows(ollama: OllamaFacts) -> Iterator[Row]:
     yield [Piece(f"{who} at {ollama.address}{away}{none}", "bold")]
     for model in ollama.models:
         spilled = model.size_vram < model.size
-        yield [Piece(f"  {model_in_words(model)}", "bold red" if spilled else "")]
+        yield [Piece(f"  {placed(model)}", "bold red" if spilled else "")]
 
 
 def _device_document(seen: SeenDevice) -> dict[str, Any]:

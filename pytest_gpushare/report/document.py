@@ -19,6 +19,7 @@ from pytest_gpushare.report.clean import cleaned, cleaner
 from pytest_gpushare.report.hints import hints
 from pytest_gpushare.report.left_behind import leaks
 from pytest_gpushare.report.usage import usages
+from pytest_gpushare.report.verdict import verdict
 from pytest_gpushare.run.crew import Member, Peak
 from pytest_gpushare.run.journal import Test
 from pytest_gpushare.run.started import Started
@@ -179,17 +180,16 @@ def _peak(peak: Peak | None) -> dict[str, Any]:
 
 
 def _ollama(started: Started) -> Mapping[str, Any] | None:
-    guard = getattr(started, "guard", None)
-    if guard is not None:
-        told: Mapping[str, Any] = guard.document()
-        return told
     ollama = started.ollama
     if not ollama.asked:
         return None
+    book = started.guard.book if started.guard is not None else None
+    words = verdict(book) if book is not None else []
+    models = ollama.models if book is None else book.history.models
     return {
         "address": ollama.address,
         "version": ollama.version,
-        "answered": ollama.answered,
+        "answered": ollama.answered or (book is not None and book.history.answered_at is not None),
         "found_by": started.settings.origins.get("ollama_host", "default"),
         "problem": ollama.problem,
         "models": [
@@ -197,12 +197,12 @@ def _ollama(started: Started) -> Mapping[str, Any] | None:
                 "name": model.name,
                 "size_bytes": model.size,
                 "size_vram_bytes": model.size_vram,
-                "spilled": model.size_vram < model.size,
+                "spilled": model.is_spilled,
             }
-            for model in ollama.models
+            for model in models
         ],
-        "verdict": [],
-        "spilled_under_tests": False,
+        "verdict": ["; ".join((word.text, *word.details)) for word in words],
+        "spilled_under_tests": any(word.is_ours for word in words),
     }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpushare.probe.facts import LoadedModel, OllamaFacts
+from pytest_gpushare.plan.placed import placed
+from pytest_gpushare.probe.facts import OllamaFacts
 from pytest_gpushare.units import MB, format_gb
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def _server(started: Started) -> Text:
     if not ollama.answered:
         text = f"  {who} at {ollama.address}: {ollama.problem}; {_what_stands(started)}"
         return Text(text, problem=ollama.reachable)
-    models = ", ".join(model_in_words(model) for model in ollama.models)
+    models = ", ".join(placed(model) for model in ollama.models)
     spilled = any(model.is_spilled for model in ollama.models)
     where = _found(started, ollama) + _elsewhere(started)
     return Text(f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}", spilled)
@@ -65,17 +66,6 @@ def _elsewhere(started: Started) -> str:
     if started.settings.ollama_gpu == ("none",):
         return ", on another machine (no VRAM is reserved for it here)"
     return ", on another machine (VRAM is reserved here all the same; gpu_share_ollama_gpu = none)"
-
-
-def model_in_words(model: LoadedModel) -> str:
-    """`qwen2.5:14b 10.8 GB, 100 % on GPU`."""
-    size = format_gb(model.size)
-    if model.size_vram > model.size or not model.size:
-        return f"{model.name} {size}, {format_gb(model.size_vram)} on GPU"
-    if not model.size_vram:
-        return f"{model.name} {size}, on the CPU, not on GPU"
-    # Rounded down, so that only a model that is wholly there is called 100 %.
-    return f"{model.name} {size}, {100 * model.size_vram // model.size} % on GPU"
 
 
 def _demand(started: Started, demand: Demand, verbosity: int) -> Iterator[Text]:

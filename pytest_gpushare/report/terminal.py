@@ -48,6 +48,20 @@ def _overwritten(started: Started) -> Iterator[Line]:
         yield Line(text, problem=True)
 
 
+def _verdict(started: Started) -> Iterator[Line]:
+    book = started.guard.book if started.guard is not None else None
+    if book is None:
+        return
+    from pytest_gpushare.report.verdict import verdict
+
+    for word in verdict(book):
+        fails = word.is_ours and started.strict
+        kind = " (an error under --gpu-share-strict)" if fails else ""
+        yield Line(f"gpu-share: {word.text}{kind}", word.is_problem)
+        for detail in word.details:
+            yield Line(f"  {detail}", word.is_problem)
+
+
 def _unwritten(started: Started) -> Iterator[Line]:
     for text in started.unwritten:
         yield Line(f"gpu-share: {text}", problem=True)
@@ -55,6 +69,7 @@ def _unwritten(started: Started) -> Iterator[Line]:
 
 _SUMMARY: tuple[Callable[[Started], Iterator[Line]], ...] = (
     _overwritten,
+    _verdict,
     routing,
     out_of_memory,
     _unwritten,

@@ -14,6 +14,7 @@ from pytest_gpushare.plan.sizing import make_plan
 from pytest_gpushare.probe.facts import GpuFacts, HostFacts, OllamaFacts
 from pytest_gpushare.probe.host import available_ram
 from pytest_gpushare.probe.together import probe
+from pytest_gpushare.run.guarding import guard_of
 from pytest_gpushare.run.live import LiveVram
 from pytest_gpushare.run.others import Others
 from pytest_gpushare.run.placement import slot_of_outer_run
@@ -71,6 +72,9 @@ def start(
     started.notes += _unexpected(settings, gpus)
     for model in probes.ollama.models:
         started.saw(model)
+    started.guard = guard_of(started)
+    if started.guard is not None:
+        started.services.append(started.guard)
     return started
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from pytest_gpushare.run.alone import Alone
     from pytest_gpushare.run.crew import Crew
+    from pytest_gpushare.run.guard import Guard
     from pytest_gpushare.run.journal import Journal
     from pytest_gpushare.run.live import LiveVram
     from pytest_gpushare.run.parity import Parity
@@ -135,13 +136,14 @@ class Started:
     """Whether every worker has its place from the plan."""
     parity: Parity | None = None
     """What the kinds of worker skip or miss, where the plugin itself dispatches."""
+    guard: Guard | None = None
+    """What watches over Ollama; None where there is nothing to guard."""
 
     _devices: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.links.on("overwritten", self._note_overwritten)
         self.links.on("here", lambda worker, pid: self.crew.came_up(worker, pid))
-        self.links.on("pid", lambda worker, pid: self.crew.came_up(worker, pid))
         self.links.on("test", self._note_test)
 
     @cached_property
@@ -256,7 +258,8 @@ class Started:
     def has_failed(self) -> bool:
         """Whether the run counts as failed whatever its tests say."""
         lost = self.parity is not None and bool(self.parity.lost)
-        return self.strict and (bool(self.overwritten) or lost)
+        spilled = self.guard is not None and self.guard.has_failed()
+        return self.strict and (bool(self.overwritten) or lost or spilled)
 
     def message_to(self, spec: Any) -> dict[str, Any] | None:
         """What the worker of this spec is told of its place; None where it has none from us."""

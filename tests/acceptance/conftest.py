@@ -245,5 +245,6 @@ def normal(text: str) -> str:
     )
     text = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:PORT", text)
     text = re.sub(r" in \d+\.\d+s( \(.*?\))?", " in TIME", text)
+    text = re.sub(r"\d+ s into the run", "N s into the run", text)
     text = re.sub(r"(?m)^=+ (.*?) =+$", r"=== \1 ===", text)
     return re.sub(r"[ \t]+$", "", text, flags=re.M)

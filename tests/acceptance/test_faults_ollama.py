@@ -202,17 +202,16 @@ def test_run_beside_nonsense(project: Project, machine: Machine) -> None:
 
 
 def test_run_beside_silence(project: Project, machine: Machine) -> None:
-    """A server that accepts and says nothing costs its limit, and no more is made of it."""
+    """A server that accepts and says nothing costs its limit; the guard asks rarely, in vain."""
     with FaultyServer("silent") as server:
         result = project.pytest(
             "--gpu-share", "-o", "gpu_share_ollama_timeout_s=0.3", OLLAMA_HOST=server.host
         )
-        assert server.connections == 1
     assert (result.code, result.passed, result.err) == (0, 4, "")
     assert (result.said[0], result.said[2]) == (TWO, RESERVED)
-    assert result.said[3] == (
+    assert result.said[3:] == [
         f"  Ollama at {server.host}: no answer within 0.3 s; its VRAM reservation stands"
-    )
+    ]
 
 
 def test_run_without_ollama(project: Project, machine: Machine) -> None:

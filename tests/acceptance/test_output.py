@@ -143,5 +143,11 @@ def test_partly_on_the_cpu(
     assert result.code == 0
     assert re.fullmatch(
         r"  Ollama 0\.33\.0 at 127\.0\.0\.1:PORT: qwen2\.5:14b 10\.8 GB, 2\d % on GPU\n",
-        normal(result.said[-1] + "\n"),
+        normal(result.said[-2] + "\n"),
     ), (result.said, server)
+    assert re.fullmatch(
+        r"gpu-share: Ollama had a part of qwen2\.5:14b on the CPU before the tests began "
+        r"\(2\.\d+ GB of 10\.8 GB on the GPU\): a loaded model is never moved; free VRAM, "
+        r"then reload it \(ollama stop qwen2\.5:14b\)",
+        result.said[-1],
+    )
