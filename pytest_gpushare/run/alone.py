@@ -79,7 +79,9 @@ class Alone:
         ]
         text = "; ".join(each.text(worker) for each in found)
         with self._lock:
-            shared = bool(self._neighbours(worker, own)) and bool(told.get("again", True))
+            # The last words of a worker that has died by now must not hold up the others.
+            is_there = worker in self._devices
+            shared = is_there and bool(self._neighbours(worker, own)) and told.get("again", True)
             answer = {
                 "verdict": "wait" if shared else "no",
                 "text": text,

@@ -1,0 +1,250 @@
+"""A device for one test alone: who waits, who rests, and what happens when somebody dies."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_gpushare.probe.facts import GpuProcess, Memory
+from pytest_gpushare.run.alone import Alone
+from pytest_gpushare.run.gate import Gate
+from pytest_gpushare.run.holders import Holding, holding, sums
+from pytest_gpushare.run.links import Links
+from pytest_gpushare.run.record import Record
+from pytest_gpushare.units import GB
+
+
+class Run:
+    """A controller whose workers' mail is kept; each worker is what the test makes it say."""
+
+    def __init__(self, **workers: tuple[str, ...]) -> None:
+        self.links, self.record = Links(), Record()
+        devices = sorted({uuid for seen in workers.values() for uuid in seen})
+        self.plan: Any = SimpleNamespace(
+            devices=[
+                SimpleNamespace(device=SimpleNamespace(uuid=uuid, label=uuid), budget=9 * GB)
+                for uuid in devices
+            ],
+            slots=[SimpleNamespace(device=SimpleNamespace(uuid=uuid)) for uuid in devices],
+        )
+        self.live = None
+        self.settings = SimpleNamespace(pressure_timeout=Fraction(7))
+        self.mail: list[tuple[str, str, Any]] = []
+        self.alone = Alone(self)  # type: ignore[arg-type]
+        for worker, seen in workers.items():
+            self.come(worker, *seen)
+
+    def come(self, worker: str, *devices: str) -> None:
+        self.links.attach(worker, lambda message: self.mail.append((worker, *message)))
+        self.alone.joined(worker, devices)
+
+    def go(self, worker: str) -> None:
+        self.links.close(worker)
+        self.alone.gone(worker)
+
+    def say(self, worker: str, kind: str, payload: Any) -> None:
+        self.links.receive(worker, (kind, payload))
+
+    def ran_out(self, worker: str, **more: Any) -> None:
+        self.say(worker, "oom", {"nodeid": f"test_{worker}", "said": "x", **more})
+
+    def over(self, worker: str, *, ran: bool = True) -> None:
+        told = {"nodeid": f"test_{worker}", "outcome": "passed", "ran": ran}
+        self.say(worker, "alone-over", told)
+
+    def quiet(self, worker: str) -> None:
+        """Obey the last request to rest."""
+        numbers = [p for w, kind, p in self.mail if (w, kind) == (worker, "pause")]
+        self.say(worker, "quiet", {"number": numbers[-1], "held": None})
+
+    def read(self) -> list[str]:
+        """The mail since the last look, in short."""
+        found = [
+            f"{worker} {payload['verdict'] if kind == 'alone' else kind}"
+            for worker, kind, payload in self.mail
+        ]
+        self.mail_kept = [*getattr(self, "mail_kept", []), *self.mail]
+        return found
+
+
+def test_the_neighbours_rest_then_the_device_is_granted() -> None:
+    run = Run(gw0=("A",), gw1=("A",), gw2=("A",), gw3=("B",))
+    run.ran_out("gw0")
+    assert run.read() == ["gw0 wait", "gw1 pause", "gw2 pause"]
+    assert run.alone.busy("A")
+    assert not run.alone.busy("B")
+    run.quiet("gw1")
+    run.quiet("gw1")
+    assert len(run.mail) == 3
+    run.quiet("gw2")
+    assert run.read()[3:] == ["gw0 go"]
+    assert run.mail[-1][2]["budget"] == 9 * GB
+    run.over("gw0")
+    assert sorted(run.read()[4:]) == ["gw1 resume", "gw2 resume"]
+    assert not run.alone.busy("A")
+    assert [event.kind for event in run.record.events()] == ["oom", "oom-retried"]
+    assert run.record.events("oom")[0].facts["shared"] is True
+
+
+def test_a_worker_that_is_alone_already_does_not_run_again() -> None:
+    run = Run(gw0=("A",), gw1=("B",))
+    run.ran_out("gw0")
+    assert run.read() == ["gw0 no"]
+    assert run.record.events("oom")[0].facts["shared"] is False
+    assert not run.alone.busy("A")
+
+
+def test_a_test_whose_subtests_are_reported_does_not_run_again() -> None:
+    run = Run(gw0=("A",), gw1=("A",))
+    run.ran_out("gw0", again=False)
+    assert run.read() == ["gw0 no"]
+
+
+def test_two_at_once_go_one_after_the_other() -> None:
+    """Each waits for the other; one that waits is at rest."""
+    run = Run(gw0=("A",), gw1=("A",))
+    run.ran_out("gw0")
+    run.ran_out("gw1")
+    assert run.read() == ["gw0 wait", "gw1 pause", "gw1 wait", "gw0 go", "gw1 resume"]
+    run.over("gw0")
+    assert run.read()[5:] == ["gw0 pause"]
+    run.quiet("gw0")
+    assert run.read()[6:] == ["gw1 go"]
+    run.over("gw1")
+    assert run.read()[7:] == ["gw0 resume"]
+
+
+@pytest.mark.parametrize("dies", ["the one that rests", "the one that waits", "the one alone"])
+def test_who_dies_is_waited_for_no_longer(dies: str) -> None:
+    run = Run(gw0=("A",), gw1=("A",), gw2=("A",))
+    run.ran_out("gw0")
+    run.quiet("gw1")
+    if dies == "the one that rests":
+        run.go("gw2")
+        assert run.read()[3:] == ["gw0 go"]
+    else:
+        if dies == "the one alone":
+            run.quiet("gw2")
+        run.go("gw0")
+        assert sorted(run.read()[-2:]) == ["gw1 resume", "gw2 resume"]
+        assert not run.alone.busy("A")
+
+
+def test_a_replacement_rests_before_its_first_test() -> None:
+    run = Run(gw0=("A",), gw1=("A",))
+    run.ran_out("gw0")
+    run.go("gw1")
+    assert run.read()[-1] == "gw0 go"
+    run.come("gw2", "A")
+    assert run.read()[-1] == "gw2 pause"
+    run.over("gw0")
+    assert run.read()[-1] == "gw2 resume"
+
+
+def test_an_old_answer_counts_for_nothing() -> None:
+    """Who rested for an earlier request may be in the middle of a test again."""
+    run = Run(gw0=("A",), gw1=("A",))
+    run.ran_out("gw0")
+    old = run.mail[-1][2]
+    run.over("gw0", ran=False)
+    run.ran_out("gw0")
+    run.say("gw1", "quiet", {"number": old, "held": None})
+    assert run.read()[-1] == "gw1 pause"
+    run.quiet("gw1")
+    assert run.read()[-1] == "gw0 go"
+
+
+def test_several_devices_are_had_together() -> None:
+    run = Run(gw0=("A", "B"), gw1=("A",), gw2=("B",), gw3=("C",))
+    run.ran_out("gw0")
+    run.quiet("gw1")
+    assert "gw0 go" not in run.read()
+    run.quiet("gw2")
+    assert run.read()[-1] == "gw0 go"
+    assert not [worker for worker, _, _ in run.mail if worker == "gw3"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=60))
+def test_never_two_alone_and_never_stuck(steps: list[tuple[int, int]]) -> None:
+    """Whatever happens in whatever order: one alone on a device, and all go on in the end."""
+    seen = {0: ("A",), 1: ("A",), 2: ("A", "B"), 3: ("B",), 4: ("B",)}
+    run = Run(**{f"gw{n}": devices for n, devices in seen.items()})
+    asked: set[str] = set()
+    for number, what in steps:
+        worker = f"gw{number}"
+        if what == 0 and worker not in asked:
+            run.ran_out(worker)
+            asked.add(worker)
+        elif what == 1 and worker in asked:
+            run.over(worker)
+            asked.discard(worker)
+        elif what == 2:
+            run.go(worker)
+            asked.discard(worker)
+        elif what == 3:
+            run.come(worker, *seen[number])
+        elif any((w, kind) == (worker, "pause") for w, kind, _ in run.mail):
+            run.quiet(worker)
+        granted = [request for request in run.alone._queue if request.granted]
+        taken = [device for request in granted for device in request.devices]
+        assert len(taken) == len(set(taken))
+    while run.alone._queue:
+        before = len(run.mail)
+        for request in list(run.alone._queue):
+            if request.granted:
+                run.over(request.worker)
+        for worker, (_, rests) in list(run.alone._resting.items()):
+            if not rests:
+                run.quiet(worker)
+        assert len(run.mail) > before or not run.alone._queue
+    assert run.alone._resting == {}
+
+
+def test_the_gate_keeps_tests_back() -> None:
+    said: list[tuple[str, Any]] = []
+    gate = Gate(lambda kind, payload: said.append((kind, payload)), lambda: 5)
+    gate.enter()
+    gate.pause(1)
+    assert said == []
+    gate.leave()
+    assert said == [("quiet", {"number": 1, "held": 5})]
+    gate.resume(9)
+    gate.pause(2)
+    assert said[-1] == ("quiet", {"number": 2, "held": 5})
+    gate.resume(2)
+    gate.enter()
+    gate.empty()
+    gate.leave()
+    gate.empty()
+    assert said[2:] == [("emptied", 5), ("emptied", 5)]
+    gate.pause(3)
+    gate.open()
+    gate.enter()
+
+
+def test_who_held_what() -> None:
+    """Children count as their worker; what nobody knows is said to be unknown."""
+    found = sums(
+        [
+            GpuProcess(1, 4 * GB, is_ollama=True),
+            GpuProcess(10, 2 * GB),
+            GpuProcess(99, 1 * GB),
+            GpuProcess(98, None),
+        ],
+        {"gw0": 10},
+    )
+    assert found == {"Ollama": 4 * GB, "gw0": 2 * GB, "other processes": 1 * GB}
+    here = Holding("GPU 0", Memory(24 * GB, 20 * GB, 4 * GB), found)
+    assert here.text("gw0") == (
+        "GPU 0 had 4.0 GB of 24.0 GB free: held by Ollama 4.0 GB, gw0 (its own worker) 2.0 GB, "
+        "other processes 1.0 GB"
+    )
+    assert here._replace(by={}).text() == (
+        "GPU 0 had 4.0 GB of 24.0 GB free; who held the rest the driver does not tell"
+    )
+    assert holding(None, "A", "GPU 0", {}).text() == "what GPU 0 had free is unknown"
