@@ -31,7 +31,11 @@ def end_function(item: pytest.Item) -> None:
 
 
 def renew(item: pytest.Item) -> None:
-    """Give the test a request for fixtures anew, as its old one is used up."""
+    """Give the test a request for fixtures anew, and an instance of its class: both are used."""
+    if getattr(item, "_instance", None) is not None:
+        # pytest keeps one for each test; what the first attempt left on `self` must not count.
+        del item._instance  # type: ignore[attr-defined]
+        item._obj = None  # type: ignore[attr-defined]
     make_request = getattr(item, "_initrequest", None)
     if make_request is not None:
         make_request()
@@ -66,10 +70,12 @@ def _lowest_sound_parent(item: pytest.Item) -> Any:
 
 
 def _forget_failed_fixtures(item: pytest.Item) -> None:
-    """Let fixtures of wider scopes that failed run again; what they raised is kept else."""
+    """Let fixtures of wider scopes that failed run again; else what they raised is kept."""
     info = getattr(item, "_fixtureinfo", None)
     for definitions in getattr(info, "name2fixturedefs", {}).values():
         for definition in definitions:
             result = getattr(definition, "cached_result", None)
             if result is not None and result[2] is not None:
-                definition.cached_result = None
+                # Finished as at the end of its scope, and not only emptied: pytest 9.1 and
+                # newer insist on that before the next set-up.
+                definition.finish(getattr(item, "_request", None))

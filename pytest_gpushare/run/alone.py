@@ -9,14 +9,19 @@ interrupted, nothing is dispatched anew, and who dies in the middle is waited fo
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpushare.run.holders import holding
+from pytest_gpushare.run.holders import Holding, holding
 
 if TYPE_CHECKING:
     from pytest_gpushare.run.started import Started
+
+
+LATE = 30.0
+"""Seconds for which the VRAM of workers that are gone is waited for."""
 
 
 @dataclass
@@ -25,6 +30,8 @@ class _Request:
 
     worker: str
     devices: frozenset[str]
+    late: bool = False
+    """Whether VRAM of workers that are gone has yet to come back."""
     granted: bool = False
 
 
@@ -36,6 +43,7 @@ class Alone:
         self._lock = threading.RLock()
         self._devices: dict[str, frozenset[str]] = {}
         self._pids: dict[str, int] = {}
+        """Also of workers that are gone: their VRAM comes back late at times."""
         self._queue: list[_Request] = []
         self._resting: dict[str, tuple[int, bool]] = {}
         """Worker -> (number of the request to rest, whether it has said that it does)."""
@@ -56,7 +64,6 @@ class Alone:
         """A worker has ended or died, perhaps in the middle of all this."""
         with self._lock:
             self._devices.pop(worker, None)
-            self._pids.pop(worker, None)
             self._resting.pop(worker, None)
             self._queue = [request for request in self._queue if request.worker != worker]
             self._go_on()
@@ -79,9 +86,10 @@ class Alone:
         ]
         text = "; ".join(each.text(worker) for each in found)
         with self._lock:
+            late = self._late(found)
             # The last words of a worker that has died by now must not hold up the others.
-            is_there = worker in self._devices
-            shared = is_there and bool(self._neighbours(worker, own)) and told.get("again", True)
+            others = worker in self._devices and (late or self._neighbours(worker, own))
+            shared = bool(others and told.get("again", True))
             answer = {
                 "verdict": "wait" if shared else "no",
                 "text": text,
@@ -90,7 +98,7 @@ class Alone:
             }
             self._started.links.send(worker, "alone", answer)
             if shared:
-                self._queue.append(_Request(worker, own))
+                self._queue.append(_Request(worker, own, late))
                 self._go_on()
         free = [each.memory.free for each in found if each.memory is not None]
         self._started.record.note(
@@ -102,7 +110,7 @@ class Alone:
             peak=told.get("peak"),
             free=min(free, default=None),
             held=dict(found[0].by) if found else {},
-            shared=shared,
+            shared=bool(shared),
         )
 
     def _quiet(self, worker: str, told: Mapping[str, Any]) -> None:
@@ -140,9 +148,9 @@ class Alone:
                 wanted.update(name for name in neighbours if name not in waiting)
                 if not request.granted and all(self._rests(name, waiting) for name in neighbours):
                     request.granted = True
-                    self._started.links.send(request.worker, "alone", self._grant(request))
+                    self._grant(request)
             taken |= request.devices
-        for worker in wanted - self._resting.keys():
+        for worker in sorted(wanted - self._resting.keys()):
             self._number += 1
             self._resting[worker] = (self._number, False)
             self._started.links.send(worker, "pause", self._number)
@@ -153,10 +161,37 @@ class Alone:
     def _rests(self, worker: str, waiting: set[str]) -> bool:
         return worker in waiting or self._resting.get(worker, (0, False))[1]
 
-    def _grant(self, request: _Request) -> dict[str, Any]:
+    def _grant(self, request: _Request) -> None:
+        if request.late:
+            # Waited for elsewhere: this may be the thread that hears the other workers.
+            name = "gpu-share-late-vram"
+            threading.Thread(target=self._wait_for, args=(request,), name=name, daemon=True).start()
+        else:
+            self._started.links.send(request.worker, "alone", self._go(request))
+
+    def _go(self, request: _Request) -> dict[str, Any]:
         budgets = [
             planned.budget
             for planned in self._started.plan.devices
             if planned.device.uuid in request.devices
         ]
         return {"verdict": "go", "budget": min(budgets, default=0)}
+
+    def _wait_for(self, request: _Request) -> None:
+        """Grant once the VRAM of the dead has come back, or has been waited for long enough."""
+        end = time.monotonic() + LATE
+        while time.monotonic() < end and self._held_by_the_gone(request.devices):
+            time.sleep(0.1)
+        with self._lock:
+            if request in self._queue:
+                self._started.links.send(request.worker, "alone", self._go(request))
+
+    def _held_by_the_gone(self, devices: frozenset[str]) -> bool:
+        found = [holding(self._started.live, uuid, uuid, self._pids) for uuid in devices]
+        return self._late(found)
+
+    def _late(self, found: Iterable[Holding]) -> bool:
+        """Whether workers that are gone hold VRAM still."""
+        with self._lock:
+            gone = self._pids.keys() - self._devices.keys()
+        return any(gone & each.by.keys() for each in found)

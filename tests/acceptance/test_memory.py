@@ -185,11 +185,15 @@ RIGHT = """
     def test_before(module):
         pass
 
-    def test_right(module, function, record_property):
-        both_are_here("right")
-        time.sleep(0.5)
-        print("ATTEMPT")
-        held = take(11 * GB)
+    class TestRight:
+        attempts = 0
+
+        def test_right(self, module, function):
+            self.attempts += 1
+            both_are_here("right")
+            time.sleep(0.5)
+            held = take(11 * GB)
+            assert self.attempts == 1
 
     def test_after(module):
         pass
@@ -222,3 +226,229 @@ def test_passes_alone(project: Project, two: Machine) -> None:
     kinds = [event["kind"] for event in lines(project, "events")]
     assert kinds.count("oom") == kinds.count("oom-retried") == 1
     assert two.snapshot()[0].peak_used <= 24 * GB
+
+
+FAILING = """
+    from shared import *
+
+    def test_too_large(module, function):
+        both_are_here("right")
+        time.sleep(0.5)
+        held = take(23 * GB)
+"""
+
+
+def test_fails_again(project: Project, two: Machine) -> None:
+    """What does not fit alone either fails, once, and its report says who held the VRAM."""
+    shared(project, FAILING)
+    result = project.pytest(*UNCAPPED, "--junitxml=junit.xml")
+    assert result.code == 1
+    assert "1 failed, 1 passed" in result.out
+    assert "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 23.00 GiB" in result.out
+    note = "ran out of memory under sharing, failed again alone: GPU 0 had"
+    assert len(re.findall(rf"-+ gpu-share -+\n{note}", result.out)) == 1
+    assert note in (project.path / "junit.xml").read_text()
+    assert any(
+        line.startswith("gpu-share: test_right.py::test_too_large ran out of VRAM beside others")
+        and line.endswith("; failed alone")
+        for line in result.said
+    )
+    # Nothing of the plugin's own is between the test and its error.
+    assert "retry.py" not in result.out
+    assert lines(project, "events")[-1]["facts"]["outcome"] == "failed"
+
+
+CORNERS = """
+    from shared import *
+
+    @pytest.fixture(scope="module")
+    def large_module():
+        yield take(11 * GB)
+
+    @pytest.fixture
+    def large_function():
+        return take(11 * GB)
+
+    def test_first(module):
+        both_are_here("right")
+        time.sleep(0.5)
+
+    def test_module_fixture(module, large_module):
+        pass
+
+    def test_the_same_module_fixture(large_module):
+        pass
+"""
+MORE_CORNERS = """
+    from shared import *
+
+    class TestUnittest(unittest.TestCase):
+        def setUp(self):
+            log("unittest up", "x")
+
+        def test_unittest(self):
+            both_are_here("right")
+            time.sleep(0.5)
+            held = take(11 * GB)
+
+    @pytest.mark.xfail(raises=torch.OutOfMemoryError)
+    def test_expected():
+        take(30 * GB)
+
+    def test_says_so():
+        assert False, "CUDA out of memory. Tried to allocate 2.00 GiB"
+"""
+
+
+def test_in_fixtures(project: Project, two: Machine) -> None:
+    """Out of memory in the set-up of a module's fixture, which pytest would remember."""
+    shared(project, CORNERS)
+    result = project.pytest(*UNCAPPED)
+    assert (result.code, result.passed) == (0, 4), result.out
+    told = heard(project)
+    assert told["test_module_fixture"]["attempts"] == 2
+    assert told["test_the_same_module_fixture"]["attempts"] == 1
+
+
+def test_unittest_and_what_is_meant_to_fail(project: Project, two: Machine) -> None:
+    """unittest keeps its errors to itself; xfail and assertions are nobody's to repeat."""
+    shared(project, MORE_CORNERS)
+    result = project.pytest(*UNCAPPED)
+    assert "1 failed, 2 passed, 1 xfailed" in result.out, result.out
+    told = heard(project)
+    assert [told[name]["attempts"] for name in ("test_unittest", "test_expected")] == [2, 1]
+    assert (project.path / "log.txt").read_text().count("unittest up") == 2
+    events = [event["kind"] for event in lines(project, "events")]
+    assert events.count("oom") == 1
+
+
+DYING = """
+    import os, signal
+    from shared import *
+
+    @pytest.fixture
+    def second_time(tmp_path_factory):
+        seen = pathlib.Path("seen")
+        if seen.exists() and WHEN == "alone":
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen.touch()
+
+    def test_right(second_time, module):
+        both_are_here("right")
+        time.sleep(0.5)
+        held = take(11 * GB)
+
+    def test_after():
+        pass
+"""
+KILLED = """
+    import os, signal
+    from shared import *
+
+    def test_left():
+        both_are_here("left")
+        held = take(12 * GB)
+        time.sleep(1.5)
+        if WHEN == "neighbour":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def test_left_after():
+        pass
+"""
+
+
+@pytest.mark.parametrize("when", ["alone", "neighbour"])
+def test_dies(when: str, project: Project, two: Machine) -> None:
+    """A worker killed while it is alone, or while it is waited for: one test lost, none hangs."""
+    shared(project, DYING.replace("WHEN", repr(when)), KILLED.replace("WHEN", repr(when)))
+    # Under loadfile xdist runs the test of a crashed worker once more.
+    result = project.pytest(*UNCAPPED, "--dist=load")
+    assert result.code == 1
+    assert "1 failed, 3 passed" in result.out, result.out
+    dead = "test_right.py::test_right" if when == "alone" else "test_left.py::test_left"
+    assert re.search(rf"worker 'gw\d' crashed while running '{dead}'", result.out)
+
+
+NEIGHBOURS = """
+    from shared import *
+
+    def test_slow_neighbour():
+        both_are_here("left")
+        held = take(12 * GB)
+        time.sleep(3)
+"""
+TIMED = """
+    from shared import *
+
+    @pytest.mark.timeout(2)
+    def test_timed():
+        both_are_here("right")
+        time.sleep(0.5)
+        held = take(11 * GB)
+        time.sleep(1.3)
+"""
+
+
+def test_timeout_counts_each_attempt(project: Project, two: Machine) -> None:
+    """pytest-timeout gives each attempt its time, and none of it goes by in waiting."""
+    pytest.importorskip("pytest_timeout", reason="pytest-timeout is not installed here")
+    shared(project, TIMED, NEIGHBOURS)
+    result = project.pytest(*UNCAPPED)
+    assert (result.code, result.passed) == (0, 2), result.out
+    assert heard(project)["test_timed"]["attempts"] == 2
+
+
+RERUN = """
+    from shared import *
+
+    COUNT = []
+
+    def test_flaky(module, function):
+        COUNT.append(1)
+        if len(COUNT) == 1:
+            both_are_here("right")
+            time.sleep(0.5)
+            take(11 * GB)
+        # Whatever else is wrong with it is for --reruns.
+        assert len(COUNT) != 2
+        take(11 * GB)
+"""
+
+
+def test_reruns(project: Project, two: Machine) -> None:
+    """pytest-rerunfailures sees one failure, of the attempt alone, and runs on as ever."""
+    pytest.importorskip("pytest_rerunfailures", reason="pytest-rerunfailures is not there")
+    shared(project, RERUN)
+    result = project.pytest(*UNCAPPED, "--reruns=1", "--junitxml=junit.xml")
+    assert result.code == 0, result.out
+    assert "2 passed, 1 rerun" in result.out
+    assert 'tests="2"' in (project.path / "junit.xml").read_text()
+    log = (project.path / "log.txt").read_text()
+    assert log.count("function up") == log.count("function down") == 3
+
+
+FORKED = """
+    import os, pathlib
+    import torch
+
+    GB = 1024**3
+
+    def test_forked():
+        held = torch.empty(2 * GB, dtype=torch.uint8, device="cuda")
+
+    def test_forked_too_large():
+        held = torch.empty(30 * GB, dtype=torch.uint8, device="cuda")
+"""
+
+
+def test_forked(project: Project, two: Machine) -> None:
+    """What a forked child measured reaches the controller with its last report."""
+    pytest.importorskip("pytest_forked", reason="pytest-forked is not installed here")
+    if project.pytest("--forked", "-p", "no:randomly").code:
+        pytest.skip("pytest-forked does not work with this pytest")
+    project.write(test_project=FORKED)
+    result = project.pytest(*TWO, "--forked")
+    assert "1 failed, 1 passed" in result.out, result.out
+    told = heard(project)
+    assert (told["test_forked"]["peak"], told["test_forked"]["outcome"]) == (2 * GB, "passed")
+    assert told["test_forked_too_large"]["outcome"] == "failed"
