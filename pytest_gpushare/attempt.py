@@ -32,10 +32,10 @@ def end_function(item: pytest.Item) -> None:
 
 def renew(item: pytest.Item) -> None:
     """Give the test a request for fixtures anew, and an instance of its class: both are used."""
-    if getattr(item, "_instance", None) is not None:
+    if isinstance(item.parent, pytest.Class):
         # pytest keeps one for each test; what the first attempt left on `self` must not count.
-        del item._instance  # type: ignore[attr-defined]
-        item._obj = None  # type: ignore[attr-defined]
+        vars(item).pop("_instance", None)
+        vars(item)["_obj"] = None
     make_request = getattr(item, "_initrequest", None)
     if make_request is not None:
         make_request()

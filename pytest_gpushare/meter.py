@@ -139,10 +139,11 @@ class Meter:
         self._fixtures.pop(id(fixturedef), None)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take the figures of a forked test."""
+        """Take what a forked test's reports bring."""
+        if report.failed:
+            self._outcome = "failed"
         if FIGURES in vars(report):
             self._forked = vars(report).pop(FIGURES)
-            self._outcome = report.outcome if report.failed else self._outcome
 
     def _need(self, told: Any) -> None:
         nodeid, size = told
