@@ -46,7 +46,6 @@ def watch(config: pytest.Config, memory: Mapping[str, Any], link: Link) -> None:
     gate = Gate(link.send, give_back)
     link.on("pause", gate.pause)
     link.on("resume", gate.resume)
-    link.on("empty-caches", gate.empty)
     link.on("closed", gate.open)
     retry = Retry(link, cap, memory)
     config.pluginmanager.register(retry, "gpu-share-retry")

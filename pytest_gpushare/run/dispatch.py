@@ -25,6 +25,8 @@ class Scheduler:
 
     def __init__(self, stock: Any, links: Links, own: Own, most_deaths: int | None) -> None:
         """`stock` is what xdist would use; of workers that die xdist replaces `most_deaths`."""
+        # Other plugins find it at xdist's schedulers: pytest-rerunfailures, when a worker dies.
+        self.config = getattr(stock, "config", None)
         self._stock = stock
         self._own = own
         self._most_deaths = most_deaths

@@ -24,7 +24,6 @@ class Gate:
         self._running = False
         self._pause: int | None = None
         """The number of the request to rest; None: tests may run."""
-        self._asked_to_empty = False
         self._open_for_good = False
 
     def enter(self) -> None:
@@ -39,8 +38,6 @@ class Gate:
             self._running = False
             if self._pause is not None:
                 self._rest()
-            elif self._asked_to_empty:
-                self._empty()
 
     def pause(self, number: int) -> None:
         """Rest from the end of the running test on, and say so under this number."""
@@ -56,13 +53,6 @@ class Gate:
                 self._pause = None
                 self._changed.notify_all()
 
-    def empty(self, _payload: object = None) -> None:
-        """Empty the caches as soon as no test runs, and say what is held still."""
-        with self._changed:
-            self._asked_to_empty = True
-            if not self._running:
-                self._empty()
-
     def open(self, _payload: object = None) -> None:
         """The controller is gone: nobody would ever say when to go on."""
         with self._changed:
@@ -70,12 +60,4 @@ class Gate:
             self._changed.notify_all()
 
     def _rest(self) -> None:
-        held = self._give_back()
-        if self._asked_to_empty:
-            self._asked_to_empty = False
-            self._send("emptied", held)
-        self._send("quiet", {"number": self._pause, "held": held})
-
-    def _empty(self) -> None:
-        self._asked_to_empty = False
-        self._send("emptied", self._give_back())
+        self._send("quiet", {"number": self._pause, "held": self._give_back()})

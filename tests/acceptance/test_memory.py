@@ -363,7 +363,7 @@ def test_dies(when: str, project: Project, two: Machine) -> None:
     shared(project, DYING.replace("WHEN", repr(when)), KILLED.replace("WHEN", repr(when)))
     # Under loadfile xdist runs the test of a crashed worker once more.
     result = project.pytest(*UNCAPPED, "--dist=load")
-    assert result.code == 1
+    assert result.code == 1, result.out
     assert "1 failed, 3 passed" in result.out, result.out
     dead = "test_right.py::test_right" if when == "alone" else "test_left.py::test_left"
     assert re.search(rf"worker 'gw\d' crashed while running '{dead}'", result.out)

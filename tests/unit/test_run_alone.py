@@ -218,10 +218,8 @@ def test_the_gate_keeps_tests_back() -> None:
     assert said[-1] == ("quiet", {"number": 2, "held": 5})
     gate.resume(2)
     gate.enter()
-    gate.empty()
     gate.leave()
-    gate.empty()
-    assert said[2:] == [("emptied", 5), ("emptied", 5)]
+    assert len(said) == 2
     gate.pause(3)
     gate.open()
     gate.enter()
