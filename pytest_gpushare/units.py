@@ -48,15 +48,3 @@ def format_number(value: Fraction) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 worker`, `2 workers`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def plain_value(value: object, unit: str) -> str:
-    """A setting's value as a user could write it: `1024` (of MB), `0.25`, `true`, `a, b`."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Fraction):
-        scale = parse_size("1", unit) if unit in ("MB", "GB") else 1
-        return format_number(value / scale)
-    if isinstance(value, (tuple, list)):
-        return ", ".join(map(str, value))
-    return str(value)

@@ -7,14 +7,12 @@ from typing import Any
 from pytest_gpushare import __version__
 from pytest_gpushare.plan.model import DevicePlan, Plan
 from pytest_gpushare.plan.shortage import shortage
-from pytest_gpushare.probe.address import parse_address
 from pytest_gpushare.probe.facts import OllamaFacts
+from pytest_gpushare.report.clean import cleaned, cleaner
+from pytest_gpushare.report.in_force import in_force
 from pytest_gpushare.report.terminal import header
 from pytest_gpushare.run.placement import Surroundings, caps_of
 from pytest_gpushare.run.started import LeftAlone, Started
-from pytest_gpushare.settings.options import OPTIONS, Option
-from pytest_gpushare.settings.values import Settings
-from pytest_gpushare.settings.written_as import written_as
 
 SCHEMA = 1
 
@@ -26,6 +24,11 @@ def generator() -> dict[str, str]:
 
 def plan_document(started: Started | LeftAlone) -> dict[str, Any]:
     """What `plan --json` prints."""
+    document: dict[str, Any] = cleaned(_plan_document(started), cleaner())
+    return document
+
+
+def _plan_document(started: Started | LeftAlone) -> dict[str, Any]:
     lines = [line.text for line in header(started, 0)]
     head = {"schema": SCHEMA, "generator": generator()}
     if isinstance(started, LeftAlone):
@@ -46,7 +49,7 @@ def plan_document(started: Started | LeftAlone) -> dict[str, Any]:
             "absence": plan.absence,
             "shortage": "" if plan.slots else shortage(plan),
             "needed_bytes": plan.needed,
-            "settings": settings_document(started.settings),
+            "settings": in_force(started.settings),
         },
         "devices": [_device(device) for device in plan.devices],
         "workers": _workers(plan, started.around),
@@ -54,25 +57,6 @@ def plan_document(started: Started | LeftAlone) -> dict[str, Any]:
         "problems": list(started.notes),
         "lines": lines,
     }
-
-
-def settings_document(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Key -> value as a user would write it, and where it came from."""
-    return {
-        option.key: {
-            "value": setting_in_words(option, getattr(settings, option.attribute)),
-            "origin": settings.origins.get(option.key, "default"),
-        }
-        for option in OPTIONS
-    }
-
-
-def setting_in_words(option: Option, value: object) -> str:
-    """A value as its user would write it, without the secrets of a URL."""
-    if option.key == "ollama_host" and value:
-        # A URL may carry a name, a password or a token.
-        return parse_address(str(value)).shown
-    return written_as(option, value)
 
 
 def ollama_document(ollama: OllamaFacts) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from pytest_gpushare.probe.facts import OllamaFacts
 from pytest_gpushare.run.presence import PresentSession, PresentWorker
 from pytest_gpushare.units import format_gb, plural
 
-_LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
+_LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 _SIGNS, _ASCII_SIGNS = "█▓▒░", "OT#."
 """The parts of a bar: Ollama, tests, others, and what is free."""
 _STYLES = ("magenta", "green", "blue", "dim")

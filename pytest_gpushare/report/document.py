@@ -14,9 +14,9 @@ from importlib import metadata
 from typing import Any
 
 from pytest_gpushare.plan.model import DevicePlan
-from pytest_gpushare.probe.address import parse_address
 from pytest_gpushare.report.clean import cleaned, cleaner
 from pytest_gpushare.report.hints import hints
+from pytest_gpushare.report.in_force import in_force
 from pytest_gpushare.report.left_behind import leaks
 from pytest_gpushare.report.usage import usages
 from pytest_gpushare.report.verdict import verdict
@@ -24,8 +24,6 @@ from pytest_gpushare.run.crew import Member, Peak
 from pytest_gpushare.run.journal import Test
 from pytest_gpushare.run.started import Started
 from pytest_gpushare.run.watch import Watched
-from pytest_gpushare.settings.options import OPTIONS, Option
-from pytest_gpushare.units import plain_value
 
 SCHEMA = 1
 """The version of the schema."""
@@ -95,21 +93,8 @@ def _plan(started: Started) -> dict[str, Any]:
         "presets": list(settings.presets),
         "absence": plan.absence,
         "needed_bytes": plan.needed,
-        "settings": {
-            option.key: {
-                "value": _written(option, getattr(settings, option.attribute)),
-                "origin": settings.origins.get(option.key, "default"),
-            }
-            for option in OPTIONS
-        },
+        "settings": in_force(settings),
     }
-
-
-def _written(option: Option, value: object) -> str:
-    if option.key == "ollama_host" and value:
-        # A URL may carry a name, a password or a token.
-        return parse_address(str(value)).shown
-    return plain_value(value, option.unit)
 
 
 def _devices(started: Started) -> list[dict[str, Any]]:

@@ -124,7 +124,7 @@ def test_small_terminal() -> None:
 
 def test_sparkline() -> None:
     assert sparkline((-1, 0, 0.5, 1, 2)) == "▁▁▅██"
-    assert sparkline((0, 1), unicode=False) == "_#"
+    assert sparkline((0, 1), unicode=False) == "_@"
 
 
 def test_pids_of_a_container_tell_nothing() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pytest_gpushare.cli.doctor.findings import Finding, broken, look, ok
 from pytest_gpushare.cli.doctor.gather import Examined
-from pytest_gpushare.cli.document import setting_in_words
 from pytest_gpushare.plan.model import Limit
 from pytest_gpushare.plan.shortage import shortage
+from pytest_gpushare.report.in_force import in_words
 from pytest_gpushare.report.terminal import header
 from pytest_gpushare.settings.options import JSON_FILE, OPTIONS
 from pytest_gpushare.units import GB, format_number
@@ -39,7 +39,7 @@ def settings(found: Examined) -> Iterator[Finding]:
         origin = found.settings.origins.get(option.key, "default")
         if origin != "default":
             value = getattr(found.settings, option.attribute)
-            yield ok(f"{option.ini} = {setting_in_words(option, value)} ({origin})")
+            yield ok(f"{option.ini} = {in_words(option, value)} ({origin})")
 
 
 def _asked(found: Examined) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pytest_gpushare.cli.doctor.caps import caps, tools
@@ -16,6 +17,7 @@ from pytest_gpushare.cli.doctor.project import files, plan, settings
 from pytest_gpushare.cli.document import SCHEMA, generator
 from pytest_gpushare.cli.main import FOUND, OK
 from pytest_gpushare.cli.output import Piece, Row, show, show_json
+from pytest_gpushare.report.clean import cleaner
 from pytest_gpushare.units import plural
 
 PAGE = "how-to/doctor"
@@ -50,7 +52,7 @@ def tell(options: argparse.Namespace) -> int:
 
 def sections_of(found: Examined) -> list[Section]:
     """All findings; a check that fails itself is one, and keeps no other from being told."""
-    result = []
+    result, clean = [], cleaner(found.environment)
     for title, checks in _SECTIONS:
         findings: list[Finding] = []
         for check in checks:
@@ -61,8 +63,13 @@ def sections_of(found: Examined) -> list[Section]:
                 mend = "please report it, with this output"
                 findings.append(broken("doctor-failed", fact, mend))
         if findings:
-            result.append(Section(title, tuple(findings)))
+            result.append(Section(title, tuple(_clean(finding, clean) for finding in findings)))
     return result
+
+
+def _clean(finding: Finding, clean: Callable[[str], str]) -> Finding:
+    """Without values that are secret by their variables' names, wherever they came from."""
+    return replace(finding, fact=clean(finding.fact), mend=clean(finding.mend))
 
 
 def rows(sections: Sequence[Section]) -> Iterator[Row]:
