@@ -14,8 +14,15 @@ import pytest
 
 from pytest_gpushare.run.context import known
 
-PLUGIN = ("-p", "pytest_gpushare.plugin")
-"""Loads the plugin also where entry points are switched off; a second time does no harm."""
+ALWAYS = (
+    "-p",
+    "pytest_gpushare.plugin",
+    "-W",
+    "ignore::pytest.PytestAssertRewriteWarning",
+)
+"""Loads the plugin also where entry points are switched off; a second time does no harm. This
+program has imported the package before pytest could rewrite it, which pytest warns of: an
+error in projects with `filterwarnings = error`."""
 
 Look = Callable[[pytest.Config], int]
 
@@ -49,7 +56,7 @@ def ask_pytest(arguments: Sequence[str], look: Look, cpus: int | None = None) ->
     """
     stop = _Stop(look, cpus)
     with contextlib.redirect_stdout(sys.stderr):
-        return int(pytest.main([*PLUGIN, *arguments], plugins=[stop]))
+        return int(pytest.main([*ALWAYS, *arguments], plugins=[stop]))
 
 
 def _drop_captured(config: pytest.Config) -> None:

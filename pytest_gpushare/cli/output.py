@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -60,6 +61,11 @@ def show_json(document: Mapping[str, Any]) -> None:
     json.dump(document, sys.stdout, indent=1, ensure_ascii=True)
     sys.stdout.write("\n")
     sys.stdout.flush()
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal; None where the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def rich_console() -> Any:

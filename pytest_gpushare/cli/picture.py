@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pytest_gpushare.cli.bounded import bounded
 from pytest_gpushare.probe.facts import Device, GpuFacts, GpuProcess, Memory, OllamaFacts
 from pytest_gpushare.probe.nvml import Nvml
-from pytest_gpushare.run.alive import ancestors, identity
+from pytest_gpushare.run.alive import ancestors, identity, sees_every_process
 from pytest_gpushare.run.live import LiveVram
 from pytest_gpushare.run.presence import PresentSession, sessions
 from pytest_gpushare.settings.values import Settings
@@ -115,7 +115,7 @@ class Watcher:
         if memory is not None and memory.total:
             history.append(memory.used / memory.total)
         ollama = tests = others = None
-        if processes and _are_told(processes):
+        if processes is not None and _are_told(processes):
             ollama = sum(p.used or 0 for p in processes if p.is_ollama)
             tests = sum(p.used or 0 for p in processes if owners.get(p.pid) is not None)
             if memory is not None:
@@ -164,6 +164,8 @@ def _are_told(processes: Sequence[GpuProcess]) -> bool:
 
     A container may see the host's PIDs, or none at all; then nothing is known of anybody.
     """
+    if not processes:
+        return sees_every_process()
     return all(p.used is not None and identity(p.pid) is not None for p in processes)
 
 
@@ -174,7 +176,7 @@ def _held(
 ) -> dict[int, int]:
     held: dict[int, int] = {}
     for uuid, found in processes.items():
-        if not found or not _are_told(found):
+        if found is None or not _are_told(found):
             continue
         for worker in (worker for session in running for worker in session.workers):
             own = [p.used or 0 for p in found if owners.get(p.pid) == worker.pid]

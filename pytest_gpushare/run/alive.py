@@ -47,6 +47,17 @@ def ancestors(pid: int) -> list[int]:
     return found
 
 
+def sees_every_process() -> bool:
+    """Whether no process of this machine is hidden: not in a container, and not in WSL."""
+    try:
+        space = str(Path("/proc/self/ns/pid").readlink())
+        kernel = Path("/proc/sys/kernel/osrelease").read_text(encoding="ascii").lower()
+    except (OSError, ValueError):
+        return False
+    # The first namespace has had this number since there are namespaces.
+    return space == "pid:[4026531836]" and "microsoft" not in kernel
+
+
 @cache
 def _here() -> str | None:
     """The boot and the namespace of process numbers; None where the system tells neither."""

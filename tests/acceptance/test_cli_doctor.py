@@ -342,7 +342,10 @@ def test_settings_of_another_machine(project: Project, machine: Machine) -> None
 
 def test_traps_of_the_project(project: Project, machine: Machine) -> None:
     """A JSON file that asks for nothing, strict reading, no room, and conftests that overwrite."""
-    project.file("pytest.ini", "[pytest]\naddopts = --strict-config\ngpu_share_cap_vram = false\n")
+    project.file(
+        "pytest.ini",
+        "[pytest]\nfilterwarnings = error\naddopts = --strict-config\ngpu_share_cap_vram = false\n",
+    )
     project.file(
         "performance_config.json",
         '{"gpu_resource_management": {"ollama_vram_reservation_mb": 20480}}',
@@ -351,6 +354,7 @@ def test_traps_of_the_project(project: Project, machine: Machine) -> None:
     (project.path / "sub").mkdir()
     project.file("sub/conftest.py", 'import os\nprint(os.environ.get("CUDA_VISIBLE_DEVICES"))\n')
     told = doctor(project)
+    assert "pytest-refuses" not in told.codes
     assert told.level("json-alone") == "look"
     assert told.mend("json-alone").startswith("gpu_share = true")
     assert told.level("strict-config") == "look"

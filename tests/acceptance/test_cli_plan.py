@@ -61,7 +61,9 @@ def test_same_words_as_the_run(
     """Line for line the header of the run, with settings from three places and an Ollama."""
     ollama_with({"qwen2.5:14b": "5GB"}, load="qwen2.5:14b")
     project.file(
-        "pytest.ini", "[pytest]\naddopts = -n gpu-auto\ngpu_share_safety_buffer_mb = 512\n"
+        "pytest.ini",
+        "[pytest]\naddopts = -n gpu-auto\nfilterwarnings = error\n"
+        "gpu_share_safety_buffer_mb = 512\n",
     )
     project.file(
         "performance_config.json",

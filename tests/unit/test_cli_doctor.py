@@ -273,3 +273,16 @@ def test_each_code_has_its_section() -> None:
     codes = {text for text in constants if re.fullmatch(r"[a-z]+(-[a-z]+)+", text)} - NOT_CODES
     assert sorted(headings) == sorted(codes)
     assert len(headings) == len(set(headings)) > 35
+
+
+def test_wrapped_for_a_terminal() -> None:
+    """Each line within the width, under the text and not under the mark; whole without one."""
+    findings = (look("no-room", "little " * 20, "more " * 20), look("no-cap", "x" * 90, "y"))
+    section = [told.Section("Plan", findings)]
+    wrapped = ["".join(piece.text for piece in row) for row in told.rows(section, 60)]
+    assert max(len(line) for line in wrapped if "x" not in line) <= 60
+    assert wrapped[3].startswith("  [!]  little")
+    assert wrapped[4].startswith("       little")
+    assert next(line for line in wrapped if "mend" in line).startswith("       mend: more")
+    whole = ["".join(piece.text for piece in row) for row in told.rows(section)]
+    assert (len(whole), whole[3].count("little")) == (9, 20)

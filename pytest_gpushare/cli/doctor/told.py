@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from textwrap import wrap
 from typing import Any
 
 from pytest_gpushare.cli.doctor.caps import caps, tools
@@ -16,7 +17,7 @@ from pytest_gpushare.cli.doctor.packages import packages
 from pytest_gpushare.cli.doctor.project import files, plan, settings
 from pytest_gpushare.cli.document import SCHEMA, generator
 from pytest_gpushare.cli.main import FOUND, OK
-from pytest_gpushare.cli.output import Piece, Row, show, show_json
+from pytest_gpushare.cli.output import Piece, Row, show, show_json, terminal_width
 from pytest_gpushare.report.clean import cleaner
 from pytest_gpushare.units import plural
 
@@ -46,7 +47,7 @@ def tell(options: argparse.Namespace) -> int:
     if options.json:
         show_json(document(sections))
     else:
-        show(rows(sections))
+        show(rows(sections, terminal_width()))
     return FOUND if _count(sections, Level.BROKEN) else OK
 
 
@@ -72,25 +73,34 @@ def _clean(finding: Finding, clean: Callable[[str], str]) -> Finding:
     return replace(finding, fact=clean(finding.fact), mend=clean(finding.mend))
 
 
-def rows(sections: Sequence[Section]) -> Iterator[Row]:
-    """The lines: a title for each section, and under what is not well its mend."""
+def rows(sections: Sequence[Section], width: int | None = None) -> Iterator[Row]:
+    """The lines: a title for each section, and under what is not well its mend.
+
+    Wrapped where a terminal has a width; whole where they go into a file or a bug report.
+    """
     yield [Piece(f"pytest-gpushare {generator()['version']}", "bold")]
     for section in sections:
         yield [Piece("")]
         yield [Piece(section.title, "bold")]
         for finding in section.findings:
-            mark = f"[{finding.level.value}]"
+            mark = Piece(f"  {f'[{finding.level.value}]':<4} ", _STYLES[finding.level])
             code = f" ({finding.code})" if finding.code else ""
-            yield [
-                Piece("  "),
-                Piece(f"{mark:<4}", _STYLES[finding.level]),
-                Piece(f" {finding.fact}"),
-                Piece(code, "dim"),
-            ]
+            yield from _indented(mark, Piece(f"{finding.fact}{code}"), width)
             if finding.mend:
-                yield [Piece("       mend: ", "bold"), Piece(finding.mend)]
+                yield from _indented(Piece("       mend: ", "bold"), Piece(finding.mend), width)
     yield [Piece("")]
-    yield [_verdict(sections)]
+    yield from _indented(Piece(""), _verdict(sections), width)
+
+
+def _indented(head: Piece, text: Piece, width: int | None) -> Iterator[Row]:
+    """The text behind the head, and under itself where it takes several lines."""
+    indent = len(head.text)
+    parts = [text.text]
+    if width is not None:
+        room = max(20, width - indent)
+        parts = wrap(text.text, room, break_long_words=False, break_on_hyphens=False) or [""]
+    for number, part in enumerate(parts):
+        yield [Piece(" " * indent) if number else head, Piece(part, text.style)]
 
 
 def document(sections: Sequence[Section]) -> dict[str, Any]:
