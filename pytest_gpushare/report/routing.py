@@ -21,10 +21,9 @@ def routing(started: Started) -> Iterator[Line]:
         names = [f"{skip.nodeid} ({skip.reason[:80]})" for skip in lost[:_MOST_NAMES]]
         more = f", and {len(lost) - len(names)} more" if len(lost) > len(names) else ""
         kind = " (an error under --gpu-share-strict)" if started.strict else ""
-        were = "was" if len(lost) == 1 else "were"
         yield Line(
-            f"gpu-share: {plural(len(lost), 'test')} {were} skipped on CPU workers for want of a "
-            f"GPU: mark with {marker} what needs one: {', '.join(names)}{more}{kind}",
+            f"gpu-share: {plural(len(lost), 'test')} skipped on CPU workers for want of a GPU: "
+            f"mark with {marker} what needs one: {', '.join(names)}{more}{kind}",
             problem=True,
         )
     if parity.by_skip:

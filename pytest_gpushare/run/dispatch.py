@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _SILENT = Told(0, (), (), ())
 
 
-class Scheduler:
+class GpuShareScheduling:
     """xdist's scheduler protocol, which xdist calls from one thread.
 
     Who schedules is decided when all tests are collected, as only markers tell whether there
@@ -38,6 +38,10 @@ class Scheduler:
         self._decided = False
         self._due = False
         links.on("collected", self._hear)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not in the protocol, as some plugins ask for xdist's `config`."""
+        return getattr(self._stock, name)
 
     def _hear(self, worker: str, message: Mapping[str, Any]) -> None:
         self._told[worker] = read(message)

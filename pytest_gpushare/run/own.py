@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_gpushare.plan.dispatcher import Dispatcher
 from pytest_gpushare.plan.work import Policy, Room, Worker
 from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE
-from pytest_gpushare.run.dispatch import Scheduler, most_deaths
+from pytest_gpushare.run.dispatch import GpuShareScheduling, most_deaths
 from pytest_gpushare.run.hand_out import HandOut
 from pytest_gpushare.run.jobs import Crew, Learned, Suite, weigh
 from pytest_gpushare.run.lessons import Lessons, remember_needs
@@ -119,7 +119,7 @@ def scheduler_for(started: Started | LeftAlone, config: pytest.Config, stock: An
     if not started.has_placed_all:
         return stock
     own = Own(started, config, Lessons(started, config))
-    return Scheduler(stock, started.links, own, most_deaths(options))
+    return GpuShareScheduling(stock, started.links, own, most_deaths(options))
 
 
 def _nudge(hand_out: HandOut) -> None:

@@ -47,3 +47,139 @@ def test_routing(project: Project, machine: Machine) -> None:
     assert len(lines) == len({name for name, _ in lines}) == 18
     assert {role for name, role in lines if name.startswith("gpu")} == {"gpu"}
     assert machine.snapshot()[0].oom_count == 0
+
+
+BESIDE = ("--gpu-share", "-o", "gpu_share_cpu_workers=1", "-o", "gpu_share_max_workers_per_gpu=1")
+"""One GPU worker and one CPU worker."""
+
+FATAL = """
+    import os, signal, time
+    import gpusim
+    import pytest
+
+    @pytest.mark.parametrize("i", range(4))
+    def test_cpu(i):
+        time.sleep(0.05)
+
+    def test_cpu_dies():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("i", range(4))
+    def test_gpu(i):
+        with gpusim.alloc("6GB"):
+            if i == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_crash_while_holding(project: Project, machine: Machine) -> None:
+    """A dead worker's test fails once, its VRAM is free again, and all others run."""
+    project.write(test_project=FATAL)
+    result = project.pytest(*BESIDE)
+    assert (result.code, result.passed) == (1, 7), result.out
+    assert "crashed while running 'test_project.py::test_gpu[1]'" in result.out
+    assert "crashed while running 'test_project.py::test_cpu_dies'" in result.out
+    assert "2 failed" in result.out
+    assert machine.snapshot()[0].oom_count == 0
+    assert machine.snapshot()[0].used == 2 * 2**30
+
+
+def test_no_replacement(project: Project, machine: Machine) -> None:
+    """With restarting disabled the run ends, as stock xdist's does."""
+    project.write(test_project=FATAL)
+    result = project.pytest(*BESIDE, "--max-worker-restart=0")
+    assert result.code == 1
+    assert "worker restarting disabled" in result.out
+
+
+FAILING = """
+    import time
+    import pytest
+
+    @pytest.mark.parametrize("i", range(40))
+    def test_cpu(i):
+        time.sleep(0.02)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("i", range(10))
+    def test_gpu(i):
+        assert i
+"""
+
+
+def test_stop_at_the_first_failure(project: Project, machine: Machine) -> None:
+    """-x ends the run with tests left, and --lf begins with what failed."""
+    project.write(test_project=FAILING)
+    cache = ("-p", "cacheprovider")
+    result = project.pytest(*BESIDE, "-x", *cache)
+    assert "stopping after 1 failures" in result.out
+    assert result.code == 2 or "1 failed" in result.out, result.out
+    assert result.passed < 49
+    again = project.pytest(*BESIDE, "--lf", *cache)
+    assert (again.code, again.passed) == (1, 0), again.out
+    assert "1 failed" in again.out
+
+
+SKIPPING = """
+    import os
+    import pytest
+
+    HAS_GPU = bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+    @pytest.fixture
+    def cuda():
+        if not HAS_GPU:
+            pytest.skip("CUDA is not available")
+
+    @pytest.mark.skipif(not HAS_GPU, reason="needs CUDA")
+    def test_skipif():
+        assert HAS_GPU
+
+    @pytest.mark.skip(reason="broken")
+    def test_broken():
+        pass
+
+    def test_no_network():
+        pytest.skip("no network")
+
+    @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if HAS_GPU else [])])
+    def test_device(device):
+        assert device == "cpu" or HAS_GPU
+
+    @pytest.mark.gpu
+    def test_gpu():
+        assert HAS_GPU
+"""
+
+
+def test_no_test_is_lost(project: Project, machine: Machine) -> None:
+    """What markers skip without a GPU, or what GPU workers alone collect, runs there."""
+    (project.path / "test_project.py").unlink()
+    project.write(test_skips=SKIPPING)
+    result = project.pytest(*BESIDE, "--gpu-share-strict", "-rs")
+    assert (result.code, result.passed) == (0, 4), result.out
+    assert "2 skipped" in result.out
+    assert result.said[-2:] == [
+        "gpu-share: 1 test that markers skip without a GPU ran on GPU workers, "
+        "though not marked with gpu",
+        "gpu-share: workers collected different tests: 1 only GPU workers, 0 only CPU workers; "
+        "each test ran where it was collected",
+    ]
+
+
+def test_lost_in_a_fixture(project: Project, machine: Machine) -> None:
+    """A test that skips itself on a CPU worker for want of a GPU is told, an error under strict."""
+    (project.path / "test_project.py").unlink()
+    text = SKIPPING.replace(
+        "def test_no_network():", "def test_fixture(cuda): pass\n\n    def test_no_network():"
+    )
+    project.write(test_skips=text)
+    result = project.pytest(*BESIDE, "--gpu-share-strict", "-k", "fixture")
+    assert result.code == 1, result.out
+    assert (
+        "gpu-share: 1 test skipped on CPU workers for want of a GPU: mark with gpu what needs "
+        "one: test_skips.py::test_fixture (CUDA is not available) "
+        "(an error under --gpu-share-strict)"
+    ) in result.out
+    assert "gpu-share: no GPU test was selected: no test is marked with gpu" in result.out
