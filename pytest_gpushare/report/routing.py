@@ -22,14 +22,15 @@ def routing(started: Started) -> Iterator[Line]:
         more = f", and {len(lost) - len(names)} more" if len(lost) > len(names) else ""
         kind = " (an error under --gpu-share-strict)" if started.strict else ""
         yield Line(
-            f"gpu-share: {plural(len(lost), 'test')} skipped on CPU workers for want of a GPU: "
-            f"mark with {marker} what needs one: {', '.join(names)}{more}{kind}",
+            "gpu-share: skipped on CPU workers for want of a GPU: "
+            f"{plural(len(lost), 'test')}; mark with {marker} what needs one: "
+            f"{', '.join(names)}{more}{kind}",
             problem=True,
         )
     if parity.by_skip:
         yield Line(
-            f"gpu-share: {plural(len(parity.by_skip), 'test')} that markers skip without a GPU "
-            f"ran on GPU workers, though not marked with {marker}",
+            "gpu-share: run on GPU workers, since markers skip it without a GPU: "
+            f"{plural(len(parity.by_skip), 'test')}; mark with {marker} what needs one"
         )
     if parity.only_on_gpu or parity.only_on_cpu:
         yield Line(

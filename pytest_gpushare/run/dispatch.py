@@ -25,8 +25,6 @@ class GpuShareScheduling:
 
     def __init__(self, stock: Any, links: Links, own: Own, most_deaths: int | None) -> None:
         """`stock` is what xdist would use; of workers that die xdist replaces `most_deaths`."""
-        # Other plugins find it at xdist's schedulers: pytest-rerunfailures, when a worker dies.
-        self.config = getattr(stock, "config", None)
         self._stock = stock
         self._own = own
         self._most_deaths = most_deaths
@@ -40,7 +38,7 @@ class GpuShareScheduling:
         links.on("collected", self._hear)
 
     def __getattr__(self, name: str) -> Any:
-        """What is not in the protocol, as some plugins ask for xdist's `config`."""
+        """What is not in the protocol: pytest-rerunfailures asks for `config` when a worker dies."""
         return getattr(self._stock, name)
 
     def _hear(self, worker: str, message: Mapping[str, Any]) -> None:

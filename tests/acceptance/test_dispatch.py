@@ -161,8 +161,8 @@ def test_no_test_is_lost(project: Project, machine: Machine) -> None:
     assert (result.code, result.passed) == (0, 4), result.out
     assert "2 skipped" in result.out
     assert result.said[-2:] == [
-        "gpu-share: 1 test that markers skip without a GPU ran on GPU workers, "
-        "though not marked with gpu",
+        "gpu-share: run on GPU workers, since markers skip it without a GPU: "
+        "1 test; mark with gpu what needs one",
         "gpu-share: workers collected different tests: 1 only GPU workers, 0 only CPU workers; "
         "each test ran where it was collected",
     ]
@@ -178,7 +178,7 @@ def test_lost_in_a_fixture(project: Project, machine: Machine) -> None:
     result = project.pytest(*BESIDE, "--gpu-share-strict", "-k", "fixture")
     assert result.code == 1, result.out
     assert (
-        "gpu-share: 1 test skipped on CPU workers for want of a GPU: mark with gpu what needs "
+        "gpu-share: skipped on CPU workers for want of a GPU: 1 test; mark with gpu what needs "
         "one: test_skips.py::test_fixture (CUDA is not available) "
         "(an error under --gpu-share-strict)"
     ) in result.out
