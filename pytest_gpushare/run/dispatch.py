@@ -38,7 +38,7 @@ class GpuShareScheduling:
         links.on("collected", self._hear)
 
     def __getattr__(self, name: str) -> Any:
-        """What is not in the protocol: pytest-rerunfailures asks for `config` when a worker dies."""
+        """What is not in the protocol: pytest-rerunfailures wants `config` when a worker dies."""
         return getattr(self._stock, name)
 
     def _hear(self, worker: str, message: Mapping[str, Any]) -> None:
