@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 from pytest_gpushare.probe.facts import GpuProcess, Memory
 
@@ -33,7 +34,8 @@ class Reader(Protocol):
         """UUID -> who holds VRAM there; None where the driver does not tell."""
 
 
-class Reading(NamedTuple, Generic[T]):
+@dataclass(frozen=True)
+class Reading(Generic[T]):
     """What was read, and when."""
 
     devices: Mapping[str, T]
