@@ -68,7 +68,12 @@ def leaks(document: Mapping[str, Any]) -> Markup:
         for leak in found
     ]
     heads = ["test", "worker", "left", "measured by"]
-    return tag("section", tag("h2", "VRAM left behind"), _table(heads, rows), id="leaks")
+    return tag(
+        "section",
+        tag("h2", "VRAM left behind"),
+        _table("VRAM left behind", heads, rows),
+        id="leaks",
+    )
 
 
 def _leaky(leak: Mapping[str, Any]) -> str:
@@ -103,7 +108,7 @@ def workers(document: Mapping[str, Any]) -> Markup:
             ]
         )
     heads = ["worker", "where", "slot", "peak", "peak of slot", "measured by", "ran"]
-    return tag("section", tag("h2", "Workers"), _table(heads, rows), id="workers")
+    return tag("section", tag("h2", "Workers"), _table("Workers", heads, rows), id="workers")
 
 
 def _lived(worker: Mapping[str, Any]) -> float | None:
@@ -129,7 +134,9 @@ def ollama(document: Mapping[str, Any]) -> Markup:
         "section",
         tag("h2", "Ollama"),
         *(tag("p", line) for line in texts(found, "verdict")),
-        _table(["model", "size", "on the GPU", "at the end"], rows) if rows else Markup(""),
+        _table("Models", ["model", "size", "on the GPU", "at the end"], rows)
+        if rows
+        else Markup(""),
         pairs(
             [
                 ("server", str(found.get("address") or UNKNOWN)),
@@ -170,7 +177,7 @@ def settings(document: Mapping[str, Any]) -> Markup:
         tag(
             "details",
             tag("summary", plural(len(rows), "setting")),
-            _table(["setting", "value", "from"], rows),
+            _table("Settings", ["setting", "value", "from"], rows),
         )
         if rows
         else Markup(""),
@@ -190,7 +197,7 @@ def told(document: Mapping[str, Any]) -> Markup:
     )
 
 
-def _table(heads: list[str], rows: Iterable[Iterable[str]]) -> Markup:
+def _table(name: str, heads: list[str], rows: Iterable[Iterable[str]]) -> Markup:
     return tag(
         "div",
         tag(
@@ -199,4 +206,8 @@ def _table(heads: list[str], rows: Iterable[Iterable[str]]) -> Markup:
             tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows)),
         ),
         cls="scroll",
+        # It scrolls on small screens, and then by the keyboard too.
+        tabindex=0,
+        role="region",
+        aria_label=name,
     )
