@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.report.page.words import size
+import pytest_gpushare.report.page as package
+from pytest_gpushare.report.page.words import clock, size, span
 
 from . import documents
 from .conftest import Opened
 
 Open = Callable[..., Opened]
+ASSETS = Path(package.__file__).parent / "assets"
 
 EVERY = ("small", "eventful", "cpu_only", "empty", "untold", "hostile", "simulated", "cut_off")
 
@@ -63,6 +65,27 @@ def test_figures_are_the_documents(opened: Open) -> None:
         else:
             assert peak.get_attribute("data-bytes") == str(test["peak_bytes"])
             assert peak.inner_text().strip() == size(test["peak_bytes"])
+
+
+def test_script_and_python_write_figures_alike(opened: Open) -> None:
+    """Or the same figure would differ between the head of the page and its table."""
+    here = opened(documents.empty())
+    words = (ASSETS / "words.js").read_text(encoding="utf-8")
+    eighths = [n * documents.GB // 8 for n in range(200)]
+    sizes = [None, 0, 1, *eighths, *(n * n * 7919 * 1013 for n in range(2000))]
+    times = [None, *(n / 8 for n in range(900)), *(n * n / 1000 for n in range(3000))]
+    written = here.tab.evaluate(
+        f"""([sizes, times]) => {{
+            {words}
+            return [sizes.map(size), times.map(span), times.map(clock)];
+        }}""",
+        [sizes, times],
+    )
+    assert written == [
+        [size(value) for value in sizes],
+        [span(value) for value in times],
+        [clock(value) for value in times],
+    ]
 
 
 def test_table_sorts(opened: Open) -> None:

@@ -4,17 +4,27 @@ const UNKNOWN = "unknown";
 const MB = 1024 ** 2;
 const GB = 1024 ** 3;
 
+// As Python rounds: what lies exactly between two goes to the even one. Only multiples of an
+// eighth can lie so; toFixed would round them up.
+function fixed(value, digits) {
+  if (!Number.isInteger(value * 8)) return value.toFixed(digits);
+  const scaled = value * 10 ** digits;
+  const floor = Math.floor(scaled);
+  const up = scaled - floor > 0.5 || (scaled - floor === 0.5 && floor % 2 !== 0);
+  return ((up ? floor + 1 : floor) / 10 ** digits).toFixed(digits);
+}
+
 function size(bytes) {
   if (bytes === null || bytes === undefined) return UNKNOWN;
-  if (bytes && Math.abs(bytes) < GB / 10) return `${Math.round(bytes / MB)} MB`;
-  const text = (bytes / GB).toFixed(2);
+  if (bytes && Math.abs(bytes) < GB / 10) return `${fixed(bytes / MB, 0)} MB`;
+  const text = fixed(bytes / GB, 2);
   return `${text.endsWith("0") ? text.slice(0, -1) : text} GB`;
 }
 
 function span(seconds) {
   if (seconds === null || seconds === undefined) return UNKNOWN;
   const two = (value) => String(Math.floor(value)).padStart(2, "0");
-  if (seconds < 60) return `${seconds.toFixed(seconds < 10 ? 2 : 1)} s`;
+  if (seconds < 60) return `${fixed(seconds, seconds < 10 ? 2 : 1)} s`;
   if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${two(seconds % 60)} s`;
   return `${Math.floor(seconds / 3600)} h ${two((seconds % 3600) / 60)} min`;
 }
@@ -23,7 +33,7 @@ function clock(seconds) {
   if (seconds === null || seconds === undefined) return UNKNOWN;
   const two = (value) => String(Math.floor(value)).padStart(2, "0");
   if (seconds < 3600) {
-    const tenths = Math.floor(seconds * 10 + 1e-6);
+    const tenths = Math.floor(seconds * 10);
     return `${Math.floor(tenths / 600)}:${two((tenths / 10) % 60)}.${tenths % 10}`;
   }
   return `${Math.floor(seconds / 3600)}:${two((seconds / 60) % 60)}:${two(seconds % 60)}`;
