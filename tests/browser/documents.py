@@ -70,7 +70,7 @@ def cpu_only() -> Document:
 def empty() -> Document:
     """A run that selected no test and was asked nothing."""
     document = made(Shape(tests=0, devices=0, workers=0, ollama="none"))
-    document["run"].update(duration_s=None, exit_status=5, driver=None)
+    document["run"].update(duration_s=0.4, exit_status=5, driver=None)
     return document
 
 
@@ -90,9 +90,9 @@ def simulated() -> Document:
 
 
 def cut_off() -> Document:
-    """A run that was interrupted: tests without an end, a worker that crashed, no duration."""
+    """A run that was interrupted: tests without an end, a worker that crashed."""
     document = made(Shape(ollama="silent", tests=9))
-    document["run"].update(finished=False, exit_status=None, duration_s=None)
+    document["run"].update(finished=False, exit_status=2)
     document["tests"][-1].update(end_s=None, outcome="crashed")
     document["tests"][-2].update(start_s=None, end_s=None, worker="gw9")
     document["workers"][1].update(crashed=True, ended_s=None)
@@ -107,7 +107,7 @@ def untold() -> Document:
     for device, samples in zip(
         document["devices"], document["samples"]["devices"].values(), strict=True
     ):
-        device["resident_bytes"] = None
+        device["resident_bytes"] = 0
         samples["ollama_bytes"] = [None for _ in samples["at_s"]]
         samples["others_bytes"] = [None for _ in samples["at_s"]]
         samples["workers_bytes"] = {
@@ -148,8 +148,11 @@ def hostile() -> Document:
     document["hints"].append("</style><script>alert(6)</script>")
     document["problems"].append("</title><script>alert(7)</script>")
     document["plan"]["settings"]["vram"] = {"value": "<u>x</u>", "origin": "pytest.ini"}
-    document["leaks"].append({"nodeid": HOSTILE, "bytes": 5 * MB})
-    document["leaks"].append({"nodeid": None, "suspects": [HOSTILE, HOSTILE], "bytes": 500 * MB})
+    leak = {"nodeid": HOSTILE, "bytes": 5 * MB, "worker": "gw0", "source": "nvml", "suspects": []}
+    leak["suspects_count"] = 0
+    document["leaks"].append(leak)
+    suspects = {"nodeid": None, "suspects": [HOSTILE], "suspects_count": 9, "bytes": 500 * MB}
+    document["leaks"].append({**leak, **suspects})
     document["tests"][1]["outcome"], document["tests"][2]["outcome"] = "xfailed", "xpassed"
     return document
 
@@ -181,7 +184,7 @@ class _Run:
                 "id": f"gw{number}",
                 "role": "gpu" if device else "cpu",
                 "device": device,
-                "slot_bytes": self.slot if device else None,
+                "slot_bytes": self.slot if device else 0,
                 "pid": 4000 + number,
                 "started_s": round(0.4 + 0.05 * number, 3),
                 "ended_s": None,
@@ -292,6 +295,8 @@ class _Run:
                     "bytes": t["left_bytes"],
                     "worker": t["worker"],
                     "source": "frameworks",
+                    "suspects": [],
+                    "suspects_count": 0,
                 }
                 for t in leaks
             ],

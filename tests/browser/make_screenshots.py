@@ -61,7 +61,7 @@ def run(directory: Path, report: Path) -> None:
             PYTEST_XDIST_AUTO_NUM_WORKERS="8",
             PYTHONDONTWRITEBYTECODE="1",
         )
-        later = threading.Timer(7.0, ollama.load, [MODEL])
+        later = threading.Timer(20.0, ollama.load, [MODEL])
         later.start()
         command = [sys.executable, "-m", "pytest", *LEFT_OUT, "--gpu-share"]
         done = subprocess.run(

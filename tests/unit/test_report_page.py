@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 from browser import documents
+from jsonschema import Draft202012Validator
 
 import pytest_gpushare.report.page as package
 from pytest_gpushare.report.page import page
 from pytest_gpushare.report.page.data import data
-from pytest_gpushare.report.page.samples import differences, drawn, thinned
+from pytest_gpushare.report.page.samples import differences, drawn, settled, thinned
 from pytest_gpushare.report.page.verdict import answers, outcome
 from pytest_gpushare.report.page.words import clock, label, listed, percent, size, span
 
@@ -48,7 +49,16 @@ def scripts(text: str) -> list[str]:
     return re.findall(r"<script>(.*?)</script>", text, re.S)
 
 
+SCHEMA = Path(__file__).parents[2] / "docs/reference/report-schema.json"
+
 # --- the page as a whole ---
+
+
+@pytest.mark.parametrize("make", EVERY, ids=lambda make: make.__name__)
+def test_documents_are_such_as_runs_write(make: Any) -> None:
+    """What the page is tested with is valid; a document that was cut off lacks parts."""
+    document = {"leaks": [], "hints": [], "summary": [], "problems": [], **make()}
+    Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).validate(document)
 
 
 @pytest.mark.parametrize("make", EVERY, ids=lambda make: make.__name__)
@@ -225,6 +235,12 @@ def test_outcome(change: dict[str, Any], state: str, text: str) -> None:
     assert outcome(document) == (state, text)
 
 
+def test_leak_of_which_only_suspects_are_known() -> None:
+    document = documents.hostile()
+    document["leaks"] = [{"nodeid": None, "suspects": ["a", "b"], "suspects_count": 9, "bytes": GB}]
+    assert "<bdi>one of a, b and 7 more</bdi>" in page(document)
+
+
 # --- samples ---
 
 
@@ -254,7 +270,7 @@ def test_differences_give_the_values_back() -> None:
 
 def test_what_nobody_accounts_for_is_a_part() -> None:
     samples = {
-        "at_s": [0.0, 0.2],
+        "at_s": [0.0, 4.0],
         "used_bytes": [8 * GB, 8 * GB],
         "ollama_bytes": [None, None],
         "workers_bytes": {"gw0": [None, 3 * GB]},
@@ -265,6 +281,19 @@ def test_what_nobody_accounts_for_is_a_part() -> None:
         ("rest", [8192, -3072]),
         ("worker", [None, 3072]),
     ]
+
+
+def test_samples_take_the_reading_that_accounts_for_them() -> None:
+    """Who holds what is read once a second: what came in between is known by the next reading."""
+    times = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 9.0]
+    used = [GB, GB, 2 * GB, 5 * GB, 5 * GB, 5 * GB, GB]
+    first, second = [GB] * 5 + [GB, GB], [0.0] * 5 + [4.0 * GB, 0.0]
+    assert settled(times, used, [first, second], 24 * GB) == [
+        [GB] * 7,
+        [0.0, 0.0, 0.0, 4.0 * GB, 4.0 * GB, 4.0 * GB, 0.0],
+    ]
+    unknown = [None, None, GB]
+    assert settled([0.0, 8.0, 9.0], [GB, GB, GB], [unknown], 24 * GB) == [[None, GB, GB]]
 
 
 def test_samples_of_uneven_length_are_bounded_by_their_times() -> None:

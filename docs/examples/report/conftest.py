@@ -21,8 +21,8 @@ def train() -> Callable[[float, float], None]:
         held = []
         for _ in range(STEPS):
             held.append(gpusim.alloc(f"{gigabytes / STEPS:.3f}GB"))
-            time.sleep(seconds / STEPS / 3)
-        time.sleep(seconds * 2 / 3)
+            time.sleep(seconds / STEPS / 4)
+        time.sleep(seconds * 3 / 4)
         for allocation in held:
             allocation.free()
 

@@ -81,7 +81,9 @@ def _leaky(leak: Mapping[str, Any]) -> str:
     if leak.get("nodeid"):
         return str(leak["nodeid"])
     suspects = texts(leak, "suspects")
-    return f"one of {listed(suspects)}" if suspects else UNKNOWN
+    more = int(number(leak.get("suspects_count")) or len(suspects)) - len(suspects[:5])
+    told = [*suspects[:5], *([f"{more} more"] if more > 0 else [])]
+    return f"one of {listed(told)}" if suspects else UNKNOWN
 
 
 def workers(document: Mapping[str, Any]) -> Markup:

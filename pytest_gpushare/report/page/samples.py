@@ -10,6 +10,9 @@ from pytest_gpushare.units import MB
 
 Values = Sequence[float | None]
 
+# Seconds from one reading of who holds what to the next, at most: one, and some delay.
+_BETWEEN_READINGS = 1.5
+
 
 def drawn(
     samples: Mapping[str, Any],
@@ -31,12 +34,15 @@ def drawn(
     parts.append(("others", "", samples.get("others_bytes")))
     held_by = in_order(samples.get("workers_bytes"), workers)
     parts += [("worker", worker, held) for worker, held in held_by]
-    told: list[tuple[str, str, Values]] = []
-    for kind, name, held in parts:
-        values = _values(held, at)
-        if any(values):
-            told.append((kind, name, values))
     kept = [used[index] for index in at]
+    columns = settled(
+        [times[index] for index in at], kept, [_values(held, at) for _, _, held in parts], total
+    )
+    told: list[tuple[str, str, Values]] = [
+        (kind, name, values)
+        for (kind, name, _), values in zip(parts, columns, strict=True)
+        if any(values)
+    ]
     rest = _rest(kept, [values for _, _, values in told])
     if max(rest, default=0) > (total or 0) / 100:
         first_worker = sum(kind != "worker" for kind, _, _ in told)
@@ -64,6 +70,32 @@ def thinned(values: Values, most: int) -> list[int]:
         # A gap stays a gap.
         kept |= {first + min(known)[1], first + max(known)[1]} if known else {first}
     return sorted(kept)
+
+
+def settled(
+    times: Sequence[float], used: Values, parts: Sequence[Values], total: float | None
+) -> list[list[float | None]]:
+    """The parts, where the next reading of them fits a sample better than the last one did.
+
+    VRAM in use is read more often than who holds it. What changed in between has happened by
+    the next reading: a sample that its sum accounts for belongs to it.
+    """
+    columns = [list(values) for values in parts]
+    near = (total or 0) / 200
+    rows = [tuple(column[row] for column in columns) for row in range(len(times))]
+    following: tuple[float | None, ...] | None = None
+    read_at = 0.0
+    for row in range(len(rows) - 2, -1, -1):
+        if rows[row] != rows[row + 1]:
+            following, read_at = rows[row + 1], times[row + 1]
+        held = used[row]
+        if following is None or held is None or read_at - times[row] > _BETWEEN_READINGS:
+            continue
+        before, after = (held - sum(filter(None, part)) for part in (rows[row], following))
+        if abs(after) < abs(before) - near and after > -near:
+            for column, value in zip(columns, following, strict=True):
+                column[row] = value
+    return columns
 
 
 def differences(values: Sequence[float | None]) -> list[int | None]:

@@ -146,7 +146,12 @@ def _ollama(document: Mapping[str, Any]) -> Answer:
     spilled = any(model.get("spilled") for model in each(ollama, "models"))
     if spilled or kinds & {"ollama-spilled", "ollama-unreachable", "ollama-reloaded"}:
         return Answer(question, WARNING, "Something happened to it", lines)
-    return Answer(question, GOOD, "No", lines or ["it held no model"])
+    return Answer(question, GOOD, "No", lines or _held_at_the_start(ollama))
+
+
+def _held_at_the_start(ollama: Mapping[str, Any]) -> list[str]:
+    names = [str(model.get("name")) for model in each(ollama, "models")]
+    return [f"at the start it held {listed(names) or 'no model'}"]
 
 
 def _change(document: Mapping[str, Any]) -> Answer:

@@ -77,7 +77,10 @@ function vramPlot(timeline, device, height) {
     const index = indexBefore(times, seconds);
     const near = plot.chart.posToVal(6, "x") - plot.chart.posToVal(0, "x");
     const lines = [[null, "used", size(held(used, index))]];
-    for (const part of [...parts].reverse()) lines.push([part.swatch, part.name, size(held(part.held, index))]);
+    for (const part of [...parts].reverse()) {
+      const bytes = held(part.held, index);
+      if (bytes !== 0) lines.push([part.swatch, part.name, size(bytes)]);
+    }
     for (const [worker, test] of timeline.running(seconds, device.uuid)) {
       lines.push([null, `${worker.id}: ${timeline.tests.short(test)}`]);
     }
