@@ -1,13 +1,25 @@
-"""Which test goes where and when: events in, actions out. Pure: no clock, no I/O."""
+"""Which test goes where and when: events in, actions out. Pure: no clock, no I/O.
+
+The parts: `routing` sends tests to kinds of workers and sorts out what can never run,
+`packing` finds the order, `gpu_side` admits by the `accounts`, `claims` sees to it that
+nobody starves, `waiting` makes room and bears with others, `cpu_side` fills deep queues.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from pytest_gpushare.plan.needs import Need
+from pytest_gpushare.plan.accounts import Ledger, held_on
+from pytest_gpushare.plan.cpu_side import CpuSide
+from pytest_gpushare.plan.gpu_side import GpuSide, GpuWorker
+from pytest_gpushare.plan.routing import ordered, routes
+from pytest_gpushare.plan.units import Unit
+from pytest_gpushare.plan.waiting import Waiting
+from pytest_gpushare.plan.without import Without
 from pytest_gpushare.plan.work import (
     Action,
-    Instead,
+    Drop,
     Job,
     Lost,
     Policy,
@@ -17,28 +29,27 @@ from pytest_gpushare.plan.work import (
     Shutdown,
     Worker,
 )
-from pytest_gpushare.units import format_gb
 
 
 class Dispatcher:
     """Routing, order and admission of the tests of one run."""
 
     def __init__(
-        self, tests: Sequence[Job], rooms: Sequence[Room], policy: Policy | None = None
+        self, jobs: Sequence[Job], rooms: Sequence[Room], policy: Policy | None = None
     ) -> None:
-        self._tests = tests
-        self._rooms = {room.uuid: room for room in rooms}
-        self._policy = policy or Policy()
-        self._pending = list(range(len(tests)))
-        self._left = len(tests)
-        self._workers: dict[str, Worker] = {}
-        self._collected: dict[str, Collection[int] | None] = {}
-        self._queues: dict[str, list[int]] = {}
-        self._needs: dict[str, int] = {}
-        self._held: dict[str, Mapping[str, int]] = {}
-        self._ending: set[str] = set()
-        self._alone: set[int] = set()
+        policy = policy or Policy()
+        self._jobs = jobs
+        self._ledgers = {room.uuid: Ledger(room) for room in rooms}
+        self._gpu = GpuSide(jobs, self._ledgers, policy)
+        self._cpu = CpuSide(jobs, policy)
+        self._waiting = Waiting(self._gpu)
+        self._without = Without(self._gpu, self._cpu, self._waiting)
+        self._left = len(jobs)
         self._expected = 0
+        self._begun = False
+        self._gone = False
+        """Whether workers went since it was asked last who can run what."""
+        self._helping: dict[str, list[int]] = {}
 
     @property
     def is_done(self) -> bool:
@@ -48,19 +59,30 @@ class Dispatcher:
     @property
     def wants_step(self) -> bool:
         """Whether a step may do something though no event comes: tests wait for VRAM."""
-        return bool(self._pending)
+        return self.wants_reading
 
     @property
     def wants_reading(self) -> bool:
         """Whether the next step decides by live VRAM."""
-        return any(self._tests[t].marked for t in self._pending)
+        if not self._begun:
+            return any(job.marked for job in self._jobs)
+        workers = self._gpu.workers.values()
+        return any(not it.busy and not it.ending for it in workers) and (
+            self._gpu.pending.count > 0
+            or self._without.waits
+            # What a busy worker has begun may be shared.
+            or any(it.unit is not None and it.unit.tests for it in workers)
+        )
 
     def worker_up(self, worker: Worker, collected: Collection[int] | None = None) -> None:
         """A worker is ready; `collected` are the tests that it knows, None: all."""
-        self._workers[worker.id] = worker
-        self._collected[worker.id] = collected
-        self._queues[worker.id] = []
         self._expected = max(0, self._expected - 1)
+        if not worker.devices:
+            self._cpu.up(worker, collected)
+            return
+        self._gpu.workers[worker.id] = GpuWorker(worker, collected)
+        for device in worker.devices:
+            self._ledgers[device].open(worker.id)
 
     def worker_down(self, worker: str, *, replaced: bool = False) -> Lost:
         """A worker has ended or died; `replaced`: another takes its place soon.
@@ -68,109 +90,164 @@ class Dispatcher:
         The test that it ran is over, as crashed; the others that it had are dispatched anew.
         """
         self._expected += replaced
-        self._workers.pop(worker, None)
-        self._ending.discard(worker)
-        self._needs.pop(worker, None)
-        self._held.pop(worker, None)
-        queue = self._queues.pop(worker, [])
-        if not queue:
-            return Lost()
-        self._left -= 1
-        self._pending[:0] = queue[1:]
-        return Lost(queue[0], tuple(queue[1:]))
+        self._gone = True
+        running: int | None = None
+        queued: list[int] = []
+        if worker in self._cpu.workers:
+            had = self._cpu.down(worker)
+            running, queued = (had[0] if had else None), had[1:]
+            self._add_cpu(queued)
+        elif worker in self._gpu.workers:
+            running, queued = self._gpu_down(worker)
+        self._left -= running is not None
+        return Lost(running, tuple(queued))
+
+    def _gpu_down(self, worker: str) -> tuple[int | None, list[int]]:
+        it = self._gpu.workers.pop(worker)
+        self._gpu.claims.drop_worker(it)
+        for device in it.worker.devices:
+            self._waiting.released(device, self._ledgers[device].close(worker))
+        queued: list[int] = []
+        if it.unit is not None and it.unit.tests:
+            queued += it.unit.tests
+            self._gpu.claims.drop(it.unit)
+            self._gpu.pending.back(it.unit)
+        helped = self._helping.pop(worker, [])
+        if helped:
+            self._add_cpu(helped[1:])
+        return (helped[0] if helped else it.test), [*queued, *helped[1:]]
+
+    def _add_cpu(self, tests: list[int]) -> None:
+        """Unmarked tests that come back, to whoever can run them."""
+        mine = [test for test in tests if self._cpu.could_run(test)]
+        self._cpu.add(mine)
+        for test in tests:
+            if test not in mine:
+                self._gpu.pending.back(Unit(deque((test,))))
 
     def finished(
         self,
         worker: str,
         test: int,
         held: Mapping[str, int] | None = None,
-        duration: float | None = None,  # noqa: ARG002
+        duration: float | None = None,
     ) -> bool:
         """The worker has done the test, and holds so many bytes of each device (UUID) now.
 
-        Returns whether a step would do something.
+        `duration` in seconds. Returns whether a step would do something.
         """
         self._left -= 1
-        self._queues[worker].remove(test)
-        self._needs.pop(worker, None)
-        self._held[worker] = held or {}
+        if worker in self._cpu.workers:
+            return self._cpu.finished(worker, test, duration) or not self._left
+        it = self._gpu.workers.get(worker)
+        if it is None:
+            return True
+        helping = self._helping.get(worker)
+        if helping is not None:
+            helping.remove(test)
+            if helping:
+                return False
+            del self._helping[worker]
+        elif it.test == test:
+            for device in it.worker.devices:
+                ledger = self._ledgers[device]
+                if ledger.accounts[worker].running:
+                    given = ledger.stop(worker, held_on(held, device))
+                    self._waiting.released(device, given)
+        it.busy, it.test = False, None
+        if it.unit is not None and not it.unit.tests:
+            it.unit = None
         return True
 
     def emptied(self, worker: str, held: Mapping[str, int] | None = None) -> None:
         """The worker has emptied its caches as `EmptyCaches` asked."""
-        self._held[worker] = held or {}
+        it = self._gpu.workers.get(worker)
+        if it is None:
+            return
+        it.emptying = None
+        for device in it.worker.devices:
+            given = self._ledgers[device].emptied(worker, held_on(held, device))
+            self._waiting.released(device, given)
 
     def again(self, test: int, *, alone: bool = False) -> None:
         """Dispatch once more a test that is over; `alone`: no other on its device meanwhile."""
         self._left += 1
-        self._pending.append(test)
-        if alone:
-            self._alone.add(test)
+        if not self._jobs[test].marked and not alone and self._cpu.could_run(test):
+            self._cpu.add([test])
+        else:
+            self._gpu.pending.back(Unit(deque((test,)), alone=alone))
 
-    def step(self, readings: Mapping[str, Reading], at: float) -> list[Action]:  # noqa: ARG002
+    def step(self, readings: Mapping[str, Reading], at: float) -> list[Action]:
         """What is to be done now.
 
         `readings` are the devices as last read, by UUID; `at` is the time in seconds by any
         clock that does not go back.
         """
-        actions: list[Action] = []
-        for worker in sorted(self._workers.values(), key=lambda w: bool(w.devices)):
-            if not self._queues[worker.id] and worker.id not in self._ending:
-                action = self._next(worker, readings)
-                if action is not None:
-                    actions.append(action)
+        self._gpu.at = at
+        if not self._begun:
+            self._begin()
+        for device, reading in readings.items():
+            if device in self._ledgers:
+                self._ledgers[device].read(reading)
+        return list(self._actions())
+
+    def _begin(self) -> None:
+        self._begun = True
+        found = routes(self._jobs, self._gpu, self._cpu)
+        self._gpu.pending, self._gpu.cold = ordered(found.gpu, self._jobs, self._gpu)
+        self._without.refuse(found.refused)
+        cpu = set(found.cpu)
+        for test, reason in found.without.items():
+            if self._without.decide(test, reason):
+                cpu.add(test)
+        self._cpu.add(sorted(cpu))
+
+    def _actions(self) -> Iterator[Action]:
+        gpu = self._gpu
+        if self._gone and not self._expected:
+            self._gone = False
+            self._without.orphans()
+        yield from self._without.report()
+        for run in gpu.fill():
+            yield run
+            count = gpu.need(run.tests[0]).devices
+            for device in gpu.workers[run.worker].worker.devices[:count]:
+                yield from self._waiting.started(device)
+        yield from self._waiting.look()
+        if self._without.sort_out():
+            yield from self._without.report()
+        yield from self._cpu.refill()
+        yield from self._help()
+        yield from self._cpu.flush()
+        for test, reason in self._without.dropped():
+            self._left -= 1
+            yield Drop(test, reason)
         if not self._left:
-            idle = self._workers.keys() - self._ending
-            self._ending |= idle
-            actions += [Shutdown(worker) for worker in sorted(idle)]
-        return actions
+            yield from self._end()
 
-    def _next(self, worker: Worker, readings: Mapping[str, Reading]) -> Action | None:
-        known = self._collected[worker.id]
-        for test in self._pending:
-            if known is not None and test not in known:
+    def _help(self) -> Iterator[Action]:
+        """GPU workers that have nothing to do run tests that need no GPU."""
+        average = self._cpu.average
+        if average is None or not self._cpu.waiting:
+            return
+        for it in self._gpu.workers.values():
+            if not it.is_free or it.unit is not None:
                 continue
-            action = self._admit(worker, test, readings)
-            if action is not None:
-                self._pending.remove(test)
-                self._queues[worker.id].append(test)
-                return action
-        return None
+            if self._gpu.pending.count and average > 1.0:
+                # A GPU test that could start soon would wait for this worker.
+                continue
+            tests = self._cpu.help(it.collected)
+            if tests:
+                it.busy = True
+                self._helping[it.worker.id] = list(tests)
+                yield Run(it.worker.id, tuple(tests))
 
-    def _admit(self, worker: Worker, test: int, readings: Mapping[str, Reading]) -> Action | None:
-        it = self._tests[test]
-        if not it.marked and self._has_cpu_workers:
-            return Run(worker.id, (test,))
-        if not worker.devices:
-            return None
-        need = it.need or Need()
-        vram = worker.slot if need.vram is None else need.vram
-        largest = max(room.budget for room in self._rooms.values())
-        if vram > largest:
-            reason = f"needs {format_gb(vram)}, the largest budget is {format_gb(largest)}"
-            return Instead(worker.id, test, "fail", reason)
-        if vram > self._room(worker.devices[0], worker.id, readings):
-            return None
-        self._needs[worker.id] = vram
-        return Run(worker.id, (test,), need=vram, source=need.source)
-
-    @property
-    def _has_cpu_workers(self) -> bool:
-        return any(not worker.devices for worker in self._workers.values())
-
-    def _room(self, device: str, but: str, readings: Mapping[str, Reading]) -> int:
-        room = self._rooms[device]
-        used = live = 0
-        reading = readings.get(device, Reading())
-        for worker in self._workers.values():
-            if worker.id != but and worker.devices[:1] == (device,):
-                held = reading.held.get(worker.id) or self._held.get(worker.id, {}).get(device, 0)
-                need = self._needs.get(worker.id, 0)
-                used += max(need, held)
-                live += max(0, need - held)
-        left = room.budget - used
-        if reading.free is None:
-            return left
-        resident = room.resident if reading.resident is None else reading.resident
-        outstanding = max(0, room.reservation - resident)
-        return min(left, reading.free - outstanding - room.safety_buffer - live)
+    def _end(self) -> Iterator[Action]:
+        for gpu_worker in self._gpu.workers.values():
+            if not gpu_worker.ending:
+                gpu_worker.ending = True
+                yield Shutdown(gpu_worker.worker.id)
+        for cpu_worker in self._cpu.workers.values():
+            if not cpu_worker.ending:
+                cpu_worker.ending = True
+                yield Shutdown(cpu_worker.worker.id)

@@ -83,6 +83,8 @@ class Policy(NamedTuple):
     visible_devices: str = "own"
     chunk: int | None = None
     """xdist's `--maxschedchunk`."""
+    reorder: bool = True
+    """xdist's `--loadscope-reorder`: larger groups go first."""
 
 
 class Run(NamedTuple):
@@ -132,6 +134,13 @@ class Shutdown(NamedTuple):
     worker: str
 
 
+class Drop(NamedTuple):
+    """This test cannot be run: no worker that has collected it is left. It counts as done."""
+
+    test: int
+    reason: str
+
+
 class Tell(NamedTuple):
     """Note what happened, for the record and for the user."""
 
@@ -141,7 +150,7 @@ class Tell(NamedTuple):
     facts: Mapping[str, int | float | str] = {}
 
 
-Action: TypeAlias = Run | Instead | EmptyCaches | Shutdown | Tell
+Action: TypeAlias = Run | Instead | EmptyCaches | Shutdown | Drop | Tell
 
 
 class Lost(NamedTuple):

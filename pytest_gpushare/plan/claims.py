@@ -1,0 +1,152 @@
+"""Claims: how a test that was overtaken often enough gets its turn.
+
+Backfill lets small tests start while a big one waits. After `patience` of them the big one
+has a claim on its devices: from then on only tests start that fit beside it, so it waits for
+no test that was admitted later. Claims on a device are served one after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pytest_gpushare.plan.units import Kind, Unit
+
+if TYPE_CHECKING:
+    from pytest_gpushare.plan.gpu_side import GpuSide, GpuWorker
+
+
+@dataclass(eq=False)
+class Claim:
+    """A unit that waits for its devices."""
+
+    unit: Unit
+    worker: GpuWorker | None
+    """The worker that it is bound to; None: any on its device."""
+    devices: tuple[str, ...]
+    need: int
+    exclusive: bool
+    serial: int
+    """The number of the last admission before it."""
+
+
+class Claims:
+    """The claims of a run, by device."""
+
+    def __init__(self, side: GpuSide) -> None:
+        self._side = side
+        self._queues: dict[str, list[Claim]] = {}
+
+    @property
+    def patience(self) -> int:
+        """How many tests may overtake one whose turn it is."""
+        return 3 * max(1, len(self._side.workers))
+
+    def head(self, device: str) -> Claim | None:
+        """The claim that is served next on the device."""
+        queue = self._queues.get(device)
+        return queue[0] if queue else None
+
+    def allow(self, it: GpuWorker, unit: Unit, need: int, kind: Kind, device: str) -> bool:
+        """Whether this test may start though others claim the device."""
+        claim = self.head(device)
+        if claim is None or claim.unit is unit or self._is_out_of_reach(claim, device):
+            return True
+        side, ledger = self._side, self._side.ledgers[device]
+        if it.unit is unit and (
+            claim.worker is it or (claim.worker is None and not self._is_served(claim, device))
+        ):
+            # Who is to serve the claim has begun something, and must go on first.
+            return True
+        if claim.exclusive or kind[1] or claim.worker is it:
+            return False
+        left = ledger.room.budget - claim.need
+        free_later = False
+        for name in ledger.accounts:
+            other = side.workers.get(name)
+            if other is None or other is it or other is claim.worker:
+                continue
+            later = other.busy and other.serial > claim.serial
+            left -= ledger.accounts[name].committed if later else ledger.floor(name)
+            if not later and not other.ending and self._could_serve(claim, other, device):
+                free_later = True
+        return need <= left and (claim.worker is not None or free_later)
+
+    def admitted(self, it: GpuWorker, unit: Unit, devices: tuple[str, ...]) -> None:
+        """A test was admitted: whoever was overtaken is nearer to a claim."""
+        self.drop(unit)
+        side = self._side
+        front = side.pending.front()
+        if front is not None and (unit.rank < 0 or front.rank < unit.rank):
+            self._overtaken(front, None)
+        for other in side.workers.values():
+            if (
+                other is not it
+                and other.is_free
+                and other.unit is not None
+                and other.unit.tests
+                and not set(devices).isdisjoint(other.worker.devices[:1])
+            ):
+                self._overtaken(other.unit, other)
+
+    def drop(self, unit: Unit) -> None:
+        """The unit claims nothing any more."""
+        for queue in self._queues.values():
+            queue[:] = [claim for claim in queue if claim.unit is not unit]
+
+    def drop_worker(self, it: GpuWorker) -> None:
+        """The worker is gone, and what was bound to it is not any more."""
+        for queue in self._queues.values():
+            queue[:] = [claim for claim in queue if claim.worker is not it]
+
+    def _overtaken(self, unit: Unit, worker: GpuWorker | None) -> None:
+        unit.overtaken += 1
+        if unit.overtaken < self.patience or any(
+            claim.unit is unit for queue in self._queues.values() for claim in queue
+        ):
+            return
+        side = self._side
+        kind = side.kind(unit)
+        worker = worker or self._best(unit)
+        if worker is None:
+            return
+        devices = side.devices(worker, kind[0])
+        need = side.bytes_for(worker, unit.tests[0])
+        bound = (
+            worker if worker.unit is unit or kind[0] > 1 or worker.collected is not None else None
+        )
+        claim = Claim(unit, bound, devices, need, kind[1], side.serial)
+        for device in devices:
+            # In all queues at once, so that two claims never wait for each other.
+            self._queues.setdefault(device, []).append(claim)
+
+    def _best(self, unit: Unit) -> GpuWorker | None:
+        """The worker on the device with the most room for it and the fewest claims."""
+        side = self._side
+        candidates = [it for it in side.workers.values() if side.could(it, unit)]
+        return max(
+            candidates,
+            key=lambda it: (
+                -len(self._queues.get(it.worker.devices[0], ())),
+                it.unit is None,
+                side.ledgers[it.worker.devices[0]].left(it.worker.id),
+            ),
+            default=None,
+        )
+
+    def _is_served(self, claim: Claim, device: str) -> bool:
+        return any(self._could_serve(claim, it, device) for it in self._side.workers.values())
+
+    def _could_serve(self, claim: Claim, it: GpuWorker, device: str) -> bool:
+        if it.worker.devices[0] != device or (it.unit is not None and it.unit.tests):
+            return False
+        return self._side.could(it, claim.unit)
+
+    def _is_out_of_reach(self, claim: Claim, device: str) -> bool:
+        """Whether it would not fit though all our tests were over: others hold the VRAM."""
+        ledger = self._side.ledgers[device]
+        if ledger.reading.free is None:
+            return False
+        ours = sum(account.committed for account in ledger.accounts.values())
+        running = sum(account.outstanding for account in ledger.accounts.values())
+        return ledger.reading.free - ledger.kept + ours - running < claim.need

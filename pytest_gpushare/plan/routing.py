@@ -1,0 +1,169 @@
+"""Before the first test starts: which tests go to which kind of worker, which can never run."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from pytest_gpushare.plan.accounts import Ledger
+from pytest_gpushare.plan.cpu_side import CpuSide
+from pytest_gpushare.plan.gpu_side import UNKNOWN, GpuSide
+from pytest_gpushare.plan.packing import Bin, Piece, best_order
+from pytest_gpushare.plan.units import Kind, Pending, Unit, in_units, need_of
+from pytest_gpushare.plan.work import Job
+from pytest_gpushare.units import format_gb, plural
+
+
+class Routes(NamedTuple):
+    """The tests by what becomes of them."""
+
+    gpu: list[int]
+    cpu: list[int]
+    refused: dict[int, str]
+    """Test -> why it fails at once."""
+    without: dict[int, str]
+    """Marked tests that only CPU workers have collected, and the reason to give."""
+
+
+def routes(jobs: Sequence[Job], gpu: GpuSide, cpu: CpuSide) -> Routes:
+    """Marked tests go to GPU workers, all others to CPU workers where there are any."""
+    result = Routes([], [], {}, {})
+    largest = _Largest(gpu)
+    all_gpu = any(it.collected is None for it in gpu.workers.values())
+    all_cpu = any(it.collected is None for it in cpu.workers.values())
+    all_know = all(it.collected is None for it in gpu.workers.values())
+    for number, job in enumerate(jobs):
+        on_gpu = all_gpu or any(it.knows(number) for it in gpu.workers.values())
+        on_cpu = all_cpu or cpu.could_run(number)
+        if job.refusal:
+            result.refused[number] = job.refusal
+        elif not job.marked and on_cpu:
+            result.cpu.append(number)
+        elif not on_gpu:
+            if on_cpu:
+                result.without[number] = "no GPU worker has collected it"
+            else:
+                result.gpu.append(number)
+        elif reason := largest.problem(job) or _too_large(number, gpu, all_know):
+            result.refused[number] = reason
+        else:
+            result.gpu.append(number)
+    return result
+
+
+def _too_large(test: int, gpu: GpuSide, all_know: bool) -> str:
+    if all_know or gpu.anybody_could(Unit(deque((test,)))):
+        return ""
+    need = gpu.need(test).vram or 0
+    return f"needs {format_gb(need)} of VRAM, more than the workers have that collected it"
+
+
+class _Largest:
+    """The largest need that any worker can ever meet, by number of devices."""
+
+    def __init__(self, gpu: GpuSide) -> None:
+        self._policy = gpu.policy
+        self._rooms = {uuid: ledger.room for uuid, ledger in gpu.ledgers.items()}
+        self._seen = max((len(it.worker.devices) for it in gpu.workers.values()), default=0)
+        self._most: dict[int, tuple[int, str]] = {}
+        for count in range(1, self._seen + 1):
+            found = [
+                (min(self._rooms[d].budget for d in seen), self._rooms[seen[0]].label)
+                for it in gpu.workers.values()
+                if len(seen := it.worker.devices[:count]) == count
+            ]
+            self._most[count] = max(found, default=(0, ""))
+            gpu.largest[count] = self._most[count][0]
+
+    def problem(self, job: Job) -> str:
+        """Why no worker can ever run the test: need, largest budget and remedy; or nothing."""
+        need = job.need
+        if need is None:
+            return ""
+        if need.devices > self._seen:
+            if self._policy.visible_devices == "own" and len(self._rooms) >= need.devices:
+                return (
+                    f"needs {plural(need.devices, 'device')}, and a worker sees its own alone "
+                    "(gpu_share_visible_devices = own): set it to all"
+                )
+            return (
+                f"needs {plural(need.devices, 'device')}, and this run has "
+                f"{len(self._rooms)}: run it where there are more, or leave it out with -m or -k"
+            )
+        most, label = self._most[need.devices]
+        if need.vram is None or need.source == "learned" or need.vram <= most:
+            return ""
+        each = " on each device" if need.devices > 1 else ""
+        declared = {"rule": "gpu_share_vram", "marker": "its marker"}.get(need.source, need.source)
+        return (
+            f"needs {format_gb(need.vram)} of VRAM{each} (by {declared}), and the largest budget "
+            f"is {format_gb(most)} ({label}): lower the need, or leave more to the tests with "
+            "gpu_share_ollama_vram_reservation_mb, gpu_share_safety_buffer_mb or free VRAM"
+        )
+
+
+def ordered(tests: Sequence[int], jobs: Sequence[Job], gpu: GpuSide) -> tuple[Pending, bool]:
+    """The GPU tests in the order to start them, and whether that is for lack of durations.
+
+    With known durations the best order found in simulation; else the largest needs first.
+    What does not fit beside the contexts of its device's other workers comes first of all:
+    then they have none yet, and need not be ended for its sake.
+    """
+    units = [part for unit in in_units(tests, jobs) for part in _parts(unit, gpu)]
+    bins = _bins(gpu)
+    largest = max((b.budget for b in bins), default=0)
+    widest = max((b.budget - (b.workers - 1) * b.context for b in bins), default=0)
+
+    slots = {
+        count: min(
+            need_of(UNKNOWN, it.worker.slot, min(gpu.ledgers[d].room.budget for d in seen))
+            for it in gpu.workers.values()
+            if len(seen := gpu.devices(it, count)) == count
+        )
+        for count in gpu.largest
+    }
+
+    def need(test: int) -> int:
+        found = gpu.need(test)
+        return slots[found.devices] if found.vram is None else found.vram
+
+    def kind(test: int) -> Kind:
+        found = gpu.need(test)
+        return found.devices, found.exclusive
+
+    pieces = [_piece(unit, jobs, largest, need, kind) for unit in units]
+    order = best_order(pieces, bins)
+    cold = order is None
+    if order is None:
+        order = sorted(range(len(units)), key=lambda at: -pieces[at].need)
+        order.sort(key=lambda at: not kind(units[at].tests[0])[1])
+    order.sort(key=lambda at: pieces[at].need <= widest or kind(units[at].tests[0])[1])
+    return Pending.ordered([units[at] for at in order], kind, need), cold
+
+
+def _parts(unit: Unit, gpu: GpuSide) -> list[Unit]:
+    """The unit, or its tests one by one where no worker can run them all."""
+    if len(unit.tests) == 1 or gpu.anybody_could(unit):
+        return [unit]
+    return [Unit(deque((test,))) for test in unit.tests]
+
+
+def _piece(unit: Unit, jobs: Sequence[Job], largest: int, need, kind) -> Piece:  # type: ignore[no-untyped-def]
+    durations = [jobs[test].duration for test in unit.tests]
+    known = [duration for duration in durations if duration is not None]
+    whole = sum(known) if len(known) == len(durations) else None
+    needs = [largest if kind(test)[1] else need(test) for test in unit.tests]
+    return Piece(max(needs), whole)
+
+
+def _bins(gpu: GpuSide) -> list[Bin]:
+    counts: dict[str, int] = {}
+    for it in gpu.workers.values():
+        device = it.worker.devices[0]
+        counts[device] = counts.get(device, 0) + 1
+    ledgers: Mapping[str, Ledger] = gpu.ledgers
+    return [
+        Bin(ledgers[device].room.budget, count, ledgers[device].room.context)
+        for device, count in counts.items()
+    ]

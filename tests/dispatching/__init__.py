@@ -1,0 +1,5 @@
+"""A run in miniature: workers and VRAM by a clock of their own, driven by the dispatcher."""
+
+from dispatching.world import Device, Process, Script, World
+
+__all__ = ["Device", "Process", "Script", "World"]

@@ -1,0 +1,324 @@
+"""Workers, devices and time, as far as the dispatcher can see them; no processes, no waiting.
+
+Tests do what their scripts say: they may take more than they need, keep VRAM afterwards,
+kill their worker. VRAM may come back late, and others may take some. The world counts what
+must never happen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
+from typing import Any
+
+from pytest_gpushare.plan.dispatcher import Dispatcher
+from pytest_gpushare.plan.work import (
+    Action,
+    Drop,
+    EmptyCaches,
+    Instead,
+    Job,
+    Policy,
+    Reading,
+    Room,
+    Run,
+    Shutdown,
+    Tell,
+    Worker,
+)
+
+TICK = 0.1
+"""Seconds between two steps while tests wait."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a test does."""
+
+    duration: float = 1.0
+    peak: int | None = None
+    """Bytes that its process holds meanwhile; None: what it was admitted with."""
+    keeps: int = 0
+    """Bytes of caches that it leaves behind, beside the context."""
+    crashes: bool = False
+
+
+@dataclass
+class Device:
+    """A GPU."""
+
+    total: int
+    ollama: int = 0
+    others: Callable[[float], int] = lambda _: 0
+    """Bytes that others hold, by time."""
+    late: list[tuple[float, int]] = field(default_factory=list)
+    """(until, bytes): given back, and not free yet."""
+
+    def free(self, held: int, at: float) -> int:
+        """Bytes that NVML would call free."""
+        self.late = [(until, size) for until, size in self.late if until > at]
+        late = sum(size for _, size in self.late)
+        return max(0, self.total - self.ollama - self.others(at) - late - held)
+
+
+@dataclass
+class Process:
+    """A worker."""
+
+    worker: Worker
+    queue: list[int] = field(default_factory=list)
+    resting: bool = True
+    """Whether it starts the last test that it has."""
+    running: int | None = None
+    held: dict[str, int] = field(default_factory=dict)
+    needs: dict[str, int] = field(default_factory=dict)
+    alive: bool = True
+    groups: list[str] = field(default_factory=list)
+    """The groups that it went through, in order."""
+
+
+class World:
+    """One run."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        rooms: Sequence[Room],
+        workers: Sequence[Worker],
+        *,
+        scripts: Mapping[int, Script] | None = None,
+        devices: Mapping[str, Device] | None = None,
+        policy: Policy | None = None,
+        by_pid: bool = True,
+        late: float = 0.0,
+        restarts: int = 100,
+        live: bool = True,
+        collected: Mapping[str, set[int]] | None = None,
+    ) -> None:
+        self.jobs, self.rooms = jobs, {room.uuid: room for room in rooms}
+        self.scripts = scripts or {}
+        self.devices = devices or {r.uuid: Device(r.budget + r.safety_buffer) for r in rooms}
+        self.policy = policy or Policy()
+        self.dispatcher = Dispatcher(jobs, rooms, self.policy)
+        self.processes: dict[str, Process] = {}
+        self.by_pid, self.late, self.restarts, self.live = by_pid, late, restarts, live
+        self.collected = collected or {}
+        self.now = 0.0
+        self.first: float | None = None
+        self.last = 0.0
+        self.outcomes: dict[int, list[str]] = {}
+        self.admitted: list[tuple[float, str, int, int]] = []
+        """(time, worker, test, need) of each GPU test."""
+        self.actions: list[Action] = []
+        self.wrong: list[str] = []
+        self.out_of_memory = 0
+        self.steps = 0
+        self._said = 0
+        self._events: list[tuple[float, int, Callable[..., Any], tuple[Any, ...]]] = []
+        self._serial = count()
+        self._next_id = len(workers)
+        for worker in workers:
+            self._up(worker)
+
+    def run(self, limit: float = 1e6) -> World:
+        """Until every test has its outcome, or nobody is there to run the rest."""
+        self._step()
+        idle = 0
+        while not self.dispatcher.is_done:
+            if self._events and (
+                not self.dispatcher.wants_step
+                or self._events[0][0] <= self.now + TICK * (1 + idle // 20)
+            ):
+                self.now, _, happen, arguments = heappop(self._events)
+                happen(*arguments)
+            elif self.dispatcher.wants_step and any(p.alive for p in self.processes.values()):
+                # Longer and longer, or the pressure of an hour takes a minute to simulate.
+                idle = 0 if self._said != len(self.actions) else idle + 1
+                self._said = len(self.actions)
+                self.now += TICK * (1 + idle // 20)
+                self._step()
+            else:
+                break
+            assert self.now < limit, f"deadlock: {self.dispatcher!r}"
+        return self
+
+    @property
+    def makespan(self) -> float:
+        """Seconds from the first start to the last end."""
+        return self.last - (self.first or 0.0)
+
+    def tells(self, kind: str) -> list[Tell]:
+        """What was told of this kind."""
+        return [a for a in self.actions if isinstance(a, Tell) and a.kind == kind]
+
+    # --- what happens ---
+
+    def _at(self, delay: float, happen: Callable[..., Any], *arguments: Any) -> None:
+        heappush(self._events, (self.now + delay, next(self._serial), happen, arguments))
+
+    def _up(self, worker: Worker) -> None:
+        self.processes[worker.id] = Process(worker, held=dict.fromkeys(worker.devices, 0))
+        self.dispatcher.worker_up(worker, self.collected.get(worker.id))
+
+    def _replace(self, old: Worker) -> None:
+        self._up(old._replace(id=f"gw{self._next_id}"))
+        self._next_id += 1
+        self._step()
+
+    def _down(self, process: Process, replaced: bool) -> None:
+        process.alive = False
+        for device, size in process.held.items():
+            if self.late:
+                self.devices[device].late.append((self.now + self.late, size))
+        process.held.clear()
+        lost = self.dispatcher.worker_down(process.worker.id, replaced=replaced)
+        if lost.running is not None:
+            self._outcome(lost.running, "crashed")
+        if replaced:
+            self._at(0.3, self._replace, process.worker)
+
+    def _start(self, process: Process) -> None:
+        if not process.alive or process.running is not None or not process.queue:
+            return
+        if len(process.queue) == 1 and not process.resting:
+            return
+        test = process.queue[0]
+        process.running = test
+        script = self.scripts.get(test, Script())
+        self.first = self.now if self.first is None else self.first
+        for device, need in process.needs.items():
+            peak = need if script.peak is None else script.peak
+            more = max(0, peak - process.held[device])
+            if more > self._free(device):
+                self.out_of_memory += 1
+            else:
+                process.held[device] += more
+        if script.crashes:
+            self._at(script.duration / 2, self._crash, process)
+        else:
+            self._at(script.duration, self._finish, process, test, script)
+
+    def _crash(self, process: Process) -> None:
+        self.restarts -= 1
+        self._down(process, replaced=self.restarts >= 0)
+        self._step()
+
+    def _finish(self, process: Process, test: int, script: Script) -> None:
+        if not process.alive:
+            return
+        process.queue.remove(test)
+        process.running = None
+        self._outcome(test, "done")
+        held = None
+        if process.needs:
+            for device in process.needs:
+                keeps = self.rooms[device].context + script.keeps
+                back = process.held[device] - keeps
+                process.held[device] = keeps
+                if self.late and back > 0:
+                    self.devices[device].late.append((self.now + self.late, back))
+            held = dict(process.held) if self.by_pid or script.keeps else None
+            process.needs = {}
+        wants = self.dispatcher.finished(process.worker.id, test, held, script.duration)
+        self._start(process)
+        if wants:
+            self._step()
+
+    def _emptied(self, process: Process, fixtures: bool) -> None:
+        if not process.alive:
+            return
+        for device in process.held:
+            # Half of what is kept are fixtures.
+            context = min(process.held[device], self.rooms[device].context)
+            rest = 0 if fixtures else (process.held[device] - context) // 2
+            process.held[device] = context + rest
+        self.dispatcher.emptied(process.worker.id, dict(process.held))
+        self._step()
+
+    def _outcome(self, test: int, outcome: str) -> None:
+        self.outcomes.setdefault(test, []).append(outcome)
+        self.last = self.now
+
+    # --- what the dispatcher sees and says ---
+
+    def _free(self, device: str) -> int:
+        held = sum(p.held.get(device, 0) for p in self.processes.values())
+        return self.devices[device].free(held, self.now)
+
+    def _readings(self) -> dict[str, Reading]:
+        if not self.live or not self.dispatcher.wants_reading:
+            return {}
+        return {
+            uuid: Reading(
+                self._free(uuid),
+                device.ollama,
+                {p.worker.id: p.held[uuid] for p in self.processes.values() if uuid in p.held}
+                if self.by_pid
+                else {},
+                "somebody",
+            )
+            for uuid, device in self.devices.items()
+        }
+
+    def _step(self) -> None:
+        self.steps += 1
+        for action in self.dispatcher.step(self._readings(), self.now):
+            self.actions.append(action)
+            if isinstance(action, Tell):
+                continue
+            if isinstance(action, Drop):
+                self._outcome(action.test, "dropped")
+                continue
+            process = self.processes[action.worker]
+            if not process.alive:
+                self.wrong.append(f"{action} for a dead worker")
+            elif isinstance(action, Run):
+                self._take(process, action)
+            elif isinstance(action, Instead):
+                process.queue.append(action.test)
+                process.resting = process.resting or bool(process.worker.devices)
+                self.scripts = {**self.scripts, action.test: Script(0.001)}
+                self._outcome_of_instead(action)
+                self._start(process)
+            elif isinstance(action, EmptyCaches):
+                self._at(0.05, self._emptied, process, action.fixtures)
+            elif isinstance(action, Shutdown):
+                self._at(0.05, self._down, process, False)
+                self._at(0.05, self._step)
+
+    def _outcome_of_instead(self, action: Instead) -> None:
+        assert action.outcome in ("fail", "skip")
+        assert action.reason
+
+    def _take(self, process: Process, run: Run) -> None:
+        worker = process.worker
+        process.queue.extend(run.tests)
+        process.resting = run.last
+        process.groups += [self.jobs[t].group for t in run.tests if self.jobs[t].group]
+        if run.need or run.source:
+            (test,) = run.tests
+            need = self.jobs[test].need
+            devices = worker.devices[: need.devices if need else 1]
+            process.needs = dict.fromkeys(devices, run.need)
+            self.admitted.append((self.now, worker.id, test, run.need))
+            if not run.note:
+                self._check(process, run, devices)
+        self._start(process)
+
+    def _check(self, process: Process, run: Run, devices: Sequence[str]) -> None:
+        """No overcommit: needs of running tests and what idle workers hold, within the budget."""
+        for device in devices:
+            set_aside = 0
+            for other in self.processes.values():
+                if device not in other.worker.devices or not other.alive:
+                    continue
+                need = other.needs.get(device)
+                set_aside += other.held[device] if need is None else need
+                if need is not None and other is not process and run.alone:
+                    self.wrong.append(f"{run} beside {other.queue}")
+            if set_aside > self.rooms[device].budget:
+                self.wrong.append(f"{set_aside} set aside on {device} by {run} at {self.now}")
+            if self.live and run.need - process.held[device] > self._free(device):
+                self.wrong.append(f"{run} at {self.now}: {self._free(device)} free")

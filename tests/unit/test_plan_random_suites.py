@@ -1,0 +1,142 @@
+"""Random suites on a small simulated machine: whatever happens, the plan keeps its promises."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+from dispatching import Device, Script, World
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_gpushare.plan.needs import Need
+from pytest_gpushare.plan.work import Job, Policy, Room, Run, Worker
+from pytest_gpushare.units import GB, MB
+
+CONTEXT = 600 * MB
+SEEDS = st.integers(0, 2**32)
+COUNTS = st.integers(1, 30)
+
+
+def need(draw: Random, devices: int) -> Need:
+    """A need as markers, rules, or earlier runs give it."""
+    return Need(
+        draw.choice([None, draw.randint(1, 26) * GB // 2]),
+        draw.choice([1, 1, 1, 1, 1, devices]),
+        exclusive=draw.random() < 0.1,
+        required=draw.random() < 0.1,
+        source=draw.choice(["marker", "learned"]),
+    )
+
+
+def suite(count: int, seed: int, *, faults: bool, **policy: Any) -> dict[str, Any]:
+    """The arguments of a world. A seed: to draw each value by itself takes longer than the run."""
+    draw = Random(seed)
+    uuids = [f"GPU-{number}" for number in range(draw.randint(1, 3))]
+    seen = draw.random() < 0.5
+    budgets = {uuid: draw.randint(4, 24) * GB for uuid in uuids}
+    rooms = [
+        Room(uuid, f"GPU {uuid[-1]}", size, 0, GB, size + GB, context=CONTEXT)
+        for uuid, size in budgets.items()
+    ]
+    owned = [uuids[number % len(uuids)] for number in range(draw.randint(1, 6))]
+    workers = [
+        Worker(
+            f"gw{number}",
+            (own, *(uuid for uuid in uuids if uuid != own)) if seen else (own,),
+            budgets[own] // owned.count(own),
+        )
+        for number, own in enumerate(owned)
+    ]
+    workers += [Worker(f"gw{len(owned) + number}") for number in range(draw.randint(0, 3))]
+    jobs, scripts = [], {}
+    for number in range(count):
+        marked = draw.random() < 0.6
+        wanted = need(draw, len(uuids)) if marked else draw.choice([None, Need(0)])
+        duration = draw.randint(1, 40) / 20
+        group = draw.choice(["", "", "a", "b", "c"])
+        known = draw.choice([None, duration])
+        jobs.append(Job(f"t{number}", marked, wanted, group, known))
+        lies = faults and wanted is not None and draw.random() < 0.15
+        scripts[number] = Script(
+            duration,
+            3 * (wanted.vram or GB) if lies and wanted else None,
+            draw.choice([0, 0, draw.randint(0, 4) * GB // 2]),
+            faults and draw.random() < 0.1,
+        )
+    devices = {uuid: Device(size + GB) for uuid, size in budgets.items()}
+    if faults and draw.random() < 0.5:
+        start, end, size = draw.randint(0, 5), draw.randint(6, 400), draw.randint(1, 26) * GB // 2
+        devices[uuids[0]].others = lambda at: size if start <= at < end else 0
+    collected = {
+        # The first worker knows all: what no worker has collected is no test.
+        worker.id: set(range(count)) - {draw.randrange(count) for _ in range(3)}
+        for worker in workers[1:]
+        if draw.random() < 0.25
+    }
+    rules = Policy(
+        dist=draw.choice(["load", "loadscope", "loadfile", "worksteal"]),
+        without_gpu=draw.choice(["run", "skip", "fail"]),
+        empty_caches=draw.choice(["when-needed", "always", "never"]),
+        pressure_timeout=draw.choice([0.0, 5.0, 300.0]),
+        visible_devices="all" if seen else "own",
+    )
+    return {
+        "jobs": jobs, "rooms": rooms, "workers": workers, "scripts": scripts, "devices": devices,
+        "collected": collected,
+        # Where NVML names no process, what comes back late looks like what a test has taken.
+        "by_pid": (by_pid := faults or draw.random() < 0.5),
+        "late": draw.choice([0.0, 0.0, 1.0, 40.0]) if by_pid else 0.0,
+        "restarts": draw.choice([0, 1, 100]),
+        "policy": rules._replace(**policy),
+    }  # fmt: skip
+
+
+def once_each(world: World) -> None:
+    """Every test has exactly one outcome, unless nobody was left who could run it."""
+    assert [test for test, found in world.outcomes.items() if len(found) != 1] == []
+    missing = set(range(len(world.jobs))) - world.outcomes.keys()
+    assert not missing or not any(process.alive for process in world.processes.values())
+
+
+@settings(max_examples=150, deadline=None)
+@given(COUNTS, SEEDS)
+def test_well_behaved_suites(count: int, seed: int) -> None:
+    """No overcommit, no deadlock, no starvation, no memory error, one outcome each."""
+    world = World(**suite(count, seed, faults=False)).run(limit=5000)
+    assert world.wrong == []
+    once_each(world)
+    if not any(isinstance(action, Run) and action.note for action in world.actions):
+        assert world.out_of_memory == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(COUNTS, SEEDS)
+def test_suites_with_faults(count: int, seed: int) -> None:
+    """The same with crashes, pressure from outside, and tests that take 3 × their need."""
+    made = suite(count, seed, faults=True)
+    world = World(**made).run(limit=20000)
+    liars = any(script.peak is not None for script in made["scripts"].values())
+    assert [text for text in world.wrong if not liars or "beside" in text] == []
+    once_each(world)
+
+
+@settings(max_examples=80, deadline=None)
+@given(COUNTS, SEEDS)
+def test_groups_stay_together(count: int, seed: int) -> None:
+    """Under loadscope all tests of a group go to one worker of each kind, as long as it lives."""
+    made = suite(count, seed, faults=False, dist="loadscope", pressure_timeout=1000.0)
+    made.update(collected={}, late=0.0)
+    made["jobs"] = [
+        job._replace(need=job.need and job.need._replace(devices=1, vram=None))
+        for job in made["jobs"]
+    ]
+    world = World(**made).run(limit=5000)
+    places: dict[tuple[str, bool], list[str]] = {}
+    for action in world.actions:
+        for test in action.tests if isinstance(action, Run) else ():
+            job = world.jobs[test]
+            if job.group:
+                places.setdefault((job.group, job.marked), []).append(action.worker)
+    assert world.tells("worker-ended") == []
+    assert [key for key, found in places.items() if len(set(found)) > 1] == []
