@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.plan.work import (
     Action,
+    Drop,
     EmptyCaches,
     Instead,
     Run,
@@ -143,6 +144,10 @@ class HandOut:
     def _carry_out(self, action: Action) -> None:
         if isinstance(action, Tell):
             self._tell(action.kind, action.text, **action.facts)
+            return
+        if isinstance(action, Drop):
+            nodeid = self._nodeids[action.test]
+            self._tell("dropped", f"{nodeid} was not run: {action.reason}", nodeid=nodeid)
             return
         hand = self._hands.get(action.worker)
         # A worker that was told to end, by us or by xdist after a failure, gets nothing more.
