@@ -97,7 +97,7 @@ class Meter:
                 return (yield)
             finally:
                 self._retry.over(item, self._outcome)
-                self._finish(item, before, start, fixtures, cap)
+                self._finish(item, before, start, fixtures, {"cap": cap, "need": need})
                 self._cap.set(None)
         finally:
             self._gate.leave()
@@ -157,7 +157,7 @@ class Meter:
         before: peaks.Counts | None,
         start: float,
         fixtures: int,
-        cap: int | None,
+        limits: Mapping[str, int | None],
     ) -> None:
         end = time.time()
         errors, self._errors = self._errors, []
@@ -178,7 +178,7 @@ class Meter:
                         "start": start,
                         "end": end,
                         "outcome": self._outcome,
-                        "cap": cap,
+                        **limits,
                         "attempts": self._retry.attempts,
                         "notes": [self._retry.note] if self._retry.note else [],
                         **told,

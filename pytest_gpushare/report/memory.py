@@ -30,3 +30,13 @@ def out_of_memory(started: Started) -> Iterator[Line]:
 def _sentence(event: Event, again: Event | None) -> str:
     outcome = f"; {again.facts['outcome']} alone" if again is not None else ""
     return f"{event.text.replace('out of memory', 'out of VRAM')}{outcome}"
+
+
+def needs_exceeded(started: Started) -> Iterator[Line]:
+    """Tests that took more than they were admitted with: their neighbours pay for it."""
+    found = {e.facts["nodeid"]: e for e in started.record.events("need-exceeded")}
+    for event in list(found.values())[:MOST]:
+        yield Line(f"gpu-share: {event.text}: raise it, or let it be learned", problem=True)
+    if len(found) > MOST:
+        more = plural(len(found) - MOST, "test")
+        yield Line(f"gpu-share: {more} more took more VRAM than their needs", problem=True)

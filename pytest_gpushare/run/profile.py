@@ -114,6 +114,8 @@ class Profile:
     def _heard(self, worker: str, told: Mapping[str, Any]) -> None:
         device = self._started.device_of(worker)
         name = self._names.get(device or "")
+        if name is not None:
+            self._compare(name, told)
         if name is None or told["outcome"] != "passed":
             # A test that failed or was skipped on its way may not have got to its peak.
             return
@@ -121,6 +123,20 @@ class Profile:
         if told["attempts"] > 1:
             duration = 0.0
         self._keep(name, str(told["nodeid"]), told["peak"], duration or None, told["exact"])
+
+    def _compare(self, device: str, told: Mapping[str, Any]) -> None:
+        """Name a test that took more than the need with which it was admitted."""
+        need, peak = told.get("need"), told["peak"]
+        took = peak + self._started.context_of(device) if peak else 0
+        if need and _differ(need, took) and took > need:
+            nodeid = str(told["nodeid"])
+            self._started.record.note(
+                "need-exceeded",
+                f"{nodeid} took {format_gb(took)} of VRAM, its need was {format_gb(need)}",
+                nodeid=nodeid,
+                need=need,
+                took=took,
+            )
 
     def _keep(
         self, device: str, nodeid: str, peak: int | None, duration: float | None, exact: bool
