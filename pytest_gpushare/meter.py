@@ -202,7 +202,12 @@ class Meter:
         if self._empty_caches == "always" and any(figures.peaks):
             caches.empty()
             kept = peaks.held() or 0
-        return {**_told(figures), "held": kept, "left": max(0, left)}
+        return {
+            **_told(figures),
+            "held": kept,
+            "left": left,
+            "idle": peaks.nothing_taken(before, after),
+        }
 
 
 def _told(figures: peaks.Measured) -> dict[str, Any]:
@@ -214,5 +219,5 @@ def _told(figures: peaks.Measured) -> dict[str, Any]:
         "peak_source": "frameworks",
         "held": sum(figures.helds),
         "helds": list(figures.helds),
-        "left": max(0, figures.grown),
+        "left": figures.grown,
     }

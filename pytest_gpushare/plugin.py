@@ -13,15 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpushare import worker
-from pytest_gpushare.settings.gpu_auto import (
-    GPU_AUTO,
-    accept_gpu_auto,
-    announce_workers,
-    is_in_process,
-    runs_tests,
-)
-from pytest_gpushare.settings.options import OPTIONS
+from pytest_gpushare import flags, worker
+from pytest_gpushare.flags import pytest_addoption as pytest_addoption
+from pytest_gpushare.settings.gpu_auto import GPU_AUTO, announce_workers, is_in_process, runs_tests
 
 if TYPE_CHECKING:
     from pytest_gpushare.place import Place
@@ -29,76 +23,6 @@ if TYPE_CHECKING:
 
 OUTER: pytest.StashKey[dict[str, str]] = pytest.StashKey()
 STARTED: pytest.StashKey[Started | LeftAlone] = pytest.StashKey()
-
-
-class _NumprocessesType:
-    """Teaches xdist's `-n` the word `gpu-auto`, whichever of the two plugins loads first."""
-
-    def __init__(self, parser: pytest.Parser) -> None:
-        self._parser = parser
-
-    def pytest_plugin_registered(self, plugin: object) -> None:
-        if getattr(plugin, "__name__", None) == "xdist.plugin":
-            accept_gpu_auto(self._parser)
-            self._parser.extra_info.pop("pytest-gpushare", None)
-
-
-def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    """Register the options of the table; all are unset by default, so that precedence holds."""
-    group = parser.getgroup("gpu-share", "GPU workers beside Ollama (pytest-gpushare)")
-    group.addoption(
-        "--gpu-share",
-        action="store_true",
-        default=None,
-        dest="gpu_share",
-        help="size the xdist workers by the VRAM that Ollama and others leave (also: -n gpu-auto)",
-    )
-    group.addoption(
-        "--no-gpu-share",
-        action="store_false",
-        default=None,
-        dest="gpu_share",
-        help="do not, whatever the ini file says; -n gpu-auto then means -n auto",
-    )
-    group.addoption(
-        "--gpu-share-strict",
-        action="store_true",
-        default=False,
-        dest="gpu_share_strict",
-        help="fail the run (exit code 1) where a worker's placement was changed behind the plan, "
-        "or the tests drove a part of a model of Ollama's off the GPU",
-    )
-    group.addoption(
-        "--gpu-share-simulate",
-        action="append",
-        default=None,
-        metavar="SPEC",
-        dest="gpu_share_simulate",
-        help="a what-if device in place of the real ones, such as 24GB:used=2GB (repeatable)",
-    )
-    group.addoption(
-        "--gpu-share-report",
-        action="append",
-        default=None,
-        metavar="FILE",
-        dest="gpu_share_report",
-        help="write what happened to FILE.json or FILE.html after the tests (repeatable)",
-    )
-    parser.addini("gpu_share", "size the xdist workers by VRAM (pytest-gpushare)", default=None)
-    for option in OPTIONS:
-        parser.addini(option.ini, option.meaning, default=None)
-        if option.flag:
-            group.addoption(
-                option.flag,
-                action="append" if option.kind == "words" else "store",
-                default=None,
-                metavar=option.metavar,
-                dest=option.ini,
-                help=option.meaning.replace("%", "%%"),
-            )
-    # pytest prints this under "unrecognized arguments", which is what -n is without xdist.
-    parser.extra_info["pytest-gpushare"] = "-n gpu-auto needs pytest-xdist"
-    pluginmanager.register(_NumprocessesType(parser), "gpu-share-numprocesses-type")
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -224,7 +148,7 @@ def pytest_report_header(config: pytest.Config) -> list[str] | None:
     """The VRAM analysis; nothing in a run that did not ask."""
     started = config.stash.get(STARTED, None)
     if started is None:
-        return None
+        return flags.told_of_report(config)
     from pytest_gpushare.report.output import header_lines
 
     return header_lines(started, config)

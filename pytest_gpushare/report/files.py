@@ -17,14 +17,17 @@ def write_reports(document: Mapping[str, Any], files: Sequence[Path]) -> Iterato
             write_whole(path, _text(document, path))
         except Exception as error:
             # A full disk, or whatever else: the tests have their results all the same.
-            yield f"no report in {path.name}: {_why(error)}"
+            yield f"no report in {path.name}: {why(error)}"
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that whoever opens it finds all of it, or what was there before."""
     if path.is_dir():
         raise IsADirectoryError(f"{path.name} is a directory")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"{path.parent.name} is not a directory") from None
     # In the same directory: a file can be renamed only within its file system.
     scratch = path.with_name(f".{path.name[:100]}-{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
@@ -47,7 +50,8 @@ def _text(document: Mapping[str, Any], path: Path) -> str:
     return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
 
-def _why(error: Exception) -> str:
+def why(error: Exception) -> str:
+    """A reason in a few words, without the path, which may be long and nobody's business."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error)[:200] or type(error).__name__

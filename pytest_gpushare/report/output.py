@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ def print_problems(started: Started | LeftAlone, config: pytest.Config) -> None:
 def print_summary(started: Started | LeftAlone, reporter: pytest.TerminalReporter) -> None:
     """What the tests used, and what went wrong, in red where it fails the run."""
     failed = started.has_failed()
+    _annotate(started, reporter)
     for line in summary(started, _view(reporter.config)):
         marks = {"red": failed, "yellow": not failed} if line.problem else {}
         reporter.write_line(_encodable(line.text), **marks)
@@ -47,7 +49,11 @@ def print_summary(started: Started | LeftAlone, reporter: pytest.TerminalReporte
 
 def publish(started: Started | LeftAlone, config: pytest.Config, exit_status: int) -> None:
     """Write the reports; one that cannot be written is a problem that the summary tells."""
-    if isinstance(started, LeftAlone) or not started.reports:
+    if isinstance(started, LeftAlone):
+        return
+    _note_leaks(started)
+    publish_to_github(started, config)
+    if not started.reports:
         return
     from pytest_gpushare.report.document import document
     from pytest_gpushare.report.files import write_reports
@@ -59,6 +65,42 @@ def publish(started: Started | LeftAlone, config: pytest.Config, exit_status: in
     except Exception as error:
         # The tests have their results; a report is not worth an internal error.
         started.unwritten.append(f"no report: {type(error).__name__}: {error}"[:300])
+
+
+def publish_to_github(started: Started, config: pytest.Config) -> None:
+    """A table in the summary of the job, where this is one of GitHub Actions."""
+    from pytest_gpushare.report.clean import cleaner
+    from pytest_gpushare.report.files import why
+    from pytest_gpushare.report.github import SUMMARY, append, step_summary
+
+    path = os.environ.get(SUMMARY)
+    if not path:
+        return
+    try:
+        lines = summary(started, _view(config))
+        append(path, cleaner()(step_summary(started, lines)))
+    except Exception as error:
+        started.unwritten.append(f"no table in {SUMMARY}: {why(error)}")
+
+
+def _note_leaks(started: Started) -> None:
+    from pytest_gpushare.report.left_behind import leaks
+    from pytest_gpushare.report.usage import leak_in_words
+
+    for leak in leaks(started):
+        facts = {"bytes": leak.size, "worker": leak.worker, "suspects": list(leak.suspects)}
+        started.record.note("leak", leak_in_words(leak), **facts)
+
+
+def _annotate(started: Started | LeftAlone, reporter: pytest.TerminalReporter) -> None:
+    if isinstance(started, LeftAlone) or os.environ.get("GITHUB_ACTIONS") != "true":
+        return
+    from pytest_gpushare.report.clean import cleaner
+    from pytest_gpushare.report.github import workflow_commands
+
+    clean = cleaner()
+    for text in workflow_commands(started):
+        reporter.write_line(_encodable(clean(text)))
 
 
 def _view(config: pytest.Config) -> View:
@@ -88,8 +130,11 @@ def _log(logger: logging.Logger, line: Line) -> None:
 
 
 def _encodable(text: str) -> str:
+    return in_encoding(text, getattr(sys.stdout, "encoding", None) or "ascii")
+
+
+def in_encoding(text: str, encoding: str) -> str:
     """The text as the terminal can show it; Windows code pages may lack the signs."""
-    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:

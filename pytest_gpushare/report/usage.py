@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pytest_gpushare.plan.model import DevicePlan
+from pytest_gpushare.report.hints import hints
 from pytest_gpushare.report.left_behind import Leak, leaks
 from pytest_gpushare.report.line import Line, View
 from pytest_gpushare.run.crew import Member
@@ -60,7 +61,9 @@ def hungriest(started: Started, most: int = HUNGRIEST) -> list[Test]:
 
 
 def usage_lines(started: Started, view: View) -> Iterator[Line]:
-    """Devices and leaks; from -v also workers and the hungriest tests."""
+    """Devices, leaks and hints; from -v also workers and the hungriest tests; nothing at -q."""
+    if view.verbosity < 0:
+        return
     members = [member for member in started.crew if member.role == "gpu"]
     peaks = [member for member in members if member.peak is not None]
     devices = [use for use in usages(started) if use.grown > WORTH_TELLING]
@@ -74,6 +77,8 @@ def usage_lines(started: Started, view: View) -> Iterator[Line]:
         for test in hungriest(started):
             yield Line(_test(test, view))
     yield from _leaks(leaks(started), view)
+    for hint in hints(started):
+        yield Line(f"gpu-share: hint: {hint.text}")
 
 
 def _device(use: Usage, view: View, counted: bool) -> Line:
@@ -82,7 +87,7 @@ def _device(use: Usage, view: View, counted: bool) -> Line:
     if use.peak_workers:
         text += f", tests {_part(use.peak_workers, plan.budget)}"
     elif not counted and plan.workers:
-        text += f", {format_gb(use.grown)} above the start (by whom is unknown)"
+        text += f" (up {format_gb(use.grown)}, by whom is unknown)"
     over = use.peak_workers is not None and plan.budget < use.peak_workers
     room = view.columns - len(text) - 1
     if room >= _NARROWEST:
@@ -99,7 +104,7 @@ def _worker(member: Member, started: Started) -> Line:
     peak = member.peak
     if peak is None:
         return Line(f"  {member.id} on {label}: VRAM peak unknown{crashed}")
-    least = "at least " if peak.source == "nvml" else ""
+    least = "" if peak.exact else "at least "
     over = peak.size > member.slot
     return Line(
         f"  {member.id} on {label}: VRAM peak {least}{_part(peak.size, member.slot)}{crashed}",
@@ -109,7 +114,7 @@ def _worker(member: Member, started: Started) -> Line:
 
 def _test(test: Test, view: View) -> str:
     assert test.peak is not None
-    least = "at least " if test.peak.source == "nvml" else ""
+    least = "" if test.peak.exact else "at least "
     text = f"  VRAM {least}{format_gb(test.peak.size)}: "
     return text + shortened(test.nodeid, view.columns - len(text))
 
@@ -131,7 +136,7 @@ def leak_in_words(leak: Leak, room: int = 200) -> str:
     if leak.among == 1:
         end = f" left {size} of VRAM behind ({leak.worker})"
         return shortened(first, room - len(end)) + end
-    start = f"{leak.worker} kept {size} of VRAM that one of {leak.among} tests left behind, from "
+    start = f"{leak.worker} kept {size} of VRAM, left by one of {leak.among} tests from "
     return f"{start}{shortened(first, room - len(start) - 3)} on"
 
 

@@ -20,8 +20,9 @@ class Peak(NamedTuple):
     size: int
     """Bytes, the CUDA context included."""
     source: str
-    """`frameworks`: their counters, which miss nothing that they allocate; `nvml`: readings a
-    second apart, so at least this much."""
+    """`frameworks`: their counters; `nvml`: readings a second apart."""
+    exact: bool = True
+    """False: it was at least this much."""
 
 
 def higher(one: Peak | None, other: Peak | None) -> Peak | None:
@@ -125,7 +126,7 @@ class Crew:
 
     def read(self, member: Member, at: float, size: int) -> None:
         """NVML told what a worker holds."""
-        member.seen = higher(member.seen, Peak(size, "nvml") if size else None)
+        member.seen = higher(member.seen, Peak(size, "nvml", False) if size else None)
         if size <= member.context + LEAST_BY_NVML:
             member.low_at = at
         with self._lock:
@@ -140,4 +141,4 @@ class Crew:
             found = [size for at, size in member.readings if start <= at <= end]
             member.readings = [reading for reading in member.readings if reading[0] > end]
         size = max(found, default=0)
-        return Peak(size, "nvml") if size else None
+        return Peak(size, "nvml", False) if size else None

@@ -133,7 +133,7 @@ class Journal:
         member = self._crew.get(worker)
         nodeid, size, left = told["nodeid"], _bytes(told.get("peak")), told.get("left")
         counted = Counted(
-            Peak(size + context, "frameworks") if size else None,
+            Peak(size + context, "frameworks", told.get("exact") is True) if size else None,
             left if type(left) is int and abs(left) < _MOST_BYTES else None,
             None if size is None else size > 0 and told.get("idle") is not True,
         )

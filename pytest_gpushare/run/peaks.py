@@ -93,6 +93,19 @@ def measured(before: Counts | None, after: Counts | None) -> Measured | None:
     )
 
 
+def nothing_taken(before: Counts | None, after: Counts | None) -> bool:
+    """Whether it is sure that nothing was allocated between two readings."""
+    if before is None or after is None or before.keys() != after.keys():
+        return False
+    return all(
+        # The peak was reset, so one that is no higher says that nothing was added.
+        now.tracked and now.peak_used == now.used == before[at].used
+        if now.allocations is None
+        else now.allocations == before[at].allocations
+        for at, now in after.items()
+    )
+
+
 def used(modules: Mapping[str, Any] = sys.modules) -> int | None:
     """Bytes that live objects hold on all devices; None where nobody can tell."""
     found = counts(modules)

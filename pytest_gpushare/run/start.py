@@ -68,6 +68,7 @@ def start(
     started = Started(
         settings, gpus, probes.ollama, plan, _closing(live, probes.close), live=live, host=facts
     )
+    started.replan = lambda changed: make_plan(changed, gpus, probes.ollama, facts, request, seen)
     started.notes += gpus.problems
     started.notes += _unexpected(settings, gpus)
     for model in probes.ollama.models:

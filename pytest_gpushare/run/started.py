@@ -126,6 +126,8 @@ class Started:
     """Whether tests may have needs of their own, so that no slot may cap them."""
     host: HostFacts | None = None
     """What the host can carry, as the plan took it."""
+    replan: Callable[[Settings], Plan] | None = None
+    """What the plan would have been with other settings."""
     reports: tuple[Path, ...] = ()
     """The files that are written when the run is over."""
     unwritten: list[str] = field(default_factory=list)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from jsonschema import Draft202012Validator
-from simulator import Machine
+from simulator import Device, Machine
 
 from .conftest import Project
 
@@ -103,3 +111,216 @@ def test_document(project: Project, machine: Machine) -> None:
         "origin": "default",
     }
     assert told["leaks"] == told["hints"] == told["problems"] == []
+
+
+SLOW = """
+    import pathlib, time
+    import pytest
+
+    @pytest.mark.parametrize("i", range(2))
+    def test_slow(i):
+        pathlib.Path("running").touch()
+        time.sleep(60)
+"""
+
+
+def interrupted(project: Project, number: int, *arguments: str) -> int:
+    """The exit code of a run that is sent a signal while its tests run."""
+    project.write(test_project=SLOW)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--gpu-share", *arguments],
+        cwd=project.path,
+        env=project.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        until = time.monotonic() + 60
+        while not (project.path / "running").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(number)
+        return process.wait(60)
+    finally:
+        # Workers of a killed controller see that it is gone and end; not all of them at once.
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+@pytest.mark.parametrize("workers", [(), ("-n0",)])
+def test_ctrl_c(workers: tuple[str, ...], project: Project, machine: Machine) -> None:
+    """What was seen until then is written."""
+    assert interrupted(project, signal.SIGINT, "--gpu-share-report=r.json", *workers) == 2
+    told = read(project.path / "r.json")
+    assert (told["run"]["exit_status"], told["run"]["finished"]) == (2, False)
+    assert told["samples"]["devices"]
+
+
+def test_killed(project: Project, machine: Machine) -> None:
+    """Nothing was begun that could be left half written."""
+    code = interrupted(project, signal.SIGKILL, "--gpu-share-report=r.json")
+    assert code == -signal.SIGKILL
+    assert not [path.name for path in project.path.iterdir() if "r.json" in path.name]
+
+
+def test_secrets_and_what_cannot_be_written(project: Project, machine: Machine) -> None:
+    """All that goes wrong is told, and the exit code is that of the tests."""
+    project.write(
+        test_project="""
+        import pytest
+
+        @pytest.mark.parametrize("name", ["hf_verysecret"])
+        def test_name(name):
+            pass
+        """,
+    )
+    (project.path / "there.json").mkdir()
+    home = project.path / "home"
+    home.mkdir()
+    (home / "config.json").write_text('{"gpu_resource_management": {}}')
+    result = project.pytest(
+        "--gpu-share",
+        "--gpu-share-report=there.json",
+        "--gpu-share-report=test_project.py/r.json",
+        "--gpu-share-report=fine.json",
+        f"--gpu-share-config={home}/config.json",
+        *("-o", "gpu_share_ollama_host=http://me:hunter2@127.0.0.1:9/x?key=abc123"),
+        "-q",
+        HF_TOKEN="hf_verysecret",
+        HOME=str(home),
+        GITHUB_STEP_SUMMARY=str(project.path / "there.json"),
+    )
+    assert result.code == 0, result.out
+    assert result.said == [
+        "gpu-share: no table in GITHUB_STEP_SUMMARY: is a directory",
+        "gpu-share: no report in there.json: there.json is a directory",
+        "gpu-share: no report in r.json: test_project.py is not a directory",
+    ]
+    text = (project.path / "fine.json").read_text(encoding="utf-8")
+    told = read(project.path / "fine.json")
+    for secret in ("hf_verysecret", "hunter2", "abc123", str(home)):
+        assert secret not in text
+    assert [test["nodeid"] for test in told["tests"]] == ["test_project.py::test_name[***]"]
+    assert told["plan"]["settings"]["config"]["value"] == "~/config.json"
+    # A suffix that says no format, and a report without a plan.
+    result = project.pytest("--gpu-share", "--gpu-share-report=r.xml")
+    assert (result.code, result.err) == (
+        4,
+        "ERROR: --gpu-share-report r.xml: no format is known by this name: allowed is a file "
+        "that ends in .json or .html\n\n",
+    )
+    result = project.pytest("--gpu-share-report=none.json")
+    assert result.said == ["gpu-share: no report is written: it needs --gpu-share"]
+    assert not (project.path / "none.json").exists()
+
+
+def test_read_only_directory(project: Project, machine: Machine) -> None:
+    """Where not even root may write."""
+    if not Path("/sys").is_dir():
+        pytest.skip("no /sys here")
+    result = project.pytest("--gpu-share", "-n1", "--gpu-share-report=/sys/r.json")
+    assert result.code == 0
+    assert re.fullmatch(
+        "gpu-share: no report in r.json: (permission denied|operation not permitted|"
+        "read-only file system)", result.said[-1]
+    )  # fmt: skip
+
+
+def test_disk_full(project: Project, machine: Machine) -> None:
+    """/dev/full is a disk that always is: here, behind the summary of a job."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    result = project.pytest("--gpu-share", "-q", GITHUB_STEP_SUMMARY="/dev/full")
+    assert (result.code, result.passed) == (0, 4)
+    assert result.said == ["gpu-share: no table in GITHUB_STEP_SUMMARY: no space left on device"]
+
+
+LEAKS = """
+    import time
+    import gpusim
+
+    kept = []
+
+    def test_leaks():
+        kept.append(gpusim.alloc("1GB"))
+        time.sleep(1.5)
+"""
+
+
+def test_github(project: Project, machine: Machine) -> None:
+    """A table in the job's summary, and an annotation for a leak; without Actions, neither."""
+    project.write(test_project=LEAKS)
+    summary = project.file("summary.md", "before\n")
+    result = project.pytest(
+        "--gpu-share", "-n1", GITHUB_ACTIONS="true", GITHUB_STEP_SUMMARY=str(summary)
+    )
+    assert result.code == 0, result.out
+    left = "test_project.py::test_leaks left 1.0 GB of VRAM behind (gw0)"
+    title = "title=gpu-share%3A VRAM left behind"
+    assert f"::warning file=test_project.py,{title}::{left}" in result.out.splitlines()
+    assert f"gpu-share: {left}" in result.out.splitlines()
+    text = summary.read_text(encoding="utf-8")
+    assert text.startswith("before\n### gpu-share\n")
+    assert "| GPU 0 NVIDIA GeForce RTX 3090 Ti | 3.59 GB | 24.0 GB | 1.59 GB | 9.0 GB | 1 |" in text
+    assert "::warning" not in project.pytest("--gpu-share", "-n0").out
+
+
+@pytest.mark.parametrize("mode", ["hidden-memory", "zero-memory", "none"])
+def test_nvml_tells_nothing_by_process(
+    mode: str, project: Project, machine_with: Callable[..., Machine]
+) -> None:
+    """WSL 2, containers, Windows: the device's own figure is all there is, the rest unknown."""
+    machine_with(Device(total="24GB", used="2GB", processes=mode))
+    project.write(test_project=LEAKS)
+    result = project.pytest("--gpu-share", "-n1", "-v", "--gpu-share-report=r.json", COLUMNS="78")
+    assert result.code == 0
+    assert result.said[-2:] == [
+        "gpu-share: GPU 0 VRAM peak 3.59 of 24.0 GB (up 1.59 GB, by whom is unknown)",
+        "  gw0 on GPU 0: VRAM peak unknown",
+    ]
+    told = read(project.path / "r.json")
+    assert [worker["peak_bytes"] for worker in told["workers"]] == [None]
+    assert [test["peak_bytes"] for test in told["tests"]] == [None]
+    assert told["leaks"] == []
+
+
+def test_crash(project: Project, machine: Machine) -> None:
+    """A worker that dies, and the one that takes its place."""
+    project.write(
+        test_project="""
+        import os
+import re
+
+        def test_dies():
+            os.kill(os.getpid(), 9)
+
+        def test_lives():
+            pass
+        """
+    )
+    result = project.pytest("--gpu-share", "-n1", "--gpu-share-report=r.json")
+    assert result.code == 1
+    told = read(project.path / "r.json")
+    assert [(w["id"], w["role"], w["crashed"]) for w in told["workers"]] == [
+        ("gw0", "gpu", True),
+        ("gw1", "gpu", False),
+    ]
+    assert {t["nodeid"].partition("::")[2]: (t["worker"], t["outcome"]) for t in told["tests"]} == {
+        "test_dies": ("gw0", "crashed"),
+        "test_lives": ("gw1", "passed"),
+    }
+    assert [event["kind"] for event in told["events"]] == ["worker-crashed"]
+
+
+def test_what_if(project: Project) -> None:
+    """Under --gpu-share-simulate there is a plan, and nothing to watch."""
+    result = project.pytest(
+        "--gpu-share", "--gpu-share-simulate=24GB:used=2GB", "--gpu-share-report=r.json"
+    )
+    assert result.code == 0
+    told = read(project.path / "r.json")
+    assert (told["run"]["simulated"], told["samples"]) == (True, {"devices": {}})
+    assert [device["peak_used_bytes"] for device in told["devices"]] == [None]
+    assert len(told["tests"]) == 4

@@ -1,0 +1,112 @@
+"""Hints: computed from what was measured, tried with the real sizing rule, or not given."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+
+from pytest_gpushare.plan.model import Limit, Request
+from pytest_gpushare.report.hints import hints
+from pytest_gpushare.settings.options import BY_KEY
+from pytest_gpushare.units import GB
+
+from .scene import CONTEXT, Scene
+
+NO_LIMITS = {"max_workers_per_gb": Fraction(0), "max_workers_per_gpu": 0}
+
+
+def told(run: Scene) -> list[str]:
+    return [hint.text for hint in hints(run.finish())]
+
+
+def counted(run: Scene, *sizes: float) -> Scene:
+    """Tests that hold so many GB by the frameworks' counters, on the workers in turn."""
+    for at, size in enumerate(sizes):
+        run.ran(f"t::{at}", at % 2, counted={"peak": int(size * GB) - CONTEXT})
+    return run
+
+
+def test_more_workers() -> None:
+    """The issue's own example; what is typed gives what is promised."""
+    run = counted(Scene(workers=2, request=Request(number=2), **NO_LIMITS), 2.1, 2.0)
+    assert told(run) == []
+    run = counted(Scene(workers=2, **{**NO_LIMITS, "max_workers_per_gpu": 2}), 2.1, 2.0, 1.0)
+    (hint,) = told(run)
+    assert hint == (
+        "peak per worker was 2.1 GB: -o gpu_share_min_vram_per_worker_gb=2.5 "
+        "-o gpu_share_max_workers_per_gpu=0 would allow 3 workers"
+    )
+
+
+def test_only_the_need_stands_in_the_way() -> None:
+    run = Scene(workers=3, **NO_LIMITS)
+    for at in range(4):
+        run.ran(f"t::{at}", at % 3, counted={"peak": int(2.1 * GB) - CONTEXT})
+    assert told(run) == []
+    run = Scene(workers=1, min_vram_per_worker=Fraction(9 * GB), **NO_LIMITS)
+    for at in range(4):
+        run.ran(f"t::{at}", 0, counted={"peak": int(2.1 * GB) - CONTEXT})
+    assert told(run) == [
+        "peak per worker was 2.1 GB: -o gpu_share_min_vram_per_worker_gb=2.5 would allow 3 workers"
+    ]
+
+
+def test_lower_bounds_never_ask_for_less() -> None:
+    """Neither readings of NVML nor counters that are not sure."""
+    run = Scene(workers=2)
+    for at in range(4):
+        run.ran(f"t::{at}", at % 2, 3, holds=1.0)
+    assert told(run) == []
+    run = Scene(workers=2)
+    for at in range(4):
+        run.ran(f"t::{at}", at % 2, counted={"peak": GB, "exact": False})
+    assert told(run) == []
+
+
+def test_lower_bounds_may_ask_for_more() -> None:
+    run = Scene(workers=2)
+    run.ran("t::large", 1, 3, holds=5.2)
+    assert told(run) == [
+        "gw1 used 5.2 GB of VRAM, more than its slot of 4.5 GB: "
+        "-o gpu_share_min_vram_per_worker_gb=5.5 would give enough, to 1 worker"
+    ]
+
+
+def test_no_hint_that_could_not_be_followed() -> None:
+    """More than the whole budget; a hook that decides; a run without workers."""
+    run = Scene(workers=2)
+    run.ran("t::larger_than_all", 1, 3, holds=12)
+    assert told(run) == []
+    run = counted(Scene(workers=2), 1.0, 1.0, 1.0, 1.0)
+    run.started.plan = replace(run.started.plan, limited_by=(Limit.HOOK,))
+    assert told(run) == []
+    run = counted(Scene(workers=1, request=Request(in_process=True)), 1.0)
+    assert told(run) == []
+
+
+@pytest.mark.skipif("cpu_workers" not in BY_KEY, reason="no CPU workers beside GPU workers")
+def test_cpu_workers() -> None:
+    """38 of 40 unmarked tests were up to no GPU: the estimate is of their own durations."""
+    run = Scene(workers=2, cpus=8)
+    for at in range(40):
+        idle = at not in (7, 8)
+        run.ran(f"t::{at}", at % 2, 3.0, counted={"peak": 4 * GB - CONTEXT, "idle": idle})
+    # Two workers took 40 times 3 s: 60 s each. Two GPU tests and 38 others on 8 workers: 15 s.
+    assert told(run) == [
+        "38 of 40 unmarked tests never touched the GPU: with the other 2 marked gpu, "
+        "-o gpu_share_cpu_workers=auto would have saved about 45 s"
+    ]
+
+
+@pytest.mark.skipif("cpu_workers" not in BY_KEY, reason="no CPU workers beside GPU workers")
+@pytest.mark.parametrize("case", ["unknown", "short", "all touch"])
+def test_no_cpu_workers_without_cause(case: str) -> None:
+    run = Scene(workers=2, cpus=8)
+    run.card.silent = case == "unknown"
+    for at in range(10):
+        known = {"peak": 4 * GB - CONTEXT, "idle": case != "all touch"}
+        seconds = 0.2 if case == "short" else 3.0
+        run.ran(f"t::{at}", at % 2, seconds, counted=None if case == "unknown" else known)
+    assert told(run) == []

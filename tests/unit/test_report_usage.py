@@ -1,0 +1,114 @@
+"""What the terminal says of VRAM after the tests: every line, however wide, and how much of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pytest_gpushare.report.line import View
+from pytest_gpushare.report.output import in_encoding
+from pytest_gpushare.report.terminal import summary
+from pytest_gpushare.report.usage import shortened, sparkline
+from pytest_gpushare.run.started import Started
+from pytest_gpushare.units import GB
+
+from .scene import CONTEXT, Scene
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def counted() -> Started:
+    """The frameworks count: peaks are exact, a leak has its test, and more workers would fit."""
+    run = Scene()
+    for at in range(7):
+        size = (0.3 + at / 5) * GB
+        run.ran(
+            f"tests/test_models.py::test_forward[{at}-some-long-parameter]",
+            at % 2,
+            holds=size / GB + CONTEXT / GB,
+            counted={"peak": int(size), "left": GB if at == 3 else 0},
+        )
+    return run.finish()
+
+
+def by_nvml() -> Started:
+    """NVML alone tells: peaks are lower bounds, and a leak has suspects."""
+    run = Scene()
+    run.ran("tests/test_a.py::test_short", 0, 0.2)
+    run.ran("tests/test_a.py::test_large", 0, 3, holds=5.2)
+    run.ran("tests/test_a.py::test_small", 1, 2, holds=1.25)
+    run.hold(0, 2.0)
+    run.ran("tests/test_a.py::test_either", 0, 0.4)
+    run.ran("tests/test_a.py::test_or", 0, 2)
+    return run.finish()
+
+
+def silent() -> Started:
+    """NVML tells nothing by process, and no framework counts."""
+    run = Scene()
+    run.card.silent = True
+    run.ran("tests/test_a.py::test_large", 0, 3, holds=5.2)
+    return run.finish()
+
+
+def crashed() -> Started:
+    """More leaks than lines, and a worker that crashed."""
+    run = Scene()
+    for at in range(5):
+        run.ran(f"test_a.py::test_leaks[{at}]", 0, 0.2, counted={"peak": GB, "left": (at + 1) * GB})
+    run.started.crew.leave("gw1", 1.0, crashed=True)
+    return run.finish()
+
+
+def unused() -> Started:
+    """A run that took no VRAM says nothing."""
+    run = Scene()
+    run.ran("test_a.py::test_nothing", 0)
+    return run.finish()
+
+
+@pytest.mark.parametrize("case", [counted, by_nvml, silent, crashed, unused])
+def test_golden(case: Callable[[], Started]) -> None:
+    """Four verbosities and three widths; a terminal that can show ASCII alone at the end."""
+    started = case()
+    parts = []
+    for verbosity, flag in ((-1, "-q"), (0, "default"), (1, "-v"), (2, "-vv")):
+        for columns in (60, 80, 200):
+            lines = [line.text for line in summary(started, View(verbosity, columns))]
+            parts += [f"=== {flag}, {columns} columns", *lines]
+    lines = [line.text for line in summary(started, View(1, 80))]
+    parts += ["=== -v, 80 columns, ASCII", *(in_encoding(line, "ascii") for line in lines)]
+    text = "\n".join(parts) + "\n"
+    path = GOLDEN / f"usage_{case.__name__}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+    # The founding write-up's grep finds every line.
+    told = [line for line in parts if not line.startswith("===")]
+    assert all(any(word in line for word in ("VRAM", "GPU", "workers")) for line in told)
+
+
+def test_leaks_are_problems() -> None:
+    assert [line.problem for line in summary(crashed(), View(0, 80))] == [True] * 4
+
+
+def test_nothing_of_a_device_that_others_fill() -> None:
+    """A desktop that takes 50 MB is no news."""
+    run = Scene()
+    run.card.held[1] = 50 * 2**20
+    run.ran("test_a.py::test_nothing")
+    assert summary(run.finish(), View(2, 200)) == []
+
+
+def test_sparkline() -> None:
+    assert sparkline([0, 3, 12, 24], 24) == "▁▂▅█"
+    assert sparkline([5], 0) == "█"
+
+
+def test_shortened_keeps_the_end() -> None:
+    assert shortened("test_a.py::test_x", 40) == "test_a.py::test_x"
+    assert shortened("a" * 50 + "::test_x", 30) == "..." + "a" * 19 + "::test_x"
+    assert shortened("test_\x1b[31m", 40) == "test_?[31m"

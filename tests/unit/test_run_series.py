@@ -1,0 +1,64 @@
+"""Samples of days in bounded memory, with exact peaks."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_gpushare.run.series import Parts, Series
+
+GB = 1024**3
+
+
+def test_rows_are_kept_as_they_came() -> None:
+    series = Series()
+    series.add(0.2, 5, Parts())
+    series.add(0.4, 7, Parts(1, 2, {"gw0": 4}))
+    series.add(0.6, 3, Parts(1, 2, {}))
+    assert list(series.at) == [0.2, 0.4, 0.6]
+    assert list(series.used) == [5, 7, 3]
+    assert series.ollama() == [None, 1, 1]
+    assert series.others() == [None, 2, 2]
+    # Before its first figure nothing was known of it; after that a worker left out holds nothing.
+    assert series.workers() == {"gw0": [None, 4, 0]}
+
+
+@given(
+    st.lists(st.integers(0, 100), min_size=1, max_size=400),
+    st.integers(20, 60),
+)
+def test_thinned_rows_keep_shape_and_peaks(used: list[int], most: int) -> None:
+    """However many rows: never more than `most`, in order, the newest in full, each peak kept."""
+    recent = most // 4
+    series = Series(most, recent)
+    rows = [(n * 0.2, size, {"gw0": size // 2, "gw1": 100 - size}) for n, size in enumerate(used)]
+    for at, size, workers in rows:
+        series.add(at, size, Parts(0, 0, workers))
+        assert len(series) <= most
+    told = list(zip(series.at, series.used, *series.workers().values(), strict=True))
+    assert told == [
+        row for row in ((at, size, *held.values()) for at, size, held in rows) if row in told
+    ]
+    assert [row[0] for row in told[-recent:]] == [at for at, _, _ in rows[-recent:]]
+    assert max(series.used) == max(used)
+    assert max(series.workers()["gw0"]) == max(used) // 2
+    assert max(series.workers()["gw1"]) == 100 - min(used)
+
+
+def test_a_day_is_covered_evenly() -> None:
+    """24 hours at 5 Hz: no stretch of the day is lost, and the rows are few."""
+    series = Series()
+    for n in range(24 * 3600 * 5):
+        series.add(n * 0.2, n % 7, Parts())
+    assert len(series) <= 20_000
+    gaps = [later - earlier for earlier, later in zip(series.at, series.at[1:], strict=False)]
+    assert max(gaps) < 40
+
+
+def test_heights() -> None:
+    series = Series()
+    assert series.heights(4) == []
+    for at, size in ((0.0, 1), (0.2, 5), (9.8, 3), (10.0, 2)):
+        series.add(at, size, Parts())
+    # A stretch without a row is as high as the one before it.
+    assert series.heights(4) == [5, 5, 5, 3]

@@ -1,0 +1,195 @@
+"""The watch: what it reads and when; the tests and workers that its readings are laid to."""
+
+from __future__ import annotations
+
+import threading
+import time
+import tracemalloc
+
+import pytest
+
+from pytest_gpushare.run.crew import Peak
+from pytest_gpushare.run.journal import Journal, Told
+from pytest_gpushare.run.leaks import LEAST, Growths
+from pytest_gpushare.run.live import LiveVram
+from pytest_gpushare.run.watch import Watch
+from pytest_gpushare.units import GB, MB
+
+from .scene import CONTEXT, FIRST_PID, Scene
+from .test_run_live import Card as Library
+
+
+def test_process_lists_once_a_second_and_only_beside_workers() -> None:
+    run = Scene(workers=0)
+    run.tick(10)
+    assert run.card.asked == 0
+    run.started.crew.join("gw0", 0, 0.0)
+    run.tick(1)
+    # Without a PID there is nobody to look for.
+    assert run.card.asked == 0
+    run.started.crew.came_up("gw0", FIRST_PID)
+    run.tick(10)
+    assert 10 <= run.card.asked <= 11
+    run.started.crew.leave("gw0", 21.0, crashed=False)
+    run.tick(10)
+    assert 10 <= run.card.asked <= 11
+    (device,) = run.watch.devices.values()
+    assert len(device.series) == 155
+
+
+def test_peaks_by_nvml_are_laid_to_the_test_that_ran() -> None:
+    run = Scene()
+    run.ran("t::short", 0, 0.2, holds=9)
+    run.ran("t::long", 0, 3, holds=2)
+    run.ran("t::other", 1, 3, holds=4)
+    peaks = {test.nodeid: test.peak for test in run.finish().journal}
+    # The first reading of processes came with its first sample.
+    assert peaks == {
+        "t::short": Peak(9 * GB, "nvml", False),
+        "t::long": Peak(2 * GB, "nvml", False),
+        "t::other": Peak(4 * GB, "nvml", False),
+    }
+    run = Scene()
+    run.tick(0.2)
+    run.ran("t::between_readings", 0, 0.4, holds=9)
+    (test,) = run.finish().journal
+    assert test.peak is None
+
+
+def test_counters_know_better_than_nvml() -> None:
+    """Caches of earlier tests are in NVML's figure."""
+    run = Scene()
+    run.ran("t::a", 0, 3, holds=5, counted={"peak": GB})
+    (test,) = run.finish().journal
+    assert test.peak == Peak(GB + CONTEXT, "frameworks", True)
+    member = run.started.crew.get("gw0")
+    assert member is not None
+    # Of the worker as a whole, NVML's figure is as true, and here it is the higher one.
+    assert member.peak == Peak(5 * GB, "nvml", False)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [None, 7, {}, {"nodeid": 3}, {"nodeid": "t::a", "peak": -1}, {"nodeid": "t::a", "peak": "1"},
+     {"nodeid": "t::a", "peak": 2**60}, {"nodeid": "t::a", "peak": True, "left": "x", "notes": 3}],
+)  # fmt: skip
+def test_what_a_worker_gone_wild_tells_is_dropped(told: object) -> None:
+    run = Scene()
+    run.started.links.receive("gw0", ("test", told))
+    run.started.links.receive("gw0", ("here", "x"))
+    run.started.links.receive("gw9", ("here", 5))
+    run.ran("t::a", 0)
+    (test,) = run.finish().journal
+    assert (test.peak, test.left) == (None, None)
+
+
+def journal() -> Journal:
+    return Scene().started.journal
+
+
+def told(nodeid: str, *phases: tuple[str, str], at: float = 0.0, xfail: bool = False) -> list[Told]:
+    return [Told(nodeid, when, how, xfail, at, at + 1) for when, how in phases]
+
+
+@pytest.mark.parametrize(
+    ("phases", "xfail", "outcome"),
+    [
+        ([("setup", "passed"), ("call", "passed"), ("teardown", "passed")], False, "passed"),
+        ([("setup", "passed"), ("call", "failed"), ("teardown", "passed")], False, "failed"),
+        ([("setup", "failed"), ("teardown", "passed")], False, "error"),
+        ([("setup", "passed"), ("call", "passed"), ("teardown", "failed")], False, "error"),
+        ([("setup", "skipped"), ("teardown", "passed")], False, "skipped"),
+        ([("setup", "skipped"), ("teardown", "passed")], True, "xfailed"),
+        ([("setup", "passed"), ("call", "skipped"), ("teardown", "passed")], True, "xfailed"),
+        ([("setup", "passed"), ("call", "passed"), ("teardown", "passed")], True, "xpassed"),
+    ],
+)
+def test_outcomes_as_pytest_counts_them(
+    phases: list[tuple[str, str]], xfail: bool, outcome: str
+) -> None:
+    found = journal()
+    for report in told("t::a", *phases, xfail=xfail):
+        found.told("gw0", report)
+    assert [test.outcome for test in found] == [outcome]
+    assert found.counts == {outcome: 1}
+
+
+def test_of_several_attempts_the_last_counts() -> None:
+    """As pytest-rerunfailures reports them: the failed attempt has no teardown."""
+    found = journal()
+    for report in [
+        *told("t::a", ("setup", "passed"), ("call", "rerun")),
+        *told("t::a", ("setup", "passed"), ("call", "passed"), ("teardown", "passed"), at=5),
+    ]:
+        found.told("gw0", report)
+    (test,) = found
+    assert (test.outcome, test.attempts, test.start, test.end) == ("passed", 2, 5, 6)
+
+
+def test_a_crash_and_the_same_test_on_another_worker() -> None:
+    found = journal()
+    found.told("gw0", Told("t::a", "setup", "passed", start=1, end=1.5))
+    found.told("gw0", Told("t::a", "???", "failed"))
+    for report in told("t::a", ("setup", "passed"), ("call", "passed"), ("teardown", "passed")):
+        found.told("gw1", report)
+    assert [(test.worker, test.outcome) for test in found] == [
+        ("gw0", "crashed"),
+        ("gw1", "passed"),
+    ]
+
+
+def test_a_test_that_still_runs_is_told() -> None:
+    """After Ctrl-C."""
+    found = journal()
+    found.told("gw0", Told("t::a", "setup", "passed", start=1, end=1.5))
+    assert [(test.nodeid, test.end) for test in found] == [("t::a", 1.5)]
+
+
+def test_many_tests_in_little_memory() -> None:
+    """Less than 300 bytes for each test: 30 MB for 100,000."""
+
+    found = journal()
+    names = [f"tests/test_module.py::test_name[{n}]" for n in range(10_000)]
+    tracemalloc.start()
+    for name in names:
+        for when in ("setup", "call", "teardown"):
+            found.told("gw0", Told(name, when, "passed", False, 1.5, 2.5))
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 3 * MB
+
+
+def test_what_comes_back_is_no_leak() -> None:
+    growths = Growths()
+    growths.ran("t::handles", LEAST)
+    growths.ran("t::keeps", 2 * GB)
+    growths.ran("t::leaks", 1 * GB)
+    growths.ran("t::gives_back", -2 * GB)
+    growths.ran("t::gives_small_things_back", -LEAST)
+    assert growths.leaks() == [("t::leaks", GB)]
+    growths.ran("t::gives_a_part_back", -GB // 2)
+    assert growths.leaks() == [("t::leaks", GB // 2)]
+
+
+def test_a_reader_that_hangs_adds_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a watch that is stopped stays stopped, however NVML is."""
+    monkeypatch.setattr("pytest_gpushare.run.live.PATIENCE", 0.05)
+    monkeypatch.setattr("pytest_gpushare.run.watch.INTERVAL", 0.01)
+    run, library = Scene(), Library()
+    live = LiveVram(library)
+    watch = Watch(live, ["GPU-0"], run.started.crew, run.started.record)
+    watch.start()
+    series = watch.devices["GPU-0"].series
+    until = time.monotonic() + 10
+    while not len(series) and time.monotonic() < until:
+        time.sleep(0.01)
+    library.hangs.clear()
+    time.sleep(0.3)
+    rows = len(series)
+    time.sleep(0.3)
+    # One reading may have been under way.
+    assert 0 < len(series) <= rows + 1
+    watch.stop()
+    library.hangs.set()
+    live.close()
+    assert not any(thread.name == "gpu-share-watch" for thread in threading.enumerate())
