@@ -175,7 +175,7 @@ def _ollama(started: Started) -> Mapping[str, Any] | None:
         "address": ollama.address,
         "version": ollama.version,
         "answered": ollama.answered or (book is not None and book.history.answered_at is not None),
-        "found_by": started.settings.origins.get("ollama_host", "default"),
+        "found_by": ollama.found_by or started.settings.origins.get("ollama_host", "default"),
         "problem": ollama.problem,
         "models": [
             {

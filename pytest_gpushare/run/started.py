@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_gpushare.plan.model import Plan, Slot
 from pytest_gpushare.probe.facts import GpuFacts, HostFacts, LoadedModel, OllamaFacts
 from pytest_gpushare.probe.visibility import VARIABLE
 from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE, mps_is_running, without_caps_of_outer_run
 from pytest_gpushare.run.frameworks import installed
+from pytest_gpushare.run.left_alone import LeftAlone as LeftAlone
 from pytest_gpushare.run.links import Links
 from pytest_gpushare.run.placement import Surroundings, seen, worker_environment
 from pytest_gpushare.run.places import NUMBER, message_of_tests, message_to
@@ -41,51 +42,6 @@ class Service(Protocol):
 
     def stop(self) -> None:
         """End within a second or so, and leave nothing behind."""
-
-
-class LeftAlone(NamedTuple):
-    """A run that asked, but whose workers are the user's own; nothing is probed."""
-
-    why: str
-    links: Links = Links()
-    """Never opened."""
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def recall(self, _contexts: Mapping[str, int]) -> None:
-        """Nothing is capped."""
-
-    def keep_what_it_saw(self, _config: pytest.Config) -> None:
-        """Nothing was looked at."""
-
-    def place(self, _specs: Sequence[Any]) -> None:
-        """Nothing is placed."""
-
-    def message_to(self, _spec: Any) -> None:
-        """Nothing is told."""
-
-    def message_to_itself(self) -> None:
-        """Nothing is told."""
-
-    def joined(self, worker: str, message: Mapping[str, Any]) -> None:
-        """Nobody shares anything."""
-
-    def gone(self, worker: str) -> None:
-        """Nobody shares anything."""
-
-    def begin(self) -> None:
-        """Nothing runs beside the tests."""
-
-    def look_again(self) -> None:
-        """Nothing was looked at."""
-
-    def end(self) -> None:
-        """Nothing ran beside the tests."""
-
-    def has_failed(self) -> bool:
-        """Nothing is judged."""
-        return False
 
 
 @dataclass
@@ -168,7 +124,13 @@ class Started:
             from pytest_gpushare.run.watch import Watch
 
             uuids = [planned.device.uuid for planned in self.plan.devices]
-            self.watch = Watch(self.live, uuids, self.crew, self.record)
+            self.watch = Watch(
+                self.live,
+                uuids,
+                self.crew,
+                self.record,
+                resident=lambda: self.guard.resident() if self.guard is not None else {},
+            )
             self.services.insert(0, self.watch)
         for service in list(self.services):
             try:

@@ -61,7 +61,10 @@ class Watch:
         crew: Crew,
         record: Record,
         clock: Callable[[], float] = time.monotonic,
+        resident: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
+        """`resident`: UUID -> bytes of Ollama by its own word, where NVML tells nothing."""
+        self._resident = resident
         self._live, self._crew, self._record, self._clock = live, crew, record, clock
         self._owners = Owners()
         most = min(MOST_ROWS, _MOST_ROWS_OF_ALL // max(1, len(devices)))
@@ -118,7 +121,7 @@ class Watch:
             for uuid, watched in self.devices.items():
                 memory = reading.devices.get(uuid)
                 if memory is not None:
-                    watched.series.add(at, memory.used, watched.parts)
+                    watched.series.add(at, memory.used, self._parts(uuid, memory.used, watched))
                     watched.peak_used = max(memory.used, watched.peak_used or 0)
 
     def _read_processes(self, workers: Mapping[int, str]) -> None:
@@ -155,6 +158,12 @@ class Watch:
             if watched is None or watched.parts.workers is None or member.id not in present:
                 continue
             self._crew.read(member, at, held.get(member.id, 0))
+
+    def _parts(self, uuid: str, used: int, watched: Watched) -> Parts:
+        if watched.parts.ollama is not None:
+            return watched.parts
+        said = self._resident().get(uuid)
+        return Parts(None if said is None else min(said, used))
 
     def _forget_parts(self) -> None:
         for watched in self.devices.values():

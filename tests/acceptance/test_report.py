@@ -291,7 +291,6 @@ def test_crash(project: Project, machine: Machine) -> None:
     project.write(
         test_project="""
         import os
-import re
 
         def test_dies():
             os.kill(os.getpid(), 9)
