@@ -21,3 +21,7 @@ class OllamaUnreachableError(GpuShareError):
 
 class NoRoomError(GpuShareError):
     """No GPU worker fits and `fallback_to_cpu_when_constrained` is false."""
+
+
+class PreloadError(GpuShareError):
+    """A model of Ollama's could not be loaded, and `ollama_preload_failed` is fail."""

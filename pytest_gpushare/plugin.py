@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Generator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -239,3 +240,7 @@ def _call(function: Any, *arguments: Any) -> Any:
         return function(*arguments)
     except GpuShareError as error:
         raise pytest.UsageError(str(error)) from None
+    except KeyboardInterrupt:
+        # Before pytest's own session nobody catches it; loading a model may take minutes.
+        sys.stderr.write("gpu-share: interrupted before the tests\n")
+        raise SystemExit(pytest.ExitCode.INTERRUPTED) from None

@@ -30,6 +30,9 @@ Look = Callable[[pytest.Config], int]
 class _Stop:
     """Ends pytest at the moment when everything is decided and nothing has begun."""
 
+    gpu_share_only_asks = True
+    """Tells the plugin that no test will follow, for which Ollama should load anything."""
+
     def __init__(self, look: Look, cpus: int | None) -> None:
         self._look = look
         self._cpus = cpus

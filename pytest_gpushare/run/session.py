@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> Started
         )
     reports = _reports(config, options)
     request = Request(in_process=True)
-    settings = load(gather(config))
+    settings = _settings(config)
     started = start(
         settings, request, _host(options, 1, outer), _others(config), _seen(settings, config)
     )
@@ -66,7 +67,7 @@ def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> Started | 
         return LeftAlone("the workers of --tx are on other hosts: no GPU is assigned to them")
     reports = _reports(config, options)
     request, cpus = numprocesses.request_for(config)
-    settings = load(gather(config))
+    settings = _settings(config)
     started = start(
         settings, request, _host(options, cpus, outer), _others(config), _seen(settings, config)
     )
@@ -84,6 +85,15 @@ def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> Started | 
         )
     _show(started, config)
     return started
+
+
+def _settings(config: pytest.Config) -> Settings:
+    """The settings of a run; one that only asks what would happen loads no model."""
+    settings = load(gather(config))
+    plugins = config.pluginmanager.get_plugins() if settings.ollama_preload else ()
+    if any(getattr(plugin, "gpu_share_only_asks", False) for plugin in plugins):
+        return replace(settings, ollama_preload=False)
+    return settings
 
 
 def _reports(config: pytest.Config, options: Any) -> tuple[Path, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.errors import NoRoomError, OllamaUnreachableError
 from pytest_gpushare.plan.model import Limit, Plan, Request
@@ -13,7 +13,7 @@ from pytest_gpushare.plan.shortage import shortage
 from pytest_gpushare.plan.sizing import make_plan
 from pytest_gpushare.probe.facts import GpuFacts, HostFacts, OllamaFacts
 from pytest_gpushare.probe.host import available_ram
-from pytest_gpushare.probe.together import probe
+from pytest_gpushare.probe.together import Probes, probe
 from pytest_gpushare.run.guarding import guard_of
 from pytest_gpushare.run.live import LiveVram
 from pytest_gpushare.run.others import Others
@@ -21,6 +21,9 @@ from pytest_gpushare.run.placement import slot_of_outer_run
 from pytest_gpushare.run.started import Started
 from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.units import format_gb
+
+if TYPE_CHECKING:
+    from pytest_gpushare.run.preloading import Loading
 
 
 class Host(NamedTuple):
@@ -47,7 +50,7 @@ def start(
     `OllamaUnreachableError` where Ollama has to answer and does not, and `SettingsError` for
     settings that do not fit this host.
     """
-    probes = probe(settings, host.simulate, host.outer)
+    probes, loading = _probed(settings, host)
     try:
         if settings.ollama_unreachable == "fail" and probes.ollama.asked:
             _check_answer(probes.ollama)
@@ -63,6 +66,8 @@ def start(
             raise NoRoomError(_no_room(plan))
     except BaseException:
         probes.close()
+        if loading is not None:
+            loading.undo()
         raise
     live = LiveVram(probes.nvml) if probes.nvml is not None and gpus.all_devices else None
     started = Started(
@@ -73,10 +78,35 @@ def start(
     started.notes += _unexpected(settings, gpus)
     for model in probes.ollama.models:
         started.saw(model)
+    if loading is not None:
+        _keep_loaded(started, loading)
     started.guard = guard_of(started)
     if started.guard is not None:
         started.services.append(started.guard)
     return started
+
+
+def _probed(settings: Settings, host: Host) -> tuple[Probes, Loading | None]:
+    """What NVML and Ollama say, after its models were loaded where that is wanted."""
+    if not settings.ollama_preload:
+        return probe(settings, host.simulate, host.outer), None
+    from pytest_gpushare.run import preloading
+
+    preloading.check(settings)
+    probes = probe(settings, host.simulate, host.outer)
+    if host.simulate:
+        return probes, None
+    return preloading.load_first(settings, probes, host.outer)
+
+
+def _keep_loaded(started: Started, loading: Loading) -> None:
+    started.notes += loading.problems
+    for text in loading.told:
+        started.record.note("ollama-preloaded", text)
+    if loading.kept is not None:
+        started.services.append(loading.kept)
+        # Also where the run ends before its services began.
+        started.close = _both(loading.undo, started.close)
 
 
 def _check_answer(ollama: OllamaFacts) -> None:
@@ -99,11 +129,13 @@ def _unexpected(settings: Settings, gpus: GpuFacts) -> list[str]:
 
 def _closing(live: LiveVram | None, close: Callable[[], None]) -> Callable[[], None]:
     """Nobody may read once the library is closed."""
+    return close if live is None else _both(live.close, close)
 
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
     def both() -> None:
-        if live is not None:
-            live.close()
-        close()
+        first()
+        second()
 
     return both
 

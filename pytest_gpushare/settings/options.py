@@ -156,6 +156,19 @@ OPTIONS: tuple[Option, ...] = (
         high="16",
     ),
     Option(
+        "ollama_preload",
+        "boolean",
+        "false",
+        "load gpu_share_ollama_models before the workers start, and keep them till the end",
+    ),
+    Option(
+        "ollama_preload_failed",
+        "choice",
+        "warn",
+        "what to do where one of them cannot be loaded, or only in part",
+        choices=("warn", "fail"),
+    ),
+    Option(
         "ollama_context",
         "integer",
         "auto",

@@ -40,6 +40,10 @@ class Settings:
     """`reserve`, `release` or `fail`: what becomes of the reservation without an answer."""
     ollama_models: tuple[str, ...]
     """The models that the run relies on, as the user wrote them."""
+    ollama_preload: bool
+    """Whether these are loaded before the workers start."""
+    ollama_preload_failed: str
+    """`warn` or `fail`: what happens where one cannot be loaded."""
     ollama_context: int | None
     """Tokens of context that the server gives a model which names none; None: by its VRAM."""
     ollama_parallel: int

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from .server import OllamaServer
 
 
+_PATHS = (
+    "/", "/api/version", "/api/ps", "/api/tags", "/api/show", "/api/generate", "/api/embed",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Request:
     """One request as it came in; `time` is time.time()."""
@@ -109,7 +114,17 @@ class Handler(BaseHTTPRequestHandler):
             self._send_json(model.show(verbose=bool(request.get("verbose"))))
         elif path == "/api/generate" and post:
             self._generate(_object(body))
-        elif path in ("/", "/api/version", "/api/ps", "/api/tags", "/api/show", "/api/generate"):
+        elif path == "/api/embed" and post:
+            self._embed(_object(body))
+        elif path in (
+            "/",
+            "/api/embed",
+            "/api/version",
+            "/api/ps",
+            "/api/tags",
+            "/api/show",
+            "/api/generate",
+        ):
             self._send(405, b"405 method not allowed", "text/plain")
         else:
             self._send(404, b"404 page not found", "text/plain")
@@ -133,6 +148,8 @@ class Handler(BaseHTTPRequestHandler):
     def _generate(self, request: dict[str, Any]) -> None:
         began = time.monotonic_ns()
         model = self._model(request.get("model"))
+        if model.embeds:
+            raise ApiError(400, f'"{model.full_name}" does not support generate')
         prompt = request.get("prompt") or ""
         options = request.get("options") or {}
         try:
@@ -160,6 +177,16 @@ class Handler(BaseHTTPRequestHandler):
             scheduler.release(entry)
         words = ["Simulated", " answer", "."] if prompt else []
         self._send_generated(request, model.full_name, words, "stop" if prompt else "load", began)
+
+    def _embed(self, request: dict[str, Any]) -> None:
+        model = self._model(request.get("model"))
+        given = request.get("keep_alive")
+        keep_alive = None if given is None else seconds(given)
+        scheduler = self.ollama.scheduler
+        entry = scheduler.acquire(model, keep_alive=keep_alive, aborted=self._client_is_gone)
+        scheduler.release(entry)
+        vectors = [[0.0]] if request.get("input") else []
+        self._send_json({"model": request["model"], "embeddings": vectors})
 
     def _send_generated(
         self, request: dict[str, Any], name: str, words: list[str], reason: str, began: int

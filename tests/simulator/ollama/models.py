@@ -47,6 +47,7 @@ class Model:
     trained_context: int = 32768
     parameter_size: str = "14.8B"
     quantization: str = "Q4_K_M"
+    embeds: bool = False
     window: int = 0
     windowed: Sequence[bool] = ()
     num_ctx: int = 0

@@ -1,0 +1,228 @@
+"""Ollama's models loaded before the workers are counted, so that they have their place first.
+
+The only part of the plugin that changes anything in Ollama, and only where the user asked for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from pytest_gpushare.plan.demand import CUDA_CONTEXT, MARGIN
+from pytest_gpushare.plan.placed import placed
+from pytest_gpushare.probe.address import Address
+from pytest_gpushare.probe.exchange import (
+    Connection,
+    NonsenseError,
+    StatusError,
+    UnreachableError,
+    connect,
+)
+from pytest_gpushare.probe.facts import LoadedModel, OllamaFacts, full_name
+from pytest_gpushare.probe.ollama import loaded_models
+from pytest_gpushare.units import format_gb
+
+LOAD_LIMIT = 600.0
+"""Seconds that one model may take; a large one from a slow disk takes minutes."""
+
+KEEP_ALIVE = "1h"
+"""For how long Ollama keeps what we loaded, should this process die; else it is renewed."""
+
+ASK_LIMIT = 5.0
+"""Seconds for any other question."""
+
+_TICK = 0.2
+_WORDS = {
+    400: "it cannot be loaded",
+    403: "the server refuses",
+    404: "the server has no such model: ollama pull it",
+    500: "the server failed to load it",
+    503: "the server is busy",
+}
+
+
+class Problem(NamedTuple):
+    """A model that could not be loaded as a whole."""
+
+    model: str
+    text: str
+
+
+class Preloaded(NamedTuple):
+    """What became of the models."""
+
+    ours: tuple[LoadedModel, ...] = ()
+    """Those that we loaded, as they were right after."""
+    told: tuple[str, ...] = ()
+    """A sentence on each of them."""
+    problems: tuple[Problem, ...] = ()
+
+
+def preload(
+    names: Sequence[str],
+    ollama: OllamaFacts,
+    free: Callable[[], int | None],
+    progress: Callable[[str], object],
+    loaded: list[LoadedModel],
+) -> Preloaded:
+    """Load the models that are not loaded, one after another; what is loaded is left as it is.
+
+    `free` tells the bytes of free VRAM on the roomiest device, `progress` is called about
+    five times a second while a model is being loaded. `loaded` grows with each model that was
+    loaded, so that whoever interrupts this knows what to undo.
+    """
+    server = ollama.server
+    if not ollama.answered or server is None:
+        why = ollama.problem or "it was not asked"
+        text = f"Ollama at {ollama.address} cannot load it: {why}"
+        return Preloaded(problems=tuple(Problem(name, text) for name in names))
+    remote = {full_name(model.name) for model in ollama.relied_on if model.is_remote}
+    there = {full_name(model.name) for model in ollama.models}
+    wanted = {full_name(name): name for name in names}
+    missing = [name for full, name in wanted.items() if full not in there | remote]
+    told: list[str] = []
+    problems: list[Problem] = []
+    for number, name in enumerate(missing, 1):
+        of = f" ({number} of {len(missing)})" if len(missing) > 1 else ""
+        before, began = free(), time.monotonic()
+        try:
+            model = _load(server, name, of, progress)
+        except (TimeoutError, UnreachableError, NonsenseError) as error:
+            room = _room(before) if getattr(error, "status", 500) >= 500 else ""
+            problems.append(Problem(name, f"{_reason(error)}{room}"))
+            continue
+        if model is None:
+            problems.append(Problem(name, f"it was gone as soon as it was loaded{_room(before)}"))
+            continue
+        loaded.append(model)
+        seconds = time.monotonic() - began
+        told.append(f"Ollama loaded {placed(model)} before the tests ({seconds:.0f} s)")
+        if model.is_spilled:
+            problems.append(Problem(name, _does_not_fit(model, before)))
+    return Preloaded(tuple(loaded), tuple(told), tuple(problems))
+
+
+def _load(
+    server: Address, name: str, of: str, progress: Callable[[str], object]
+) -> LoadedModel | None:
+    """The model as Ollama lists it once it is loaded; None where it does not."""
+    until = time.monotonic() + LOAD_LIMIT
+    with _hanging_up() as opened:
+        call = _Call(lambda: set_keep_alive(server, name, KEEP_ALIVE, until, opened))
+        while not call.wait(_TICK):
+            progress(f"Ollama loads {name} into VRAM, {call.seconds:.0f} s{of}")
+        call.result()
+    return next((m for m in ask(server) if full_name(m.name) == full_name(name)), None)
+
+
+def set_keep_alive(
+    server: Address,
+    name: str,
+    keep_alive: str | int,
+    deadline: float,
+    opened: Callable[[Connection], object],
+) -> None:
+    """Keep a model for so long, and load it if it is not loaded; nothing is generated.
+
+    Raises `TimeoutError`, `UnreachableError` or `NonsenseError`.
+    """
+    body: dict[str, object] = {"model": name, "keep_alive": keep_alive}
+    try:
+        _post(server, "/api/generate", {**body, "stream": False}, deadline, opened)
+    except StatusError as error:
+        if error.status != 400:
+            raise
+        # Models that only embed cannot generate; they are loaded by embedding nothing.
+        _post(server, "/api/embed", {**body, "input": ""}, deadline, opened)
+
+
+def ask(
+    server: Address,
+    deadline: float | None = None,
+    opened: Callable[[Connection], object] = lambda _: None,
+) -> tuple[LoadedModel, ...]:
+    """What is loaded now. Raises as `set_keep_alive` does."""
+    connection = connect(server, opened)
+    with contextlib.closing(connection):
+        return loaded_models(connection, deadline or time.monotonic() + ASK_LIMIT)
+
+
+def _post(
+    server: Address,
+    path: str,
+    body: dict[str, object],
+    deadline: float,
+    opened: Callable[[Connection], object],
+) -> None:
+    connection = connect(server, opened)
+    with contextlib.closing(connection):
+        connection.post(path, json.dumps(body).encode(), deadline)
+
+
+class _Call:
+    """A call in a daemon thread, so that Ctrl-C is heard while it lasts."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+        self._error: Exception | None = None
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="gpu-share-preload", daemon=True)
+        self._thread.start()
+
+    @property
+    def seconds(self) -> float:
+        """For how long it has been under way."""
+        return time.monotonic() - self._began
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is over, or took too long; waits for so many seconds at most."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive() or self.seconds > LOAD_LIMIT
+
+    def result(self) -> None:
+        """Raises what it raised, or `TimeoutError`."""
+        if self._thread.is_alive():
+            raise TimeoutError
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except Exception as error:
+            self._error = error
+
+
+@contextlib.contextmanager
+def _hanging_up() -> Iterator[Callable[[Connection], None]]:
+    """Close the connections that were opened, also at Ctrl-C: that ends a load."""
+    connections: list[Connection] = []
+    try:
+        yield connections.append
+    finally:
+        for connection in connections:
+            with contextlib.suppress(Exception):
+                connection.close()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"it was not loaded within {LOAD_LIMIT:g} s"
+    if isinstance(error, StatusError):
+        words = _WORDS.get(error.status, "the server refuses")
+        return f"{words} (status {error.status})"
+    text = "".join(c if c.isprintable() else "?" for c in str(error)[:200])
+    return text or "nothing listens there any more"
+
+
+def _room(free: int | None) -> str:
+    return "" if free is None else f"; {format_gb(free)} of VRAM were free"
+
+
+def _does_not_fit(model: LoadedModel, free: int | None) -> str:
+    needs = format_gb(model.size + CUDA_CONTEXT + MARGIN)
+    return f"it does not fit: {placed(model)}; it needs {needs}{_room(free)}"

@@ -1,0 +1,236 @@
+"""Models loaded before the workers are counted, kept until the end, and given back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+from simulator import Device, Machine
+from simulator.ollama import FaultyServer, Model, OllamaServer
+
+from .conftest import TRIVIAL, Project
+
+ON = ("--gpu-share", "-o", "gpu_share_ollama_preload=true")
+MODELS = "gpu_share_ollama_models="
+QWEN = "qwen2.5:14b"
+
+
+@pytest.fixture
+def server(machine_with: Callable[..., Machine], ollama_with: Callable[..., Any]) -> OllamaServer:
+    """24 GB, 22 GB free, and an Ollama that holds nothing yet."""
+    machine_with(Device(total="24GB", used="2GB"))
+    return ollama_with(
+        [
+            Model(QWEN, "10.8GB"),
+            Model("small:1b", "1GB"),
+            Model("embed:1b", "1GB", embeds=True),
+            Model("huge:70b", "40GB"),
+        ]
+    )
+
+
+def keeps(server: OllamaServer, name: str) -> float:
+    """For how many more seconds Ollama keeps a model."""
+    entry = next(entry for entry in server.ps() if entry["name"] == name)
+    text = re.sub(r"\.(\d{1,6})\d*", r".\1", entry["expires_at"]).replace("Z", "+00:00")
+    return (datetime.fromisoformat(text) - datetime.now(timezone.utc)).total_seconds()
+
+
+def changes(server: OllamaServer) -> list[tuple[str, Any]]:
+    """(path, body) of the requests that may change something."""
+    return [
+        (request.path, request.json())
+        for request in server.requests
+        if request.path in ("/api/generate", "/api/embed")
+    ]
+
+
+def test_preload(project: Project, server: OllamaServer) -> None:
+    """Loaded one after another, counted as resident, kept for the tests, then as usual."""
+    result = project.pytest(*ON, "-o", f"{MODELS}{QWEN} embed:1b", "--gpu-share-report=r.json")
+    assert (result.code, result.passed, result.err) == (0, 4, ""), result.out
+    assert "  VRAM: Ollama reservation 12.0 GB (11.8 GB of it resident)" in result.out
+    assert f"gpu-share: Ollama kept {QWEN} on the GPU (10.8 GB, 100 %) throughout" in result.out
+    assert "gpu-share: Ollama kept embed:1b on the GPU (1.0 GB, 100 %) throughout" in result.out
+    events = json.loads((project.path / "r.json").read_text(encoding="utf-8"))["events"]
+    told = [event["text"] for event in events if event["kind"] == "ollama-preloaded"]
+    assert [re.sub(r"\d+ s", "N s", text) for text in told] == [
+        f"Ollama loaded {QWEN} 10.8 GB, 100 % on GPU before the tests (N s)",
+        "Ollama loaded embed:1b 1.0 GB, 100 % on GPU before the tests (N s)",
+    ]
+    loading, back = {"keep_alive": "1h"}, {"keep_alive": "5m"}
+    generate = {"model": QWEN, "stream": False}
+    embed = {"model": "embed:1b", "stream": False}
+    assert changes(server) == [
+        ("/api/generate", {**generate, **loading}),
+        ("/api/generate", {**embed, **loading}),
+        ("/api/embed", {"model": "embed:1b", "input": "", **loading}),
+        ("/api/generate", {**generate, **back}),
+        ("/api/generate", {**embed, **back}),
+        ("/api/embed", {"model": "embed:1b", "input": "", **back}),
+    ]
+    assert 0 < keeps(server, QWEN) <= 300
+    assert 0 < keeps(server, "embed:1b") <= 300
+
+
+def test_what_is_loaded_is_left_alone(project: Project, server: OllamaServer) -> None:
+    """Not one request that could change a model that somebody else has loaded."""
+    server.load(QWEN, keep_alive="20m", num_ctx=8192)
+    before, server.requests = server.ps(), []
+    result = project.pytest(*ON, "-o", f"{MODELS}{QWEN}")
+    assert (result.code, result.passed) == (0, 4), result.out
+    assert changes(server) == []
+    assert server.ps() == before
+
+
+def test_without_preload_nothing_is_changed(project: Project, server: OllamaServer) -> None:
+    """All requests of a run that does not ask for it are questions."""
+    result = project.pytest("--gpu-share", "-o", f"{MODELS}{QWEN}")
+    assert result.code == 0
+    assert {r.path for r in server.requests} <= {
+        "/api/version",
+        "/api/ps",
+        "/api/tags",
+        "/api/show",
+    }
+    assert server.ps() == []
+
+
+def test_given_back_after_failures(project: Project, server: OllamaServer) -> None:
+    """Also where a test fails, and where no worker starts at all; as OLLAMA_KEEP_ALIVE says."""
+    project.write(test_project="def test_it(): assert 0")
+    result = project.pytest(*ON, "-o", f"{MODELS}small:1b", OLLAMA_KEEP_ALIVE="90s")
+    assert result.code == 1
+    assert 0 < keeps(server, "small:1b") <= 90
+    server.unload("small:1b")
+    no_room = ["-o", "gpu_share_min_vram_per_worker_gb=20"]
+    no_room += ["-o", "gpu_share_fallback_to_cpu_when_constrained=false"]
+    result = project.pytest(*ON, "-o", f"{MODELS}small:1b", *no_room)
+    assert result.code == 4
+    assert 0 < keeps(server, "small:1b") <= 300
+
+
+def test_what_does_not_fit(project: Project, server: OllamaServer) -> None:
+    """What it needs and what is free is told; `fail` ends the run before the first test."""
+    result = project.pytest(*ON, "-n1", "-o", f"{MODELS}huge:70b missing:7b")
+    assert (result.code, result.passed) == (0, 4), result.out
+    problems = [line for line in result.said if "was not preloaded" in line]
+    assert problems == [
+        "  huge:70b was not preloaded: it does not fit: huge:70b 40.0 GB, 51 % on GPU; "
+        "it needs 41.5 GB; 22.0 GB of VRAM were free",
+        "  missing:7b was not preloaded: the server has no such model: ollama pull it (status 404)",
+    ]
+    server.unload("huge:70b")
+    fail = ["-o", "gpu_share_ollama_preload_failed=fail"]
+    result = project.pytest(*ON, "-o", f"{MODELS}small:1b missing:7b", *fail)
+    assert result.code == 4
+    assert result.err.splitlines() == [
+        "ERROR: gpu-share: not preloaded: missing:7b: the server has no such model: ollama pull it "
+        "(status 404); gpu_share_ollama_preload_failed is fail: free "
+        "VRAM, name other models, or set it to warn",
+        "",
+    ]
+    assert 0 < keeps(server, "small:1b") <= 300
+
+
+def test_nothing_to_load(project: Project, server: OllamaServer) -> None:
+    """Settings that contradict each other are told before anything happens."""
+    result = project.pytest(*ON)
+    assert result.code == 4
+    assert "name the models in gpu_share_ollama_models" in result.err
+    result = project.pytest(
+        *ON, "-o", f"{MODELS}{QWEN}", "-o", "gpu_share_enable_ollama_detection=no"
+    )
+    assert result.code == 4
+    assert "no request is made to Ollama" in result.err
+    assert server.requests == []
+
+
+def test_plan_loads_nothing(project: Project, server: OllamaServer) -> None:
+    """`pytest-gpushare plan` tells what would be, and changes nothing."""
+    project.file(
+        "pytest.ini",
+        f"[pytest]\ngpu_share_ollama_preload = true\n{MODELS.strip('=')} = {QWEN}\n",
+    )
+    code = "import sys; from pytest_gpushare.cli.main import main; sys.exit(main(['plan']))"
+    result = project.command([sys.executable, "-c", code])
+    assert (result.code, "2 GPU workers" in result.out) == (0, True), result.out + result.err
+    assert server.requests
+    assert changes(server) == []
+
+
+def test_interrupt(project: Project, server: OllamaServer) -> None:
+    """Ctrl-C is heard while a model is being loaded, which ends the load."""
+    server.scheduler.settings = type(server.scheduler.settings)(load_delay=60.0)
+    command = [sys.executable, "-m", "pytest", *ON, "-o", f"{MODELS}{QWEN}"]
+    with subprocess.Popen(
+        command,
+        cwd=project.path,
+        env=project.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        until = time.monotonic() + 60
+        while not changes(server) and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "gpu-share: interrupted before the tests" in errors
+    assert "Traceback" not in errors
+    assert time.monotonic() - began < 30
+    until = time.monotonic() + 10
+    while server.scheduler.loaded() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert server.ps() == []
+
+
+@pytest.mark.parametrize("mode", ["silent", "drip-body", "status-503", "status-403", "huge"])
+def test_faulty_server(mode: str, project: Project, machine: Machine) -> None:
+    """One that does not even tell what it holds is not asked to load anything."""
+    with FaultyServer(mode) as server:
+        began = time.monotonic()
+        result = project.pytest(*ON, "-o", f"{MODELS}{QWEN}", OLLAMA_HOST=server.host)
+        took = time.monotonic() - began
+        assert all(path in ("/api/version", "/api/ps") for path in server.paths)
+    assert (result.code, result.passed) == (0, 4), result.out + result.err
+    assert f"  {QWEN} was not preloaded: Ollama at {server.host} cannot load it:" in result.out
+    assert took < 60
+
+
+def test_progress_line(project: Project, server: OllamaServer) -> None:
+    """A terminal shows that something goes on; the line is gone afterwards."""
+    pty = pytest.importorskip("pty")
+    server.scheduler.settings = type(server.scheduler.settings)(load_delay=1.0)
+    project.write(test_project=TRIVIAL)
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "pytest", *ON, "-o", f"{MODELS}small:1b"]
+    with subprocess.Popen(
+        command, cwd=project.path, env=project.environment, stdout=subprocess.DEVNULL, stderr=slave
+    ) as process:
+        os.close(slave)
+        shown = b""
+        while True:
+            try:
+                part = os.read(master, 65536)
+            except OSError:
+                break
+            if not part:
+                break
+            shown += part
+        assert process.wait(60) == 0
+    os.close(master)
+    assert b"\rgpu-share: Ollama loads small:1b into VRAM, 0 s" in shown
+    assert shown.endswith(b" \r")
