@@ -34,7 +34,7 @@ def _server(started: Started) -> Text:
     ollama = started.ollama
     who = f"Ollama {ollama.version}" if ollama.version else "Ollama"
     if not ollama.answered:
-        text = f"  {who} at {ollama.address}: {ollama.problem}; {_what_stands(started)}"
+        text = f"  {who} at {ollama.address}: {ollama.problem}; {what_stands(started)}"
         return Text(text, problem=ollama.reachable)
     models = ", ".join(placed(model) for model in ollama.models)
     spilled = any(model.is_spilled for model in ollama.models)
@@ -42,7 +42,8 @@ def _server(started: Started) -> Text:
     return Text(f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}", spilled)
 
 
-def _what_stands(started: Started) -> str:
+def what_stands(started: Started) -> str:
+    """What becomes of the reservation where the server does not answer."""
     if not started.plan.devices:
         return "no GPU to share with it"
     if started.plan.is_released:

@@ -380,3 +380,23 @@ def test_slow_plugin_and_secrets(project: Project, machine: Machine) -> None:
     assert "pytest-refuses" not in told.codes
     assert "noise" not in told.result.out
     assert "hunter" not in told.result.out
+
+
+def test_models_and_device_of_ollama(
+    project: Project, machine_with: MachineWith, ollama_with: OllamaWith
+) -> None:
+    """A model that is not there, a reservation that is too small, and another device than named."""
+    machine_with(Device(), Device())
+    ollama_with({"qwen2.5:14b": "10.8GB"}, load="qwen2.5:14b")
+    told = doctor(
+        project,
+        "--",
+        *("-o", "gpu_share_ollama_models=qwen2.5:14b nothere:7b"),
+        *("-o", "gpu_share_ollama_vram_reservation_mb=2048", "-o", "gpu_share_ollama_gpu=1"),
+    )
+    models = [finding for finding in told.all if finding["code"] == "ollama-models"]
+    assert [finding["level"] for finding in models] == ["look", "look"]
+    assert models[0]["mend"] == "ollama pull nothere:7b"
+    assert "would hold its models" in models[1]["mend"]
+    assert told.level("ollama-elsewhere") == "look"
+    assert "gpu_share_ollama_gpu = auto" in told.mend("ollama-elsewhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from pytest_gpushare.cli.doctor.findings import Finding, look, ok
@@ -9,6 +10,7 @@ from pytest_gpushare.cli.doctor.gather import Examined
 from pytest_gpushare.cli.doctor.packages import release
 from pytest_gpushare.plan.ollama_share import devices_of_ollama
 from pytest_gpushare.probe.facts import LoadedModel, OllamaFacts
+from pytest_gpushare.report.ollama import ollama_lines, what_stands
 from pytest_gpushare.units import format_gb
 
 _WATERSHED = (0, 30)
@@ -33,6 +35,7 @@ def ollama(found: Examined) -> Iterator[Finding]:
         yield ok("no model is loaded")
     for model in told.models:
         yield _model(model)
+    yield from _needs(found)
     yield from _device(found, told)
 
 
@@ -50,7 +53,7 @@ def _reached_by(found: Examined) -> str:
 
 
 def _silent(found: Examined, told: OllamaFacts, by: str) -> Finding:
-    fact = f"Ollama at {told.address} ({by}): {told.problem}; its VRAM reservation stands"
+    fact = f"Ollama at {told.address} ({by}): {told.problem}; {what_stands(found.started)}"
     patient = found.patient_ollama
     if patient is not None and patient.answered:
         return look(
@@ -110,8 +113,21 @@ def _model(model: LoadedModel) -> Finding:
     )
 
 
+def _needs(found: Examined) -> Iterator[Finding]:
+    """What the header says of the models that the run relies on, where that is a problem."""
+    for line in list(ollama_lines(found.started, 0))[1:]:
+        fact, _, mend = line.text.strip().rpartition(": ")
+        if line.problem and not re.search(r"gpu_share_|^ollama ", mend):
+            fact, mend = line.text, "name the reservation: gpu_share_ollama_vram_reservation_mb"
+        if line.problem:
+            yield look("ollama-models", fact, mend)
+
+
 def _device(found: Examined, told: OllamaFacts) -> Iterator[Finding]:
     gpus, settings = found.started.gpus, found.started.settings
+    for note in found.started.notes:
+        if note not in gpus.problems and note.startswith("gpu_share_ollama_gpu"):
+            yield look("ollama-elsewhere", note, "gpu_share_ollama_gpu = auto, or name its device")
     if not told.on_this_host or len(gpus.all_devices) < 2 or settings.ollama_vram_reservation == 0:
         return
     if devices_of_ollama(settings.ollama_gpu, gpus) is None:
