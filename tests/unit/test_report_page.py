@@ -19,7 +19,8 @@ from jsonschema import Draft202012Validator
 import pytest_gpushare.report.page as package
 from pytest_gpushare.report.page import page
 from pytest_gpushare.report.page.data import data
-from pytest_gpushare.report.page.samples import differences, drawn, settled, thinned
+from pytest_gpushare.report.page.holders import settled, without_workers
+from pytest_gpushare.report.page.samples import differences, drawn, thinned
 from pytest_gpushare.report.page.verdict import answers, outcome
 from pytest_gpushare.report.page.words import clock, label, listed, percent, size, span
 
@@ -294,6 +295,18 @@ def test_samples_take_the_reading_that_accounts_for_them() -> None:
     ]
     unknown = [None, None, GB]
     assert settled([0.0, 8.0, 9.0], [GB, GB, GB], [unknown], 24 * GB) == [[None, GB, GB]]
+
+
+def test_samples_beside_the_workers_lives_are_told_apart_where_the_sum_is_right() -> None:
+    used = [2 * GB, 5 * GB, 6 * GB, 5 * GB, 3 * GB]
+    ollama: list[float | None] = [None, None, 3 * GB, None, None]
+    others: list[float | None] = [None, None, 2 * GB, None, None]
+    worker: list[float | None] = [None, None, GB, None, None]
+    assert without_workers(used, [ollama, others, worker], 24 * GB) == [
+        [None, 3 * GB, 3 * GB, 3 * GB, None],
+        [None, 2 * GB, 2 * GB, 2 * GB, None],
+        worker,
+    ]
 
 
 def test_samples_of_uneven_length_are_bounded_by_their_times() -> None:

@@ -6,9 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytest_gpushare.report.page.data import colours
+from pytest_gpushare.report.page.holders import holders
 from pytest_gpushare.report.page.markup import Markup, pairs, tag
 from pytest_gpushare.report.page.meter import Edges, Part, meter
-from pytest_gpushare.report.page.words import clock, each, in_order, label, number, size
+from pytest_gpushare.report.page.words import clock, each, label, number, size
+
+_NAMES = {"ollama": "Ollama", "others": "others", "rest": "not told apart"}
+
+# Samples before and after the fullest one, to tell apart who held what.
+_AROUND = 20
 
 
 def meters(document: Mapping[str, Any]) -> Markup:
@@ -74,28 +80,29 @@ def _fullest(
     if not any(used):
         return None, []
     index = max(range(len(used)), key=lambda at: used[at] or 0)
-
-    def there(values: Any) -> float:
-        return (number(values[index]) if values and len(values) > index else None) or 0
-
-    workers = each(document, "workers")
-    numbers = {
-        worker.get("id"): colour
-        for worker, colour in zip(workers, colours(workers), strict=True)
-        if colour is not None
-    }
-    parts = [Part("others", "others", there(held.get("others_bytes")))]
-    ollama = Part("ollama", "Ollama", there(held.get("ollama_bytes")))
-    own = [
-        Part(f"worker-{numbers.get(worker, 0)}", str(worker), there(values))
-        for worker, values in in_order(held.get("workers_bytes"), workers)
-    ]
-    rest = (used[index] or 0) - sum(part.held for part in [*parts, *own, ollama])
-    if rest > (number(device.get("total_bytes")) or 0) / 100:
-        parts.append(Part("rest", "not told apart", rest))
     times = held.get("at_s") or ()
-    at = number(times[index]) if len(times) > index else None
-    return at, [part for part in [*parts, *own, ollama] if part.held > 0]
+    around = [
+        at
+        for at in range(max(0, index - _AROUND), min(len(times), index + _AROUND + 1))
+        if number(times[at]) is not None
+    ]
+    if index not in around:
+        return None, []
+    workers = each(document, "workers")
+    told = holders(held, around, number(device.get("total_bytes")), workers)
+    there = around.index(index)
+    numbers = dict(
+        zip((str(worker.get("id")) for worker in workers), colours(workers), strict=True)
+    )
+    parts = [
+        Part(
+            f"worker-{numbers.get(name) or 0}" if kind == "worker" else kind,
+            _NAMES.get(kind, name),
+            values[there] or 0,
+        )
+        for kind, name, values in told.parts
+    ]
+    return told.times[there], [part for part in parts if part.held > 0]
 
 
 def _key(parts: list[Part], total: float | None, peak: float | None) -> Markup:

@@ -63,8 +63,8 @@ function vramPlot(timeline, device, height) {
   plot.tell = (seconds) => {
     const index = seconds === null ? -1 : indexBefore(times, seconds);
     parts.forEach((part, number) => {
-      figures[number].textContent =
-        index < 0 ? `max ${size(whole[number] * MB)}` : size(held(part.held, index));
+      const most = part.colour === "rest" ? "" : `max ${size(whole[number] * MB)}`;
+      figures[number].textContent = index < 0 ? most : size(held(part.held, index));
     });
   };
   plot.spoken = (seconds) => {
