@@ -92,6 +92,9 @@ def _settings(config: pytest.Config) -> Settings:
     settings = load(gather(config))
     plugins = config.pluginmanager.get_plugins() if settings.ollama_preload else ()
     if any(getattr(plugin, "gpu_share_only_asks", False) for plugin in plugins):
+        from pytest_gpushare.run.preloading import check
+
+        check(settings)
         return replace(settings, ollama_preload=False)
     return settings
 

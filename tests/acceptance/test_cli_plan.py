@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from simulator import Device, Machine
 
@@ -151,6 +152,7 @@ REFUSED = {
         "-o",
         "gpu_share_fallback_to_cpu_when_constrained=false",
     ): "a GPU worker needs 3.0 GB of VRAM",
+    ("-o", "gpu_share_ollama_preload=true"): "gpu_share_ollama_models",
     ("--", "--collect-only"): "these arguments run no test under the plugin",
 }
 
@@ -192,3 +194,21 @@ def test_devices_of_a_machine(project: Project, machine_with: Callable[..., Mach
     told = plan(project, CUDA_VISIBLE_DEVICES="1", CUDA_DEVICE_ORDER="PCI_BUS_ID")
     assert "GPU 1 " in told.out
     assert "GPU 0 " not in told.out
+
+
+def test_no_model_is_loaded(
+    project: Project, machine: Machine, ollama_with: Callable[..., Any]
+) -> None:
+    """`ollama_preload` is for runs: neither plan nor doctor nor watch loads anything."""
+    server = ollama_with({"qwen2.5:14b": "5GB"})
+    project.file(
+        "pytest.ini",
+        "[pytest]\ngpu_share = true\ngpu_share_ollama_preload = true\n"
+        "gpu_share_ollama_models = qwen2.5:14b\n",
+    )
+    before = machine.snapshot()[0].peak_used
+    for command in (["plan"], ["plan", "-n0"], ["doctor"], ["watch", "--once"]):
+        result = project.command([*COMMAND, *command])
+        assert (result.code, result.err) == (0, ""), command
+    assert machine.snapshot()[0].peak_used == before
+    assert server.host

@@ -18,6 +18,7 @@ from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.plan.model import Request
 from pytest_gpushare.probe.facts import OllamaFacts
 from pytest_gpushare.run.others import Others
+from pytest_gpushare.run.preloading import check
 from pytest_gpushare.run.start import Host, start
 from pytest_gpushare.run.started import Started
 from pytest_gpushare.settings.load import Written, load
@@ -112,9 +113,12 @@ def settings_of(view: PytestView) -> tuple[Settings, str]:
 
 def _start(settings: Settings, request: Request, host: Host) -> tuple[Started, str]:
     """The plan of a run; one that would not start is planned for with what may be."""
-    lenient = replace(settings, fallback_to_cpu_when_constrained=True)
+    # Whoever only looks loads no model.
+    lenient = replace(settings, fallback_to_cpu_when_constrained=True, ollama_preload=False)
     error = ""
     try:
+        if settings.ollama_preload:
+            check(settings)
         started = start(lenient, request, host, Others())
     except GpuShareError as refused:
         error = str(refused)
