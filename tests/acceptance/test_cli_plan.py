@@ -211,4 +211,4 @@ def test_no_model_is_loaded(
         result = project.command([*COMMAND, *command])
         assert (result.code, result.err) == (0, ""), command
     assert machine.snapshot()[0].peak_used == before
-    assert server.host
+    assert {r.path for r in server.requests if r.method != "GET"} <= {"/api/show"}

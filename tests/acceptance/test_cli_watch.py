@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,15 +152,20 @@ def test_piped_until_ctrl_c(
         assert process.stdout is not None
         assert process.stderr is not None
         began = time.monotonic()
-        pictures = [json.loads(process.stdout.readline()) for _ in range(6)]
+        pictures = [json.loads(process.stdout.readline()) for _ in range(12)]
         took = time.monotonic() - began
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert process.stderr.read() == ""
-    assert took >= 1.0
+    assert took >= 2.1
     assert all(one["devices"][0]["total_bytes"] == 24 * 2**30 for one in pictures)
     assert pictures[-1]["ollama"]["answered"]
-    del server
+    assert {(request.method, request.path) for request in server.requests} == {
+        ("GET", "/api/version"),
+        ("GET", "/api/ps"),
+    }
+    rounds = [r.time for r in server.requests if r.path == "/api/ps"]
+    assert all(later - earlier > 1.9 for earlier, later in pairwise(rounds))
 
 
 @pytest.mark.parametrize("rich", [True, False])
