@@ -64,7 +64,8 @@ def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> Started | 
         return None
     own_workers = numprocesses.keeps_own_workers(options)
     if own_workers and not numprocesses.local_workers(options.tx):
-        return LeftAlone("the workers of --tx are on other hosts: no GPU is assigned to them")
+        why = "the workers of --tx are on other hosts: no GPU is assigned to them"
+        return LeftAlone(f"{why}, and no report is written" if options.gpu_share_report else why)
     reports = _reports(config, options)
     request, cpus = numprocesses.request_for(config)
     settings = _settings(config)

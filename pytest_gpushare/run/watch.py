@@ -126,18 +126,20 @@ class Watch:
 
     def _read_processes(self, workers: Mapping[int, str]) -> None:
         self._last_processes = self._clock()
+        before = self._live.memory(0.0).devices
         reading = self._live.processes(0.0)
         if reading.at < self._last_processes - PROCESSES_INTERVAL:
             self._forget_parts()
             return
-        used = self._live.memory(INTERVAL / 2).devices
+        after = self._live.memory(0.0).devices
         at = self._record.since_start(reading.at)
         held: dict[str, int] = {}
         known = False
         for uuid, watched in self.devices.items():
-            memory = used.get(uuid)
-            found = reading.devices.get(uuid)
-            watched.parts = watched.teller.parts(memory.used if memory else 0, found, workers)
+            # What a process takes between two readings must not be called another's.
+            used = [m.used for m in (before.get(uuid), after.get(uuid)) if m is not None]
+            found = reading.devices.get(uuid) if used else None
+            watched.parts = watched.teller.parts(min(used, default=0), found, workers)
             if watched.parts.workers is None:
                 continue
             known = True

@@ -1,0 +1,122 @@
+"""What the watch costs: CPU time of its threads, and memory for a day of samples."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import tracemalloc
+from typing import Any
+
+from pytest_gpushare.plan.model import Plan, Request
+from pytest_gpushare.run.crew import Crew
+from pytest_gpushare.run.live import LiveVram
+from pytest_gpushare.run.record import Record
+from pytest_gpushare.run.series import Parts, Series
+from pytest_gpushare.run.watch import Watch
+
+from .scene import scene
+
+# In a process of its own: the simulated library has to be there before it starts.
+_SAMPLE = """
+import sys
+from tests.benchmarks.watch import sample
+sample(float(sys.argv[1]), int(sys.argv[2]))
+"""
+
+
+def sample(seconds: float, workers: int) -> None:
+    """Watch every device for so long, beside so many workers that hold VRAM."""
+    from simulator import Machine
+
+    from pytest_gpushare.probe.nvml import Nvml
+
+    machine = Machine.open()
+    nvml = Nvml()
+    nvml.open()
+    devices = nvml.read(None, None).all_devices
+    crew = Crew(Plan((), 0, (), (), (), Request()), lambda _device: 0)
+    children = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+                for _ in range(workers)]  # fmt: skip
+    for number, child in enumerate(children):
+        machine.allocate(number % len(devices), "1GB", child.pid)
+        crew.join(f"gw{number}", number, 0.0)
+        crew.came_up(f"gw{number}", child.pid)
+    reader = _Timed(nvml)
+    live = LiveVram(reader)  # type: ignore[arg-type]
+    watch = Watch(live, [device.uuid for device in devices], crew, Record())
+    watch.start()
+    time.sleep(seconds)
+    watch.stop()
+    live.close()
+    for child in children:
+        child.communicate(b"\\n")
+    rows = sum(len(watched.series) for watched in watch.devices.values())
+    print(json.dumps({"watch": watch.cpu_time, "reader": reader.cpu_time, "rows": rows}))
+
+
+class _Timed:
+    """The library, and the CPU time of the thread that reads it, its own work included."""
+
+    def __init__(self, nvml: Any) -> None:
+        self._nvml = nvml
+        self.cpu_time = 0.0
+
+    def memory(self) -> Any:
+        found = self._nvml.memory()
+        self.cpu_time = time.thread_time()
+        return found
+
+    def processes(self) -> Any:
+        found = self._nvml.processes()
+        self.cpu_time = time.thread_time()
+        return found
+
+
+def memory_of_a_day(workers: int) -> tuple[int, int, float]:
+    """Bytes for 24 hours at 5 Hz, at the most and at the end, and seconds for all appends."""
+    series = Series()
+    held = {f"gw{number}": number for number in range(workers)}
+    tracemalloc.start()
+    for at in range(24 * 3600 * 5):
+        series.add(at / 5, at % 1000, Parts(1, 2, held))
+    now, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    start = time.process_time()
+    series = Series()
+    for at in range(24 * 3600 * 5):
+        series.add(at / 5, at % 1000, Parts(1, 2, held))
+    return now, most, time.process_time() - start
+
+
+def main() -> None:
+    """Print a table of CPU shares, and the memory of a day."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    seconds = parser.parse_args().seconds
+    print("| devices | workers | sampling thread | reading thread | together |")
+    print("| --- | --- | --- | --- | --- |")
+    for devices, workers in ((1, 2), (1, 8), (8, 16)):
+        with scene(devices=devices) as here:
+            told = json.loads(
+                subprocess.check_output(
+                    [sys.executable, "-c", _SAMPLE, str(seconds), str(workers)],
+                    env=here.environment,
+                    text=True,
+                )
+            )
+        shares = [100 * told[name] / seconds for name in ("watch", "reader")]
+        cells = [f"{share:.2f} %" for share in (*shares, sum(shares))]
+        print(f"| {devices} | {workers} | {' | '.join(cells)} |")
+    for workers in (2, 8):
+        now, most, took = memory_of_a_day(workers)
+        print(
+            f"\n24 h at 5 Hz, one device, {workers} workers: {now / 1e6:.1f} MB at the end, "
+            f"{most / 1e6:.1f} MB at most; all appends took {took:.1f} s of CPU time"
+        )
+
+
+if __name__ == "__main__":
+    main()
