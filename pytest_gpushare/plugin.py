@@ -155,9 +155,13 @@ def pytest_report_header(config: pytest.Config) -> list[str] | None:
     return header_lines(started, config)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """The same lines for the log, and the problems for a run that prints no header."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> Generator[None, Any, Any]:
+    """The same lines for the log, and the problems for a run that prints no header.
+
+    What runs beside the tests begins last: by then xdist has started the workers, and what is
+    loaded for it is loaded while they come up.
+    """
     started = session.config.stash.get(STARTED, None)
     if started is not None:
         from pytest_gpushare.report.output import log_lines, print_problems
@@ -169,7 +173,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
         log_lines(started, session.config)
         print_problems(started, session.config)
+    result = yield
+    if started is not None:
         started.begin()
+    return result
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
