@@ -87,9 +87,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config) -> Generator[None, Any, A
     started = config.stash.get(STARTED, None)
     if started is None:
         return stock
+    from pytest_gpushare.pull.instead import report_lost
     from pytest_gpushare.run.own import scheduler_for
 
-    return scheduler_for(started, config, stock)
+    return scheduler_for(started, config, stock, partial(report_lost, config))
 
 
 @pytest.hookimpl(optionalhook=True)

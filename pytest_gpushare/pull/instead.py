@@ -20,6 +20,20 @@ def report_instead(item: pytest.Item, outcome: str, reason: str) -> None:
     hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
 
 
+def report_lost(config: pytest.Config, nodeid: str, reason: str) -> None:
+    """Report, in the controller, a test that no worker can run any more."""
+    path = nodeid.partition("::")[0]
+    report = pytest.TestReport(
+        nodeid=nodeid,
+        location=(path, None, path),
+        keywords={},
+        outcome="failed",
+        longrepr=reason,
+        when="call",
+    )
+    config.hook.pytest_runtest_logreport(report=report)
+
+
 def _reports(item: pytest.Item, outcome: str, reason: str) -> Iterator[pytest.TestReport]:
     if outcome == "skip":
         path, line, _ = item.reportinfo()

@@ -126,7 +126,8 @@ class GpuShareScheduling:
             return self._stock.remove_node(node)  # type: ignore[no-any-return]
         replaced = has_died and (self._most_deaths is None or self._deaths <= self._most_deaths)
         self._due = True
-        return self._hand_out.leave(node.gateway.id, replaced=replaced)
+        lost = self._hand_out.leave(node.gateway.id, replaced=replaced)
+        return lost if has_died else None
 
     def _decide(self) -> None:
         collected = [(node, ids) for node, ids in self._nodes.items() if ids is not None]

@@ -36,6 +36,8 @@ class _Hand:
         self.rest = len(collection.ids)
         self.rests = False
         self.devices = devices
+        self.sent: set[int] = set()
+        """Numbers of the tests that it was sent and has not done."""
 
 
 class HandOut:
@@ -50,6 +52,7 @@ class HandOut:
         contexts: Mapping[str, int],
         journal: Journal,
         tell: Callable[..., object],
+        report_lost: Callable[[str, str], None],
     ) -> None:
         """`contexts`: UUID -> bytes of a CUDA context, which no framework counts."""
         self._dispatcher = dispatcher
@@ -59,6 +62,7 @@ class HandOut:
         self._contexts = contexts
         self._journal = journal
         self._tell = tell
+        self._report_lost = report_lost
         self._hands: dict[str, _Hand] = {}
         self._held: dict[str, Mapping[str, int]] = {}
         self._emptied: list[tuple[str, Mapping[str, int]]] = []
@@ -95,11 +99,13 @@ class HandOut:
 
     def leave(self, worker: str, *, replaced: bool) -> str | None:
         """A worker is gone; returns the test that it ran, where it died in one."""
-        if self._hands.pop(worker, None) is None:
+        hand = self._hands.pop(worker, None)
+        if hand is None:
             return None
         self._held.pop(worker, None)
         lost = self._dispatcher.worker_down(worker, replaced=replaced)
-        return None if lost.running is None else self._nodeids[lost.running]
+        # What the dispatcher gave to a worker that xdist had told to end was never sent.
+        return self._nodeids[lost.running] if lost.running in hand.sent else None
 
     def done(self, worker: str, index: int, duration: float) -> None:
         """A worker has done a test, or its rest item."""
@@ -107,6 +113,7 @@ class HandOut:
         if hand is None or index == hand.rest:
             return
         number = hand.collection.numbers[index]
+        hand.sent.discard(number)
         if hand.devices:
             self._readings.has_reported()
         if self._dispatcher.finished(worker, number, self._held.pop(worker, None), duration):
@@ -146,8 +153,7 @@ class HandOut:
             self._tell(action.kind, action.text, **action.facts)
             return
         if isinstance(action, Drop):
-            nodeid = self._nodeids[action.test]
-            self._tell("dropped", f"{nodeid} was not run: {action.reason}", nodeid=nodeid)
+            self._report_lost(self._nodeids[action.test], f"gpu-share: {action.reason}")
             return
         hand = self._hands.get(action.worker)
         # A worker that was told to end, by us or by xdist after a failure, gets nothing more.
@@ -160,7 +166,7 @@ class HandOut:
             elif isinstance(action, Instead):
                 index = hand.collection.place(action.test)
                 self._links.send(action.worker, "instead", [index, action.outcome, action.reason])
-                self._send(hand, [index], last=True)
+                self._send(hand, [action.test], last=True)
             elif isinstance(action, EmptyCaches):
                 self._links.send(action.worker, "empty", action.fixtures)
                 # The rest item that it has is over when another one is behind it.
@@ -171,8 +177,7 @@ class HandOut:
     def _run(self, hand: _Hand, action: Run) -> None:
         if action.source or action.note:
             self._tell_of(action)
-        place = hand.collection.place
-        self._send(hand, [place(test) for test in action.tests], last=action.last)
+        self._send(hand, action.tests, last=action.last)
 
     def _tell_of(self, action: Run) -> None:
         """A GPU test comes alone: the worker and the report hear how it was admitted."""
@@ -185,9 +190,11 @@ class HandOut:
         if action.note:
             journal.remark(nodeid, action.note)
 
-    def _send(self, hand: _Hand, indices: list[int], *, last: bool) -> None:
+    def _send(self, hand: _Hand, tests: Sequence[int], *, last: bool) -> None:
+        indices = [hand.collection.place(test) for test in tests]
         if last and (indices or not hand.rests):
-            indices = [*indices, hand.rest]
+            indices.append(hand.rest)
         if indices:
-            hand.rests = indices[-1] == hand.rest
+            hand.rests = last
+            hand.sent.update(tests)
             hand.node.send_runtest_some(indices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.plan.dispatcher import Dispatcher
@@ -29,11 +30,13 @@ class Own:
         started: Started,
         config: pytest.Config,
         learned: Learned,
+        report_lost: Callable[[str, str], None],
     ) -> None:
         self._started = started
         self._config = config
         self._options: Any = config.option
         self._learned = learned
+        self._report_lost = report_lost
         self._plugins = config.pluginmanager
 
     def has_gpu(self, node: Any) -> bool:
@@ -73,6 +76,7 @@ class Own:
             {room.uuid: room.context for room in rooms},
             started.journal,
             started.record.note,
+            self._report_lost,
         )
         started.links.on("test", hand_out.hold)
         started.links.on("emptied", hand_out.emptied)
@@ -111,14 +115,22 @@ class Own:
         )
 
 
-def scheduler_for(started: Started | LeftAlone, config: pytest.Config, stock: Any) -> Any:
-    """The scheduler of this run, given the one that xdist would use."""
+def scheduler_for(
+    started: Started | LeftAlone,
+    config: pytest.Config,
+    stock: Any,
+    report_lost: Callable[[str, str], None],
+) -> Any:
+    """The scheduler of this run, given the one that xdist would use.
+
+    `report_lost` reports a test that no worker can run any more, by node id, with the reason.
+    """
     options = config.option
     if isinstance(started, LeftAlone) or not started.plan.slots or options.dist == "each":
         return stock
     if not started.has_placed_all:
         return stock
-    own = Own(started, config, Lessons(started, config))
+    own = Own(started, config, Lessons(started, config), report_lost)
     return GpuShareScheduling(stock, started.links, own, most_deaths(options))
 
 

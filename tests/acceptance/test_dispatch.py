@@ -89,7 +89,7 @@ def test_no_replacement(project: Project, machine: Machine) -> None:
     """With restarting disabled the run ends, as stock xdist's does."""
     project.write(test_project=FATAL)
     result = project.pytest(*BESIDE, "--max-worker-restart=0")
-    assert result.code == 1
+    assert result.code == 1, result.out
     assert "worker restarting disabled" in result.out
 
 
