@@ -47,9 +47,9 @@ class Readings:
             return {}
         # The processes first: of what a test allocates meanwhile, free must show at least as
         # much as its worker does, or the room would be counted twice.
-        age = min(PROCESSES_AGE, max(0.0, self._clock() - self._reported))
-        processes = self._live.processes(age).devices
-        memory = self._live.memory(MEMORY_AGE).devices
+        age = max(0.0, self._clock() - self._reported)
+        processes = self._live.processes(min(PROCESSES_AGE, age)).devices
+        memory = self._live.memory(min(MEMORY_AGE, age)).devices
         resident = self._resident()
         return {
             uuid: _reading(memory.get(uuid), processes.get(uuid), self.workers, resident.get(uuid))

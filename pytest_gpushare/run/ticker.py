@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-PAUSE = 0.05
+PAUSE = 0.025
 """Seconds between two nudges."""
 
 

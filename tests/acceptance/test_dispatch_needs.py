@@ -1,0 +1,284 @@
+"""Needs of VRAM with real workers: admitted, refused by name, packed, waited for."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from simulator import Device, Machine
+
+from .conftest import Project
+
+GB = 2**30
+NO_OLLAMA = ("--gpu-share", "--gpu-share-preset=no-ollama")
+PACKED = (*NO_OLLAMA, "--gpu-share-preset=packed", "-o", "gpu_share_safety_buffer_mb=0")
+
+REFUSED = """
+    import gpusim
+    import pytest
+
+    @pytest.mark.gpu(vram="30GB")
+    def test_huge():
+        raise AssertionError("never run")
+
+    @pytest.mark.gpu(vram="2GB", devices=2)
+    def test_pair():
+        raise AssertionError("never run")
+
+    @pytest.mark.gpu(memory="2GB")
+    def test_wrong():
+        raise AssertionError("never run")
+
+    @pytest.mark.xfail
+    @pytest.mark.gpu(vram="40GB")
+    def test_expected_to_fail():
+        raise AssertionError("never run")
+
+    @pytest.mark.gpu(vram="4GB")
+    @pytest.mark.parametrize("i", range(3))
+    def test_fits(i):
+        with gpusim.alloc("3GB"):
+            pass
+
+    @pytest.mark.gpu(required=True)
+    def test_required():
+        pass
+
+    def test_plain():
+        pass
+"""
+
+
+def test_refused_by_name(project: Project, machine_with: Callable[..., Machine]) -> None:
+    """What never fits, or is not understood, fails at its place with the reason; others run."""
+    machine_with(Device(total="24GB", used="2GB"), Device(total="24GB", used="2GB"))
+    project.write(test_project=REFUSED)
+    result = project.pytest("--gpu-share", "-v", "--junitxml=junit.xml")
+    assert (result.code, result.passed) == (1, 5), result.out
+    assert "scheduling tests via GpuShareScheduling" in result.out
+    assert "4 failed" in result.out
+    told = dict(re.findall(r"^FAILED test_project\.py::(\w+) - (.*)$", result.out, re.M))
+    assert set(told) == {"test_huge", "test_pair", "test_wrong", "test_expected_to_fail"}
+    assert "30.0 GB" in result.out
+    assert "9.0 GB" in result.out
+    assert "gpu_share_visible_devices" in result.out
+    assert "unknown keyword memory" in result.out
+    junit = Path(project.path, "junit.xml").read_text()
+    assert 'failures="4"' in junit
+    assert "never run" not in junit
+
+
+@pytest.mark.parametrize(
+    ("setting", "outcomes"),
+    [
+        ("run", "2 failed, 6 passed, 1 xpassed"),
+        ("skip", "2 failed, 1 passed, 6 skipped"),
+        ("fail", "8 failed, 1 passed"),
+    ],
+)
+def test_without_any_gpu(
+    setting: str, outcomes: str, project: Project, machine_with: Callable[..., Machine]
+) -> None:
+    """The fall-back does with GPU tests as `without_gpu` says; required ones fail always."""
+    machine_with(Device(total="10GB", used="0.5GB"))
+    text = REFUSED.replace("raise AssertionError", "print").replace(
+        "with gpusim.alloc", "with open(__file__) or "
+    )
+    project.write(test_project=text)
+    result = project.pytest("--gpu-share", "-n", "2", "-o", f"gpu_share_without_gpu={setting}")
+    assert result.code == 1, result.out
+    assert outcomes in result.out
+    assert "it requires a GPU: insufficient VRAM per worker: 0.0 GB usable" in result.out
+
+
+PACKING = """
+    import time
+    import gpusim
+    import pytest
+
+    SIZES = [2, 3, 9, 4, 12, 2, 5, 3, 7, 2, 10, 4]
+
+    @pytest.mark.parametrize(
+        "size",
+        [pytest.param(s, marks=pytest.mark.gpu(vram=f"{s}GB")) for s in SIZES],
+    )
+    def test_pack(size):
+        start = time.time()
+        with gpusim.alloc(f"{size}GB"):
+            time.sleep(0.3)
+        with open("spans.txt", "a") as file:
+            print(start, time.time(), size, file=file)
+"""
+
+
+def most_at_once(spans: list[tuple[float, float, float]]) -> tuple[int, float]:
+    """The most tests, and the most GB, that ran at one moment."""
+    moments = [start for start, _, _ in spans]
+    running = [[size for start, end, size in spans if start <= at < end] for at in moments]
+    return max(map(len, running)), max(map(sum, running))
+
+
+def test_packed(project: Project, machine_with: Callable[..., Machine]) -> None:
+    """The preset packs tests by their needs, and never beyond the card."""
+    machine = machine_with(Device(total="24GB", used="0GB"), context="0MB")
+    project.write(test_project=PACKING)
+    result = project.pytest(*PACKED, "-n", "6")
+    assert (result.code, result.passed, result.workers) == (0, 12, 6), result.out
+    state = machine.snapshot()[0]
+    assert state.oom_count == 0
+    assert state.peak_used <= 24 * GB
+    spans = [
+        tuple(map(float, line.split()))
+        for line in Path(project.path, "spans.txt").read_text().splitlines()
+    ]
+    count, size = most_at_once(spans)  # type: ignore[arg-type]
+    assert count >= 3
+    assert size > 12
+
+
+PAIRS = """
+    import os, time
+    import gpusim
+    import pytest
+
+    @pytest.mark.gpu(vram="4GB", devices=2)
+    @pytest.mark.parametrize("i", range(3))
+    def test_pair(i):
+        seen = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+        assert len(seen) == 2
+        with gpusim.alloc("3GB", device=0), gpusim.alloc("3GB", device=1):
+            time.sleep(0.05)
+
+    @pytest.mark.gpu(vram="3GB")
+    @pytest.mark.parametrize("i", range(6))
+    def test_one(i):
+        with gpusim.alloc("2GB"):
+            time.sleep(0.05)
+"""
+
+
+def test_several_devices(project: Project, machine_with: Callable[..., Machine]) -> None:
+    """Under `visible_devices = all` a test gets all its devices at once."""
+    machine = machine_with(
+        Device(total="8GB", used="0GB"), Device(total="8GB", used="0GB"), context="100MB"
+    )
+    project.write(test_project=PAIRS)
+    result = project.pytest(*PACKED, "-n", "4", "-o", "gpu_share_visible_devices=all")
+    assert (result.code, result.passed) == (0, 9), result.out
+    assert [state.oom_count for state in machine.snapshot()] == [0, 0]
+
+
+GROUPED = """
+    import os, time
+    import pytest
+
+    def note():
+        with open("log.txt", "a") as log:
+            role, worker = os.environ["PYTEST_GPUSHARE_ROLE"], os.environ["PYTEST_XDIST_WORKER"]
+            test = os.environ["PYTEST_CURRENT_TEST"].split(" ")[0]
+            print(test, role, worker, file=log)
+
+    class TestA:
+        def test_one(self): note()
+        def test_two(self): note()
+        @pytest.mark.gpu
+        def test_gpu(self): note()
+        @pytest.mark.gpu
+        def test_gpu_too(self): note()
+
+    @pytest.mark.xdist_group("together")
+    def test_b(): note()
+
+    @pytest.mark.gpu
+    @pytest.mark.xdist_group("together")
+    def test_gpu_b(): note()
+
+    @pytest.mark.gpu
+    @pytest.mark.xdist_group("together")
+    def test_gpu_c(): note()
+"""
+
+
+@pytest.mark.parametrize("dist", ["loadscope", "loadfile", "loadgroup", "worksteal"])
+def test_dist_within_each_kind(dist: str, project: Project, machine: Machine) -> None:
+    """What xdist keeps on one worker stays on one worker of each kind."""
+    (project.path / "test_project.py").unlink()
+    project.write(**{f"test_{name}": GROUPED for name in ("one", "two", "three")})
+    result = project.pytest("--gpu-share", "-o", "gpu_share_cpu_workers=2", "--dist", dist)
+    assert (result.code, result.passed) == (0, 21), result.out
+    places: dict[tuple[str, bool], set[str]] = defaultdict(set)
+    for line in Path(project.path, "log.txt").read_text().splitlines():
+        test, role, worker = line.split()
+        marked = "gpu" in test
+        assert role == "gpu" or not marked
+        key = {
+            "loadscope": test.rpartition("::")[0],
+            "loadfile": test.partition("::")[0],
+            "loadgroup": test.rpartition("@")[2] if "@" in test else test,
+            "worksteal": test,
+        }[dist]
+        places[key, marked].add(worker)
+    assert {len(workers) for workers in places.values()} == {1}, places
+
+
+PRESSURE = """
+    import pathlib, time
+    import gpusim
+    import pytest
+
+    @pytest.mark.gpu(vram="4GB")
+    @pytest.mark.parametrize("i", range(4))
+    def test_gpu(i):
+        if i == 0:
+            pathlib.Path("started").touch()
+            while not pathlib.Path("taken").exists():
+                time.sleep(0.02)
+        with gpusim.alloc("2GB"):
+            # Free VRAM is read every 50 ms.
+            time.sleep(0.1)
+"""
+TAKING = """
+    import os, pathlib, threading, time
+    from simulator import Machine
+
+    def take():
+        while not pathlib.Path("started").exists():
+            time.sleep(0.02)
+        machine = Machine.open()
+        machine.set_used(0, "20GB")
+        pathlib.Path("taken").touch()
+        if os.environ.get("FOR"):
+            time.sleep(float(os.environ["FOR"]))
+            machine.set_used(0, "2GB")
+
+    def pytest_sessionstart(session):
+        # Another program on this machine takes VRAM while the tests run.
+        if not hasattr(session.config, "workerinput"):
+            threading.Thread(target=take, daemon=True).start()
+"""
+ONE = ("-o", "gpu_share_max_workers_per_gpu=1")
+
+
+def test_pressure_is_waited_out(project: Project, machine: Machine) -> None:
+    """While others hold the VRAM no GPU test starts; when it comes back, all run."""
+    project.write(test_project=PRESSURE, conftest=TAKING)
+    result = project.pytest(*NO_OLLAMA, *ONE, FOR="1.5")
+    assert (result.code, result.passed) == (0, 4), result.out
+    assert machine.snapshot()[0].oom_count == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "outcome"), [("fail", "3 failed, 1 passed"), ("skip", "1 passed, 3 skipped")]
+)
+def test_pressure_that_lasts(
+    setting: str, outcome: str, project: Project, machine: Machine
+) -> None:
+    """After the limit the run goes on as `without_gpu` says, with the figures."""
+    project.write(test_project=PRESSURE, conftest=TAKING)
+    options = ("-o", "gpu_share_pressure_timeout_s=1", "-o", f"gpu_share_without_gpu={setting}")
+    result = project.pytest(*NO_OLLAMA, *ONE, *options, "-rs")
+    assert outcome in result.out, result.out
+    assert "4.0 GB" in result.out
