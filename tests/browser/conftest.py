@@ -106,13 +106,16 @@ class Opened:
 
 @pytest.fixture
 def opened(browser: Browser, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
-    """Open the page of a document; ends with the check that the page did nothing wrong."""
+    """Open a page, or that of a document; ends with the check that the page did nothing wrong."""
     with ExitStack() as stack:
         pages: list[Opened] = []
 
-        def open_page(document: Mapping[str, Any], **context: Any) -> Opened:
-            path = tmp_path / f"report{len(pages)}.html"
-            path.write_text(page(document), encoding="utf-8")
+        def open_page(document: Mapping[str, Any] | Path, **context: Any) -> Opened:
+            if isinstance(document, Path):
+                path = document
+            else:
+                path = tmp_path / f"report{len(pages)}.html"
+                path.write_text(page(document), encoding="utf-8")
             options = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"}
             made = browser.new_context(**{**options, **context})
             stack.callback(made.close)

@@ -176,7 +176,7 @@ def test_licence_of_the_library_goes_with_it() -> None:
 def test_verdict_of_a_good_run() -> None:
     who, near, ollama, change = answers(documents.small())
     assert (who.state, who.answer) == ("good", "2 workers on 1 GPU")
-    assert who.details == ["GPU 0 NVIDIA GeForce RTX 3090 Ti: 2 × 4.5 GB: gw0 and gw1"]
+    assert who.details == ["GPU 0 NVIDIA GeForce RTX 3090 Ti: gw0 and gw1, 4.5 GB each"]
     assert (near.state, near.answer) == ("good", "83 % full")
     assert near.details[0] == "19.97 GB of 24.0 GB at the peak"
     assert (ollama.state, ollama.answer) == ("good", "No")
@@ -192,6 +192,11 @@ def test_verdict_of_a_run_in_trouble() -> None:
     assert (ollama.state, ollama.answer) == ("bad", "Yes, while tests ran")
     assert change.state == "warning"
     assert change.details[-1] == "1 test left 0.6 GB behind: see the leaks below"
+
+
+def test_verdict_without_a_hint_points_to_what_happened() -> None:
+    document = {**documents.eventful(), "hints": [], "leaks": []}
+    assert answers(document)[3].answer == "Read what happened"
 
 
 def test_verdict_where_nobody_can_tell() -> None:

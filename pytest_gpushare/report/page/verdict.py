@@ -86,9 +86,9 @@ def _who(document: Mapping[str, Any]) -> Answer:
         own = [worker for worker in on_gpu if worker.get("device") == device.get("uuid")]
         slots = {size(worker.get("slot_bytes")) for worker in own}
         names = listed([str(worker.get("id")) for worker in own]) or "no worker"
-        each_slot = f" × {slots.pop()}" if len(slots) == 1 else ""
-        shares = f"{len(own)}{each_slot}: {names}" if own else names
-        lines.append(f"{label(device)} {device.get('name') or ''}: {shares}".replace("  ", " "))
+        if len(slots) == 1:
+            names += f", {slots.pop()}{' each' if len(own) > 1 else ''}"
+        lines.append(f"{label(device)} {device.get('name') or ''}: {names}".replace("  ", " "))
     used = len({worker.get("device") for worker in on_gpu})
     answer = f"{plural(len(on_gpu), 'worker')} on {plural(used, 'GPU')}"
     return Answer(question, GOOD, answer, [*lines, *also])
@@ -161,6 +161,8 @@ def _change(document: Mapping[str, Any]) -> Answer:
     if leaks:
         left = sum(number(leak.get("bytes")) or 0 for leak in leaks)
         hints.append(f"{plural(len(leaks), 'test')} left {size(left)} behind: see the leaks below")
+    if not hints and not problems and any(e.get("kind") == "oom" for e in each(document, "events")):
+        return Answer(question, WARNING, "Read what happened", ["it tells who held the VRAM"])
     if not hints and not problems:
         return Answer(question, GOOD, "Nothing", ["no better setting was found"])
     state = WARNING if leaks or problems else NEUTRAL
