@@ -38,7 +38,7 @@ class Change(NamedTuple):
     problem: str = ""
     """Why the server does not answer."""
     since: float = 0.0
-    """When the last answer before it came: it happened between the two."""
+    """When the last answer before it came: it happened between the two. `at` for the first."""
 
 
 @dataclass
@@ -104,7 +104,8 @@ class History:
         changes = []
         if self._silent:
             self._silent = False
-            changes.append(Change(at, BACK, since=self.answered_at or 0.0))
+            since = at if self.answered_at is None else self.answered_at
+            changes.append(Change(at, BACK, since=since))
             if self.silences:
                 self.silences[-1] = (self.silences[-1][0], at)
         if self.answered_at is None:

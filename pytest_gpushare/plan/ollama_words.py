@@ -20,7 +20,7 @@ def sentence(change: Change) -> str:
     if change.kind == history.UNREACHABLE:
         return f"Ollama does not answer any more: {change.problem}"
     if change.kind == history.BACK:
-        return "Ollama answers again" if change.since else "Ollama answers"
+        return "Ollama answers again" if change.since < change.at else "Ollama answers"
     model, before = change.model, change.before
     assert model is not None
     if change.kind == history.UNLOADED:

@@ -58,6 +58,11 @@ class Processes:
         self.wait_for_death([pid])
 
     @staticmethod
+    def is_alive(pid: int) -> bool:
+        """Tell whether a runner is still there; somebody may have killed it."""
+        return start_time(pid) is not None
+
+    @staticmethod
     def wait_for_death(pids: list[int]) -> None:
         """Wait until processes that were killed are dead, 10 s at most."""
         deadline = time.monotonic() + 10

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from ..hardware import OutOfMemoryError
 from ..machine import Machine
 from ..sizes import to_bytes
-from ..store import start_time
 from ..visibility import visible_devices
 from .durations import moment, seconds
 from .models import Model
@@ -61,7 +60,7 @@ class Scheduler:
         """Return the loaded models, the first to expire last, as /api/ps does."""
         with self._changed:
             for entry in list(self._loaded.values()):
-                if start_time(entry.pid) is None:  # somebody killed the runner
+                if not self._processes.is_alive(entry.pid):
                     del self._loaded[entry.model.full_name]
             return sorted(self._loaded.values(), key=lambda entry: -entry.deadline)
 
