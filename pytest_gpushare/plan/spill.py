@@ -119,22 +119,27 @@ def judge(
     taken -= model.size_vram + devices * (context + MARGIN)
     taken -= sum(other.size_vram + context for other in beside)
     slack = model.size // 10 + CUDA_CONTEXT
-    tests, by_worker, others = _holders(scenes, taken, missing)
+    tests, by_worker, others = _holders(scenes, taken - slack, missing)
+    room = sum(h.free + h.ollama for h in promise.start.values())
+    required = required_free(model, beside, context, devices)
+    if required > room:
+        # Ollama would have sent the other models away first.
+        required = required_free(model, (), context, devices)
     spill = Spill(
         at, model, Cause.UNKNOWN, missing, tests, by_worker, others,
-        free=min(scene.free for scene in scenes),
-        room=sum(h.free + h.ollama for h in promise.start.values()),
-        required=required_free(model, beside, context, devices),
+        free=min(scene.free for scene in scenes), room=room, required=required,
     )  # fmt: skip
     if max(scene.beside_ollama for scene in scenes) < taken - slack:
         return spill._replace(cause=Cause.OPTIONS)
-    if model.size + context + MARGIN > spill.room:
+    if required > room:
         return spill._replace(cause=Cause.SIZE)
     grown = 0
     if others is not None and start.others is not None:
         grown = max(0, others - start.others)
     budget = sum(promise.budgets.values())
     held = max(0, taken - start.beside_ollama) if tests is None else tests
+    if not held and not grown:
+        return spill._replace(cause=Cause.OPTIONS)
     if spill.required > promise.reservation + promise.safety_buffer and held:
         return _reservation(spill, spill.required, promise)
     if held > budget + slack // 2:
@@ -144,7 +149,8 @@ def judge(
     if grown:
         return _others(spill, grown, promise)
     # More was needed than Ollama's rules explain: what it was short of goes on top.
-    return _reservation(spill, promise.reservation + max(0, budget - held) + missing, promise)
+    more = _reservation(spill, promise.reservation + max(0, budget - held) + missing, promise)
+    return more if more.setting is not None else spill._replace(cause=Cause.OPTIONS)
 
 
 def _holders(
@@ -159,7 +165,7 @@ def _holders(
     tests = fullest.tests or 0
     if tests >= missing or taken - others <= tests:
         return tests, fullest.by_worker, others
-    # Held for less than the time between two looks: the rest that was taken.
+    # Held for less than the time between two looks: what was taken at least, less the others.
     return taken - others, {}, others
 
 

@@ -1,0 +1,276 @@
+"""The guard's thread beside real servers, sound and faulty."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from simulator import Device, Machine
+from simulator.ollama import FAULTS, FaultyServer, OllamaServer
+
+from pytest_gpushare.plan.holding import Held
+from pytest_gpushare.plan.spill import Promise
+from pytest_gpushare.probe.address import parse_address
+from pytest_gpushare.probe.facts import LoadedModel
+from pytest_gpushare.run.guard import Guard, Pace
+from pytest_gpushare.run.kept_loaded import KeptLoaded, usual_keep_alive
+from pytest_gpushare.run.neighbour import Neighbour
+from pytest_gpushare.run.record import Record
+from pytest_gpushare.units import GB
+
+QUICK = Pace(every=0.05, longest=0.2, patience=0.4, last_patience=0.5, sample=0.02)
+MODEL = LoadedModel("m:latest", GB, GB, "0" * 64, 4096)
+IDLE = {"GPU-0": Held(24 * GB, 3 * GB, 21 * GB, GB, {}, None)}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.01)
+
+
+def idle_book(models: Sequence[LoadedModel] | None = (MODEL,)) -> Neighbour:
+    """A book on a device on which nothing happens."""
+    promise = Promise(IDLE, {"GPU-0": 9 * GB}, 12 * GB, GB, 3 * GB)
+    return Neighbour(models, promise, lambda _models, _by_worker: IDLE, Record())
+
+
+def guard_of(host: str, book: Neighbour, pace: Pace = QUICK) -> Guard:
+    return Guard(parse_address(host), lambda: book, pace)
+
+
+class Scene:
+    """A machine, an Ollama on it that may be restarted, and this process as the only worker."""
+
+    def __init__(self, path: Path) -> None:
+        self.machine = Machine.create(path, [Device(total="24GB", used="2GB")], context="0MB")
+        self.record = Record()
+        self.server = self.serve()
+        start = self.held()
+        promise = Promise(start, {"GPU-0": 17 * GB}, 4 * GB, GB, 3 * GB)
+        look = lambda _models, _by_worker: self.held()  # noqa: E731
+        self.book = Neighbour((), promise, look, self.record)
+        self.guard = guard_of(self.server.host, self.book)
+
+    def serve(self, port: int = 0) -> OllamaServer:
+        return OllamaServer(self.machine, {"qwen2.5:14b": "10.8GB"}, port=port)
+
+    def held(self) -> Mapping[str, Held]:
+        (device,) = self.machine.snapshot()
+        own = dict(device.processes).get(os.getpid(), 0)
+        ollama = sum(size for pid, size in device.processes if pid != os.getpid())
+        return {
+            "GPU-0": Held(
+                device.total, device.used, device.free, ollama, {"gw0": own}, ollama or None
+            )
+        }
+
+    def told(self) -> list[str]:
+        return [f"{event.kind}: {event.text}" for event in self.record.events()]
+
+    def after(self, event: str, action: Callable[[], object]) -> None:
+        """Do something, and wait until the guard has told this event once more."""
+        before = len(self.record.events(f"ollama-{event}"))
+        action()
+        wait_for(lambda: len(self.record.events(f"ollama-{event}")) > before)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    scene = Scene(tmp_path / "vram")
+    scene.guard.start()
+    try:
+        yield scene
+    finally:
+        scene.guard.stop()
+        scene.server.close()
+
+
+def test_every_event(scene: Scene) -> None:
+    """All that can happen to a model, as it is told."""
+    name, port = "qwen2.5:14b", scene.server.port
+    scene.after("loaded", lambda: scene.server.load(name))
+    scene.after("reloaded", lambda: scene.server.load(name, num_ctx=8192))
+    scene.after("unloaded", lambda: scene.server.unload(name))
+    handle = scene.machine.allocate(0, "14GB")
+    # Long enough to be seen before Ollama looks for room.
+    time.sleep(0.1)
+    scene.after("spilled", lambda: scene.server.load(name))
+    scene.machine.release(handle)
+    scene.after("unloaded", lambda: scene.server.unload(name))
+    scene.after("recovered", lambda: scene.server.load(name))
+    scene.after("unreachable", scene.server.close)
+    scene.server = scene.serve(port)
+    wait_for(lambda: bool(scene.record.events("ollama-back")))
+    wait_for(lambda: len(scene.record.events("ollama-unloaded")) == 3)
+    assert scene.told() == [
+        "ollama-loaded: Ollama loaded qwen2.5:14b 10.8 GB, 100 % on GPU",
+        "ollama-reloaded: Ollama reloaded qwen2.5:14b 11.55 GB, 100 % on GPU; "
+        "context 4096, now 8192, size 10.8 GB, now 11.55 GB",
+        "ollama-unloaded: Ollama unloaded qwen2.5:14b (11.55 GB)",
+        "ollama-loaded: Ollama loaded qwen2.5:14b 10.8 GB, 63 % on GPU",
+        "ollama-spilled: Ollama put 3.97 GB of qwen2.5:14b (10.8 GB) on the CPU; VRAM then: "
+        "tests 14.0 GB (gw0), others 2.0 GB, 1.17 GB free",
+        "ollama-unloaded: Ollama unloaded qwen2.5:14b (10.8 GB)",
+        "ollama-loaded: Ollama loaded qwen2.5:14b 10.8 GB, 100 % on GPU",
+        "ollama-recovered: Ollama has all of qwen2.5:14b on the GPU again (10.8 GB)",
+        "ollama-unreachable: Ollama does not answer any more: nothing listens",
+        "ollama-back: Ollama answers again",
+        "ollama-unloaded: Ollama unloaded qwen2.5:14b (10.8 GB)",
+    ]
+    spilled = scene.record.events("ollama-spilled")[0]
+    assert spilled.facts["cause"] == "reservation"
+    assert spilled.facts["under_tests"] is True
+    assert spilled.facts["setting"] == {"ollama_vram_reservation_mb": "13000"}
+    assert spilled.facts["held"]["GPU-0"]["workers_bytes"] == {"gw0": 14 * GB}
+    assert scene.guard.has_failed()
+    assert scene.guard.resident() == {"GPU-0": 0}
+
+
+def test_gone_by_itself_and_evicted(scene: Scene) -> None:
+    """A keep-alive that ran out, and a runner that was killed: gone is gone."""
+    scene.after("loaded", lambda: scene.server.load("qwen2.5:14b", keep_alive="0.3s"))
+    wait_for(lambda: bool(scene.record.events("ollama-unloaded")))
+    assert not scene.guard.has_failed()
+    assert all(
+        request.path == "/api/ps" for request in scene.server.requests if request.method == "GET"
+    )
+
+
+def test_a_model_being_loaded_is_absent(scene: Scene) -> None:
+    """While it loads nothing is told; once it is there, it was loaded."""
+    scene.server.scheduler.settings = type(scene.server.scheduler.settings)(load_delay=0.5)
+    thread = threading.Thread(target=scene.server.load, args=("qwen2.5:14b",))
+    thread.start()
+    time.sleep(0.25)
+    assert scene.told() == []
+    thread.join()
+    wait_for(lambda: bool(scene.record.events("ollama-loaded")))
+
+
+def test_faulty_servers() -> None:
+    """None of them ends the guard, overlaps its questions, or holds up the end of the run."""
+    with ExitStack() as stack:
+        servers = {mode: stack.enter_context(FaultyServer(mode)) for mode in FAULTS}
+        books = {mode: idle_book() for mode in servers}
+        guards = {mode: guard_of(servers[mode].host, books[mode]) for mode in servers}
+        for guard in guards.values():
+            guard.start()
+        wait_for(lambda: all(book.history.failures > 1 for book in books.values()))
+        for mode, guard in guards.items():
+            began = time.monotonic()
+            guard.stop()
+            assert time.monotonic() - began < QUICK.last_patience + 1.0, mode
+            assert not guard.has_failed()
+        # Nobody has believed a word.
+        for mode, book in books.items():
+            assert book.history.models == (MODEL,), mode
+            assert len(book.history.silences) == 1, mode
+            assert book.is_over, mode
+            assert servers[mode].connections <= guards[mode].asked, mode
+        assert all(path == "/api/ps" for server in servers.values() for path in server.paths)
+        assert servers["redirect"].redirects == 0
+
+
+def test_server_that_hangs_in_the_middle(scene: Scene) -> None:
+    """It was sound at the start; the end of the run does not wait for it."""
+    scene.after("loaded", lambda: scene.server.load("qwen2.5:14b"))
+    scene.server.delays["/api/ps"] = 30.0
+    wait_for(lambda: bool(scene.record.events("ollama-unreachable")))
+    began = time.monotonic()
+    scene.guard.stop()
+    assert time.monotonic() - began < 1.5
+    assert scene.told()[-1] == (
+        "ollama-unreachable: Ollama does not answer any more: no answer within 0.4 s"
+    )
+
+
+@pytest.mark.parametrize("status", [403, 500, 503])
+def test_errors_in_the_middle(status: int, scene: Scene) -> None:
+    """Told once, and over when it is over."""
+    scene.after("loaded", lambda: scene.server.load("qwen2.5:14b"))
+    scene.server.errors["/api/ps"] = (status, "no")
+    wait_for(lambda: bool(scene.record.events("ollama-unreachable")))
+    del scene.server.errors["/api/ps"]
+    wait_for(lambda: bool(scene.record.events("ollama-back")))
+    assert [text.partition(":")[0] for text in scene.told()] == [
+        "ollama-loaded",
+        "ollama-unreachable",
+        "ollama-back",
+    ]
+
+
+def test_questions_are_bounded() -> None:
+    """The last one is asked, and no other, not even at the end."""
+    with OllamaServer(None, {"m": "1GB"}) as server:
+        guard = guard_of(server.host, idle_book(()), QUICK._replace(most=3))
+        guard.start()
+        wait_for(lambda: guard.asked == 3)
+        time.sleep(0.3)
+        guard.stop()
+        assert len(server.requests) == 3
+
+
+def test_last_question() -> None:
+    """A run that is shorter than the pause has a verdict all the same."""
+    with OllamaServer(None, {"m": "1GB"}) as server:
+        server.load("m")
+        book = idle_book(())
+        guard = guard_of(server.host, book, Pace())
+        guard.start()
+        guard.stop()
+        assert [model.name for model in book.history.models] == ["m:latest"]
+        assert guard.asked == 1
+
+
+def test_pace() -> None:
+    """Every 2 seconds, later 10; in vain 4, 8, 16 and at most 30."""
+    pace = Pace()
+    assert [pace.pause(1, failures) for failures in range(6)] == [2, 4, 8, 16, 30, 30]
+    assert [pace.pause(1800, failures) for failures in (0, 1, 2, 99)] == [10, 20, 30, 30]
+
+
+def test_keep_alive_is_given_back_to_ours_alone() -> None:
+    """A model that somebody loaded with other options meanwhile is theirs."""
+    models = {"ours": "1GB", "changed": "1GB", "gone": "1GB"}
+    with OllamaServer(None, models) as server:
+        for name in models:
+            server.load(name, keep_alive="1h")
+        ours = [
+            LoadedModel(m["name"], m["size"], m["size_vram"], m["digest"], m["context_length"])
+            for m in server.ps()
+        ]
+        server.load("changed", keep_alive="1h", num_ctx=8192)
+        server.unload("gone")
+        before = {entry["name"]: entry["expires_at"] for entry in server.ps()}
+        kept = KeptLoaded(parse_address(server.host), ours, "5m")
+        kept.start()
+        kept.stop()
+        kept.stop()
+        after = {entry["name"]: entry["expires_at"] for entry in server.ps()}
+    assert after.keys() == before.keys() == {"ours:latest", "changed:latest"}
+    assert after["changed:latest"] == before["changed:latest"]
+    assert after["ours:latest"] < before["ours:latest"]
+
+
+def test_keep_alive_beside_a_server_that_hangs() -> None:
+    """The end of the run waits for 3 seconds, and no longer."""
+    with FaultyServer("silent") as server:
+        kept = KeptLoaded(parse_address(server.host), [MODEL])
+        began = time.monotonic()
+        kept.stop()
+        assert time.monotonic() - began < 5
+
+
+def test_usual_keep_alive() -> None:
+    """As the server takes the variable; nonsense is as good as none."""
+    given = ["", "10m", "1h30m", "-1", "0", "'24h'", "soon", "5x"]
+    assert [usual_keep_alive({"OLLAMA_KEEP_ALIVE": text}) for text in given] == [
+        "5m", "10m", "1h30m", -1, 0, "24h", "5m", "5m",
+    ]  # fmt: skip
