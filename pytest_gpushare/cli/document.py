@@ -49,6 +49,7 @@ def _plan_document(started: Started | LeftAlone) -> dict[str, Any]:
             "absence": plan.absence,
             "shortage": "" if plan.slots else shortage(plan),
             "needed_bytes": plan.needed,
+            "ollama_needs": None if plan.demand is None else plan.demand.document(),
             "settings": in_force(started.settings),
         },
         "devices": [_device(device) for device in plan.devices],

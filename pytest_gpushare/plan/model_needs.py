@@ -89,6 +89,20 @@ class Demand:
             return least
         return max(least, -(-self.pending * SHARE[1] // SHARE[0]))
 
+    def document(self) -> list[dict[str, object]]:
+        """The needs in builtin types, for reports; sizes in bytes."""
+        return [
+            {
+                "name": need.name,
+                "vram_bytes": need.vram,
+                "source": need.source.value,
+                "predicted_bytes": need.prediction.vram if need.prediction else None,
+                "difference_bytes": need.difference,
+                "reason": need.reason,
+            }
+            for need in self.needs
+        ]
+
 
 def demand_of(
     names: Sequence[str], ollama: OllamaFacts, server: Server, seen: Mapping[str, int]

@@ -7,6 +7,8 @@ import re
 from typing import NamedTuple
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 11434
+AUTO = "auto"
+"""In place of an address: look for it."""
 
 
 class Address(NamedTuple):
@@ -63,6 +65,13 @@ def parse_address(text: str) -> Address:
         path=f"/{path.strip('/')}" if slash and path.strip("/") else "",
         problem=problem,
     )
+
+
+def without_secrets(setting: str) -> str:
+    """A setting as output may show it: a URL may carry a name, a password or a token."""
+    if not setting or setting.strip().lower() == AUTO:
+        return setting
+    return parse_address(setting).shown
 
 
 def _callable(host: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from pytest_gpushare.probe.address import DEFAULT_HOST, Address, parse_address
+from pytest_gpushare.probe.address import AUTO, DEFAULT_HOST, Address, parse_address
 
 VARIABLE = "OLLAMA_HOST"
 
@@ -21,7 +21,7 @@ class Candidate(NamedTuple):
 def candidates(setting: str, environment: Mapping[str, str]) -> tuple[Candidate, ...]:
     """The addresses to ask, the best first; one alone unless the setting is `auto`."""
     written = environment.get(VARIABLE, "")
-    if setting.strip().lower() == "auto":
+    if setting.strip().lower() == AUTO:
         return _to_try(written)
     if setting:
         return (Candidate(parse_address(setting), "gpu_share_ollama_host"),)

@@ -93,6 +93,7 @@ def _plan(started: Started) -> dict[str, Any]:
         "presets": list(settings.presets),
         "absence": plan.absence,
         "needed_bytes": plan.needed,
+        "ollama_needs": None if plan.demand is None else plan.demand.document(),
         "settings": in_force(settings),
     }
 

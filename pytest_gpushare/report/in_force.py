@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pytest_gpushare.probe.address import parse_address
+from pytest_gpushare.probe.address import without_secrets
 from pytest_gpushare.settings.options import OPTIONS, Option
 from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.settings.written_as import written_as
@@ -21,7 +21,6 @@ def in_force(settings: Settings) -> dict[str, dict[str, str]]:
 
 def in_words(option: Option, value: object) -> str:
     """A value as its user would write it, without the secrets of a URL."""
-    if option.key == "ollama_host" and value:
-        # A URL may carry a name, a password or a token.
-        return parse_address(str(value)).shown
+    if option.key == "ollama_host":
+        return without_secrets(str(value))
     return written_as(option, value)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.plan.placed import placed
+from pytest_gpushare.probe.address import AUTO
 from pytest_gpushare.probe.facts import OllamaFacts
 from pytest_gpushare.units import MB, format_gb
 
@@ -57,7 +58,7 @@ def what_stands(started: Started) -> str:
 
 def _found(started: Started, ollama: OllamaFacts) -> str:
     """How an address was found that nobody wrote down."""
-    tried = started.settings.ollama_host.strip().lower() == "auto"
+    tried = started.settings.ollama_host.strip().lower() == AUTO
     return f", found as {ollama.found_by}" if tried and ollama.found_by else ""
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_gpushare.plan.demand import (
@@ -340,6 +340,7 @@ ARCHITECTURES = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(
     ARCHITECTURES | st.text(max_size=5),
     st.dictionaries(KEYS, JSON | st.integers(0, 10**7)),
@@ -367,6 +368,7 @@ def test_any_answer_is_a_prediction_or_a_reason(
     assert found.vram == found.buffers + CUDA_CONTEXT
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(MODELS),
     st.integers(256, 131072),

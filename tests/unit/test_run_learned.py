@@ -132,7 +132,7 @@ def test_without_a_cache(tmp_path: Path) -> None:
 ODD = [b"[" * 50_000, b"null", b'{"a": -1, "b": 1e99, "c": true, "d": 5}']
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=40) | st.sampled_from(ODD))
 def test_any_file(tmp_path: Path, content: bytes) -> None:
     """Whatever stands in the file, only sensible sizes come out of it."""
