@@ -67,7 +67,10 @@ def _elsewhere(started: Started) -> str:
         return ""
     if started.settings.ollama_gpu == ("none",):
         return ", on another machine (no VRAM is reserved for it here)"
-    return ", on another machine (VRAM is reserved here all the same; gpu_share_ollama_gpu = none)"
+    return (
+        ", on another machine (VRAM is reserved here all the same, unless "
+        "gpu_share_ollama_gpu = none)"
+    )
 
 
 def _demand(started: Started, demand: Demand, verbosity: int) -> Iterator[Text]:
