@@ -42,12 +42,14 @@ def test_predicted(
     result = project.pytest("--gpu-share", "-v", *AUTO, *models("qwen2.5:14b"))
     assert (result.code, result.passed, result.err) == (0, 4, "")
     check_lines(result, golden, "models_predicted")
-    assert [(r.method, r.path) for r in server.requests] == [
+    at_start, during = server.requests[:4], server.requests[4:]
+    assert [(r.method, r.path) for r in at_start] == [
         ("GET", "/api/version"),
         ("GET", "/api/ps"),
         ("GET", "/api/tags"),
         ("POST", "/api/show"),
     ]
+    assert {(r.method, r.path) for r in during} <= {("GET", "/api/ps")}
     assert server.ps() == []
 
 
