@@ -127,8 +127,10 @@ class Profile:
     def _compare(self, device: str, told: Mapping[str, Any]) -> None:
         """Name a test that took more than the need with which it was admitted."""
         need, peak = told.get("need"), told["peak"]
-        took = peak + self._started.context_of(device) if peak else 0
-        if need and _differ(need, took) and took > need:
+        if not need or not peak:
+            return
+        took = peak + self._started.context_of(device)
+        if _differ(need, took) and took > need:
             nodeid = str(told["nodeid"])
             self._started.record.note(
                 "need-exceeded",

@@ -45,6 +45,9 @@ class Run:
         self.profile = Profile(self, self.config)  # type: ignore[arg-type]
         self.profile.start()
 
+    def context_of(self, _device: str) -> int:
+        return 600 * MB
+
     def device_of(self, worker: str) -> str | None:
         return "GPU-1" if worker == "gw0" else None
 
@@ -103,6 +106,18 @@ def test_lower_bounds_raise_and_never_lower(run: Run) -> None:
     kept = run.ended()
     assert kept is not None
     assert (kept.peak, kept.duration) == (6 * GB, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("need", "named"), [(None, False), (4400 * MB, False), (5 * GB, False), (2 * GB, True)]
+)
+def test_more_than_its_need(run: Run, need: int | None, named: bool) -> None:
+    """Beyond what one run differs from the next by; the context counts."""
+    run.test(4 * GB, need=need)
+    events = run.record.events("need-exceeded")
+    assert bool(events) == named
+    if named:
+        assert events[0].text == "t took 4.59 GB of VRAM, its need was 2.0 GB"
 
 
 @pytest.mark.parametrize(
