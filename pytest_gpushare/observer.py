@@ -62,7 +62,10 @@ def observe(started: Started | LeftAlone, config: pytest.Config) -> None:
     """Follow the tests of a run that has a plan; its own process is a worker where it has none."""
     if isinstance(started, LeftAlone):
         return
+    from pytest_gpushare.report.progress import progress
+
     config.pluginmanager.register(Observer(started), "gpu-share-observer")
+    started.record.listen(progress(config))
     if started.plan.request.in_process:
         started.crew.join(ITSELF, None if started.unplaced else 0, started.record.now())
         started.crew.came_up(ITSELF, os.getpid())

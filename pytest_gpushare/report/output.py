@@ -24,7 +24,7 @@ def header_lines(started: Started | LeftAlone, config: pytest.Config) -> list[st
     """The header's lines, problems in yellow where pytest uses colour."""
     writer = config.get_terminal_writer()
     return [
-        writer.markup(_encodable(line.text), yellow=True) if line.problem else _encodable(line.text)
+        writer.markup(encodable(line.text), yellow=True) if line.problem else encodable(line.text)
         for line in header(started, _verbosity(config))
     ]
 
@@ -35,7 +35,7 @@ def print_problems(started: Started | LeftAlone, config: pytest.Config) -> None:
     no_header = _verbosity(config) < 0 or getattr(config.option, "no_header", False)
     if reporter is not None and no_header:
         for line in header(started, -1):
-            reporter.write_line(_encodable(line.text), yellow=True)
+            reporter.write_line(encodable(line.text), yellow=True)
 
 
 def print_summary(started: Started | LeftAlone, reporter: pytest.TerminalReporter) -> None:
@@ -44,7 +44,7 @@ def print_summary(started: Started | LeftAlone, reporter: pytest.TerminalReporte
     _annotate(started, reporter)
     for line in summary(started, _view(reporter.config)):
         marks = {"red": failed, "yellow": not failed} if line.problem else {}
-        reporter.write_line(_encodable(line.text), **marks)
+        reporter.write_line(encodable(line.text), **marks)
 
 
 def publish(started: Started | LeftAlone, config: pytest.Config, exit_status: int) -> None:
@@ -100,7 +100,7 @@ def _annotate(started: Started | LeftAlone, reporter: pytest.TerminalReporter) -
 
     clean = cleaner()
     for text in workflow_commands(started):
-        reporter.write_line(_encodable(clean(text)))
+        reporter.write_line(encodable(clean(text)))
 
 
 def _view(config: pytest.Config) -> View:
@@ -129,7 +129,8 @@ def _log(logger: logging.Logger, line: Line) -> None:
     logger.log(logging.WARNING if line.problem else logging.INFO, "%s", line.text.strip())
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
+    """The text as standard output can show it."""
     return in_encoding(text, getattr(sys.stdout, "encoding", None) or "ascii")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ class Record:
         self._began = clock()
         self._lock = threading.Lock()
         self._events: list[Event] = []
+        self._listeners: list[Callable[[Event], object]] = []
         self.began_at = time.time()
         """Seconds since the epoch at which the run started."""
         self.dropped = 0
@@ -53,7 +55,15 @@ class Record:
                 self._events.append(event)
             else:
                 self.dropped += 1
+        for listener in self._listeners:
+            # Whoever notes something has other things to do than to fail here.
+            with contextlib.suppress(Exception):
+                listener(event)
         return event
+
+    def listen(self, listener: Callable[[Event], object]) -> None:
+        """Hear of each event at once, in the thread that notes it."""
+        self._listeners.append(listener)
 
     def events(self, *kinds: str) -> list[Event]:
         """The events of these kinds, or all, in the order in which they were noted."""
