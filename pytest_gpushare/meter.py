@@ -124,8 +124,10 @@ class Meter:
         self, fixturedef: pytest.FixtureDef[Any]
     ) -> Generator[None, object, object]:
         """What a fixture of a wider scope takes is left behind by no test."""
-        if fixturedef.scope == "function" or (before := peaks.used()) is None:
+        if fixturedef.scope == "function":
             return (yield)
+        # None: no framework is up, and nothing is held. This fixture may be what brings it up.
+        before = peaks.used() or 0
         try:
             return (yield)
         finally:

@@ -323,3 +323,58 @@ def test_what_if(project: Project) -> None:
     assert (told["run"]["simulated"], told["samples"]) == (True, {"devices": {}})
     assert [device["peak_used_bytes"] for device in told["devices"]] == [None]
     assert len(told["tests"]) == 4
+
+
+COUNTED = """
+    import time
+    import pytest
+    import torch
+
+    KEPT = []
+
+    def take(gigabytes):
+        return torch.empty(int(gigabytes * 2**30), dtype=torch.uint8, device="cuda")
+
+    @pytest.fixture(scope="session")
+    def model():
+        yield take(0.5)
+
+    def test_leaks_and_is_forgiven(model):
+        KEPT.append(take(0.3))
+
+    def test_gives_back():
+        KEPT.clear()
+
+    def test_leaks():
+        KEPT.append(take(0.2))
+
+    @pytest.mark.gpu
+    def test_marked(model):
+        take(1)
+
+    @pytest.mark.parametrize("n", range(6))
+    def test_idle(n):
+        time.sleep(1.5)
+"""
+
+
+def test_counters(project: Project, machine: Machine) -> None:
+    """Leaks have their test, peaks are exact, and hints follow from them."""
+    project.with_frameworks()
+    project.write(test_project=COUNTED)
+    result = project.pytest("--gpu-share", "-n1", "-v", "--gpu-share-report=r.json", COLUMNS="78")
+    assert result.code == 0, result.out
+    told = read(project.path / "r.json")
+    assert [(leak["nodeid"], leak["source"]) for leak in told["leaks"]] == [
+        ("test_project.py::test_leaks", "frameworks")
+    ]
+    left = {test["nodeid"].partition("::")[2]: test["left_bytes"] for test in told["tests"]}
+    # The session's model, which brings CUDA up in the first test, is left by nobody.
+    assert left["test_leaks_and_is_forgiven"] == pytest.approx(0.3 * GB, rel=0.05)
+    assert left["test_gives_back"] == -left["test_leaks_and_is_forgiven"]
+    (worker,) = told["workers"]
+    peaks = {test["nodeid"].partition("::")[2]: test["peak_bytes"] for test in told["tests"]}
+    assert peaks["test_marked"] >= 1.7 * GB + 600 * 1024**2
+    assert "gpu-share: test_project.py::test_leaks left 0.2 GB of VRAM behind (gw0)" in result.said
+    assert any(line.startswith("  VRAM") and "::test_marked" in line for line in result.said)
+    assert worker["peak_bytes"] >= peaks["test_marked"]
