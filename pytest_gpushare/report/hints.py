@@ -16,7 +16,6 @@ from pytest_gpushare.plan.model import Limit, Plan
 from pytest_gpushare.run.crew import Member
 from pytest_gpushare.run.journal import Test
 from pytest_gpushare.run.started import Started
-from pytest_gpushare.settings.options import BY_KEY
 from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.units import GB, format_gb, format_number, plural
 
@@ -40,7 +39,7 @@ def hints(started: Started) -> list[Hint]:
     if not plan.slots or plan.request.in_process or plan.limited_by == (Limit.HOOK,):
         return []
     members = [member for member in started.crew if member.role == "gpu"]
-    if not members or started.host is None or started.gpus.simulated:
+    if not members or started.gpus.simulated:
         return []
     found = [*_more_room(started, members)] or [*_more_workers(started, members)]
     return [*found, *_cpu_workers(started)]
@@ -91,8 +90,8 @@ def _more_workers(started: Started, members: list[Member]) -> Iterator[Hint]:
 
 def _cpu_workers(started: Started) -> Iterator[Hint]:
     """Most tests needed no GPU: CPU workers would have taken them."""
-    plan, host = started.plan, started.host
-    if "cpu_workers" not in BY_KEY or plan.cpu_workers or host is None:
+    plan = _planned(started, {"cpu_workers": None})
+    if started.plan.cpu_workers or plan is None or not plan.cpu_workers:
         return
     tests = [test for test in started.journal if test.start is not None and test.end is not None]
     unmarked = [test for test in tests if not test.marked]
@@ -101,11 +100,9 @@ def _cpu_workers(started: Started) -> Iterator[Hint]:
         return
     idle = [test for test in unmarked if touched[test.nodeid] is False]
     rest = len(unmarked) - len(idle)
-    number = plan.request.number if plan.request.number is not None else host.cpus
-    cpu_workers = max(1, number - len(plan.slots))
-    gpus, idlers = len(plan.slots), {test.nodeid for test in idle}
-    now = _makespan(tests, gpus, 0, set())
-    saved = now - _makespan(tests, gpus, cpu_workers, idlers)
+    idlers = {test.nodeid for test in idle}
+    now = _makespan(tests, len(started.plan.slots), 0, set())
+    saved = now - _makespan(tests, len(plan.slots), plan.cpu_workers, idlers)
     if saved < max(_WORTH_SAVING, _WORTH_PART * now):
         return
     others = f"with the other {rest} marked {started.settings.marker}, " if rest else ""

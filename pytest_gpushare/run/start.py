@@ -70,9 +70,7 @@ def start(
             loading.undo()
         raise
     live = LiveVram(probes.nvml) if probes.nvml is not None and gpus.all_devices else None
-    started = Started(
-        settings, gpus, probes.ollama, plan, _closing(live, probes.close), live=live, host=facts
-    )
+    started = Started(settings, gpus, probes.ollama, plan, _closing(live, probes.close), live=live)
     started.replan = lambda changed: make_plan(changed, gpus, probes.ollama, facts, request, seen)
     started.notes += gpus.problems
     started.notes += _unexpected(settings, gpus)

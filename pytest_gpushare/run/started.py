@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_gpushare.plan.model import Plan, Slot
-from pytest_gpushare.probe.facts import GpuFacts, HostFacts, LoadedModel, OllamaFacts
+from pytest_gpushare.probe.facts import GpuFacts, LoadedModel, OllamaFacts
 from pytest_gpushare.probe.visibility import VARIABLE
 from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE, mps_is_running, without_caps_of_outer_run
 from pytest_gpushare.run.frameworks import installed
@@ -80,8 +80,6 @@ class Started:
     """Who has a device alone; None before the session starts."""
     has_needs: bool = False
     """Whether tests may have needs of their own, so that no slot may cap them."""
-    host: HostFacts | None = None
-    """What the host can carry, as the plan took it."""
     replan: Callable[[Settings], Plan] | None = None
     """What the plan would have been with other settings."""
     reports: tuple[Path, ...] = ()

@@ -66,7 +66,7 @@ class Scene:
         clock = lambda: self._now[0]  # noqa: E731
         self.started = Started(
             chosen, gpus, ollama, planned(chosen), lambda: None,
-            record=Record(clock), host=host, replan=planned,
+            record=Record(clock), replan=planned,
         )  # fmt: skip
         self.watch = self.started.watch = Watch(
             self.card, [self.card._uuid], self.started.crew, self.started.record, clock

@@ -9,7 +9,6 @@ import pytest
 
 from pytest_gpushare.plan.model import Limit, Request
 from pytest_gpushare.report.hints import hints
-from pytest_gpushare.settings.options import BY_KEY
 from pytest_gpushare.units import GB
 
 from .scene import CONTEXT, Scene
@@ -86,7 +85,6 @@ def test_no_hint_that_could_not_be_followed() -> None:
     assert told(run) == []
 
 
-@pytest.mark.skipif("cpu_workers" not in BY_KEY, reason="no CPU workers beside GPU workers")
 def test_cpu_workers() -> None:
     """38 of 40 unmarked tests were up to no GPU: the estimate is of their own durations."""
     run = Scene(workers=2, cpus=8)
@@ -100,10 +98,10 @@ def test_cpu_workers() -> None:
     ]
 
 
-@pytest.mark.skipif("cpu_workers" not in BY_KEY, reason="no CPU workers beside GPU workers")
-@pytest.mark.parametrize("case", ["unknown", "short", "all touch"])
+@pytest.mark.parametrize("case", ["unknown", "short", "all touch", "-n2"])
 def test_no_cpu_workers_without_cause(case: str) -> None:
-    run = Scene(workers=2, cpus=8)
+    """And none where the command line leaves no worker for them."""
+    run = Scene(workers=2, cpus=8, request=Request(number=2) if case == "-n2" else None)
     run.card.silent = case == "unknown"
     for at in range(10):
         known = {"peak": 4 * GB - CONTEXT, "idle": case != "all touch"}
