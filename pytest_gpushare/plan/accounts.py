@@ -76,8 +76,10 @@ class Ledger:
         account.held = max(0, held) if held is not None else min(account.held, self.room.context)
         return max(0, before - account.held)
 
-    def read(self, reading: Reading) -> None:
-        """Take what NVML says now."""
+    def read(self, reading: Reading) -> bool:
+        """Take what NVML says now. Returns whether that is anything new."""
+        if reading is self.reading or reading == self.reading:
+            return False
         self.reading = reading
         # 0 bytes for every process is what containers and WSL report for "unknown".
         told = any(reading.held.values())
@@ -85,6 +87,7 @@ class Ledger:
             account.fresh = False
             if worker in reading.held:
                 account.now = reading.held[worker] if told else None
+        return True
 
     def left(self, worker: str) -> int:
         """Bytes that this worker's whole process may hold by the plan's budget."""
@@ -109,17 +112,28 @@ class Ledger:
         resident = self.room.resident if resident is None else resident
         return max(0, self.room.reservation - resident) + self.room.safety_buffer
 
-    def fits(self, worker: str, need: int) -> bool:
-        """Whether a test with this need may start in this worker now."""
-        if need > self.left(worker):
-            return False
-        live = self.live(worker)
-        return live is None or need <= live
-
     def limit(self, worker: str) -> int:
-        """The largest need that may start in this worker now."""
-        left, live = self.left(worker), self.live(worker)
-        return left if live is None else min(left, live)
+        """The largest need that may start in this worker now: the smaller of `left` and `live`.
+
+        Asked for every test, so both are found in one go.
+        """
+        used = outstanding = own = 0
+        for name, account in self.accounts.items():
+            held = account.held if account.now is None else account.now
+            if name == worker:
+                own = held
+            elif account.running and account.need > held:
+                used += account.need
+                outstanding += account.need - held
+            else:
+                used += held
+        left = self.room.budget - used
+        free = self.reading.free
+        if free is None:
+            return left
+        if outstanding:
+            outstanding = max(0, outstanding - self._unseen())
+        return min(left, free - self.kept - outstanding + own)
 
     def floor(self, worker: str) -> int:
         """What the worker holds at least as long as it lives, once it has a context."""

@@ -7,13 +7,15 @@ no test that was admitted later. Claims on a device are served one after the oth
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pytest_gpushare.plan.units import Kind, Unit
 
 if TYPE_CHECKING:
-    from pytest_gpushare.plan.gpu_side import GpuSide, GpuWorker
+    from pytest_gpushare.plan.gpu_side import GpuSide
+    from pytest_gpushare.plan.gpu_worker import GpuWorker
 
 
 @dataclass(eq=False)
@@ -79,31 +81,31 @@ class Claims:
         front = side.pending.front()
         if front is not None and (unit.rank < 0 or front.rank < unit.rank):
             self._overtaken(front, None)
-        for other in side.workers.values():
-            if (
-                other is not it
-                and other.is_free
-                and other.unit is not None
-                and other.unit.tests
-                and not set(devices).isdisjoint(other.worker.devices[:1])
-            ):
-                self._overtaken(other.unit, other)
+        for device in devices:
+            for other in side.free[device].values():
+                if other.unit is not None and other.unit.tests and other is not it:
+                    self._overtaken(other.unit, other)
 
     def drop(self, unit: Unit) -> None:
         """The unit claims nothing any more."""
-        for queue in self._queues.values():
-            queue[:] = [claim for claim in queue if claim.unit is not unit]
+        if unit.claims:
+            unit.claims = False
+            self._drop(lambda claim: claim.unit is unit)
 
     def drop_worker(self, it: GpuWorker) -> None:
         """The worker is gone, and what was bound to it is not any more."""
-        for queue in self._queues.values():
-            queue[:] = [claim for claim in queue if claim.worker is not it]
+        self._drop(lambda claim: claim.worker is it)
+
+    def _drop(self, is_over: Callable[[Claim], bool]) -> None:
+        for device, queue in self._queues.items():
+            for claim in [claim for claim in queue if is_over(claim)]:
+                claim.unit.claims = False
+                queue.remove(claim)
+                self._side.stir(device)
 
     def _overtaken(self, unit: Unit, worker: GpuWorker | None) -> None:
         unit.overtaken += 1
-        if unit.overtaken < self.patience or any(
-            claim.unit is unit for queue in self._queues.values() for claim in queue
-        ):
+        if unit.claims or unit.overtaken < self.patience:
             return
         side = self._side
         kind = side.kind(unit)
@@ -116,6 +118,7 @@ class Claims:
             worker if worker.unit is unit or kind[0] > 1 or worker.collected is not None else None
         )
         claim = Claim(unit, bound, devices, need, kind[1], side.serial)
+        unit.claims = True
         for device in devices:
             # In all queues at once, so that two claims never wait for each other.
             self._queues.setdefault(device, []).append(claim)

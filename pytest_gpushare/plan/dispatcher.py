@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pytest_gpushare.plan.accounts import Ledger, held_on
 from pytest_gpushare.plan.cpu_side import CpuSide
-from pytest_gpushare.plan.gpu_side import GpuSide, GpuWorker
+from pytest_gpushare.plan.gpu_side import GpuSide
+from pytest_gpushare.plan.gpu_worker import GpuWorker
 from pytest_gpushare.plan.routing import ordered, routes
 from pytest_gpushare.plan.units import Unit
 from pytest_gpushare.plan.waiting import Waiting
@@ -67,7 +68,7 @@ class Dispatcher:
         if not self._begun:
             return any(job.marked for job in self._jobs)
         workers = self._gpu.workers.values()
-        return any(not it.busy and not it.ending for it in workers) and (
+        return (any(self._gpu.free.values()) or any(it.emptying for it in workers)) and (
             self._gpu.pending.count > 0
             or self._without.waits
             # What a busy worker has begun may be shared.
@@ -80,9 +81,10 @@ class Dispatcher:
         if not worker.devices:
             self._cpu.up(worker, collected)
             return
-        self._gpu.workers[worker.id] = GpuWorker(worker, collected)
+        self._gpu.workers[worker.id] = it = GpuWorker(worker, collected)
         for device in worker.devices:
             self._ledgers[device].open(worker.id)
+        self._gpu.refresh(it)
 
     def worker_down(self, worker: str, *, replaced: bool = False) -> Lost:
         """A worker has ended or died; `replaced`: another takes its place soon.
@@ -104,6 +106,9 @@ class Dispatcher:
 
     def _gpu_down(self, worker: str) -> tuple[int | None, list[int]]:
         it = self._gpu.workers.pop(worker)
+        self._gpu.free[it.worker.devices[0]].pop(worker, None)
+        self._gpu.lonely.discard(worker)
+        self._gpu.stir()
         self._gpu.claims.drop_worker(it)
         for device in it.worker.devices:
             self._waiting.released(device, self._ledgers[device].close(worker))
@@ -124,6 +129,7 @@ class Dispatcher:
         for test in tests:
             if test not in mine:
                 self._gpu.pending.back(Unit(deque((test,))))
+                self._gpu.stir()
 
     def finished(
         self,
@@ -154,9 +160,12 @@ class Dispatcher:
                 if ledger.accounts[worker].running:
                     given = ledger.stop(worker, held_on(held, device))
                     self._waiting.released(device, given)
+        self._gpu.lonely.discard(worker)
         it.busy, it.test = False, None
         if it.unit is not None and not it.unit.tests:
             it.unit = None
+        self._gpu.refresh(it)
+        self._gpu.stir(it.worker.devices[0])
         return True
 
     def emptied(self, worker: str, held: Mapping[str, int] | None = None) -> None:
@@ -168,6 +177,8 @@ class Dispatcher:
         for device in it.worker.devices:
             given = self._ledgers[device].emptied(worker, held_on(held, device))
             self._waiting.released(device, given)
+        self._gpu.refresh(it)
+        self._gpu.stir()
 
     def again(self, test: int, *, alone: bool = False) -> None:
         """Dispatch once more a test that is over; `alone`: no other on its device meanwhile."""
@@ -176,6 +187,7 @@ class Dispatcher:
             self._cpu.add([test])
         else:
             self._gpu.pending.back(Unit(deque((test,)), alone=alone))
+            self._gpu.stir()
 
     def step(self, readings: Mapping[str, Reading], at: float) -> list[Action]:
         """What is to be done now.
@@ -187,8 +199,8 @@ class Dispatcher:
         if not self._begun:
             self._begin()
         for device, reading in readings.items():
-            if device in self._ledgers:
-                self._ledgers[device].read(reading)
+            if device in self._ledgers and self._ledgers[device].read(reading):
+                self._gpu.stir(device)
         return list(self._actions())
 
     def _begin(self) -> None:
@@ -208,12 +220,15 @@ class Dispatcher:
             self._gone = False
             self._without.orphans()
         yield from self._without.report()
-        for run in gpu.fill():
+        self._waiting.stir()
+        stirred = sorted(gpu.stirred)
+        gpu.stirred.clear()
+        for run in gpu.fill(stirred):
             yield run
             count = gpu.need(run.tests[0]).devices
             for device in gpu.workers[run.worker].worker.devices[:count]:
                 yield from self._waiting.started(device)
-        yield from self._waiting.look()
+        yield from self._waiting.look(stirred)
         if self._without.sort_out():
             yield from self._without.report()
         yield from self._cpu.refill()
@@ -230,8 +245,8 @@ class Dispatcher:
         average = self._cpu.average
         if average is None or not self._cpu.waiting:
             return
-        for it in self._gpu.workers.values():
-            if not it.is_free or it.unit is not None:
+        for it in [it for free in self._gpu.free.values() for it in free.values()]:
+            if it.unit is not None:
                 continue
             if self._gpu.pending.count and average > 1.0:
                 # A GPU test that could start soon would wait for this worker.
@@ -239,6 +254,7 @@ class Dispatcher:
             tests = self._cpu.help(it.collected)
             if tests:
                 it.busy = True
+                self._gpu.refresh(it)
                 self._helping[it.worker.id] = list(tests)
                 yield Run(it.worker.id, tuple(tests))
 
@@ -246,6 +262,7 @@ class Dispatcher:
         for gpu_worker in self._gpu.workers.values():
             if not gpu_worker.ending:
                 gpu_worker.ending = True
+                self._gpu.refresh(gpu_worker)
                 yield Shutdown(gpu_worker.worker.id)
         for cpu_worker in self._cpu.workers.values():
             if not cpu_worker.ending:

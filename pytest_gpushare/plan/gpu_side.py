@@ -3,48 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 
 from pytest_gpushare.plan.accounts import Ledger
 from pytest_gpushare.plan.claims import Claims
+from pytest_gpushare.plan.gpu_worker import GpuWorker
 from pytest_gpushare.plan.needs import Need
-from pytest_gpushare.plan.units import GROUPED, Kind, Pending, Unit, need_of
-from pytest_gpushare.plan.work import Job, Policy, Run, Worker
+from pytest_gpushare.plan.units import GROUPED, Kind, Pending, Unit
+from pytest_gpushare.plan.work import Job, Policy, Run
 
 UNKNOWN = Need()
 TRIES = 64
 """Units that are looked at for one worker: those that it has not collected cost a try each."""
-
-
-@dataclass(eq=False)
-class GpuWorker:
-    """What a GPU worker is doing."""
-
-    worker: Worker
-    collected: Collection[int] | None
-    test: int | None = None
-    """The GPU test that it runs, or the last of the tests that it helps out with."""
-    unit: Unit | None = None
-    """What it has begun."""
-    serial: int = 0
-    """The number of the admission of its test."""
-    busy: bool = False
-    ending: bool = False
-    emptying: float | None = None
-    """Since when it has been emptying its caches."""
-    emptied: int = 0
-    """How much it did of that since its last test: 1 caches, 2 fixtures too."""
-    left_groups: set[str] = field(default_factory=set)
-    last_group: str = ""
-
-    @property
-    def is_free(self) -> bool:
-        """Whether it can be given something to do."""
-        return not (self.busy or self.ending or self.emptying is not None)
-
-    def knows(self, test: int) -> bool:
-        """Whether it has collected the test."""
-        return self.collected is None or test in self.collected
 
 
 class GpuSide:
@@ -61,8 +30,32 @@ class GpuSide:
         self.largest: dict[int, int] = {}
         """Number of devices -> the largest budget that a test on so many can get."""
         self.cold = False
+        """Whether durations are unknown, so that the largest modest need comes next."""
+        self.prefix = 0
+        """How many ranks come before all others, as they need their device alone."""
         self.at = 0.0
         """The time of this step."""
+        self.lonely: set[str] = set()
+        """The workers that run a test beside which no other may run on its devices."""
+        self.has_groups = any(job.group for job in jobs)
+        self.free: dict[str, dict[str, GpuWorker]] = {device: {} for device in ledgers}
+        """Device -> the workers of that device that can be given something to do."""
+        self.stirred: set[str] = set()
+        """The devices on which something changed, so that what did not fit may fit now."""
+
+    def refresh(self, it: GpuWorker) -> None:
+        """The worker has become free, or is not any more."""
+        free = self.free[it.worker.devices[0]]
+        if it.is_free:
+            free[it.worker.id] = it
+            self.stirred.add(it.worker.devices[0])
+        else:
+            free.pop(it.worker.id, None)
+
+    def stir(self, device: str = "") -> None:
+        """Something changed on a device, or everywhere."""
+        several = any(count > 1 for count, _ in self.pending.trees)
+        self.stirred.update(self.ledgers if several or not device else (device,))
 
     # --- what is known of a test ---
 
@@ -91,29 +84,31 @@ class GpuSide:
     def bytes_for(self, it: GpuWorker, test: int) -> int:
         """Bytes on each device with which the test is admitted in this worker."""
         need = self.need(test)
+        if need.vram is not None:
+            return need.vram
         budgets = [self.ledgers[d].room.budget for d in self.devices(it, need.devices)]
-        return need_of(need, it.worker.slot, min(budgets, default=0))
+        return min(it.worker.slot, *budgets)
 
     # --- a worker is free ---
 
-    def fill(self) -> Iterator[Run]:
-        """Something to do for each worker that is free, where anything fits."""
-        free = [it for it in self.workers.values() if it.is_free]
-        # Who has begun something goes first, then who has a context: a fresh one costs VRAM.
-        free.sort(key=lambda it: (it.unit is None, -self._held(it)))
+    def fill(self, stirred: Collection[str]) -> Iterator[Run]:
+        """Something to do for each free worker of these devices, where anything fits."""
+        free = [it for device in stirred for it in self.free[device].values()]
+        if len(free) > 1:
+            # Who has begun something goes first, then who has a context: a new one costs VRAM.
+            free.sort(key=lambda it: (it.unit is None, -self._held(it)))
         failed: dict[str, int] = {}
         for it in free:
             device = it.worker.devices[0]
-            own = self._held(it)
-            if it.unit is None and failed.get(device, -1) >= own and len(it.worker.devices) == 1:
-                # A worker that holds no more than this one has found nothing there.
+            if it.unit is None and device in failed and failed[device] >= self._held(it):
+                # A worker that holds no less than this one has found nothing there.
                 continue
             run = self._pick(it)
             if run is not None:
                 failed.pop(device, None)
                 yield run
-            elif it.unit is None and it.collected is None:
-                failed[device] = own
+            elif it.unit is None and it.collected is None and not it.left_groups:
+                failed[device] = self._held(it)
 
     def _held(self, it: GpuWorker) -> int:
         device = it.worker.devices[0]
@@ -126,6 +121,7 @@ class GpuSide:
         return self._begin(it, unit) if unit else None
 
     def _claimed(self, it: GpuWorker) -> Unit | None:
+        """What claims the worker's device, where the worker can serve it now."""
         claim = self.claims.head(it.worker.devices[0])
         if claim is None or claim.worker not in (None, it):
             return None
@@ -140,14 +136,15 @@ class GpuSide:
         best = -1
         for kind, tree in self.pending.trees.items():
             limit = self.limit(it, kind)
-            rank = tree.first(limit - self._spare(it, tree.smallest))
-            if rank < 0:
-                rank = tree.first(limit)
+            rank = tree.first(limit)
+            if self.cold and rank >= self.prefix:
+                modest = tree.first(limit - self._spare(it, tree.smallest))
+                rank = rank if modest < 0 else modest
             for _ in range(TRIES):
                 if rank < 0 or (0 <= best < rank):
                     break
                 unit = self.pending.units[rank]
-                if self._enters(it, unit) and self.fits(it, unit):
+                if self._enters(it, unit) and self._fits_in(it, unit, kind, limit):
                     best = rank
                     break
                 rank = tree.first(limit, rank + 1)
@@ -160,18 +157,13 @@ class GpuSide:
 
     def _spare(self, it: GpuWorker, smallest: int) -> int:
         """Without known durations: room for the smallest pending tests on the free workers."""
-        if not self.cold:
-            return 0
         device = it.worker.devices[0]
-        others = sum(
-            other.is_free and other is not it and other.worker.devices[0] == device
-            for other in self.workers.values()
-        )
+        others = len(self.free[device]) - 1
         return others * min(smallest, self.ledgers[device].room.budget)
 
     def _share(self, it: GpuWorker) -> Unit | None:
         """The second half of what another worker has begun, where groups may be split."""
-        if self.policy.dist in GROUPED:
+        if self.policy.dist in GROUPED or not self.has_groups:
             return None
         begun = [
             other.unit
@@ -206,7 +198,9 @@ class GpuSide:
 
     def could(self, it: GpuWorker, unit: Unit) -> bool:
         """Whether this worker can ever run all tests of the unit."""
-        if it.ending or not all(it.knows(test) for test in unit.tests):
+        if it.ending:
+            return False
+        if it.collected is not None and not all(it.knows(test) for test in unit.tests):
             return False
         if unit.wants is None:
             wants: dict[int, int] = {}
@@ -235,27 +229,22 @@ class GpuSide:
         most = 1 << 61
         for device in devices:
             ledger = self.ledgers[device]
-            running = [name for name in ledger.running if name != it.worker.id]
-            if running and (exclusive or any(self._is_alone(name) for name in running)):
-                return -1
+            if exclusive or self.lonely:
+                running = [name for name in ledger.running if name != it.worker.id]
+                if running and (exclusive or not self.lonely.isdisjoint(running)):
+                    return -1
             most = min(most, ledger.limit(it.worker.id))
         return most
 
     def fits(self, it: GpuWorker, unit: Unit) -> bool:
         """Whether the unit's next test may start in this worker now."""
-        test = unit.tests[0]
         kind = self.kind(unit)
-        need = self.bytes_for(it, test)
-        return need <= self.limit(it, kind) and all(
-            self.claims.allow(it, unit, need, kind, device) for device in self.devices(it, kind[0])
-        )
+        return self._fits_in(it, unit, kind, self.limit(it, kind))
 
-    def _is_alone(self, worker: str) -> bool:
-        it = self.workers[worker]
-        return (
-            it.test is not None
-            and it.unit is not None
-            and (self.need(it.test).exclusive or it.unit.alone)
+    def _fits_in(self, it: GpuWorker, unit: Unit, kind: Kind, limit: int) -> bool:
+        need = self.bytes_for(it, unit.tests[0])
+        return need <= limit and all(
+            self.claims.allow(it, unit, need, kind, device) for device in self.devices(it, kind[0])
         )
 
     def _begin(self, it: GpuWorker, unit: Unit) -> Run:
@@ -273,7 +262,13 @@ class GpuSide:
         for device in devices if need or kind[1] else ():
             self.ledgers[device].start(it.worker.id, need)
         waited = 0.0 if unit.since is None else self.at - unit.since
+        if kind[1]:
+            self.lonely.add(it.worker.id)
+        self.refresh(it)
         self.claims.admitted(it, unit, devices)
+        if unit.tests and self.policy.dist not in GROUPED:
+            # Idle workers may share it.
+            self.stir()
         unit.since, unit.overtaken = None, 0
         source = self.need(test).source if need else ""
         return Run(it.worker.id, (test,), True, need, source, waited, alone=kind[1])

@@ -55,10 +55,11 @@ def best_order(pieces: Sequence[Piece], bins: Sequence[Bin]) -> list[int] | None
     largest = max(b.budget for b in bins)
     durations = [max(median if p.duration is None else p.duration, 1e-6) for p in pieces]
     needs = [max(1, min(piece.need, largest)) for piece in pieces]
-    tries = min(MOST_TRIES, STEPS // len(pieces))
+    # A start costs the more, the more needs there are to choose from.
+    levels = _levels(needs, largest)
+    tries = min(MOST_TRIES, STEPS * 8 // (len(pieces) * (8 + len(set(levels)))))
     if not tries:
         return _sorted(_plain(durations, needs, EXPONENTS[0]))
-    levels = _levels(needs, largest)
     bound = lower_bound(needs, durations, bins)
     plain = [_plain(durations, needs, p) for p in EXPONENTS]
     found: list[tuple[float, int, Sequence[float]]] = []

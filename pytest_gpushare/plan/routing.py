@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from pytest_gpushare.plan.accounts import Ledger
 from pytest_gpushare.plan.cpu_side import CpuSide
-from pytest_gpushare.plan.gpu_side import UNKNOWN, GpuSide
+from pytest_gpushare.plan.gpu_side import GpuSide
 from pytest_gpushare.plan.packing import Bin, Piece, best_order
-from pytest_gpushare.plan.units import Kind, Pending, Unit, in_units, need_of
+from pytest_gpushare.plan.units import Kind, Pending, Unit, in_units
 from pytest_gpushare.plan.work import Job
 from pytest_gpushare.units import format_gb, plural
 
@@ -117,7 +117,7 @@ def ordered(tests: Sequence[int], jobs: Sequence[Job], gpu: GpuSide) -> tuple[Pe
 
     slots = {
         count: min(
-            need_of(UNKNOWN, it.worker.slot, min(gpu.ledgers[d].room.budget for d in seen))
+            min(it.worker.slot, *(gpu.ledgers[d].room.budget for d in seen))
             for it in gpu.workers.values()
             if len(seen := gpu.devices(it, count)) == count
         )
@@ -137,8 +137,13 @@ def ordered(tests: Sequence[int], jobs: Sequence[Job], gpu: GpuSide) -> tuple[Pe
     cold = order is None
     if order is None:
         order = sorted(range(len(units)), key=lambda at: -pieces[at].need)
-        order.sort(key=lambda at: not kind(units[at].tests[0])[1])
-    order.sort(key=lambda at: pieces[at].need <= widest or kind(units[at].tests[0])[1])
+
+    def comes_first(at: int) -> bool:
+        exclusive = kind(units[at].tests[0])[1]
+        return cold if exclusive else pieces[at].need > widest
+
+    order.sort(key=comes_first, reverse=True)
+    gpu.prefix = sum(map(comes_first, order))
     return Pending.ordered([units[at] for at in order], kind, need), cold
 
 

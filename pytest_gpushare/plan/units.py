@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from pytest_gpushare.plan.needs import Need
 from pytest_gpushare.plan.order import Order
 from pytest_gpushare.plan.work import Job
 
@@ -28,6 +27,8 @@ class Unit:
     """The place in the order; -1: before all, as it was begun or lost already."""
     alone: bool = False
     """Whether its test runs alone on its devices though its need does not say so."""
+    claims: bool = False
+    """Whether it has a claim on its devices."""
     overtaken: int = 0
     """How many tests were admitted before it though it was its turn."""
     wants: dict[int, int] | None = None
@@ -112,8 +113,3 @@ class Pending:
                 found.append(self.units[rank])
                 rank = tree.first(1 << 61, rank + 1)
         return [*found, *self.last]
-
-
-def need_of(need: Need, slot: int, most: int) -> int:
-    """Bytes that a need comes to in a worker with this slot, on devices with this budget."""
-    return min(slot, most) if need.vram is None else need.vram

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,15 @@ from pytest_gpushare.plan.work import Action, EmptyCaches, Shutdown, Tell
 from pytest_gpushare.units import MB, format_gb
 
 if TYPE_CHECKING:
-    from pytest_gpushare.plan.gpu_side import GpuSide, GpuWorker
+    from pytest_gpushare.plan.gpu_side import GpuSide
+    from pytest_gpushare.plan.gpu_worker import GpuWorker
 
 WORTH_EMPTYING = 64 * MB
 """Bytes below which emptying caches is not worth the time."""
 EMPTYING_TIMEOUT = 10.0
 """Seconds after which a worker that does not answer counts as having emptied its caches."""
+AGAIN = 0.25
+"""Seconds after which devices are looked at on which nothing has changed."""
 PATIENCE = 0.5
 """Seconds for which VRAM may be missing before anything is said of it."""
 
@@ -47,6 +50,7 @@ class Waiting:
         self._side = side
         self._blocked: dict[str, Blocked] = {}
         self._released: dict[str, Released] = {}
+        self._stirred = float("-inf")
 
     def released(self, device: str, size: int) -> None:
         """A test or a process gave back so many bytes."""
@@ -62,14 +66,23 @@ class Waiting:
             text = f"{label}: there is VRAM for tests again, after {waited:.0f} s"
             yield Tell("pressure-over", text, {"device": device, "waited_s": round(waited, 3)})
 
-    def look(self) -> Iterator[Action]:
-        """What is to be done for the tests that wait."""
+    def stir(self) -> None:
+        """Now and then look at every device: time may have changed what no event tells."""
         side = self._side
+        if side.at - self._stirred < AGAIN:
+            return
+        self._stirred = side.at
         for it in side.workers.values():
             if it.emptying is not None and side.at - it.emptying > EMPTYING_TIMEOUT:
                 it.emptying = None
-        for device in side.ledgers:
-            found = self._target(device)
+                side.refresh(it)
+        side.stirred.update(device for device, free in side.free.items() if free)
+
+    def look(self, stirred: Collection[str]) -> Iterator[Action]:
+        """What is to be done for the tests that wait on these devices."""
+        side = self._side
+        for device in stirred:
+            found = self._target(device) if side.free[device] else None
             if found is None:
                 continue
             it, unit = found
@@ -96,9 +109,7 @@ class Waiting:
     def _target(self, device: str) -> tuple[GpuWorker, Unit] | None:
         """The test for which something is done on this device, and the worker that would run it."""
         side = self._side
-        free = [w for w in side.workers.values() if w.is_free and w.worker.devices[0] == device]
-        if not free:
-            return None
+        free = list(side.free[device].values())
         claim = side.claims.head(device)
         bound = next((it for it in free if it.unit is not None and it.unit.tests), None)
         if claim is not None and claim.worker is not None and claim.worker in free:
@@ -198,6 +209,7 @@ class Waiting:
                 break
             short -= size
             other.emptying, other.emptied = self._side.at, 1 + fixtures
+            self._side.refresh(other)
             yield EmptyCaches(other.worker.id, fixtures)
 
     def _make_room(self, ledger: Ledger, it: GpuWorker, unit: Unit, need: int) -> Iterator[Action]:
@@ -230,6 +242,7 @@ class Waiting:
                 break
             short -= size
             other.ending = True
+            side.refresh(other)
             name = side.jobs[unit.tests[0]].nodeid
             text = f"{other.worker.id} ended: its {format_gb(size)} were in the way of {name}"
             yield Shutdown(other.worker.id)

@@ -12,7 +12,8 @@ from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
     from pytest_gpushare.plan.cpu_side import CpuSide
-    from pytest_gpushare.plan.gpu_side import GpuSide, GpuWorker
+    from pytest_gpushare.plan.gpu_side import GpuSide
+    from pytest_gpushare.plan.gpu_worker import GpuWorker
     from pytest_gpushare.plan.waiting import Waiting
 
 
@@ -78,6 +79,7 @@ class Without:
                 single = Unit(deque((test,)))
                 if gpu.anybody_could(single):
                     gpu.pending.back(single)
+                    gpu.stir()
                 elif self.decide(test, "no GPU worker is left that could run it"):
                     self._cpu.add([test])
         left = [it for it in gpu.workers.values() if not it.ending]
@@ -96,6 +98,7 @@ class Without:
             single = Unit(deque((test,)))
             if gpu.anybody_could(single):
                 gpu.pending.back(single)
+                gpu.stir()
             else:
                 self._dropped.append((test, "no worker that has collected it is left"))
 
@@ -114,6 +117,7 @@ class Without:
             test = next((test for test in self._verdicts if it.knows(test)), None)
             if test is not None:
                 it.busy, it.test = True, test
+                self._gpu.refresh(it)
                 yield Instead(it.worker.id, test, *self._verdicts.pop(test))
                 continue
             test = next((test for test in self._forced if it.knows(test)), None)
@@ -133,6 +137,8 @@ class Without:
     def _force(self, it: GpuWorker, test: int, note: str) -> Run:
         need = self._gpu.bytes_for(it, test)
         it.busy, it.test, it.emptied = True, test, 0
+        self._gpu.lonely.add(it.worker.id)
+        self._gpu.refresh(it)
         for device in self._gpu.devices(it, self._gpu.need(test).devices):
             self._gpu.ledgers[device].start(it.worker.id, need)
         source = self._gpu.need(test).source
@@ -158,6 +164,7 @@ class Without:
             if it.is_free and it.unit is not None and not it.unit.tests:
                 self._gpu.claims.drop(it.unit)
                 it.unit = None
+                self._gpu.refresh(it)
         for unit, reason in gone:
             self._forget([unit])
             # The rest of a group may fit: it stays.
@@ -166,6 +173,7 @@ class Without:
                 self._cpu.add([test])
             if unit.tests:
                 self._gpu.pending.back(unit)
+                self._gpu.stir()
         return bool(gone) or self.waits
 
     def _hopeless(self, unit: Unit, bound: GpuWorker | None) -> str:

@@ -1,57 +1,540 @@
-"""The dispatcher: which test goes where and when, with figures."""
+"""The dispatcher's rules, each with figures: routing, admission, room, patience."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pytest
+from dispatching import Device, Script, World
+
 from pytest_gpushare.plan.dispatcher import Dispatcher
 from pytest_gpushare.plan.needs import Need
-from pytest_gpushare.plan.work import Instead, Job, Reading, Room, Run, Shutdown, Worker
-from pytest_gpushare.units import GB
+from pytest_gpushare.plan.work import (
+    Action,
+    Drop,
+    EmptyCaches,
+    Instead,
+    Job,
+    Lost,
+    Policy,
+    Reading,
+    Room,
+    Run,
+    Shutdown,
+    Tell,
+    Worker,
+)
+from pytest_gpushare.units import GB, MB
 
-GPU = "GPU-0"
+GPU, OTHER = "GPU-0", "GPU-1"
+CONTEXT = 600 * MB
 
 
-def gpu_test(name: str, gigabytes: float | None = None) -> Job:
+def gpu_test(
+    name: str, gigabytes: float | None = None, *, duration: float | None = None, group: str = "",
+    marked: bool = True, source: str = "marker", devices: int = 1, exclusive: bool = False,
+    required: bool = False,
+) -> Job:  # fmt: skip
     vram = None if gigabytes is None else int(gigabytes * GB)
-    return Job(name, marked=True, need=Need(vram, source="marker" if vram else "slot"))
+    need = Need(vram, devices, exclusive, required, source if vram else "slot")
+    return Job(name, marked, need, group, duration)
 
 
-def gpu_worker(number: int, slot: float = 4.5) -> Worker:
-    return Worker(f"gw{number}", (GPU,), int(slot * GB))
+def gpu_worker(number: int, slot: float = 4.5, device: str = GPU, *others: str) -> Worker:
+    return Worker(f"gw{number}", (device, *others), int(slot * GB))
+
+
+def dispatcher_of(
+    jobs: Sequence[Job], workers: Sequence[Worker], *, budget: float = 10,
+    policy: Policy | None = None,
+    context: int = 0, rooms: Sequence[Room] = (), reservation: int = 0, safety: int = 0,
+) -> Dispatcher:  # fmt: skip
+    """A dispatcher whose workers are up."""
+    room = Room(GPU, "GPU 0", int(budget * GB), reservation, safety, context=context)
+    made = Dispatcher(jobs, rooms or [room], policy)
+    for worker in workers:
+        made.worker_up(worker)
+    return made
+
+
+def runs(actions: Sequence[Action]) -> dict[str, tuple[int, ...]]:
+    """Worker -> tests that it is to run."""
+    return {action.worker: action.tests for action in actions if isinstance(action, Run)}
+
+
+def free(gigabytes: float, **held: float) -> dict[str, Reading]:
+    """A reading of the first device."""
+    return {
+        GPU: Reading(int(gigabytes * GB), 0, {w: int(s * GB) for w, s in held.items()}, "blender")
+    }
+
+
+# --- admission ---
 
 
 def test_two_that_fit_and_one_that_waits() -> None:
-    """Of 6, 6 and 4 GB on 10 GB the first and the third run; the second follows."""
-    dispatcher = Dispatcher(
-        [gpu_test("a", 6), gpu_test("b", 6), gpu_test("c", 4)], [Room(GPU, "GPU 0", 10 * GB)]
+    """Of 6, 6 and 4 GB on 10 GB one of 6 and that of 4 run; the other follows."""
+    made = dispatcher_of(
+        [gpu_test("a", 6), gpu_test("b", 6), gpu_test("c", 4)], [gpu_worker(0), gpu_worker(1)]
     )
-    for number in range(2):
-        dispatcher.worker_up(gpu_worker(number))
-    assert dispatcher.step({GPU: Reading(24 * GB)}, 0) == [
+    assert made.step(free(24), 0) == [
         Run("gw0", (0,), need=6 * GB, source="marker"),
         Run("gw1", (2,), need=4 * GB, source="marker"),
     ]
-    dispatcher.finished("gw1", 2)
-    assert dispatcher.step({GPU: Reading(14 * GB)}, 1) == []
-    dispatcher.finished("gw0", 0)
-    (run,) = dispatcher.step({GPU: Reading(24 * GB)}, 2)
-    assert isinstance(run, Run)
-    assert run.tests == (1,)
-    dispatcher.finished(run.worker, 1)
-    assert dispatcher.is_done
-    assert dispatcher.step({}, 3) == [Shutdown("gw0"), Shutdown("gw1")]
+    made.finished("gw1", 2)
+    assert made.step(free(14), 1) == []
+    made.finished("gw0", 0)
+    found = runs(made.step(free(24), 2))
+    assert list(found.values()) == [(1,)]
+    made.finished(*found, 1)
+    assert made.is_done
+    assert made.step({}, 3) == [Shutdown("gw0"), Shutdown("gw1")]
 
 
-def test_a_need_that_no_device_can_meet() -> None:
-    """It fails by name, with the figures; the others run."""
-    dispatcher = Dispatcher(
-        [gpu_test("huge", 40), gpu_test("small", 4)], [Room(GPU, "GPU 0", 10 * GB)]
+@pytest.mark.parametrize(
+    ("available", "resident", "starts"),
+    [(22.0, 0.0, True), (21.9, 0.0, False), (11.21, 10.8, True), (11.1, 10.8, False)],
+)
+def test_live_room(available: float, resident: float, starts: bool) -> None:
+    """free − outstanding reservation − safety buffer: 22 − 12 − 1 leaves 9 GB for a need of 9."""
+    made = dispatcher_of(
+        [gpu_test("a", 9)], [gpu_worker(0)], budget=24, reservation=12 * GB, safety=GB
     )
-    dispatcher.worker_up(gpu_worker(0))
-    (refused,) = dispatcher.step({}, 0)
-    assert isinstance(refused, Instead)
-    assert "40.0 GB" in refused.reason
-    assert "10.0 GB" in refused.reason
-    dispatcher.finished("gw0", 0)
-    (run,) = dispatcher.step({}, 0)
+    reading = {GPU: Reading(int(available * GB), int(resident * GB))}
+    assert bool(runs(made.step(reading, 0))) is starts
+
+
+def test_what_a_running_test_will_still_take_is_not_free() -> None:
+    """A need of 6 GB of which 2 are taken leaves 9 − (6 − 2) = 5 of 9 free."""
+    made = dispatcher_of(
+        [gpu_test("a", 6), gpu_test("b", 5.5), gpu_test("c", 5)],
+        [gpu_worker(0), gpu_worker(1)],
+        budget=20,
+    )
+    assert runs(made.step(free(6), 0)) == {"gw0": (0,)}
+    assert runs(made.step(free(9, gw0=2), 1)) == {"gw1": (2,)}
+
+
+def test_a_test_that_takes_more_than_its_need_is_believed() -> None:
+    """Its account is what NVML says: 9 of 10 GB leave no room for 2."""
+    made = dispatcher_of([gpu_test("liar", 3), gpu_test("b", 2)], [gpu_worker(0), gpu_worker(1)])
+    made.step({GPU: Reading(4 * GB)}, 0)
+    made = dispatcher_of([gpu_test("liar", 3), gpu_test("b", 2)], [gpu_worker(0)])
+    assert runs(made.step(free(24), 0)) == {"gw0": (0,)}
+    made.worker_up(gpu_worker(1))
+    assert runs(made.step(free(15, gw0=9), 1)) == {}
+
+
+def test_where_nvml_names_no_process() -> None:
+    """What the device lost since the plan is its running tests', up to their needs.
+
+    Of 22 GB a test with 4.5 took all: 17.5 are free. Were its need set aside once more, the
+    second slot of the plan's 9 GB would stay empty.
+    """
+    room = Room(GPU, "GPU 0", 9 * GB, 12 * GB, GB, 22 * GB, context=CONTEXT)
+    made = dispatcher_of(
+        [gpu_test("a"), gpu_test("b"), gpu_test("c")], [gpu_worker(0), gpu_worker(1)], rooms=[room]
+    )
+    assert len(runs(made.step({GPU: Reading(22 * GB, 0)}, 0))) == 2
+    made.finished("gw1", 1)
+    reading = {GPU: Reading(int(17.5 * GB) - CONTEXT, 0)}
+    assert runs(made.step(reading, 1)) == {"gw1": (2,)}
+
+
+def test_what_is_held_after_a_test_stays_on_the_account() -> None:
+    """A worker that keeps 5 of 10 GB leaves 5 for its neighbour, and 10 for itself."""
+    for need, worker in ((5, "gw0"), (6, "gw0"), (10, "gw0")):
+        made = dispatcher_of([gpu_test("a", 7), gpu_test("b", need)], [gpu_worker(0)])
+        made.step(free(24), 0)
+        made.finished("gw0", 0, {GPU: 5 * GB})
+        made.worker_up(gpu_worker(1))
+        assert list(runs(made.step(free(19), 1))) == [worker]
+
+
+def test_a_dead_workers_account_is_closed() -> None:
+    """The test that it ran is over, and its VRAM is there for others."""
+    made = dispatcher_of([gpu_test("a", 9), gpu_test("b", 9)], [gpu_worker(0), gpu_worker(1)])
+    assert runs(made.step({}, 0)) == {"gw0": (0,)}
+    assert made.worker_down("gw0", replaced=True) == Lost(0)
+    assert runs(made.step({}, 1)) == {"gw1": (1,)}
+
+
+def test_a_learned_need_beyond_the_budget() -> None:
+    """Its margin is what does not fit: it gets the whole budget. A declared one is refused."""
+    made = dispatcher_of([gpu_test("a", 11, source="learned")], [gpu_worker(0)])
+    assert made.step({}, 0) == [Run("gw0", (0,), need=10 * GB, source="learned")]
+
+
+# --- what can never run ---
+
+
+@pytest.mark.parametrize(
+    ("job", "text"),
+    [
+        (
+            gpu_test("huge", 40),
+            "needs 40.0 GB of VRAM (by its marker), and the largest budget is 10.0 GB (GPU 0): "
+            "lower the need, or leave more to the tests with "
+            "gpu_share_ollama_vram_reservation_mb, gpu_share_safety_buffer_mb or free VRAM",
+        ),
+        (
+            gpu_test("two", 1, devices=2),
+            "needs 2 devices, and a worker sees its own alone (gpu_share_visible_devices = own): "
+            "set it to all",
+        ),
+        (
+            gpu_test("three", 1, devices=3),
+            "needs 3 devices, and this run has 2: run it where there are more, or leave it out "
+            "with -m or -k",
+        ),
+        (gpu_test("odd")._replace(refusal="wrong marker"), "wrong marker"),
+    ],
+)
+def test_never_fits(job: Job, text: str) -> None:
+    """It fails at once, with figures and remedy; the others run."""
+    rooms = [Room(GPU, "GPU 0", 10 * GB), Room(OTHER, "GPU 1", 8 * GB)]
+    made = dispatcher_of([job, gpu_test("small", 4)], [gpu_worker(0)], rooms=rooms)
+    assert made.step({}, 0) == [Instead("gw0", 0, "fail", text)]
+    made.finished("gw0", 0)
+    assert runs(made.step({}, 0)) == {"gw0": (1,)}
+
+
+def test_a_need_for_the_larger_device() -> None:
+    """It waits for the worker that has it."""
+    rooms = [Room(GPU, "GPU 0", 6 * GB), Room(OTHER, "GPU 1", 12 * GB)]
+    made = dispatcher_of(
+        [gpu_test("big", 10)], [gpu_worker(0), gpu_worker(1, 4, OTHER)], rooms=rooms
+    )
+    assert runs(made.step({}, 0)) == {"gw1": (0,)}
+
+
+# --- several devices, exclusive ---
+
+
+def test_several_devices_at_once_or_not_at_all() -> None:
+    """5 GB on both devices: not beside 6 GB on one of them."""
+    rooms = [Room(GPU, "GPU 0", 10 * GB), Room(OTHER, "GPU 1", 10 * GB)]
+    workers = [gpu_worker(0, 4, GPU, OTHER), gpu_worker(1, 4, OTHER, GPU)]
+    jobs = [gpu_test("one", 6), gpu_test("both", 5, devices=2)]
+    policy = Policy(visible_devices="all")
+    made = dispatcher_of(jobs, workers, rooms=rooms, policy=policy)
+    assert runs(made.step({}, 0)) == {"gw0": (0,)}
+    made.finished("gw0", 0, {GPU: 0})
+    (run,) = runs(made.step({}, 1)).values()
+    assert run == (1,)
+
+
+def test_exclusive() -> None:
+    """Nothing starts beside it, and it starts beside nothing."""
+    jobs = [gpu_test("alone", 1, exclusive=True), gpu_test("a", 1), gpu_test("b", 1)]
+    made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1)])
+    (run,) = made.step({}, 0)
+    assert run == Run("gw0", (0,), need=GB, source="marker", alone=True)
+    made.finished("gw0", 0)
+    assert len(runs(made.step({}, 1))) == 2
+
+
+def test_again_alone() -> None:
+    """A test that ran out of memory runs after the others, alone on its device."""
+    made = dispatcher_of([gpu_test("a", 4), gpu_test("b", 4)], [gpu_worker(0), gpu_worker(1)])
+    made.step({}, 0)
+    made.finished("gw0", 0)
+    made.again(0, alone=True)
+    assert made.step({}, 1) == []
+    made.finished("gw1", 1)
+    (run,) = made.step({}, 2)
     assert isinstance(run, Run)
-    assert run.tests == (1,)
+    assert (run.tests, run.alone) == ((0,), True)
+
+
+# --- ageing ---
+
+
+def test_a_big_test_is_not_starved() -> None:
+    """9 of 10 GB among 500 tests of 2 GB that never end together: it gets its turn early."""
+    small = [gpu_test(f"s{n}", 2) for n in range(500)]
+    jobs = [*small[:6], gpu_test("big", 9), *small[6:]]
+    world = World(
+        jobs,
+        [Room(GPU, "GPU 0", 10 * GB)],
+        [gpu_worker(n, 2) for n in range(5)],
+        scripts={n: Script(1 + n % 7 * 0.13) for n in range(len(jobs))},
+    )
+    world.dispatcher._gpu.at = 0.0
+    world.run()
+    place = [test for _, _, test, _ in world.admitted].index(6)
+    assert world.wrong == []
+    assert place <= 6 + 3 * 5 + 5, place
+
+
+def test_a_bound_test_is_not_starved() -> None:
+    """The same for the second test of a group whose first one fitted."""
+    jobs = [gpu_test("g1", 2, group="g"), gpu_test("g2", 9, group="g")]
+    jobs += [gpu_test(f"s{n}", 2) for n in range(300)]
+    world = World(
+        jobs,
+        [Room(GPU, "GPU 0", 10 * GB)],
+        [gpu_worker(n, 2) for n in range(5)],
+        scripts={n: Script(1 + n % 7 * 0.13) for n in range(len(jobs))},
+        policy=Policy(dist="loadfile"),
+    ).run()
+    order = [test for _, _, test, _ in world.admitted]
+    assert order.index(1) - order.index(0) <= 3 * 5 + 10
+
+
+# --- making room ---
+
+
+def two_that_keep(first: float, second: float) -> Dispatcher:
+    """Two workers that keep so many GB after their tests; a test of 9.8 GB waits."""
+    jobs = [gpu_test("a", 5), gpu_test("b", 5), gpu_test("c", 9.8)]
+    made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1)], budget=10.5, context=CONTEXT)
+    # It needs the device alone, so it would come first.
+    jobs[2] = gpu_test("c", 5)
+    assert runs(made.step({}, 0)) == {"gw0": (0,), "gw1": (1,)}
+    jobs[2] = gpu_test("c", 9.8)
+    made.finished("gw0", 0, {GPU: int(first * GB)})
+    made.finished("gw1", 1, {GPU: int(second * GB)})
+    return made
+
+
+def test_caches_of_a_neighbour_are_emptied() -> None:
+    """3 GB that it keeps are in the way of 9.8 on 10.5: it is asked, and only it."""
+    made = two_that_keep(4, 3)
+    assert made.step({}, 1) == [EmptyCaches("gw1")]
+    assert made.step({}, 2) == []
+    made.emptied("gw1", {GPU: CONTEXT})
+    assert runs(made.step({}, 3)) == {"gw0": (2,)}
+
+
+def test_a_worker_that_does_not_answer_is_not_waited_for_for_ever() -> None:
+    """After ten seconds the next way of making room is tried."""
+    made = two_that_keep(4, 3)
+    made.step({}, 1)
+    assert made.step({}, 10) == []
+    assert made.step({}, 12) == [EmptyCaches("gw1", fixtures=True)]
+
+
+def test_room_is_made_the_gentlest_way_first() -> None:
+    """Caches, then fixtures, then the worker itself."""
+    made = two_that_keep(4, 3)
+    assert made.step({}, 1) == [EmptyCaches("gw1")]
+    made.emptied("gw1", {GPU: 2 * GB})
+    assert made.step({}, 2) == [EmptyCaches("gw1", fixtures=True)]
+    made.emptied("gw1", {GPU: 3 * GB // 2})
+    ended, told = made.step({}, 3)
+    assert ended == Shutdown("gw1")
+    assert isinstance(told, Tell)
+    assert told.text == "gw1 ended: its 1.5 GB were in the way of c"
+    assert made.step({}, 4) == []
+    made.worker_down("gw1")
+    assert runs(made.step({}, 5)) == {"gw0": (2,)}
+
+
+def test_caches_are_left_alone_where_the_user_says_so() -> None:
+    """`empty_caches = never`: fixtures and workers only."""
+    made = two_that_keep(4, 3)
+    made._gpu.policy = Policy(empty_caches="never")
+    assert made.step({}, 1) == [EmptyCaches("gw1", fixtures=True)]
+
+
+def test_a_test_that_needs_the_device_alone_comes_first() -> None:
+    """Then its neighbours have no contexts yet, and none of them has to end."""
+    jobs = [gpu_test(f"s{n}", 2) for n in range(8)]
+    jobs.insert(4, gpu_test("whole", 10))
+    world = World(
+        jobs,
+        [Room(GPU, "GPU 0", 10 * GB, context=CONTEXT)],
+        [gpu_worker(n) for n in range(3)],
+    ).run()
+    assert world.admitted[0][2] == 4
+    assert world.tells("worker-ended") == []
+
+
+# --- others in the way ---
+
+
+def pressed(**policy: object) -> World:
+    """Others hold 8 of 11 GB from the first second to the hundredth; two tests need 6."""
+    jobs = [gpu_test("a", 6), gpu_test("b", 6), gpu_test("c", 2), Job("plain")]
+    return World(
+        jobs,
+        [Room(GPU, "GPU 0", 10 * GB, 0, GB, 11 * GB)],
+        [gpu_worker(0), Worker("gw1")],
+        devices={GPU: Device(11 * GB, others=lambda at: 8 * GB if 0.5 <= at < 100 else 0)},
+        policy=Policy()._replace(**policy),  # type: ignore[arg-type]
+    )
+
+
+def test_pressure_is_waited_for() -> None:
+    """The small test goes on, the big one waits, and both are told of."""
+    world = pressed().run()
+    starts = {test: at for at, _, test, _ in world.admitted}
+    assert starts[2] < 100 <= max(starts[0], starts[1]) < 101
+    (pressure,) = world.tells("pressure")
+    assert pressure.text == (
+        "GPU 0: b needs 6.0 GB and waits: 2.0 GB is left for tests; held by somebody"
+    )
+    (over,) = world.tells("pressure-over")
+    assert over.text.startswith("GPU 0: there is VRAM for tests again, after 9")
+    assert world.out_of_memory == 0
+
+
+@pytest.mark.parametrize("how", ["run", "skip", "fail"])
+def test_pressure_without_end(how: str) -> None:
+    """After the time-out `without_gpu` decides, and the reason has the figures."""
+    world = pressed(without_gpu=how, pressure_timeout=20.0).run()
+    reason = (
+        "it needs 6.0 GB, and 2.0 GB was left on GPU 0 for 20 s "
+        "(gpu_share_pressure_timeout_s), held by somebody"
+    )
+    if how == "run":
+        (run,) = [a for a in world.actions if isinstance(a, Run) and a.note]
+        assert (run.worker, run.tests, run.note) == ("gw1", (1,), f"ran without a GPU: {reason}")
+    else:
+        (instead,) = [a for a in world.actions if isinstance(a, Instead)]
+        assert (instead.test, instead.outcome) == (1, how)
+        assert instead.reason == (f"no GPU for this test: {reason} (gpu_share_without_gpu = {how})")
+    assert world.now < 60
+
+
+def test_required_fails_whatever_without_gpu_says() -> None:
+    """`required=True` under `without_gpu = skip`."""
+    world = pressed(without_gpu="skip", pressure_timeout=5.0)
+    world.dispatcher._jobs[1:2] = [gpu_test("b", 6, required=True)]  # type: ignore[index]
+    world.run()
+    (instead,) = [a for a in world.actions if isinstance(a, Instead)]
+    assert instead.outcome == "fail"
+    assert instead.reason.endswith("(required=True)")
+
+
+def test_vram_that_comes_back_late() -> None:
+    """It is waited for, and after the limit others are blamed."""
+    for late, kinds in ((1.0, []), (10.0, ["late", "pressure-over"])):
+        jobs = [gpu_test("a", 8), gpu_test("b", 8)]
+        world = World(
+            jobs, [Room(GPU, "GPU 0", 10 * GB, 0, GB, 11 * GB)], [gpu_worker(0)], late=late
+        ).run()  # fmt: skip
+        told = [a for a in world.actions if isinstance(a, Tell)]
+        assert [tell.kind for tell in told] == [kind for kind in kinds if kind == "late"]
+        assert all(
+            text.text == "GPU 0: 8.0 GB that tests gave back is not free yet" for text in told
+        )
+        assert world.out_of_memory == 0
+    world = World(
+        [gpu_test("a", 8), gpu_test("b", 8)],
+        [Room(GPU, "GPU 0", 10 * GB, 0, GB, 11 * GB)],
+        [gpu_worker(0)],
+        late=50.0,
+    ).run()
+    late_again = world.tells("late")[-1].text
+    assert late_again == "GPU 0: 6.0 GB did not come back within 30 s; held by somebody"
+    assert [tell.kind for tell in world.actions if isinstance(tell, Tell)] == [
+        "late", "late", "pressure", "pressure-over",
+    ]  # fmt: skip
+
+
+# --- routing ---
+
+
+def test_unmarked_tests_go_to_cpu_workers() -> None:
+    """Where there are any; else to GPU workers with a whole slot each."""
+    jobs = [Job("plain"), gpu_test("marked", 4)]
+    made = dispatcher_of(jobs, [gpu_worker(0), Worker("gw1")])
+    assert runs(made.step({}, 0)) == {"gw0": (1,), "gw1": (0,)}
+    made = dispatcher_of(jobs, [gpu_worker(0, 4.5), gpu_worker(1, 4.5)], budget=9)
+    found = {a.tests: (a.need, a.source) for a in made.step({}, 0) if isinstance(a, Run)}
+    assert found == {(0,): (9 * GB // 2, "slot"), (1,): (4 * GB, "marker")}
+
+
+def test_gpu_workers_help_with_tests_that_last() -> None:
+    """Once a test is known to last 0.5 s, an idle GPU worker takes from the end."""
+    jobs = [Job(f"t{n}") for n in range(10)]
+    made = dispatcher_of(jobs, [gpu_worker(0), Worker("gw1")])
+    assert runs(made.step({}, 0)) == {"gw1": (0, 1, 2, 3, 4)}
+    made.finished("gw1", 0, None, 0.5)
+    helped = runs(made.step({}, 1))
+    assert helped["gw0"] == (9,)
+    fast = dispatcher_of(jobs, [gpu_worker(0), Worker("gw1")])
+    fast.step({}, 0)
+    fast.finished("gw1", 0, None, 0.001)
+    assert "gw0" not in runs(fast.step({}, 1))
+
+
+def test_cpu_queues_are_as_deep_as_in_xdist() -> None:
+    """400 tests, 4 workers: a quarter of a quarter first, more when less than that is left."""
+    made = dispatcher_of([Job(f"t{n}") for n in range(400)], [Worker(f"gw{n}") for n in range(4)])
+    first = made.step({}, 0)
+    assert [len(a.tests) for a in first if isinstance(a, Run)] == [50, 43, 38, 33]
+    assert all(not a.last for a in first if isinstance(a, Run))
+    assert made.finished("gw0", 0, None, 0.001) is False
+
+
+def test_the_last_tests_of_cpu_workers_start() -> None:
+    """With nothing left each is told to start the last test that it has."""
+    made = dispatcher_of([Job(f"t{n}") for n in range(3)], [Worker(f"gw{n}") for n in range(4)])
+    found = [a for a in made.step({}, 0) if isinstance(a, Run)]
+    assert [(a.worker, a.tests, a.last) for a in found] == [
+        ("gw0", (0,), True), ("gw1", (1,), True), ("gw2", (2,), True),
+    ]  # fmt: skip
+
+
+def test_a_test_that_nobody_can_run_any_more() -> None:
+    """It is dropped with a word: the run must end, and nothing is lost silently."""
+    made = Dispatcher([gpu_test("a", 2), Job("b")], [Room(GPU, "GPU 0", 10 * GB)])
+    made.worker_up(gpu_worker(0))
+    made.worker_up(Worker("gw1"), {1})
+    made.step({}, 0)
+    made.worker_down("gw0")
+    made.again(0)
+    assert Drop(0, "no GPU worker is left that could run it") in made.step({}, 1)
+
+
+def test_no_gpu_worker_is_left() -> None:
+    """What waited for a GPU runs on the CPU, with the reason."""
+    made = dispatcher_of([gpu_test("a", 9), gpu_test("b", 9)], [gpu_worker(0), Worker("gw1")])
+    made.step({}, 0)
+    made.worker_down("gw0")
+    (run,) = [a for a in made.step({}, 1) if isinstance(a, Run) and a.tests]
+    assert run.note == "ran without a GPU: no GPU worker is left that could run it"
+
+
+def test_a_replacement_is_waited_for() -> None:
+    """While one is on its way nothing is given up."""
+    made = dispatcher_of([gpu_test("a", 9), gpu_test("b", 9)], [gpu_worker(0), Worker("gw1")])
+    made.step({}, 0)
+    made.worker_down("gw0", replaced=True)
+    assert made.step({}, 1) == []
+    made.worker_up(gpu_worker(2))
+    assert runs(made.step({}, 2)) == {"gw2": (1,)}
+
+
+# --- groups ---
+
+
+def test_fixtures_of_a_module_are_set_up_once_unless_workers_would_be_idle() -> None:
+    """Under load two modules go to two workers; a third worker takes half of one."""
+    jobs = [gpu_test(f"{m}{n}", 1, group=m) for m in "ab" for n in range(8)]
+    world = World(
+        jobs, [Room(GPU, "GPU 0", 10 * GB)], [gpu_worker(n, 2) for n in range(2)]
+    ).run()  # fmt: skip
+    assert sorted(sorted(set(p.groups)) for p in world.processes.values()) == [["a"], ["b"]]
+    world = World(
+        jobs, [Room(GPU, "GPU 0", 10 * GB)], [gpu_worker(n, 2) for n in range(3)]
+    ).run()  # fmt: skip
+    switches = sum(
+        1 for p in world.processes.values() for a, b in zip(["", *p.groups], p.groups, strict=False)
+        if a != b
+    )  # fmt: skip
+    assert switches <= 5
+    assert world.makespan <= 8
+
+
+def test_a_group_that_no_worker_can_run_whole_is_split() -> None:
+    """4 GB on the small device, 12 on the large one, one group: both run."""
+    rooms = [Room(GPU, "GPU 0", 6 * GB), Room(OTHER, "GPU 1", 12 * GB)]
+    jobs = [gpu_test("a", 12, group="g"), gpu_test("b", 4, devices=1, group="g")]
+    world = World(
+        jobs, rooms, [gpu_worker(0, 4), gpu_worker(1, 4, OTHER)], policy=Policy(dist="loadfile")
+    ).run()
+    assert sorted(world.outcomes) == [0, 1]

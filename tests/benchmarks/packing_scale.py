@@ -1,0 +1,126 @@
+"""What a decision costs, and how close to the bound the order comes, without any process.
+
+    python -m tests.benchmarks.packing_scale [WORKLOAD.json]
+
+Prints Markdown tables: time per test for 1,000, 10,000 and 100,000 tests on 16 devices with 64
+workers, planned and dispatched by a simulated clock; and the makespan of workloads against
+the lower bound, with known durations and without. WORKLOAD.json is a list of [GB, seconds].
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from heapq import heappop, heappush
+from pathlib import Path
+from random import Random
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from dispatching import Script, World
+
+from pytest_gpushare.plan.dispatcher import Dispatcher
+from pytest_gpushare.plan.needs import Need
+from pytest_gpushare.plan.packing import Bin, lower_bound
+from pytest_gpushare.plan.work import Job, Reading, Room, Run, Worker
+from pytest_gpushare.units import GB
+
+DEVICES, WORKERS = 16, 64
+LIKE_IT = (1, 1, 1, 2, 2, 2, 3, 4, 4, 6, 6, 8, 8, 12)
+
+
+def dispatched(count: int, *, known: bool, different: bool) -> float:
+    """Seconds of CPU that planning and dispatching so many tests takes, the clock's own aside."""
+    draw = Random(count)
+    needs = [draw.randrange(GB, 12 * GB) if different else draw.choice(LIKE_IT) * GB
+             for _ in range(count)]  # fmt: skip
+    durations = [draw.uniform(0.2, 2.0) for _ in range(count)]
+    jobs = [
+        Job(f"t{i}", True, Need(needs[i], source="marker"), "", durations[i] if known else None)
+        for i in range(count)
+    ]
+    rooms = [Room(f"GPU-{n}", f"GPU {n}", 24 * GB) for n in range(DEVICES)]
+    reading = {room.uuid: Reading(80 * GB) for room in rooms}
+    spent = 0.0
+    before = time.process_time()
+    dispatcher = Dispatcher(jobs, rooms)
+    for n in range(WORKERS):
+        dispatcher.worker_up(Worker(f"gw{n}", (f"GPU-{n % DEVICES}",), 3 * GB))
+    actions = dispatcher.step(reading, 0.0)
+    spent += time.process_time() - before
+    running: list[tuple[float, str, int]] = []
+    now = 0.0
+    done = 0
+    while True:
+        for action in actions:
+            if isinstance(action, Run):
+                heappush(
+                    running, (now + durations[action.tests[0]], action.worker, action.tests[0])
+                )
+        if not running:
+            break
+        now, worker, test = heappop(running)
+        before = time.process_time()
+        dispatcher.finished(worker, test, {}, 1.0)
+        actions = dispatcher.step(reading, now)
+        spent += time.process_time() - before
+        done += 1
+    assert done == count
+    assert dispatcher.is_done
+    return spent
+
+
+def ratio(pairs: list[tuple[float, float]], *, known: bool) -> float:
+    """Makespan ÷ lower bound on one device of 24 GB with 8 workers."""
+    jobs = [
+        Job(f"t{i}", True, Need(int(size * GB), source="marker"), "", seconds if known else None)
+        for i, (size, seconds) in enumerate(pairs)
+    ]
+    world = World(
+        jobs,
+        [Room("GPU-0", "GPU 0", 24 * GB)],
+        [Worker(f"gw{n}", ("GPU-0",), 3 * GB) for n in range(8)],
+        scripts={i: Script(seconds) for i, (_, seconds) in enumerate(pairs)},
+    ).run()
+    assert not world.wrong
+    needs = [int(size * GB) for size, _ in pairs]
+    return world.makespan / lower_bound(needs, [s for _, s in pairs], [Bin(24 * GB, 8)])
+
+
+def main() -> None:
+    """Measure and print."""
+    print("| tests | needs | durations | µs of CPU per test |")
+    print("| --- | --- | --- | --- |")
+    for count in (1_000, 10_000, 100_000):
+        for different, known in ((False, True), (True, True), (True, False)):
+            spent = dispatched(count, known=known, different=different)
+            print(
+                f"| {count:,} | {'all different' if different else '8 sizes'} "
+                f"| {'known' if known else 'unknown'} | {spent / count * 1e6:.1f} |",
+                flush=True,
+            )
+    workloads = {
+        f"random {seed}": [(draw.choice(LIKE_IT), draw.uniform(0.25, 1.95)) for _ in range(40)]
+        for seed in range(40)
+        if (draw := Random(seed))
+    }
+    print("\n| workload | durations | makespan ÷ bound: median | largest |")
+    print("| --- | --- | --- | --- |")
+    if len(sys.argv) > 1:
+        own = [(size, seconds) for size, seconds in json.loads(Path(sys.argv[1]).read_text())]
+        for known in (True, False):
+            found = ratio(own, known=known)
+            print(
+                f"| {Path(sys.argv[1]).name} | {'known' if known else 'unknown'} | {found:.3f} | |"
+            )
+    for known in (True, False):
+        ratios = [ratio(pairs, known=known) for pairs in workloads.values()]
+        print(
+            f"| 40 random ones like it | {'known' if known else 'unknown'} "
+            f"| {statistics.median(ratios):.3f} | {max(ratios):.3f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
