@@ -119,7 +119,10 @@ def judge(
     taken -= model.size_vram + devices * (context + MARGIN)
     taken -= sum(other.size_vram + context for other in beside)
     slack = model.size // 10 + CUDA_CONTEXT
-    tests, by_worker, others = _holders(scenes, taken - slack, missing)
+    was_seen = max(scene.beside_ollama for scene in scenes) >= taken - slack
+    # Where so much was never held, how much Ollama found free says nothing.
+    least = taken - slack if was_seen else 0
+    tests, by_worker, others = _holders(scenes, least, missing)
     room = sum(h.free + h.ollama for h in promise.start.values())
     required = required_free(model, beside, context, devices)
     if required > room:
@@ -129,7 +132,7 @@ def judge(
         at, model, Cause.UNKNOWN, missing, tests, by_worker, others,
         free=min(scene.free for scene in scenes), room=room, required=required,
     )  # fmt: skip
-    if max(scene.beside_ollama for scene in scenes) < taken - slack:
+    if not was_seen:
         return spill._replace(cause=Cause.OPTIONS)
     if required > room:
         return spill._replace(cause=Cause.SIZE)

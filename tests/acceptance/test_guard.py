@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 
@@ -63,7 +64,7 @@ def verdict(golden: Callable[[Result, str], None]) -> Callable[[Result, str], No
         after = result.out.partition("[100%]")[2]
         lines = Result(result.code, after, "").said
         # What the tests used is told, too, with a drawing that is never the same.
-        lines = [line for line in lines if not re.match(r"gpu-share: (GPU|gw)", line)]
+        lines = [line for line in lines if not re.match(r"gpu-share: (GPU|gw|hint)", line)]
         golden(Result(result.code, "\n".join(lines) + "\n", ""), f"guard_{name}")
 
     return compare
@@ -88,3 +89,101 @@ def test_reservation_too_small(
     result = project.pytest("--gpu-share", "--gpu-share-strict", "-o", f"{key}={named[1]}")
     assert (result.code, result.passed, result.workers) == (0, 2, 2), result.out
     verdict(result, "reservation_enough")
+
+
+def test_tests_hold_more_than_they_had(
+    project: Project, neighbour: OllamaServer, verdict: Callable[[Result, str], None]
+) -> None:
+    """Nothing caps simulated VRAM: told, and a failure only where strict asks for it."""
+    project.write(test_project=HOLD.format(size="6.5GB", after=1.2), conftest=LOAD)
+    result = project.pytest("--gpu-share")
+    assert (result.code, result.passed) == (0, 2), result.out
+    verdict(result, "tests")
+
+
+def test_another_process(
+    project: Project, neighbour: OllamaServer, verdict: Callable[[Result, str], None]
+) -> None:
+    """What others took after the start is told, and does not fail even a strict run."""
+    taking = "from simulator import Machine; Machine.open().set_used(0, '8GB'); time.sleep(1.2)"
+    others = LOAD.replace("body =", f"{taking}\n        body =")
+    project.write(test_project=HOLD.format(size="4GB", after=0), conftest=others)
+    result = project.pytest("--gpu-share", "--gpu-share-strict")
+    assert (result.code, result.passed) == (0, 2), result.out
+    verdict(result, "others")
+
+
+def test_num_gpu(
+    project: Project, neighbour: OllamaServer, verdict: Callable[[Result, str], None]
+) -> None:
+    """A request that asked for a few layers on the GPU got them."""
+    few = LOAD.replace('"stream": false', '"stream": false, "options": {"num_gpu": 10}')
+    project.write(test_project=HOLD.format(size="1GB", after=1.2), conftest=few)
+    result = project.pytest("--gpu-share", "--gpu-share-strict")
+    assert (result.code, result.passed) == (0, 2), result.out
+    verdict(result, "num_gpu")
+
+
+def test_absent_model(project: Project, neighbour: OllamaServer) -> None:
+    """Nothing was loaded, so there is nothing to say; the plan is the same."""
+    result = project.pytest("--gpu-share", "--gpu-share-strict")
+    assert (result.code, result.passed, result.workers) == (0, 4, 2)
+    assert not [line for line in result.said if line.startswith("gpu-share: Ollama")]
+
+
+def test_in_process(
+    project: Project, neighbour: OllamaServer, verdict: Callable[[Result, str], None]
+) -> None:
+    """Without workers the process itself is the one that held the VRAM; strict fails the run."""
+    project.write(
+        test_project="""
+            import os, time, urllib.request
+            import gpusim
+
+            def test_model():
+                with gpusim.alloc("14GB"):
+                    time.sleep(0.4)
+                    body = b'{"model": "qwen2.5:14b", "stream": false}'
+                    url = f"http://{os.environ['OLLAMA_HOST']}/api/generate"
+                    urllib.request.urlopen(url, data=body, timeout=60).read()
+                    time.sleep(1.2)
+        """
+    )
+    small = "gpu_share_ollama_vram_reservation_mb=4096"
+    result = project.pytest("--gpu-share", "-n0", "--gpu-share-strict", "-o", small)
+    assert (result.code, result.passed) == (1, 1), result.out
+    verdict(result, "in_process")
+
+
+def test_quiet(project: Project, neighbour: OllamaServer) -> None:
+    """-q tells problems alone, and a model that stayed where it was is none."""
+    neighbour.load("qwen2.5:14b")
+    assert project.pytest("--gpu-share", "-q").said == []
+
+
+def test_report(project: Project, neighbour: OllamaServer) -> None:
+    """The report has the verdict, and what Ollama held at the end."""
+    neighbour.load("qwen2.5:14b")
+    result = project.pytest("--gpu-share", "--gpu-share-report=r.json")
+    assert result.code == 0, result.out
+    ollama = json.loads((project.path / "r.json").read_text(encoding="utf-8"))["ollama"]
+    assert ollama["verdict"] == ["Ollama kept qwen2.5:14b on the GPU (10.8 GB, 100 %) throughout"]
+    assert ollama["spilled_under_tests"] is False
+    size = ollama["models"][0]["size_bytes"]
+    assert ollama["models"] == [
+        {"name": "qwen2.5:14b", "size_bytes": size, "size_vram_bytes": size, "spilled": False}
+    ]
+
+
+def test_not_guarded(project: Project, neighbour: OllamaServer) -> None:
+    """Nobody is asked more than at the start where there is nothing to guard."""
+    for options in (
+        ["-o", "gpu_share_ollama_gpu=none"],
+        ["--gpu-share-simulate=24GB:used=2GB"],
+        ["-o", "gpu_share_enable_ollama_detection=false"],
+    ):
+        neighbour.requests.clear()
+        result = project.pytest("--gpu-share", "-n1", *options)
+        assert result.code == 0, result.out
+        asked = [request.path for request in neighbour.requests]
+        assert asked in ([], ["/api/version", "/api/ps"]), options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -90,6 +91,8 @@ def test_after(
     assert headline in result.said[0]
     assert (result.code, result.passed, result.workers) == (0, 6, workers), result.out
     assert on_gpu(server) == 1
+    kept = r"gpu-share: Ollama kept qwen2\.5:14b on the GPU \(10\.8 GB, 100 %\) throughout; loaded"
+    assert re.search(kept, result.out), result.out
     assert machine.snapshot()[0].oom_count == 0
 
 
