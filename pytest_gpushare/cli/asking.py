@@ -7,6 +7,8 @@ the files anew would tell something else than a run does.
 from __future__ import annotations
 
 import contextlib
+import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -58,8 +60,18 @@ def ask_pytest(arguments: Sequence[str], look: Look, cpus: int | None = None) ->
     itself, there, in one line, and the code is its own.
     """
     stop = _Stop(look, cpus)
-    with contextlib.redirect_stdout(sys.stderr):
-        return int(pytest.main([*ALWAYS, *arguments], plugins=[stop]))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return int(pytest.main([*ALWAYS, *arguments], plugins=[stop]))
+    finally:
+        sys.stderr.write(_short(said.getvalue()))
+
+
+def _short(said: str) -> str:
+    """What was said, but of pytest's usage the line with the error alone."""
+    usage = re.search(r"(?ms)^ERROR: usage: .*?^\S+: error: ([^\n]*)", said)
+    return f"ERROR: {usage[1]}\n" if usage else said
 
 
 def _drop_captured(config: pytest.Config) -> None:

@@ -153,6 +153,7 @@ REFUSED = {
         "gpu_share_fallback_to_cpu_when_constrained=false",
     ): "a GPU worker needs 3.0 GB of VRAM",
     ("-o", "gpu_share_ollama_preload=true"): "gpu_share_ollama_models",
+    ("--", "--nonsense"): "unrecognized arguments: --nonsense",
     ("--", "--collect-only"): "these arguments run no test under the plugin",
 }
 
