@@ -209,6 +209,7 @@ def test_verdict_where_nobody_can_tell() -> None:
         "2 CPU workers",
         "NVML library not found: is the NVIDIA driver installed?",
     ]
+    assert "As it was planned" in page(documents.simulated())
     assert answers(documents.simulated())[0].answer == "Nobody: simulated devices"
 
 
@@ -303,14 +304,14 @@ def test_samples_take_the_reading_that_accounts_for_them() -> None:
 
 
 def test_samples_beside_the_workers_lives_are_told_apart_where_the_sum_is_right() -> None:
-    used = [2 * GB, 5 * GB, 6 * GB, 5 * GB, 3 * GB]
-    ollama: list[float | None] = [None, None, 3 * GB, None, None]
-    others: list[float | None] = [None, None, 2 * GB, None, None]
-    worker: list[float | None] = [None, None, GB, None, None]
+    used = [2 * GB, 5 * GB, 6 * GB, 5 * GB, 3 * GB, 6 * GB, 4 * GB]
+    ollama: list[float | None] = [0, None, 3 * GB, None, None, None, 2 * GB]
+    others: list[float | None] = [None, None, 2 * GB, None, None, None, None]
+    worker: list[float | None] = [None, None, GB, None, None, None, None]
     assert without_workers(used, [ollama, others, worker], 24 * GB) == [
-        [None, 3 * GB, 3 * GB, 3 * GB, None],
-        [None, 2 * GB, 2 * GB, 2 * GB, None],
-        worker,
+        [0, 3 * GB, 3 * GB, 3 * GB, None, 3 * GB, 2 * GB],
+        [2 * GB, 2 * GB, 2 * GB, 2 * GB, None, 2 * GB, 2 * GB],
+        [None, None, GB, None, None, GB, None],
     ]
 
 
@@ -361,7 +362,8 @@ def test_words() -> None:
         "5 MB",
         "4.5 GB",
     ]
-    assert [span(value) for value in (0.25, 12.34, 200, 7500)] == [
+    assert [span(value) for value in (0.004, 0.25, 12.34, 200, 7500)] == [
+        "4 ms",
         "0.25 s",
         "12.3 s",
         "3 min 20 s",

@@ -22,9 +22,10 @@ def meters(document: Mapping[str, Any]) -> Markup:
     devices = each(document, "devices")
     if not devices:
         return Markup("")
+    measured = any(number(device.get("peak_used_bytes")) is not None for device in devices)
     return tag(
         "section",
-        tag("h2", "At the fullest moment"),
+        tag("h2", "At the fullest moment" if measured else "As it was planned"),
         *(_meter(document, device) for device in devices),
         id="devices",
     )

@@ -94,19 +94,20 @@ def without_workers(
 ) -> list[list[float | None]]:
     """The parts, told also where no reading was made as no worker lived.
 
-    *parts* begins with Ollama and others. Where the nearest reading, or these two figures of it,
-    account for all that is in use, they still hold, or held already.
+    *parts* begins with Ollama, which may be known from its own answers, and others. Where the
+    nearest reading, or these two figures of it, account for all that is in use, they hold here too.
     """
     columns = [list(values) for values in parts]
     near = (total or 0) / 200
-    told = [row for row in range(len(used)) if any(column[row] is not None for column in parts)]
+    others = parts[1]
+    told = [row for row, value in enumerate(others) if value is not None]
     for row, held in enumerate(used):
-        if not told or held is None or any(column[row] is not None for column in parts):
+        if not told or held is None or others[row] is not None:
             continue
         reading = told[max(0, bisect_right(told, row) - 1)]
         whole = [column[reading] for column in parts]
         # A worker that says good-bye is no longer asked, and holds its context a little longer.
-        for likely in (whole, whole[:2]):
+        for likely in (whole, whole[:2], [parts[0][row], whole[1]]):
             if abs(held - sum(filter(None, likely))) <= near:
                 for column, value in zip(columns, likely, strict=False):
                     column[row] = value

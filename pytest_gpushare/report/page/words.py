@@ -34,10 +34,12 @@ def size(value: object) -> str:
 
 
 def span(value: object) -> str:
-    """`0.25 s`, `12.3 s`, `3 min 20 s`, `2 h 05 min`, or `unknown`; seconds."""
+    """`4 ms`, `0.25 s`, `12.3 s`, `3 min 20 s`, `2 h 05 min`, or `unknown`; seconds."""
     seconds = number(value)
     if seconds is None:
         return UNKNOWN
+    if seconds < 0.1:
+        return f"{seconds * 1000:.0f} ms"
     if seconds < 60:
         return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
     if seconds < 3600:

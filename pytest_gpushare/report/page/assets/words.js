@@ -24,6 +24,7 @@ function size(bytes) {
 function span(seconds) {
   if (seconds === null || seconds === undefined) return UNKNOWN;
   const two = (value) => String(Math.floor(value)).padStart(2, "0");
+  if (seconds < 0.1) return `${fixed(seconds * 1000, 0)} ms`;
   if (seconds < 60) return `${fixed(seconds, seconds < 10 ? 2 : 1)} s`;
   if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${two(seconds % 60)} s`;
   return `${Math.floor(seconds / 3600)} h ${two((seconds % 3600) / 60)} min`;
