@@ -24,6 +24,8 @@ class Lessons:
         self._by_context: list[tuple[int, Mapping[str, Learned]]] = [
             (started.context_of(name), recall(config, name)) for name in names
         ]
+        # Under no device: how long tests took on CPU workers.
+        self._by_context.append((0, recall(config, "")))
         # Slots are as large as needs where the plan does not pack: nothing would be gained.
         self._packs = "packed" in started.settings.presets
 

@@ -72,8 +72,9 @@ class Profile:
         self._found: dict[str, dict[str, Learned]] = {}
         """Device's name -> node id -> what was learned in this run."""
         self._before: dict[str, dict[str, Learned]] = {}
-        names = {slot.device.uuid: slot.device.name for slot in started.plan.slots}
-        self._names = names
+        self._heard_of: set[str] = set()
+        """Tests whose workers have told how long they took."""
+        self._names = {slot.device.uuid: slot.device.name for slot in started.plan.slots}
         started.links.on("test", self._heard)
 
     def start(self) -> None:
@@ -83,6 +84,7 @@ class Profile:
 
     def stop(self) -> None:
         """Write it, once and atomically; what cannot be written is a note."""
+        self._look_up()
         path = _path(self._config)
         if path is None or not any(self._found.values()):
             return
@@ -103,13 +105,31 @@ class Profile:
     def at_least(self, device: str, nodeid: str, size: int) -> None:
         """A lower bound of a test's peak, such as NVML's samples give: it may raise its figure.
 
-        `size` is in bytes, without the CUDA context.
+        `size` is in bytes, without the CUDA context. A figure that there is not is not set by
+        it: between two samples the test may have held any amount.
         """
-        self._keep(device, nodeid, size, None, exact=False)
+        before = self._before_of(device, nodeid)
+        if before is not None and before.peak is not None:
+            self._keep(device, nodeid, size, None, exact=False)
 
     def took(self, nodeid: str, seconds: float, device: str = "") -> None:
         """How long a test took that no framework told of; without a device: on the CPU."""
         self._keep(device, nodeid, None, seconds, exact=False)
+
+    def _before_of(self, device: str, nodeid: str) -> Learned | None:
+        return self._found.get(device, {}).get(nodeid) or self.learned(device).get(nodeid)
+
+    def _look_up(self) -> None:
+        """Take from the journal what no worker's frameworks have told of the tests that passed."""
+        for test in self._started.journal:
+            if test.outcome != "passed" or test.start is None or test.end is None:
+                continue
+            device = self._names.get(self._started.device_of(test.worker) or "", "")
+            if device and test.peak is not None and test.peak.source == "nvml":
+                size = test.peak.size - self._started.context_of(device)
+                self.at_least(device, test.nodeid, max(0, size))
+            if test.nodeid not in self._heard_of:
+                self.took(test.nodeid, max(0.0, test.end - test.start), device)
 
     def _heard(self, worker: str, told: Mapping[str, Any]) -> None:
         device = self._started.device_of(worker)
@@ -122,6 +142,7 @@ class Profile:
         duration = max(0.0, float(told["end"]) - float(told["start"]))
         if told["attempts"] > 1:
             duration = 0.0
+        self._heard_of.add(str(told["nodeid"]))
         self._keep(name, str(told["nodeid"]), told["peak"], duration or None, told["exact"])
 
     def _compare(self, device: str, told: Mapping[str, Any]) -> None:
@@ -143,7 +164,7 @@ class Profile:
     def _keep(
         self, device: str, nodeid: str, peak: int | None, duration: float | None, exact: bool
     ) -> None:
-        before = self._found.get(device, {}).get(nodeid) or self.learned(device).get(nodeid)
+        before = self._before_of(device, nodeid)
         old = before.peak if before is not None else None
         new = _joined(old, peak, exact)
         if old is not None and new is not None and _differ(old, new):

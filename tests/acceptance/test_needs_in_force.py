@@ -40,6 +40,9 @@ LEARNED = (
     def test_changes():
         import os
         take(int(os.environ["CHANGES"]) * GB)
+
+    def test_plain():
+        time.sleep(0.1)
 """
 )
 
@@ -55,13 +58,14 @@ def test_learned(project: Project, two: Machine) -> None:
     project.write(test_project=LEARNED)
     arguments = (*PACKED, "--gpu-share-report=report.json")
     first = project.pytest(*arguments, CHANGES="2")
-    assert (first.code, first.passed) == (0, 3), first.out
+    assert (first.code, first.passed) == (0, 4), first.out
     found = json.loads((project.path / "cache/d/gpushare/needs.json").read_text())
     kept = found["devices"]["NVIDIA GeForce RTX 3090 Ti"]
     assert kept["test_project.py::test_takes[3]"][0] == 3 * GB
+    assert kept["test_project.py::test_plain"][1] >= 0.1
     assert "learned" not in {test["need_source"] for test in report(project).values()}
     second = project.pytest(*arguments, CHANGES="4")
-    assert (second.code, second.passed) == (0, 3), second.out
+    assert (second.code, second.passed) == (0, 4), second.out
     told = report(project)["test_takes[3]"]
     assert told["need_source"] == "learned"
     assert told["need_bytes"] == (3 * GB + 600 * MB) * 115 // 100

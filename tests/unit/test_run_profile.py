@@ -42,6 +42,7 @@ class Run:
         self.links, self.record, self.notes = Links(), Record(), list[str]()
         card = SimpleNamespace(uuid="GPU-1", name=CARD)
         self.plan = SimpleNamespace(slots=[SimpleNamespace(device=card)])
+        self.journal: list[Any] = []
         self.profile = Profile(self, self.config)  # type: ignore[arg-type]
         self.profile.start()
 
@@ -135,6 +136,33 @@ def test_a_second_attempt_has_no_duration(run: Run) -> None:
     """It counts both attempts and the wait between them."""
     run.test(4 * GB, attempts=2)
     assert run.ended() == Learned(4 * GB, None, recall(run.config, CARD)["t"].date)
+
+
+def seen(outcome: str = "passed", worker: str = "gw0", size: int | None = None) -> Any:
+    """A test as the journal knows it."""
+    peak = None if size is None else SimpleNamespace(size=size, source="nvml")
+    return SimpleNamespace(
+        nodeid="t", worker=worker, outcome=outcome, start=1.0, end=1.5, peak=peak
+    )
+
+
+def test_what_no_framework_told(run: Run) -> None:
+    """How long it took, from pytest's reports; NVML's samples set no peak but raise one."""
+    run.journal = [seen(size=4 * GB)]
+    kept = run.ended()
+    assert kept is not None
+    assert (kept.peak, kept.duration) == (None, 0.5)
+    run.test(1 * GB)
+    run.ended()
+    run.journal = [seen(size=4 * GB + 600 * MB)]
+    kept = run.ended()
+    assert kept is not None
+    assert (kept.peak, kept.duration) == (4 * GB, 0.5)
+    run.journal = [seen(outcome="failed")]
+    assert run.ended() == kept
+    run.journal = [seen(worker="gw9")]
+    run.ended()
+    assert recall(run.config, "")["t"].duration == 0.5
 
 
 def test_durations_of_tests_without_a_gpu(run: Run) -> None:
