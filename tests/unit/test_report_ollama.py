@@ -1,0 +1,64 @@
+"""The header's line on where Ollama is, in cases that need another machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pytest_gpushare.probe.facts import OllamaFacts
+from pytest_gpushare.report.ollama import ollama_lines
+
+from .test_plan_sizing import DEFAULTS, device, plan
+
+REMOTE = OllamaFacts(
+    address="gpu-box:11434", asked=True, answered=True, reachable=True, version="0.33.0",
+    on_this_host=False, found_by="OLLAMA_HOST",
+)  # fmt: skip
+
+
+def lines(ollama: OllamaFacts, **settings: Any) -> list[str]:
+    given = replace(DEFAULTS, **settings)
+    started: Any = SimpleNamespace(
+        ollama=ollama, settings=given, plan=plan(device(22), ollama=ollama, **settings)
+    )
+    return [line.text for line in ollama_lines(started, 0)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        (
+            {},
+            ", on another machine (VRAM is reserved here all the same, unless "
+            "gpu_share_ollama_gpu = none)",
+        ),
+        (
+            {"ollama_gpu": ("none",)},
+            ", on another machine (no VRAM is reserved for it here)",
+        ),
+        (
+            {"ollama_host": "auto", "ollama_gpu": ("none",)},
+            ", found as OLLAMA_HOST, on another machine (no VRAM is reserved for it here)",
+        ),
+    ],
+)
+def test_on_another_machine(settings: dict[str, Any], where: str) -> None:
+    """The line says what that means for the VRAM of this one."""
+    assert lines(REMOTE, **settings) == [
+        f"  Ollama 0.33.0 at gpu-box:11434{where}: no model in VRAM"
+    ]
+
+
+def test_nobody_found() -> None:
+    """All places that were tried are named."""
+    nobody = OllamaFacts(
+        address="127.0.0.1:11434, host.docker.internal:11434", asked=True,
+        problem="nothing listens there; cannot be reached: Name or service not known",
+    )  # fmt: skip
+    assert lines(nobody, ollama_host="auto") == [
+        "  Ollama at 127.0.0.1:11434, host.docker.internal:11434: nothing listens there; cannot be "
+        "reached: Name or service not known; its VRAM reservation stands"
+    ]
