@@ -31,6 +31,8 @@ _BLOCKS = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
 
 _TABLE = ((10, 8192 * MB), (16, 12288 * MB))
 _LARGEST = 18432 * MB
+_EMBEDDING = 2048 * MB
+_EMBEDDING_NAMES = ("embed", "minilm", "bge")
 """The founding write-up's reservations: 7B, 14B, and 34B or more."""
 
 _PARAMETERS = re.compile(
@@ -166,11 +168,13 @@ def graph_bytes(shape: Shape, tokens: int, batch: int, server: Server) -> int:
 
 def by_name(name: str, parameter_size: str = "", file_bytes: int | None = None) -> int:
     """Bytes by the size in a model's name, as the founding write-up has them: 7B 8192 MB,
-    14B 12288 MB, more 18432 MB. Never less than a file and 2 GB beside it, where it is known."""
+    14B 12288 MB, more 18432 MB. Models for embeddings, which rarely name a size, get 2048 MB.
+    Never less than a file and 2 GB beside it, where it is known."""
     billions = _billions(name.rpartition(":")[2]) or _billions(name) or _billions(parameter_size)
     listed = next((size for most, size in _TABLE if billions <= most), _LARGEST)
     if not billions:
-        listed = _TABLE[1][1]
+        embeds = any(word in name.lower() for word in _EMBEDDING_NAMES)
+        listed = _EMBEDDING if embeds else _TABLE[1][1]
     return max(listed, (file_bytes or 0) + 2 * GB if file_bytes else 0)
 
 

@@ -399,6 +399,7 @@ def test_more_than_any_gpu_has() -> None:
         ("yi:34b", 18432), ("llama3.3:70b", 18432), ("qwen3:30b-a3b", 18432),
         ("mixtral:8x7b", 18432), ("qwen3:0.6b", 8192), ("smollm:135m", 8192),
         ("hf.co/bartowski/Qwen2.5-14B-Instruct-GGUF:Q4_K_M", 12288), ("mine:latest", 12288),
+        ("nomic-embed-text", 2048), ("all-minilm:latest", 2048), ("qwen3-embedding:8b", 8192),
     ],
 )  # fmt: skip
 def test_by_name(name: str, mb: int) -> None:
