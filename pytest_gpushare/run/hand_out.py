@@ -115,7 +115,7 @@ class HandOut:
         number = hand.collection.numbers[index]
         hand.sent.discard(number)
         if hand.devices:
-            self._readings.has_reported()
+            self._readings.has_reported(worker)
         if self._dispatcher.finished(worker, number, self._held.pop(worker, None), duration):
             self.step()
 

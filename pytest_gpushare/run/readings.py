@@ -14,6 +14,9 @@ from pytest_gpushare.units import format_gb
 _DEEPEST = 32
 """Generations between a worker and a process that is taken for its descendant."""
 
+SOONEST = 0.02
+"""Seconds between two readings, however fast tests end."""
+
 _MOST_HOLDERS = 5
 """Named in a message."""
 
@@ -35,11 +38,12 @@ class Readings:
         self._devices = devices
         self._resident = resident
         self._clock = clock
-        self._reported = float("-inf")
+        self._reported: dict[str, float] = {}
+        self._last_report = float("-inf")
 
-    def has_reported(self) -> None:
+    def has_reported(self, worker: str) -> None:
         """A GPU worker has done a test: what was read before shows what it held then."""
-        self._reported = self._clock()
+        self._last_report = self._reported[worker] = self._clock()
 
     def now(self) -> Mapping[str, Reading]:
         """UUID -> reading; empty where nobody can be asked."""
@@ -47,14 +51,18 @@ class Readings:
             return {}
         # The processes first: of what a test allocates meanwhile, free must show at least as
         # much as its worker does, or the room would be counted twice.
-        age = max(0.0, self._clock() - self._reported)
-        processes = self._live.processes(min(PROCESSES_AGE, age)).devices
+        age = max(SOONEST, self._clock() - self._last_report)
+        processes = self._live.processes(min(PROCESSES_AGE, age))
         memory = self._live.memory(min(MEMORY_AGE, age)).devices
         resident = self._resident()
-        return {
-            uuid: _reading(memory.get(uuid), processes.get(uuid), self.workers, resident.get(uuid))
-            for uuid in self._devices
-        }
+        # What a test that is over held would be taken for what the next one has allocated.
+        old = {worker for worker, at in self._reported.items() if at > processes.at}
+        found = {}
+        for uuid in self._devices:
+            held = processes.devices.get(uuid)
+            reading = _reading(memory.get(uuid), held, self.workers, resident.get(uuid))
+            found[uuid] = reading._replace(held={**reading.held, **dict.fromkeys(old)})
+        return found
 
 
 def _reading(

@@ -1,0 +1,99 @@
+"""What the dispatcher is told of devices, and how seldom NVML is asked for it."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from pytest_gpushare.probe.facts import GpuProcess, Memory
+from pytest_gpushare.run.live import LiveVram
+from pytest_gpushare.run.readings import Readings, owner_of
+from pytest_gpushare.run.ticker import Ticker
+from pytest_gpushare.units import GB
+
+
+class Nvml:
+    """One device; counts how often it is read."""
+
+    def __init__(self, *processes: GpuProcess) -> None:
+        self.held = processes
+        self.memories = self.lists = 0
+
+    def memory(self) -> dict[str, Memory]:
+        self.memories += 1
+        return {"GPU-0": Memory(24 * GB, 4 * GB, 20 * GB)}
+
+    def processes(self) -> dict[str, tuple[GpuProcess, ...] | None]:
+        self.lists += 1
+        return {"GPU-0": self.held}
+
+
+def test_who_holds_what() -> None:
+    """Workers by PID with their descendants, Ollama, and the others by name."""
+    nvml = Nvml(
+        GpuProcess(os.getpid(), 2 * GB),
+        GpuProcess(2**22 + 1, GB),
+        GpuProcess(2**22 + 2, 10 * GB, is_ollama=True),
+    )
+    live = LiveVram(nvml)
+    readings = Readings(live, ["GPU-0", "GPU-1"])
+    # This process descends from its parent: that one is the worker here.
+    readings.workers[os.getppid()] = "gw0"
+    found = readings.now()
+    live.close()
+    assert found["GPU-0"].held == {"gw0": 2 * GB}
+    assert found["GPU-0"].free == 20 * GB
+    assert found["GPU-0"].resident == 10 * GB
+    assert found["GPU-0"].holders == f"Ollama 10.0 GB, PID {2**22 + 1} 1.0 GB"
+    assert found["GPU-1"].free is None
+
+
+def test_read_seldom() -> None:
+    """However many ask, NVML is read once in 50 ms; after a report once more, but not at once."""
+    nvml = Nvml(GpuProcess(os.getpid(), GB))
+    clock = [100.0]
+    live = LiveVram(nvml, lambda: clock[0])
+    readings = Readings(live, ["GPU-0"], clock=lambda: clock[0])
+    readings.workers[os.getpid()] = "gw0"
+    for _ in range(50):
+        assert readings.now()["GPU-0"].held == {"gw0": GB}
+    assert (nvml.memories, nvml.lists) == (1, 1)
+    clock[0] += 0.01
+    readings.has_reported("gw0")
+    clock[0] += 0.005
+    # Too soon to ask again: what it holds now is unknown, not what it held before.
+    assert readings.now()["GPU-0"].held == {"gw0": None}
+    assert nvml.lists == 1
+    clock[0] += 0.02
+    assert readings.now()["GPU-0"].held == {"gw0": GB}
+    assert (nvml.memories, nvml.lists) == (2, 2)
+    live.close()
+
+
+def test_nobody_to_ask() -> None:
+    """Under a what-if there is nothing to read."""
+    assert Readings(None, ["GPU-0"]).now() == {}
+
+
+def test_owner() -> None:
+    """A process that is gone belongs to nobody."""
+    assert owner_of(os.getpid(), {os.getpid(): "gw1"}) == "gw1"
+    assert owner_of(2**22 + 5, {os.getpid(): "gw1"}) is None
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_ticker(waits: bool) -> None:
+    """It nudges while somebody waits, and ends when it is told."""
+    nudges: list[float] = []
+    ticker = Ticker(lambda: waits, lambda: nudges.append(time.monotonic()))
+    ticker.start()
+    until = time.monotonic() + 5
+    while waits and not nudges and time.monotonic() < until:
+        time.sleep(0.01)
+    ticker.stop()
+    count = len(nudges)
+    time.sleep(0.06)
+    assert bool(nudges) == waits
+    assert len(nudges) == count
