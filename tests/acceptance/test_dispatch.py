@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import pytest
 from simulator import Machine
 
 from .conftest import Project
@@ -183,3 +189,122 @@ def test_lost_in_a_fixture(project: Project, machine: Machine) -> None:
         "(an error under --gpu-share-strict)"
     ) in result.out
     assert "gpu-share: no GPU test was selected: no test is marked with gpu" in result.out
+
+
+WAITING = """
+    import os, pathlib, signal, time
+    import gpusim
+    import pytest
+
+    @pytest.mark.gpu(vram="6GB")
+    def test_holds():
+        pathlib.Path("pids").mkdir(exist_ok=True)
+        with gpusim.alloc("5GB"):
+            pathlib.Path("pids", str(os.getpid())).touch()
+            time.sleep(float(os.environ["SECONDS"]))
+
+    @pytest.mark.gpu(vram="6GB")
+    @pytest.mark.parametrize("i", range(2))
+    def test_waits(i):
+        with gpusim.alloc("5GB"):
+            pass
+"""
+KILLER = """
+    import os, pathlib, signal, threading, time
+
+    def kill(pids):
+        while not pathlib.Path("pids").exists() or not list(pathlib.Path("pids").iterdir()):
+            time.sleep(0.02)
+        holder = int(next(pathlib.Path("pids").iterdir()).name)
+        while len(pids) < 2:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        os.kill(next(pid for pid in pids if pid != holder), signal.SIGKILL)
+
+    pids = set()
+
+    def pytest_testnodeready(node):
+        # A worker that was sent nothing yet: it waits for VRAM.
+        pids.add(node.gateway._rinfo().pid)
+        if len(pids) == 1:
+            threading.Thread(target=kill, args=(pids,), daemon=True).start()
+"""
+
+
+def test_crash_while_waiting(project: Project, machine: Machine) -> None:
+    """A worker that dies with nothing to do takes no test with it."""
+    project.write(test_project=WAITING, conftest=KILLER)
+    result = project.pytest("--gpu-share", SECONDS="1.5")
+    assert (result.code, result.passed) == (0, 3), result.out
+    assert "node down" in result.out
+    assert machine.snapshot()[0].oom_count == 0
+
+
+def test_interrupt(project: Project, machine: Machine) -> None:
+    """Ctrl-C ends the run at once; no process and no VRAM stay behind."""
+    project.write(test_project=WAITING)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--gpu-share"]
+    with subprocess.Popen(
+        command,
+        cwd=project.path,
+        env={**project.environment, "SECONDS": "60"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        pids = project.path / "pids"
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not (pids.exists() and list(pids.iterdir())):
+            time.sleep(0.05)
+        began = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        took = time.monotonic() - began
+    assert process.returncode == 2, out
+    assert "KeyboardInterrupt" in out
+    assert took < 30
+    holder = int(next(pids.iterdir()).name)
+    until = time.monotonic() + 10
+    while time.monotonic() < until and machine.snapshot()[0].used > 2 * 2**30:
+        time.sleep(0.05)
+    assert machine.snapshot()[0].used == 2 * 2**30
+    with pytest.raises(ProcessLookupError):
+        os.kill(holder, 0)
+
+
+NEIGHBOURS = """
+    import pathlib, time
+    import pytest
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("i", range(3))
+    def test_gpu(i):
+        time.sleep(0.01)
+
+    @pytest.mark.gpu
+    def test_flaky():
+        first = not pathlib.Path("seen").exists()
+        pathlib.Path("seen").touch()
+        assert not first
+
+    @pytest.mark.gpu
+    @pytest.mark.timeout(1)
+    @pytest.mark.flaky(reruns=0)
+    def test_too_slow():
+        time.sleep(30)
+
+    def test_cpu():
+        pass
+"""
+
+
+def test_beside_other_plugins(project: Project, machine: Machine) -> None:
+    """Reruns, time-outs and a random order go on as ever, through GPU workers too."""
+    for name in ("pytest_rerunfailures", "pytest_timeout", "pytest_randomly"):
+        pytest.importorskip(name, reason=f"{name} is not installed here")
+    project.write(test_project=NEIGHBOURS)
+    result = project.pytest(*BESIDE, "--reruns", "1", "-p", "randomly", "--timeout-method=signal")
+    assert (result.code, result.passed) == (1, 5), result.out
+    assert "1 failed, 5 passed, 1 rerun" in result.out
+    assert "Timeout" in result.out
