@@ -182,8 +182,10 @@ class Started:
     def joined(self, worker: str, message: Mapping[str, Any]) -> None:
         """A worker that was told this is on its way; its device is known from now on."""
         device = self._devices[worker] = message["place"]["device"]
-        if self.alone is not None and device is not None:
-            self.alone.joined(worker, (device,))
+        slot = next((slot for slot in self.plan.slots if slot.device.uuid == device), None)
+        if self.alone is not None and slot is not None:
+            # Who sees several devices may use them all: to be alone is to have them all.
+            self.alone.joined(worker, self.seen_by(slot))
 
     def gone(self, worker: str) -> None:
         """A worker has ended or died."""

@@ -60,6 +60,43 @@ def test_torch_keeps_the_call_until_cuda_is_up(project: Project, machine: Machin
     assert "QUEUED 1" in result.out
 
 
+REAL = """
+    import inspect
+    import torch
+    from pytest_gpushare.run import caches, oom, peaks
+
+    def test_counters():
+        cuda = torch.cuda
+        assert torch.OutOfMemoryError.__module__ == "torch"
+        assert oom.ran_out(torch.cuda.OutOfMemoryError("x")) == "OutOfMemoryError: x"
+        assert cuda.memory_stats_as_nested_dict() == {}
+        for name, count in {
+            "reset_peak_memory_stats": 1,
+            "empty_cache": 0,
+            "set_per_process_memory_fraction": 2,
+            "get_per_process_memory_fraction": 1,
+        }.items():
+            assert len(inspect.signature(getattr(cuda, name)).parameters) == count
+        caches.empty()
+        assert peaks.counts(reset=True) is None
+        assert not cuda.is_initialized()
+        try:
+            torch.empty(1 << 50, dtype=torch.uint8)
+        except RuntimeError as error:
+            # The host's memory, in torch's own words.
+            assert oom.ran_out(error) == ""
+"""
+
+
+def test_torch_has_what_is_asked_of_it(project: Project, machine: Machine) -> None:
+    """The names by which it counts, caps and fails; asking for them does not bring CUDA up."""
+    if not _has("torch"):
+        pytest.skip("torch is not installed here")
+    project.write(test_project=REAL)
+    result = project.pytest("--gpu-share")
+    assert (result.code, result.passed) == (0, 1), result.out
+
+
 def test_jax_reads_the_fraction(project: Project, machine: Machine) -> None:
     """What JAX hands to its GPU plugin is the cap's fraction, without preallocation."""
     if not _has("jax"):
