@@ -78,8 +78,8 @@ def why(spill: Spill, reservation: int, budget: int) -> str:
         )
     if spill.cause is Cause.OPTIONS:
         return (
-            "there was room for all of it on the GPU: a request set num_gpu, or the server's own "
-            "settings limit it"
+            "whenever VRAM was looked at, there was room for all of it on the GPU: a request set "
+            "num_gpu, the server's own settings limit it, or somebody held VRAM for a moment"
         )
     return "NVML told nothing of the GPU then, so the cause is unknown"
 

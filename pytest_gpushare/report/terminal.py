@@ -49,6 +49,9 @@ def _overwritten(started: Started) -> Iterator[Line]:
 
 
 def _verdict(started: Started) -> Iterator[Line]:
+    if started.guard is not None and started.guard.problem:
+        text = f"gpu-share: the guard of Ollama's VRAM has failed: {started.guard.problem}"
+        yield Line(text, problem=True)
     book = started.guard.book if started.guard is not None else None
     if book is None:
         return

@@ -48,6 +48,8 @@ class Guard:
         """`open_book` makes what the answers are told to; it is called in the guard's thread."""
         self.asked = 0
         """Questions so far."""
+        self.problem = ""
+        """Why it ended before the tests did; empty where it did not."""
         self._address, self._open_book, self._pace = address, open_book, pace or Pace()
         self._book: Neighbour | None = None
         self._stop = threading.Event()
@@ -80,6 +82,13 @@ class Guard:
         return self._book is not None and any(spill.is_ours for spill in self._book.spills)
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:
+            # Or pytest would report it as a warning of whatever test runs then.
+            self.problem = f"{type(error).__name__}: {error}"[:200]
+
+    def _watch(self) -> None:
         book = self._book = self._open_book()
         due = time.monotonic() + self._pace.every
         while not self._stop.wait(self._pace.sample):

@@ -82,7 +82,9 @@ def preload(
         return Preloaded(problems=tuple(Problem(name, text) for name in names))
     remote = {full_name(model.name) for model in ollama.relied_on if model.is_remote}
     there = {full_name(model.name) for model in ollama.models}
-    wanted = {full_name(name): name for name in names}
+    wanted: dict[str, str] = {}
+    for name in names:
+        wanted.setdefault(full_name(name), name)
     missing = [name for full, name in wanted.items() if full not in there | remote]
     told: list[str] = []
     problems: list[Problem] = []

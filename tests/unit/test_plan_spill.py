@@ -138,8 +138,8 @@ def test_num_gpu() -> None:
     spill = judged(device({"gw0": 0.6}), device({"gw0": 0.6}, ollama=6.5))
     assert (spill.cause, spill.is_ours) == (Cause.OPTIONS, False)
     assert reason(spill) == (
-        "there was room for all of it on the GPU: a request set num_gpu, or the server's own "
-        "settings limit it"
+        "whenever VRAM was looked at, there was room for all of it on the GPU: a request set "
+        "num_gpu, the server's own settings limit it, or somebody held VRAM for a moment"
     )
 
 

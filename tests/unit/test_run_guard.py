@@ -17,6 +17,7 @@ from pytest_gpushare.plan.holding import Held
 from pytest_gpushare.plan.spill import Promise
 from pytest_gpushare.probe.address import parse_address
 from pytest_gpushare.probe.facts import LoadedModel
+from pytest_gpushare.run import kept_loaded
 from pytest_gpushare.run.guard import Guard, Pace
 from pytest_gpushare.run.kept_loaded import KeptLoaded, usual_keep_alive
 from pytest_gpushare.run.neighbour import Neighbour
@@ -229,6 +230,19 @@ def test_last_question() -> None:
         assert guard.asked == 1
 
 
+def test_a_fault_of_its_own_hurts_nobody() -> None:
+    """An exception in the thread would be a warning of some test; it is told at the end."""
+
+    def fail() -> Neighbour:
+        raise RuntimeError("no such device")
+
+    guard = Guard(parse_address("127.0.0.1:9"), fail, QUICK)
+    guard.start()
+    guard.stop()
+    assert (guard.problem, guard.book) == ("RuntimeError: no such device", None)
+    assert (guard.resident(), guard.has_failed()) == ({}, False)
+
+
 def test_pace() -> None:
     """Every 2 seconds, later 10; in vain 4, 8, 16 and at most 30."""
     pace = Pace()
@@ -257,6 +271,25 @@ def test_keep_alive_is_given_back_to_ours_alone() -> None:
     assert after.keys() == before.keys() == {"ours:latest", "changed:latest"}
     assert after["changed:latest"] == before["changed:latest"]
     assert after["ours:latest"] < before["ours:latest"]
+
+
+def test_keep_alive_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that lasts longer than Ollama was told keeps its models all the same."""
+    monkeypatch.setattr(kept_loaded, "RENEW", 0.05)
+    with OllamaServer(None, {"m": "1GB"}) as server:
+        server.load("m", keep_alive="20m")
+        (entry,) = server.ps()
+        ours = LoadedModel(entry["name"], entry["size"], entry["size_vram"], entry["digest"], 4096)
+        kept = KeptLoaded(parse_address(server.host), [ours], "5m")
+        kept.start()
+
+        def asked() -> list[object]:
+            bodies = [r.json() for r in server.requests if r.path == "/api/generate"]
+            return [body.get("keep_alive") for body in bodies]
+
+        wait_for(lambda: asked().count("1h") > 1)
+        kept.stop()
+        assert asked()[-1] == "5m"
 
 
 def test_keep_alive_beside_a_server_that_hangs() -> None:
