@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 LOGGER = "pytest_gpushare"
 
+_WIDE = View(0, 400)
+"""For readers that are no terminal."""
+
 _PLAIN = str.maketrans("×▁▂▃▄▅▆▇█", "x_.-=+*#@")
 """Signs that stand for those that a terminal lacks."""
 
@@ -52,7 +55,7 @@ def publish(started: Started | LeftAlone, config: pytest.Config, exit_status: in
     if isinstance(started, LeftAlone):
         return
     _note_leaks(started)
-    publish_to_github(started, config)
+    publish_to_github(started)
     if not started.reports:
         return
     from pytest_gpushare.report.document import document
@@ -67,7 +70,7 @@ def publish(started: Started | LeftAlone, config: pytest.Config, exit_status: in
         started.unwritten.append(f"no report: {type(error).__name__}: {error}"[:300])
 
 
-def publish_to_github(started: Started, config: pytest.Config) -> None:
+def publish_to_github(started: Started) -> None:
     """A table in the summary of the job, where this is one of GitHub Actions."""
     from pytest_gpushare.report.clean import cleaner
     from pytest_gpushare.report.files import why
@@ -77,7 +80,7 @@ def publish_to_github(started: Started, config: pytest.Config) -> None:
     if not path:
         return
     try:
-        lines = summary(started, _view(config))
+        lines = summary(started, _WIDE)
         append(path, cleaner()(step_summary(started, lines)))
     except Exception as error:
         started.unwritten.append(f"no table in {SUMMARY}: {why(error)}")
@@ -104,6 +107,9 @@ def _annotate(started: Started | LeftAlone, reporter: pytest.TerminalReporter) -
 
 
 def _view(config: pytest.Config) -> View:
+    # Under -p no:terminal there is none, and no writer either.
+    if config.pluginmanager.get_plugin("terminalreporter") is None:
+        return View(_verbosity(config))
     return View(_verbosity(config), int(config.get_terminal_writer().fullwidth))
 
 

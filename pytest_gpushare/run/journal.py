@@ -17,6 +17,8 @@ MOST_TESTS = 250_000
 
 _MOST_BYTES = 2**50
 _LONGEST = 500
+_OUTCOMES = ("passed", "failed", "skipped")
+"""Of a report. Plugins that run tests again have words of their own for one that will be."""
 _RANKS = ("passed", "xpassed", "xfailed", "skipped", "failed", "error", "crashed")
 
 
@@ -47,7 +49,7 @@ class Counted(NamedTuple):
 class Test:
     """One test: its last attempt, and the highest peak of all attempts."""
 
-    __slots__ = ("attempts", "end", "left", "marked", "nodeid", "outcome", "peak", "start",
+    __slots__ = ("again", "attempts", "end", "left", "marked", "nodeid", "outcome", "peak", "start",
                  "touched", "worker")  # fmt: skip
     __test__ = False
 
@@ -59,6 +61,8 @@ class Test:
         self.start: float | None = None
         self.end: float | None = None
         self.attempts = 0
+        self.again = False
+        """Whether this attempt failed and another one is to follow."""
         self.peak: Peak | None = None
         self.left: int | None = None
         """Bytes that it left behind when it ended, by the frameworks' counters."""
@@ -107,10 +111,11 @@ class Journal:
                 return
             if report.when == "setup":
                 test.attempts += 1
-                test.start, test.outcome = report.start, "passed"
+                test.start, test.outcome, test.again = report.start, "passed", False
             test.end = report.end
             test.outcome = max(test.outcome, _outcome(report), key=_RANKS.index)
-            if report.when == "teardown":
+            test.again = test.again or report.outcome not in _OUTCOMES
+            if report.when == "teardown" and not test.again:
                 self._close(key, test)
 
     def _is_late(self, worker: str, report: Told) -> bool:
@@ -215,7 +220,7 @@ def _outcome(report: Told) -> str:
         return {"skipped": "xfailed", "passed": "xpassed"}.get(report.outcome, "failed")
     if report.expected_to_fail and report.outcome == "skipped":
         return "xfailed"
-    if report.outcome == "failed":
+    if report.outcome not in ("passed", "skipped"):
         return "failed" if report.when == "call" else "error"
     if report.outcome == "skipped":
         return "skipped"

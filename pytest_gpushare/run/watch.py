@@ -16,7 +16,7 @@ from pytest_gpushare.run.crew import Crew
 from pytest_gpushare.run.live import Reading
 from pytest_gpushare.run.owners import Owners, Teller
 from pytest_gpushare.run.record import Record
-from pytest_gpushare.run.series import MOST_ROWS, Parts, Series
+from pytest_gpushare.run.series import MOST_ROWS, RECENT_ROWS, Parts, Series
 
 INTERVAL = 0.2
 """Seconds between readings of a device's memory: 12 microseconds for the driver."""
@@ -51,6 +51,11 @@ class Watched:
         """The most that all workers held together; None where NVML does not tell."""
 
 
+def rows_for(devices: int) -> int:
+    """The most rows that each of so many devices keeps."""
+    return min(MOST_ROWS, max(2 * RECENT_ROWS, _MOST_ROWS_OF_ALL // max(1, devices)))
+
+
 class Watch:
     """A service that samples the devices of the plan until it is stopped."""
 
@@ -67,7 +72,7 @@ class Watch:
         self._resident = resident
         self._live, self._crew, self._record, self._clock = live, crew, record, clock
         self._owners = Owners()
-        most = min(MOST_ROWS, _MOST_ROWS_OF_ALL // max(1, len(devices)))
+        most = rows_for(len(devices))
         self.devices = {uuid: Watched(self._owners, most) for uuid in devices}
         self.cpu_time = 0.0
         """Seconds of CPU time of the sampling thread."""

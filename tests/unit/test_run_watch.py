@@ -114,11 +114,12 @@ def test_outcomes_as_pytest_counts_them(
     assert found.counts == {outcome: 1}
 
 
-def test_of_several_attempts_the_last_counts() -> None:
-    """As pytest-rerunfailures reports them: the failed attempt has no teardown."""
+@pytest.mark.parametrize("ends", [[], [("teardown", "passed")]])
+def test_of_several_attempts_the_last_counts(ends: list[tuple[str, str]]) -> None:
+    """As pytest-rerunfailures reports them, with or without the failed attempt's teardown."""
     found = journal()
     for report in [
-        *told("t::a", ("setup", "passed"), ("call", "rerun")),
+        *told("t::a", ("setup", "passed"), ("call", "rerun"), *ends),
         *told("t::a", ("setup", "passed"), ("call", "passed"), ("teardown", "passed"), at=5),
     ]:
         found.told("gw0", report)
