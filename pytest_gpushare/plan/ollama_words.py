@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pytest_gpushare.plan import ollama_history as history
 from pytest_gpushare.plan.ollama_history import Change, differences
 from pytest_gpushare.plan.placed import placed
-from pytest_gpushare.plan.spill import Cause, Setting, Spill
+from pytest_gpushare.plan.promise import Setting
+from pytest_gpushare.plan.spill import Cause, Spill
 from pytest_gpushare.probe.facts import LoadedModel
 from pytest_gpushare.settings.options import INI_PREFIX
 from pytest_gpushare.units import format_gb

@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 from pytest_gpushare.plan.demand import CUDA_CONTEXT, MARGIN, SHARE
 from pytest_gpushare.plan.holding import Held
+from pytest_gpushare.plan.promise import Promise, Setting, larger_reservation, larger_slots
 from pytest_gpushare.probe.facts import LoadedModel
-from pytest_gpushare.units import GB, MB
+from pytest_gpushare.units import GB
 
 _MOST_CONTEXT = 2 * GB
-_STEP_MB = 500
-_HALF_GB = GB // 2
 
 
 class Cause(str, Enum):
@@ -41,29 +40,6 @@ class Cause(str, Enum):
 
 OURS = frozenset({Cause.RESERVATION, Cause.TESTS, Cause.DOUBT})
 """The causes for which the run answers: without its tests the model had stayed on the GPU."""
-
-
-class Promise(NamedTuple):
-    """What the plan left to Ollama on the devices that it may use; bytes."""
-
-    start: Mapping[str, Held]
-    """UUID -> who held what when the plan was made."""
-    budgets: Mapping[str, int]
-    """UUID -> what the tests may hold."""
-    reservation: int
-    """What was kept for Ollama on each device."""
-    safety_buffer: int
-    needed: int
-    """The smallest slot."""
-
-
-class Setting(NamedTuple):
-    """A setting with the value that would have prevented a spill."""
-
-    key: str
-    value: str
-    is_without_workers: bool = False
-    """Whether no GPU worker would have fitted any more."""
 
 
 class Spill(NamedTuple):
@@ -221,7 +197,7 @@ class Scene(NamedTuple):
 
 
 def _reservation(spill: Spill, needed: int, promise: Promise) -> Spill:
-    setting = _reserve(needed, promise)
+    setting = larger_reservation(needed, promise)
     if setting is None:
         return spill._replace(cause=Cause.SIZE)
     excess = max(0, needed - promise.reservation)
@@ -229,34 +205,13 @@ def _reservation(spill: Spill, needed: int, promise: Promise) -> Spill:
 
 
 def _others(spill: Spill, taken: int, promise: Promise) -> Spill:
-    setting = _reserve(spill.required + taken, promise)
+    setting = larger_reservation(spill.required + taken, promise)
     return spill._replace(cause=Cause.OTHERS, excess=taken, setting=setting)
 
 
 def _tests(spill: Spill, excess: int, promise: Promise) -> Spill:
-    """Slots as large as the largest worker was, so that fewer of them share the budget."""
-    largest = max(spill.by_worker.values(), default=0)
-    slot = -(-largest // _HALF_GB) * _HALF_GB
-    setting = Setting(
-        "min_vram_per_worker_gb",
-        f"{slot / GB:g}",
-        is_without_workers=slot > max(promise.budgets.values(), default=0),
-    )
+    setting = larger_slots(max(spill.by_worker.values(), default=0), promise)
     return spill._replace(cause=Cause.TESTS, excess=excess, setting=setting)
-
-
-def _reserve(needed: int, promise: Promise) -> Setting | None:
-    """The reservation that keeps so much, rounded up; None where no device has it."""
-    megabytes = -(-needed // (_STEP_MB * MB)) * _STEP_MB
-    kept = megabytes * MB
-    rooms = [h.free + h.ollama for h in promise.start.values()]
-    if needed > max(rooms, default=0):
-        return None
-    left = max(
-        held.free - max(0, kept - held.ollama) - promise.safety_buffer
-        for held in promise.start.values()
-    )
-    return Setting("ollama_vram_reservation_mb", str(megabytes), left < promise.needed)
 
 
 def _sum(sizes: Sequence[int | None]) -> int | None:

@@ -29,7 +29,7 @@ def guard_of(started: Started) -> Guard | None:
 
 def _open_book(started: Started, live: LiveVram, known: Sequence[Device] | None) -> Neighbour:
     # Imported in the guard's thread, as the workers start meanwhile.
-    from pytest_gpushare.plan.spill import Promise
+    from pytest_gpushare.plan.promise import Promise
     from pytest_gpushare.run.neighbour import Neighbour
     from pytest_gpushare.run.who_holds import Holders
 

@@ -10,7 +10,8 @@ from typing import Any
 from pytest_gpushare.plan import ollama_history, ollama_words
 from pytest_gpushare.plan.holding import Held
 from pytest_gpushare.plan.ollama_history import Change, History
-from pytest_gpushare.plan.spill import Promise, Spill, judge
+from pytest_gpushare.plan.promise import Promise
+from pytest_gpushare.plan.spill import Spill, judge
 from pytest_gpushare.probe.facts import LoadedModel
 from pytest_gpushare.run.record import Record
 from pytest_gpushare.units import GB

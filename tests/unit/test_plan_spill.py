@@ -9,7 +9,8 @@ import pytest
 from pytest_gpushare.plan.holding import Held
 from pytest_gpushare.plan.ollama_words import held as in_words
 from pytest_gpushare.plan.ollama_words import spilled, why
-from pytest_gpushare.plan.spill import Cause, Promise, Setting, Spill, judge
+from pytest_gpushare.plan.promise import Promise, Setting
+from pytest_gpushare.plan.spill import Cause, Spill, judge
 from pytest_gpushare.probe.facts import LoadedModel
 from pytest_gpushare.units import GB, MB
 

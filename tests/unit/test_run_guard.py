@@ -14,7 +14,7 @@ from simulator import Device, Machine
 from simulator.ollama import FAULTS, FaultyServer, OllamaServer
 
 from pytest_gpushare.plan.holding import Held
-from pytest_gpushare.plan.spill import Promise
+from pytest_gpushare.plan.promise import Promise
 from pytest_gpushare.probe.address import parse_address
 from pytest_gpushare.probe.facts import LoadedModel
 from pytest_gpushare.run import kept_loaded

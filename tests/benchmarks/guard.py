@@ -1,0 +1,56 @@
+"""What the guard costs: CPU time while it watches a loaded model, and time at the end of a run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pytest_gpushare.plan.model import Request
+from pytest_gpushare.run.others import Others
+from pytest_gpushare.run.start import Host, start
+from pytest_gpushare.settings.load import Written, load
+
+from .scene import scene
+
+# In a process of its own: the simulated library has to be there before it starts.
+_WATCH = "import sys; from tests.benchmarks.guard import watch; watch(float(sys.argv[1]))"
+
+
+def watch(seconds: float) -> None:
+    """Guard the Ollama of the environment for so long, and print what that took."""
+    here = Path.cwd()
+    settings = load(Written({}, {}, {}, "", here, here, here))
+    started = start(settings, Request(number=2), Host((), 2, dict(os.environ)), Others())
+    assert started.guard is not None
+    started.guard.start()
+    time.sleep(1)
+    cpu, began = time.process_time(), time.monotonic()
+    time.sleep(seconds)
+    share = (time.process_time() - cpu) / (time.monotonic() - began)
+    ended = time.monotonic()
+    started.guard.stop()
+    took = time.monotonic() - ended
+    started.close()
+    print(
+        f"{100 * share:.2f} % of one core, {started.guard.asked} questions in {seconds + 1:g} s; "
+        f"{1000 * took:.1f} ms at the end of the run"
+    )
+
+
+def main() -> None:
+    """Run it; about half a minute."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    options = parser.parse_args()
+    with scene() as at:
+        at.ollama.load("qwen2.5:14b")
+        command = [sys.executable, "-c", _WATCH, str(options.seconds)]
+        subprocess.run(command, env=at.environment, check=True)
+
+
+if __name__ == "__main__":
+    main()
