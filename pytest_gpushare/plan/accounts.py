@@ -44,6 +44,8 @@ class Ledger:
     room: Room
     accounts: dict[str, Account] = field(default_factory=dict)
     reading: Reading = field(default_factory=Reading)
+    is_due: bool = False
+    """Whether a test is over since then: the same figures mean something else now."""
 
     def open(self, worker: str) -> None:
         """A worker that sees the device; it has no context yet."""
@@ -64,6 +66,7 @@ class Ledger:
         account = self.accounts[worker]
         before = account.committed
         account.running, account.need, account.now = False, 0, None
+        self.is_due = True
         # What nobody tells: a context is there in any case, caches and fixtures perhaps.
         account.held = max(0, held) if held is not None else self.room.context
         return max(0, before - account.held)
@@ -73,14 +76,15 @@ class Ledger:
         account = self.accounts[worker]
         before = account.committed
         account.now = None
+        self.is_due = True
         account.held = max(0, held) if held is not None else min(account.held, self.room.context)
         return max(0, before - account.held)
 
     def read(self, reading: Reading) -> bool:
         """Take what NVML says now. Returns whether that is anything new."""
-        if reading is self.reading or reading == self.reading:
+        if not self.is_due and (reading is self.reading or reading == self.reading):
             return False
-        self.reading = reading
+        self.reading, self.is_due = reading, False
         # 0 bytes for every process is what containers and WSL report for "unknown".
         told = any(reading.held.values())
         for worker, account in self.accounts.items():

@@ -72,7 +72,7 @@ class Own:
             dispatcher,
             suite.nodeids,
             started.links,
-            Readings(started.live, [room.uuid for room in rooms]),
+            Readings(started.live, [room.uuid for room in rooms], started.resident),
             {room.uuid: room.context for room in rooms},
             started.journal,
             started.record.note,

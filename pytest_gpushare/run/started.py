@@ -127,7 +127,7 @@ class Started:
                 uuids,
                 self.crew,
                 self.record,
-                resident=lambda: self.guard.resident() if self.guard is not None else {},
+                resident=self.resident,
             )
             self.services.insert(0, self.watch)
         for service in list(self.services):
@@ -218,6 +218,10 @@ class Started:
     def _note_overwritten(self, worker: str, how: str) -> None:
         self.overwritten[worker] = how
         self.record.note("placement-overwritten", f"{worker}: {how}", worker=worker)
+
+    def resident(self) -> Mapping[str, int]:
+        """UUID -> bytes that Ollama holds now; empty where nobody guards it."""
+        return self.guard.resident() if self.guard is not None else {}
 
     def has_failed(self) -> bool:
         """Whether the run counts as failed whatever its tests say."""

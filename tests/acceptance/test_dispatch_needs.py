@@ -282,3 +282,41 @@ def test_pressure_that_lasts(
     result = project.pytest(*NO_OLLAMA, *ONE, *options, "-rs")
     assert outcome in result.out, result.out
     assert "4.0 GB" in result.out
+
+
+KEEPING = """
+    import os, time
+    import gpusim
+    import pytest
+
+    @pytest.fixture(scope="{scope}")
+    def model():
+        with gpusim.alloc("5GB"):
+            yield
+
+    @pytest.mark.gpu(vram="6GB")
+    @pytest.mark.parametrize("i", range(2))
+    def test_keeps(model, i):
+        time.sleep(0.1)
+"""
+LARGE = """
+    import time
+    import gpusim
+    import pytest
+
+    @pytest.mark.gpu(vram="7GB")
+    @pytest.mark.parametrize("i", range(2))
+    def test_large(i):
+        with gpusim.alloc("6GB"):
+            time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("scope", ["module", "session"])
+def test_what_fixtures_keep(scope: str, project: Project, machine: Machine) -> None:
+    """VRAM of a fixture that lives on is no room for others; it is given back in their favour."""
+    (project.path / "test_project.py").unlink()
+    project.write(test_a=KEEPING.format(scope=scope), test_b=LARGE)
+    result = project.pytest("--gpu-share")
+    assert (result.code, result.passed, result.workers) == (0, 4, 2), result.out
+    assert machine.snapshot()[0].oom_count == 0
