@@ -41,7 +41,10 @@ def hints(started: Started) -> list[Hint]:
     members = [member for member in started.crew if member.role == "gpu"]
     if not members or started.gpus.simulated:
         return []
-    found = [*_more_room(started, members)] or [*_more_workers(started, members)]
+    found: list[Hint] = []
+    # Where tests have needs of their own, a slot is no measure of what a worker may hold.
+    if not started.has_needs:
+        found = [*_more_room(started, members)] or [*_more_workers(started, members)]
     return [*found, *_cpu_workers(started)]
 
 

@@ -378,3 +378,16 @@ def test_counters(project: Project, machine: Machine) -> None:
     assert "gpu-share: test_project.py::test_leaks left 0.2 GB of VRAM behind (gw0)" in result.said
     assert any(line.startswith("  VRAM") and "::test_marked" in line for line in result.said)
     assert worker["peak_bytes"] >= peaks["test_marked"]
+
+
+def test_internal_error(project: Project, machine: Machine) -> None:
+    """What was seen until then is written."""
+    project.write(
+        conftest="""
+        def pytest_runtest_logreport(report):
+            raise RuntimeError("broken")
+        """
+    )
+    assert project.pytest("--gpu-share", "-n0", "--gpu-share-report=r.json").code == 3
+    told = read(project.path / "r.json")
+    assert (told["run"]["exit_status"], told["run"]["finished"]) == (3, False)

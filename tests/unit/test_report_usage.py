@@ -54,6 +54,15 @@ def silent() -> Started:
     return run.finish()
 
 
+def needs() -> Started:
+    """Tests with needs of their own may take more than a slot."""
+    run = Scene()
+    run.started.has_needs = True
+    run.ran("test_a.py::test_large", 0, 3, holds=6, counted={"peak": 5 * GB})
+    run.ran("test_a.py::test_small", 1, 1, counted={"peak": GB})
+    return run.finish()
+
+
 def crashed() -> Started:
     """More leaks than lines, and a worker that crashed."""
     run = Scene()
@@ -70,7 +79,7 @@ def unused() -> Started:
     return run.finish()
 
 
-@pytest.mark.parametrize("case", [counted, by_nvml, silent, crashed, unused])
+@pytest.mark.parametrize("case", [counted, by_nvml, silent, needs, crashed, unused])
 def test_golden(case: Callable[[], Started]) -> None:
     """Four verbosities and three widths; a terminal that can show ASCII alone at the end."""
     started = case()
