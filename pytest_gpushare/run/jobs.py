@@ -125,7 +125,8 @@ def _merged(count: int, workers: Iterable[tuple[Collection, Told]]) -> list[tupl
     found: list[tuple[Declared, str] | None] = [None] * count
     done: set[int] = set()
     for collection, told in workers:
-        if id(collection) in done:
+        # A worker that told nothing must not stand for others that collected the same.
+        if id(collection) in done or not told.declared:
             continue
         done.add(id(collection))
         for number, said, group in zip(

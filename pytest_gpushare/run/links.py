@@ -15,18 +15,26 @@ from typing import Any
 Handler = Callable[[str, Any], None]
 """Called with the worker's id and the payload."""
 
+MOST_EARLY = 1000
+"""Messages that are kept until somebody listens to their kind."""
+
 
 class Links:
     """The controller's ends of the channels, by worker."""
 
     def __init__(self) -> None:
         self._handlers: dict[str, list[Handler]] = {}
+        self._early: dict[str, list[tuple[str, Any]]] = {}
         self._ends: dict[str, Callable[[Any], object]] = {}
         self._lock = threading.Lock()
 
     def on(self, kind: str, handler: Handler) -> None:
-        """Hear messages of this kind from every worker."""
-        self._handlers.setdefault(kind, []).append(handler)
+        """Hear messages of this kind from every worker, those that came already among them."""
+        with self._lock:
+            self._handlers.setdefault(kind, []).append(handler)
+            early = self._early.pop(kind, [])
+        for worker, payload in early:
+            _call(handler, worker, payload)
 
     def open(self, channel: Any, worker: str) -> Any:
         """Take the controller's end of a worker's channel; returns the channel."""
@@ -62,7 +70,16 @@ class Links:
         if not (isinstance(message, tuple) and len(message) == 2):
             return
         kind, payload = message
-        for handler in self._handlers.get(kind, ()):
-            # An error here would end execnet's receiver, and with it the worker.
-            with contextlib.suppress(Exception):
-                handler(worker, payload)
+        with self._lock:
+            handlers = list(self._handlers.get(kind, ()))
+            # A quick worker has collected before a slow controller is ready to listen.
+            if not handlers and sum(map(len, self._early.values())) < MOST_EARLY:
+                self._early.setdefault(kind, []).append((worker, payload))
+        for handler in handlers:
+            _call(handler, worker, payload)
+
+
+def _call(handler: Handler, worker: str, payload: Any) -> None:
+    # An error here would end execnet's receiver, and with it the worker.
+    with contextlib.suppress(Exception):
+        handler(worker, payload)

@@ -55,6 +55,29 @@ def test_routing(project: Project, machine: Machine) -> None:
     assert machine.snapshot()[0].oom_count == 0
 
 
+def test_workers_that_collect_before_the_controller_listens(
+    project: Project, machine: Machine
+) -> None:
+    """What they tell of their tests is not lost, however slow the controller is."""
+    project.write(test_project=POOL)
+    project.file(
+        "conftest.py",
+        """
+        import time
+        import pytest
+
+        @pytest.hookimpl(wrapper=True)
+        def pytest_sessionstart(session):
+            yield
+            if not hasattr(session.config, "workerinput"):
+                time.sleep(4)
+        """,
+    )
+    result = project.pytest("--gpu-share", "-o", "gpu_share_cpu_workers=2")
+    assert (result.code, result.passed) == (0, 18), result.out
+    assert {role for name, role in log_of(project) if name.startswith("gpu")} == {"gpu"}
+
+
 BESIDE = ("--gpu-share", "-o", "gpu_share_cpu_workers=1", "-o", "gpu_share_max_workers_per_gpu=1")
 """One GPU worker and one CPU worker."""
 

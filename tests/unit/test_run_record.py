@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pytest_gpushare.run import links as links_module
 from pytest_gpushare.run import record
 from pytest_gpushare.run.links import Links
 from pytest_gpushare.run.record import Record
@@ -41,6 +42,16 @@ def test_messages_go_both_ways() -> None:
     links.close("gw0")
     assert not links.send("gw0", "empty", 10)
     assert (heard, told) == ([("gw0", 7)], [9])
+
+
+def test_what_comes_early_is_kept_until_somebody_listens(monkeypatch: Any) -> None:
+    monkeypatch.setattr(links_module, "MOST_EARLY", 2)
+    links, heard = Links(), []
+    for number in range(3):
+        links.receive(f"gw{number}", ("collected", number))
+    links.on("collected", lambda worker, payload: heard.append((worker, payload)))
+    links.receive("gw3", ("collected", 3))
+    assert heard == [("gw0", 0), ("gw1", 1), ("gw3", 3)]
 
 
 def test_nonsense_and_failing_handlers_end_nothing() -> None:
