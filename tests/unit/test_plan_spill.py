@@ -179,6 +179,17 @@ def test_the_default_suffices_for_the_seed() -> None:
     assert int(spill.setting.value) * MB >= RESERVATION + spill.missing
 
 
+def test_two_devices() -> None:
+    """Where Ollama may choose it takes no more than 80 % of what is free on one."""
+    start = {"GPU-0": device(), "GPU-1": device()}
+    kept = Promise(start, dict.fromkeys(start, 17 * GB), 4 * GB, GB, 3 * GB)
+    look = {"GPU-0": device({"gw0": 8, "gw2": 9}), "GPU-1": device({"gw1": 8, "gw3": 9})}
+    spill = judge(3.0, MODEL, (), [start, look], kept)
+    assert (spill.cause, spill.tests) == (Cause.RESERVATION, 34 * GB)
+    # 10.5 / 0.8 = 13.125 GB
+    assert spill.setting == Setting("ollama_vram_reservation_mb", "13500")
+
+
 @pytest.mark.parametrize("size", [1, 10, 39])
 def test_zero_on_the_gpu(size: int) -> None:
     """A model without any VRAM is judged like the others."""
