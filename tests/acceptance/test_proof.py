@@ -41,6 +41,13 @@ OLLAMA_IN_THE_MIDDLE = """
             session.config.add_cleanup(thread.join)
 """
 
+FOLLOWING_THE_MODEL = [
+    "-o", "gpu_share_ollama_vram_reservation_mb=auto",
+    "-o", "gpu_share_ollama_models=qwen2.5:14b",
+    "-o", "gpu_share_ollama_context=4096",
+    "-o", "gpu_share_ollama_timeout_s=5",
+]  # fmt: skip
+
 
 @pytest.fixture
 def neighbour(
@@ -74,6 +81,7 @@ def test_before(project: Project, neighbour: tuple[Machine, OllamaServer]) -> No
     [
         ("4GB", [], 2, "2 GPU workers × 4.5 GB = 9.0 GB"),
         ("8GB", ["-o", "gpu_share_min_vram_per_worker_gb=8"], 1, "1 GPU worker × 9.0 GB = 9.0 GB"),
+        ("4.15GB", FOLLOWING_THE_MODEL, 2, "2 GPU workers × 4.2 GB = 8.4 GB"),
     ],
 )
 def test_after(
