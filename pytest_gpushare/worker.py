@@ -129,14 +129,14 @@ def watch_memory(config: pytest.Config, message: Mapping[str, Any], link: Link) 
 
 def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
     """Run the tests that the controller hands out; without any GPU, as the settings say."""
-    if message["absence"]:
-        from pytest_gpushare.pull.absent import Absent
-
-        config.pluginmanager.register(Absent(message), "gpu-share-absent")
-    elif hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput") and not message["absence"]:
         from pytest_gpushare.pull.puller import Puller
 
         config.pluginmanager.register(Puller(message, link), "gpu-share-puller")
+    else:
+        from pytest_gpushare.pull.unaided import Unaided
+
+        config.pluginmanager.register(Unaided(message), "gpu-share-unaided")
 
 
 def keep_log_file(config: pytest.Config) -> None:

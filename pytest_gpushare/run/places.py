@@ -8,7 +8,7 @@ from pytest_gpushare.place import Place
 from pytest_gpushare.plan.model import Plan
 from pytest_gpushare.plan.needs import means_cpu
 from pytest_gpushare.plan.shortage import shortage
-from pytest_gpushare.run.placement import Surroundings, visibility
+from pytest_gpushare.run.placement import Surroundings, seen, visibility
 from pytest_gpushare.settings.values import Settings
 
 NUMBER = "PYTEST_GPUSHARE_NUMBER"
@@ -37,7 +37,7 @@ def message_to(plan: Plan, number: int, around: Surroundings) -> dict[str, Any]:
     return {"place": vars(place_of(plan, number)), "visible": own}
 
 
-def message_of_tests(settings: Settings, plan: Plan) -> dict[str, Any]:
+def message_of_tests(settings: Settings, plan: Plan, around: Surroundings) -> dict[str, Any]:
     """What a worker must know to tell which of its tests are GPU tests."""
     return {
         "marker": settings.marker,
@@ -46,4 +46,6 @@ def message_of_tests(settings: Settings, plan: Plan) -> dict[str, Any]:
         "gpu_unless_marked": means_cpu(settings.markers),
         "without_gpu": settings.without_gpu,
         "absence": "" if plan.slots else shortage(plan),
+        "budget": plan.usable,
+        "devices": len(seen(plan, plan.slots[0].device, around)) if plan.slots else 0,
     }

@@ -203,7 +203,7 @@ class Started:
             "empty_caches": self.settings.empty_caches,
             "needs": self.has_needs,
         }
-        tests = message_of_tests(self.settings, self.plan)
+        tests = message_of_tests(self.settings, self.plan, self.around)
         return {**message, "memory": memory, "tests": tests}
 
     def _note_test(self, worker: str, told: Any) -> None:

@@ -71,6 +71,17 @@ def test_refused_by_name(project: Project, machine_with: Callable[..., Machine])
     assert "never run" not in junit
 
 
+def test_refused_in_the_process_itself(project: Project, machine: Machine) -> None:
+    """Without workers the same tests fail by name, and the others run."""
+    project.write(test_project=REFUSED)
+    result = project.pytest("--gpu-share", "-n", "0")
+    assert (result.code, result.passed) == (1, 5), result.out
+    assert "4 failed" in result.out
+    assert "needs 30.0 GB of VRAM (by marker), and the budget is 9.0 GB" in result.out
+    assert "needs 2 devices, and this process sees 1 device" in result.out
+    assert "unknown keyword memory" in result.out
+
+
 @pytest.mark.parametrize(
     ("setting", "outcomes"),
     [
