@@ -53,7 +53,10 @@ class Readings:
         # much as its worker does, or the room would be counted twice.
         age = max(SOONEST, self._clock() - self._last_report)
         processes = self._live.processes(min(PROCESSES_AGE, age))
-        memory = self._live.memory(min(MEMORY_AGE, age)).devices
+        # Free VRAM that is older than the processes lacks what they have taken since: it would
+        # be given away twice. One thread reads both, so the younger one began after the other.
+        younger = max(0.0, self._clock() - processes.at)
+        memory = self._live.memory(min(MEMORY_AGE, age, younger)).devices
         resident = self._resident()
         # What a test that is over held would be taken for what the next one has allocated.
         old = {worker for worker, at in self._reported.items() if at > processes.at}

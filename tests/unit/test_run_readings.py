@@ -72,6 +72,22 @@ def test_read_seldom() -> None:
     live.close()
 
 
+def test_free_is_never_older_than_the_processes() -> None:
+    """Else what a test took in between would count as free, and as taken by nobody."""
+    nvml = Nvml(GpuProcess(os.getpid(), GB))
+    clock = [100.0]
+    live = LiveVram(nvml, lambda: clock[0])
+    readings = Readings(live, ["GPU-0"], clock=lambda: clock[0])
+    readings.now()
+    clock[0] += 0.99
+    live.memory(0.0)
+    clock[0] += 0.02
+    # The memory is fresh enough by itself, but the processes are read anew.
+    readings.now()
+    assert (nvml.lists, nvml.memories) == (2, 3)
+    live.close()
+
+
 def test_nobody_to_ask() -> None:
     """Under a what-if there is nothing to read."""
     assert Readings(None, ["GPU-0"]).now() == {}
