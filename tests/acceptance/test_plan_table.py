@@ -127,6 +127,7 @@ def test_resident_ollama(
         "usable for tests 9.0 GB",
         f"  Ollama 0.33.0 at {project.environment['OLLAMA_HOST']}: "
         "qwen2.5:14b 10.8 GB, 100 % on GPU",
+        "gpu-share: Ollama kept qwen2.5:14b on the GPU (10.8 GB, 100 %) throughout",
     ]
     assert (result.workers, result.code) == (2, 0)
 
