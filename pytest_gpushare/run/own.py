@@ -63,6 +63,9 @@ class Own:
         weighed = weigh(suite, crew, started.settings, dist, self._learned)
         if not (weighed.has_needs or crew.on_cpu):
             return None
+        if started.plan.request.fixed and not any(job.marked for job in weighed.jobs):
+            # Workers of --tx that got no slot: nobody chose CPU workers, and nothing is to route.
+            return None
         suite.is_closed = True
         if weighed.has_needs:
             remember_needs(self._config)
