@@ -29,7 +29,9 @@ class Scene(NamedTuple):
 
 
 @contextmanager
-def scene(test: str = TRIVIAL, devices: int = 1, **options: str) -> Iterator[Scene]:
+def scene(
+    test: str = TRIVIAL, devices: int = 1, used: str = "2GB", **options: str
+) -> Iterator[Scene]:
     """Devices of 24 GB, 22 GB free, an Ollama with a model of 10.8 GB; options as for Machine."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "project"
@@ -37,7 +39,7 @@ def scene(test: str = TRIVIAL, devices: int = 1, **options: str) -> Iterator[Sce
         (path / "test_project.py").write_text(test)
         library = build(Path(directory)).parent
         machine = Machine.create(
-            Path(directory) / "vram", [Device(total="24GB", used="2GB")] * devices, **options
+            Path(directory) / "vram", [Device(total="24GB", used=used)] * devices, **options
         )
         with OllamaServer(machine, {"qwen2.5:14b": "10.8GB"}) as ollama:
             environment = {
