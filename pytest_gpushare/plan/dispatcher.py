@@ -66,7 +66,8 @@ class Dispatcher:
     def wants_reading(self) -> bool:
         """Whether the next step decides by live VRAM."""
         if not self._begun:
-            return any(job.marked for job in self._jobs)
+            # Without CPU workers every test may use the GPU, and gets a slot.
+            return not self._cpu.workers or any(job.marked for job in self._jobs)
         workers = self._gpu.workers.values()
         return (any(self._gpu.free.values()) or any(it.emptying for it in workers)) and (
             self._gpu.pending.count > 0

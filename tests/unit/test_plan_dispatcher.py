@@ -165,6 +165,13 @@ def test_a_learned_need_beyond_the_budget() -> None:
     assert made.step({}, 0) == [Run("gw0", (0,), need=10 * GB, source="learned")]
 
 
+def test_the_first_step_wants_a_reading() -> None:
+    """Unmarked tests get slots, but where there are CPU workers they need nothing."""
+    assert dispatcher_of([Job("a")], [gpu_worker(0)]).wants_reading
+    assert not dispatcher_of([Job("a")], [gpu_worker(0), Worker("gw1")]).wants_reading
+    assert dispatcher_of([gpu_test("a")], [gpu_worker(0), Worker("gw1")]).wants_reading
+
+
 # --- what can never run ---
 
 
