@@ -122,7 +122,10 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """The marker; in a process that was placed its place, its log, and a watch over both."""
     # Suites with --strict-markers run without --gpu-share too.
-    marker = config.getini("gpu_share_marker") or "gpu"
+    marker = "gpu"
+    # A value that makes no sense is told where the plugin is asked for, and only there.
+    with contextlib.suppress(Exception):
+        marker = config.getini("gpu_share_marker") or marker
     config.addinivalue_line(
         "markers",
         f"{marker}(vram=..., devices=..., exclusive=..., "

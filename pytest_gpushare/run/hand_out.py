@@ -143,7 +143,9 @@ class HandOut:
         """Do what is to be done now."""
         dispatcher = self._dispatcher
         while self._emptied:
-            dispatcher.emptied(*self._emptied.pop(0))
+            worker, held = self._emptied.pop(0)
+            self._readings.has_reported(worker)
+            dispatcher.emptied(worker, held)
         readings = self._readings.now() if dispatcher.wants_reading else {}
         for action in dispatcher.step(readings, time.monotonic()):
             self._carry_out(action)

@@ -323,6 +323,28 @@ LARGE = """
 """
 
 
+APART = """
+    import os
+
+    def pytest_collection_modifyitems(items):
+        # Each worker knows the tests of one module alone.
+        own = {"gw0": "test_a", "gw1": "test_b"}.get(os.environ.get("PYTEST_XDIST_WORKER"), "")
+        items[:] = [item for item in items if item.nodeid.startswith(own)]
+"""
+
+
+def test_an_idle_neighbour_gives_back(project: Project, machine: Machine) -> None:
+    """Where the waiting test must go elsewhere, the idle worker tears its fixtures down."""
+    (project.path / "test_project.py").unlink()
+    keeping = KEEPING.format(scope="module").replace("6GB", "8GB")
+    project.write(test_a=keeping, test_b=LARGE, conftest=APART)
+    result = project.pytest("--gpu-share", "--gpu-share-report=report.json")
+    assert (result.code, result.passed, result.workers) == (0, 4, 2), result.out
+    # It gave back so much that it need not end.
+    assert "worker-ended" not in Path(project.path, "report.json").read_text()
+    assert machine.snapshot()[0].oom_count == 0
+
+
 @pytest.mark.parametrize("scope", ["module", "session"])
 def test_what_fixtures_keep(scope: str, project: Project, machine: Machine) -> None:
     """VRAM of a fixture that lives on is no room for others; it is given back in their favour."""
