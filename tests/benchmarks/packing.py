@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -81,9 +82,8 @@ def run(here: Scene, command: list[str], tests: int) -> Run:
     times = [[int(word) for word in line.split()] for line in log.read_text().splitlines()]
     assert len(times) == tests, f"{len(times)} tests: {done.stdout[-3000:]}{done.stderr[-2000:]}"
     span = (max(end for _, end in times) - min(start for start, _ in times)) / 1e9
-    words = done.stdout.split()
-    failed = next((int(words[i - 1]) for i, w in enumerate(words) if w in ("failed,", "failed")), 0)
-    return Run(span, failed, whole)
+    failed = re.search(r"(\d+) failed", done.stdout)
+    return Run(span, int(failed[1]) if failed else 0, whole)
 
 
 def pytest_with(*arguments: str) -> list[str]:
