@@ -155,6 +155,11 @@ class Ledger:
         return 0 if account.running else max(0, account.committed - self.room.context)
 
     @property
+    def is_running(self) -> bool:
+        """Whether a GPU test runs here."""
+        return any(account.running for account in self.accounts.values())
+
+    @property
     def running(self) -> list[str]:
         """The workers that run a GPU test here."""
         return [name for name, account in self.accounts.items() if account.running]

@@ -82,6 +82,9 @@ class Waiting:
         """What is to be done for the tests that wait on these devices."""
         side = self._side
         for device in stirred:
+            if side.at != self._stirred and side.ledgers[device].is_running:
+                # While a test runs there, to wait for it is the rule: now and then will do.
+                continue
             found = self._target(device) if side.free[device] else None
             if found is None:
                 continue
