@@ -28,8 +28,10 @@ def out_of_memory(started: Started) -> Iterator[Line]:
 
 
 def _sentence(event: Event, again: Event | None) -> str:
-    outcome = f"; {again.facts['outcome']} alone" if again is not None else ""
-    return f"{event.text.replace('out of memory', 'out of VRAM')}{outcome}"
+    if again is None:
+        return event.text
+    alone = "passed alone" if again.facts["outcome"] == "passed" else "failed alone"
+    return f"{event.text}; {alone}"
 
 
 def needs_exceeded(started: Started) -> Iterator[Line]:

@@ -103,7 +103,7 @@ class Alone:
         free = [each.memory.free for each in found if each.memory is not None]
         self._started.record.note(
             "oom",
-            f"{nodeid} ran out of memory{' beside others' if shared else ''}: {text}",
+            f"{nodeid} {'ran out of VRAM beside others' if shared else 'ran out of VRAM'}: {text}",
             nodeid=nodeid,
             worker=worker,
             said=str(told.get("said", "")),
