@@ -179,7 +179,9 @@ def pytest_sessionstart(session: pytest.Session) -> Generator[None, Any, Any]:
         print_problems(started, session.config)
     result = yield
     if started is not None:
-        started.begin()
+        from pytest_gpushare.run.session import begin
+
+        begin(started, session.config)
     return result
 
 

@@ -51,6 +51,11 @@ class Declared(NamedTuple):
     refusal: str = ""
     """Why the test fails without being run: a marker that cannot be understood."""
 
+    def asks(self) -> bool:
+        """Whether the markers ask for more than to be run on a GPU worker."""
+        several = self.devices is not None and self.devices > 1
+        return self.vram is not None or several or self.exclusive or bool(self.refusal)
+
 
 class Wanted(NamedTuple):
     """Markers, rules and what was learned, weighed: what the dispatcher is told of a test."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpushare.run.jobs import Crew, Suite
+from pytest_gpushare.run.suite import Crew, Suite
 from pytest_gpushare.run.told import Told, read
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from pytest_gpushare.plan.work import (
 
 if TYPE_CHECKING:
     from pytest_gpushare.plan.dispatcher import Dispatcher
-    from pytest_gpushare.run.jobs import Collection
     from pytest_gpushare.run.journal import Journal
     from pytest_gpushare.run.links import Links
     from pytest_gpushare.run.readings import Readings
+    from pytest_gpushare.run.suite import Collection
 
 
 class _Hand:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpushare.plan.dispatcher import Dispatcher
-from pytest_gpushare.plan.work import Policy, Room, Worker
 from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE
 from pytest_gpushare.run.dispatch import GpuShareScheduling, most_deaths
-from pytest_gpushare.run.hand_out import HandOut
-from pytest_gpushare.run.jobs import Crew, Learned, Suite, weigh
 from pytest_gpushare.run.lessons import Lessons, remember_needs
-from pytest_gpushare.run.parity import Parity
 from pytest_gpushare.run.places import NUMBER
-from pytest_gpushare.run.readings import Readings
 from pytest_gpushare.run.started import LeftAlone, Started
-from pytest_gpushare.run.ticker import Ticker
 
 if TYPE_CHECKING:
     import pytest
+
+    from pytest_gpushare.plan.work import Policy, Room, Worker
+    from pytest_gpushare.run.hand_out import HandOut
+    from pytest_gpushare.run.jobs import Learned
+    from pytest_gpushare.run.suite import Crew, Suite
 
 
 class Own:
@@ -45,6 +43,8 @@ class Own:
 
     def joins(self, node: Any, suite: Suite) -> Worker:
         """The worker as the dispatcher knows it."""
+        from pytest_gpushare.plan.work import Worker
+
         plan, parity = self._started.plan, self._started.parity
         if parity is not None:
             parity.worker_up(node.gateway.id, has_gpu=self.has_gpu(node))
@@ -60,6 +60,15 @@ class Own:
     def begin(self, suite: Suite, crew: Crew) -> HandOut | None:
         """What hands the tests out; None where xdist's scheduler does as well."""
         started, dist = self._started, self._options.dist
+        if not (crew.on_cpu or self._may_have_needs(crew)):
+            return None
+        from pytest_gpushare.plan.dispatcher import Dispatcher
+        from pytest_gpushare.run.hand_out import HandOut
+        from pytest_gpushare.run.jobs import weigh
+        from pytest_gpushare.run.parity import Parity
+        from pytest_gpushare.run.readings import Readings
+        from pytest_gpushare.run.ticker import Ticker
+
         weighed = weigh(suite, crew, started.settings, dist, self._learned)
         if not (weighed.has_needs or crew.on_cpu):
             return None
@@ -90,7 +99,16 @@ class Own:
         ticker.start()
         return hand_out
 
+    def _may_have_needs(self, crew: Crew) -> bool:
+        """Whether a closer look is worth loading what it takes: most suites mark nothing."""
+        settings = self._started.settings
+        if settings.vram or settings.markers or "packed" in settings.presets:
+            return True
+        return any(said.asks() for _, told in crew.on_gpu for said in set(told.declared))
+
     def _rooms(self) -> list[Room]:
+        from pytest_gpushare.plan.work import Room
+
         started = self._started
         return [
             Room(
@@ -107,6 +125,8 @@ class Own:
         ]
 
     def _policy(self) -> Policy:
+        from pytest_gpushare.plan.work import Policy
+
         settings = self._started.settings
         return Policy(
             dist=self._options.dist,

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pytest_gpushare.run.jobs import Crew, Weighed
+from pytest_gpushare.run.jobs import Weighed
+from pytest_gpushare.run.suite import Crew
 
 _SPEAKS_OF_GPU = re.compile(
     r"gpu|cuda|nvidia|nvml|vram|nccl|cudnn|cupy|triton|accelerator|(no|needs?|requires?) device",

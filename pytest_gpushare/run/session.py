@@ -15,7 +15,6 @@ from pytest_gpushare.run import numprocesses
 from pytest_gpushare.run.others import Others
 from pytest_gpushare.run.placement import worker_environment
 from pytest_gpushare.run.places import place_of
-from pytest_gpushare.run.presence import Presence
 from pytest_gpushare.run.process import cuda_is_up, set_variables
 from pytest_gpushare.run.start import Host, start
 from pytest_gpushare.run.started import LeftAlone, Started
@@ -53,7 +52,6 @@ def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> Started
     else:
         config.add_cleanup(set_variables(worker_environment(started.plan, 0, started.around)))
         config.add_cleanup(entered(place_of(started.plan, 0)))
-    _show(started, config)
     return started
 
 
@@ -84,7 +82,6 @@ def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> Started | 
             f"--dist=each: every test runs on each of the {plan.workers} workers: "
             "use --dist=load to share them out"
         )
-    _show(started, config)
     return started
 
 
@@ -124,10 +121,19 @@ def attach(started: Started | LeftAlone, config: pytest.Config) -> None:
         started.services.append(Profile(started, config))
 
 
-def _show(started: Started, config: pytest.Config) -> None:
-    """Let `pytest-gpushare watch` see this session; a what-if has nothing to see."""
+def begin(started: Started | LeftAlone, config: pytest.Config) -> None:
+    """Start what runs beside the tests.
+
+    Called, and loaded, when the workers are on their way: nobody waits for it.
+    """
+    if not isinstance(started, Started):
+        return
     if not started.gpus.simulated:
+        from pytest_gpushare.run.presence import Presence
+
+        # Lets `pytest-gpushare watch` see this session; a what-if has nothing to see.
         started.services.append(Presence(started, config.rootpath))
+    started.begin()
 
 
 def _others(config: pytest.Config) -> Others:

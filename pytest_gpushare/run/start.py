@@ -14,7 +14,6 @@ from pytest_gpushare.plan.sizing import make_plan
 from pytest_gpushare.probe.facts import GpuFacts, HostFacts, OllamaFacts
 from pytest_gpushare.probe.host import available_ram
 from pytest_gpushare.probe.together import Probes, probe
-from pytest_gpushare.run.guarding import guard_of
 from pytest_gpushare.run.live import LiveVram
 from pytest_gpushare.run.others import Others
 from pytest_gpushare.run.placement import slot_of_outer_run
@@ -78,9 +77,6 @@ def start(
         started.saw(model)
     if loading is not None:
         _keep_loaded(started, loading)
-    started.guard = guard_of(started)
-    if started.guard is not None:
-        started.services.append(started.guard)
     return started
 
 

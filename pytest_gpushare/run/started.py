@@ -117,7 +117,15 @@ class Started:
         return Journal(self.crew)
 
     def begin(self) -> None:
-        """Start all that runs beside the tests; what fails is told and left out."""
+        """Start all that runs beside the tests; what fails is told and left out.
+
+        Loaded here, where the workers are on their way: nobody waits for it.
+        """
+        from pytest_gpushare.run.guarding import guard_of
+
+        self.guard = guard_of(self)
+        if self.guard is not None:
+            self.services.append(self.guard)
         if self.live is not None and self.plan.devices:
             from pytest_gpushare.run.watch import Watch
 

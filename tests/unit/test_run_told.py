@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpushare.plan.needs import Declared
-from pytest_gpushare.run.jobs import Crew, Suite, group_of, plain_id, weigh
+from pytest_gpushare.run.jobs import group_of, plain_id, weigh
+from pytest_gpushare.run.suite import Crew, Suite
 from pytest_gpushare.run.told import Told, read, spread, squeezed, written
 from pytest_gpushare.settings.lines import parse_rules
 from pytest_gpushare.units import GB
