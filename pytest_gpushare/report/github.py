@@ -12,7 +12,6 @@ from pytest_gpushare.report.usage import hungriest, leak_in_words, usages
 from pytest_gpushare.run.started import Started
 from pytest_gpushare.units import format_gb
 
-SUMMARY, ACTIONS = "GITHUB_STEP_SUMMARY", "GITHUB_ACTIONS"
 """Environment variables: the file of the job's summary; `true` where a job of Actions runs."""
 
 _MOST_ANNOTATIONS = 10

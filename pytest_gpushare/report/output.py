@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 LOGGER = "pytest_gpushare"
 
+SUMMARY, ACTIONS = "GITHUB_STEP_SUMMARY", "GITHUB_ACTIONS"
+"""Variables of GitHub Actions: the file for what a job's page shows; `true` inside of one."""
+
 _WIDE = View(0, 400)
 """For readers that are no terminal."""
 
@@ -72,13 +75,13 @@ def publish(started: Started | LeftAlone, config: pytest.Config, exit_status: in
 
 def publish_to_github(started: Started) -> None:
     """A table in the summary of the job, where this is one of GitHub Actions."""
-    from pytest_gpushare.report.clean import cleaner
-    from pytest_gpushare.report.files import why
-    from pytest_gpushare.report.github import SUMMARY, append, step_summary
-
     path = os.environ.get(SUMMARY)
     if not path:
         return
+    from pytest_gpushare.report.clean import cleaner
+    from pytest_gpushare.report.files import why
+    from pytest_gpushare.report.github import append, step_summary
+
     try:
         lines = summary(started, _WIDE)
         append(path, cleaner()(step_summary(started, lines)))
@@ -88,15 +91,19 @@ def publish_to_github(started: Started) -> None:
 
 def _note_leaks(started: Started) -> None:
     from pytest_gpushare.report.left_behind import leaks
+
+    found = leaks(started)
+    if not found:
+        return
     from pytest_gpushare.report.usage import leak_in_words
 
-    for leak in leaks(started):
+    for leak in found:
         facts = {"bytes": leak.size, "worker": leak.worker, "suspects": list(leak.suspects)}
         started.record.note("leak", leak_in_words(leak), **facts)
 
 
 def _annotate(started: Started | LeftAlone, reporter: pytest.TerminalReporter) -> None:
-    if isinstance(started, LeftAlone) or os.environ.get("GITHUB_ACTIONS") != "true":
+    if isinstance(started, LeftAlone) or os.environ.get(ACTIONS) != "true":
         return
     from pytest_gpushare.report.clean import cleaner
     from pytest_gpushare.report.github import workflow_commands

@@ -44,7 +44,7 @@ class Service(Protocol):
         """End within a second or so, and leave nothing behind."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Started:
     """A run for which the plan is made: what was found, what was decided, what is held."""
 
