@@ -19,6 +19,7 @@ class Observer:
     def __init__(self, started: Started) -> None:
         self._started = started
         self._began = started.record.began_at
+        self._passed = started.journal.passed
         self._marker = getattr(started.settings, "marker", "gpu")
 
     @pytest.hookimpl(optionalhook=True)
@@ -44,16 +45,25 @@ class Observer:
         """A phase of a test has ended."""
         node = getattr(report, "node", None)
         worker = ITSELF if node is None else node.gateway.id
+        start, end = report.start - self._began, report.stop - self._began
+        marked = self._marker in report.keywords
+        expected_to_fail = hasattr(report, "wasxfail")
+        if (
+            report.outcome == "passed"
+            and not expected_to_fail
+            and self._passed(worker, report.nodeid, report.when, start, end, marked)
+        ):
+            return
         self._started.journal.told(
             worker,
             Told(
                 report.nodeid,
                 str(report.when),
                 report.outcome,
-                hasattr(report, "wasxfail"),
-                report.start - self._began,
-                report.stop - self._began,
-                self._marker in report.keywords,
+                expected_to_fail,
+                start,
+                end,
+                marked,
             ),
         )
 

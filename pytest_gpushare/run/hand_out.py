@@ -66,6 +66,8 @@ class HandOut:
         self._hands: dict[str, _Hand] = {}
         self._held: dict[str, Mapping[str, int]] = {}
         self._emptied: list[tuple[str, Mapping[str, int]]] = []
+        self.on_wait: Callable[[], object] = lambda: None
+        """Called, in any thread, when a step may do something though no worker says anything."""
 
     @property
     def is_done(self) -> bool:
@@ -130,6 +132,7 @@ class HandOut:
     def emptied(self, worker: str, held: Sequence[int | None] | None) -> None:
         """A worker tells, in any thread, what they hold now that their caches are empty."""
         self._emptied.append((worker, self._by_device(worker, held)))
+        self.on_wait()
 
     def _by_device(self, worker: str, held: Sequence[int | None] | None) -> Mapping[str, int]:
         """UUID -> bytes with the context, from what frameworks count by visible device."""
@@ -149,6 +152,8 @@ class HandOut:
         readings = self._readings.now() if dispatcher.wants_reading else {}
         for action in dispatcher.step(readings, time.monotonic()):
             self._carry_out(action)
+        if self.waits:
+            self.on_wait()
 
     def _carry_out(self, action: Action) -> None:
         if isinstance(action, Tell):

@@ -95,6 +95,7 @@ class Own:
         started.parity = Parity(weighed, crew)
         self._plugins.register(started.parity, "gpu-share-parity")
         ticker = Ticker(lambda: hand_out.waits, lambda: _nudge(hand_out))
+        hand_out.on_wait = ticker.wake
         started.services.append(ticker)
         ticker.start()
         return hand_out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 import pytest
@@ -113,3 +114,24 @@ def test_ticker(waits: bool) -> None:
     time.sleep(0.06)
     assert bool(nudges) == waits
     assert len(nudges) == count
+
+
+def test_ticker_sleeps_until_it_is_woken() -> None:
+    """Where nothing waits it does not even look, until somebody says that something does."""
+    looks: list[float] = []
+    nudged = threading.Event()
+    waits = False
+
+    def look() -> bool:
+        looks.append(time.monotonic())
+        return waits
+
+    ticker = Ticker(look, nudged.set)
+    ticker.start()
+    time.sleep(0.2)
+    assert len(looks) == 1
+    waits = True
+    assert not nudged.wait(0.1)
+    ticker.wake()
+    assert nudged.wait(5)
+    ticker.stop()
