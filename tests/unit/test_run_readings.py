@@ -128,7 +128,10 @@ def test_ticker_sleeps_until_it_is_woken() -> None:
 
     ticker = Ticker(look, nudged.set)
     ticker.start()
-    time.sleep(0.2)
+    until = time.monotonic() + 5
+    while not looks and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.1)
     assert len(looks) == 1
     waits = True
     assert not nudged.wait(0.1)

@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 
 from pytest_gpushare.run.crew import Peak
-from pytest_gpushare.run.journal import Journal, Told
+from pytest_gpushare.run.journal import Journal, Test, Told
 from pytest_gpushare.run.leaks import LEAST, Growths
 from pytest_gpushare.run.live import LiveVram
 from pytest_gpushare.run.watch import Watch
@@ -112,6 +112,49 @@ def test_outcomes_as_pytest_counts_them(
         found.told("gw0", report)
     assert [test.outcome for test in found] == [outcome]
     assert found.counts == {outcome: 1}
+
+
+@pytest.mark.parametrize(
+    "told_before",
+    [
+        [],
+        [("setup", "passed")],
+        [("setup", "failed")],
+        [("setup", "passed"), ("call", "rerun")],
+        [("setup", "passed"), ("call", "failed")],
+        [("setup", "passed"), ("call", "passed"), ("teardown", "passed")],
+        [("setup", "passed"), ("call", "failed"), ("teardown", "passed")],
+    ],
+)
+@pytest.mark.parametrize("when", ["setup", "call", "teardown", "???"])
+def test_a_phase_that_passed_is_taken_as_any_other(
+    told_before: list[tuple[str, str]], when: str
+) -> None:
+    """By the short way, or it says that it must be told."""
+    short, long = journal(), journal()
+    for found in (short, long):
+        for report in told("t::a", *told_before):
+            found.told("gw0", report)
+    (report,) = told("t::a", (when, "passed"), at=5)
+    long.told("gw0", report)
+    if not short.passed("gw0", "t::a", when, report.start, report.end, report.marked):
+        short.told("gw0", report)
+    slots = [name for name in Test.__slots__ if name != "peak"]
+    short_tests, long_tests = (
+        [[getattr(test, name) for name in slots] for test in found] for found in (short, long)
+    )
+    assert short_tests == long_tests
+    assert short.counts == long.counts
+
+
+def test_phases_that_pass_need_no_closer_look() -> None:
+    """Or the short way would be none."""
+    found = journal()
+    for at, when in enumerate(("setup", "call", "teardown")):
+        assert found.passed("gw0", "t::a", when, at, at + 1, True)
+    (test,) = found
+    assert (test.outcome, test.start, test.end, test.marked) == ("passed", 0, 3, True)
+    assert found.counts == {"passed": 1}
 
 
 @pytest.mark.parametrize("ends", [[], [("teardown", "passed")]])
