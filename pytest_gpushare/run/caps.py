@@ -10,10 +10,12 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpushare.plan.model import Slot
 from pytest_gpushare.units import MB, format_gb
+
+if TYPE_CHECKING:
+    from pytest_gpushare.plan.model import Slot
 
 CONTEXT_ALLOWANCE = 600 * MB
 """Bytes that a CUDA context and its modules take; 256 to 616 MB have been seen."""
