@@ -143,7 +143,7 @@ class Watcher:
         known = self._ollama
         if known.answered and known.server is not None:
             again = ask(known.server, float(self._settings.ollama_timeout))
-            self._ollama = replace(again, server=known.server, found_by=known.found_by)
+            self._ollama = again._replace(server=known.server, found_by=known.found_by)
         else:
             # Every address that may be Ollama's. Models by name would take more than GETs.
             self._ollama = ask_ollama(replace(self._settings, ollama_models=()), os.environ)

@@ -139,7 +139,7 @@ def _loaded(model: LoadedModel, told: ModelFacts | None, server: Server) -> Mode
         model.name,
         max(model.size, model.size_vram),
         Source.LOADED,
-        prediction=_prediction(replace(told, num_ctx=None), as_loaded),
+        prediction=_prediction(told._replace(num_ctx=None), as_loaded),
         missing=max(0, model.size - model.size_vram),
     )
 

@@ -10,8 +10,7 @@ from typing import NamedTuple
 from pytest_gpushare.probe.address import Address
 
 
-@dataclass(frozen=True)
-class GpuProcess:
+class GpuProcess(NamedTuple):
     """A process that holds VRAM on a device, from NVML's list of compute processes."""
 
     pid: int
@@ -71,8 +70,7 @@ class Device:
         return f"GPU {self.index}"
 
 
-@dataclass(frozen=True)
-class GpuFacts:
+class GpuFacts(NamedTuple):
     """All that the probe of the devices found."""
 
     devices: tuple[Device, ...] = ()
@@ -90,8 +88,7 @@ class GpuFacts:
     """Whether NVML lists the probing process itself: CUDA is up in it already."""
 
 
-@dataclass(frozen=True)
-class LoadedModel:
+class LoadedModel(NamedTuple):
     """A model that Ollama holds in memory, from its `/api/ps`."""
 
     name: str
@@ -116,8 +113,7 @@ class LoadedModel:
         return self.size_vram == self.size > 0
 
 
-@dataclass(frozen=True)
-class ModelFacts:
+class ModelFacts(NamedTuple):
     """A model that a run relies on, from `/api/tags` and `/api/show`; nothing is checked yet."""
 
     name: str
@@ -137,8 +133,7 @@ class ModelFacts:
     """Why there are no metadata."""
 
 
-@dataclass(frozen=True)
-class OllamaFacts:
+class OllamaFacts(NamedTuple):
     """What the Ollama server said, or why it said nothing."""
 
     address: str = ""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from pytest_gpushare.probe.address import Address
 from pytest_gpushare.probe.exchange import (
@@ -92,26 +91,26 @@ def _model(
         parameter_size=line(parameters, 40) if isinstance(parameters, str) else "",
     )
     if tag.get("remote_host") or tag.get("remote_model"):
-        return replace(listed, is_remote=True)
+        return listed._replace(is_remote=True)
     try:
         return _shown(connection, listed, deadline)
     except StatusError as error:
-        return replace(listed, problem=str(error))
+        return listed._replace(problem=str(error))
     except NonsenseError as error:
-        return replace(listed, problem=line(str(error), 200))
+        return listed._replace(problem=line(str(error), 200))
 
 
 def _shown(connection: Connection, model: ModelFacts, deadline: float) -> ModelFacts:
     answer = _show(connection, model.name, False, deadline)
     if answer.get("remote_host") or answer.get("remote_model"):
-        return replace(model, is_remote=True)
+        return model._replace(is_remote=True)
     num_ctx = _num_ctx(answer.get("parameters"))
     if _holds_back(answer):
         answer = _show(connection, model.name, True, deadline)
     info = answer.get("model_info")
     if not isinstance(info, dict) or not info:
         raise NonsenseError("/api/show gives no metadata")
-    return replace(model, num_ctx=num_ctx, info=_relevant(info))
+    return model._replace(num_ctx=num_ctx, info=_relevant(info))
 
 
 def _show(

@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -114,7 +113,7 @@ class _NvmlReading:
         if facts.all_devices or given not in ("void", "none"):
             return facts
         hidden = f"NVIDIA_VISIBLE_DEVICES={given} gives this container none: start it with --gpus"
-        return replace(facts, absence=f"{facts.absence}; {hidden}")
+        return facts._replace(absence=f"{facts.absence}; {hidden}")
 
     def close(self) -> None:
         _Answer("nvml-close", self.nvml.close).wait(time.monotonic() + _CLOSE_TIMEOUT)
@@ -146,7 +145,7 @@ def ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFact
     found = facts[-1] if facts[-1].answered else _nobody(facts)
     if found.answered and settings.ollama_models:
         place = places[len(facts) - 1]
-        return replace(found, relied_on=_ask_models(place.address, settings, until))
+        return found._replace(relied_on=_ask_models(place.address, settings, until))
     return found
 
 
@@ -157,8 +156,7 @@ def _nobody(facts: Sequence[OllamaFacts]) -> OllamaFacts:
     reachable = [each for each in facts if each.reachable]
     if reachable:
         return reachable[0]
-    return replace(
-        facts[0],
+    return facts[0]._replace(
         address=", ".join(each.address for each in facts),
         problem="; ".join(dict.fromkeys(each.problem for each in facts)),
         found_by="",
@@ -179,7 +177,7 @@ class _OllamaAsking:
 
         facts = self._answer.wait(self._until + _GRACE)
         facts = facts or unanswered(self._place.address, f"no answer within {limit:g} s")
-        return replace(facts, found_by=self._place.found_by, server=self._place.address)
+        return facts._replace(found_by=self._place.found_by, server=self._place.address)
 
     def hang_up(self) -> None:
         """End what is still under way: a server that drips would keep its thread for ever."""

@@ -38,8 +38,7 @@ class Others(NamedTuple):
             names.add(device.uuid)
         if not more or gpus.simulated:
             return gpus
-        return replace(
-            gpus,
+        return gpus._replace(
             devices=(*gpus.devices, *more),
             all_devices=(*gpus.all_devices, *more),
             absence="",

@@ -32,6 +32,14 @@ from pytest_gpushare.probe import together
 from pytest_gpushare.settings.load import Written, load
 from simulator import Machine
 
+def plain(value):
+    if dataclasses.is_dataclass(value):
+        return {name: plain(each) for name, each in vars(value).items()}
+    if hasattr(value, "_asdict"):
+        return {name: plain(each) for name, each in value._asdict().items()}
+    return [plain(each) for each in value] if isinstance(value, tuple) else value
+
+
 machine = Machine.open()
 here = Path.cwd()
 ini = {"gpu_share_enable_ollama_detection": "false"}
@@ -50,7 +58,7 @@ for case in job["cases"]:
     probes = together.probe(settings, (), case.get("env", {}))
     probes.close()
     took = time.monotonic() - began
-    answers.append({**dataclasses.asdict(probes.gpus), "took": took})
+    answers.append({**plain(probes.gpus), "took": took})
 machine.clear_injections()
 print(json.dumps({"pid": os.getpid(), "answers": answers}, default=str))
 sys.stdout.flush()

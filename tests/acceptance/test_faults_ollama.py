@@ -22,7 +22,7 @@ TWO = (
 RESERVED = "  VRAM: Ollama reservation 12.0 GB, safety buffer 1.0 GB, usable for tests 9.0 GB"
 
 PROBE = """
-import dataclasses, json, resource, sys, time
+import json, resource, sys, time
 from pathlib import Path
 from pytest_gpushare.probe.together import probe
 from pytest_gpushare.settings.load import Written, load
@@ -35,7 +35,7 @@ for host, limit in json.loads(sys.argv[1]):
     settings = load(Written({}, {}, ini, "", here, here, here))
     began = time.monotonic()
     facts = probe(settings, ("24GB",), {}).ollama
-    answers.append({**dataclasses.asdict(facts), "took": time.monotonic() - began})
+    answers.append({**facts._asdict(), "took": time.monotonic() - began})
 # Linux hands a parent's peak down to the child that it starts: only what is added counts.
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 print(json.dumps({"answers": answers, "grown_kb": grown}))

@@ -101,7 +101,7 @@ def test_visibility_without_devices() -> None:
 
 
 def server(**changes: Any) -> OllamaFacts:
-    return replace(OllamaFacts("h:1", True, True, "0.33.0", reachable=True), **changes)
+    return OllamaFacts("h:1", True, True, "0.33.0", reachable=True)._replace(**changes)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def server(**changes: Any) -> OllamaFacts:
     [
         (SILENT, {"where": Surroundings(is_wsl=True)}, "ollama-silent", "from WSL the host is"),
         (
-            replace(SILENT, problem="no answer within 0.5 s"),
+            SILENT._replace(problem="no answer within 0.5 s"),
             {"patient_ollama": server()},
             "ollama-slow",
             "gpu_share_ollama_timeout_s",
         ),
-        (replace(SILENT, problem="x ('z' is no port: 1)"), {}, "ollama-address", "the port"),
+        (SILENT._replace(problem="x ('z' is no port: 1)"), {}, "ollama-address", "the port"),
         (
-            replace(SILENT, reachable=True, problem="/api/ps gives status 404"),
+            SILENT._replace(reachable=True, problem="/api/ps gives status 404"),
             {},
             "ollama-nonsense",
             "before 0.1.38",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,7 +74,7 @@ def test_several_devices_to_choose_from() -> None:
 
 def test_small_models_on_several_devices() -> None:
     """Where 1024 MB are more than a quarter of the need, they count."""
-    small = replace(FACTS, file_bytes=GB, info=BY_NAME["nomic-embed-text"].info)
+    small = FACTS._replace(file_bytes=GB, info=BY_NAME["nomic-embed-text"].info)
     result = plan(device(22), device(22, index=1), ollama=answering(told=small), **AUTO)
     assert result.demand is not None
     assert kept(result) == [result.demand.needs[0].vram + MARGIN] * 2
@@ -109,7 +108,7 @@ def test_models_that_nobody_named() -> None:
 def test_names_of_the_same_model(written: str) -> None:
     """By name as Ollama completes it, or by digest."""
     loaded = LoadedModel("qwen2.5:14b", 10 * GB, 10 * GB, FACTS.digest, 4096)
-    told = replace(FACTS, name=written)
+    told = FACTS._replace(name=written)
     settings = {**AUTO, "ollama_models": (written,)}
     result = plan(device(12), ollama=answering(loaded, told=told), **settings)
     assert sources(result) == [("qwen2.5:14b", Source.LOADED)]
@@ -160,9 +159,9 @@ def test_cloud_models_need_nothing() -> None:
 @pytest.mark.parametrize(
     ("told", "reason"),
     [
-        (replace(FACTS, info=None, problem="/api/show gives no JSON"), "/api/show gives no JSON"),
-        (replace(FACTS, file_bytes=None), "/api/tags gives no size"),
-        (replace(FACTS, info={}), "the metadata names no architecture"),
+        (FACTS._replace(info=None, problem="/api/show gives no JSON"), "/api/show gives no JSON"),
+        (FACTS._replace(file_bytes=None), "/api/tags gives no size"),
+        (FACTS._replace(info={}), "the metadata names no architecture"),
     ],
 )
 def test_by_name_for_want_of_better(told: ModelFacts, reason: str) -> None:

@@ -89,7 +89,7 @@ def test_resident_is_not_reserved_twice() -> None:
 
 def test_remote_ollama_holds_nothing_here() -> None:
     """A server on another machine is reserved for in full."""
-    remote = replace(holding(10.8), on_this_host=False)
+    remote = holding(10.8)._replace(on_this_host=False)
     assert plan(device(11.2), ollama=remote).slots == ()
 
 
