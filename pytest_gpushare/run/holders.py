@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.probe.facts import GpuProcess, Memory
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
     from pytest_gpushare.run.live import LiveVram
 
 OLLAMA, OTHERS = "Ollama", "other processes"
-_MOST_PARENTS = 32
 
 
 class Holding(NamedTuple):
@@ -55,30 +53,13 @@ def holding(live: LiveVram | None, uuid: str, label: str, pids: Mapping[str, int
 
 def sums(processes: Iterable[GpuProcess], pids: Mapping[str, int]) -> dict[str, int]:
     """Holder -> bytes, the largest first; a worker's children count as the worker."""
-    workers = {pid: worker for worker, pid in pids.items()}
+    # Loaded when a test has run out of memory, not at every start.
+    from pytest_gpushare.run.owners import Owners
+
+    workers, owners = {pid: worker for worker, pid in pids.items()}, Owners()
     found: dict[str, int] = {}
     for process in processes:
         if process.used:
-            who = OLLAMA if process.is_ollama else _worker(process.pid, workers) or OTHERS
+            who = OLLAMA if process.is_ollama else owners.owner(process.pid, workers) or OTHERS
             found[who] = found.get(who, 0) + process.used
     return dict(sorted(found.items(), key=lambda entry: -entry[1]))
-
-
-def _worker(pid: int, workers: Mapping[int, str]) -> str | None:
-    for _ in range(_MOST_PARENTS):
-        if pid in workers:
-            return workers[pid]
-        parent = _parent(pid)
-        if parent is None or parent <= 1:
-            return None
-        pid = parent
-    return None
-
-
-def _parent(pid: int) -> int | None:
-    """The parent of a process; None where that cannot be told (it is gone, or no Linux)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-        return int(text.rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE
 from pytest_gpushare.run.dispatch import GpuShareScheduling, most_deaths
 from pytest_gpushare.run.lessons import Lessons, remember_needs
 from pytest_gpushare.run.places import NUMBER
@@ -120,7 +119,7 @@ class Own:
                 planned.safety_buffer,
                 planned.device.free,
                 planned.resident,
-                started.contexts.get(planned.device.name, CONTEXT_ALLOWANCE),
+                started.context_of(planned.device.name),
             )
             for planned in started.plan.devices
         ]

@@ -221,7 +221,7 @@ class Started:
     def context_on(self, uuid: str | None) -> int:
         """Bytes of a CUDA context on a device: as earlier runs measured it, or assumed."""
         names = [d.device.name for d in self.plan.devices if d.device.uuid == uuid]
-        return self.contexts.get(names[0] if names else "", CONTEXT_ALLOWANCE)
+        return self.context_of(names[0] if names else None)
 
     def _note_overwritten(self, worker: str, how: str) -> None:
         self.overwritten[worker] = how
