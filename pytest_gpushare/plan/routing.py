@@ -10,7 +10,7 @@ from pytest_gpushare.plan.accounts import Ledger
 from pytest_gpushare.plan.cpu_side import CpuSide
 from pytest_gpushare.plan.gpu_side import GpuSide
 from pytest_gpushare.plan.packing import Bin, Piece, best_order
-from pytest_gpushare.plan.units import Kind, Pending, Unit, in_units
+from pytest_gpushare.plan.units import GROUPED, Kind, Pending, Unit, in_units
 from pytest_gpushare.plan.work import Job
 from pytest_gpushare.units import format_gb, plural
 
@@ -131,6 +131,9 @@ def ordered(tests: Sequence[int], jobs: Sequence[Job], gpu: GpuSide) -> tuple[Pe
     def kind(test: int) -> Kind:
         found = gpu.need(test)
         return found.devices, found.exclusive
+
+    if gpu.policy.dist in GROUPED and not gpu.policy.reorder:
+        return Pending.ordered(units, kind, need), False
 
     pieces = [_piece(unit, jobs, largest, need, kind) for unit in units]
     order = best_order(pieces, bins)

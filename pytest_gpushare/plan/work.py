@@ -84,7 +84,8 @@ class Policy(NamedTuple):
     chunk: int | None = None
     """xdist's `--maxschedchunk`."""
     reorder: bool = True
-    """xdist's `--loadscope-reorder`: larger groups go first."""
+    """xdist's `--loadscope-reorder`: larger groups go first, GPU tests as packing says. False:
+    groups go in the order of collection, as far as they fit."""
 
 
 class Run(NamedTuple):

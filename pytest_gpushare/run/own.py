@@ -135,6 +135,8 @@ class Own:
             pressure_timeout=float(settings.pressure_timeout),
             visible_devices=settings.visible_devices,
             chunk=self._options.maxschedchunk,
+            # xdist has the option since 3.8, and always reordered before.
+            reorder=getattr(self._options, "loadscopereorder", True),
         )
 
 

@@ -14,6 +14,7 @@ from .conftest import Project
 
 GB = 2**30
 NO_OLLAMA = ("--gpu-share", "--gpu-share-preset=no-ollama")
+ONE = ("-o", "gpu_share_max_workers_per_gpu=1")
 PACKED = (*NO_OLLAMA, "--gpu-share-preset=packed", "-o", "gpu_share_safety_buffer_mb=0")
 
 REFUSED = """
@@ -235,6 +236,39 @@ def test_dist_within_each_kind(dist: str, project: Project, machine: Machine) ->
     assert {len(workers) for workers in places.values()} == {1}, places
 
 
+ORDERED = """
+    import pytest
+
+    def note(name):
+        with open("order.txt", "a") as file:
+            print(name, file=file)
+
+    class TestSmall:
+        def test_one(self): note("small")
+        @pytest.mark.gpu(vram="1GB")
+        def test_gpu(self): note("gpu small")
+
+    class TestLarge:
+        def test_one(self): note("large")
+        def test_two(self): note("large")
+        @pytest.mark.gpu(vram="2GB")
+        def test_gpu(self): note("gpu large")
+"""
+
+
+def test_groups_in_the_order_of_collection(project: Project, machine: Machine) -> None:
+    """xdist's --no-loadscope-reorder holds for both kinds of worker."""
+    project.write(test_project=ORDERED)
+    options = ("--dist=loadscope", "-o", "gpu_share_cpu_workers=1", *ONE, "--no-loadscope-reorder")
+    result = project.pytest("--gpu-share", *options)
+    if "unrecognized arguments: --no-loadscope-reorder" in result.err:
+        pytest.skip("this xdist always reorders")
+    assert (result.code, result.passed) == (0, 5), result.out
+    order = (project.path / "order.txt").read_text().splitlines()
+    assert [name for name in order if "gpu" not in name] == ["small", "large", "large"]
+    assert [name for name in order if "gpu" in name] == ["gpu small", "gpu large"]
+
+
 PRESSURE = """
     import pathlib, time
     import gpusim
@@ -270,7 +304,6 @@ TAKING = """
         if not hasattr(session.config, "workerinput"):
             threading.Thread(target=take, daemon=True).start()
 """
-ONE = ("-o", "gpu_share_max_workers_per_gpu=1")
 
 
 def test_pressure_is_waited_out(project: Project, machine: Machine) -> None:

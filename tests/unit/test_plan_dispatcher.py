@@ -545,3 +545,15 @@ def test_a_group_that_no_worker_can_run_whole_is_split() -> None:
         jobs, rooms, [gpu_worker(0, 4), gpu_worker(1, 4, OTHER)], policy=Policy(dist="loadfile")
     ).run()
     assert sorted(world.outcomes) == [0, 1]
+
+
+@pytest.mark.parametrize("reorder", [True, False])
+def test_groups_in_their_own_order(reorder: bool) -> None:
+    """As xdist: larger groups first, unless --no-loadscope-reorder; GPU groups alike."""
+    jobs = [Job("a", group="a"), *(Job(f"b{n}", group="b") for n in range(3))]
+    jobs += [gpu_test("c", 2, group="c"), gpu_test("d", 4, group="d")]
+    policy = Policy(dist="loadscope", reorder=reorder)
+    made = dispatcher_of(jobs, [gpu_worker(0), Worker("gw1")], policy=policy)
+    found = runs(made.step({}, 0))
+    expected = {"gw0": (5,), "gw1": (1, 2, 3)} if reorder else {"gw0": (4,), "gw1": (0, 1, 2, 3)}
+    assert {worker: found[worker][:4] for worker in expected} == expected
