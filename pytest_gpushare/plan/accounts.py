@@ -3,141 +3,167 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pytest_gpushare.plan.work import Reading, Room
 
 
-@dataclass
+@dataclass(eq=False)
 class Account:
     """What one worker has on one device, in bytes."""
 
-    held: int = 0
+    __slots__ = (
+        "committed", "fresh", "held", "need", "now", "outstanding", "present", "running", "used"
+    )  # fmt: skip
+
+    held: int
     """What it holds while it is idle, or held when its test began."""
-    need: int = 0
+    need: int
     """What its running test was admitted with; 0 while it is idle."""
-    now: int | None = None
+    now: int | None
     """What NVML says that it holds; None: nobody tells."""
-    used: bool = False
+    used: bool
     """Whether it has run a GPU test there, and so has a context."""
-    running: bool = False
-    fresh: bool = False
+    running: bool
+    fresh: bool
     """Whether its test began after the device was read: it cannot be seen there yet."""
+    present: int
+    """What it holds as far as is known."""
+    committed: int
+    """What is set aside for it: a test that takes more than its need is believed."""
+    outstanding: int
+    """What its test may still take."""
 
-    @property
-    def committed(self) -> int:
-        """What is set aside for it: a test that takes more than its need is believed."""
-        held = self.held if self.now is None else self.now
-        return max(self.need, held) if self.running else held
-
-    @property
-    def outstanding(self) -> int:
-        """What its test may still take."""
-        held = self.held if self.now is None else self.now
-        return max(0, self.need - held) if self.running else 0
+    @classmethod
+    def opened(cls) -> Account:
+        """That of a worker which has done nothing yet."""
+        return cls(0, 0, None, False, False, False, 0, 0, 0)
 
 
-@dataclass
 class Ledger:
-    """One device: the accounts of its workers, and what was read of it last."""
+    """One device: the accounts of its workers, and what was read of it last.
 
-    room: Room
-    accounts: dict[str, Account] = field(default_factory=dict)
-    reading: Reading = field(default_factory=Reading)
-    is_due: bool = False
-    """Whether a test is over since then: the same figures mean something else now."""
+    What is asked for every test is a sum over all accounts; so the sums are kept, and change
+    with each account, which happens less often.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.accounts: dict[str, Account] = {}
+        self.running: dict[str, Account] = {}
+        """The workers that run a GPU test here."""
+        self.reading = Reading()
+        self.is_due = False
+        """Whether a test is over since then: the same figures mean something else now."""
+        self.kept = _kept(room, self.reading)
+        """What must stay free: Ollama's outstanding reservation and the safety buffer."""
+        self.present = self.committed = self.outstanding = 0
+        """The sums over all accounts."""
 
     def open(self, worker: str) -> None:
         """A worker that sees the device; it has no context yet."""
-        self.accounts[worker] = Account()
+        self.accounts[worker] = Account.opened()
 
     def close(self, worker: str) -> int:
         """The worker is gone; returns what was set aside for it, which may come back late."""
-        account = self.accounts.pop(worker, None)
-        return account.committed if account else 0
+        account = self.accounts.get(worker)
+        if account is None:
+            return 0
+        before = account.committed
+        account.held = account.need = 0
+        account.now, account.running = None, False
+        self._post(account)
+        self.running.pop(worker, None)
+        del self.accounts[worker]
+        return before
 
     def start(self, worker: str, need: int) -> None:
         """A test was admitted."""
-        account = self.accounts[worker]
-        account.need, account.running, account.used, account.fresh = need, True, True, True
+        self.running[worker] = account = self.accounts[worker]
+        account.need = need
+        account.running = account.used = account.fresh = True
+        self._post(account)
 
     def stop(self, worker: str, held: int | None) -> int:
         """The test is over; returns what should come back."""
-        account = self.accounts[worker]
-        before = account.committed
-        account.running, account.need, account.now = False, 0, None
-        self.is_due = True
         # What nobody tells: a context is there in any case, caches and fixtures perhaps.
-        account.held = max(0, held) if held is not None else self.room.context
-        return max(0, before - account.held)
+        account = self.running.pop(worker, None) or self.accounts[worker]
+        account.running, account.need = False, 0
+        return self._report(account, self.room.context if held is None else held)
 
     def emptied(self, worker: str, held: int | None) -> int:
         """The worker gave back what it could; returns what should come back."""
         account = self.accounts[worker]
+        return self._report(account, min(account.held, self.room.context) if held is None else held)
+
+    def _report(self, account: Account, held: int) -> int:
+        """Believe a worker before NVML, until the device is read again."""
         before = account.committed
-        account.now = None
+        account.held, account.now = max(0, held), None
         self.is_due = True
-        account.held = max(0, held) if held is not None else min(account.held, self.room.context)
+        self._post(account)
         return max(0, before - account.held)
+
+    def _post(self, account: Account) -> None:
+        """Bring the sums up to date with an account that changed."""
+        present = account.held if account.now is None else account.now
+        committed, outstanding = present, 0
+        if account.running and account.need > present:
+            committed, outstanding = account.need, account.need - present
+        self.present += present - account.present
+        self.committed += committed - account.committed
+        self.outstanding += outstanding - account.outstanding
+        account.present, account.committed, account.outstanding = present, committed, outstanding
 
     def read(self, reading: Reading) -> bool:
         """Take what NVML says now. Returns whether that is anything new."""
         if not self.is_due and (reading is self.reading or reading == self.reading):
             return False
-        self.reading, self.is_due = reading, False
-        # 0 bytes for every process is what containers and WSL report for "unknown".
-        told = any(reading.held.values())
-        for worker, account in self.accounts.items():
+        if reading is not self.reading:
+            self.reading = reading
+            self.kept = _kept(self.room, reading)
+        self.is_due = False
+        for account in self.running.values():
             account.fresh = False
-            if worker in reading.held:
-                account.now = reading.held[worker] if told else None
+        if reading.held:
+            # 0 bytes for every process is what containers and WSL report for "unknown".
+            told = any(reading.held.values())
+            for worker, account in self.accounts.items():
+                if worker in reading.held:
+                    account.now = reading.held[worker] if told else None
+                    self._post(account)
         return True
 
     def left(self, worker: str) -> int:
         """Bytes that this worker's whole process may hold by the plan's budget."""
-        used = sum(a.committed for name, a in self.accounts.items() if name != worker)
-        return self.room.budget - used
+        own = self.accounts.get(worker)
+        return self.room.budget - self.committed + (0 if own is None else own.committed)
 
     def live(self, worker: str) -> int | None:
         """The same by what is free now; None where that cannot be told."""
         free = self.reading.free
         if free is None:
             return None
-        outstanding = sum(a.outstanding for name, a in self.accounts.items() if name != worker)
-        outstanding = max(0, outstanding - self._unseen())
         own = self.accounts.get(worker)
-        held = 0 if own is None else (own.held if own.now is None else own.now)
-        return free - self.kept - outstanding + held
-
-    @property
-    def kept(self) -> int:
-        """What must stay free: Ollama's outstanding reservation and the safety buffer."""
-        resident = self.reading.resident
-        resident = self.room.resident if resident is None else resident
-        return max(0, self.room.reservation - resident) + self.room.safety_buffer
+        if own is None:
+            return free - self.kept - self._unclaimed(self.outstanding)
+        return free - self.kept - self._unclaimed(self.outstanding - own.outstanding) + own.present
 
     def limit(self, worker: str) -> int:
         """The largest need that may start in this worker now: the smaller of `left` and `live`.
 
         Asked for every test, so both are found in one go.
         """
-        used = outstanding = own = 0
-        for name, account in self.accounts.items():
-            held = account.held if account.now is None else account.now
-            if name == worker:
-                own = held
-            elif account.running and account.need > held:
-                used += account.need
-                outstanding += account.need - held
-            else:
-                used += held
-        left = self.room.budget - used
+        own = self.accounts[worker]
+        left = self.room.budget - self.committed + own.committed
         free = self.reading.free
         if free is None:
             return left
+        outstanding = self.outstanding - own.outstanding
         if outstanding:
-            outstanding = max(0, outstanding - self._unseen())
-        return min(left, free - self.kept - outstanding + own)
+            outstanding = self._unclaimed(outstanding)
+        live = free - self.kept - outstanding + own.present
+        return live if live < left else left
 
     def floor(self, worker: str) -> int:
         """What the worker holds at least as long as it lives, once it has a context."""
@@ -154,34 +180,36 @@ class Ledger:
         account = self.accounts[worker]
         return 0 if account.running else max(0, account.committed - self.room.context)
 
-    @property
-    def is_running(self) -> bool:
-        """Whether a GPU test runs here."""
-        return any(account.running for account in self.accounts.values())
+    def runs_beside(self, worker: str) -> bool:
+        """Whether another worker than this one runs a GPU test here."""
+        return len(self.running) > (worker in self.running)
 
-    @property
-    def running(self) -> list[str]:
-        """The workers that run a GPU test here."""
-        return [name for name, account in self.accounts.items() if account.running]
+    def _unclaimed(self, outstanding: int) -> int:
+        """What running tests may still take, less what they have taken already, unseen.
 
-    def _unseen(self) -> int:
-        """What running tests have taken of their needs already, where NVML names no process.
-
-        On WDDM, in WSL and in most containers it does not. There what the device lost since
-        the plan was made is taken to be theirs, as far as their needs go: else each byte that
-        a test allocates would count twice, and one worker's test would keep the others waiting.
+        NVML names no process on WDDM, in WSL and in most containers. There what the device lost
+        since the plan was made is taken to be theirs, as far as their needs go: else each byte
+        that a test allocates would count twice, and one worker's test would keep the others
+        waiting.
         """
-        unknown = [a for a in self.accounts.values() if a.running and a.now is None and not a.fresh]
-        if not unknown or self.room.free is None or self.reading.free is None:
-            return 0
-        resident = self.reading.resident
-        grown = 0 if resident is None else max(0, resident - self.room.resident)
-        taken = self.room.free - self.reading.free - grown
-        seen = sum(
-            account.held if account.now is None else account.now
-            for account in self.accounts.values()
-        )
-        return max(0, min(taken - seen, sum(a.outstanding for a in unknown)))
+        room, reading = self.room, self.reading
+        if not outstanding or room.free is None or reading.free is None:
+            return outstanding
+        unknown = 0
+        for account in self.running.values():
+            if account.now is None and not account.fresh:
+                unknown += account.outstanding
+        if not unknown:
+            return outstanding
+        resident = reading.resident
+        grown = 0 if resident is None else max(0, resident - room.resident)
+        taken = room.free - reading.free - grown
+        return max(0, outstanding - max(0, min(taken - self.present, unknown)))
+
+
+def _kept(room: Room, reading: Reading) -> int:
+    resident = room.resident if reading.resident is None else reading.resident
+    return max(0, room.reservation - resident) + room.safety_buffer
 
 
 def held_on(held: Mapping[str, int] | None, device: str) -> int | None:

@@ -38,6 +38,8 @@ class Claims:
     def __init__(self, side: GpuSide) -> None:
         self._side = side
         self._queues: dict[str, list[Claim]] = {}
+        self.exist = False
+        """Whether a test may claim a device: most runs never come to that."""
 
     @property
     def patience(self) -> int:
@@ -46,7 +48,7 @@ class Claims:
 
     def head(self, device: str) -> Claim | None:
         """The claim that is served next on the device."""
-        queue = self._queues.get(device)
+        queue = self._queues.get(device) if self.exist else None
         return queue[0] if queue else None
 
     def allow(self, it: GpuWorker, unit: Unit, need: int, kind: Kind, device: str) -> bool:
@@ -76,15 +78,17 @@ class Claims:
 
     def admitted(self, it: GpuWorker, unit: Unit, devices: tuple[str, ...]) -> None:
         """A test was admitted: whoever was overtaken is nearer to a claim."""
-        self.drop(unit)
+        if unit.claims:
+            self.drop(unit)
         side = self._side
         front = side.pending.front()
         if front is not None and (unit.rank < 0 or front.rank < unit.rank):
             self._overtaken(front, None)
         for device in devices:
             for other in side.free[device].values():
-                if other.unit is not None and other.unit.tests and other is not it:
-                    self._overtaken(other.unit, other)
+                begun = other.unit
+                if begun is not None and begun.tests and other is not it:
+                    self._overtaken(begun, other)
 
     def drop(self, unit: Unit) -> None:
         """The unit claims nothing any more."""
@@ -102,6 +106,7 @@ class Claims:
                 claim.unit.claims = False
                 queue.remove(claim)
                 self._side.stir(device)
+        self.exist = any(self._queues.values())
 
     def _overtaken(self, unit: Unit, worker: GpuWorker | None) -> None:
         unit.overtaken += 1
@@ -122,6 +127,7 @@ class Claims:
         for device in devices:
             # In all queues at once, so that two claims never wait for each other.
             self._queues.setdefault(device, []).append(claim)
+        self.exist = True
 
     def _best(self, unit: Unit) -> GpuWorker | None:
         """The worker on the device with the most room for it and the fewest claims."""
@@ -130,9 +136,9 @@ class Claims:
         return max(
             candidates,
             key=lambda it: (
-                -len(self._queues.get(it.worker.devices[0], ())),
+                -len(self._queues.get(it.device, ())),
                 it.unit is None,
-                side.ledgers[it.worker.devices[0]].left(it.worker.id),
+                side.ledgers[it.device].left(it.id),
             ),
             default=None,
         )
@@ -141,7 +147,7 @@ class Claims:
         return any(self._could_serve(claim, it, device) for it in self._side.workers.values())
 
     def _could_serve(self, claim: Claim, it: GpuWorker, device: str) -> bool:
-        if it.worker.devices[0] != device or (it.unit is not None and it.unit.tests):
+        if it.device != device or it.is_bound:
             return False
         return self._side.could(it, claim.unit)
 
@@ -150,6 +156,6 @@ class Claims:
         ledger = self._side.ledgers[device]
         if ledger.reading.free is None:
             return False
-        ours = sum(account.committed for account in ledger.accounts.values())
-        running = sum(account.outstanding for account in ledger.accounts.values())
-        return ledger.reading.free - ledger.kept + ours - running < claim.need
+        # What is set aside beyond what tests will still take is there already, and comes back.
+        ours = ledger.committed - ledger.outstanding
+        return ledger.reading.free - ledger.kept + ours < claim.need

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, MutableSequence, Sequence
 
+from pytest_gpushare.plan.cpu_worker import CpuWorker
 from pytest_gpushare.plan.units import GROUPED, Unit, in_units
 from pytest_gpushare.plan.work import Action, Instead, Job, Policy, Run, Worker
 
@@ -15,25 +15,6 @@ WORTH_HELP = 0.01
 """A GPU worker helps out where tests last as long on average; each costs it about 1 ms more."""
 AHEAD = 0.05
 """Under worksteal: seconds of work that are committed to a worker, as committed is not stolen."""
-
-
-@dataclass(eq=False)
-class CpuWorker:
-    """What a CPU worker has to do."""
-
-    worker: Worker
-    collected: Collection[int] | None
-    queue: list[int] = field(default_factory=list)
-    """Sent and not finished, in order."""
-    own: deque[int] = field(default_factory=deque)
-    """Under worksteal: its share, not sent yet; others may take from its end."""
-    flushed: bool = True
-    """Whether it will start the last test that it has."""
-    ending: bool = False
-
-    def knows(self, test: int) -> bool:
-        """Whether it has collected the test."""
-        return self.collected is None or test in self.collected
 
 
 class CpuSide:
@@ -102,7 +83,7 @@ class CpuSide:
         if any(it.collected is None and not it.ending for it in self.workers.values()):
             return []
         found: list[int] = []
-        queues = [self._pending, *(unit.tests for unit in self._units)]
+        queues: list[MutableSequence[int]] = [self._pending, *(unit.tests for unit in self._units)]
         for queue in [*queues, *(it.own for it in self.workers.values())]:
             lost = [test for test in queue if not self.could_run(test)]
             for test in lost:

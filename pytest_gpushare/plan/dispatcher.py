@@ -1,19 +1,20 @@
 """Which test goes where and when: events in, actions out. Pure: no clock, no I/O.
 
 The parts: `routing` sends tests to kinds of workers and sorts out what can never run,
-`packing` finds the order, `gpu_side` admits by the `accounts`, `claims` sees to it that
-nobody starves, `waiting` makes room and bears with others, `cpu_side` fills deep queues.
+`packing` finds the order, `filling` follows it and admits by the `accounts`, `claims` sees to
+it that nobody starves, `waiting` makes room and bears with others, `cpu_side` fills deep
+queues, and `helping` lets idle GPU workers take from them.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pytest_gpushare.plan.accounts import Ledger, held_on
 from pytest_gpushare.plan.cpu_side import CpuSide
+from pytest_gpushare.plan.filling import Filling
 from pytest_gpushare.plan.gpu_side import GpuSide
-from pytest_gpushare.plan.gpu_worker import GpuWorker
+from pytest_gpushare.plan.helping import Helping
 from pytest_gpushare.plan.routing import ordered, routes
 from pytest_gpushare.plan.units import Unit
 from pytest_gpushare.plan.waiting import Waiting
@@ -26,7 +27,6 @@ from pytest_gpushare.plan.work import (
     Policy,
     Reading,
     Room,
-    Run,
     Shutdown,
     Worker,
 )
@@ -43,14 +43,15 @@ class Dispatcher:
         self._ledgers = {room.uuid: Ledger(room) for room in rooms}
         self._gpu = GpuSide(jobs, self._ledgers, policy)
         self._cpu = CpuSide(jobs, policy)
+        self._filling = Filling(self._gpu)
         self._waiting = Waiting(self._gpu)
+        self._helping = Helping(self._gpu, self._cpu)
         self._without = Without(self._gpu, self._cpu, self._waiting)
         self._left = len(jobs)
         self._expected = 0
         self._begun = False
         self._gone = False
         """Whether workers went since it was asked last who can run what."""
-        self._helping: dict[str, list[int]] = {}
 
     @property
     def is_done(self) -> bool:
@@ -68,24 +69,20 @@ class Dispatcher:
         if not self._begun:
             # Without CPU workers every test may use the GPU, and gets a slot.
             return not self._cpu.workers or any(job.marked for job in self._jobs)
-        workers = self._gpu.workers.values()
-        return (any(self._gpu.free.values()) or any(it.emptying for it in workers)) and (
+        return self._gpu.is_waited_for and (
             self._gpu.pending.count > 0
             or self._without.waits
             # What a busy worker has begun may be shared.
-            or any(it.unit is not None and it.unit.tests for it in workers)
+            or any(it.is_bound for it in self._gpu.workers.values())
         )
 
     def worker_up(self, worker: Worker, collected: Collection[int] | None = None) -> None:
         """A worker is ready; `collected` are the tests that it knows, None: all."""
         self._expected = max(0, self._expected - 1)
-        if not worker.devices:
+        if worker.devices:
+            self._gpu.up(worker, collected)
+        else:
             self._cpu.up(worker, collected)
-            return
-        self._gpu.workers[worker.id] = it = GpuWorker(worker, collected)
-        for device in worker.devices:
-            self._ledgers[device].open(worker.id)
-        self._gpu.refresh(it)
 
     def worker_down(self, worker: str, *, replaced: bool = False) -> Lost:
         """A worker has ended or died; `replaced`: another takes its place soon.
@@ -106,19 +103,11 @@ class Dispatcher:
         return Lost(running, tuple(queued))
 
     def _gpu_down(self, worker: str) -> tuple[int | None, list[int]]:
-        it = self._gpu.workers.pop(worker)
-        self._gpu.free[it.worker.devices[0]].pop(worker, None)
-        self._gpu.lonely.discard(worker)
-        self._gpu.stir()
-        self._gpu.claims.drop_worker(it)
-        for device in it.worker.devices:
+        it = self._gpu.workers[worker]
+        queued = self._gpu.down(it)
+        for device in it.devices:
             self._waiting.released(device, self._ledgers[device].close(worker))
-        queued: list[int] = []
-        if it.unit is not None and it.unit.tests:
-            queued += it.unit.tests
-            self._gpu.claims.drop(it.unit)
-            self._gpu.pending.back(it.unit)
-        helped = self._helping.pop(worker, [])
+        helped = self._helping.down(worker)
         if helped:
             self._add_cpu(helped[1:])
         return (helped[0] if helped else it.test), [*queued, *helped[1:]]
@@ -129,7 +118,7 @@ class Dispatcher:
         self._cpu.add(mine)
         for test in tests:
             if test not in mine:
-                self._gpu.pending.back(Unit(deque((test,))))
+                self._gpu.pending.back(Unit([test]))
                 self._gpu.stir()
 
     def finished(
@@ -149,24 +138,16 @@ class Dispatcher:
         it = self._gpu.workers.get(worker)
         if it is None:
             return True
-        helping = self._helping.get(worker)
-        if helping is not None:
-            helping.remove(test)
-            if helping:
-                return False
-            del self._helping[worker]
-        elif it.test == test:
-            for device in it.worker.devices:
+        helped = self._helping.finished(worker, test)
+        if helped is False:
+            return False
+        if helped is None and it.test == test:
+            for device in it.devices:
                 ledger = self._ledgers[device]
-                if ledger.accounts[worker].running:
+                if worker in ledger.running:
                     given = ledger.stop(worker, held_on(held, device))
                     self._waiting.released(device, given)
-        self._gpu.lonely.discard(worker)
-        it.busy, it.test = False, None
-        if it.unit is not None and not it.unit.tests:
-            it.unit = None
-        self._gpu.refresh(it)
-        self._gpu.stir(it.worker.devices[0])
+        self._gpu.rest(it)
         return True
 
     def emptied(self, worker: str, held: Mapping[str, int] | None = None) -> None:
@@ -175,7 +156,7 @@ class Dispatcher:
         if it is None:
             return
         it.emptying = None
-        for device in it.worker.devices:
+        for device in it.devices:
             given = self._ledgers[device].emptied(worker, held_on(held, device))
             self._waiting.released(device, given)
         self._gpu.refresh(it)
@@ -187,7 +168,7 @@ class Dispatcher:
         if not self._jobs[test].marked and not alone and self._cpu.could_run(test):
             self._cpu.add([test])
         else:
-            self._gpu.pending.back(Unit(deque((test,)), alone=alone))
+            self._gpu.pending.back(Unit([test], alone=alone))
             self._gpu.stir()
 
     def step(self, readings: Mapping[str, Reading], at: float) -> list[Action]:
@@ -199,10 +180,14 @@ class Dispatcher:
         self._gpu.at = at
         if not self._begun:
             self._begin()
+        ledgers = self._ledgers
         for device, reading in readings.items():
-            if device in self._ledgers and self._ledgers[device].read(reading):
+            ledger = ledgers.get(device)
+            if ledger is None or (reading is ledger.reading and not ledger.is_due):
+                continue
+            if ledger.read(reading):
                 self._gpu.stir(device)
-        return list(self._actions())
+        return self._actions()
 
     def _begin(self) -> None:
         self._begun = True
@@ -215,56 +200,56 @@ class Dispatcher:
                 cpu.add(test)
         self._cpu.add(sorted(cpu))
 
-    def _actions(self) -> Iterator[Action]:
-        gpu = self._gpu
+    def _actions(self) -> list[Action]:
+        gpu, cpu, waiting, without = self._gpu, self._cpu, self._waiting, self._without
+        actions: list[Action] = []
         if self._gone and not self._expected:
             self._gone = False
-            self._without.orphans()
-        yield from self._without.report()
-        self._waiting.stir()
-        stirred = sorted(gpu.stirred)
-        gpu.stirred.clear()
-        for run in gpu.fill(stirred):
-            yield run
-            count = gpu.need(run.tests[0]).devices
-            for device in gpu.workers[run.worker].worker.devices[:count]:
-                yield from self._waiting.started(device)
-        yield from self._waiting.look(stirred)
-        if self._without.sort_out():
-            yield from self._without.report()
-        yield from self._cpu.refill()
-        yield from self._help()
-        yield from self._cpu.flush()
-        for test, reason in self._without.dropped():
-            self._left -= 1
-            yield Drop(test, reason)
+            without.orphans()
+        if without.waits:
+            actions += without.report()
+        waiting.stir()
+        stirred = gpu.take_stirred()
+        if stirred:
+            actions += self._fill(stirred)
+        actions += waiting.look(stirred)
+        if waiting.has_given_up and without.sort_out():
+            actions += without.report()
+        if cpu.workers:
+            actions += cpu.refill()
+        actions += self._helping.begin()
+        if cpu.workers:
+            actions += cpu.flush()
+        if without.dropped:
+            actions += self._drop()
         if not self._left:
-            yield from self._end()
+            actions += self._end()
+        return actions
 
-    def _help(self) -> Iterator[Action]:
-        """GPU workers that have nothing to do run tests that need no GPU."""
-        average = self._cpu.average
-        if average is None or not self._cpu.waiting:
-            return
-        for it in [it for free in self._gpu.free.values() for it in free.values()]:
-            if it.unit is not None:
-                continue
-            if self._gpu.pending.count and average > 1.0:
-                # A GPU test that could start soon would wait for this worker.
-                continue
-            tests = self._cpu.help(it.collected)
-            if tests:
-                it.busy = True
-                self._gpu.refresh(it)
-                self._helping[it.worker.id] = list(tests)
-                yield Run(it.worker.id, tuple(tests))
+    def _fill(self, stirred: Sequence[str]) -> list[Action]:
+        """Tests for free workers of these devices."""
+        gpu, waiting = self._gpu, self._waiting
+        actions: list[Action] = []
+        for run in self._filling.fill(stirred):
+            actions.append(run)
+            if waiting.is_blocked:
+                it = gpu.workers[run.worker]
+                for device in gpu.devices(it, gpu.need(run.tests[0]).devices):
+                    actions += waiting.started(device)
+        return actions
+
+    def _drop(self) -> list[Drop]:
+        drops = [Drop(test, reason) for test, reason in self._without.dropped]
+        self._without.dropped.clear()
+        self._left -= len(drops)
+        return drops
 
     def _end(self) -> Iterator[Action]:
         for gpu_worker in self._gpu.workers.values():
             if not gpu_worker.ending:
                 gpu_worker.ending = True
                 self._gpu.refresh(gpu_worker)
-                yield Shutdown(gpu_worker.worker.id)
+                yield Shutdown(gpu_worker.id)
         for cpu_worker in self._cpu.workers.values():
             if not cpu_worker.ending:
                 cpu_worker.ending = True

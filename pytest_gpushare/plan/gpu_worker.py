@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 
 from pytest_gpushare.plan.units import Unit
-from pytest_gpushare.plan.work import Worker
+from pytest_gpushare.plan.work import Room, Worker
 
 
-@dataclass(eq=False)
 class GpuWorker:
     """What a GPU worker is doing."""
 
-    worker: Worker
-    collected: Collection[int] | None
-    test: int | None = None
-    """The GPU test that it runs, or the last of the tests that it helps out with."""
-    unit: Unit | None = None
-    """What it has begun."""
-    serial: int = 0
-    """The number of the admission of its test."""
-    busy: bool = False
-    ending: bool = False
-    emptying: float | None = None
-    """Since when it has been emptying its caches."""
-    emptied: int = 0
-    """How much it did of that since its last test: 1 caches, 2 fixtures too."""
-    left_groups: set[str] = field(default_factory=set)
-    last_group: str = ""
+    __slots__ = (
+        "busy", "collected", "device", "devices", "emptied", "emptying", "ending", "id",
+        "last_group", "left_groups", "most", "own", "serial", "slot", "test", "unit",
+    )  # fmt: skip
+
+    def __init__(
+        self, worker: Worker, collected: Collection[int] | None, rooms: Mapping[str, Room]
+    ) -> None:
+        self.id = worker.id
+        self.slot = worker.slot
+        self.devices = worker.devices
+        self.device = worker.devices[0]
+        """Its own."""
+        self.own = worker.devices[:1]
+        self.collected = collected
+        budgets = [rooms[device].budget for device in worker.devices]
+        self.most = {count: min(budgets[:count]) for count in range(1, len(budgets) + 1)}
+        """Number of devices -> the largest need on each that it can ever meet."""
+        self.test: int | None = None
+        """The GPU test that it runs, or the last of the tests that it helps out with."""
+        self.unit: Unit | None = None
+        """What it has begun."""
+        self.serial = 0
+        """The number of the admission of its test."""
+        self.busy = False
+        self.ending = False
+        self.emptying: float | None = None
+        """Since when it has been emptying its caches."""
+        self.emptied = 0
+        """How much it did of that since its last test: 1 caches, 2 fixtures too."""
+        self.left_groups: set[str] = set()
+        self.last_group = ""
 
     @property
     def is_free(self) -> bool:
         """Whether it can be given something to do."""
         return not (self.busy or self.ending or self.emptying is not None)
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it has begun a group that it has to go on with."""
+        return self.unit is not None and bool(self.unit.tests)
 
     def knows(self, test: int) -> bool:
         """Whether it has collected the test."""

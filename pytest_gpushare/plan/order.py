@@ -19,18 +19,35 @@ class Order:
         tree = [NOTHING] * (2 * self._leaves)
         for rank, need in pending:
             tree[self._leaves + rank] = need
-        for node in range(self._leaves - 1, 0, -1):
-            left, right = tree[2 * node], tree[2 * node + 1]
-            tree[node] = left if left < right else right
+        width = self._leaves
+        while width > 1:
+            below = tree[width : 2 * width]
+            width //= 2
+            tree[width : 2 * width] = map(min, below[::2], below[1::2])
         self._tree = tree
+        self._front = self._leaves
+        """No leaf before this one is pending."""
 
     @property
     def smallest(self) -> int:
         """The smallest pending need, in bytes; `NOTHING` where none is pending."""
         return self._tree[1]
 
+    @property
+    def front(self) -> int:
+        """The first pending rank; -1 where none is pending."""
+        tree, leaf = self._tree, self._front
+        if tree[1] == NOTHING:
+            return -1
+        # Those that were taken are passed once in all, and not again for each test.
+        while tree[leaf] == NOTHING:
+            leaf += 1
+        self._front = leaf
+        return leaf - self._leaves
+
     def put(self, rank: int, need: int) -> None:
         """Make this rank pending."""
+        self._front = min(self._front, self._leaves + rank)
         self._set(rank, need)
 
     def take(self, rank: int) -> None:

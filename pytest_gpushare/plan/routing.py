@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -53,7 +52,7 @@ def routes(jobs: Sequence[Job], gpu: GpuSide, cpu: CpuSide) -> Routes:
 
 
 def _too_large(test: int, gpu: GpuSide, all_know: bool) -> str:
-    if all_know or gpu.anybody_could(Unit(deque((test,)))):
+    if all_know or gpu.anybody_could(Unit([test])):
         return ""
     need = gpu.need(test).vram or 0
     return f"needs {format_gb(need)} of VRAM, more than the workers have that collected it"
@@ -65,13 +64,13 @@ class _Largest:
     def __init__(self, gpu: GpuSide) -> None:
         self._policy = gpu.policy
         self._rooms = {uuid: ledger.room for uuid, ledger in gpu.ledgers.items()}
-        self._seen = max((len(it.worker.devices) for it in gpu.workers.values()), default=0)
+        self._seen = max((len(it.devices) for it in gpu.workers.values()), default=0)
         self._most: dict[int, tuple[int, str]] = {}
         for count in range(1, self._seen + 1):
             found = [
                 (min(self._rooms[d].budget for d in seen), self._rooms[seen[0]].label)
                 for it in gpu.workers.values()
-                if len(seen := it.worker.devices[:count]) == count
+                if len(seen := it.devices[:count]) == count
             ]
             self._most[count] = max(found, default=(0, ""))
             gpu.largest[count] = self._most[count][0]
@@ -114,61 +113,72 @@ def ordered(tests: Sequence[int], jobs: Sequence[Job], gpu: GpuSide) -> tuple[Pe
     bins = _bins(gpu)
     largest = max((b.budget for b in bins), default=0)
     widest = max((b.budget - (b.workers - 1) * b.context for b in bins), default=0)
-
-    slots = {
-        count: min(
-            min(it.worker.slot, *(gpu.ledgers[d].room.budget for d in seen))
-            for it in gpu.workers.values()
-            if len(seen := gpu.devices(it, count)) == count
-        )
-        for count in gpu.largest
-    }
-
-    def need(test: int) -> int:
-        found = gpu.need(test)
-        return slots[found.devices] if found.vram is None else found.vram
-
-    def kind(test: int) -> Kind:
-        found = gpu.need(test)
-        return found.devices, found.exclusive
-
+    slots = _slots(gpu)
+    weighed = [_weighed(unit, jobs, gpu, slots, largest) for unit in units]
     if gpu.policy.dist in GROUPED and not gpu.policy.reorder:
-        return Pending.ordered(units, kind, need), False
-
-    pieces = [_piece(unit, jobs, largest, need, kind) for unit in units]
-    order = best_order(pieces, bins)
+        return _in_order(range(len(units)), units, weighed), False
+    order = best_order([one.piece for one in weighed], bins)
     cold = order is None
     if order is None:
-        order = sorted(range(len(units)), key=lambda at: -pieces[at].need)
+        order = sorted(range(len(units)), key=lambda at: -weighed[at].piece.need)
+    first = [
+        at for at in order if (cold if weighed[at].kind[1] else weighed[at].piece.need > widest)
+    ]
+    if first:
+        chosen = set(first)
+        order = [*first, *(at for at in order if at not in chosen)]
+    gpu.prefix = len(first)
+    return _in_order(order, units, weighed), cold
 
-    def comes_first(at: int) -> bool:
-        exclusive = kind(units[at].tests[0])[1]
-        return cold if exclusive else pieces[at].need > widest
 
-    order.sort(key=comes_first, reverse=True)
-    gpu.prefix = sum(map(comes_first, order))
-    return Pending.ordered([units[at] for at in order], kind, need), cold
+class _Weighed(NamedTuple):
+    """A unit as the search for an order sees it."""
+
+    piece: Piece
+    kind: Kind
+    need: int
+    """That of its first test, in bytes."""
+
+
+def _in_order(order: Sequence[int], units: Sequence[Unit], weighed: Sequence[_Weighed]) -> Pending:
+    kinds = [weighed[at].kind for at in order]
+    return Pending([units[at] for at in order], kinds, [weighed[at].need for at in order])
 
 
 def _parts(unit: Unit, gpu: GpuSide) -> list[Unit]:
     """The unit, or its tests one by one where no worker can run them all."""
     if len(unit.tests) == 1 or gpu.anybody_could(unit):
         return [unit]
-    return [Unit(deque((test,))) for test in unit.tests]
+    return [Unit([test]) for test in unit.tests]
 
 
-def _piece(unit: Unit, jobs: Sequence[Job], largest: int, need, kind) -> Piece:  # type: ignore[no-untyped-def]
-    durations = [jobs[test].duration for test in unit.tests]
-    known = [duration for duration in durations if duration is not None]
-    whole = sum(known) if len(known) == len(durations) else None
-    needs = [largest if kind(test)[1] else need(test) for test in unit.tests]
-    return Piece(max(needs), whole)
+def _slots(gpu: GpuSide) -> dict[int, int]:
+    """Number of devices -> what a test of unknown need gets there at least, in bytes."""
+    return {
+        count: min(min(it.slot, it.most[count]) for it in gpu.workers.values() if count in it.most)
+        for count in gpu.largest
+    }
+
+
+def _weighed(
+    unit: Unit, jobs: Sequence[Job], gpu: GpuSide, slots: Mapping[int, int], largest: int
+) -> _Weighed:
+    tests = unit.tests
+    needs = [gpu.need(test) for test in tests]
+    sizes = [slots[need.devices] if need.vram is None else need.vram for need in needs]
+    kind = needs[0].devices, needs[0].exclusive
+    if len(tests) == 1:
+        piece = Piece(largest if kind[1] else sizes[0], jobs[tests[0]].duration)
+        return _Weighed(piece, kind, sizes[0])
+    most = max(largest if need.exclusive else size for need, size in zip(needs, sizes, strict=True))
+    known = [time for test in tests if (time := jobs[test].duration) is not None]
+    return _Weighed(Piece(most, sum(known) if len(known) == len(tests) else None), kind, sizes[0])
 
 
 def _bins(gpu: GpuSide) -> list[Bin]:
     counts: dict[str, int] = {}
     for it in gpu.workers.values():
-        device = it.worker.devices[0]
+        device = it.devices[0]
         counts[device] = counts.get(device, 0) + 1
     ledgers: Mapping[str, Ledger] = gpu.ledgers
     return [

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 
 from pytest_gpushare.plan.order import Order
 from pytest_gpushare.plan.work import Job
@@ -16,25 +14,37 @@ Kind = tuple[int, bool]
 """(devices, exclusive) of a unit's first test: what is searched in one tree."""
 
 
-@dataclass(eq=False)
 class Unit:
     """Tests that go to one worker, one after the other."""
 
-    tests: deque[int]
-    key: str = ""
-    """The group; empty for a test of its own."""
-    rank: int = -1
-    """The place in the order; -1: before all, as it was begun or lost already."""
-    alone: bool = False
-    """Whether its test runs alone on its devices though its need does not say so."""
-    claims: bool = False
-    """Whether it has a claim on its devices."""
-    overtaken: int = 0
-    """How many tests were admitted before it though it was its turn."""
-    wants: dict[int, int] | None = None
-    """Number of devices -> the most bytes that a test of it wants on each; found when asked."""
-    since: float | None = None
-    """When its next test was first found not to fit."""
+    __slots__ = (
+        "alone", "claims", "key", "kind", "overtaken", "rank", "since", "tests", "wants"
+    )  # fmt: skip
+
+    def __init__(self, tests: list[int], key: str = "", alone: bool = False) -> None:
+        self.tests = tests
+        """Numbers of those that were not begun."""
+        self.key = key
+        """The group; empty for a test of its own."""
+        self.rank = -1
+        """The place in the order; -1: before all, as it was begun or lost already."""
+        self.alone = alone
+        """Whether its test runs alone on its devices though its need does not say so."""
+        self.kind: Kind | None = None
+        """That of its next test; found when asked."""
+        self.claims = False
+        """Whether it has a claim on its devices."""
+        self.overtaken = 0
+        """How many tests were admitted before it though it was its turn."""
+        self.wants: dict[int, int] | None = None
+        """Number of devices -> the most bytes that a test of it wants on each; found when asked."""
+        self.since: float | None = None
+        """When its next test was first found not to fit."""
+
+    def next(self) -> int:
+        """Its next test, taken out."""
+        self.kind = None
+        return self.tests.pop(0)
 
 
 def in_units(numbers: Iterable[int], jobs: Sequence[Job]) -> list[Unit]:
@@ -44,50 +54,45 @@ def in_units(numbers: Iterable[int], jobs: Sequence[Job]) -> list[Unit]:
     for number in numbers:
         key = jobs[number].group
         if not key:
-            units.append(Unit(deque((number,))))
+            units.append(Unit([number]))
         elif key in by_key:
             by_key[key].tests.append(number)
         else:
-            by_key[key] = Unit(deque((number,)), key)
+            by_key[key] = Unit([number], key)
             units.append(by_key[key])
     return units
 
 
-@dataclass
 class Pending:
     """Units that no worker has begun, found by what fits and in order."""
 
-    units: list[Unit] = field(default_factory=list)
-    """By rank."""
-    trees: dict[Kind, Order] = field(default_factory=dict)
-    again: list[Unit] = field(default_factory=list)
-    """Begun before, by workers that are gone; they come first."""
-    last: list[Unit] = field(default_factory=list)
-    """What runs alone after all others."""
-    count: int = 0
-
-    @classmethod
-    def ordered(
-        cls, units: Sequence[Unit], kind: Callable[[int], Kind], need: Callable[[int], int]
-    ) -> Pending:
-        """The units in this order; `kind` and `need` tell of a test by its number."""
+    def __init__(
+        self, units: Sequence[Unit] = (), kinds: Sequence[Kind] = (), needs: Sequence[int] = ()
+    ) -> None:
+        """The units in this order; kind and need, in bytes, of the first test of each."""
+        self.units = units
+        """By rank."""
+        self.again: list[Unit] = []
+        """Begun before, by workers that are gone; they come first."""
+        self.last: list[Unit] = []
+        """What runs alone after all others."""
+        self.count = len(units)
         pairs: dict[Kind, list[tuple[int, int]]] = {}
         for rank, unit in enumerate(units):
-            unit.rank = rank
-            head = unit.tests[0]
-            pairs.setdefault(kind(head), []).append((rank, need(head)))
-        trees = {key: Order(len(units), found) for key, found in pairs.items()}
-        return cls(list(units), trees, count=len(units))
+            kind = kinds[rank]
+            unit.rank, unit.kind = rank, kind
+            pairs.setdefault(kind, []).append((rank, needs[rank]))
+        self.trees = {kind: Order(len(units), found) for kind, found in pairs.items()}
 
     def take(self, unit: Unit, kind: Kind) -> None:
         """A worker begins this unit."""
         self.count -= 1
-        if unit in self.again:
-            self.again.remove(unit)
-        elif unit in self.last:
+        if unit.rank >= 0:
+            self.trees[kind].take(unit.rank)
+        elif unit.alone:
             self.last.remove(unit)
         else:
-            self.trees[kind].take(unit.rank)
+            self.again.remove(unit)
 
     def back(self, unit: Unit) -> None:
         """A unit comes back, perhaps without the tests that were run."""
@@ -99,16 +104,20 @@ class Pending:
         """The unit whose turn it is."""
         if self.again:
             return self.again[0]
-        ranks = [rank for tree in self.trees.values() if (rank := tree.first(1 << 61)) >= 0]
-        if ranks:
-            return self.units[min(ranks)]
+        first = -1
+        for tree in self.trees.values():
+            rank = tree.front
+            if rank >= 0 and (rank < first or first < 0):
+                first = rank
+        if first >= 0:
+            return self.units[first]
         return self.last[0] if self.last else None
 
     def all(self) -> list[Unit]:
         """Every pending unit; slow."""
         found = list(self.again)
         for tree in self.trees.values():
-            rank = tree.first(1 << 61)
+            rank = tree.front
             while rank >= 0:
                 found.append(self.units[rank])
                 rank = tree.first(1 << 61, rank + 1)

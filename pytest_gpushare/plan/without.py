@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,8 @@ class Without:
         """Test -> outcome and reason."""
         self._forced: dict[int, str] = {}
         """Tests that run on a GPU worker though there is no room, and why."""
-        self._dropped: list[tuple[int, str]] = []
+        self.dropped: list[tuple[int, str]] = []
+        """Tests that nobody can run or report, and why."""
 
     @property
     def waits(self) -> bool:
@@ -45,7 +45,7 @@ class Without:
         on_gpu = any(it.knows(test) and not it.ending for it in gpu.workers.values())
         on_cpu = cpu.could_run(test)
         if not (on_gpu or on_cpu):
-            self._dropped.append((test, reason))
+            self.dropped.append((test, reason))
             return False
         need, how = gpu.need(test), gpu.policy.without_gpu
         if gpu.jobs[test].marked and (need.required or how != "run"):
@@ -63,11 +63,6 @@ class Without:
         self._forced[test] = f"started without room on its GPU: {reason}"
         return False
 
-    def dropped(self) -> list[tuple[int, str]]:
-        """Tests that nobody can run or report, and why; told once."""
-        dropped, self._dropped = self._dropped, []
-        return dropped
-
     def orphans(self) -> None:
         """Workers are gone and none will come: what no other worker can run gets no GPU."""
         gpu = self._gpu
@@ -76,7 +71,7 @@ class Without:
                 continue
             self._forget([unit])
             for test in unit.tests:
-                single = Unit(deque((test,)))
+                single = Unit([test])
                 if gpu.anybody_could(single):
                     gpu.pending.back(single)
                     gpu.stir()
@@ -93,14 +88,14 @@ class Without:
                 self._cpu.verdicts[test] = verdict
                 self._cpu.add([test])
             else:
-                self._dropped.append((test, verdict[1]))
+                self.dropped.append((test, verdict[1]))
         for test in self._cpu.orphans():
-            single = Unit(deque((test,)))
+            single = Unit([test])
             if gpu.anybody_could(single):
                 gpu.pending.back(single)
                 gpu.stir()
             else:
-                self._dropped.append((test, "no worker that has collected it is left"))
+                self.dropped.append((test, "no worker that has collected it is left"))
 
     def _forget(self, units: list[Unit]) -> None:
         for unit in units:
@@ -118,7 +113,7 @@ class Without:
             if test is not None:
                 it.busy, it.test = True, test
                 self._gpu.refresh(it)
-                yield Instead(it.worker.id, test, *self._verdicts.pop(test))
+                yield Instead(it.id, test, *self._verdicts.pop(test))
                 continue
             test = next((test for test in self._forced if it.knows(test)), None)
             if test is not None and it.unit is None and self._is_alone(it):
@@ -129,25 +124,21 @@ class Without:
 
     def _is_alone(self, it: GpuWorker) -> bool:
         return not any(
-            name != it.worker.id
-            for device in it.worker.devices
-            for name in self._gpu.ledgers[device].running
+            name != it.id for device in it.devices for name in self._gpu.ledgers[device].running
         )
 
     def _force(self, it: GpuWorker, test: int, note: str) -> Run:
         need = self._gpu.bytes_for(it, test)
         it.busy, it.test, it.emptied = True, test, 0
-        self._gpu.lonely.add(it.worker.id)
+        self._gpu.lonely.add(it.id)
         self._gpu.refresh(it)
         for device in self._gpu.devices(it, self._gpu.need(test).devices):
-            self._gpu.ledgers[device].start(it.worker.id, need)
+            self._gpu.ledgers[device].start(it.id, need)
         source = self._gpu.need(test).source
-        return Run(it.worker.id, (test,), True, need, source, note=note, alone=True)
+        return Run(it.id, (test,), True, need, source, note=note, alone=True)
 
     def sort_out(self) -> bool:
         """Decide on the tests that have waited long enough for VRAM that others hold."""
-        if not self._waiting.has_given_up:
-            return False
         gone: list[tuple[Unit, str]] = []
         for unit in self._gpu.pending.all():
             reason = self._hopeless(unit, None)
@@ -158,7 +149,7 @@ class Without:
                 reason = self._hopeless(it.unit, it)
                 if not reason:
                     break
-                test = it.unit.tests.popleft()
+                test = it.unit.next()
                 if self.decide(test, reason):
                     self._cpu.add([test])
             if it.is_free and it.unit is not None and not it.unit.tests:
@@ -168,7 +159,7 @@ class Without:
         for unit, reason in gone:
             self._forget([unit])
             # The rest of a group may fit: it stays.
-            test = unit.tests.popleft()
+            test = unit.next()
             if self.decide(test, reason):
                 self._cpu.add([test])
             if unit.tests:
@@ -182,7 +173,7 @@ class Without:
         count = self._gpu.kind(unit)[0]
         reason = ""
         for it in [bound] if bound else self._gpu.workers.values():
-            if not it.knows(test) or it.ending or len(it.worker.devices) < count:
+            if not it.knows(test) or it.ending or len(it.devices) < count:
                 continue
             need = self._gpu.bytes_for(it, test)
             if any(need > self._gpu.ledgers[d].room.budget for d in self._gpu.devices(it, count)):

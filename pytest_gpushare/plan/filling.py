@@ -1,0 +1,160 @@
+"""Which test each GPU worker gets at the moment when it is free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pytest_gpushare.plan.gpu_side import UNKNOWN, GpuSide
+from pytest_gpushare.plan.gpu_worker import GpuWorker
+from pytest_gpushare.plan.units import GROUPED, Unit
+from pytest_gpushare.plan.work import Run
+
+TRIES = 64
+"""Units that are looked at for one worker: those that it has not collected cost a try each."""
+
+
+class Filling:
+    """Gives free workers the first tests in the order that may start."""
+
+    def __init__(self, side: GpuSide) -> None:
+        self._side = side
+        self._may_split = side.policy.dist not in GROUPED
+        self._may_share = self._may_split and any(job.group for job in side.jobs)
+
+    def fill(self, devices: Iterable[str]) -> list[Run]:
+        """Something to do for each free worker of these devices, where anything fits."""
+        side = self._side
+        free: list[GpuWorker] = []
+        for device in devices:
+            side.filled[device] = side.at
+            free += side.free[device].values()
+        if len(free) > 1:
+            # Who has begun something goes first, then who has a context: a new one costs VRAM.
+            free.sort(key=lambda it: (it.unit is None, -self._held(it)))
+        runs: list[Run] = []
+        failed: dict[str, int] = {}
+        for it in free:
+            if it.unit is None and it.device in failed and failed[it.device] >= self._held(it):
+                # A worker that holds no less than this one has found nothing there.
+                continue
+            unit = self._pick(it)
+            if unit is not None:
+                failed.pop(it.device, None)
+                runs.append(self._begin(it, unit))
+            elif it.unit is None and it.collected is None and not it.left_groups:
+                failed[it.device] = self._held(it)
+        return runs
+
+    def _held(self, it: GpuWorker) -> int:
+        return self._side.ledgers[it.device].accounts[it.id].committed
+
+    def _pick(self, it: GpuWorker) -> Unit | None:
+        if it.unit is not None:
+            return it.unit if self._side.fits(it, it.unit) else None
+        return self._claimed(it) or self._first(it) or self._share(it)
+
+    def _claimed(self, it: GpuWorker) -> Unit | None:
+        """What claims the worker's device, where the worker can serve it now."""
+        side = self._side
+        claim = side.claims.head(it.device)
+        if claim is None or claim.worker not in (None, it):
+            return None
+        unit = claim.unit
+        return unit if it.knows(unit.tests[0]) and side.fits(it, unit) else None
+
+    def _first(self, it: GpuWorker) -> Unit | None:
+        """The first unit in the order that fits, and that does not stand in a claim's way."""
+        side = self._side
+        pending = side.pending
+        for unit in pending.again:
+            if self._enters(it, unit) and side.fits(it, unit):
+                return unit
+        best = -1
+        for kind, tree in pending.trees.items():
+            limit = side.limit(it, kind)
+            rank = tree.first(limit)
+            if side.cold and rank >= side.prefix:
+                modest = tree.first(limit - self._spare(it, tree.smallest))
+                rank = rank if modest < 0 else modest
+            for _ in range(TRIES):
+                if rank < 0 or (0 <= best < rank):
+                    break
+                unit = pending.units[rank]
+                if self._enters(it, unit) and side.fits_in(it, unit, kind, limit):
+                    best = rank
+                    break
+                rank = tree.first(limit, rank + 1)
+        if best >= 0:
+            return pending.units[best]
+        for unit in pending.last:
+            if self._enters(it, unit) and side.fits(it, unit):
+                return unit
+        return None
+
+    def _spare(self, it: GpuWorker, smallest: int) -> int:
+        """Without known durations: room for the smallest pending tests on the free workers."""
+        side = self._side
+        others = len(side.free[it.device]) - 1
+        return others * min(smallest, side.ledgers[it.device].room.budget)
+
+    def _share(self, it: GpuWorker) -> Unit | None:
+        """The second half of what another worker has begun, where groups may be split."""
+        if not self._may_share:
+            return None
+        side = self._side
+        begun = [
+            other.unit
+            for other in side.workers.values()
+            if other is not it
+            and other.unit is not None
+            and len(other.unit.tests) > 1
+            and self._enters(it, other.unit)
+        ]
+        whole = max(begun, key=lambda unit: len(unit.tests), default=None)
+        if whole is None:
+            return None
+        half = len(whole.tests) // 2
+        part = Unit(whole.tests[-half:], whole.key)
+        if not it.knows(part.tests[0]) or not side.fits(it, part):
+            return None
+        del whole.tests[-half:]
+        side.pending.back(part)
+        return part
+
+    def _enters(self, it: GpuWorker, unit: Unit) -> bool:
+        """Whether the worker may begin it: it never comes back to a group that it has left."""
+        side = self._side
+        if unit.key and unit.key in it.left_groups and unit.key != it.last_group:
+            # Unless nobody else can: a test must not be lost for a fixture's sake.
+            for other in side.workers.values():
+                fresh = unit.key not in other.left_groups or other.last_group == unit.key
+                if other is not it and fresh and side.could(other, unit):
+                    return False
+        return side.could(it, unit)
+
+    def _begin(self, it: GpuWorker, unit: Unit) -> Run:
+        side = self._side
+        kind = side.kind(unit)
+        if it.unit is not unit:
+            side.pending.take(unit, kind)
+            if it.last_group and it.last_group != unit.key:
+                it.left_groups.add(it.last_group)
+            it.unit, it.last_group = unit, unit.key
+        test = unit.next()
+        need = side.bytes_for(it, test)
+        side.serial += 1
+        it.test, it.busy, it.serial, it.emptied = test, True, side.serial, 0
+        devices = side.devices(it, kind[0])
+        for device in devices if need or kind[1] else ():
+            side.ledgers[device].start(it.id, need)
+        waited = 0.0 if unit.since is None else side.at - unit.since
+        if kind[1]:
+            side.lonely.add(it.id)
+        side.free[it.device].pop(it.id, None)
+        side.claims.admitted(it, unit, devices)
+        if unit.tests and self._may_split:
+            # Idle workers may share it.
+            side.stir()
+        unit.since, unit.overtaken = None, 0
+        source = (side.jobs[test].need or UNKNOWN).source if need else ""
+        return Run(it.id, (test,), True, need, source, waited, alone=kind[1])
