@@ -124,6 +124,7 @@ class Meter:
         self, fixturedef: pytest.FixtureDef[Any]
     ) -> Generator[None, object, object]:
         """What a fixture of a wider scope takes is left behind by no test."""
+        __tracebackhide__ = True
         if fixturedef.scope == "function":
             return (yield)
         # None: no framework is up, and nothing is held. This fixture may be what brings it up.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, Protocol
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from pytest_gpushare.pull.instead import report_instead
 from pytest_gpushare.pull.items import Reader, told_of
 from pytest_gpushare.pull.rest import Between, Rest
+from pytest_gpushare.run.held_back import MORE
 from pytest_gpushare.run.told import written
 
 
@@ -37,8 +38,10 @@ class Puller:
         self._rest: Rest | None = None
         self._between: Between | None = None
         self._instead: dict[int, tuple[str, str]] = {}
-        self._numbers: dict[pytest.Item, int] = {}
         self._empty: bool | None = None
+        self._rests = False
+        """Whether the rest item comes behind the test that runs, or ran last."""
+        self._resting = False
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -50,7 +53,7 @@ class Puller:
         def begin(_: Any) -> None:
             # Now the controller is sure to dispatch by itself: xdist never sees the rest item
             # in a run that is left to it.
-            self._between = Between(session)
+            self._between = Between(session, lambda lacks: self._link.send("wider", lacks))
             self._rest = rest
             items.append(rest)
 
@@ -75,20 +78,42 @@ class Puller:
         if item is rest:
             self._take_a_rest(between, rest, nextitem)
             return True
-        instead = self._instead.pop(id(item), None)
-        if instead is not None:
-            report_instead(item, *instead)
-            if nextitem is rest and between.last is not None:
-                rest.follow(between.last)
-            else:
-                between.change_over(nextitem)
-            return True
-        between.last = item
-        if nextitem is rest:
+        between.follow(item)
+        self._rests = nextitem is rest
+        if self._rests:
             rest.follow(item)
-        return None
+        instead = self._instead.pop(id(item), None)
+        if instead is None:
+            return None
+        report_instead(
+            item, *instead, lambda: None if nextitem is rest else between.tear_down(nextitem)
+        )
+        return True
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(
+        self, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Keep how a test's own teardown went, behind which a wider one may follow."""
+        report = yield
+        if self._rests and call.when == "teardown" and not self._resting and self._between:
+            self._between.ended(call, report)
+        return report
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Mark the report that the controller is to hold back until then."""
+        if self._rests and report.when == "teardown":
+            setattr(report, MORE, True)
 
     def _take_a_rest(self, between: Between, rest: Rest, nextitem: pytest.Item | None) -> None:
+        self._resting = True
+        try:
+            self._tear_down(between, rest, nextitem)
+        finally:
+            self._resting = False
+
+    def _tear_down(self, between: Between, rest: Rest, nextitem: pytest.Item | None) -> None:
         fixtures, self._empty = self._empty, None
         if fixtures is None:
             between.change_over(nextitem)

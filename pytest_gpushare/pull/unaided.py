@@ -31,12 +31,12 @@ class Unaided:
     ) -> bool | None:
         """Report a test that is not run; leave the others to pytest."""
         between = self._between = self._between or Between(item.session)
+        between.follow(item)
         outcome, reason = self._judged(item)
         if not outcome:
-            between.last = item
             return None
-        report_instead(item, outcome, f"gpu-share: {reason}")
-        between.change_over(nextitem)
+        reason = f"gpu-share: {reason}"
+        report_instead(item, outcome, reason, lambda: between.tear_down(nextitem))
         return True
 
     def _judged(self, item: pytest.Item) -> tuple[str, str]:
