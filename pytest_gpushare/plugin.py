@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 OUTER: pytest.StashKey[dict[str, str]] = pytest.StashKey()
 STARTED: pytest.StashKey[Started | LeftAlone] = pytest.StashKey()
+QUICK: pytest.StashKey[bool] = pytest.StashKey()
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -44,6 +45,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None
     options = early_config.known_args_namespace
     if _is_asked(early_config, options) and runs_tests(options):
         # Workers parse the same arguments and come here too: they pay for nothing but this look.
+        _load_quickly(early_config)
         if is_in_process(options):
             from pytest_gpushare.run.session import start_in_process
 
@@ -60,12 +62,14 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
     """Write the number of workers before xdist reads it."""
     # Only workerinput proves a worker: nested runs inherit every environment variable.
     if not hasattr(config, "workerinput"):
-        if _is_asked(config, config.option):
+        if _is_asked(config, config.option) and STARTED not in config.stash:
+            _load_quickly(config)
+            if not is_in_process(config.option):
+                _spare_collector(config)
             from pytest_gpushare.run.session import start_workers
 
-            if STARTED not in config.stash:
-                outer = config.stash.get(OUTER, os.environ)
-                _hold(config, _call(start_workers, config, outer))
+            outer = config.stash.get(OUTER, os.environ)
+            _hold(config, _call(start_workers, config, outer))
         # xdist knows no gpu-auto: with --no-gpu-share it means auto, in a run without workers 0.
         if getattr(config.option, "numprocesses", None) == GPU_AUTO:
             config.option.numprocesses = "auto" if config.option.gpu_share is False else 0
@@ -182,6 +186,10 @@ def pytest_sessionstart(session: pytest.Session) -> Generator[None, Any, Any]:
         from pytest_gpushare.run.session import begin
 
         begin(started, session.config)
+        if not is_in_process(session.config.option):
+            from pytest_gpushare.long_lived import spare_collector_more
+
+            spare_collector_more()
     return result
 
 
@@ -236,6 +244,21 @@ def _is_asked(config: pytest.Config, options: Any) -> bool:
     from pytest_gpushare.settings.written import switched_on
 
     return bool(_call(switched_on, config))
+
+
+def _load_quickly(config: pytest.Config) -> None:
+    """From here on a good many of our modules are loaded, in a worker as well."""
+    from pytest_gpushare.past_rewriting import go_past_rewriting
+
+    if QUICK not in config.stash:
+        config.stash[QUICK] = True
+        config.add_cleanup(go_past_rewriting())
+
+
+def _spare_collector(config: pytest.Config) -> None:
+    from pytest_gpushare.long_lived import spare_collector
+
+    config.add_cleanup(spare_collector())
 
 
 def _hold(config: pytest.Config, started: Started | LeftAlone | None) -> None:
