@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.probe.facts import Device
+from pytest_gpushare.quick import dataclass
 
 if TYPE_CHECKING:
     from pytest_gpushare.plan.model_needs import Demand

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
 from pytest_gpushare.probe.address import Address
+from pytest_gpushare.quick import dataclass
 
 
 class GpuProcess(NamedTuple):

@@ -24,7 +24,7 @@ LATE = 30.0
 """Seconds for which the VRAM of workers that are gone is waited for."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Request:
     """A worker that wants its devices alone, or has them."""
 

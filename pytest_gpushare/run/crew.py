@@ -32,7 +32,7 @@ def higher(one: Peak | None, other: Peak | None) -> Peak | None:
     return one if one.size >= other.size else other
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Member:
     """One worker, or the process itself where there are none."""
 

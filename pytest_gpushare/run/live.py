@@ -10,10 +10,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from pytest_gpushare.probe.facts import GpuProcess, Memory
+from pytest_gpushare.quick import dataclass
 
 PATIENCE = 2.0
 """Seconds for which anybody waits for NVML; then the last reading has to do."""

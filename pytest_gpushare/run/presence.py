@@ -15,9 +15,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpushare.run.alive import identity, is_alive
 
@@ -32,8 +31,7 @@ _MOST_BYTES = 64 * 1024
 _MOST_FILES = 256
 
 
-@dataclass(frozen=True)
-class PresentWorker:
+class PresentWorker(NamedTuple):
     """A worker of a running session."""
 
     id: str
@@ -45,8 +43,7 @@ class PresentWorker:
     """Bytes of VRAM; 0 for a CPU worker."""
 
 
-@dataclass(frozen=True)
-class PresentSession:
+class PresentSession(NamedTuple):
     """A running session."""
 
     pid: int

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -44,60 +43,59 @@ class Service(Protocol):
         """End within a second or so, and leave nothing behind."""
 
 
-@dataclass(eq=False, repr=False)
 class Started:
     """A run for which the plan is made: what was found, what was decided, what is held."""
 
-    settings: Settings
-    gpus: GpuFacts
-    ollama: OllamaFacts
-    plan: Plan
-    close: Callable[[], None]
-    """Releases NVML; harmless when called twice."""
-    notes: list[str] = field(default_factory=list)
-    """Problems that the user should know of, one sentence each."""
-    contexts: Mapping[str, int] = field(default_factory=dict)
-    """Device name -> bytes of a CUDA context, as earlier runs measured it."""
-    strict: bool = False
-    """Whether what is only told otherwise fails the run."""
-    overwritten: dict[str, str] = field(default_factory=dict)
-    """Worker -> how its placement was changed behind the plan, and by which file."""
-    unplaced: str = ""
-    """Why a run without workers could not place its process."""
-    links: Links = field(default_factory=Links)
-    """The private channels to the workers."""
-    record: Record = field(default_factory=Record)
-    """What happens beside the tests."""
-    live: LiveVram | None = None
-    """VRAM while the run lasts; None under a what-if, where there is nothing to read."""
-    services: list[Service] = field(default_factory=list)
-    """What runs beside the tests."""
-    sightings: dict[tuple[str, int | None], tuple[LoadedModel, int | None]] = field(
-        default_factory=dict
-    )
-    """(digest, context) -> a model of Ollama's that was loaded, and the bytes of its process."""
-    alone: Alone | None = None
-    """Who has a device alone; None before the session starts."""
-    has_needs: bool = False
-    """Whether tests may have needs of their own, so that no slot may cap them."""
-    replan: Callable[[Settings], Plan] | None = None
-    """What the plan would have been with other settings."""
-    reports: tuple[Path, ...] = ()
-    """The files that are written when the run is over."""
-    unwritten: list[str] = field(default_factory=list)
-    """Why a report could not be written, one sentence each."""
-    watch: Watch | None = None
-    """The samples; None before the run began, and under a what-if."""
-    has_placed_all: bool = False
-    """Whether every worker has its place from the plan."""
-    parity: Parity | None = None
-    """What the kinds of worker skip or miss, where the plugin itself dispatches."""
-    guard: Guard | None = None
-    """What watches over Ollama; None where there is nothing to guard."""
-
-    _devices: dict[str, str | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        gpus: GpuFacts,
+        ollama: OllamaFacts,
+        plan: Plan,
+        close: Callable[[], None],
+        *,
+        live: LiveVram | None = None,
+    ) -> None:
+        """`close` releases NVML, harmless when called twice; `live` is None under a what-if."""
+        self.settings, self.gpus, self.ollama, self.plan = settings, gpus, ollama, plan
+        self.close, self.live = close, live
+        self.notes: list[str] = []
+        """Problems that the user should know of, one sentence each."""
+        self.contexts: Mapping[str, int] = {}
+        """Device name -> bytes of a CUDA context, as earlier runs measured it."""
+        self.strict = False
+        """Whether what is only told otherwise fails the run."""
+        self.overwritten: dict[str, str] = {}
+        """Worker -> how its placement was changed behind the plan, and by which file."""
+        self.unplaced = ""
+        """Why a run without workers could not place its process."""
+        self.links = Links()
+        """The private channels to the workers."""
+        self.record = Record()
+        """What happens beside the tests."""
+        self.services: list[Service] = []
+        """What runs beside the tests."""
+        self.sightings: dict[tuple[str, int | None], tuple[LoadedModel, int | None]] = {}
+        """(digest, context) -> a model of Ollama's that was loaded, the bytes of its process."""
+        self.alone: Alone | None = None
+        """Who has a device alone; None before the session starts."""
+        self.has_needs = False
+        """Whether tests may have needs of their own, so that no slot may cap them."""
+        self.replan: Callable[[Settings], Plan] | None = None
+        """What the plan would have been with other settings."""
+        self.reports: tuple[Path, ...] = ()
+        """The files that are written when the run is over."""
+        self.unwritten: list[str] = []
+        """Why a report could not be written, one sentence each."""
+        self.watch: Watch | None = None
+        """The samples; None before the run began, and under a what-if."""
+        self.has_placed_all = False
+        """Whether every worker has its place from the plan."""
+        self.parity: Parity | None = None
+        """What the kinds of worker skip or miss, where the plugin itself dispatches."""
+        self.guard: Guard | None = None
+        """What watches over Ollama; None where there is nothing to guard."""
+        self._devices: dict[str, str | None] = {}
         self.links.on("overwritten", self._note_overwritten)
         self.links.on("here", lambda worker, pid: self.crew.came_up(worker, pid))
         self.links.on("test", self._note_test)

@@ -64,10 +64,8 @@ class Scene:
 
         self.card = Card(self._now, gpus.devices[0].uuid)
         clock = lambda: self._now[0]  # noqa: E731
-        self.started = Started(
-            chosen, gpus, ollama, planned(chosen), lambda: None,
-            record=Record(clock), replan=planned,
-        )  # fmt: skip
+        self.started = Started(chosen, gpus, ollama, planned(chosen), lambda: None)
+        self.started.record, self.started.replan = Record(clock), planned
         self.watch = self.started.watch = Watch(
             self.card, [self.card._uuid], self.started.crew, self.started.record, clock
         )
