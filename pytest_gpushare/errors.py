@@ -25,3 +25,12 @@ class NoRoomError(GpuShareError):
 
 class PreloadError(GpuShareError):
     """A model of Ollama's could not be loaded, and `ollama_preload_failed` is fail."""
+
+
+class LineError(ValueError):
+    """A line of a setting that cannot be used; a `SettingsError` tells it to the user."""
+
+    def __init__(self, line: str, problem: str) -> None:
+        super().__init__(line, problem)
+        self.line = line
+        self.problem = problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pytest_gpushare.plan.declared import Declared as Declared
 from pytest_gpushare.plan.patterns import Patterns
 from pytest_gpushare.settings.lines import (
     FLAGS,
@@ -37,24 +38,6 @@ class Mark(NamedTuple):
     name: str
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = {}
-
-
-class Declared(NamedTuple):
-    """What a test's markers say; builtin values, so that a worker can send it."""
-
-    route: str = ""
-    """`gpu`, `cpu`, or empty where no marker tells."""
-    vram: int | None = None
-    devices: int | None = None
-    exclusive: bool = False
-    required: bool = False
-    refusal: str = ""
-    """Why the test fails without being run: a marker that cannot be understood."""
-
-    def asks(self) -> bool:
-        """Whether the markers ask for more than to be run on a GPU worker."""
-        several = self.devices is not None and self.devices > 1
-        return self.vram is not None or several or self.exclusive or bool(self.refusal)
 
 
 class Wanted(NamedTuple):
@@ -132,11 +115,6 @@ def wanted(
 def rules_of(rules: Sequence[VramRule]) -> Patterns[int]:
     """The ini rules, ready to be asked for many node ids."""
     return Patterns((rule.pattern, rule.vram) for rule in rules)
-
-
-def means_cpu(aliases: Iterable[Alias]) -> bool:
-    """Whether a marker of the suite tells the CPU tests, so that all others are GPU tests."""
-    return any(name == "cpu" for alias in aliases for name, _ in alias.meanings)
 
 
 def _own(mark: Mark, marker: str) -> dict[str, Any]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpushare.plan.needs import Declared, Mark, Wanted, declared, rules_of, wanted
+from pytest_gpushare.plan.declared import Declared
 from pytest_gpushare.run.told import Told
-from pytest_gpushare.settings.lines import Alias, VramRule
+
+if TYPE_CHECKING:
+    from pytest_gpushare.plan.needs import Wanted
+    from pytest_gpushare.plan.patterns import Patterns
+    from pytest_gpushare.settings.lines import Alias
 
 _NOTHING = Declared()
 
@@ -21,18 +26,39 @@ class Reader:
 
     def __init__(self, message: Mapping[str, Any]) -> None:
         self._marker: str = message["marker"]
-        self._aliases = [Alias(*alias) for alias in message["aliases"]]
-        self._names = {self._marker, *(alias.marker for alias in self._aliases)}
-        self._rules = rules_of([VramRule(*rule) for rule in message["rules"]])
+        self._message = message
+        self._names = {self._marker, *(alias[0] for alias in message["aliases"])}
         self._all_are_gpu_tests: bool = message["gpu_unless_marked"]
+
+    # Most workers see no such marker and weigh nothing: what reads them is loaded when needed.
+
+    @cached_property
+    def _aliases(self) -> Sequence[Alias]:
+        from pytest_gpushare.settings.lines import Alias
+
+        return [Alias(*alias) for alias in self._message["aliases"]]
+
+    @cached_property
+    def _rules(self) -> Patterns[int]:
+        from pytest_gpushare.plan.needs import rules_of
+        from pytest_gpushare.settings.lines import VramRule
+
+        return rules_of([VramRule(*rule) for rule in self._message["rules"]])
 
     def declared(self, marks: Iterable[pytest.Mark]) -> Declared:
         """What the markers of one test say; most say nothing to us."""
-        ours = [Mark(m.name, m.args, m.kwargs) for m in marks if m.name in self._names]
-        return declared(ours, self._marker, self._aliases) if ours else _NOTHING
+        ours = [mark for mark in marks if mark.name in self._names]
+        if not ours:
+            return _NOTHING
+        from pytest_gpushare.plan.needs import Mark, declared
+
+        read = [Mark(mark.name, mark.args, mark.kwargs) for mark in ours]
+        return declared(read, self._marker, self._aliases)
 
     def wanted(self, item: pytest.Item) -> tuple[Declared, Wanted]:
         """Whether a test is a GPU test, where no controller weighs it."""
+        from pytest_gpushare.plan.needs import wanted
+
         said = self.declared(item.iter_markers())
         return said, wanted(
             item.nodeid, said, self._rules, gpu_unless_marked=self._all_are_gpu_tests

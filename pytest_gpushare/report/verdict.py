@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpushare.plan import ollama_words
 from pytest_gpushare.plan.ollama_history import Life
 from pytest_gpushare.plan.placed import placed
-from pytest_gpushare.plan.spill import Spill
 from pytest_gpushare.probe.facts import LoadedModel
 from pytest_gpushare.run.neighbour import Neighbour
 from pytest_gpushare.units import format_gb
+
+if TYPE_CHECKING:
+    from pytest_gpushare.plan.spill import Spill
 
 
 class Word(NamedTuple):
@@ -65,6 +66,8 @@ def _how_long(life: Life, book: Neighbour) -> str:
 
 
 def _spilled(spills: list[Spill], life: Life, book: Neighbour) -> Word:
+    from pytest_gpushare.plan import ollama_words
+
     # The worst one that the run answers for, else the worst of all.
     spill = max(spills, key=lambda spill: (spill.is_ours, spill.missing, -spill.at))
     model, promise = spill.model, book.promise

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias
 
-from pytest_gpushare.plan.needs import Declared, means_cpu, rules_of, wanted
+from pytest_gpushare.plan.declared import Declared, means_cpu
+from pytest_gpushare.plan.needs import rules_of, wanted
 from pytest_gpushare.plan.work import Job
 from pytest_gpushare.run.suite import Collection, Crew, Suite
 from pytest_gpushare.run.told import Told

@@ -5,16 +5,18 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pytest_gpushare.plan import ollama_history, ollama_words
+from pytest_gpushare.plan import ollama_history
 from pytest_gpushare.plan.holding import Held
 from pytest_gpushare.plan.ollama_history import Change, History
-from pytest_gpushare.plan.promise import Promise
-from pytest_gpushare.plan.spill import Spill, judge
 from pytest_gpushare.probe.facts import LoadedModel
 from pytest_gpushare.run.record import Record
 from pytest_gpushare.units import GB
+
+if TYPE_CHECKING:
+    from pytest_gpushare.plan.promise import Promise
+    from pytest_gpushare.plan.spill import Spill
 
 _MOST_SAMPLES = 600
 _MOST_SPILLS = 1000
@@ -105,6 +107,9 @@ class Neighbour:
             self._saw(model, known if known and len(models) == 1 else None)
 
     def _note(self, change: Change) -> None:
+        # In most runs Ollama changes nothing: no start pays for the words.
+        from pytest_gpushare.plan import ollama_words
+
         facts = self._facts(change)
         if change.kind != ollama_history.SPILLED:
             self._record.note(change.kind, ollama_words.sentence(change), **facts)
@@ -118,6 +123,8 @@ class Neighbour:
         self._record.note(change.kind, ollama_words.spilled(spill), **facts)
 
     def _judge(self, change: Change) -> Spill:
+        from pytest_gpushare.plan.spill import judge
+
         model = change.model
         assert model is not None
         began = change.since - model.size / _LOADED_PER_SECOND

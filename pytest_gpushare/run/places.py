@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pytest_gpushare.place import Place
+from pytest_gpushare.plan.declared import means_cpu
 from pytest_gpushare.plan.model import Plan
-from pytest_gpushare.plan.needs import means_cpu
 from pytest_gpushare.plan.shortage import shortage
 from pytest_gpushare.run.placement import Surroundings, seen, visibility
 from pytest_gpushare.settings.values import Settings

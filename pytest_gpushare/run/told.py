@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from pytest_gpushare.plan.needs import Declared
+from pytest_gpushare.plan.declared import Declared
 
 T = TypeVar("T", bound=Hashable)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from pytest_gpushare.errors import LineError as LineError
 from pytest_gpushare.units import GB, parse_size
 
 MOST_LINES = 1000
@@ -39,15 +40,6 @@ class VramRule(NamedTuple):
     pattern: str
     vram: int
     """Bytes."""
-
-
-class LineError(ValueError):
-    """A line that cannot be used."""
-
-    def __init__(self, line: str, problem: str) -> None:
-        super().__init__(line, problem)
-        self.line = line
-        self.problem = problem
 
 
 def parse_aliases(raw: object) -> tuple[Alias, ...]:

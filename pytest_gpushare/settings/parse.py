@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.settings.lines import (
-    MEANINGS,
-    Alias,
-    LineError,
-    VramRule,
-    parse_aliases,
-    parse_rules,
-)
+from pytest_gpushare.errors import LineError, SettingsError
 from pytest_gpushare.settings.options import BY_KEY, Option
 from pytest_gpushare.units import parse_size
 
-Value: TypeAlias = (
-    Fraction | int | bool | str | tuple[str, ...] | tuple[Alias, ...] | tuple[VramRule, ...] | None
-)
+if TYPE_CHECKING:
+    from pytest_gpushare.settings.lines import Alias, VramRule
+
+Lines: TypeAlias = "tuple[Alias, ...] | tuple[VramRule, ...]"
+Value: TypeAlias = "Fraction | int | bool | str | tuple[str, ...] | Lines | None"
 
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
@@ -51,6 +44,8 @@ def parse(option: Option, raw: object, where: str, written: str | None = None) -
 
 def _nearest(raw: object, choices: Iterable[str]) -> str:
     """`; the nearest is aggressive`, where one of the words is almost a choice."""
+    import difflib
+
     texts = raw[:8] if isinstance(raw, (list, tuple)) else [raw]
     words = [w for text in texts if isinstance(text, str) for w in re.split(r"[\s,]+", text[:200])]
     near = [near for word in words for near in difflib.get_close_matches(word, choices, 1)]
@@ -67,6 +62,8 @@ def allowed(option: Option) -> str:
     if option.kind == "marker":
         return "allowed is the name of a marker"
     if option.kind == "aliases":
+        from pytest_gpushare.settings.lines import MEANINGS
+
         return f"allowed are lines MARKER = meaning or MARKER(n) = meaning; meanings: {MEANINGS}"
     if option.kind == "rules":
         return "allowed are lines PATTERN = SIZE, such as tests/test_llm.py = 8GB"
@@ -92,6 +89,8 @@ def allowed(option: Option) -> str:
 
 def unknown(name: str, where: str, names: Iterable[str]) -> SettingsError:
     """The error for a name that does not exist, with the nearest that does."""
+    import difflib
+
     # Without a cutoff there always is a nearest one; a list of all would fill the screen.
     near = difflib.get_close_matches(name[:80], sorted(names), 1, 0.0)
     return SettingsError(f"{where}: unknown key {shown(name)}: the nearest known one is {near[0]}")
@@ -230,6 +229,23 @@ def _marker(_: Option, raw: object) -> str:
     return raw.strip()
 
 
+def _aliases(_: Option, raw: object) -> tuple[Alias, ...]:
+    # Most users write no lines: what reads them is not loaded for the default.
+    if raw == "":
+        return ()
+    from pytest_gpushare.settings.lines import parse_aliases
+
+    return parse_aliases(raw)
+
+
+def _rules(_: Option, raw: object) -> tuple[VramRule, ...]:
+    if raw == "":
+        return ()
+    from pytest_gpushare.settings.lines import parse_rules
+
+    return parse_rules(raw)
+
+
 _READERS: Mapping[str, Callable[[Option, object], Value]] = {
     "size": _size,
     "number": _number,
@@ -240,8 +256,8 @@ _READERS: Mapping[str, Callable[[Option, object], Value]] = {
     "names": _names,
     "text": _text,
     "marker": _marker,
-    "aliases": lambda _, raw: parse_aliases(raw),
-    "rules": lambda _, raw: parse_rules(raw),
+    "aliases": _aliases,
+    "rules": _rules,
 }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from fractions import Fraction
 from typing import TYPE_CHECKING
+
+from pytest_gpushare.quick import dataclass
 
 if TYPE_CHECKING:
     from pytest_gpushare.settings.lines import Alias, VramRule

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_gpushare.plan.declared import means_cpu
 from pytest_gpushare.plan.needs import (
     Declared,
     Mark,
     Need,
     Wanted,
     declared,
-    means_cpu,
     rules_of,
     wanted,
 )
