@@ -128,7 +128,9 @@ class Guard:
         until = time.monotonic() + self._pace.last_patience
         book.sample()
         if self._question is not None:
-            self._question.wait(until - time.monotonic())
+            # Who did not answer before is not waited for: the end of the run is near.
+            if book.is_worth_asking:
+                self._question.wait(until - time.monotonic())
             self._take(book)
         if self._question is None and book.is_worth_asking and self._may_ask():
             last = self._ask(max(0.1, until - time.monotonic()))

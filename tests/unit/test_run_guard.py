@@ -230,6 +230,18 @@ def test_last_question() -> None:
         assert guard.asked == 1
 
 
+def test_the_end_does_not_wait_for_a_server_that_was_never_heard() -> None:
+    """One that was silent at the start has cost its limit already."""
+    with FaultyServer("silent") as server:
+        pace = Pace(every=0.05, patience=20.0, last_patience=5.0, sample=0.02)
+        guard = guard_of(server.host, idle_book(None), pace)
+        guard.start()
+        wait_for(lambda: guard.asked > 0)
+        began = time.monotonic()
+        guard.stop()
+        assert time.monotonic() - began < 3
+
+
 def test_a_fault_of_its_own_hurts_nobody() -> None:
     """An exception in the thread would be a warning of some test; it is told at the end."""
 
