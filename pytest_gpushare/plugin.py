@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 OUTER: pytest.StashKey[dict[str, str]] = pytest.StashKey()
 STARTED: pytest.StashKey[Started | LeftAlone] = pytest.StashKey()
-QUICK: pytest.StashKey[bool] = pytest.StashKey()
+CHEAP: pytest.StashKey[bool] = pytest.StashKey()
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -45,7 +45,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None
     options = early_config.known_args_namespace
     if _is_asked(early_config, options) and runs_tests(options):
         # Workers parse the same arguments and come here too: they pay for nothing but this look.
-        _load_quickly(early_config)
+        _import_cheaply(early_config)
         if is_in_process(options):
             from pytest_gpushare.run.session import start_in_process
 
@@ -63,9 +63,11 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
     # Only workerinput proves a worker: nested runs inherit every environment variable.
     if not hasattr(config, "workerinput"):
         if _is_asked(config, config.option) and STARTED not in config.stash:
-            _load_quickly(config)
+            _import_cheaply(config)
+            from pytest_gpushare.cheap_start import spare_collector
+
             if not is_in_process(config.option):
-                _spare_collector(config)
+                spare_collector(config)
             from pytest_gpushare.run.session import start_workers
 
             outer = config.stash.get(OUTER, os.environ)
@@ -173,22 +175,18 @@ def pytest_sessionstart(session: pytest.Session) -> Generator[None, Any, Any]:
     started = session.config.stash.get(STARTED, None)
     if started is not None:
         from pytest_gpushare.report.output import log_lines, print_problems
-        from pytest_gpushare.run.context import known
         from pytest_gpushare.run.session import attach
 
-        started.recall(known(session.config))
         attach(started, session.config)
-
         log_lines(started, session.config)
         print_problems(started, session.config)
     result = yield
     if started is not None:
-        from pytest_gpushare.run.session import begin
+        from pytest_gpushare.cheap_start import spare_collector_more
+        from pytest_gpushare.run.beside import begin
 
         begin(started, session.config)
         if not is_in_process(session.config.option):
-            from pytest_gpushare.long_lived import spare_collector_more
-
             spare_collector_more()
     return result
 
@@ -246,19 +244,12 @@ def _is_asked(config: pytest.Config, options: Any) -> bool:
     return bool(_call(switched_on, config))
 
 
-def _load_quickly(config: pytest.Config) -> None:
-    """From here on a good many of our modules are loaded, in a worker as well."""
-    from pytest_gpushare.past_rewriting import go_past_rewriting
+def _import_cheaply(config: pytest.Config) -> None:
+    if CHEAP not in config.stash:
+        from pytest_gpushare.cheap_start import import_cheaply
 
-    if QUICK not in config.stash:
-        config.stash[QUICK] = True
-        config.add_cleanup(go_past_rewriting())
-
-
-def _spare_collector(config: pytest.Config) -> None:
-    from pytest_gpushare.long_lived import spare_collector
-
-    config.add_cleanup(spare_collector())
+        config.stash[CHEAP] = True
+        import_cheaply(config)
 
 
 def _hold(config: pytest.Config, started: Started | LeftAlone | None) -> None:

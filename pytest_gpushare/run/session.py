@@ -111,6 +111,9 @@ def _seen(settings: Settings, config: pytest.Config) -> Mapping[str, int]:
 
 def attach(started: Started | LeftAlone, config: pytest.Config) -> None:
     """What runs beside the tests of a run that has GPU workers: pytest's cache is there by now."""
+    from pytest_gpushare.run.context import known
+
+    started.recall(known(config))
     if isinstance(started, Started) and started.plan.slots and not started.gpus.simulated:
         from pytest_gpushare.run.alone import Alone
         from pytest_gpushare.run.lessons import may_have_needs
@@ -119,21 +122,6 @@ def attach(started: Started | LeftAlone, config: pytest.Config) -> None:
         started.has_needs = may_have_needs(started, config)
         started.alone = Alone(started)
         started.services.append(Profile(started, config))
-
-
-def begin(started: Started | LeftAlone, config: pytest.Config) -> None:
-    """Start what runs beside the tests.
-
-    Called, and loaded, when the workers are on their way: nobody waits for it.
-    """
-    if not isinstance(started, Started):
-        return
-    if not started.gpus.simulated:
-        from pytest_gpushare.run.presence import Presence
-
-        # Lets `pytest-gpushare watch` see this session; a what-if has nothing to see.
-        started.services.append(Presence(started, config.rootpath))
-    started.begin()
 
 
 def _others(config: pytest.Config) -> Others:

@@ -114,35 +114,6 @@ class Started:
 
         return Journal(self.crew)
 
-    def begin(self) -> None:
-        """Start all that runs beside the tests; what fails is told and left out.
-
-        Loaded here, where the workers are on their way: nobody waits for it.
-        """
-        from pytest_gpushare.run.guarding import guard_of
-
-        self.guard = guard_of(self)
-        if self.guard is not None:
-            self.services.append(self.guard)
-        if self.live is not None and self.plan.devices:
-            from pytest_gpushare.run.watch import Watch
-
-            uuids = [planned.device.uuid for planned in self.plan.devices]
-            self.watch = Watch(
-                self.live,
-                uuids,
-                self.crew,
-                self.record,
-                resident=self.resident,
-            )
-            self.services.insert(0, self.watch)
-        for service in list(self.services):
-            try:
-                service.start()
-            except Exception as error:
-                self.services.remove(service)
-                self.notes.append(f"{_name(service)} could not start: {error}")
-
     def look_again(self) -> None:
         """The tests are done and their processes still there: a last look at what they hold."""
         if self.watch is not None and self.watch in self.services:
@@ -157,7 +128,7 @@ class Started:
             try:
                 service.stop()
             except Exception as error:
-                self.notes.append(f"{_name(service)} could not stop: {error}")
+                self.notes.append(f"{name_of(service)} could not stop: {error}")
 
     def saw(self, model: LoadedModel, used: int | None = None) -> None:
         """Keep for later runs what a loaded model takes; may be called in any thread.
@@ -281,5 +252,6 @@ class Started:
         self.has_placed_all = number == len(specs)
 
 
-def _name(service: Service) -> str:
+def name_of(service: Service) -> str:
+    """What messages call it."""
     return type(service).__name__.lower()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import stat
 from collections.abc import Mapping
@@ -11,8 +10,8 @@ from pathlib import Path
 
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.settings.options import JSON_SECTION, OPTIONS
-from pytest_gpushare.settings.parse import shown as shown_value
-from pytest_gpushare.settings.parse import unknown
+from pytest_gpushare.settings.wording import shown as shown_value
+from pytest_gpushare.settings.wording import unknown
 from pytest_gpushare.units import MB
 
 MOST_BYTES = MB
@@ -126,6 +125,8 @@ def _parse(text: str, shown: str) -> object:
 def _near_section(document: object) -> str:
     if isinstance(document, dict) and {option.key for option in OPTIONS} & document.keys():
         return f"; its settings stand at the top level: put them under {JSON_SECTION}"
+    import difflib
+
     near = difflib.get_close_matches(JSON_SECTION, document if isinstance(document, dict) else ())
     return f"; the nearest to it is {shown_value(near[0])}" if near else ""
 

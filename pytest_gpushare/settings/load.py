@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.settings.jsonfile import read_section
 from pytest_gpushare.settings.options import BY_KEY, INI_PREFIX, JSON_FILE, OPTIONS
-from pytest_gpushare.settings.parse import Value, parse, unknown
+from pytest_gpushare.settings.parse import Value, parse
 from pytest_gpushare.settings.presets import merged
 from pytest_gpushare.settings.values import Settings
+from pytest_gpushare.settings.wording import unknown
 
 SWITCH = "gpu_share"
 _DEFAULT, _JSON, _INI, _COMMAND_LINE = range(4)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.settings.load import SWITCH, Written
 from pytest_gpushare.settings.options import INI_PREFIX, OPTIONS
-from pytest_gpushare.settings.parse import shown
+from pytest_gpushare.settings.wording import shown
 
 if TYPE_CHECKING:
     import pytest
