@@ -57,6 +57,8 @@ class Ledger:
         """Whether a test is over since then: the same figures mean something else now."""
         self.kept = _kept(room, self.reading)
         """What must stay free: Ollama's outstanding reservation and the safety buffer."""
+        self._is_told = False
+        """Whether NVML has told what a worker holds here."""
         self.present = self.committed = self.outstanding = 0
         """The sums over all accounts."""
 
@@ -126,8 +128,8 @@ class Ledger:
         for account in self.running.values():
             account.fresh = False
         if reading.held:
-            # 0 bytes for every process is what containers and WSL report for "unknown".
-            told = any(reading.held.values())
+            # 0 bytes for every process, always, is what containers and WSL report for "unknown".
+            self._is_told = told = self._is_told or any(reading.held.values())
             for worker, account in self.accounts.items():
                 if worker in reading.held:
                     account.now = reading.held[worker] if told else None

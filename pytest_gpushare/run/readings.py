@@ -39,6 +39,8 @@ class Readings:
         self._resident = resident
         self._clock = clock
         self._reported: dict[str, float] = {}
+        self._telling: set[str] = set()
+        """UUIDs of devices of which it was told what a worker holds there."""
         self._last_report = float("-inf")
 
     def has_reported(self, worker: str) -> None:
@@ -64,8 +66,19 @@ class Readings:
         for uuid in self._devices:
             held = processes.devices.get(uuid)
             reading = _reading(memory.get(uuid), held, self.workers, resident.get(uuid))
-            found[uuid] = reading._replace(held={**reading.held, **dict.fromkeys(old)})
+            found[uuid] = reading._replace(
+                held={**self._absent(uuid, held), **reading.held, **dict.fromkeys(old)}
+            )
+            if any(reading.held.values()):
+                self._telling.add(uuid)
         return found
+
+    def _absent(
+        self, device: str, processes: Sequence[GpuProcess] | None
+    ) -> Mapping[str, int | None]:
+        """Who is not in a list that names workers: it has no context there, and holds nothing."""
+        is_told = processes is not None and device in self._telling
+        return dict.fromkeys(self.workers.values(), 0) if is_told else {}
 
 
 def _reading(

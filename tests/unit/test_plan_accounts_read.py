@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 from pytest_gpushare.plan.accounts import Ledger
 from pytest_gpushare.plan.work import Reading, Room
 from pytest_gpushare.units import GB
@@ -19,3 +21,51 @@ def test_same_figures_after_a_test() -> None:
     assert ledger.retained("gw0") == 0
     assert ledger.read(reading._replace())
     assert ledger.retained("gw0") == 5 * GB
+
+
+def test_nothing_held_is_believed_where_figures_were_told() -> None:
+    """0 bytes for all is what containers report, who never report anything else."""
+    ledger = Ledger(Room("GPU-0", "GPU 0", 9 * GB, context=GB))
+    for worker in ("gw0", "gw1"):
+        ledger.open(worker)
+        ledger.start(worker, 2 * GB)
+        ledger.stop(worker, None)
+    ledger.read(Reading(free=9 * GB, held={"gw0": 0, "gw1": 0}))
+    assert ledger.left("gw0") == 8 * GB
+    ledger.read(Reading(free=8 * GB, held={"gw0": GB, "gw1": 0}))
+    assert ledger.left("gw0") == 9 * GB
+    ledger.read(Reading(free=9 * GB, held={"gw0": 0, "gw1": 0}))
+    assert ledger.left("gw1") == 9 * GB
+
+
+def test_the_sums_are_those_of_the_accounts() -> None:
+    """Whatever happened: tests, readings, emptied caches, a worker that went."""
+    draw = Random(1)
+    ledger = Ledger(Room("GPU-0", "GPU 0", 24 * GB, 0, GB, 25 * GB, context=GB))
+    workers = [f"gw{number}" for number in range(5)]
+    for _ in range(2000):
+        worker = draw.choice(workers)
+        if worker not in ledger.accounts:
+            ledger.open(worker)
+        elif worker not in ledger.running:
+            draw.choice(
+                [
+                    lambda w: ledger.start(w, draw.randrange(8) * GB),
+                    lambda w: ledger.emptied(w, draw.choice([None, 0, GB])),
+                    ledger.close,
+                ]
+            )(worker)
+        elif draw.random() < 0.8:
+            ledger.stop(worker, draw.choice([None, 0, 2 * GB]))
+        else:
+            ledger.close(worker)
+        held = {w: draw.choice([None, draw.randrange(9) * GB]) for w in workers}
+        ledger.read(Reading(draw.choice([None, draw.randrange(25) * GB]), None, held))
+        accounts = ledger.accounts.values()
+        assert ledger.present == sum(one.held if one.now is None else one.now for one in accounts)
+        assert ledger.committed == sum(one.committed for one in accounts)
+        assert ledger.outstanding == sum(max(0, one.need - one.present) for one in accounts)
+        assert ledger.running == {w: a for w, a in ledger.accounts.items() if a.running}
+        for one in ledger.accounts:
+            limits = [ledger.left(one), ledger.live(one)]
+            assert ledger.limit(one) == min(limit for limit in limits if limit is not None)

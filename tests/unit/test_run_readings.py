@@ -89,6 +89,28 @@ def test_free_is_never_older_than_the_processes() -> None:
     live.close()
 
 
+def test_who_is_not_in_the_list_holds_nothing() -> None:
+    """Once the driver has named a worker; a list that names none may be one of another host."""
+    nvml = Nvml(GpuProcess(2**22 + 1, GB))
+    clock = [100.0]
+    live = LiveVram(nvml, lambda: clock[0])
+    readings = Readings(live, ["GPU-0"], clock=lambda: clock[0])
+    readings.workers.update({os.getpid(): "gw0", 2**22 + 2: "gw1"})
+    assert readings.now()["GPU-0"].held == {}
+    nvml.held = (GpuProcess(os.getpid(), GB),)
+    clock[0] += 2
+    readings.now()
+    clock[0] += 2
+    assert readings.now()["GPU-0"].held == {"gw0": GB, "gw1": 0}
+    clock[0] += 0.01
+    readings.has_reported("gw1")
+    assert readings.now()["GPU-0"].held == {"gw0": GB, "gw1": None}
+    nvml.held = ()
+    clock[0] += 2
+    assert readings.now()["GPU-0"].held == {"gw0": 0, "gw1": 0}
+    live.close()
+
+
 def test_nobody_to_ask() -> None:
     """Under a what-if there is nothing to read."""
     assert Readings(None, ["GPU-0"]).now() == {}
