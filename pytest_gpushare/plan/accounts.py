@@ -174,8 +174,11 @@ class Ledger:
 
     def most(self, worker: str) -> int:
         """The largest need that can ever fit in this worker while the others live."""
-        others = sum(self.floor(name) for name in self.accounts if name != worker)
-        return self.room.budget - others
+        most = self.room.budget
+        for name, account in self.accounts.items():
+            if account.used and name != worker:
+                most -= min(account.committed, self.room.context)
+        return most
 
     def retained(self, worker: str) -> int:
         """What an idle worker holds beyond its context."""

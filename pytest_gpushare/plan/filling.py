@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pytest_gpushare.plan.gpu_side import UNKNOWN, GpuSide
+from pytest_gpushare.plan.gpu_side import GpuSide
 from pytest_gpushare.plan.gpu_worker import GpuWorker
 from pytest_gpushare.plan.units import GROUPED, Unit
 from pytest_gpushare.plan.work import Run
@@ -80,7 +80,9 @@ class Filling:
                 if rank < 0 or (0 <= best < rank):
                     break
                 unit = pending.units[rank]
-                if self._enters(it, unit) and side.fits_in(it, unit, kind, limit):
+                # What fits now is a test that the worker could ever run, if it has collected it.
+                enters = (it.collected is None and not unit.key) or self._enters(it, unit)
+                if enters and side.fits_in(it, unit, kind, limit):
                     best = rank
                     break
                 rank = tree.first(limit, rank + 1)
@@ -141,7 +143,8 @@ class Filling:
                 it.left_groups.add(it.last_group)
             it.unit, it.last_group = unit, unit.key
         test = unit.next()
-        need = side.bytes_for(it, test)
+        known = side.need(test)
+        need = known.vram if known.vram is not None else side.bytes_for(it, test)
         side.serial += 1
         it.test, it.busy, it.serial, it.emptied = test, True, side.serial, 0
         devices = side.devices(it, kind[0])
@@ -156,5 +159,5 @@ class Filling:
             # Idle workers may share it.
             side.stir()
         unit.since, unit.overtaken = None, 0
-        source = (side.jobs[test].need or UNKNOWN).source if need else ""
+        source = known.source if need else ""
         return Run(it.id, (test,), True, need, source, waited, alone=kind[1])

@@ -136,8 +136,7 @@ class GpuSide:
         need = self.need(test)
         if need.vram is not None:
             return need.vram
-        budgets = [self.ledgers[d].room.budget for d in self.devices(it, need.devices)]
-        return min(it.slot, *budgets)
+        return min(it.slot, it.most.get(need.devices, it.slot))
 
     def could(self, it: GpuWorker, unit: Unit) -> bool:
         """Whether this worker can ever run all tests of the unit."""
@@ -190,7 +189,7 @@ class GpuSide:
         need = self.bytes_for(it, unit.tests[0])
         if need > limit:
             return False
+        if not self.claims.exist:
+            return True
         allow = self.claims.allow
-        return not self.claims.exist or all(
-            allow(it, unit, need, kind, device) for device in self.devices(it, kind[0])
-        )
+        return all(allow(it, unit, need, kind, device) for device in self.devices(it, kind[0]))

@@ -55,6 +55,8 @@ def best_order(pieces: Sequence[Piece], bins: Sequence[Bin]) -> list[int] | None
     largest = max(b.budget for b in bins)
     durations = [max(median if p.duration is None else p.duration, 1e-6) for p in pieces]
     needs = [max(1, min(piece.need, largest)) for piece in pieces]
+    if len(pieces) > STEPS:
+        return _sorted(_plain(durations, needs, EXPONENTS[0]))
     # A start costs the more, the more needs there are to choose from.
     levels = _levels(needs, largest)
     tries = min(MOST_TRIES, STEPS * 8 // (len(pieces) * (8 + len(set(levels)))))

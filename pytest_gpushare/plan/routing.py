@@ -31,10 +31,11 @@ def routes(jobs: Sequence[Job], gpu: GpuSide, cpu: CpuSide) -> Routes:
     largest = _Largest(gpu)
     all_gpu = any(it.collected is None for it in gpu.workers.values())
     all_cpu = any(it.collected is None for it in cpu.workers.values())
+    has_cpu = bool(cpu.workers)
     all_know = all(it.collected is None for it in gpu.workers.values())
     for number, job in enumerate(jobs):
         on_gpu = all_gpu or any(it.knows(number) for it in gpu.workers.values())
-        on_cpu = all_cpu or cpu.could_run(number)
+        on_cpu = all_cpu or (has_cpu and cpu.could_run(number))
         if job.refusal:
             result.refused[number] = job.refusal
         elif not job.marked and on_cpu:
@@ -164,15 +165,17 @@ def _weighed(
     unit: Unit, jobs: Sequence[Job], gpu: GpuSide, slots: Mapping[int, int], largest: int
 ) -> _Weighed:
     tests = unit.tests
+    head = gpu.need(tests[0])
+    kind = head.devices, head.exclusive
+    first = slots[head.devices] if head.vram is None else head.vram
+    if len(tests) == 1:
+        piece = Piece(largest if head.exclusive else first, jobs[tests[0]].duration)
+        return _Weighed(piece, kind, first)
     needs = [gpu.need(test) for test in tests]
     sizes = [slots[need.devices] if need.vram is None else need.vram for need in needs]
-    kind = needs[0].devices, needs[0].exclusive
-    if len(tests) == 1:
-        piece = Piece(largest if kind[1] else sizes[0], jobs[tests[0]].duration)
-        return _Weighed(piece, kind, sizes[0])
     most = max(largest if need.exclusive else size for need, size in zip(needs, sizes, strict=True))
     known = [time for test in tests if (time := jobs[test].duration) is not None]
-    return _Weighed(Piece(most, sum(known) if len(known) == len(tests) else None), kind, sizes[0])
+    return _Weighed(Piece(most, sum(known) if len(known) == len(tests) else None), kind, first)
 
 
 def _bins(gpu: GpuSide) -> list[Bin]:
