@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, MutableSequence, Sequence
 
 from pytest_gpushare.plan.cpu_worker import CpuWorker
+from pytest_gpushare.plan.gpu_worker import GpuWorker
 from pytest_gpushare.plan.units import GROUPED, Unit, in_units
 from pytest_gpushare.plan.work import Action, Instead, Job, Policy, Run, Worker
 
@@ -13,6 +14,8 @@ LONG_TEST = 0.1
 """From this duration on xdist's `load` commits no test beyond the next one, in seconds."""
 WORTH_HELP = 0.01
 """A GPU worker helps out where tests last as long on average; each costs it about 1 ms more."""
+LOOKED_AT = 64
+"""Tests among which one is searched that a GPU worker can help out with."""
 AHEAD = 0.05
 """Under worksteal: seconds of work that are committed to a worker, as committed is not stolen."""
 
@@ -208,35 +211,42 @@ class CpuSide:
             pending.remove(test)
         return tests
 
-    def help(self, collected: Collection[int] | None) -> list[int]:
-        """Tests for a GPU worker that has nothing to do, from the end of what waits."""
+    def help(self, it: GpuWorker) -> list[int]:
+        """Tests for a GPU worker that has nothing to do, in the order of collection.
+
+        So its fixtures are set up no more often than in a worker of xdist's `load`: that takes
+        neighbouring tests in this order, too. Under worksteal from the end, as it is there.
+        """
         average = self.average
         if average is None or average < WORTH_HELP or not self.waiting:
             return []
         if self._policy.dist in GROUPED:
-            return self._whole_unit(collected)
+            return self._whole_unit(it)
         pending = self._pending
         if self._policy.dist == "worksteal" and not pending:
             pending = max((it.own for it in self.workers.values()), key=len, default=pending)
         count = max(1, min(int(LONG_TEST / average), len(pending) // (2 * len(self.workers) + 2)))
         tests: list[int] = []
-        while pending and len(tests) < count:
-            test = pending[-1]
-            if not (collected is None or test in collected) or test in self.verdicts:
-                break
-            if test in self.notes:
-                break
-            tests.append(pending.pop())
-        return tests[::-1]
+        if self._policy.dist == "worksteal":
+            while pending and len(tests) < count and self._suits(it, pending[-1]):
+                tests.append(pending.pop())
+            return tests[::-1]
+        at = 0
+        while at < min(len(pending), LOOKED_AT) and not self._suits(it, pending[at]):
+            at += 1
+        while at < len(pending) and len(tests) < count and self._suits(it, pending[at]):
+            tests.append(pending[at])
+            del pending[at]
+        return tests
 
-    def _whole_unit(self, collected: Collection[int] | None) -> list[int]:
+    def _suits(self, it: GpuWorker, test: int) -> bool:
+        """Whether the test is one that this GPU worker can help out with."""
+        known = it.knows(test) and test not in self.verdicts and test not in self.notes
+        return known and it.helps_with(self._jobs[test].group)
+
+    def _whole_unit(self, it: GpuWorker) -> list[int]:
         for unit in reversed(self._units):
-            if all(
-                (collected is None or test in collected)
-                and test not in self.verdicts
-                and test not in self.notes
-                for test in unit.tests
-            ):
+            if all(self._suits(it, test) for test in unit.tests):
                 self._units.remove(unit)
                 return list(unit.tests)
         return []

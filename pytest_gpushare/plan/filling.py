@@ -139,9 +139,7 @@ class Filling:
         kind = side.kind(unit)
         if it.unit is not unit:
             side.pending.take(unit, kind)
-            if it.last_group and it.last_group != unit.key:
-                it.left_groups.add(it.last_group)
-            it.unit, it.last_group = unit, unit.key
+            it.begin(unit)
         test = unit.next()
         known = side.need(test)
         need = known.vram if known.vram is not None else side.bytes_for(it, test)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from pytest_gpushare.plan.units import Unit
 from pytest_gpushare.plan.work import Room, Worker
@@ -12,7 +12,7 @@ class GpuWorker:
     """What a GPU worker is doing."""
 
     __slots__ = (
-        "busy", "collected", "device", "devices", "emptied", "emptying", "ending", "id",
+        "busy", "collected", "device", "devices", "emptied", "emptying", "ending", "helps_in", "id",
         "last_group", "left_groups", "most", "own", "serial", "slot", "test", "unit",
     )  # fmt: skip
 
@@ -43,6 +43,8 @@ class GpuWorker:
         """How much it did of that since its last test: 1 caches, 2 fixtures too."""
         self.left_groups: set[str] = set()
         self.last_group = ""
+        self.helps_in = ""
+        """The group of the last test that it helped out with, where nothing came since."""
 
     @property
     def is_free(self) -> bool:
@@ -53,6 +55,22 @@ class GpuWorker:
     def is_bound(self) -> bool:
         """Whether it has begun a group that it has to go on with."""
         return self.unit is not None and bool(self.unit.tests)
+
+    def begin(self, unit: Unit) -> None:
+        """It begins a unit; to the groups that it had before it does not come back."""
+        if self.last_group and self.last_group != unit.key:
+            self.left_groups.add(self.last_group)
+        self.unit, self.last_group, self.helps_in = unit, unit.key, ""
+
+    def help_out(self, groups: Sequence[str]) -> None:
+        """It helps out with tests of these groups."""
+        self.left_groups.update(filter(None, [self.last_group, *groups]))
+        self.last_group, self.helps_in = "", groups[-1]
+
+    def helps_with(self, group: str) -> bool:
+        """Whether it can help out with tests of this group: it sets no fixtures up again."""
+        known = group in self.left_groups or group == self.last_group
+        return not group or not known or group == self.helps_in
 
     def knows(self, test: int) -> bool:
         """Whether it has collected the test."""

@@ -28,9 +28,10 @@ class Helping:
             return []
         runs = []
         for it in [it for free in gpu.free.values() for it in free.values()]:
-            tests = [] if it.unit is not None else self._cpu.help(it.collected)
+            tests = [] if it.unit is not None else self._cpu.help(it)
             if tests:
                 it.busy = True
+                it.help_out([self._gpu.jobs[test].group for test in tests])
                 gpu.refresh(it)
                 self._helping[it.id] = list(tests)
                 runs.append(Run(it.id, tuple(tests)))

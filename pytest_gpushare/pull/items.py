@@ -74,7 +74,7 @@ def told_of(items: Sequence[pytest.Item], reader: Reader) -> Told:
         said.append(reader.declared(marks))
         groups.append(_group(item, scopes))
         skips.append(_is_skipped(item, marks))
-    return Told(os.getpid(), said, groups, skips)
+    return Told(os.getpid(), said, _widened(items, groups), skips)
 
 
 _NODES: Mapping[int, type[Any]] = {1: pytest.Class, 2: pytest.Module, 3: pytest.Package}
@@ -96,6 +96,27 @@ def _group(item: pytest.Item, scopes: dict[int, int]) -> str:
         return ""
     node = item.getparent(_NODES[widest]) or item.getparent(pytest.Module)
     return node.nodeid if node is not None else ""
+
+
+def _widened(items: Sequence[pytest.Item], groups: list[str]) -> list[str]:
+    """The groups, where those of a class that lies in a module's group are the module's.
+
+    A worker that ran the one and came back for the other would set the class's fixtures up twice.
+    """
+    keys = set(groups)
+    if len(keys) < 2:
+        return groups
+    widest: dict[pytest.Collector | None, str] = {}
+    result = []
+    for item, group in zip(items, groups, strict=True):
+        if group:
+            parent = item.parent
+            if parent not in widest:
+                chain = parent.listchain()[1:] if parent is not None else []
+                widest[parent] = next((node.nodeid for node in chain if node.nodeid in keys), "")
+            group = widest[parent] or group
+        result.append(group)
+    return result
 
 
 def _is_skipped(item: pytest.Item, marks: Iterable[pytest.Mark]) -> bool:
