@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def import_cheaply(config: pytest.Config) -> None:
     # One of its own for each run: an inner run in the same process must not end the outer one's.
     finder = PastRewriting()
     sys.meta_path.insert(0, finder)
-    config.add_cleanup(lambda: sys.meta_path.remove(finder))
+    config.add_cleanup(lambda: _remove(finder))
 
 
 def spare_collector(config: pytest.Config) -> None:
@@ -53,3 +54,9 @@ def spare_collector(config: pytest.Config) -> None:
 def spare_collector_more() -> None:
     """The same for what came to life since."""
     gc.freeze()
+
+
+def _remove(finder: PastRewriting) -> None:
+    # Whoever runs pytest within pytest may have put the old list back already.
+    with contextlib.suppress(ValueError):
+        sys.meta_path.remove(finder)
