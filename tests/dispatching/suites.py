@@ -63,6 +63,8 @@ class Suite:
         self._draw = draw = Random(seed)
         self._fixtures: dict[str, list[str]] = {scope: [] for scope in SCOPES}
         self._parametrised: set[str] = set()
+        self._needs: dict[str, str] = {}
+        """Fixture -> the one that it asks for while it is set up."""
         self._lines: list[str] = []
         self._places: dict[str, list[str]] = {scope: [] for scope in SCOPES}
         self._pause = draw.choice([0, 0, 0.01, 0.03])
@@ -87,6 +89,8 @@ class Suite:
         needs = draw.choice(wider) if wider and draw.random() < 0.3 else None
         params = [1, 2] if scope in ("module", "class") and draw.random() < 0.25 else None
         self._fixtures[scope].append(name)
+        if needs:
+            self._needs[name] = needs
         if params:
             self._parametrised.add(name)
         self._lines.append(f"{name} = make({name!r}, {scope!r}, {params}, {needs!r})")
@@ -133,6 +137,10 @@ class Suite:
         draw = self._draw
         usable = [n for scope in SCOPES for n in self._fixtures[scope]]
         wanted = draw.sample(usable, draw.randint(0, min(4, len(usable))))
+        # What is only asked for while a test runs cannot be known when it is handed out.
+        for asked in wanted:
+            if (needed := self._needs.get(asked)) and needed not in wanted:
+                wanted.append(needed)
         self._places["function"].append(f"{place}::{name}")
         marks = []
         if draw.random() < 0.45:
