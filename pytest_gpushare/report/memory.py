@@ -1,4 +1,4 @@
-"""The summary's lines of tests that ran out of memory."""
+"""The summary's lines of tests that ran out of memory, or took other than was known of them."""
 
 from __future__ import annotations
 
@@ -42,3 +42,16 @@ def needs_exceeded(started: Started) -> Iterator[Line]:
     if len(found) > MOST:
         more = plural(len(found) - MOST, "test")
         yield Line(f"gpu-share: {more} more took more VRAM than their needs", problem=True)
+
+
+def needs_changed(started: Started) -> Iterator[Line]:
+    """Tests that took another amount than the one by which they are packed."""
+    # Elsewhere nothing is admitted by what was learned, and nobody has to know.
+    if "packed" not in started.settings.presets:
+        return
+    found = {e.facts["nodeid"]: e for e in started.record.events("need-changed")}
+    for event in list(found.values())[:MOST]:
+        yield Line(f"gpu-share: {event.text}: learned anew")
+    if len(found) > MOST:
+        more = plural(len(found) - MOST, "test")
+        yield Line(f"gpu-share: {more} more took other VRAM than when they last ran")

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pytest_gpushare.plan.model import DevicePlan, Limit, Plan
 from pytest_gpushare.plan.shortage import shortage
 from pytest_gpushare.report.line import Line, View
-from pytest_gpushare.report.memory import needs_exceeded, out_of_memory
+from pytest_gpushare.report.memory import needs_changed, needs_exceeded, out_of_memory
 from pytest_gpushare.report.ollama import ollama_lines
 from pytest_gpushare.report.routing import routing
 from pytest_gpushare.run.placement import caps_of
@@ -76,6 +76,7 @@ _SUMMARY: tuple[Callable[[Started], Iterator[Line]], ...] = (
     routing,
     out_of_memory,
     needs_exceeded,
+    needs_changed,
     _unwritten,
 )
 

@@ -167,10 +167,11 @@ class Profile:
         before = self._before_of(device, nodeid)
         old = before.peak if before is not None else None
         new = _joined(old, peak, exact)
-        if old is not None and new is not None and _differ(old, new):
+        if before is not None and old is not None and new is not None and _differ(old, new):
             self._started.record.note(
                 "need-changed",
-                f"{nodeid} took {format_gb(new)} of VRAM, {format_gb(old)} when it last ran",
+                f"{nodeid} took {format_gb(new)} of VRAM, {format_gb(old)} when it last ran"
+                f" ({before.date})",
                 nodeid=nodeid,
                 before=old,
                 after=new,

@@ -71,7 +71,11 @@ def test_learned(project: Project, two: Machine) -> None:
     assert told["need_bytes"] == (3 * GB + 600 * MB) * 115 // 100
     assert told["peak_bytes"] in (3 * GB, 3 * GB + 600 * MB)
     changed = [e["text"] for e in lines(project, "events") if e["kind"] == "need-changed"]
-    assert changed == ["test_project.py::test_changes took 4.0 GB of VRAM, 2.0 GB when it last ran"]
+    kept_on = kept["test_project.py::test_changes"][2]
+    text = "test_project.py::test_changes took 4.0 GB of VRAM, 2.0 GB when it last ran"
+    assert changed == [f"{text} ({kept_on})"]
+    assert f"gpu-share: {text} ({kept_on}): learned anew" in second.out.splitlines()
+    assert "learned anew" not in first.out
 
 
 LIAR = (

@@ -82,7 +82,8 @@ def test_the_last_peak_wins(run: Run) -> None:
     assert kept.date.startswith("20")
     run.test(1 * GB)
     (told,) = run.record.events("need-changed")
-    assert told.text == "t took 1.0 GB of VRAM, 4.0 GB when it last ran"
+    text = f"t took 1.0 GB of VRAM, 4.0 GB when it last ran ({kept.date})"
+    assert told.text == text
     kept = run.ended()
     assert kept is not None
     assert kept.peak == 1 * GB
