@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pytest_gpushare.report.line import Line
@@ -20,11 +20,8 @@ def out_of_memory(started: Started) -> Iterator[Line]:
     """Each test that ran out of memory: beside whom, and how it went alone."""
     again = {event.facts["nodeid"]: event for event in started.record.events("oom-retried")}
     found = started.record.events("oom")
-    for event in found[:MOST]:
-        yield Line(f"gpu-share: {_sentence(event, again.get(event.facts['nodeid']))}", problem=True)
-    if len(found) > MOST:
-        more = plural(len(found) - MOST, "test")
-        yield Line(f"gpu-share: {more} more ran out of VRAM: see their reports", problem=True)
+    texts = [_sentence(event, again.get(event.facts["nodeid"])) for event in found]
+    yield from _first(texts, "ran out of VRAM: see their reports", problem=True)
 
 
 def _sentence(event: Event, again: Event | None) -> str:
@@ -36,22 +33,30 @@ def _sentence(event: Event, again: Event | None) -> str:
 
 def needs_exceeded(started: Started) -> Iterator[Line]:
     """Tests that took more than they were admitted with: their neighbours pay for it."""
-    found = {e.facts["nodeid"]: e for e in started.record.events("need-exceeded")}
-    for event in list(found.values())[:MOST]:
-        yield Line(f"gpu-share: {event.text}: raise it, or let it be learned", problem=True)
-    if len(found) > MOST:
-        more = plural(len(found) - MOST, "test")
-        yield Line(f"gpu-share: {more} more took more VRAM than their needs", problem=True)
+    texts = [
+        f"{text}: raise it, or let it be learned" for text in _latest(started, "need-exceeded")
+    ]
+    yield from _first(texts, "took more VRAM than their needs", problem=True)
 
 
 def needs_changed(started: Started) -> Iterator[Line]:
     """Tests that took another amount than the one by which they are packed."""
     # Elsewhere nothing is admitted by what was learned, and nobody has to know.
-    if "packed" not in started.settings.presets:
-        return
-    found = {e.facts["nodeid"]: e for e in started.record.events("need-changed")}
-    for event in list(found.values())[:MOST]:
-        yield Line(f"gpu-share: {event.text}: learned anew")
-    if len(found) > MOST:
-        more = plural(len(found) - MOST, "test")
-        yield Line(f"gpu-share: {more} more took other VRAM than when they last ran")
+    if "packed" in started.settings.presets:
+        texts = [f"{text}: learned anew" for text in _latest(started, "need-changed")]
+        yield from _first(texts, "took other VRAM than when they last ran", problem=False)
+
+
+def _latest(started: Started, kind: str) -> list[str]:
+    """The last event of this kind of each test, in words."""
+    found = {event.facts["nodeid"]: event for event in started.record.events(kind)}
+    return [event.text for event in found.values()]
+
+
+def _first(texts: Sequence[str], others: str, *, problem: bool) -> Iterator[Line]:
+    """A line for each of the first, and one that says of how many more the same is true."""
+    for text in texts[:MOST]:
+        yield Line(f"gpu-share: {text}", problem=problem)
+    if len(texts) > MOST:
+        more = plural(len(texts) - MOST, "test")
+        yield Line(f"gpu-share: {more} more {others}", problem=problem)
