@@ -11,8 +11,9 @@ import contextlib
 import http.client
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from pytest_gpushare.probe.address import Address
 from pytest_gpushare.units import MB
@@ -50,7 +51,7 @@ class Answer(NamedTuple):
     """The address that gave it, where the connection tells."""
 
 
-class Connection(Protocol):
+class Connection(ABC):
     """A connection to one server, for one request after the other."""
 
     def get(self, path: str, deadline: float) -> Answer:
@@ -58,10 +59,18 @@ class Connection(Protocol):
 
         Raises `TimeoutError`, `UnreachableError` or `NonsenseError`.
         """
+        return self._ask("GET", path, None, deadline, MOST_BYTES)
 
     def post(self, path: str, body: bytes, deadline: float, most_bytes: int = MOST_BYTES) -> Answer:
         """The answer to a body of JSON; no more than `most_bytes` of it are read."""
+        return self._ask("POST", path, body, deadline, most_bytes)
 
+    @abstractmethod
+    def _ask(
+        self, method: str, path: str, body: bytes | None, deadline: float, most_bytes: int
+    ) -> Answer: ...
+
+    @abstractmethod
     def close(self) -> None:
         """Hang up; called from another thread it ends a `get` that is under way."""
 
@@ -94,7 +103,7 @@ def check(path: str, status: int, encoding: str | None) -> None:
         raise NonsenseError(f"{path} gives a compressed answer that was not asked for")
 
 
-class PlainConnection:
+class PlainConnection(Connection):
     """Over http: no proxy, no certificate store, no credentials, no redirects."""
 
     def __init__(self, address: Address) -> None:
@@ -102,14 +111,6 @@ class PlainConnection:
         self._client = http.client.HTTPConnection(address.host, address.port)
         self._socket: socket.socket | None = None
         self._peer: str | None = None
-
-    def get(self, path: str, deadline: float) -> Answer:
-        """See `Connection.get`."""
-        return self._ask("GET", path, None, deadline, MOST_BYTES)
-
-    def post(self, path: str, body: bytes, deadline: float, most_bytes: int = MOST_BYTES) -> Answer:
-        """See `Connection.post`."""
-        return self._ask("POST", path, body, deadline, most_bytes)
 
     def _ask(
         self, method: str, path: str, body: bytes | None, deadline: float, most_bytes: int

@@ -8,8 +8,8 @@ from pytest_gpushare.probe.address import Address
 from pytest_gpushare.probe.exchange import (
     HEADERS,
     JSON,
-    MOST_BYTES,
     Answer,
+    Connection,
     NonsenseError,
     UnreachableError,
     check,
@@ -18,21 +18,13 @@ from pytest_gpushare.probe.exchange import (
 from pytest_gpushare.units import MB
 
 
-class SecureConnection:
+class SecureConnection(Connection):
     """Over https: certificates are verified; no proxy, no .netrc, no redirects."""
 
     def __init__(self, address: Address) -> None:
         self._client = httpx.Client(
             base_url=address.url, trust_env=False, follow_redirects=False, headers=HEADERS
         )
-
-    def get(self, path: str, deadline: float) -> Answer:
-        """See `exchange.Connection.get`."""
-        return self._ask("GET", path, None, deadline, MOST_BYTES)
-
-    def post(self, path: str, body: bytes, deadline: float, most_bytes: int = MOST_BYTES) -> Answer:
-        """See `exchange.Connection.post`."""
-        return self._ask("POST", path, body, deadline, most_bytes)
 
     def _ask(
         self, method: str, path: str, body: bytes | None, deadline: float, most_bytes: int
