@@ -18,11 +18,10 @@ from pathlib import Path
 from random import Random
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dispatching import Script, World
+from dispatching import makespan_by_bound
 
 from pytest_gpushare.plan.dispatcher import Dispatcher
 from pytest_gpushare.plan.needs import Need
-from pytest_gpushare.plan.packing import Bin, lower_bound
 from pytest_gpushare.plan.work import Job, Reading, Room, Run, Worker
 from pytest_gpushare.units import GB
 
@@ -84,23 +83,6 @@ def dispatched(count: int, *, known: bool, different: bool) -> float:
     return spent - count * clock_cost()
 
 
-def ratio(pairs: list[tuple[float, float]], *, known: bool) -> float:
-    """Makespan ÷ lower bound on one device of 24 GB with 8 workers."""
-    jobs = [
-        Job(f"t{i}", True, Need(int(size * GB), source="marker"), "", seconds if known else None)
-        for i, (size, seconds) in enumerate(pairs)
-    ]
-    world = World(
-        jobs,
-        [Room("GPU-0", "GPU 0", 24 * GB)],
-        [Worker(f"gw{n}", ("GPU-0",), 3 * GB) for n in range(8)],
-        scripts={i: Script(seconds) for i, (_, seconds) in enumerate(pairs)},
-    ).run()
-    assert not world.wrong
-    needs = [int(size * GB) for size, _ in pairs]
-    return world.makespan / lower_bound(needs, [s for _, s in pairs], [Bin(24 * GB, 8)])
-
-
 def main() -> None:
     """Measure and print."""
     print("| tests | needs | durations | µs of CPU per test |")
@@ -123,12 +105,12 @@ def main() -> None:
     if len(sys.argv) > 1:
         own = [(size, seconds) for size, seconds in json.loads(Path(sys.argv[1]).read_text())]
         for known in (True, False):
-            found = ratio(own, known=known)
+            found = makespan_by_bound(own, known=known)
             print(
                 f"| {Path(sys.argv[1]).name} | {'known' if known else 'unknown'} | {found:.3f} | |"
             )
     for known in (True, False):
-        ratios = [ratio(pairs, known=known) for pairs in workloads.values()]
+        ratios = [makespan_by_bound(pairs, known=known) for pairs in workloads.values()]
         print(
             f"| 40 random ones like it | {'known' if known else 'unknown'} "
             f"| {statistics.median(ratios):.3f} | {max(ratios):.3f} |"

@@ -5,14 +5,12 @@ from __future__ import annotations
 import random
 import statistics
 
-from dispatching import Script, World
+from dispatching import makespan_by_bound
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpushare.plan.needs import Need
 from pytest_gpushare.plan.order import NOTHING, Order
 from pytest_gpushare.plan.packing import STEPS, Bin, Piece, best_order, lower_bound
-from pytest_gpushare.plan.work import Job, Room, Worker
 from pytest_gpushare.units import GB
 
 WORKLOAD = [
@@ -84,27 +82,10 @@ def test_contexts_count_in_the_simulation() -> None:
     assert sorted(order) == [0, 1, 2]
 
 
-def makespan(pairs: list[tuple[float, float]], *, known: bool) -> float:
-    """Of 8 workers on 24 GB, as the dispatcher runs them, ÷ the lower bound."""
-    jobs = [
-        Job(f"t{i}", True, Need(int(size * GB), source="marker"), "", seconds if known else None)
-        for i, (size, seconds) in enumerate(pairs)
-    ]
-    world = World(
-        jobs,
-        [Room("GPU-0", "GPU 0", 24 * GB)],
-        [Worker(f"gw{n}", ("GPU-0",), 3 * GB) for n in range(8)],
-        scripts={i: Script(seconds) for i, (_, seconds) in enumerate(pairs)},
-    ).run()
-    assert world.wrong == []
-    needs, times = zip(*pairs, strict=True)
-    return world.makespan / lower_bound(needs, times, [Bin(24, 8)])
-
-
 def test_makespan_of_the_workload() -> None:
     """Within 1.05 of the bound with known durations, within 1.20 without."""
-    assert makespan(WORKLOAD, known=True) <= 1.05
-    assert makespan(WORKLOAD, known=False) <= 1.20
+    assert makespan_by_bound(WORKLOAD, known=True) <= 1.05
+    assert makespan_by_bound(WORKLOAD, known=False) <= 1.20
 
 
 def test_makespan_of_random_workloads() -> None:
@@ -114,5 +95,5 @@ def test_makespan_of_random_workloads() -> None:
     suites = [
         [(draw.choice(sizes), draw.uniform(0.25, 1.95)) for _ in range(40)] for _ in range(10)
     ]
-    assert statistics.median(makespan(suite, known=True) for suite in suites) <= 1.05
-    assert statistics.median(makespan(suite, known=False) for suite in suites) <= 1.20
+    assert statistics.median(makespan_by_bound(suite, known=True) for suite in suites) <= 1.05
+    assert statistics.median(makespan_by_bound(suite, known=False) for suite in suites) <= 1.20
