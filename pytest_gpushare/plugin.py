@@ -44,7 +44,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None
     early_config.stash[OUTER] = dict(os.environ)
     options = early_config.known_args_namespace
     if _is_asked(early_config, options) and runs_tests(options):
-        # Workers parse the same arguments and come here too: they pay for nothing but this look.
+        # Workers parse the same arguments and come here too: they load our modules as well.
         _import_cheaply(early_config)
         if is_in_process(options):
             from pytest_gpushare.run.session import start_in_process

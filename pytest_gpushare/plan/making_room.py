@@ -56,12 +56,10 @@ class MakingRoom:
         self, ledger: Ledger, it: GpuWorker, short: int, *, busy: bool, fixtures: bool
     ) -> list[Action]:
         side = self._side
-        context = ledger.room.context
         found = [
             (size, other)
-            for name, account in ledger.accounts.items()
-            if not account.running
-            and (size := account.committed - context) >= WORTH_EMPTYING
+            for name in ledger.accounts
+            if (size := ledger.retained(name)) >= WORTH_EMPTYING
             and (other := side.workers.get(name)) is not None
             and other is not it
             and other.is_free
