@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -35,7 +36,10 @@ def run(seed: int, place: Scene) -> tuple[int, list[str]]:
 
 
 def main() -> None:
-    """Print what was wrong with each suite; exit code 1 where anything was."""
+    """Print what was wrong with each suite; exit code 1 where anything was.
+
+    The seeds done are told on stderr, as they come.
+    """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("suites", type=int, nargs="?", default=20)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
@@ -48,6 +52,7 @@ def main() -> None:
             bad += bool(wrong)
             for text in wrong:
                 print(f"{seed}: {text}", flush=True)
+            print(f"{seed}: {count} tests", file=sys.stderr, flush=True)
     print(f"{arguments.suites} suites, {tests} tests, {bad} suites with a difference")
     raise SystemExit(bad > 0)
 
