@@ -101,10 +101,10 @@ class Ledger:
     def _report(self, account: Account, held: int) -> int:
         """Believe a worker before NVML, until the device is read again."""
         before = account.committed
-        account.held, account.now = max(0, held), None
+        account.held, account.now = held if held > 0 else 0, None
         self.is_due = True
         self._post(account)
-        return max(0, before - account.held)
+        return before - account.held if before > account.held else 0
 
     def _post(self, account: Account) -> None:
         """Bring the sums up to date with an account that changed."""
@@ -174,16 +174,20 @@ class Ledger:
 
     def most(self, worker: str) -> int:
         """The largest need that can ever fit in this worker while the others live."""
-        most = self.room.budget
+        most, context = self.room.budget, self.room.context
         for name, account in self.accounts.items():
             if account.used and name != worker:
-                most -= min(account.committed, self.room.context)
+                most -= account.committed if account.committed < context else context
         return most
 
-    def retained(self, worker: str) -> int:
-        """What an idle worker holds beyond its context."""
-        account = self.accounts[worker]
-        return 0 if account.running else max(0, account.committed - self.room.context)
+    def retained(self, least: int) -> list[tuple[int, str]]:
+        """The idle workers that hold so much beyond their contexts, and how much that is."""
+        context = self.room.context
+        return [
+            (account.committed - context, worker)
+            for worker, account in self.accounts.items()
+            if account.committed - context >= least and not account.running
+        ]
 
     def runs_beside(self, worker: str) -> bool:
         """Whether another worker than this one runs a GPU test here."""

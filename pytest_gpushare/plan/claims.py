@@ -132,7 +132,7 @@ class Claims:
     def _best(self, unit: Unit) -> GpuWorker | None:
         """The worker on the device with the most room for it and the fewest claims."""
         side = self._side
-        candidates = [it for it in side.workers.values() if side.could(it, unit)]
+        candidates = [it for it in side.workers.values() if side.enters(it, unit)]
         return max(
             candidates,
             key=lambda it: (
@@ -149,7 +149,7 @@ class Claims:
     def _could_serve(self, claim: Claim, it: GpuWorker, device: str) -> bool:
         if it.device != device or it.is_bound:
             return False
-        return self._side.could(it, claim.unit)
+        return self._side.enters(it, claim.unit)
 
     def _is_out_of_reach(self, claim: Claim, device: str) -> bool:
         """Whether it would not fit though all our tests were over: others hold the VRAM."""

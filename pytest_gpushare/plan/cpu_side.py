@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, MutableSequence, Sequence
+from itertools import islice
 
 from pytest_gpushare.plan.cpu_worker import CpuWorker
 from pytest_gpushare.plan.gpu_worker import GpuWorker
-from pytest_gpushare.plan.units import GROUPED, Unit, in_units
+from pytest_gpushare.plan.units import GROUPED, Unit, in_parts, in_units
 from pytest_gpushare.plan.work import Action, Instead, Job, Policy, Run, Worker
 
 LONG_TEST = 0.1
@@ -39,7 +40,7 @@ class CpuSide:
     def add(self, tests: Sequence[int]) -> None:
         """Tests to be run, in this order."""
         if self._policy.dist in GROUPED:
-            units = in_units(tests, self._jobs)
+            units = in_parts(in_units(tests, self._jobs), self._could_run_all)
             if self._policy.reorder:
                 units.sort(key=lambda unit: -len(unit.tests))
             self._units.extend(units)
@@ -48,10 +49,9 @@ class CpuSide:
         self._low.update(self.workers)
 
     @property
-    def waiting(self) -> int:
-        """Tests that no worker has."""
-        units = sum(len(unit.tests) for unit in self._units)
-        return len(self._pending) + units + sum(len(it.own) for it in self.workers.values())
+    def waits(self) -> bool:
+        """Whether there are tests that no worker has."""
+        return bool(self._pending or self._units or any(it.own for it in self.workers.values()))
 
     def could_run(self, test: int) -> bool:
         """Whether a CPU worker has collected the test."""
@@ -92,8 +92,14 @@ class CpuSide:
             for test in lost:
                 queue.remove(test)
             found += lost
-        self._units = deque(unit for unit in self._units if unit.tests)
+        units = [unit for unit in self._units if unit.tests]
+        self._units = deque(in_parts(units, self._could_run_all))
         return found
+
+    def _could_run_all(self, unit: Unit) -> bool:
+        """Whether one worker has collected all tests of the unit."""
+        workers = (it for it in self.workers.values() if not it.ending)
+        return any(it.collected is None or all(map(it.knows, unit.tests)) for it in workers)
 
     @property
     def average(self) -> float | None:
@@ -134,7 +140,7 @@ class CpuSide:
 
     def flush(self) -> Iterator[Action]:
         """Where nothing waits any more, each worker is told to start the last that it has."""
-        if self.waiting:
+        if self.waits:
             return
         for it in self.workers.values():
             if it.queue and not it.flushed and not it.ending:
@@ -145,7 +151,7 @@ class CpuSide:
         """The tests, split where one is only reported."""
         first = not it.queue
         it.queue.extend(tests)
-        it.flushed = not self.waiting or (len(it.queue) < 2 and first)
+        it.flushed = not self.waits or (len(it.queue) < 2 and first)
         part: list[int] = []
         for test in tests:
             special = test in self.verdicts or test in self.notes
@@ -176,12 +182,13 @@ class CpuSide:
 
     def _next_unit(self, it: CpuWorker) -> list[int]:
         tests: list[int] = []
-        for unit in list(self._units):
-            if len(it.queue) + len(tests) >= 2:
+        while len(it.queue) + len(tests) < 2:
+            known = (unit for unit in self._units if all(map(it.knows, unit.tests)))
+            unit = next(known, None)
+            if unit is None:
                 break
-            if all(it.knows(test) for test in unit.tests):
-                self._units.remove(unit)
-                tests.extend(unit.tests)
+            self._units.remove(unit)
+            tests.extend(unit.tests)
         return tests
 
     def _next_of_own(self, it: CpuWorker) -> list[int]:
@@ -206,7 +213,7 @@ class CpuSide:
         """The first `count` tests that the worker has collected, taken out."""
         if it.collected is None:
             return [pending.popleft() for _ in range(min(max(0, count), len(pending)))]
-        tests = [test for test in pending if it.knows(test)][: max(0, count)]
+        tests = list(islice(filter(it.knows, pending), max(0, count)))
         for test in tests:
             pending.remove(test)
         return tests
@@ -218,7 +225,7 @@ class CpuSide:
         neighbouring tests in this order, too. Under worksteal from the end, as it is there.
         """
         average = self.average
-        if average is None or average < WORTH_HELP or not self.waiting:
+        if average is None or average < WORTH_HELP or not self.waits:
             return []
         if self._policy.dist in GROUPED:
             return self._whole_unit(it)

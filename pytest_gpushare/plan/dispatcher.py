@@ -48,6 +48,9 @@ class Dispatcher:
         self._helping = Helping(self._gpu, self._cpu)
         self._without = Without(self._gpu, self._cpu, self._waiting)
         self._left = len(jobs)
+        self._readings: Mapping[str, Reading] = {}
+        self._reported: list[str] = []
+        """The devices of which a worker has told what it holds since they were read."""
         self._expected = 0
         self._begun = False
         self._gone = False
@@ -67,8 +70,9 @@ class Dispatcher:
     def wants_reading(self) -> bool:
         """Whether the next step decides by live VRAM."""
         if not self._begun:
-            # Without CPU workers every test may use the GPU, and gets a slot.
-            return not self._cpu.workers or any(job.marked for job in self._jobs)
+            # What no CPU worker takes may use the GPU, and gets a slot.
+            all_cpu = any(it.collected is None for it in self._cpu.workers.values())
+            return not all_cpu or any(job.marked for job in self._jobs)
         return self._gpu.is_waited_for and (
             self._gpu.pending.count > 0
             or self._without.waits
@@ -146,7 +150,9 @@ class Dispatcher:
                 ledger = self._ledgers[device]
                 if worker in ledger.running:
                     given = ledger.stop(worker, held_on(held, device))
-                    self._waiting.released(device, given)
+                    if given:
+                        self._waiting.released(device, given)
+                    self._reported.append(device)
         self._gpu.rest(it)
         return True
 
@@ -159,35 +165,40 @@ class Dispatcher:
         for device in it.devices:
             given = self._ledgers[device].emptied(worker, held_on(held, device))
             self._waiting.released(device, given)
+            self._reported.append(device)
         self._gpu.refresh(it)
         self._gpu.stir()
 
-    def again(self, test: int, *, alone: bool = False) -> None:
-        """Dispatch once more a test that is over; `alone`: no other on its device meanwhile."""
+    def again(self, test: int) -> None:
+        """Dispatch once more a test that is over."""
         self._left += 1
-        if not self._jobs[test].marked and not alone and self._cpu.could_run(test):
+        if not self._jobs[test].marked and self._cpu.could_run(test):
             self._cpu.add([test])
         else:
-            self._gpu.pending.back(Unit([test], alone=alone))
+            self._gpu.pending.back(Unit([test]))
             self._gpu.stir()
 
     def step(self, readings: Mapping[str, Reading], at: float) -> list[Action]:
         """What is to be done now.
 
-        `readings` are the devices as last read, by UUID; `at` is the time in seconds by any
-        clock that does not go back.
+        `readings` are the devices as last read, by UUID: the same mapping as long as nothing
+        was read anew, and never one that has changed. `at` is the time in seconds by any clock
+        that does not go back.
         """
         self._gpu.at = at
         if not self._begun:
             self._begin()
-        ledgers = self._ledgers
-        for device, reading in readings.items():
-            ledger = ledgers.get(device)
-            if ledger is None or (reading is ledger.reading and not ledger.is_due):
-                continue
-            if ledger.read(reading):
-                self._gpu.stir(device)
+        if self._reported or readings is not self._readings:
+            self._read(readings)
         return self._actions()
+
+    def _read(self, readings: Mapping[str, Reading]) -> None:
+        for device in self._reported if readings is self._readings else readings:
+            ledger, reading = self._ledgers.get(device), readings.get(device)
+            if ledger is not None and reading is not None and ledger.read(reading):
+                self._gpu.stir(device)
+        self._readings = readings
+        self._reported.clear()
 
     def _begin(self) -> None:
         self._begun = True
@@ -208,34 +219,26 @@ class Dispatcher:
             without.orphans()
         if without.waits:
             actions += without.report()
-        waiting.stir()
+        is_due = gpu.at >= waiting.due_at
+        if is_due:
+            waiting.stir()
         stirred = gpu.take_stirred()
         if stirred:
-            actions += self._fill(stirred)
-        actions += waiting.look(stirred)
+            runs = self._filling.fill(stirred)
+            actions += waiting.begun(runs) if waiting.is_blocked else runs
+        actions += waiting.look(stirred, at_all=is_due)
         if waiting.has_given_up and without.sort_out():
             actions += without.report()
         if cpu.workers:
             actions += cpu.refill()
-        actions += self._helping.begin()
+        if cpu.average is not None:
+            actions += self._helping.begin()
         if cpu.workers:
             actions += cpu.flush()
         if without.dropped:
             actions += self._drop()
         if not self._left:
             actions += self._end()
-        return actions
-
-    def _fill(self, stirred: Sequence[str]) -> list[Action]:
-        """Tests for free workers of these devices."""
-        gpu, waiting = self._gpu, self._waiting
-        actions: list[Action] = []
-        for run in self._filling.fill(stirred):
-            actions.append(run)
-            if waiting.is_blocked:
-                it = gpu.workers[run.worker]
-                for device in gpu.devices(it, gpu.need(run.tests[0]).devices):
-                    actions += waiting.started(device)
         return actions
 
     def _drop(self) -> list[Drop]:

@@ -30,11 +30,11 @@ class Filling:
             free += side.free[device].values()
         if len(free) > 1:
             # Who has begun something goes first, then who has a context: a new one costs VRAM.
-            free.sort(key=lambda it: (it.unit is None, -self._held(it)))
+            free.sort(key=self._turn)
         runs: list[Run] = []
         failed: dict[str, int] = {}
         for it in free:
-            if it.unit is None and it.device in failed and failed[it.device] >= self._held(it):
+            if failed and it.unit is None and failed.get(it.device, -1) >= self._held(it):
                 # A worker that holds no less than this one has found nothing there.
                 continue
             unit = self._pick(it)
@@ -45,13 +45,18 @@ class Filling:
                 failed[it.device] = self._held(it)
         return runs
 
+    def _turn(self, it: GpuWorker) -> tuple[bool, int]:
+        return it.unit is None, -self._held(it)
+
     def _held(self, it: GpuWorker) -> int:
         return self._side.ledgers[it.device].accounts[it.id].committed
 
     def _pick(self, it: GpuWorker) -> Unit | None:
         if it.unit is not None:
             return it.unit if self._side.fits(it, it.unit) else None
-        return self._claimed(it) or self._first(it) or self._share(it)
+        unit = self._claimed(it) if self._side.claims.exist else None
+        unit = unit or self._first(it)
+        return self._share(it) if unit is None and self._may_share else unit
 
     def _claimed(self, it: GpuWorker) -> Unit | None:
         """What claims the worker's device, where the worker can serve it now."""
@@ -60,16 +65,18 @@ class Filling:
         if claim is None or claim.worker not in (None, it):
             return None
         unit = claim.unit
-        return unit if it.knows(unit.tests[0]) and side.fits(it, unit) else None
+        return unit if side.enters(it, unit) and side.fits(it, unit) else None
 
     def _first(self, it: GpuWorker) -> Unit | None:
         """The first unit in the order that fits, and that does not stand in a claim's way."""
         side = self._side
         pending = side.pending
         for unit in pending.again:
-            if self._enters(it, unit) and side.fits(it, unit):
+            if side.enters(it, unit) and side.fits(it, unit):
                 return unit
         best = -1
+        plain = it.collected is None
+        sure = side.is_exact and not side.claims.exist
         for kind, tree in pending.trees.items():
             limit = side.limit(it, kind)
             rank = tree.first(limit)
@@ -81,17 +88,12 @@ class Filling:
                     break
                 unit = pending.units[rank]
                 # What fits now is a test that the worker could ever run, if it has collected it.
-                enters = (it.collected is None and not unit.key) or self._enters(it, unit)
-                if enters and side.fits_in(it, unit, kind, limit):
+                enters = (plain and not unit.key) or side.enters(it, unit)
+                if enters and (sure or side.fits_in(it, unit, kind, limit)):
                     best = rank
                     break
                 rank = tree.first(limit, rank + 1)
-        if best >= 0:
-            return pending.units[best]
-        for unit in pending.last:
-            if self._enters(it, unit) and side.fits(it, unit):
-                return unit
-        return None
+        return pending.units[best] if best >= 0 else None
 
     def _spare(self, it: GpuWorker, smallest: int) -> int:
         """Without known durations: room for the smallest pending tests on the free workers."""
@@ -100,9 +102,7 @@ class Filling:
         return others * min(smallest, side.ledgers[it.device].room.budget)
 
     def _share(self, it: GpuWorker) -> Unit | None:
-        """The second half of what another worker has begun, where groups may be split."""
-        if not self._may_share:
-            return None
+        """The second half of what another worker has begun."""
         side = self._side
         begun = [
             other.unit
@@ -110,7 +110,7 @@ class Filling:
             if other is not it
             and other.unit is not None
             and len(other.unit.tests) > 1
-            and self._enters(it, other.unit)
+            and side.enters(it, other.unit)
         ]
         whole = max(begun, key=lambda unit: len(unit.tests), default=None)
         if whole is None:
@@ -123,20 +123,9 @@ class Filling:
         side.pending.back(part)
         return part
 
-    def _enters(self, it: GpuWorker, unit: Unit) -> bool:
-        """Whether the worker may begin it: it never comes back to a group that it has left."""
-        side = self._side
-        if unit.key and unit.key in it.left_groups and unit.key != it.last_group:
-            # Unless nobody else can: a test must not be lost for a fixture's sake.
-            for other in side.workers.values():
-                fresh = unit.key not in other.left_groups or other.last_group == unit.key
-                if other is not it and fresh and side.could(other, unit):
-                    return False
-        return side.could(it, unit)
-
     def _begin(self, it: GpuWorker, unit: Unit) -> Run:
         side = self._side
-        kind = side.kind(unit)
+        kind = count, alone = side.kind(unit)
         if it.unit is not unit:
             side.pending.take(unit, kind)
             it.begin(unit)
@@ -145,11 +134,12 @@ class Filling:
         need = known.vram if known.vram is not None else side.bytes_for(it, test)
         side.serial += 1
         it.test, it.busy, it.serial, it.emptied = test, True, side.serial, 0
-        devices = side.devices(it, kind[0])
-        for device in devices if need or kind[1] else ():
-            side.ledgers[device].start(it.id, need)
+        devices = side.devices(it, count)
+        if need or alone:
+            for device in devices:
+                side.ledgers[device].start(it.id, need)
         waited = 0.0 if unit.since is None else side.at - unit.since
-        if kind[1]:
+        if alone:
             side.lonely.add(it.id)
         side.free[it.device].pop(it.id, None)
         side.claims.admitted(it, unit, devices)
@@ -157,5 +147,4 @@ class Filling:
             # Idle workers may share it.
             side.stir()
         unit.since, unit.overtaken = None, 0
-        source = known.source if need else ""
-        return Run(it.id, (test,), True, need, source, waited, alone=kind[1])
+        return Run(it.id, (test,), True, need, known.source if need else "", waited, "", alone)

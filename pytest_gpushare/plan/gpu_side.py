@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from pytest_gpushare.plan.accounts import Ledger
 from pytest_gpushare.plan.claims import Claims
 from pytest_gpushare.plan.gpu_worker import GpuWorker
 from pytest_gpushare.plan.needs import Need
-from pytest_gpushare.plan.units import Kind, Pending, Unit
+from pytest_gpushare.plan.units import Kind, Pending, Unit, kind_of
 from pytest_gpushare.plan.work import Job, Policy, Worker
 
 UNKNOWN = Need()
@@ -29,10 +29,13 @@ class GpuSide:
         )
         """Whether a test wants several devices: what changes on one matters on others."""
         self.serial = 0
-        self.largest: dict[int, int] = {}
+        self.largest: Mapping[int, int] = {}
         """Number of devices -> the largest budget that a test on so many can get."""
+        self._needs: list[Need] = []
         self.cold = False
         """Whether durations are unknown, so that the largest modest need comes next."""
+        self.is_exact = False
+        """Whether each worker admits a test with the need by which it is pending."""
         self.prefix = 0
         """How many ranks come before all others, as they need their device alone."""
         self.at = 0.0
@@ -52,6 +55,8 @@ class GpuSide:
         self.workers[worker.id] = it = GpuWorker(worker, collected, rooms)
         for device in worker.devices:
             self.ledgers[device].open(worker.id)
+        # Its slot may differ from those by which the order was found.
+        self.is_exact = False
         self.refresh(it)
 
     def down(self, it: GpuWorker) -> list[int]:
@@ -101,30 +106,36 @@ class GpuSide:
 
     def take_stirred(self) -> list[str]:
         """The devices on which something changed since this was asked last."""
-        stirred = sorted(self.stirred)
+        stirred = list(self.stirred)
+        if len(stirred) > 1:
+            stirred.sort()
         self.stirred.clear()
         return stirred
 
     # --- what is known of a test ---
 
-    def need(self, test: int) -> Need:
-        """What is known of its need.
+    def settle(self, largest: Mapping[int, int]) -> None:
+        """From now on it is known what each test needs: the largest budgets are.
 
         What was learned is a peak with a margin: where the margin is all that does not fit,
         the test gets the whole budget of the largest device.
         """
-        need = self.jobs[test].need or UNKNOWN
-        if need.source == "learned" and need.vram is not None:
-            most = self.largest.get(need.devices, 0)
-            if need.vram > most:
-                return need._replace(vram=most)
-        return need
+        self.largest = largest
+        self._needs = needs = [job.need or UNKNOWN for job in self.jobs]
+        for test, need in enumerate(needs):
+            if need.source == "learned" and need.vram is not None:
+                most = largest.get(need.devices, 0)
+                if need.vram > most:
+                    needs[test] = need._replace(vram=most)
+
+    def need(self, test: int) -> Need:
+        """What is known of its need."""
+        return self._needs[test]
 
     def kind(self, unit: Unit) -> Kind:
         """How many devices its next test wants, and whether alone."""
         if unit.kind is None:
-            need = self.need(unit.tests[0])
-            unit.kind = need.devices, need.exclusive or unit.alone
+            unit.kind = kind_of(self.need(unit.tests[0]))
         return unit.kind
 
     def devices(self, it: GpuWorker, count: int) -> tuple[str, ...]:
@@ -159,11 +170,23 @@ class GpuSide:
         """Whether any worker can ever run all tests of the unit."""
         return any(self.could(it, unit) for it in self.workers.values())
 
+    def enters(self, it: GpuWorker, unit: Unit) -> bool:
+        """Whether the worker may begin it: it never comes back to a group that it has left."""
+        if unit.key and unit.key in it.left_groups and unit.key != it.last_group:
+            # Unless nobody else can: a test must not be lost for a fixture's sake.
+            for other in self.workers.values():
+                fresh = unit.key not in other.left_groups or other.last_group == unit.key
+                if other is not it and fresh and self.could(other, unit):
+                    return False
+        return self.could(it, unit)
+
     # --- admission ---
 
     def limit(self, it: GpuWorker, kind: Kind) -> int:
         """The largest need of this kind that may start in this worker now; -1: none."""
         count, exclusive = kind
+        if count == 1 and not exclusive and not self.lonely:
+            return self.ledgers[it.device].limit(it.id)
         devices = self.devices(it, count)
         if len(devices) < count:
             return -1

@@ -21,7 +21,7 @@ class Helping:
     def begin(self) -> list[Run]:
         """Tests for those that are free."""
         gpu, average = self._gpu, self._cpu.average
-        if average is None or not self._cpu.waiting:
+        if average is None or not self._cpu.waits:
             return []
         if gpu.pending.count and average > LONG:
             # A GPU test that could start soon would wait for this worker.

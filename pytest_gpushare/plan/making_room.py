@@ -58,9 +58,8 @@ class MakingRoom:
         side = self._side
         found = [
             (size, other)
-            for name in ledger.accounts
-            if (size := ledger.retained(name)) >= WORTH_EMPTYING
-            and (other := side.workers.get(name)) is not None
+            for size, name in ledger.retained(WORTH_EMPTYING)
+            if (other := side.workers.get(name)) is not None
             and other is not it
             and other.is_free
             and other.emptied <= fixtures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 NOTHING = 1 << 62
 """A need that fits nowhere: what is not pending."""
@@ -14,11 +14,11 @@ class Order:
     A tree of minima: 100,000 tests with as many different needs are searched 64 workers long.
     """
 
-    def __init__(self, size: int, pending: Iterable[tuple[int, int]] = ()) -> None:
-        self._leaves = 1 << max(0, size - 1).bit_length()
+    def __init__(self, needs: Sequence[int]) -> None:
+        """The needs by rank, in bytes; `NOTHING` for what is not pending."""
+        self._leaves = 1 << max(0, len(needs) - 1).bit_length()
         tree = [NOTHING] * (2 * self._leaves)
-        for rank, need in pending:
-            tree[self._leaves + rank] = need
+        tree[self._leaves : self._leaves + len(needs)] = needs
         width = self._leaves
         while width > 1:
             below = tree[width : 2 * width]
@@ -45,21 +45,28 @@ class Order:
         self._front = leaf
         return leaf - self._leaves
 
-    def put(self, rank: int, need: int) -> None:
-        """Make this rank pending."""
-        self._front = min(self._front, self._leaves + rank)
-        self._set(rank, need)
-
     def take(self, rank: int) -> None:
         """Make this rank pending no more."""
-        self._set(rank, NOTHING)
+        tree = self._tree
+        node = self._leaves + rank
+        tree[node] = NOTHING
+        while node > 1:
+            # The smaller one of a node and its sibling is above them.
+            least, other = tree[node], tree[node ^ 1]
+            node >>= 1
+            if other < least:
+                least = other
+            if tree[node] == least:
+                break
+            tree[node] = least
 
     def first(self, most: int, start: int = 0) -> int:
         """The first rank from `start` on whose need is at most `most`; -1 where there is none."""
         tree, leaves = self._tree, self._leaves
         if most < 0 or tree[1] > most or start >= leaves:
             return -1
-        node = leaves + start if start else 1
+        # Up from the first that is pending: what fits is mostly near it, the root is far away.
+        node = max(leaves + start, self._front)
         while tree[node] > most:
             # To the subtree on the right of this one.
             while node & 1:
@@ -72,16 +79,3 @@ class Order:
             if tree[node] > most:
                 node += 1
         return node - leaves
-
-    def _set(self, rank: int, need: int) -> None:
-        tree = self._tree
-        node = self._leaves + rank
-        tree[node] = need
-        node >>= 1
-        while node:
-            left, right = tree[2 * node], tree[2 * node + 1]
-            least = left if left < right else right
-            if tree[node] == least:
-                break
-            tree[node] = least
-            node >>= 1

@@ -24,15 +24,6 @@ LEVELS = 24
 EXPONENTS = (0.5, 0.3, 1.0, 0.0)
 
 
-class Piece(NamedTuple):
-    """What is packed: a test, or tests that stay together."""
-
-    need: int
-    """Bytes."""
-    duration: float | None
-    """Seconds; None: unknown."""
-
-
 class Bin(NamedTuple):
     """A device with its workers."""
 
@@ -43,23 +34,26 @@ class Bin(NamedTuple):
     """What an idle worker holds that has run a test, in bytes."""
 
 
-def best_order(pieces: Sequence[Piece], bins: Sequence[Bin]) -> list[int] | None:
-    """The indices of the pieces in the order to start them; None where too few are known.
+def best_order(
+    sizes: Sequence[int], times: Sequence[float | None], bins: Sequence[Bin]
+) -> list[int] | None:
+    """The pieces, by their indices, in the order to start them; None where too few are known.
 
-    Where some durations are unknown, the median of the known ones stands for them.
+    A piece is a test, or tests that stay together; it needs so many bytes and takes so many
+    seconds (None: unknown; the median of the known ones stands for it).
     """
-    known = sorted(piece.duration for piece in pieces if piece.duration is not None)
-    if not bins or len(known) * 2 < len(pieces) or not known:
+    known = sorted(time for time in times if time is not None)
+    if not bins or len(known) * 2 < len(times) or not known:
         return None
     median = known[len(known) // 2]
     largest = max(b.budget for b in bins)
-    durations = [max(median if p.duration is None else p.duration, 1e-6) for p in pieces]
-    needs = [max(1, min(piece.need, largest)) for piece in pieces]
-    if len(pieces) > STEPS:
+    durations = [max(median if time is None else time, 1e-6) for time in times]
+    needs = [max(1, min(size, largest)) for size in sizes]
+    if len(needs) > STEPS:
         return _sorted(_plain(durations, needs, EXPONENTS[0]))
     # A start costs the more, the more needs there are to choose from.
     levels = _levels(needs, largest)
-    tries = min(MOST_TRIES, STEPS * 8 // (len(pieces) * (8 + len(set(levels)))))
+    tries = min(MOST_TRIES, STEPS * 8 // (len(needs) * (8 + len(set(levels)))))
     if not tries:
         return _sorted(_plain(durations, needs, EXPONENTS[0]))
     bound = lower_bound(needs, durations, bins)

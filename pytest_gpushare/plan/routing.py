@@ -8,8 +8,8 @@ from typing import NamedTuple
 from pytest_gpushare.plan.accounts import Ledger
 from pytest_gpushare.plan.cpu_side import CpuSide
 from pytest_gpushare.plan.gpu_side import GpuSide
-from pytest_gpushare.plan.packing import Bin, Piece, best_order
-from pytest_gpushare.plan.units import GROUPED, Kind, Pending, Unit, in_units
+from pytest_gpushare.plan.packing import Bin, best_order
+from pytest_gpushare.plan.units import GROUPED, Pending, Unit, in_parts, in_units, kind_of
 from pytest_gpushare.plan.work import Job
 from pytest_gpushare.units import format_gb, plural
 
@@ -74,7 +74,7 @@ class _Largest:
                 if len(seen := it.devices[:count]) == count
             ]
             self._most[count] = max(found, default=(0, ""))
-            gpu.largest[count] = self._most[count][0]
+        gpu.settle({count: most for count, (most, _) in self._most.items()})
 
     def problem(self, job: Job) -> str:
         """Why no worker can ever run the test: need, largest budget and remedy; or nothing."""
@@ -110,47 +110,42 @@ def ordered(tests: Sequence[int], jobs: Sequence[Job], gpu: GpuSide) -> tuple[Pe
     What does not fit beside the contexts of its device's other workers comes first of all:
     then they have none yet, and need not be ended for its sake.
     """
-    units = [part for unit in in_units(tests, jobs) for part in _parts(unit, gpu)]
+    units = in_parts(in_units(tests, jobs), gpu.anybody_could)
     bins = _bins(gpu)
     largest = max((b.budget for b in bins), default=0)
     widest = max((b.budget - (b.workers - 1) * b.context for b in bins), default=0)
     slots = _slots(gpu)
-    weighed = [_weighed(unit, jobs, gpu, slots, largest) for unit in units]
+    gpu.is_exact = all(
+        min(it.slot, most) == slots[count]
+        for it in gpu.workers.values()
+        for count, most in it.most.items()
+    )
+    heads = [gpu.need(unit.tests[0]) for unit in units]
+    kinds = [kind_of(head) for head in heads]
+    needs = [slots[head.devices] if head.vram is None else head.vram for head in heads]
+
+    def pending(order: Sequence[int]) -> Pending:
+        return Pending(
+            [units[at] for at in order], [kinds[at] for at in order], [needs[at] for at in order]
+        )
+
     if gpu.policy.dist in GROUPED and not gpu.policy.reorder:
-        return _in_order(range(len(units)), units, weighed), False
-    order = best_order([one.piece for one in weighed], bins)
+        return pending(range(len(units))), False
+    sizes = [largest if kind[1] else need for kind, need in zip(kinds, needs, strict=True)]
+    times = [jobs[unit.tests[0]].duration for unit in units]
+    for at, unit in enumerate(units):
+        if len(unit.tests) > 1:
+            sizes[at], times[at] = _whole(unit, jobs, gpu, slots, largest)
+    order = best_order(sizes, times, bins)
     cold = order is None
     if order is None:
-        order = sorted(range(len(units)), key=lambda at: -weighed[at].piece.need)
-    first = [
-        at for at in order if (cold if weighed[at].kind[1] else weighed[at].piece.need > widest)
-    ]
+        order = sorted(range(len(units)), key=sizes.__getitem__, reverse=True)
+    first = [at for at in order if (cold if kinds[at][1] else sizes[at] > widest)]
     if first:
         chosen = set(first)
         order = [*first, *(at for at in order if at not in chosen)]
     gpu.prefix = len(first)
-    return _in_order(order, units, weighed), cold
-
-
-class _Weighed(NamedTuple):
-    """A unit as the search for an order sees it."""
-
-    piece: Piece
-    kind: Kind
-    need: int
-    """That of its first test, in bytes."""
-
-
-def _in_order(order: Sequence[int], units: Sequence[Unit], weighed: Sequence[_Weighed]) -> Pending:
-    kinds = [weighed[at].kind for at in order]
-    return Pending([units[at] for at in order], kinds, [weighed[at].need for at in order])
-
-
-def _parts(unit: Unit, gpu: GpuSide) -> list[Unit]:
-    """The unit, or its tests one by one where no worker can run them all."""
-    if len(unit.tests) == 1 or gpu.anybody_could(unit):
-        return [unit]
-    return [Unit([test]) for test in unit.tests]
+    return pending(order), cold
 
 
 def _slots(gpu: GpuSide) -> dict[int, int]:
@@ -161,21 +156,15 @@ def _slots(gpu: GpuSide) -> dict[int, int]:
     }
 
 
-def _weighed(
+def _whole(
     unit: Unit, jobs: Sequence[Job], gpu: GpuSide, slots: Mapping[int, int], largest: int
-) -> _Weighed:
-    tests = unit.tests
-    head = gpu.need(tests[0])
-    kind = head.devices, head.exclusive
-    first = slots[head.devices] if head.vram is None else head.vram
-    if len(tests) == 1:
-        piece = Piece(largest if head.exclusive else first, jobs[tests[0]].duration)
-        return _Weighed(piece, kind, first)
-    needs = [gpu.need(test) for test in tests]
+) -> tuple[int, float | None]:
+    """The largest need of a unit's tests, in bytes, and how long they take, if all is known."""
+    needs = [gpu.need(test) for test in unit.tests]
     sizes = [slots[need.devices] if need.vram is None else need.vram for need in needs]
     most = max(largest if need.exclusive else size for need, size in zip(needs, sizes, strict=True))
-    known = [time for test in tests if (time := jobs[test].duration) is not None]
-    return _Weighed(Piece(most, sum(known) if len(known) == len(tests) else None), kind, first)
+    known = [time for test in unit.tests if (time := jobs[test].duration) is not None]
+    return most, sum(known) if len(known) == len(unit.tests) else None
 
 
 def _bins(gpu: GpuSide) -> list[Bin]:

@@ -28,7 +28,7 @@ def next_on(device: str, side: GpuSide) -> tuple[GpuWorker, Unit] | None:
         unbound.sort(key=lambda it: -accounts[it.id].committed)
     if claim is not None and claim.worker is None:
         for it in unbound:
-            if side.could(it, claim.unit):
+            if side.enters(it, claim.unit):
                 return it, claim.unit
     if bound is not None:
         return bound
@@ -40,19 +40,17 @@ def next_on(device: str, side: GpuSide) -> tuple[GpuWorker, Unit] | None:
 
 
 def first_for(it: GpuWorker, side: GpuSide) -> Unit | None:
-    """The first pending unit that this worker may ever run."""
+    """The first pending unit that this worker may ever begin."""
     pending = side.pending
     for unit in pending.again:
-        if side.could(it, unit):
+        if side.enters(it, unit):
             return unit
     first: Unit | None = None
     for kind, tree in pending.trees.items():
         most = it.most.get(kind[0], -1)
         rank = tree.first(most)
-        while rank >= 0 and not side.could(it, pending.units[rank]):
+        while rank >= 0 and not side.enters(it, pending.units[rank]):
             rank = tree.first(most, rank + 1)
         if rank >= 0 and (first is None or rank < first.rank):
             first = pending.units[rank]
-    if first is not None:
-        return first
-    return next((unit for unit in pending.last if side.could(it, unit)), None)
+    return first

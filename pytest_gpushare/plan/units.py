@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from pytest_gpushare.plan.order import Order
+from pytest_gpushare.plan.needs import Need
+from pytest_gpushare.plan.order import NOTHING, Order
 from pytest_gpushare.plan.work import Job
 
 GROUPED = ("loadscope", "loadfile", "loadgroup")
@@ -12,24 +13,28 @@ GROUPED = ("loadscope", "loadfile", "loadgroup")
 
 Kind = tuple[int, bool]
 """(devices, exclusive) of a unit's first test: what is searched in one tree."""
+_USUAL: Kind = (1, False)
+
+
+def kind_of(need: Need) -> Kind:
+    """That of a test which needs so much."""
+    if need.devices == 1 and not need.exclusive:
+        return _USUAL
+    return need.devices, need.exclusive
 
 
 class Unit:
     """Tests that go to one worker, one after the other."""
 
-    __slots__ = (
-        "alone", "claims", "key", "kind", "overtaken", "rank", "since", "tests", "wants"
-    )  # fmt: skip
+    __slots__ = ("claims", "key", "kind", "overtaken", "rank", "since", "tests", "wants")
 
-    def __init__(self, tests: list[int], key: str = "", alone: bool = False) -> None:
+    def __init__(self, tests: list[int], key: str = "") -> None:
         self.tests = tests
         """Numbers of those that were not begun."""
         self.key = key
         """The group; empty for a test of its own."""
         self.rank = -1
         """The place in the order; -1: before all, as it was begun or lost already."""
-        self.alone = alone
-        """Whether its test runs alone on its devices though its need does not say so."""
         self.kind: Kind | None = None
         """That of its next test; found when asked."""
         self.claims = False
@@ -63,6 +68,17 @@ def in_units(numbers: Iterable[int], jobs: Sequence[Job]) -> list[Unit]:
     return units
 
 
+def in_parts(units: Iterable[Unit], is_runnable: Callable[[Unit], bool]) -> list[Unit]:
+    """The units; of one that no worker can run as a whole, its tests one by one."""
+    found: list[Unit] = []
+    for unit in units:
+        if len(unit.tests) == 1 or is_runnable(unit):
+            found.append(unit)
+        else:
+            found += [Unit([test]) for test in unit.tests]
+    return found
+
+
 class Pending:
     """Units that no worker has begun, found by what fits and in order."""
 
@@ -74,23 +90,19 @@ class Pending:
         """By rank."""
         self.again: list[Unit] = []
         """Begun before, by workers that are gone; they come first."""
-        self.last: list[Unit] = []
-        """What runs alone after all others."""
         self.count = len(units)
-        pairs: dict[Kind, list[tuple[int, int]]] = {}
         for rank, unit in enumerate(units):
-            kind = kinds[rank]
-            unit.rank, unit.kind = rank, kind
-            pairs.setdefault(kind, []).append((rank, needs[rank]))
-        self.trees = {kind: Order(len(units), found) for kind, found in pairs.items()}
+            unit.rank, unit.kind = rank, kinds[rank]
+        self.trees: dict[Kind, Order] = {}
+        for kind in dict.fromkeys(kinds):
+            own = [need if kind == at else NOTHING for at, need in zip(kinds, needs, strict=True)]
+            self.trees[kind] = Order(own)
 
     def take(self, unit: Unit, kind: Kind) -> None:
         """A worker begins this unit."""
         self.count -= 1
         if unit.rank >= 0:
             self.trees[kind].take(unit.rank)
-        elif unit.alone:
-            self.last.remove(unit)
         else:
             self.again.remove(unit)
 
@@ -98,7 +110,7 @@ class Pending:
         """A unit comes back, perhaps without the tests that were run."""
         self.count += 1
         unit.rank = -1
-        (self.last if unit.alone else self.again).append(unit)
+        self.again.append(unit)
 
     def front(self) -> Unit | None:
         """The unit whose turn it is."""
@@ -109,9 +121,7 @@ class Pending:
             rank = tree.front
             if rank >= 0 and (rank < first or first < 0):
                 first = rank
-        if first >= 0:
-            return self.units[first]
-        return self.last[0] if self.last else None
+        return self.units[first] if first >= 0 else None
 
     def all(self) -> list[Unit]:
         """Every pending unit; slow."""
@@ -121,4 +131,4 @@ class Pending:
             while rank >= 0:
                 found.append(self.units[rank])
                 rank = tree.first(1 << 61, rank + 1)
-        return [*found, *self.last]
+        return found

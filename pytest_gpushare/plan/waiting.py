@@ -11,13 +11,15 @@ from pytest_gpushare.plan.gpu_worker import GpuWorker
 from pytest_gpushare.plan.making_room import MakingRoom
 from pytest_gpushare.plan.turn import next_on
 from pytest_gpushare.plan.units import Unit
-from pytest_gpushare.plan.work import Action, Tell
+from pytest_gpushare.plan.work import Action, Run, Tell
 from pytest_gpushare.units import format_gb
 
 EMPTYING_TIMEOUT = 10.0
 """Seconds after which a worker that does not answer counts as having emptied its caches."""
 AGAIN = 0.25
 """Seconds after which devices are looked at on which nothing has changed."""
+AGAIN_WHILE_BUSY = 2.0
+"""The same where a test runs: when that is over, something has changed."""
 PATIENCE = 0.5
 """Seconds for which VRAM may be missing before anything is said of it."""
 
@@ -41,12 +43,22 @@ class Waiting:
         self._blocked: dict[str, Blocked] = {}
         self._released: dict[str, tuple[int, float]] = {}
         """Device -> the VRAM that tests gave back last, in bytes, and when."""
-        self._stirred = float("-inf")
+        self.due_at = float("-inf")
+        """When every device is to be looked at: no event tells what time has changed."""
 
     def released(self, device: str, size: int) -> None:
         """A test or a process gave back so many bytes."""
         if size > 0:
             self._released[device] = size, self._side.at
+
+    def begun(self, runs: Sequence[Run]) -> Iterator[Action]:
+        """These tests, and the word that nobody is in their way any more."""
+        side = self._side
+        for run in runs:
+            yield run
+            it = side.workers[run.worker]
+            for device in side.devices(it, side.need(run.tests[0]).devices):
+                yield from self.started(device)
 
     def started(self, device: str) -> Iterator[Tell]:
         """A test started on the device: nobody is in the way."""
@@ -58,11 +70,9 @@ class Waiting:
             yield Tell("pressure-over", text, {"device": device, "waited_s": round(waited, 3)})
 
     def stir(self) -> None:
-        """Now and then look at every device: time may have changed what no event tells."""
+        """What time may have changed."""
         side = self._side
-        if side.at - self._stirred < AGAIN:
-            return
-        self._stirred = side.at
+        self.due_at = side.at + AGAIN
         for it in side.workers.values():
             if it.emptying is not None and side.at - it.emptying > EMPTYING_TIMEOUT:
                 it.emptying = None
@@ -70,16 +80,17 @@ class Waiting:
         side.stirred.update(
             device
             for device, free in side.free.items()
-            if free and side.at - side.filled[device] >= AGAIN
+            if free
+            and side.at - side.filled[device]
+            >= (AGAIN_WHILE_BUSY if side.ledgers[device].running else AGAIN)
         )
 
-    def look(self, stirred: Sequence[str]) -> list[Action]:
-        """What is to be done for the tests that wait on these devices, now and then on all."""
+    def look(self, devices: Sequence[str], *, at_all: bool) -> list[Action]:
+        """What is to be done for the tests that wait on these devices, or on all of them."""
         side = self._side
-        is_due = side.at == self._stirred
         actions: list[Action] = []
-        for device in sorted(side.free) if is_due else stirred:
-            if not side.free[device] or (side.ledgers[device].running and not is_due):
+        for device in sorted(side.free) if at_all else devices:
+            if not side.free[device] or (side.ledgers[device].running and not at_all):
                 # While a test runs there, to wait for it is the rule: now and then will do.
                 continue
             found = next_on(device, side)

@@ -42,13 +42,19 @@ class Readings:
         self._telling: set[str] = set()
         """UUIDs of devices of which it was told what a worker holds there."""
         self._last_report = float("-inf")
+        self._basis: object = None
+        """What the last answer was made of."""
+        self._found: dict[str, Reading] = {}
 
     def has_reported(self, worker: str) -> None:
         """A GPU worker has done a test: what was read before shows what it held then."""
         self._last_report = self._reported[worker] = self._clock()
 
     def now(self) -> Mapping[str, Reading]:
-        """UUID -> reading; empty where nobody can be asked."""
+        """UUID -> reading; empty where nobody can be asked.
+
+        The same mapping as before as long as nothing was read anew; no answer changes later.
+        """
         if self._live is None:
             return {}
         # The processes first: of what a test allocates meanwhile, free must show at least as
@@ -58,11 +64,16 @@ class Readings:
         # Free VRAM that is older than the processes lacks what they have taken since: it would
         # be given away twice. One thread reads both, so the younger one began after the other.
         younger = max(0.0, self._clock() - processes.at)
-        memory = self._live.memory(min(MEMORY_AGE, age, younger)).devices
+        memory_read = self._live.memory(min(MEMORY_AGE, age, younger))
+        memory = memory_read.devices
         resident = self._resident()
         # What a test that is over held would be taken for what the next one has allocated.
         old = {worker for worker, at in self._reported.items() if at > processes.at}
-        found = {}
+        basis = processes.at, memory_read.at, dict(resident), old, dict(self.workers)
+        if basis == self._basis:
+            return self._found
+        self._basis = basis
+        self._found = found = {}
         for uuid in self._devices:
             held = processes.devices.get(uuid)
             reading = _reading(memory.get(uuid), held, self.workers, resident.get(uuid))

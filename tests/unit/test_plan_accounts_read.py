@@ -18,9 +18,9 @@ def test_same_figures_after_a_test() -> None:
     assert ledger.read(reading)
     assert not ledger.read(reading._replace())
     ledger.stop("gw0", None)
-    assert ledger.retained("gw0") == 0
+    assert ledger.retained(GB) == []
     assert ledger.read(reading._replace())
-    assert ledger.retained("gw0") == 5 * GB
+    assert ledger.retained(GB) == [(5 * GB, "gw0")]
 
 
 def test_nothing_held_is_believed_where_figures_were_told() -> None:

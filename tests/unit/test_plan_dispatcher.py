@@ -241,19 +241,6 @@ def test_exclusive() -> None:
     assert len(runs(made.step({}, 1))) == 2
 
 
-def test_again_alone() -> None:
-    """A test that ran out of memory runs after the others, alone on its device."""
-    made = dispatcher_of([gpu_test("a", 4), gpu_test("b", 4)], [gpu_worker(0), gpu_worker(1)])
-    made.step({}, 0)
-    made.finished("gw0", 0)
-    made.again(0, alone=True)
-    assert made.step({}, 1) == []
-    made.finished("gw1", 1)
-    (run,) = made.step({}, 2)
-    assert isinstance(run, Run)
-    assert (run.tests, run.alone) == ((0,), True)
-
-
 # --- ageing ---
 
 
@@ -294,12 +281,12 @@ def test_a_bound_test_is_not_starved() -> None:
 
 def two_that_keep(first: float, second: float) -> Dispatcher:
     """Two workers that keep so many GB after their tests; a test of 9.8 GB waits."""
-    jobs = [gpu_test("a", 5), gpu_test("b", 5), gpu_test("c", 9.8)]
-    made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1)], budget=10.5, context=CONTEXT)
+    jobs = [gpu_test("a", 5, group="a"), gpu_test("b", 5, group="b"), gpu_test("c", 9.8)]
     # It needs the device alone, so it would come first.
-    jobs[2] = gpu_test("c", 5)
+    policy = Policy(dist="loadscope", reorder=False)
+    workers = [gpu_worker(0), gpu_worker(1)]
+    made = dispatcher_of(jobs, workers, budget=10.5, context=CONTEXT, policy=policy)
     assert runs(made.step({}, 0)) == {"gw0": (0,), "gw1": (1,)}
-    jobs[2] = gpu_test("c", 9.8)
     made.finished("gw0", 0, {GPU: int(first * GB)})
     made.finished("gw1", 1, {GPU: int(second * GB)})
     return made
@@ -338,10 +325,26 @@ def test_room_is_made_the_gentlest_way_first() -> None:
     assert runs(made.step({}, 5)) == {"gw0": (2,)}
 
 
+def test_room_is_made_for_the_worker_that_may_begin_the_group() -> None:
+    """The one that holds most had the group before; nobody waited for the other's room."""
+    jobs = [gpu_test("a", 5, group="a"), gpu_test("b", 10.5, group="b")]
+    policy = Policy(dist="loadscope", reorder=False)
+    made = dispatcher_of(jobs, [gpu_worker(0)], budget=10.5, context=CONTEXT, policy=policy)
+    assert runs(made.step({}, 0)) == {"gw0": (0,)}
+    made.worker_up(gpu_worker(1))
+    made._gpu.workers["gw0"].left_groups.add("b")
+    made.finished("gw0", 0, {GPU: CONTEXT})
+    ended, told = made.step({}, 1)
+    assert ended == Shutdown("gw0")
+    assert isinstance(told, Tell)
+    made.worker_down("gw0")
+    assert runs(made.step({}, 2)) == {"gw1": (1,)}
+
+
 def test_caches_are_left_alone_where_the_user_says_so() -> None:
     """`empty_caches = never`: fixtures and workers only."""
     made = two_that_keep(4, 3)
-    made._gpu.policy = Policy(empty_caches="never")
+    made._gpu.policy = made._gpu.policy._replace(empty_caches="never")
     assert made.step({}, 1) == [EmptyCaches("gw1", fixtures=True)]
 
 
@@ -495,6 +498,19 @@ def test_a_test_that_nobody_can_run_any_more() -> None:
     made.worker_down("gw0")
     made.again(0)
     assert Drop(0, "no GPU worker is left that could run it") in made.step({}, 1)
+
+
+def test_a_group_that_no_cpu_worker_has_collected_as_a_whole() -> None:
+    """Under loadscope it is run all the same, by those who have collected its tests."""
+    jobs = [Job("a", group="g"), Job("b", group="g"), Job("c", group="h"), Job("d", group="h")]
+    made = Dispatcher(jobs, [], Policy(dist="loadscope"))
+    for worker, collected in (("gw0", {0, 2}), ("gw1", {1, 3}), ("gw2", {0, 1, 2, 3})):
+        made.worker_up(Worker(worker), collected)
+    begun = [(a.worker, a.tests) for a in made.step({}, 0) if isinstance(a, Run) and a.tests]
+    assert begun == [("gw2", (0, 1))]
+    made.worker_down("gw2")
+    found = [(a.worker, a.tests) for a in made.step({}, 1) if isinstance(a, Run) and a.tests]
+    assert found == [("gw0", (2,)), ("gw1", (3, 1))]
 
 
 def test_no_gpu_worker_is_left() -> None:

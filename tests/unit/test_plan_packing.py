@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpushare.plan.order import NOTHING, Order
-from pytest_gpushare.plan.packing import STEPS, Bin, Piece, best_order, lower_bound
+from pytest_gpushare.plan.packing import STEPS, Bin, best_order, lower_bound
 from pytest_gpushare.units import GB
 
 WORKLOAD = [
@@ -27,12 +27,14 @@ WORKLOAD = [
     st.lists(st.none() | st.integers(0, 40), max_size=40), st.integers(-2, 45), st.integers(0, 45)
 )
 def test_the_first_that_fits(needs: list[int | None], most: int, start: int) -> None:
-    """As a plain search finds it, after any putting and taking."""
-    order = Order(len(needs))
+    """As a plain search finds it, after any taking."""
+    order = Order([rank % 7 if need is None else need for rank, need in enumerate(needs)])
     for rank, need in enumerate(needs):
-        order.put(rank, 0 if need is None else need)
         if need is None:
             order.take(rank)
+            if rank % 3 == 0:
+                pending = [r for r in range(len(needs)) if r > rank or needs[r] is not None]
+                assert order.front == min(pending, default=-1)
     expected = next(
         (r for r, need in enumerate(needs) if r >= start and need is not None and need <= most), -1
     )
@@ -51,33 +53,32 @@ def test_lower_bound() -> None:
 
 def test_the_order_is_the_same_each_time() -> None:
     """No clock and no seed decides."""
-    pieces = [Piece(size * GB, seconds) for size, seconds in WORKLOAD]
-    orders = [best_order(pieces, [Bin(24 * GB, 8)]) for _ in range(2)]
+    needs, times = [size * GB for size, _ in WORKLOAD], [seconds for _, seconds in WORKLOAD]
+    orders = [best_order(needs, times, [Bin(24 * GB, 8)]) for _ in range(2)]
     assert orders[0] == orders[1]
     assert sorted(orders[0] or []) == list(range(40))
 
 
 def test_too_few_durations() -> None:
     """With half of them known the median stands for the rest; with fewer there is no order."""
-    known, unknown = Piece(GB, 1.0), Piece(GB, None)
-    assert best_order([known, unknown], [Bin(4 * GB, 2)]) is not None
-    assert best_order([known, unknown, unknown], [Bin(4 * GB, 2)]) is None
-    assert best_order([], [Bin(4 * GB, 2)]) is None
-    assert best_order([known], []) is None
+    assert best_order([GB] * 2, [1.0, None], [Bin(4 * GB, 2)]) is not None
+    assert best_order([GB] * 3, [1.0, None, None], [Bin(4 * GB, 2)]) is None
+    assert best_order([], [], [Bin(4 * GB, 2)]) is None
+    assert best_order([GB], [1.0], []) is None
 
 
 def test_more_tests_than_steps() -> None:
     """Then one order is taken untried."""
-    pieces = [Piece((1 + n % 7) * GB, 1.0 + n % 3) for n in range(STEPS + 1)]
-    order = best_order(pieces, [Bin(24 * GB, 8)])
+    needs = [(1 + n % 7) * GB for n in range(STEPS + 1)]
+    order = best_order(needs, [1.0 + n % 3 for n in range(STEPS + 1)], [Bin(24 * GB, 8)])
     assert order is not None
     assert sorted(order) == list(range(STEPS + 1))
 
 
 def test_contexts_count_in_the_simulation() -> None:
     """A test that fits alone, but not beside contexts, ends the simulation all the same."""
-    pieces = [Piece(10 * GB, 1.0), Piece(2 * GB, 1.0), Piece(2 * GB, 1.0)]
-    order = best_order(pieces, [Bin(10 * GB, 3, GB)])
+    needs = [10 * GB, 2 * GB, 2 * GB]
+    order = best_order(needs, [1.0] * 3, [Bin(10 * GB, 3, GB)])
     assert order is not None
     assert sorted(order) == [0, 1, 2]
 

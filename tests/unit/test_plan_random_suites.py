@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from dispatching import Device, Script, World
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_gpushare.plan.needs import Need
@@ -101,6 +101,7 @@ def once_each(world: World) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(COUNTS, SEEDS)
+@example(35, 101270)
 def test_well_behaved_suites(count: int, seed: int) -> None:
     """No overcommit, no deadlock, no starvation, no memory error, one outcome each."""
     world = World(**suite(count, seed, faults=False)).run(limit=5000)
@@ -112,6 +113,8 @@ def test_well_behaved_suites(count: int, seed: int) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(COUNTS, SEEDS)
+@example(19, 6450)
+@example(2, 150345819)
 def test_suites_with_faults(count: int, seed: int) -> None:
     """The same with crashes, pressure from outside, and tests that take 3 × their need."""
     made = suite(count, seed, faults=True)

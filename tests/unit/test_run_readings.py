@@ -160,3 +160,25 @@ def test_ticker_sleeps_until_it_is_woken() -> None:
     ticker.wake()
     assert nudged.wait(5)
     ticker.stop()
+
+
+def test_the_same_answer_as_long_as_nothing_changes() -> None:
+    """Sixteen devices need not be gone through for each test; a report makes a new answer."""
+    clock = [100.0]
+    resident = {"GPU-0": GB}
+    live = LiveVram(Nvml(GpuProcess(os.getpid(), GB)), lambda: clock[0])
+    readings = Readings(live, ["GPU-0"], lambda: resident, clock=lambda: clock[0])
+    readings.workers[os.getpid()] = "gw0"
+    first = readings.now()
+    assert readings.now() is first
+    resident["GPU-0"] = 2 * GB
+    second = readings.now()
+    assert (first["GPU-0"].resident, second["GPU-0"].resident) == (GB, 2 * GB)
+    readings.workers[os.getppid()] = "gw1"
+    third = readings.now()
+    assert third is not second
+    clock[0] += 0.01
+    readings.has_reported("gw0")
+    assert readings.now()["GPU-0"].held["gw0"] is None
+    assert third["GPU-0"].held["gw0"] == GB
+    live.close()
