@@ -97,8 +97,20 @@ class Claims:
             self._drop(lambda claim: claim.unit is unit)
 
     def drop_worker(self, it: GpuWorker) -> None:
-        """The worker is gone, and what was bound to it is not any more."""
-        self._drop(lambda claim: claim.worker is it)
+        """The worker is gone: nothing is bound to it any more, or waits for one like it."""
+        if not self.exist:
+            return
+        others = [other for other in self._side.workers.values() if other.device == it.device]
+        self._drop(
+            lambda claim: (
+                claim.worker is it
+                or (
+                    claim.worker is None
+                    and claim.devices[0] == it.device
+                    and not any(self._side.could(other, claim.unit) for other in others)
+                )
+            )
+        )
 
     def _drop(self, is_over: Callable[[Claim], bool]) -> None:
         for device, queue in self._queues.items():

@@ -35,15 +35,21 @@ class Filling:
         failed: dict[str, int] = {}
         for it in free:
             if failed and it.unit is None and failed.get(it.device, -1) >= self._held(it):
-                # A worker that holds no less than this one has found nothing there.
+                # A worker that holds no less than this one, and may do as much, found nothing.
                 continue
             unit = self._pick(it)
             if unit is not None:
                 failed.pop(it.device, None)
                 runs.append(self._begin(it, unit))
-            elif it.unit is None and it.collected is None and not it.left_groups:
+            elif it.unit is None and self._stands_for_others(it):
                 failed[it.device] = self._held(it)
         return runs
+
+    def _stands_for_others(self, it: GpuWorker) -> bool:
+        """Whether what it may not start no other idle worker of its device may."""
+        side = self._side
+        is_special = it.left_groups or side.has_several or side.claims.exist
+        return it.collected is None and not is_special
 
     def _turn(self, it: GpuWorker) -> tuple[bool, int]:
         return it.unit is None, -self._held(it)

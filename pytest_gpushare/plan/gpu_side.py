@@ -24,7 +24,7 @@ class GpuSide:
         self.workers: dict[str, GpuWorker] = {}
         self.pending = Pending()
         self.claims = Claims(self)
-        self._has_several = policy.visible_devices == "all" and any(
+        self.has_several = policy.visible_devices == "all" and any(
             job.need is not None and job.need.devices > 1 for job in jobs
         )
         """Whether a test wants several devices: what changes on one matters on others."""
@@ -99,7 +99,7 @@ class GpuSide:
 
     def stir(self, device: str = "") -> None:
         """Something changed on a device, or everywhere."""
-        if device and not self._has_several:
+        if device and not self.has_several:
             self.stirred.add(device)
         else:
             self.stirred.update(self.ledgers)

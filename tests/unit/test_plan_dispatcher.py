@@ -276,6 +276,22 @@ def test_a_bound_test_is_not_starved() -> None:
     assert order.index(1) - order.index(0) <= 3 * 5 + 10
 
 
+def test_a_worker_with_more_on_another_device_is_tried_too() -> None:
+    """Two idle workers hold the same on theirs; only one of them fits on both devices."""
+    other = "GPU-1"
+    rooms = [Room(GPU, "GPU 0", 10 * GB), Room(other, "GPU 1", 10 * GB)]
+    workers = [gpu_worker(0, 4, GPU, other), gpu_worker(1, 4, GPU, other)]
+    jobs = [gpu_test("a", 2), gpu_test("both", 2, devices=2), gpu_test("large", 9, devices=2)]
+    policy = Policy(dist="loadscope", reorder=False, visible_devices="all", empty_caches="never")
+    jobs = [job._replace(group=job.nodeid) for job in jobs]
+    made = dispatcher_of(jobs, workers, rooms=rooms, policy=policy)
+    assert runs(made.step({}, 0)) == {"gw0": (0,), "gw1": (1,)}
+    made.finished("gw0", 0, {GPU: GB})
+    made.finished("gw1", 1, {GPU: GB, other: 2 * GB})
+    # 9 beside the 1 of gw0 on the first device; on the second gw1 holds 2 of 10 itself.
+    assert runs(made.step({}, 1)) == {"gw1": (2,)}
+
+
 # --- making room ---
 
 

@@ -115,6 +115,8 @@ def test_well_behaved_suites(count: int, seed: int) -> None:
 @given(COUNTS, SEEDS)
 @example(19, 6450)
 @example(2, 150345819)
+@example(29, 304384)
+@example(37, 303363)
 def test_suites_with_faults(count: int, seed: int) -> None:
     """The same with crashes, pressure from outside, and tests that take 3 × their need."""
     made = suite(count, seed, faults=True)
