@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from pytest_gpushare.plan.gpu_side import GpuSide
 from pytest_gpushare.plan.gpu_worker import GpuWorker
+from pytest_gpushare.plan.order import Order
 from pytest_gpushare.plan.units import GROUPED, Unit
 from pytest_gpushare.plan.work import Run
 
@@ -85,10 +86,7 @@ class Filling:
         sure = side.is_exact and not side.claims.exist
         for kind, tree in pending.trees.items():
             limit = side.limit(it, kind)
-            rank = tree.first(limit)
-            if side.cold and rank >= side.prefix:
-                modest = tree.first(limit - self._spare(it, tree.smallest))
-                rank = rank if modest < 0 else modest
+            rank = self._first_cold(it, tree, limit) if side.cold else tree.first(limit)
             for _ in range(TRIES):
                 if rank < 0 or (0 <= best < rank):
                     break
@@ -101,11 +99,20 @@ class Filling:
                 rank = tree.first(limit, rank + 1)
         return pending.units[best] if best >= 0 else None
 
-    def _spare(self, it: GpuWorker, smallest: int) -> int:
-        """Without known durations: room for the smallest pending tests on the free workers."""
+    def _first_cold(self, it: GpuWorker, tree: Order, limit: int) -> int:
+        """Without known durations: the largest need that leaves room for others.
+
+        That is room for the smallest pending tests on the other free workers.
+        """
         side = self._side
+        if tree.front < side.prefix:
+            rank = tree.first(limit)
+            if rank < side.prefix:
+                return rank
         others = len(side.free[it.device]) - 1
-        return others * min(smallest, side.ledgers[it.device].room.budget)
+        spare = others * min(tree.smallest, side.ledgers[it.device].room.budget) if others else 0
+        modest = tree.first(limit - spare)
+        return modest if modest >= 0 or not spare else tree.first(limit)
 
     def _share(self, it: GpuWorker) -> Unit | None:
         """The second half of what another worker has begun."""
