@@ -157,9 +157,7 @@ def main() -> None:
         ours = pytest_with("-n", str(WORKERS), *OURS)
         measure("needs declared, durations learned", ours, forget, True)
         measure("needs declared, no durations", ours, forget, False)
-        highest = (
-            here.machine.snapshot()[0].peak if hasattr(here.machine.snapshot()[0], "peak") else None
-        )
+        highest = here.machine.snapshot()[0].peak_used
         measure("xdist `-n 8`", pytest_with("-n", "8"), forget, False)
         measure("xdist `-n 2`", pytest_with("-n", "2"), forget, False)
         if options.timing is not None:
