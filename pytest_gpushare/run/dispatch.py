@@ -126,7 +126,9 @@ class GpuShareScheduling:
             return self._stock.remove_node(node)  # type: ignore[no-any-return]
         replaced = has_died and (self._most_deaths is None or self._deaths <= self._most_deaths)
         self._due = True
-        lost = self._hand_out.leave(node.gateway.id, replaced=replaced)
+        worker, held_back = node.gateway.id, self._own.held_back
+        lost = self._hand_out.leave(worker, replaced=replaced, torn_down=held_back.of(worker))
+        held_back.settle(worker, died_in=lost)
         return lost if has_died else None
 
     def _decide(self) -> None:

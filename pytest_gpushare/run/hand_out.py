@@ -38,6 +38,7 @@ class _Hand:
         self.devices = devices
         self.sent: set[int] = set()
         """Numbers of the tests that it was sent and has not done."""
+        self.gives_up_fixtures = False
 
 
 class HandOut:
@@ -99,15 +100,26 @@ class HandOut:
         """Whether this worker has joined."""
         return worker in self._hands
 
-    def leave(self, worker: str, *, replaced: bool) -> str | None:
-        """A worker is gone; returns the test that it ran, where it died in one."""
+    def leave(self, worker: str, *, replaced: bool, torn_down: str | None = None) -> str | None:
+        """A worker is gone; returns the test in which it died, where it died in one.
+
+        `torn_down` is the last test that it has run, if the class, module or session of that one
+        was not torn down yet, as far as is known.
+        """
         hand = self._hands.pop(worker, None)
         if hand is None:
             return None
         self._held.pop(worker, None)
         lost = self._dispatcher.worker_down(worker, replaced=replaced)
         # What the dispatcher gave to a worker that xdist had told to end was never sent.
-        return self._nodeids[lost.running] if lost.running in hand.sent else None
+        running = lost.running if lost.running in hand.sent else None
+        if torn_down is None:
+            return None if running is None else self._nodeids[running]
+        if running is not None:
+            # It was not begun.
+            self._dispatcher.again(running)
+        is_idle = running is None and not (hand.node.shutting_down or hand.gives_up_fixtures)
+        return None if is_idle else torn_down
 
     def done(self, worker: str, index: int, duration: float) -> None:
         """A worker has done a test, or its rest item."""
@@ -147,6 +159,8 @@ class HandOut:
         dispatcher = self._dispatcher
         while self._emptied:
             worker, held = self._emptied.pop(0)
+            if worker in self._hands:
+                self._hands[worker].gives_up_fixtures = False
             self._readings.has_reported(worker)
             dispatcher.emptied(worker, held)
         readings = self._readings.now() if dispatcher.wants_reading else {}
@@ -175,6 +189,7 @@ class HandOut:
                 self._links.send(action.worker, "instead", [index, action.outcome, action.reason])
                 self._send(hand, [action.test], last=True)
             elif isinstance(action, EmptyCaches):
+                hand.gives_up_fixtures = action.fixtures
                 self._links.send(action.worker, "empty", action.fixtures)
                 # The rest item that it has is over when another one is behind it.
                 hand.node.send_runtest_some([hand.rest])

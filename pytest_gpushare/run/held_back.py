@@ -36,7 +36,8 @@ class HeldBack:
         elif self._held and name == "logfinish":
             self._held.append(event)
         else:
-            if self._held and name not in _BESIDE:
+            # Whether a worker that died did so in a wider teardown is decided by `settle`.
+            if self._held and name not in _BESIDE and name != "errordown":
                 self.release()
             self._put(event)
 
@@ -58,6 +59,11 @@ class HeldBack:
             new = dict(sections)
             kept = [pair for pair in report.sections if pair[0] not in new]
             report.sections = [*kept, *new.items()]
+
+    @property
+    def nodeid(self) -> str | None:
+        """The test whose report is held back."""
+        return self._held[0][1]["rep"].nodeid if self._held else None
 
     def release(self) -> None:
         """Nothing follows any more."""
@@ -94,9 +100,22 @@ class HeldBackReports:
         if worker in self._workers:
             self._workers[worker].amend(*told)
 
+    def of(self, worker: str) -> str | None:
+        """The test of this worker whose report is held back."""
+        return self._workers[worker].nodeid if worker in self._workers else None
+
+    def settle(self, worker: str, *, died_in: str | None) -> None:
+        """A worker has died in this test: then that is reported, else what was held back."""
+        back = self._workers.pop(worker, None)
+        if back is not None and back.nodeid != died_in:
+            self._report(back)
+
     def pytest_sessionfinish(self) -> None:
         """What nobody takes from the queue any more, after Ctrl-C, is reported all the same."""
         for back in self._workers.values():
-            report = back.take()
-            if report is not None:
-                self._logreport(report=report)
+            self._report(back)
+
+    def _report(self, back: HeldBack) -> None:
+        report = back.take()
+        if report is not None:
+            self._logreport(report=report)

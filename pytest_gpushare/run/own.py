@@ -36,7 +36,7 @@ class Own:
         self._learned = learned
         self._report_lost = report_lost
         self._plugins = config.pluginmanager
-        self._held_back = HeldBackReports(config.hook.pytest_runtest_logreport)
+        self.held_back = HeldBackReports(config.hook.pytest_runtest_logreport)
 
     def has_gpu(self, node: Any) -> bool:
         """Whether a worker was placed on a GPU."""
@@ -47,7 +47,7 @@ class Own:
         from pytest_gpushare.plan.work import Worker
 
         plan, parity = self._started.plan, self._started.parity
-        self._held_back.join(node)
+        self.held_back.join(node)
         if parity is not None:
             parity.worker_up(node.gateway.id, has_gpu=self.has_gpu(node))
         session = self._plugins.get_plugin("session")
@@ -94,8 +94,8 @@ class Own:
         )
         started.links.on("test", hand_out.hold)
         started.links.on("emptied", hand_out.emptied)
-        started.links.on("wider", self._held_back.amend)
-        self._plugins.register(self._held_back, "gpu-share-held-back")
+        started.links.on("wider", self.held_back.amend)
+        self._plugins.register(self.held_back, "gpu-share-held-back")
         started.parity = Parity(weighed, crew)
         self._plugins.register(started.parity, "gpu-share-parity")
         ticker = Ticker(lambda: hand_out.waits, lambda: _nudge(hand_out))

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 
@@ -227,3 +232,81 @@ def test_stops_as_stock(option: str, kind: str, project: Project) -> None:
     stock, mine = both(project, kind, option)
     assert mine == stock
     assert "errors" in str(mine["counts"]) or "1 error" in str(mine["counts"])
+
+
+DEADLY = """
+    import os, pathlib, signal, time
+    import pytest
+
+    @pytest.fixture(scope="module")
+    def deadly():
+        yield
+        if not pathlib.Path("over").exists():
+            pathlib.Path("over").touch()
+            {body}
+
+    {mark}
+    def test_one(deadly):
+        pass
+
+    {mark}
+    def test_two(deadly):
+        pass
+"""
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def deadly(project: Project, kind: str, body: str, *, follow: bool) -> None:
+    """A suite in whose first module something happens when it is torn down."""
+    mark = "@pytest.mark.gpu(vram='2GB')" if kind == "gpu" else ""
+    (project.path / "test_project.py").unlink()
+    project.write(test_a=DEADLY.format(mark=mark, body=body))
+    if kind == "cpu":
+        # There has to be a GPU test, or nobody would be routed.
+        project.write(test_gpu="import pytest\n\n@pytest.mark.gpu\ndef test_gpu():\n    pass\n")
+    if follow:
+        project.write(test_b=f"import pytest\n\n{mark}\ndef test_three():\n    pass\n")
+
+
+@pytest.mark.parametrize("follow", [True, False])
+@pytest.mark.parametrize("kind", ["gpu", "cpu"])
+def test_killed_in_a_teardown(kind: str, follow: bool, project: Project, machine: Machine) -> None:
+    """It is the test before that crashed, as in stock xdist; the one behind it is run."""
+    deadly(project, kind, KILLED, follow=follow)
+    stock = project.pytest("-n1", "--junitxml=junit.xml")
+    expected = cases(project)
+    (project.path / "over").unlink()
+    mine = project.pytest(*ours(kind), "--junitxml=junit.xml")
+    assert (mine.code, mine.passed) == (stock.code, stock.passed), mine.out
+    assert cases(project) == Counter(
+        {text.replace("gw0", died(mine)): n for text, n in expected.items()}
+    )
+    assert "crashed while running 'test_a.py::test_two'" in mine.out
+
+
+def died(result: Result) -> str:
+    """The worker that crashed."""
+    found = re.search(r"worker '(gw\d+)' crashed", result.out)
+    assert found is not None, result.out
+    return found[1]
+
+
+@pytest.mark.parametrize("kind", ["gpu"])
+def test_interrupted_in_a_teardown(kind: str, project: Project, machine: Machine) -> None:
+    """After Ctrl-C the test before is reported as what it was, once."""
+    deadly(project, kind, "time.sleep(60)", follow=True)
+    command = [sys.executable, "-m", "pytest", *ours(kind), "--junitxml=junit.xml"]
+    with subprocess.Popen(
+        command, cwd=project.path, env=project.environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not (project.path / "over").exists():
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, out
+    assert "2 passed" in out
+    assert [text.splitlines() for text in cases(project)] == [
+        ["test_a::test_one"], ["test_a::test_two"], ["2 0 0 0"],
+    ]  # fmt: skip

@@ -23,7 +23,7 @@ def event(what: SimpleNamespace) -> tuple[str, dict[str, Any]]:
 
 def test_released_when_the_worker_goes_on() -> None:
     """Not by what is said of the same test, but by the next one, or by the worker's end."""
-    for after in ("logstart", "workerfinished", "errordown"):
+    for after in ("logstart", "workerfinished"):
         out: list[Any] = []
         back = HeldBack(out.append)
         held = event(report("a", item_index=3))
@@ -85,6 +85,24 @@ def test_amended() -> None:
     assert held.node == "node"
     reports.pytest_sessionfinish()
     assert logged == [held]
+
+
+def test_a_worker_that_dies() -> None:
+    """In the wider teardown: then its test has crashed. Else what was held back is reported."""
+    for died_in, expected in (("a", []), ("b", ["a"]), (None, ["a"])):
+        logged: list[str] = []
+        out: list[Any] = []
+        reports = HeldBackReports(lambda report, logged=logged: logged.append(report.nodeid))
+        node = SimpleNamespace(gateway=SimpleNamespace(id="gw0"), putevent=out.append)
+        reports.join(node)
+        node.putevent(event(report("a")))
+        node.putevent(("errordown", {}))
+        assert out == [("errordown", {})]
+        assert (reports.of("gw0"), reports.of("gw1")) == ("a", None)
+        reports.settle("gw0", died_in=died_in)
+        reports.settle("gw0", died_in=died_in)
+        reports.pytest_sessionfinish()
+        assert logged == expected
 
 
 def test_an_xdist_that_has_no_queue_there() -> None:
