@@ -123,6 +123,7 @@ class Filling:
             if other is not it
             and other.unit is not None
             and len(other.unit.tests) > 1
+            and not it.goes_back(other.unit, other.unit.tests[-(len(other.unit.tests) // 2)])
             and side.enters(it, other.unit)
         ]
         whole = max(begun, key=lambda unit: len(unit.tests), default=None)
@@ -147,6 +148,7 @@ class Filling:
         need = known.vram if known.vram is not None else side.bytes_for(it, test)
         side.serial += 1
         it.test, it.busy, it.serial, it.emptied = test, True, side.serial, 0
+        it.latest = test
         devices = side.devices(it, count)
         if need or alone:
             for device in devices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from pytest_gpushare.plan.groups import IN_ORDER
 from pytest_gpushare.plan.units import Unit
 from pytest_gpushare.plan.work import Room, Worker
 
@@ -13,7 +14,7 @@ class GpuWorker:
 
     __slots__ = (
         "busy", "collected", "device", "devices", "emptied", "emptying", "ending", "helps_in", "id",
-        "last_group", "left_groups", "most", "own", "serial", "slot", "test", "unit",
+        "last_group", "latest", "left_groups", "most", "own", "serial", "slot", "test", "unit",
     )  # fmt: skip
 
     def __init__(
@@ -31,6 +32,8 @@ class GpuWorker:
         """Number of devices -> the largest need on each that it can ever meet."""
         self.test: int | None = None
         """The GPU test that it runs, or the last of the tests that it helps out with."""
+        self.latest = -1
+        """The GPU test that it began last."""
         self.unit: Unit | None = None
         """What it has begun."""
         self.serial = 0
@@ -71,6 +74,11 @@ class GpuWorker:
         """Whether it can help out with tests of this group: it sets no fixtures up again."""
         known = group in self.left_groups or group == self.last_group
         return not group or not known or group == self.helps_in
+
+    def goes_back(self, unit: Unit, test: int) -> bool:
+        """Whether it would run this test of a group after a later one, and must not."""
+        is_in_order = unit.key.startswith(IN_ORDER)
+        return is_in_order and unit.key == self.last_group and test < self.latest
 
     def knows(self, test: int) -> bool:
         """Whether it has collected the test."""

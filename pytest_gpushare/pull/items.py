@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpushare.plan.declared import Declared
+from pytest_gpushare.plan.groups import IN_ORDER
 from pytest_gpushare.run.told import Told
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def told_of(items: Sequence[pytest.Item], reader: Reader) -> Told:
         said.append(reader.declared(marks))
         groups.append(_group(item, scopes))
         skips.append(_is_skipped(item, marks))
-    return Told(os.getpid(), said, _widened(items, groups), skips)
+    return Told(os.getpid(), said, _in_order(items, _widened(items, groups)), skips)
 
 
 _NODES: Mapping[int, type[Any]] = {1: pytest.Class, 2: pytest.Module, 3: pytest.Package}
@@ -117,6 +118,20 @@ def _widened(items: Sequence[pytest.Item], groups: list[str]) -> list[str]:
             group = widest[parent] or group
         result.append(group)
     return result
+
+
+def _in_order(items: Sequence[pytest.Item], groups: list[str]) -> list[str]:
+    """The groups; the keys of those that share parametrised fixtures say so."""
+    ordered = {
+        group for item, group in zip(items, groups, strict=True) if group and _shares_values(item)
+    }
+    return [IN_ORDER + group if group in ordered else group for group in groups]
+
+
+def _shares_values(item: pytest.Item) -> bool:
+    """Whether a fixture that it shares with others has different values for different tests."""
+    scopes = getattr(getattr(item, "callspec", None), "_arg2scope", {})
+    return any(scope.value in _SCOPES for scope in scopes.values())
 
 
 def _is_skipped(item: pytest.Item, marks: Iterable[pytest.Mark]) -> bool:

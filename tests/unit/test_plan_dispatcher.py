@@ -8,6 +8,7 @@ import pytest
 from dispatching import Device, Script, World
 
 from pytest_gpushare.plan.dispatcher import Dispatcher
+from pytest_gpushare.plan.groups import IN_ORDER
 from pytest_gpushare.plan.needs import Need
 from pytest_gpushare.plan.work import (
     Action,
@@ -577,6 +578,21 @@ def test_a_group_that_no_worker_can_run_whole_is_split() -> None:
         jobs, rooms, [gpu_worker(0, 4), gpu_worker(1, 4, OTHER)], policy=Policy(dist="loadfile")
     ).run()
     assert sorted(world.outcomes) == [0, 1]
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_a_group_with_parametrised_fixtures_is_shared_forwards_alone(values: bool) -> None:
+    """Who has run a later test would set a value up once more for an earlier one."""
+    key = f"{IN_ORDER if values else ''}a"
+    jobs = [gpu_test(f"t{n}", 1, group=key) for n in range(8)]
+    made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1)])
+    assert runs(made.step({}, 0)) == {"gw0": (0,), "gw1": (5,)}
+    for test in (5, 6, 7):
+        made.finished("gw1", test)
+        found = runs(made.step({}, test))
+        assert found == ({"gw1": (test + 1,)} if test < 7 else {} if values else {"gw1": (3,)})
+    made.finished("gw0", 0)
+    assert runs(made.step({}, 8))["gw0"] == (1,)
 
 
 @pytest.mark.parametrize("reorder", [True, False])
