@@ -88,10 +88,11 @@ class Dispatcher:
         else:
             self._cpu.up(worker, collected)
 
-    def worker_down(self, worker: str, *, replaced: bool = False) -> Lost:
+    def worker_down(self, worker: str, *, replaced: bool = False, began: bool = True) -> Lost:
         """A worker has ended or died; `replaced`: another takes its place soon.
 
-        The test that it ran is over, as crashed; the others that it had are dispatched anew.
+        The test that it ran is over, as crashed; the others that it had are dispatched anew,
+        and that one too where it had not begun it.
         """
         self._expected += replaced
         self._gone = True
@@ -99,22 +100,24 @@ class Dispatcher:
         queued: list[int] = []
         if worker in self._cpu.workers:
             had = self._cpu.down(worker)
-            running, queued = (had[0] if had else None), had[1:]
+            running, queued = (had[0], had[1:]) if had and began else (None, had)
             self._add_cpu(queued)
         elif worker in self._gpu.workers:
-            running, queued = self._gpu_down(worker)
+            running, queued = self._gpu_down(worker, began)
         self._left -= running is not None
         return Lost(running, tuple(queued))
 
-    def _gpu_down(self, worker: str) -> tuple[int | None, list[int]]:
+    def _gpu_down(self, worker: str, began: bool) -> tuple[int | None, list[int]]:
         it = self._gpu.workers[worker]
+        helped = self._helping.down(worker)
+        if not began:
+            it.not_begun(bool(helped))
         queued = self._gpu.down(it)
         for device in it.devices:
             self._waiting.released(device, self._ledgers[device].close(worker))
-        helped = self._helping.down(worker)
-        if helped:
-            self._add_cpu(helped[1:])
-        return (helped[0] if helped else it.test), [*queued, *helped[1:]]
+        running, back = (helped[0], helped[1:]) if helped and began else (it.test, helped)
+        self._add_cpu(back)
+        return running, [*queued, *back]
 
     def _add_cpu(self, tests: list[int]) -> None:
         """Unmarked tests that come back, to whoever can run them."""

@@ -65,6 +65,14 @@ class GpuWorker:
             self.left_groups.add(self.last_group)
         self.unit, self.last_group, self.helps_in = unit, unit.key, ""
 
+    def not_begun(self, helps: bool) -> None:
+        """It never began the test that it was given: that is the first of its unit again."""
+        if self.test is not None and not helps:
+            self.unit = self.unit or Unit([])
+            self.unit.tests.insert(0, self.test)
+            self.unit.kind = None
+        self.test = None
+
     def help_out(self, groups: Sequence[str]) -> None:
         """It helps out with tests of these groups."""
         self.left_groups.update(filter(None, [self.last_group, *groups]))

@@ -110,16 +110,13 @@ class HandOut:
         if hand is None:
             return None
         self._held.pop(worker, None)
-        lost = self._dispatcher.worker_down(worker, replaced=replaced)
-        # What the dispatcher gave to a worker that xdist had told to end was never sent.
-        running = lost.running if lost.running in hand.sent else None
-        if torn_down is None:
-            return None if running is None else self._nodeids[running]
-        if running is not None:
-            # It was not begun.
-            self._dispatcher.again(running)
-        is_idle = running is None and not (hand.node.shutting_down or hand.gives_up_fixtures)
-        return None if is_idle else torn_down
+        began = torn_down is None
+        lost = self._dispatcher.worker_down(worker, replaced=replaced, began=began)
+        if began:
+            # What the dispatcher gave to a worker that xdist had told to end was never sent.
+            return self._nodeids[lost.running] if lost.running in hand.sent else None
+        goes_on = hand.sent or hand.node.shutting_down or hand.gives_up_fixtures
+        return torn_down if goes_on else None
 
     def done(self, worker: str, index: int, duration: float) -> None:
         """A worker has done a test, or its rest item."""

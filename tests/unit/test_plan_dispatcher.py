@@ -539,6 +539,27 @@ def test_no_gpu_worker_is_left() -> None:
     assert run.note == "ran without a GPU: no GPU worker is left that could run it"
 
 
+def test_a_worker_that_dies_before_it_begins() -> None:
+    """What it was sent is dispatched anew, as the first of its group."""
+    jobs = [gpu_test(f"t{n}", 1, group="g") for n in range(3)] + [Job("c"), Job("d")]
+    policy = Policy(dist="loadscope")
+    made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1), Worker("gw2")], policy=policy)
+    first = runs(made.step({}, 0))
+    assert (first["gw0"], first["gw2"]) == ((0,), (3, 4))
+    assert made.worker_down("gw0", began=False) == Lost(None, (0, 1, 2))
+    assert runs(made.step({}, 1)) == {"gw1": (0,)}
+    made.finished("gw1", 0)
+    assert runs(made.step({}, 2)) == {"gw1": (1,)}
+    made.worker_up(Worker("gw3"))
+    assert made.worker_down("gw2", began=False) == Lost(None, (3, 4))
+    assert runs(made.step({}, 3))["gw3"] == (3, 4)
+    for worker, test in (("gw3", 3), ("gw3", 4), ("gw1", 1)):
+        made.finished(worker, test)
+    assert runs(made.step({}, 4)) == {"gw1": (2,)}
+    made.finished("gw1", 2)
+    assert made.is_done
+
+
 def test_a_replacement_is_waited_for() -> None:
     """While one is on its way nothing is given up."""
     made = dispatcher_of([gpu_test("a", 9), gpu_test("b", 9)], [gpu_worker(0), Worker("gw1")])
