@@ -12,6 +12,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pytest
+
+IN_REVERSE = pytest.version_tuple >= (8, 2)
+"""Whether what was set up later is torn down earlier; before that, whoever used it last counts."""
+
 SCOPES = ("session", "package", "module", "class", "function")
 
 _CONFTEST = """
@@ -218,7 +223,8 @@ class Happened:
                     continue
                 later = up[up.index(key) + 1 :]
                 # A parametrised fixture makes way for its next value.
-                if param is None and any(it[1:3] == key[1:3] and it[3] is None for it in later):
+                came_later = any(it[1:3] == key[1:3] and it[3] is None for it in later)
+                if IN_REVERSE and param is None and came_later:
                     self.wrong.append(f"{worker}: torn down before what came later: {key}")
                 narrower = SCOPES[SCOPES.index(scope) + 1 :]
                 if param is None and any(it[1] in narrower and it[3] is None for it in up):
