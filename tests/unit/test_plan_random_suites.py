@@ -99,7 +99,7 @@ def once_each(world: World) -> None:
     assert not missing or not any(process.alive for process in world.processes.values())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(COUNTS, SEEDS)
 @example(35, 101270)
 def test_well_behaved_suites(count: int, seed: int) -> None:
@@ -111,7 +111,7 @@ def test_well_behaved_suites(count: int, seed: int) -> None:
         assert world.out_of_memory == 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(COUNTS, SEEDS)
 @example(19, 6450)
 @example(2, 150345819)
