@@ -98,19 +98,15 @@ class Claims:
 
     def drop_worker(self, it: GpuWorker) -> None:
         """The worker is gone: nothing is bound to it any more, or waits for one like it."""
-        if not self.exist:
-            return
         others = [other for other in self._side.workers.values() if other.device == it.device]
-        self._drop(
-            lambda claim: (
-                claim.worker is it
-                or (
-                    claim.worker is None
-                    and claim.devices[0] == it.device
-                    and not any(self._side.could(other, claim.unit) for other in others)
-                )
-            )
-        )
+
+        def is_over(claim: Claim) -> bool:
+            if claim.worker is not None:
+                return claim.worker is it
+            is_here = claim.devices[0] == it.device
+            return is_here and not any(self._side.could(other, claim.unit) for other in others)
+
+        self._drop(is_over)
 
     def _drop(self, is_over: Callable[[Claim], bool]) -> None:
         for device, queue in self._queues.items():

@@ -40,7 +40,7 @@ class CpuSide:
     def add(self, tests: Sequence[int]) -> None:
         """Tests to be run, in this order."""
         if self._policy.dist in GROUPED:
-            units = in_parts(in_units(tests, self._jobs), self._could_run_all)
+            units = in_parts(in_units(tests, self._jobs), self._could_run_whole)
             if self._policy.reorder:
                 units.sort(key=lambda unit: -len(unit.tests))
             self._units.extend(units)
@@ -53,9 +53,17 @@ class CpuSide:
         """Whether there are tests that no worker has."""
         return bool(self._pending or self._units or any(it.own for it in self.workers.values()))
 
-    def could_run(self, test: int) -> bool:
-        """Whether a CPU worker has collected the test."""
-        return any(not it.ending and it.knows(test) for it in self.workers.values())
+    @property
+    def knows_all(self) -> bool:
+        """Whether a CPU worker has collected every test."""
+        return any(it.collected is None and not it.ending for it in self.workers.values())
+
+    def could_run(self, *tests: int) -> bool:
+        """Whether one CPU worker has collected these tests."""
+        return any(not it.ending and all(map(it.knows, tests)) for it in self.workers.values())
+
+    def _could_run_whole(self, unit: Unit) -> bool:
+        return self.could_run(*unit.tests)
 
     def up(self, worker: Worker, collected: Collection[int] | None) -> None:
         """A worker is ready."""
@@ -83,7 +91,7 @@ class CpuSide:
 
     def orphans(self) -> list[int]:
         """Take out the tests that no CPU worker can run any more."""
-        if any(it.collected is None and not it.ending for it in self.workers.values()):
+        if self.knows_all:
             return []
         found: list[int] = []
         queues: list[MutableSequence[int]] = [self._pending, *(unit.tests for unit in self._units)]
@@ -93,13 +101,8 @@ class CpuSide:
                 queue.remove(test)
             found += lost
         units = [unit for unit in self._units if unit.tests]
-        self._units = deque(in_parts(units, self._could_run_all))
+        self._units = deque(in_parts(units, self._could_run_whole))
         return found
-
-    def _could_run_all(self, unit: Unit) -> bool:
-        """Whether one worker has collected all tests of the unit."""
-        workers = (it for it in self.workers.values() if not it.ending)
-        return any(it.collected is None or all(map(it.knows, unit.tests)) for it in workers)
 
     @property
     def average(self) -> float | None:

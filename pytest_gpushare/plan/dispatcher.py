@@ -71,8 +71,7 @@ class Dispatcher:
         """Whether the next step decides by live VRAM."""
         if not self._begun:
             # What no CPU worker takes may use the GPU, and gets a slot.
-            all_cpu = any(it.collected is None for it in self._cpu.workers.values())
-            return not all_cpu or any(job.marked for job in self._jobs)
+            return not self._cpu.knows_all or any(job.marked for job in self._jobs)
         return self._gpu.is_waited_for and (
             self._gpu.pending.count > 0
             or self._without.waits
@@ -153,8 +152,7 @@ class Dispatcher:
                 ledger = self._ledgers[device]
                 if worker in ledger.running:
                     given = ledger.stop(worker, held_on(held, device))
-                    if given:
-                        self._waiting.released(device, given)
+                    self._waiting.released(device, given)
                     self._reported.append(device)
         self._gpu.rest(it)
         return True

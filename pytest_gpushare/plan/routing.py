@@ -30,7 +30,7 @@ def routes(jobs: Sequence[Job], gpu: GpuSide, cpu: CpuSide) -> Routes:
     result = Routes([], [], {}, {})
     largest = _Largest(gpu)
     all_gpu = any(it.collected is None for it in gpu.workers.values())
-    all_cpu = any(it.collected is None for it in cpu.workers.values())
+    all_cpu = cpu.knows_all
     has_cpu = bool(cpu.workers)
     all_know = all(it.collected is None for it in gpu.workers.values())
     for number, job in enumerate(jobs):

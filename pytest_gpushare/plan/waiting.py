@@ -58,9 +58,9 @@ class Waiting:
             yield run
             it = side.workers[run.worker]
             for device in side.devices(it, side.need(run.tests[0]).devices):
-                yield from self.started(device)
+                yield from self._started(device)
 
-    def started(self, device: str) -> Iterator[Tell]:
+    def _started(self, device: str) -> Iterator[Tell]:
         """A test started on the device: nobody is in the way."""
         blocked = self._blocked.pop(device, None)
         if blocked is not None and blocked.told:
