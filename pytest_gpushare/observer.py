@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from pytest_gpushare.run.journal import Told
 from pytest_gpushare.run.places import NUMBER
+from pytest_gpushare.run.record import Event
 from pytest_gpushare.run.started import LeftAlone, Started
 from pytest_gpushare.worker import ITSELF
 
@@ -68,14 +70,17 @@ class Observer:
         )
 
 
-def observe(started: Started | LeftAlone, config: pytest.Config) -> None:
-    """Follow the tests of a run that has a plan; its own process is a worker where it has none."""
+def observe(
+    started: Started | LeftAlone, config: pytest.Config, listener: Callable[[Event], object]
+) -> None:
+    """Follow the tests of a run that has a plan; its own process is a worker where it has none.
+
+    `listener` is called with each event at once.
+    """
     if isinstance(started, LeftAlone):
         return
-    from pytest_gpushare.report.progress import progress
-
     config.pluginmanager.register(Observer(started), "gpu-share-observer")
-    started.record.listen(progress(config))
+    started.record.listen(listener)
     if started.plan.request.in_process:
         started.crew.join(ITSELF, None if started.unplaced else 0, started.record.now())
         started.crew.came_up(ITSELF, os.getpid())

@@ -144,8 +144,9 @@ def pytest_configure(config: pytest.Config) -> None:
     started = config.stash.get(STARTED, None)
     if started is not None:
         from pytest_gpushare.observer import observe
+        from pytest_gpushare.report.progress import progress
 
-        observe(started, config)
+        observe(started, config, progress(config))
     if started is not None and (own := started.message_to_itself()):
         link = worker.Link(partial(started.links.receive, worker.ITSELF))
         started.links.attach(worker.ITSELF, link.receive)
