@@ -5,21 +5,48 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuProcess
     from pytest_gpushare.place import Place, current
+    from pytest_gpushare.planning.plan import DevicePlan, Limit, Plan, Request, Slot
 
     __version__: str
 
-__all__ = ["Place", "__version__", "current"]
+__all__ = [
+    "ComputeMode",
+    "Device",
+    "DevicePlan",
+    "GpuProcess",
+    "Limit",
+    "Place",
+    "Plan",
+    "Request",
+    "Slot",
+    "__version__",
+    "current",
+]
+
+_MODULES = {
+    "ComputeMode": "gpu.devices",
+    "Device": "gpu.devices",
+    "DevicePlan": "planning.plan",
+    "GpuProcess": "gpu.devices",
+    "Limit": "planning.plan",
+    "Place": "place",
+    "Plan": "planning.plan",
+    "Request": "planning.plan",
+    "Slot": "planning.plan",
+    "current": "place",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when somebody asks: together they cost more than the whole idle plugin.
+    # Imported on demand: together these modules cost more than the whole idle plugin.
     if name == "__version__":
         from importlib.metadata import version
 
         return version("pytest-gpushare")
-    if name in ("Place", "current"):
-        from pytest_gpushare import place
+    if name in _MODULES:
+        from importlib import import_module
 
-        return getattr(place, name)
+        return getattr(import_module(f"pytest_gpushare.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

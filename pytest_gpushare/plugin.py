@@ -14,13 +14,99 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpushare import flags, worker
-from pytest_gpushare.flags import pytest_addoption as pytest_addoption
-from pytest_gpushare.settings.gpu_auto import GPU_AUTO, announce_workers, is_in_process, runs_tests
+from pytest_gpushare import wire
+from pytest_gpushare.compat.xdist_options import (
+    GPU_AUTO,
+    accept_gpu_auto,
+    announce_workers,
+    is_in_process,
+    runs_tests,
+)
+from pytest_gpushare.config.options import OPTIONS
+from pytest_gpushare.worker import plugin as worker_plugin
 
 if TYPE_CHECKING:
     from pytest_gpushare.place import Place
-    from pytest_gpushare.run.started import LeftAlone, Started
+    from pytest_gpushare.session.run import LeftAlone, Started
+
+
+class _NumprocessesType:
+    """Teaches xdist's `-n` the word `gpu-auto`, whichever of the two plugins loads first."""
+
+    def __init__(self, parser: pytest.Parser) -> None:
+        self._parser = parser
+
+    def pytest_plugin_registered(self, plugin: object) -> None:
+        if getattr(plugin, "__name__", None) == "xdist.plugin":
+            accept_gpu_auto(self._parser)
+            self._parser.extra_info.pop("pytest-gpushare", None)
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Register the options of the table; all are unset by default, so that precedence holds."""
+    group = parser.getgroup("gpu-share", "GPU workers beside Ollama (pytest-gpushare)")
+    group.addoption(
+        "--gpu-share",
+        action="store_true",
+        default=None,
+        dest="gpu_share",
+        help="size the xdist workers by the VRAM that Ollama and others leave (also: -n gpu-auto)",
+    )
+    group.addoption(
+        "--no-gpu-share",
+        action="store_false",
+        default=None,
+        dest="gpu_share",
+        help="do not, whatever the ini file says; -n gpu-auto then means -n auto",
+    )
+    group.addoption(
+        "--gpu-share-strict",
+        action="store_true",
+        default=False,
+        dest="gpu_share_strict",
+        help="fail the run (exit code 1) where a worker's placement was changed behind the plan, "
+        "or the tests drove a part of a model of Ollama's off the GPU",
+    )
+    group.addoption(
+        "--gpu-share-simulate",
+        action="append",
+        default=None,
+        metavar="SPEC",
+        dest="gpu_share_simulate",
+        help="a what-if device in place of the real ones, such as 24GB:used=2GB (repeatable)",
+    )
+    group.addoption(
+        "--gpu-share-report",
+        action="append",
+        default=None,
+        metavar="FILE",
+        dest="gpu_share_report",
+        help="write what happened to FILE.json or FILE.html after the tests (repeatable)",
+    )
+    parser.addini("gpu_share", "size the xdist workers by VRAM (pytest-gpushare)", default=None)
+    for option in OPTIONS:
+        parser.addini(option.ini, option.meaning, default=None)
+        if option.flag:
+            group.addoption(
+                option.flag,
+                action="append" if option.kind == "words" else "store",
+                default=None,
+                metavar=option.metavar,
+                dest=option.ini,
+                help=option.meaning.replace("%", "%%"),
+            )
+    # pytest prints this under "unrecognized arguments", which is what -n is without xdist.
+    parser.extra_info["pytest-gpushare"] = "-n gpu-auto needs pytest-xdist"
+    pluginmanager.register(_NumprocessesType(parser), "gpu-share-numprocesses-type")
+
+
+def told_of_report(config: pytest.Config) -> list[str] | None:
+    """A report that was asked for in a run that did not ask for the plugin."""
+    options = config.option
+    if not options.gpu_share_report or getattr(options, "collectonly", False):
+        return None
+    return ["gpu-share: no report is written: it needs --gpu-share"]
+
 
 OUTER: pytest.StashKey[dict[str, str]] = pytest.StashKey()
 STARTED: pytest.StashKey[Started | LeftAlone] = pytest.StashKey()
@@ -29,7 +115,7 @@ CHEAP: pytest.StashKey[bool] = pytest.StashKey()
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     """The hooks by which others add devices and have a last word on the plan."""
-    from pytest_gpushare import hooks
+    from pytest_gpushare import hookspecs as hooks
 
     pluginmanager.add_hookspecs(hooks)
 
@@ -47,13 +133,13 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None
         # Workers parse the same arguments and come here too: they load our modules as well.
         _import_cheaply(early_config)
         if is_in_process(options):
-            from pytest_gpushare.run.session import start_in_process
+            from pytest_gpushare.session.start import start_in_process
 
             _hold(early_config, _call(start_in_process, early_config, early_config.stash[OUTER]))
         else:
             announce_workers(options)
-    if any(os.environ.get(name) for name in worker.HOOKS):
-        early_config.add_cleanup(worker.cap_after_import())
+    if any(os.environ.get(name) for name in worker_plugin.HOOKS):
+        early_config.add_cleanup(worker_plugin.cap_after_import())
     return (yield)
 
 
@@ -68,7 +154,7 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
 
             if not is_in_process(config.option):
                 spare_collector(config)
-            from pytest_gpushare.run.session import start_workers
+            from pytest_gpushare.session.start import start_workers
 
             outer = config.stash.get(OUTER, os.environ)
             _hold(config, _call(start_workers, config, outer))
@@ -93,8 +179,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config) -> Generator[None, Any, A
     started = config.stash.get(STARTED, None)
     if started is None:
         return stock
-    from pytest_gpushare.pull.instead import report_lost
-    from pytest_gpushare.run.own import scheduler_for
+    from pytest_gpushare.dispatch.distribution import scheduler_for
+    from pytest_gpushare.worker.runner import report_lost
 
     return scheduler_for(started, config, stock, partial(report_lost, config))
 
@@ -105,7 +191,7 @@ def pytest_configure_node(node: Any) -> None:
     started = node.config.stash.get(STARTED, None)
     if started is not None and (message := started.message_to(node.gateway.spec)):
         channel = started.links.open(node.gateway.newchannel(), node.gateway.id)
-        node.workerinput[worker.PLACED] = {**message, "channel": channel}
+        node.workerinput[wire.PLACED] = {**message, "channel": channel}
         started.joined(node.gateway.id, message)
 
 
@@ -117,9 +203,9 @@ def pytest_testnodedown(node: Any) -> None:
         return
     started.links.close(node.gateway.id)
     started.gone(node.gateway.id)
-    measured = getattr(node, "workeroutput", {}).get(worker.CONTEXT)
+    measured = getattr(node, "workeroutput", {}).get(wire.CONTEXT)
     if measured:
-        from pytest_gpushare.run.context import learn
+        from pytest_gpushare.session.cuda_context import learn
 
         learn(node.config, *measured)
 
@@ -137,30 +223,30 @@ def pytest_configure(config: pytest.Config) -> None:
         f"{marker}(vram=..., devices=..., exclusive=..., "
         "required=...): a test that needs a GPU (pytest-gpushare)",
     )
-    message = getattr(config, "workerinput", {}).get(worker.PLACED)
+    message = getattr(config, "workerinput", {}).get(wire.PLACED)
     if message:
-        _call(worker.begin, config, message)
+        _call(worker_plugin.begin, config, message)
         return
     started = config.stash.get(STARTED, None)
     if started is not None:
-        from pytest_gpushare.observer import observe
-        from pytest_gpushare.report.progress import progress
+        from pytest_gpushare.report.output import progress
+        from pytest_gpushare.session.services import observe
 
         observe(started, config, progress(config))
     if started is not None and (own := started.message_to_itself()):
-        link = worker.Link(partial(started.links.receive, worker.ITSELF))
-        started.links.attach(worker.ITSELF, link.receive)
-        started.joined(worker.ITSELF, own)
-        config.pluginmanager.register(worker.Placed(own, link), "gpu-share-placed")
-        worker.follow(config, own["tests"], link)
-        worker.watch_memory(config, own, link)
+        link = wire.Link(partial(started.links.receive, wire.ITSELF))
+        started.links.attach(wire.ITSELF, link.receive)
+        started.joined(wire.ITSELF, own)
+        config.pluginmanager.register(worker_plugin.Placed(own, link), "gpu-share-placed")
+        worker_plugin.follow(config, own["tests"], link)
+        worker_plugin.watch_memory(config, own, link)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str] | None:
     """The VRAM analysis; nothing in a run that did not ask."""
     started = config.stash.get(STARTED, None)
     if started is None:
-        return flags.told_of_report(config)
+        return told_of_report(config)
     from pytest_gpushare.report.output import header_lines
 
     return header_lines(started, config)
@@ -176,7 +262,7 @@ def pytest_sessionstart(session: pytest.Session) -> Generator[None, Any, Any]:
     started = session.config.stash.get(STARTED, None)
     if started is not None:
         from pytest_gpushare.report.output import log_lines, print_problems
-        from pytest_gpushare.run.session import attach
+        from pytest_gpushare.session.start import attach
 
         attach(started, session.config)
         log_lines(started, session.config)
@@ -184,7 +270,7 @@ def pytest_sessionstart(session: pytest.Session) -> Generator[None, Any, Any]:
     result = yield
     if started is not None:
         from pytest_gpushare.cheap_start import spare_collector_more
-        from pytest_gpushare.run.beside import begin
+        from pytest_gpushare.session.services import begin
 
         begin(started, session.config)
         if not is_in_process(session.config.option):
@@ -240,7 +326,7 @@ def _is_asked(config: pytest.Config, options: Any) -> bool:
     with contextlib.suppress(Exception):
         if config.getini("gpu_share") is None:
             return False
-    from pytest_gpushare.settings.written import switched_on
+    from pytest_gpushare.config.sources import switched_on
 
     return bool(_call(switched_on, config))
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_gpushare.settings import options as table_of_options
-from pytest_gpushare.settings import presets as table_of_presets
-from pytest_gpushare.settings.options import OPTIONS, Option
-from pytest_gpushare.settings.presets import PRESETS
-from pytest_gpushare.settings.wording import allowed
+from pytest_gpushare.config import options as table_of_options
+from pytest_gpushare.config import options as table_of_presets
+from pytest_gpushare.config.kinds import allowed
+from pytest_gpushare.config.options import OPTIONS, PRESETS, Option
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx

@@ -1,1 +1,1 @@
-"""The command `pytest-gpushare`: what would happen, what is wrong, what is going on."""
+"""The command `pytest-gpushare`."""

@@ -11,11 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from pytest_gpushare.cli.terminal import INTERNAL, OK, REFUSED
 from pytest_gpushare.errors import GpuShareError
-
-OK, FOUND, USAGE, INTERNAL, REFUSED = 0, 1, 2, 3, 4
-"""Exit codes: all is well; doctor found an [x]; wrong use; an error of our own; the run would
-refuse to start, as pytest's own code 4 says."""
 
 TRACEBACK = "PYTEST_GPUSHARE_TRACEBACK"
 
@@ -61,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     if options.command == "plan":
-        from pytest_gpushare.cli.plan import plan
+        from pytest_gpushare.cli.plan_command import plan
 
         return plan(options)
     if options.command == "doctor":

@@ -12,12 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pytest_gpushare.cli.main import OK
-from pytest_gpushare.cli.output import can_show, encodable, show
-from pytest_gpushare.cli.picture import Picture, Watcher
-from pytest_gpushare.cli.picture_lines import document, lines, rows
-from pytest_gpushare.cli.screen import screen
-from pytest_gpushare.settings.values import Settings
+from pytest_gpushare.cli.terminal import OK, can_show, encodable, screen, show
+from pytest_gpushare.cli.watch_view import Picture, Watcher, document, lines, rows
+from pytest_gpushare.config.settings import Settings
 
 Show = Callable[[Picture], None]
 
@@ -72,8 +69,7 @@ def _write(text: str) -> None:
 
 def _settings() -> Settings:
     """The project's settings, for Ollama's address; where they cannot be read, the defaults."""
-    from pytest_gpushare.cli.doctor.gather import settings_of
-    from pytest_gpushare.cli.doctor.pytest_view import ask
+    from pytest_gpushare.cli.doctor.examine import ask, settings_of
 
     return settings_of(ask(()))[0]
 

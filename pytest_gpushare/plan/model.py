@@ -1,114 +1,19 @@
-"""What a plan is made from and what it says, every figure with its reason."""
+"""Deprecated path, kept for one release: import these types from `pytest_gpushare`."""
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+import warnings
+from typing import Any
 
-from pytest_gpushare.probe.facts import Device
-from pytest_gpushare.quick import dataclass
-
-if TYPE_CHECKING:
-    from pytest_gpushare.plan.model_needs import Demand
+import pytest_gpushare
 
 
-class Limit(str, Enum):
-    """A figure that can decide the number of workers, in the order in which ties are told."""
-
-    BY_NEED = "min_vram_per_worker_gb"
-    BY_SCALE = "max_workers_per_gb"
-    BY_CAP = "max_workers_per_gpu"
-    BY_MODE = "compute mode"
-    NUMBER = "-n"
-    MAXPROCESSES = "--maxprocesses"
-    RAM = "ram_per_worker_gb"
-    CPUS = "CPUs"
-    IN_PROCESS = "no workers"
-    HOOK = "a pytest_gpushare_plan hook"
-
-
-class Request(NamedTuple):
-    """How many workers the user asked for, from xdist's options."""
-
-    number: int | None = None
-    """N of `-n N`; None where the plan decides. Also what `-n auto` came to."""
-    maxprocesses: int | None = None
-    in_process: bool = False
-    """`-n 0` or `--pdb`: no workers, the process itself is placed."""
-    fixed: bool = False
-    """`--tx` lists the workers: those beyond the slots are there too, and see no GPU."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The room of one GPU worker: a device and its VRAM in bytes."""
-
-    device: Device
-    vram: int
-
-
-@dataclass(frozen=True)
-class DevicePlan:
-    """The arithmetic for one device, step by step; sizes in bytes."""
-
-    device: Device
-    reservation: int
-    """VRAM kept for Ollama on this device; 0 where it does not use it."""
-    resident: int
-    """What of it Ollama holds already, so that it is in `used` and not reserved twice."""
-    outstanding: int
-    safety_buffer: int
-    most: int | None
-    """The slot of the outer run in which this run lives; None: no such limit."""
-    budget: int
-    by_need: int
-    by_scale: int | None
-    """None: no limit."""
-    by_cap: int | None
-    """None: no limit."""
-    by_mode: int | None
-    """What the device's compute mode allows; None: no limit."""
-    fitting: int
-    """Workers that fit by the figures above."""
-    limited_by: Limit
-    """Which of them decided."""
-    workers: int
-    """Workers that are left after the limits of the whole run."""
-
-    @property
-    def slot_vram(self) -> int:
-        """Bytes of VRAM for each of the device's workers; 0 without workers."""
-        return self.budget // self.workers if self.workers else 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The slots, the number of CPU workers, and the reason for each figure."""
-
-    slots: tuple[Slot, ...]
-    """One for each GPU worker, dealt round robin over the devices."""
-    cpu_workers: int
-    limited_by: tuple[Limit, ...]
-    """The figures that decided; several where they differ between devices."""
-    devices: tuple[DevicePlan, ...]
-    limits: tuple[tuple[Limit, int], ...]
-    """The limits of the whole run that were looked at, with their values."""
-    request: Request
-    absence: str = ""
-    """Why there is no device, where there is none."""
-    needed: int = 0
-    """Bytes that a GPU worker needs at least."""
-    demand: Demand | None = None
-    """What the models need that the user named; None where none is named."""
-    is_released: bool = False
-    """Whether nothing is kept for Ollama because no server was reached."""
-
-    @property
-    def usable(self) -> int:
-        """Bytes of the largest budget."""
-        return max((device.budget for device in self.devices), default=0)
-
-    @property
-    def workers(self) -> int:
-        """All workers that the run starts; 0 where the process itself runs the tests."""
-        return 0 if self.request.in_process else len(self.slots) + self.cpu_workers
+def __getattr__(name: str) -> Any:
+    if name.startswith("_") or name not in pytest_gpushare.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"{__name__}.{name} has moved: import it from pytest_gpushare",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return getattr(pytest_gpushare, name)

@@ -1,1 +1,1 @@
-"""Report: what the run tells its user."""
+"""What a run prints and writes."""

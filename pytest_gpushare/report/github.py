@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pytest_gpushare.report.hints import hints
-from pytest_gpushare.report.left_behind import leaks
-from pytest_gpushare.report.line import Line
-from pytest_gpushare.report.usage import hungriest, leak_in_words, usages
-from pytest_gpushare.run.started import Started
+from pytest_gpushare.report.advice import hints, leaks
+from pytest_gpushare.report.summary import Line, hungriest, leak_in_words, usages
+from pytest_gpushare.session.run import Started
 from pytest_gpushare.units import format_gb
 
 """Environment variables: the file of the job's summary; `true` where a job of Actions runs."""

@@ -2,17 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pytest_gpushare.report.line import Line, View
-from pytest_gpushare.report.terminal import header, summary
-from pytest_gpushare.run.started import LeftAlone, Started
+from pytest_gpushare.events import Event
+from pytest_gpushare.report.header import header, summary
+from pytest_gpushare.report.summary import Line, View
+from pytest_gpushare.session.run import LeftAlone, Started
 
 if TYPE_CHECKING:
     import pytest
+
+
+def write_reports(document: Mapping[str, Any], files: Sequence[Path]) -> Iterator[str]:
+    """Write the document to each file; yields a sentence for each that could not be written."""
+    for path in files:
+        try:
+            write_whole(path, _text(document, path))
+        except Exception as error:
+            # A full disk, or whatever else: the tests have their results all the same.
+            yield f"no report in {path.name}: {why(error)}"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that whoever opens it finds all of it, or what was there before."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path.name} is a directory")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"{path.parent.name} is not a directory") from None
+    # In the same directory: a file can be renamed only within its file system.
+    scratch = path.with_name(f".{path.name[:100]}-{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        with scratch.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise
+
+
+def _text(document: Mapping[str, Any], path: Path) -> str:
+    if path.suffix.lower() == ".html":
+        from pytest_gpushare.report.html import page
+
+        return page(document)
+    return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def why(error: Exception) -> str:
+    """A reason in a few words, without the path, which may be long and nobody's business."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error)[:200] or type(error).__name__
+
 
 LOGGER = "pytest_gpushare"
 
@@ -62,7 +115,6 @@ def publish(started: Started | LeftAlone, config: pytest.Config, exit_status: in
     if not started.reports:
         return
     from pytest_gpushare.report.document import document
-    from pytest_gpushare.report.files import write_reports
 
     try:
         lines = [line.text for line in summary(started, _view(config))]
@@ -78,9 +130,8 @@ def publish_to_github(started: Started) -> None:
     path = os.environ.get(SUMMARY)
     if not path:
         return
-    from pytest_gpushare.report.clean import cleaner
-    from pytest_gpushare.report.files import why
     from pytest_gpushare.report.github import append, step_summary
+    from pytest_gpushare.report.redact import cleaner
 
     try:
         lines = summary(started, _WIDE)
@@ -90,12 +141,12 @@ def publish_to_github(started: Started) -> None:
 
 
 def _note_leaks(started: Started) -> None:
-    from pytest_gpushare.report.left_behind import leaks
+    from pytest_gpushare.report.advice import leaks
 
     found = leaks(started)
     if not found:
         return
-    from pytest_gpushare.report.usage import leak_in_words
+    from pytest_gpushare.report.summary import leak_in_words
 
     for leak in found:
         facts = {"bytes": leak.size, "worker": leak.worker, "suspects": list(leak.suspects)}
@@ -105,8 +156,8 @@ def _note_leaks(started: Started) -> None:
 def _annotate(started: Started | LeftAlone, reporter: pytest.TerminalReporter) -> None:
     if isinstance(started, LeftAlone) or os.environ.get(ACTIONS) != "true":
         return
-    from pytest_gpushare.report.clean import cleaner
     from pytest_gpushare.report.github import workflow_commands
+    from pytest_gpushare.report.redact import cleaner
 
     clean = cleaner()
     for text in workflow_commands(started):
@@ -154,3 +205,22 @@ def in_encoding(text: str, encoding: str) -> str:
     except UnicodeEncodeError:
         return text.translate(_PLAIN).encode(encoding, "replace").decode(encoding)
     return text
+
+
+WAITS = ("pressure", "late", "pressure-over")
+"""Kinds of events: tests wait for VRAM, it comes back late, they go on."""
+
+
+def progress(config: pytest.Config) -> Callable[[Event], None]:
+    """A listener that writes a line for each wait; nothing at -q, and nothing into a log."""
+
+    def tell(event: Event) -> None:
+        if event.kind not in WAITS or int(getattr(config.option, "verbose", 0)) < 0:
+            return
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None and reporter.isatty:
+            # The dots of the tests so far end without a newline.
+            reporter.ensure_newline()
+            reporter.write_line(encodable(f"gpu-share: {event.text}"))
+
+    return tell

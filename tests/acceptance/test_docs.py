@@ -31,12 +31,11 @@ from typing import Any
 import pytest
 from simulator import Device, Machine
 
+from pytest_gpushare.config.kinds import parse
+from pytest_gpushare.config.options import BY_KEY, JSON_SECTION, OPTIONS, PRESETS
+from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.probe.nvml import _REMEDIES
-from pytest_gpushare.settings.load import Written, load
-from pytest_gpushare.settings.options import BY_KEY, JSON_SECTION, OPTIONS
-from pytest_gpushare.settings.parse import parse
-from pytest_gpushare.settings.presets import PRESETS
+from pytest_gpushare.gpu.nvml import _REMEDIES
 
 from .conftest import Project, Result
 

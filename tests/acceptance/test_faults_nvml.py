@@ -28,8 +28,8 @@ from .conftest import SHOW_PLACE, Project, clean_environment
 PROBE = """
 import dataclasses, json, os, sys, time
 from pathlib import Path
-from pytest_gpushare.probe import together
-from pytest_gpushare.settings.load import Written, load
+from pytest_gpushare.planning import startup
+from pytest_gpushare.config.sources import Written, load
 from simulator import Machine
 
 def plain(value):
@@ -48,14 +48,14 @@ job = json.loads(sys.argv[1])
 if "hold" in job:
     held = machine.allocate(*job["hold"])
 if "limit" in job:
-    together.NVML_TIMEOUT = job["limit"]
+    startup.NVML_TIMEOUT = job["limit"]
 answers = []
 for case in job["cases"]:
     machine.clear_injections()
     for injection in case.get("inject", []):
         machine.inject(**injection)
     began = time.monotonic()
-    probes = together.probe(settings, (), case.get("env", {}))
+    probes = startup.probe(settings, (), case.get("env", {}))
     probes.close()
     took = time.monotonic() - began
     answers.append({**plain(probes.gpus), "took": took})
@@ -509,7 +509,7 @@ def test_run_with_unified_memory(project: Project, machine_with: Callable[..., M
 def test_run_with_a_stuck_driver(project: Project, machine: Machine) -> None:
     """At the limit the run goes on without GPUs, and its end waits for nothing."""
     machine.inject("nvmlDeviceGetMemoryInfo*", delay=60)
-    project.write(limit="from pytest_gpushare.probe import together\ntogether.NVML_TIMEOUT = 0.5\n")
+    project.write(limit="from pytest_gpushare.planning import startup\nstartup.NVML_TIMEOUT = 0.5\n")
     began = time.monotonic()
     result = project.pytest("--gpu-share", "-p", "limit", PYTEST_XDIST_AUTO_NUM_WORKERS="2")
     assert (result.code, result.passed, result.err) == (0, 4, "")

@@ -24,8 +24,8 @@ RESERVED = "  VRAM: Ollama reservation 12.0 GB, safety buffer 1.0 GB, usable for
 PROBE = """
 import json, resource, sys, time
 from pathlib import Path
-from pytest_gpushare.probe.together import probe
-from pytest_gpushare.settings.load import Written, load
+from pytest_gpushare.planning.startup import probe
+from pytest_gpushare.config.sources import Written, load
 
 here = Path.cwd()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -63,12 +63,12 @@ def test_torch_keeps_the_call_until_cuda_is_up(project: Project, machine: Machin
 REAL = """
     import inspect
     import torch
-    from pytest_gpushare.run import caches, oom, peaks
+    from pytest_gpushare.worker import counters, oom_retry
 
     def test_counters():
         cuda = torch.cuda
         assert torch.OutOfMemoryError.__module__ == "torch"
-        assert oom.ran_out(torch.cuda.OutOfMemoryError("x")) == "OutOfMemoryError: x"
+        assert oom_retry.ran_out(torch.cuda.OutOfMemoryError("x")) == "OutOfMemoryError: x"
         assert cuda.memory_stats_as_nested_dict() == {}
         for name, count in {
             "reset_peak_memory_stats": 1,
@@ -77,14 +77,14 @@ REAL = """
             "get_per_process_memory_fraction": 1,
         }.items():
             assert len(inspect.signature(getattr(cuda, name)).parameters) == count
-        caches.empty()
-        assert peaks.counts(reset=True) is None
+        counters.empty()
+        assert counters.counts(reset=True) is None
         assert not cuda.is_initialized()
         try:
             torch.empty(1 << 50, dtype=torch.uint8)
         except RuntimeError as error:
             # The host's memory, in torch's own words.
-            assert oom.ran_out(error) == ""
+            assert oom_retry.ran_out(error) == ""
 """
 
 

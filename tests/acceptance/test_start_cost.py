@@ -18,8 +18,8 @@ TWICE = dedent("""
 
     class Look:
         def pytest_sessionfinish(self):
-            import pytest_gpushare.run as room
-            spec = sys.meta_path[0].find_spec("pytest_gpushare.run.session", room.__path__)
+            import pytest_gpushare.session as room
+            spec = sys.meta_path[0].find_spec("pytest_gpushare.session.start", room.__path__)
             told.append(("during", gc.get_freeze_count() > 10_000, type(spec.loader).__name__,
                          sys.meta_path[0].find_spec("test_project")))
 

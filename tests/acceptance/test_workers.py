@@ -294,7 +294,7 @@ def test_caps_reach_the_workers(project: Project, machine: Machine) -> None:
 
 HOOKS = """
     from dataclasses import replace
-    from pytest_gpushare.probe.facts import Device
+    from pytest_gpushare.gpu.devices import Device
 
     def pytest_gpushare_devices(config):
         gb = 2**30
@@ -335,12 +335,12 @@ def test_hooks(project: Project, machine: Machine) -> None:
             "gave a slot of -5 bytes: give more than 0",
         ),
         (
-            "from pytest_gpushare.probe.facts import Device\n"
+            "from pytest_gpushare.gpu.devices import Device\n"
             "def pytest_gpushare_devices(config): return [Device('X', 'x', 'x', 16e9, 0, 16e9)]",
             "gave X with total, used, free = (16000000000.0, 0, 16000000000.0)",
         ),
         (
-            "from pytest_gpushare.probe.facts import Device\n"
+            "from pytest_gpushare.gpu.devices import Device\n"
             "def pytest_gpushare_devices(config): return [Device('X', 'x', 'x', 1, 0, 1)] * 2",
             "names X a second time",
         ),

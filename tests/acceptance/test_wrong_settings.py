@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from simulator import Machine
 
-from pytest_gpushare.settings.options import BY_KEY
+from pytest_gpushare.config.options import BY_KEY
 
 from .conftest import Project, clean_environment
 

@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from pytest_gpushare.plan.model import Request
-from pytest_gpushare.run.others import Others
-from pytest_gpushare.run.start import Host, start
-from pytest_gpushare.settings.load import Written, load
+from pytest_gpushare.config.sources import Written, load
+from pytest_gpushare.planning.plan import Request
+from pytest_gpushare.planning.startup import Others
+from pytest_gpushare.session.start import Host, start
 
 from .scene import scene
 

@@ -40,7 +40,7 @@ def main() -> None:
             text=True,
         ).stderr
         imported = {line.rpartition("|")[2].strip() for line in trace.splitlines()}
-        if "pytest_gpushare.settings.options" not in imported:
+        if "pytest_gpushare.config.options" not in imported:
             sys.exit("the plugin is not loaded here: install it")
         heavy = sorted({"pynvml", "httpx"} & imported)
         print(f"imported by an idle run: {', '.join(heavy) or 'neither pynvml nor httpx'}\n")

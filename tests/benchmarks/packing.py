@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from pytest_gpushare.plan.packing import Bin, lower_bound
+from pytest_gpushare.scheduler.packing import Bin, lower_bound
 
 from .scene import Scene, scene
 

@@ -20,9 +20,9 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dispatching import makespan_by_bound
 
-from pytest_gpushare.plan.dispatcher import Dispatcher
-from pytest_gpushare.plan.needs import Need
-from pytest_gpushare.plan.work import Job, Reading, Room, Run, Worker
+from pytest_gpushare.scheduler.dispatcher import Dispatcher
+from pytest_gpushare.scheduler.needs import Need
+from pytest_gpushare.scheduler.types import Job, Reading, Room, Run, Worker
 from pytest_gpushare.units import GB
 
 DEVICES, WORKERS = 16, 64

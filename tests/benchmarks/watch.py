@@ -10,12 +10,11 @@ import time
 import tracemalloc
 from typing import Any
 
-from pytest_gpushare.plan.model import Plan, Request
-from pytest_gpushare.run.crew import Crew
-from pytest_gpushare.run.live import LiveVram
-from pytest_gpushare.run.record import Record
-from pytest_gpushare.run.series import Parts, Series
-from pytest_gpushare.run.watch import Watch, rows_for
+from pytest_gpushare.events import Record
+from pytest_gpushare.gpu.sampler import LiveVram, Parts, Series
+from pytest_gpushare.planning.plan import Plan, Request
+from pytest_gpushare.session.sampling import Watch, rows_for
+from pytest_gpushare.session.workers import Crew
 
 from .scene import scene
 
@@ -31,7 +30,7 @@ def sample(seconds: float, workers: int) -> None:
     """Watch every device for so long, beside so many workers that hold VRAM."""
     from simulator import Machine
 
-    from pytest_gpushare.probe.nvml import Nvml
+    from pytest_gpushare.gpu.nvml import Nvml
 
     machine = Machine.open()
     nvml = Nvml()

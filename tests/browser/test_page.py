@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-import pytest_gpushare.report.page as package
-from pytest_gpushare.report.page.words import clock, size, span
+import pytest_gpushare.report.html as package
+from pytest_gpushare.report.html.markup import clock, size, span
 
 from . import documents
 from .conftest import Opened

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from simulator import Machine
 
-from pytest_gpushare.report.page.words import size
+from pytest_gpushare.report.html.markup import size
 
 # The whole scene of an acceptance test: a project on a simulated machine.
 from ..acceptance.conftest import (  # noqa: F401 - fixtures

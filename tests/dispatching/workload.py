@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dispatching.world import Script, World
 
-from pytest_gpushare.plan.needs import Need
-from pytest_gpushare.plan.packing import Bin, lower_bound
-from pytest_gpushare.plan.work import Job, Room, Worker
+from pytest_gpushare.scheduler.needs import Need
+from pytest_gpushare.scheduler.packing import Bin, lower_bound
+from pytest_gpushare.scheduler.types import Job, Room, Worker
 from pytest_gpushare.units import GB
 
 

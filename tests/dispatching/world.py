@@ -13,8 +13,8 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import Any
 
-from pytest_gpushare.plan.dispatcher import Dispatcher
-from pytest_gpushare.plan.work import (
+from pytest_gpushare.scheduler.dispatcher import Dispatcher
+from pytest_gpushare.scheduler.types import (
     Action,
     Drop,
     EmptyCaches,

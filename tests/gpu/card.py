@@ -46,8 +46,8 @@ def find_card() -> Card:
     try:
         import pynvml
 
-        from pytest_gpushare.probe.facts import ComputeMode
-        from pytest_gpushare.probe.nvml import Nvml
+        from pytest_gpushare.gpu.devices import ComputeMode
+        from pytest_gpushare.gpu.nvml import Nvml
     except ImportError as error:
         raise NoCardError(f"{error.name} cannot be imported") from None
     nvml = Nvml()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pytest_gpushare.run.caps import CONTEXT_ALLOWANCE
+from pytest_gpushare.planning.caps import CONTEXT_ALLOWANCE
 
 from .conftest import MB, Project, needs
 

@@ -165,7 +165,7 @@ ERRORS = {
 """,
 }
 RECOGNISE = """
-    from pytest_gpushare.run.oom import ran_out
+    from pytest_gpushare.worker.oom_retry import ran_out
 
     def test_recognised():
         said = None

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pytest_gpushare.plan.model import Plan, Request
-from pytest_gpushare.plan.sizing import make_plan
-from pytest_gpushare.probe.facts import GpuFacts, GpuProcess, HostFacts, Memory, OllamaFacts
-from pytest_gpushare.run.journal import Told
-from pytest_gpushare.run.live import Reading
-from pytest_gpushare.run.record import Record
-from pytest_gpushare.run.started import Started
-from pytest_gpushare.run.watch import Watch
-from pytest_gpushare.settings.values import Settings
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.events import Record
+from pytest_gpushare.gpu.devices import GpuFacts, GpuProcess, HostFacts, Memory
+from pytest_gpushare.gpu.sampler import Reading
+from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.planning.plan import Plan, Request
+from pytest_gpushare.planning.sizing import make_plan
+from pytest_gpushare.session.run import Started
+from pytest_gpushare.session.sampling import Watch
+from pytest_gpushare.session.tests import Told
 from pytest_gpushare.units import GB
 
 from .test_plan_sizing import DEFAULTS, device

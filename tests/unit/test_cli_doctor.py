@@ -10,20 +10,25 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.cli.doctor import told
-from pytest_gpushare.cli.doctor.caps import caps, tools
-from pytest_gpushare.cli.doctor.conftests import overwriting
+from pytest_gpushare.cli.doctor import render as told
+from pytest_gpushare.cli.doctor.examine import (
+    Examined,
+    PytestView,
+    Surroundings,
+    ask,
+    overwriting,
+    settings_of,
+)
 from pytest_gpushare.cli.doctor.findings import Finding, Level, look, safe
-from pytest_gpushare.cli.doctor.gather import Examined, Surroundings, settings_of
 from pytest_gpushare.cli.doctor.gpus import driver, visibility
-from pytest_gpushare.cli.doctor.neighbour import ollama
-from pytest_gpushare.cli.doctor.packages import packages, release
-from pytest_gpushare.cli.doctor.pytest_view import PytestView, ask
-from pytest_gpushare.plan.model import Request
-from pytest_gpushare.plan.sizing import make_plan
-from pytest_gpushare.probe.facts import Device, GpuFacts, HostFacts, LoadedModel, OllamaFacts
-from pytest_gpushare.run.started import Started
-from pytest_gpushare.settings.load import Written, load
+from pytest_gpushare.cli.doctor.ollama import ollama
+from pytest_gpushare.cli.doctor.project import caps, packages, release, tools
+from pytest_gpushare.config.sources import Written, load
+from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
+from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.planning.plan import Request
+from pytest_gpushare.planning.sizing import make_plan
+from pytest_gpushare.session.run import Started
 from pytest_gpushare.units import GB
 
 ROOT = Path(__file__).parents[2]
@@ -169,13 +174,13 @@ def test_tools_that_break_on_uuids(tool: str, version: str, breaks: bool) -> Non
 def test_caps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which caps hold, and which cannot."""
     versions = {"torch": "2.13.0", "JAX": "0.10.0"}
-    monkeypatch.setattr("pytest_gpushare.run.started.installed", lambda: versions)
+    monkeypatch.setattr("pytest_gpushare.session.run.installed", lambda: versions)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     found = list(caps(examined()))
     assert found[0].fact.startswith("torch 2.13.0: 3.9")
     assert found[1].code == "no-cap"
     assert "unset XLA_PYTHON_CLIENT_ALLOCATOR" in found[1].mend
-    monkeypatch.setattr("pytest_gpushare.cli.doctor.caps.installed", lambda: versions)
+    monkeypatch.setattr("pytest_gpushare.cli.doctor.project.installed", lambda: versions)
     off = list(caps(examined(ini={"gpu_share_cap_vram": "false"})))
     assert [finding.code for finding in off] == ["caps-off"]
 
@@ -247,7 +252,7 @@ def test_pytest_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     """A plugin that never comes back is waited for no longer than the limit."""
     (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("pytest_gpushare.cli.doctor.pytest_view.TIMEOUT", 0.5)
+    monkeypatch.setattr("pytest_gpushare.cli.doctor.examine.TIMEOUT", 0.5)
     assert ask(["-p", "sleeper"]).error == "pytest did not start within 0.5 s"
 
 

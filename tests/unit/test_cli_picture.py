@@ -9,12 +9,20 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.cli.output import encodable, text_of
-from pytest_gpushare.cli.picture import Picture, SeenDevice, Watcher, _are_told
-from pytest_gpushare.cli.picture_lines import document, lines, rows, sparkline
-from pytest_gpushare.cli.screen import _cropped
-from pytest_gpushare.probe.facts import Device, GpuProcess, LoadedModel, Memory, OllamaFacts
-from pytest_gpushare.run.presence import PresentSession, PresentWorker
+from pytest_gpushare.cli.terminal import _cropped, encodable, text_of
+from pytest_gpushare.cli.watch_view import (
+    Picture,
+    SeenDevice,
+    Watcher,
+    _are_told,
+    document,
+    lines,
+    rows,
+    sparkline,
+)
+from pytest_gpushare.gpu.devices import Device, GpuProcess, Memory
+from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.session.registry import PresentSession, PresentWorker
 from pytest_gpushare.units import GB
 
 CARD = Device("GPU-0", "RTX 3090 Ti", "0", 24 * GB, 12 * GB, 12 * GB)
@@ -156,8 +164,8 @@ def test_watcher_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library that hangs is waited for no longer than the limit."""
     from pathlib import Path
 
-    from pytest_gpushare.cli import picture as module
-    from pytest_gpushare.settings.load import Written, load
+    from pytest_gpushare.cli import watch_view as module
+    from pytest_gpushare.config.sources import Written, load
 
     monkeypatch.setattr(module, "_OPEN_PATIENCE", 0.05)
     monkeypatch.setattr(module.Nvml, "open", lambda _: time.sleep(5))

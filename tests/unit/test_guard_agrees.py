@@ -19,12 +19,11 @@ from simulator.ollama.placement import MARGIN, Room, place_alone, place_beside
 from simulator.ollama.scheduler import LoadError, Scheduler
 from simulator.sizes import to_bytes
 
-from pytest_gpushare.plan.demand import CUDA_CONTEXT
-from pytest_gpushare.plan.holding import Held
-from pytest_gpushare.plan.ollama_history import SPILLED, History
-from pytest_gpushare.plan.promise import Promise
-from pytest_gpushare.plan.spill import Cause, Spill, judge
-from pytest_gpushare.probe.facts import LoadedModel
+from pytest_gpushare.gpu.attribution import Held
+from pytest_gpushare.ollama.history import SPILLED, History
+from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.ollama.prediction import CUDA_CONTEXT
+from pytest_gpushare.ollama.spill import Cause, Promise, Spill, judge
 from pytest_gpushare.units import GB, MB
 
 MODELS = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from pytest_gpushare.plan.accounts import Ledger
-from pytest_gpushare.plan.work import Reading, Room
+from pytest_gpushare.scheduler.accounts import Ledger
+from pytest_gpushare.scheduler.types import Reading, Room
 from pytest_gpushare.units import GB
 
 

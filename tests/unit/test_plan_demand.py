@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_gpushare.plan.demand import (
+from pytest_gpushare.ollama.architectures import ShapeUnknownError, shape_of
+from pytest_gpushare.ollama.models import ModelFacts
+from pytest_gpushare.ollama.prediction import (
     CUDA_CONTEXT,
     Prediction,
     Server,
@@ -18,8 +20,6 @@ from pytest_gpushare.plan.demand import (
     context_of,
     predict,
 )
-from pytest_gpushare.plan.shape import ShapeUnknownError, shape_of
-from pytest_gpushare.probe.facts import ModelFacts
 from pytest_gpushare.units import GB, MB
 
 from .real_models import (

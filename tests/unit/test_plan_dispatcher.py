@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import pytest
 from dispatching import Device, Script, World
 
-from pytest_gpushare.plan.dispatcher import Dispatcher
-from pytest_gpushare.plan.groups import IN_ORDER
-from pytest_gpushare.plan.needs import Need
-from pytest_gpushare.plan.work import (
+from pytest_gpushare.scheduler.dispatcher import Dispatcher
+from pytest_gpushare.scheduler.needs import Need
+from pytest_gpushare.scheduler.queue import IN_ORDER
+from pytest_gpushare.scheduler.types import (
     Action,
     Drop,
     EmptyCaches,

@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpushare.plan.declared import means_cpu
-from pytest_gpushare.plan.needs import (
+from pytest_gpushare.config.kinds import parse_aliases, parse_rules
+from pytest_gpushare.scheduler.needs import (
     Declared,
     Mark,
     Need,
+    Patterns,
     Wanted,
     declared,
+    means_cpu,
     rules_of,
     wanted,
 )
-from pytest_gpushare.plan.patterns import Patterns
-from pytest_gpushare.settings.lines import parse_aliases, parse_rules
 from pytest_gpushare.units import GB, MB
 
 ALIASES = parse_aliases(

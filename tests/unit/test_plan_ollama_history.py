@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pytest_gpushare.plan.ollama_history import BACK, UNREACHABLE, Change, History
-from pytest_gpushare.plan.ollama_words import sentence
-from pytest_gpushare.probe.facts import LoadedModel
+from pytest_gpushare.ollama.history import BACK, UNREACHABLE, Change, History
+from pytest_gpushare.ollama.messages import sentence
+from pytest_gpushare.ollama.models import LoadedModel
 from pytest_gpushare.units import GB
 
 WHOLE = LoadedModel("m:14b", 10 * GB, 10 * GB, "d1", 4096)

@@ -9,8 +9,8 @@ from dispatching import makespan_by_bound
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpushare.plan.order import NOTHING, Order
-from pytest_gpushare.plan.packing import STEPS, Bin, best_order, lower_bound
+from pytest_gpushare.scheduler.packing import STEPS, Bin, best_order, lower_bound
+from pytest_gpushare.scheduler.queue import NOTHING, Order
 from pytest_gpushare.units import GB
 
 WORKLOAD = [

@@ -9,8 +9,8 @@ from dispatching import Device, Script, World
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pytest_gpushare.plan.needs import Need
-from pytest_gpushare.plan.work import Job, Policy, Room, Run, Worker
+from pytest_gpushare.scheduler.needs import Need
+from pytest_gpushare.scheduler.types import Job, Policy, Room, Run, Worker
 from pytest_gpushare.units import GB, MB
 
 CONTEXT = 600 * MB

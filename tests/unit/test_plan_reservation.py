@@ -9,18 +9,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from pytest_gpushare.plan.demand import CUDA_CONTEXT, MARGIN, Server, predict
-from pytest_gpushare.plan.model import Plan
-from pytest_gpushare.plan.model_needs import Source
-from pytest_gpushare.plan.ollama_share import unexpected
-from pytest_gpushare.probe.facts import (
-    Device,
-    GpuFacts,
-    GpuProcess,
-    LoadedModel,
-    ModelFacts,
-    OllamaFacts,
-)
+from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess
+from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
+from pytest_gpushare.ollama.prediction import CUDA_CONTEXT, MARGIN, Server, Source, predict
+from pytest_gpushare.ollama.reservation import unexpected
+from pytest_gpushare.planning.plan import Plan
 from pytest_gpushare.units import GB, MB
 
 from .real_models import BY_NAME

@@ -12,21 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_gpushare.config.kinds import default_of
+from pytest_gpushare.config.options import OPTIONS
+from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.plan.model import Limit, Plan, Request
-from pytest_gpushare.plan.ollama_share import resident_bytes
-from pytest_gpushare.plan.sizing import make_plan
-from pytest_gpushare.probe.facts import (
-    Device,
-    GpuFacts,
-    GpuProcess,
-    HostFacts,
-    LoadedModel,
-    OllamaFacts,
-)
-from pytest_gpushare.settings.options import OPTIONS
-from pytest_gpushare.settings.parse import default_of
-from pytest_gpushare.settings.values import Settings
+from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, HostFacts
+from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.ollama.reservation import resident_bytes
+from pytest_gpushare.planning.plan import Limit, Plan, Request
+from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.units import GB, MB
 
 DEFAULTS = Settings(**{option.attribute: default_of(option.key) for option in OPTIONS})  # type: ignore[arg-type]

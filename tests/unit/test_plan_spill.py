@@ -6,12 +6,11 @@ from collections.abc import Mapping
 
 import pytest
 
-from pytest_gpushare.plan.holding import Held
-from pytest_gpushare.plan.ollama_words import held as in_words
-from pytest_gpushare.plan.ollama_words import spilled, why
-from pytest_gpushare.plan.promise import Promise, Setting
-from pytest_gpushare.plan.spill import Cause, Spill, judge
-from pytest_gpushare.probe.facts import LoadedModel
+from pytest_gpushare.gpu.attribution import Held
+from pytest_gpushare.ollama.messages import held as in_words
+from pytest_gpushare.ollama.messages import spilled, why
+from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.ollama.spill import Cause, Promise, Setting, Spill, judge
 from pytest_gpushare.units import GB, MB
 
 MODEL = LoadedModel("m:14b", 10 * GB, 6 * GB, "d", 4096)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulator.ollama import FaultyServer
 
-from pytest_gpushare.probe.address import parse_address
-from pytest_gpushare.probe.host import is_own_address
-from pytest_gpushare.probe.ollama import ask
+from pytest_gpushare.gpu.host import is_own_address
+from pytest_gpushare.ollama.address import parse_address
+from pytest_gpushare.ollama.catalog import ask
 
 DEFAULT = "http://127.0.0.1:11434"
 

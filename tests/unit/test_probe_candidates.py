@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 from simulator.ollama import FaultyServer, OllamaServer
 
-from pytest_gpushare.probe import candidates as module
-from pytest_gpushare.probe import host, together
-from pytest_gpushare.probe.address import parse_address
-from pytest_gpushare.probe.candidates import Candidate, candidates
-from pytest_gpushare.probe.together import probe
+from pytest_gpushare.gpu import host
+from pytest_gpushare.ollama import address
+from pytest_gpushare.ollama.address import Candidate, candidates, parse_address
+from pytest_gpushare.planning import startup as together
+from pytest_gpushare.planning.startup import probe
 
 from ..acceptance.conftest import closed_port
 from .test_plan_sizing import DEFAULTS
@@ -137,7 +137,7 @@ def test_time_for_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_variable_is_ollamas() -> None:
-    assert module.VARIABLE == "OLLAMA_HOST"
+    assert address.VARIABLE == "OLLAMA_HOST"
 
 
 def _ours() -> list[str]:

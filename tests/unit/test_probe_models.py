@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulator.ollama import FAULTS, FaultyServer, Model, OllamaServer
 
-from pytest_gpushare.plan.demand import Server, predict
-from pytest_gpushare.probe.address import parse_address
-from pytest_gpushare.probe.facts import ModelFacts
-from pytest_gpushare.probe.models import ask_models
+from pytest_gpushare.ollama.address import parse_address
+from pytest_gpushare.ollama.catalog import ask_models
+from pytest_gpushare.ollama.models import ModelFacts
+from pytest_gpushare.ollama.prediction import Server, predict
 from pytest_gpushare.units import GB
 
 WINDOWED = Model(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_gpushare.probe.address import parse_address
-from pytest_gpushare.probe.ollama import ask
+from pytest_gpushare.ollama.address import parse_address
+from pytest_gpushare.ollama.catalog import ask
 
 from ..acceptance.conftest import closed_port
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from simulator.ollama import FaultyServer
 
-from pytest_gpushare.probe.together import probe
+from pytest_gpushare.planning.startup import probe
 
 from .test_plan_sizing import DEFAULTS
 

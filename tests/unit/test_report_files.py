@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_gpushare.config.settings import report_files
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.report.clean import cleaned, cleaner
-from pytest_gpushare.report.files import write_reports, write_whole
 from pytest_gpushare.report.github import escaped, step_summary, workflow_commands
-from pytest_gpushare.report.line import Line
-from pytest_gpushare.settings.reports import report_files
+from pytest_gpushare.report.output import write_reports, write_whole
+from pytest_gpushare.report.redact import cleaned, cleaner
+from pytest_gpushare.report.summary import Line
 from pytest_gpushare.units import GB
 
 from .scene import Scene

@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import pytest
 
-from pytest_gpushare.plan.model import Limit, Request
-from pytest_gpushare.report.hints import hints
+from pytest_gpushare.planning.plan import Limit, Request
+from pytest_gpushare.report.advice import hints
 from pytest_gpushare.units import GB
 
 from .scene import CONTEXT, Scene

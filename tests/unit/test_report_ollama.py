@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.probe.facts import OllamaFacts
-from pytest_gpushare.report.ollama import ollama_lines
+from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.report.header import ollama_lines
 
 from .test_plan_sizing import DEFAULTS, device, plan
 

@@ -16,13 +16,18 @@ import pytest
 from browser import documents
 from jsonschema import Draft202012Validator
 
-import pytest_gpushare.report.page as package
-from pytest_gpushare.report.page import page
-from pytest_gpushare.report.page.data import data
-from pytest_gpushare.report.page.holders import settled, without_workers
-from pytest_gpushare.report.page.samples import differences, drawn, thinned
-from pytest_gpushare.report.page.verdict import answers, outcome
-from pytest_gpushare.report.page.words import clock, label, listed, percent, size, span
+import pytest_gpushare.report.html as package
+from pytest_gpushare.report.html import page
+from pytest_gpushare.report.html.data import (
+    data,
+    differences,
+    drawn,
+    settled,
+    thinned,
+    without_workers,
+)
+from pytest_gpushare.report.html.markup import clock, label, listed, percent, size, span
+from pytest_gpushare.report.html.verdict import answers, outcome
 
 GB, MB = documents.GB, documents.MB
 ASSETS = Path(package.__file__).parent / "assets"

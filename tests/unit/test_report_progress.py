@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.report.progress import progress
-from pytest_gpushare.run.record import Record
+from pytest_gpushare.events import Record
+from pytest_gpushare.report.output import progress
 
 
 class Reporter:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pytest_gpushare.report.line import View
+from pytest_gpushare.report.header import summary
 from pytest_gpushare.report.output import in_encoding
-from pytest_gpushare.report.terminal import summary
-from pytest_gpushare.report.usage import shortened, sparkline
-from pytest_gpushare.run.started import Started
+from pytest_gpushare.report.summary import View, shortened, sparkline
+from pytest_gpushare.session.run import Started
 from pytest_gpushare.units import GB
 
 from .scene import CONTEXT, Scene

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_gpushare.probe.facts import GpuProcess, Memory
-from pytest_gpushare.run.alone import Alone
-from pytest_gpushare.run.gate import Gate
-from pytest_gpushare.run.holders import Holding, holding, sums
-from pytest_gpushare.run.links import Links
-from pytest_gpushare.run.record import Record
+from pytest_gpushare.events import Record
+from pytest_gpushare.gpu.attribution import Holding, holding, sums
+from pytest_gpushare.gpu.devices import GpuProcess, Memory
+from pytest_gpushare.session.exclusive import Alone
 from pytest_gpushare.units import GB
+from pytest_gpushare.wire import Links
+from pytest_gpushare.worker.memory import Gate
 
 
 class Run:

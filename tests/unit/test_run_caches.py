@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.run.caches import clear_frames, empty
+from pytest_gpushare.worker.counters import clear_frames, empty
 
 
 class Big:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpushare.plan.model import Slot
-from pytest_gpushare.probe.facts import Device
-from pytest_gpushare.run.caps import Caps, caps_for, with_mark, without_caps_of_outer_run
+from pytest_gpushare.gpu.devices import Device
+from pytest_gpushare.planning.caps import Caps, caps_for, with_mark, without_caps_of_outer_run
+from pytest_gpushare.planning.plan import Slot
 from pytest_gpushare.units import GB, MB
 
 CARD = Device("GPU-1", "card", "0", 24 * GB, 2 * GB, 22 * GB)

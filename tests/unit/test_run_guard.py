@@ -13,15 +13,14 @@ import pytest
 from simulator import Device, Machine
 from simulator.ollama import FAULTS, FaultyServer, OllamaServer
 
-from pytest_gpushare.plan.holding import Held
-from pytest_gpushare.plan.promise import Promise
-from pytest_gpushare.probe.address import parse_address
-from pytest_gpushare.probe.facts import LoadedModel
-from pytest_gpushare.run import kept_loaded
-from pytest_gpushare.run.guard import Guard, Pace
-from pytest_gpushare.run.kept_loaded import KeptLoaded, usual_keep_alive
-from pytest_gpushare.run.neighbour import Neighbour
-from pytest_gpushare.run.record import Record
+from pytest_gpushare.events import Record
+from pytest_gpushare.gpu.attribution import Held
+from pytest_gpushare.ollama import preload as kept_loaded
+from pytest_gpushare.ollama.address import parse_address
+from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.ollama.monitor import Guard, Neighbour, Pace
+from pytest_gpushare.ollama.preload import KeptLoaded, usual_keep_alive
+from pytest_gpushare.ollama.spill import Promise
 from pytest_gpushare.units import GB
 
 QUICK = Pace(every=0.05, longest=0.2, patience=0.4, last_patience=0.5, sample=0.02)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from pytest_gpushare.run.held_back import MORE, HeldBack, HeldBackReports
+from pytest_gpushare.dispatch.reports import HeldBack, HeldBackReports
+from pytest_gpushare.wire import MORE
 
 
 def report(nodeid: str, *, more: bool = True, **values: Any) -> SimpleNamespace:

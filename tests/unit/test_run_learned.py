@@ -11,9 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pytest_gpushare.plan.demand import CUDA_CONTEXT
-from pytest_gpushare.probe.facts import GpuProcess, LoadedModel, ModelFacts
-from pytest_gpushare.run.learned import keep, recall, sighting, used_by
+from pytest_gpushare.gpu.devices import GpuProcess
+from pytest_gpushare.ollama.models import LoadedModel, ModelFacts
+from pytest_gpushare.ollama.prediction import CUDA_CONTEXT
+from pytest_gpushare.session.needs_store import (
+    keep_ollama_sizes,
+    recall_ollama_sizes,
+    sighting,
+    used_by,
+)
 from pytest_gpushare.units import GB
 
 from .test_plan_sizing import DEFAULTS, device
@@ -95,12 +101,12 @@ def started(*models: LoadedModel) -> Any:
 def test_from_run_to_run(tmp_path: Path) -> None:
     """Written through pytest's cache, read from its file before there is a cache."""
     here = config(tmp_path)
-    assert recall(here) == {}
-    keep(here, started(MODEL))
-    assert recall(here) == {KEY: 5 * GB + CUDA_CONTEXT}
+    assert recall_ollama_sizes(here) == {}
+    keep_ollama_sizes(here, started(MODEL))
+    assert recall_ollama_sizes(here) == {KEY: 5 * GB + CUDA_CONTEXT}
     absolute = config(tmp_path, str(tmp_path / "cache"))
-    assert recall(absolute) == recall(here)
-    assert recall(config(tmp_path, clear=True)) == {}
+    assert recall_ollama_sizes(absolute) == recall_ollama_sizes(here)
+    assert recall_ollama_sizes(config(tmp_path, clear=True)) == {}
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -108,9 +114,9 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     here = config(tmp_path)
     for number in range(70):
         digest = f"{number:064d}"
-        keep(here, started(LoadedModel("m", GB, GB, digest, 4096)))
-    keep(here, started(LoadedModel("m", 2 * GB, 2 * GB, digest, 4096)))
-    found = recall(here)
+        keep_ollama_sizes(here, started(LoadedModel("m", GB, GB, digest, 4096)))
+    keep_ollama_sizes(here, started(LoadedModel("m", 2 * GB, 2 * GB, digest, 4096)))
+    found = recall_ollama_sizes(here)
     assert len(found) == 64
     assert found[f"{digest} 4096 x 1 f16"] == 2 * GB + CUDA_CONTEXT
 
@@ -124,8 +130,8 @@ def test_without_a_cache(tmp_path: Path) -> None:
     none = SimpleNamespace(
         rootpath=tmp_path, getini=unknown, known_args_namespace=SimpleNamespace()
     )
-    assert recall(none) == {}  # type: ignore[arg-type]
-    keep(none, started(MODEL))  # type: ignore[arg-type]
+    assert recall_ollama_sizes(none) == {}  # type: ignore[arg-type]
+    keep_ollama_sizes(none, started(MODEL))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,4 +145,4 @@ def test_any_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "cache" / "v" / "gpushare" / "ollama"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-    assert all(0 < size < 2**50 for size in recall(config(tmp_path)).values())
+    assert all(0 < size < 2**50 for size in recall_ollama_sizes(config(tmp_path)).values())

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from pytest_gpushare.probe.facts import GpuProcess, Memory
-from pytest_gpushare.run import live
-from pytest_gpushare.run.live import LiveVram
+from pytest_gpushare.gpu import sampler as live
+from pytest_gpushare.gpu.devices import GpuProcess, Memory
+from pytest_gpushare.gpu.sampler import LiveVram
 
 
 class Card:

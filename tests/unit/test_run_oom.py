@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pytest_gpushare.run.oom import ran_out, ran_out_by_text
+from pytest_gpushare.worker.oom_retry import ran_out, ran_out_by_text
 
 
 def kind(module: str, name: str, base: type[BaseException] = RuntimeError) -> type[BaseException]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_gpushare.probe.facts import GpuProcess
-from pytest_gpushare.run.owners import Owners, Teller
-from pytest_gpushare.run.series import Parts
+from pytest_gpushare.gpu.attribution import Owners, Teller
+from pytest_gpushare.gpu.devices import GpuProcess
+from pytest_gpushare.gpu.sampler import Parts
 
 PARENTS = {11: 10, 12: 11, 21: 20, 10: 1, 20: 1, 30: 1, 40: 41, 41: 40}
 WORKERS = {10: "gw0", 20: "gw1"}

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.run.peaks import Count, counts, held, measured, used
 from pytest_gpushare.units import GB, MB
+from pytest_gpushare.worker.counters import Count, counts, held, measured, used
 
 
 class Torch:

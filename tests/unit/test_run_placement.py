@@ -9,11 +9,12 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpushare.plan.model import Plan, Request
-from pytest_gpushare.plan.sizing import make_plan
-from pytest_gpushare.probe.facts import Device, GpuFacts, HostFacts, OllamaFacts
-from pytest_gpushare.probe.visibility import visible
-from pytest_gpushare.run.placement import Surroundings, slot_of_outer_run, worker_environment
+from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
+from pytest_gpushare.gpu.visibility import visible
+from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.planning.placement import Surroundings, slot_of_outer_run, worker_environment
+from pytest_gpushare.planning.plan import Plan, Request
+from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.units import GB
 
 from .test_plan_sizing import DEFAULTS, fleets

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 from simulator.ollama import Model, OllamaServer
 
-from pytest_gpushare.probe.address import parse_address
-from pytest_gpushare.probe.facts import LoadedModel, ModelFacts, OllamaFacts
-from pytest_gpushare.run import preload as module
-from pytest_gpushare.run.preload import Preloaded, preload
+from pytest_gpushare.ollama import preload as module
+from pytest_gpushare.ollama.address import parse_address
+from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
+from pytest_gpushare.ollama.preload import Preloaded, preload
 from pytest_gpushare.units import GB
 
 

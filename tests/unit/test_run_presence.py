@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.plan.model import Plan, Request
-from pytest_gpushare.probe.facts import GpuFacts, OllamaFacts
-from pytest_gpushare.run.alive import ancestors, identity, is_alive
-from pytest_gpushare.run.presence import HELLO, Presence, folder, sessions
-from pytest_gpushare.run.started import Started
-from pytest_gpushare.settings.load import Written, load
+from pytest_gpushare.config.sources import Written, load
+from pytest_gpushare.gpu.devices import GpuFacts
+from pytest_gpushare.gpu.host import ancestors, identity, is_same_process
+from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.planning.plan import Plan, Request
+from pytest_gpushare.session.registry import HELLO, Presence, folder, sessions
+from pytest_gpushare.session.run import Started
 
 pytestmark = pytest.mark.skipif(identity(os.getpid()) is None, reason="no /proc here")
 
@@ -115,7 +116,7 @@ def test_zombie_is_dead() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     known = identity(process.pid)
     wait_for(lambda: identity(process.pid) is None)
-    assert known is None or is_alive(process.pid, known) is False
+    assert known is None or is_same_process(process.pid, known) is False
     process.wait()
 
 

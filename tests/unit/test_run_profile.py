@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.run import profile
-from pytest_gpushare.run.links import Links
-from pytest_gpushare.run.profile import Learned, Profile, recall
-from pytest_gpushare.run.record import Record
+from pytest_gpushare.events import Record
+from pytest_gpushare.session import needs_store as profile
+from pytest_gpushare.session.needs_store import Learned, Profile, recall_needs
 from pytest_gpushare.units import GB, MB
+from pytest_gpushare.wire import Links
 
 CARD = "NVIDIA H100"
 
@@ -59,7 +59,7 @@ class Run:
     def ended(self) -> Learned | None:
         self.profile.stop()
         self.began()
-        return recall(self.config, CARD).get("t")
+        return recall_needs(self.config, CARD).get("t")
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_what_says_nothing_of_the_need(run: Run, worker: str, more: dict[str, An
 def test_a_second_attempt_has_no_duration(run: Run) -> None:
     """It counts both attempts and the wait between them."""
     run.test(4 * GB, attempts=2)
-    assert run.ended() == Learned(4 * GB, None, recall(run.config, CARD)["t"].date)
+    assert run.ended() == Learned(4 * GB, None, recall_needs(run.config, CARD)["t"].date)
 
 
 def seen(outcome: str = "passed", worker: str = "gw0", size: int | None = None) -> Any:
@@ -163,13 +163,13 @@ def test_what_no_framework_told(run: Run) -> None:
     assert run.ended() == kept
     run.journal = [seen(worker="gw9")]
     run.ended()
-    assert recall(run.config, "")["t"].duration == 0.5
+    assert recall_needs(run.config, "")["t"].duration == 0.5
 
 
 def test_durations_of_tests_without_a_gpu(run: Run) -> None:
     run.profile.took("cpu", 0.5)
     run.profile.stop()
-    assert recall(run.config, "")["cpu"].duration == 0.5
+    assert recall_needs(run.config, "")["cpu"].duration == 0.5
 
 
 GOOD = [4 * GB, 2.5, "2026-11-24"]
@@ -196,13 +196,13 @@ def test_nonsense_in_the_file_is_left_out(run: Run, bad: object) -> None:
     run.profile.stop()
     tests = {"good": GOOD, "bad": bad, "x" * 2000: GOOD}
     run.file.write_text(json.dumps({"version": 1, "devices": {CARD: tests, "other": 7}}))
-    assert recall(run.config, CARD) == {"good": Learned(4 * GB, 2.5, "2026-11-24")}
-    assert recall(run.config, "other") == {}
+    assert recall_needs(run.config, CARD) == {"good": Learned(4 * GB, 2.5, "2026-11-24")}
+    assert recall_needs(run.config, "other") == {}
     # The next run keeps what is good, beside what it finds itself.
     run.began()
     run.test(3 * GB)
     run.ended()
-    assert recall(run.config, CARD).keys() == {"good", "t"}
+    assert recall_needs(run.config, CARD).keys() == {"good", "t"}
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_file_that_is_none_of_ours(run: Run, text: str) -> None:
     run.test(1)
     run.profile.stop()
     run.file.write_bytes(text.encode("latin-1"))
-    assert recall(run.config, CARD) == {}
+    assert recall_needs(run.config, CARD) == {}
 
 
 def test_the_file_is_bounded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,9 +225,9 @@ def test_the_file_is_bounded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run.began()
     run.test(5)
     run.ended()
-    assert recall(run.config, CARD).keys() == {"t", "old3", "old2"}
+    assert recall_needs(run.config, CARD).keys() == {"t", "old3", "old2"}
     monkeypatch.setattr(profile, "_MOST_BYTES", 10)
-    assert recall(run.config, CARD) == {}
+    assert recall_needs(run.config, CARD) == {}
 
 
 def test_no_cache_no_file(run: Run) -> None:
@@ -236,7 +236,7 @@ def test_no_cache_no_file(run: Run) -> None:
     run.began()
     run.test(1)
     run.profile.stop()
-    assert recall(run.config, CARD) == {}
+    assert recall_needs(run.config, CARD) == {}
     assert not run.file.exists()
 
 

@@ -8,10 +8,9 @@ import time
 
 import pytest
 
-from pytest_gpushare.probe.facts import GpuProcess, Memory
-from pytest_gpushare.run.live import LiveVram
-from pytest_gpushare.run.readings import Readings, owner_of
-from pytest_gpushare.run.ticker import Ticker
+from pytest_gpushare.dispatch.executor import Readings, Ticker, owner_of
+from pytest_gpushare.gpu.devices import GpuProcess, Memory
+from pytest_gpushare.gpu.sampler import LiveVram
 from pytest_gpushare.units import GB
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pytest_gpushare.run import links as links_module
-from pytest_gpushare.run import record
-from pytest_gpushare.run.links import Links
-from pytest_gpushare.run.record import Record
-from pytest_gpushare.worker import Link
+from pytest_gpushare import events as record
+from pytest_gpushare import wire as links_module
+from pytest_gpushare.events import Record
+from pytest_gpushare.wire import Link, Links
 
 
 def test_events_have_their_time_and_are_found_by_kind() -> None:

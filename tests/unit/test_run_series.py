@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpushare.run.series import Parts, Series
+from pytest_gpushare.gpu.sampler import Parts, Series
 
 GB = 1024**3
 

@@ -9,11 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpushare.plan.needs import Declared
-from pytest_gpushare.run.jobs import group_of, plain_id, weigh
-from pytest_gpushare.run.suite import Crew, Suite
-from pytest_gpushare.run.told import Told, read, spread, squeezed, written
-from pytest_gpushare.settings.lines import parse_rules
+from pytest_gpushare.config.kinds import parse_rules
+from pytest_gpushare.dispatch.suite import Crew, Suite, group_of, plain_id, weigh
+from pytest_gpushare.scheduler.needs import Declared, Told, read, spread, squeezed, written
 from pytest_gpushare.units import GB
 
 from .test_plan_sizing import DEFAULTS

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.plan.model import Slot
-from pytest_gpushare.probe.facts import Device
-from pytest_gpushare.run.caps import caps_for, torch_fraction, with_mark
-from pytest_gpushare.run.torch_cap import TorchCap
+from pytest_gpushare.gpu.devices import Device
+from pytest_gpushare.planning.caps import caps_for, torch_fraction, with_mark
+from pytest_gpushare.planning.plan import Slot
 from pytest_gpushare.units import GB, MB
+from pytest_gpushare.worker.framework_caps import TorchCap
 
 CARD = Device("GPU-1", "card", "0", 24 * GB, 2 * GB, 22 * GB)
 SLOT = Slot(CARD, 6 * GB)

@@ -8,11 +8,10 @@ import tracemalloc
 
 import pytest
 
-from pytest_gpushare.run.crew import Peak
-from pytest_gpushare.run.journal import Journal, Test, Told
-from pytest_gpushare.run.leaks import LEAST, Growths
-from pytest_gpushare.run.live import LiveVram
-from pytest_gpushare.run.watch import Watch
+from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.session.sampling import Watch
+from pytest_gpushare.session.tests import Journal, Test, Told
+from pytest_gpushare.session.workers import LEAST, Growths, Peak
 from pytest_gpushare.units import GB, MB
 
 from .scene import CONTEXT, FIRST_PID, Scene
@@ -217,8 +216,8 @@ def test_what_comes_back_is_no_leak() -> None:
 
 def test_a_reader_that_hangs_adds_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a watch that is stopped stays stopped, however NVML is."""
-    monkeypatch.setattr("pytest_gpushare.run.live.PATIENCE", 0.05)
-    monkeypatch.setattr("pytest_gpushare.run.watch.INTERVAL", 0.01)
+    monkeypatch.setattr("pytest_gpushare.gpu.sampler.PATIENCE", 0.05)
+    monkeypatch.setattr("pytest_gpushare.session.sampling.INTERVAL", 0.01)
     run, library = Scene(), Library()
     live = LiveVram(library)
     watch = Watch(live, ["GPU-0"], run.started.crew, run.started.record)

@@ -10,11 +10,10 @@ from typing import Any
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pytest_gpushare.config.options import INI_PREFIX, JSON_FILE, JSON_SECTION, OPTIONS
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.config.sources import Written, load, read_section
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.settings.jsonfile import read_section
-from pytest_gpushare.settings.load import Written, load
-from pytest_gpushare.settings.options import INI_PREFIX, JSON_FILE, JSON_SECTION, OPTIONS
-from pytest_gpushare.settings.values import Settings
 
 KEYS = [option.key for option in OPTIONS]
 NUMBERS = st.integers() | st.floats() | st.integers(-(10**40), 10**40)

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from pytest_gpushare.config.options import JSON_FILE, JSON_SECTION
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.config.sources import Written, load, read_section
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.settings.jsonfile import read_section
-from pytest_gpushare.settings.load import Written, load
-from pytest_gpushare.settings.options import JSON_FILE, JSON_SECTION
-from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.units import GB, MB
 
 FOUNDING = {

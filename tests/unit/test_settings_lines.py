@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from pytest_gpushare.config.kinds import parse, parse_aliases, parse_rules
+from pytest_gpushare.config.options import BY_KEY
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.settings.lines import parse_aliases, parse_rules
-from pytest_gpushare.settings.options import BY_KEY
-from pytest_gpushare.settings.parse import parse
 from pytest_gpushare.units import GB, MB
 
 MEANINGS = (

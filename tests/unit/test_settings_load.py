@@ -13,12 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pytest_gpushare.config.kinds import default_of, parse
+from pytest_gpushare.config.options import BY_KEY, JSON_SECTION, OPTIONS, PRESETS
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.settings.load import Written, load
-from pytest_gpushare.settings.options import BY_KEY, JSON_SECTION, OPTIONS
-from pytest_gpushare.settings.parse import default_of, parse
-from pytest_gpushare.settings.presets import PRESETS
-from pytest_gpushare.settings.values import Settings
 from pytest_gpushare.units import GB, MB
 
 NOWHERE = Path(tempfile.gettempdir()) / "no such directory"

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pytest_gpushare.settings.load import Written, load
-from pytest_gpushare.settings.options import BY_KEY, OPTIONS
-from pytest_gpushare.settings.parse import parse
-from pytest_gpushare.settings.written_as import written_as
+from pytest_gpushare.config.kinds import parse, written_as
+from pytest_gpushare.config.options import BY_KEY, OPTIONS
+from pytest_gpushare.config.sources import Written, load
 
 HERE = Path("/nowhere")
 

@@ -13,6 +13,6 @@ def doctor(options: argparse.Namespace) -> int:
     if not sys.warnoptions:
         # The deprecated pynvml warns at its import; its finding says more.
         warnings.simplefilter("ignore")
-    from pytest_gpushare.cli.doctor.told import tell
+    from pytest_gpushare.cli.doctor.render import tell
 
     return tell(options)

@@ -12,12 +12,12 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpushare.cli.asking import ask_pytest
-from pytest_gpushare.cli.doctor.pytest_view import MARK
+from pytest_gpushare.cli.doctor.examine import MARK
+from pytest_gpushare.cli.plan_command import ask_pytest
+from pytest_gpushare.compat.xdist_options import GPU_AUTO, has_xdist
+from pytest_gpushare.config.sources import gather, switched_on
 from pytest_gpushare.errors import GpuShareError
-from pytest_gpushare.run.numprocesses import request_for
-from pytest_gpushare.settings.gpu_auto import GPU_AUTO, has_xdist
-from pytest_gpushare.settings.written import gather, switched_on
+from pytest_gpushare.session.start import request_for
 
 if TYPE_CHECKING:
     import pytest

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from pytest_gpushare.cli.doctor.examine import Examined, Surroundings
 from pytest_gpushare.cli.doctor.findings import Finding, broken, look, ok
-from pytest_gpushare.cli.doctor.gather import Examined, Surroundings
-from pytest_gpushare.probe.facts import ComputeMode, Device
-from pytest_gpushare.probe.visibility import VARIABLE
+from pytest_gpushare.gpu.devices import ComputeMode, Device
+from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.units import format_gb, plural
 
 _CONTAINER = "start the container with the GPU: docker run --gpus all"

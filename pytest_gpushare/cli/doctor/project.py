@@ -2,18 +2,160 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+from pytest_gpushare.cli.doctor.examine import Examined, executable
 from pytest_gpushare.cli.doctor.findings import Finding, broken, look, ok
-from pytest_gpushare.cli.doctor.gather import Examined
-from pytest_gpushare.plan.model import Limit
-from pytest_gpushare.plan.shortage import shortage
-from pytest_gpushare.report.in_force import in_words
-from pytest_gpushare.report.terminal import header
-from pytest_gpushare.settings.options import JSON_FILE, OPTIONS
+from pytest_gpushare.config.options import JSON_FILE, OPTIONS
+from pytest_gpushare.planning.caps import installed
+from pytest_gpushare.planning.placement import caps_of
+from pytest_gpushare.planning.plan import Limit, shortage
+from pytest_gpushare.report.document import in_words
+from pytest_gpushare.report.header import header
 from pytest_gpushare.units import GB, format_number
+
+_OLDEST = {"pytest": (8, 0), "pytest-xdist": (3, 6, 1), "nvidia-ml-py": (12, 535), "httpx": (0, 27)}
+_NEEDS = {
+    "pytest": "pytest>=8.0",
+    "pytest-xdist": "pytest-xdist>=3.6.1",
+    "nvidia-ml-py": "nvidia-ml-py>=12.535.133",
+    "httpx": "httpx>=0.27",
+}
+_WITHOUT = {
+    "pytest-xdist": "there are no workers to share a GPU",
+    "nvidia-ml-py": "no GPU can be seen",
+    "httpx": "Ollama cannot be asked",
+}
+
+
+def packages(found: Examined) -> Iterator[Finding]:
+    """A finding for each package, and how pytest starts here."""
+    yield ok(f"{found.where.python} on {found.where.system}")
+    for name, oldest in _OLDEST.items():
+        yield _package(found, name, oldest)
+    if "pynvml" in found.packages:
+        yield _deprecated(found)
+    yield from _pytest(found)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers at the start of a version: (2, 10) of `2.10.0+cu130`, cut where they end."""
+    return tuple(int(part) for part in re.findall(r"[0-9]{1,9}", version.split("+")[0])[:3])
+
+
+def _package(found: Examined, name: str, oldest: tuple[int, ...]) -> Finding:
+    version = found.packages.get(name)
+    install = f'{executable()} -m pip install "{_NEEDS[name]}"'
+    if version is None:
+        why = f": {_WITHOUT[name]}" if name in _WITHOUT else ""
+        if name == "pytest-xdist":
+            return broken("xdist-missing", f"{name} is not installed{why}", install)
+        return broken("package-missing", f"{name} is not installed{why}", install)
+    if release(version) < oldest:
+        needed = ".".join(map(str, oldest))
+        if name == "pytest-xdist":
+            fact = f"{name} {version} is too old: before {needed} tests may run off the main thread"
+            return broken("xdist-old", fact, install)
+        return broken("package-old", f"{name} {version} is older than {needed}", install)
+    return ok(f"{name} {version}")
+
+
+def _deprecated(found: Examined) -> Finding:
+    version = found.packages["pynvml"]
+    mend = (
+        f"{executable()} -m pip uninstall -y pynvml, then "
+        f"{executable()} -m pip install --force-reinstall nvidia-ml-py"
+    )
+    if found.pynvml_is_foreign:
+        return broken(
+            "pynvml-deprecated",
+            f"the deprecated distribution pynvml {version} hides the module of nvidia-ml-py, "
+            "which has the same name",
+            mend,
+        )
+    return look(
+        "pynvml-deprecated",
+        f"the deprecated distribution pynvml {version} is installed: it warns when its module is "
+        "imported, which fails under -W error",
+        mend,
+    )
+
+
+def _pytest(found: Examined) -> Iterator[Finding]:
+    view = found.pytest
+    if view.error:
+        yield broken(
+            "pytest-refuses",
+            f"pytest does not start here: {view.error}",
+            "run pytest --co -q and mend what it says",
+        )
+    elif not view.autoload:
+        yield look(
+            "autoload-off",
+            "pytest loads no installed plugins here (PYTEST_DISABLE_PLUGIN_AUTOLOAD, or an option)",
+            "give pytest -p pytest_gpushare.plugin -p xdist.plugin, or unset the variable",
+        )
+    elif not view.xdist and "pytest-xdist" in found.packages:
+        yield look(
+            "xdist-off",
+            "pytest-xdist is installed, but pytest does not load it: there are no workers",
+            "take -p no:xdist out of addopts or PYTEST_ADDOPTS",
+        )
+
+
+_FIRST_WITH_UUIDS = {"torch": (2, 0), "vllm": (0, 21), "deepspeed": (10**9,)}
+"""Tool -> the first release that reads UUIDs in CUDA_VISIBLE_DEVICES; DeepSpeed has none yet."""
+
+
+def caps(found: Examined) -> Iterator[Finding]:
+    """What would keep each framework within a worker's share."""
+    started = found.started
+    frameworks = started.around.versions or installed()
+    if not frameworks:
+        yield ok("none of torch, JAX, CuPy and TensorFlow is installed: nothing to cap")
+    elif not found.settings.cap_vram:
+        origin = found.settings.origins.get("cap_vram", "default")
+        yield look(
+            "caps-off",
+            f"gpu_share_cap_vram is false ({origin}): nothing keeps a worker within its share",
+            "gpu_share_cap_vram = true",
+        )
+    elif not started.plan.slots:
+        names = ", ".join(f"{name} {version}" for name, version in frameworks.items())
+        yield ok(f"{names}: no GPU worker to cap")
+    else:
+        for told in caps_of(started.plan.slots[0], started.around).told:
+            yield _cap(told)
+
+
+def tools(found: Examined) -> Iterator[Finding]:
+    """Tools that break on UUIDs."""
+    if found.settings.device_names != "uuid":
+        return
+    for name, first in _FIRST_WITH_UUIDS.items():
+        version = found.packages.get(name)
+        if version is not None and release(version) < first:
+            yield look(
+                "uuid-tools",
+                f"{name} {version} expects numbers in CUDA_VISIBLE_DEVICES, and workers are given "
+                "UUIDs",
+                "gpu_share_device_names = index",
+            )
+
+
+def _cap(told: str) -> Finding:
+    """`torch 2.13.0: 3.91 GB`, or `JAX 0.10.0: no cap (allocator platform)`."""
+    if "no cap" not in told:
+        return ok(told)
+    variable = (
+        "XLA_PYTHON_CLIENT_ALLOCATOR"
+        if told.startswith("JAX")
+        else "the backend in PYTORCH_ALLOC_CONF"
+    )
+    return look("no-cap", told, f"unset {variable}; else give tests more room: fewer workers")
 
 
 def settings(found: Examined) -> Iterator[Finding]:

@@ -1,0 +1,305 @@
+"""Everything that doctor looks at, gathered once and with a limit of time for each part."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.config.sources import Written, load
+from pytest_gpushare.errors import GpuShareError
+from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.planning.placement import culprit
+from pytest_gpushare.planning.plan import Request
+from pytest_gpushare.planning.startup import Others, check
+from pytest_gpushare.session.run import Started
+from pytest_gpushare.session.start import Host, start
+from pytest_gpushare.timed import bounded
+
+TIMEOUT = 30.0
+"""Seconds that pytest may take to start without a conftest and without a test."""
+
+MARK = "pytest-gpushare found: "
+"""Begins the line of the answer; plugins may print others."""
+
+
+@dataclass(frozen=True)
+class PytestView:
+    """What pytest found."""
+
+    error: str = ""
+    """Why there is no answer."""
+    written: Written | None = None
+    configuration: str = ""
+    """The configuration file; empty: none."""
+    root: str = ""
+    switched_on: bool = False
+    """Whether `gpu_share = true` stands in the configuration."""
+    wrong_switch: str = ""
+    asked_by_arguments: bool = False
+    """Whether `addopts` or PYTEST_ADDOPTS ask for the plugin."""
+    strict: bool = False
+    xdist: bool = True
+    """Whether pytest loaded xdist."""
+    autoload: bool = True
+    request: Request = field(default_factory=Request)
+    cpus: int | None = None
+
+
+def ask(arguments: Sequence[str]) -> PytestView:
+    """Start pytest and wait for what it says, at most half a minute. Never raises."""
+    command = [sys.executable, "-m", "pytest_gpushare.cli.doctor.child", *arguments]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return PytestView(f"pytest did not start within {TIMEOUT:g} s")
+    except OSError as error:
+        return PytestView(f"Python cannot be started: {error.strerror or error}")
+    for line in done.stdout.splitlines():
+        if MARK in line:
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                return _view(json.loads(line.partition(MARK)[2]))
+    return PytestView(_complaint(done.stderr) or f"pytest ended with code {done.returncode}")
+
+
+def _view(found: Mapping[str, Any]) -> PytestView:
+    written = dict(found["written"])
+    for name in ("root", "ini_directory", "invocation_directory"):
+        written[name] = Path(written[name])
+    return PytestView(
+        **{**found, "written": Written(**written), "request": Request(**found["request"])}
+    )
+
+
+def _complaint(text: str) -> str:
+    """The line that says most: pytest's own `ERROR: ...`, else the last one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines[-1:] or [""])[0][:400]
+
+
+_MOST_SECONDS = 3.0
+_MOST_FILES = 500
+_SKIPPED = {"node_modules", "site-packages", "__pycache__", "build", "dist"}
+
+
+def overwriting(root: Path) -> list[str]:
+    """`tests/conftest.py:12` for each; a big tree is searched for three seconds at most."""
+    found = []
+    for number, path in enumerate(_conftests(root, time.monotonic() + _MOST_SECONDS)):
+        if number == _MOST_FILES:
+            break
+        if where := culprit([VARIABLE], [str(path)]):
+            found.append(where)
+    return found
+
+
+def _conftests(root: Path, until: float) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        if time.monotonic() > until:
+            return
+        # Sorted, so that the output is the same on every file system.
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in _SKIPPED
+            and not name.startswith(".")
+            and not Path(folder, name, "pyvenv.cfg").exists()
+        )
+        if "conftest.py" in files:
+            yield Path(folder, "conftest.py")
+
+
+_PACKAGES = ("pytest", "pytest-xdist", "execnet", "nvidia-ml-py", "httpx", "pynvml", "rich")
+_TOOLS = ("torch", "vllm", "deepspeed")
+_PATIENCE = 5.0
+"""Seconds for an Ollama that did not answer in the time that a run gives it."""
+_NVML_PATIENCE = 10.0
+
+
+@dataclass(frozen=True)
+class NvmlVersions:
+    """What the library says of itself; None where it does not."""
+
+    nvml: str | None = None
+    cuda: str | None = None
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where this process runs."""
+
+    system: str = ""
+    python: str = ""
+    is_wsl: bool = False
+    is_container: bool = False
+    wsl_library: bool = False
+    """Whether WSL's own libnvidia-ml is where WSL puts it."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """The facts."""
+
+    environment: Mapping[str, str]
+    where: Surroundings
+    packages: Mapping[str, str]
+    """Distribution -> version, of those that are installed."""
+    pynvml_is_foreign: bool
+    """Whether the module `pynvml` is not the one of nvidia-ml-py."""
+    pytest: PytestView
+    settings: Settings
+    settings_error: str
+    started: Started
+    start_error: str
+    """Why a run with these settings would not start."""
+    nvml: NvmlVersions = field(default_factory=NvmlVersions)
+    patient_ollama: OllamaFacts | None = None
+    """What Ollama said when it was given more time; None where that was not needed."""
+    overwriting: Sequence[str] = ()
+    """`conftest.py:3` for each conftest that sets CUDA_VISIBLE_DEVICES."""
+
+
+def examine(arguments: Sequence[str]) -> Examined:
+    """Look at everything; `arguments` are for pytest."""
+    environment = dict(os.environ)
+    view = ask(arguments)
+    settings, settings_error = settings_of(view)
+    request = Request() if view.request.in_process else view.request
+    host = Host((), view.cpus or os.cpu_count() or 1, environment)
+    started, start_error = _start(settings, request, host)
+    return Examined(
+        environment=environment,
+        where=_surroundings(),
+        packages=_versions((*_PACKAGES, *_TOOLS)),
+        pynvml_is_foreign=_pynvml_is_foreign(),
+        pytest=view,
+        settings=settings,
+        settings_error=settings_error,
+        started=started,
+        start_error=start_error,
+        nvml=bounded(_nvml_versions, _NVML_PATIENCE) or NvmlVersions()
+        if started.gpus.driver
+        else NvmlVersions(),
+        patient_ollama=_ask_patiently(started),
+        overwriting=_overwriting(Path(view.root) if view.root else Path.cwd()),
+    )
+
+
+def settings_of(view: PytestView) -> tuple[Settings, str]:
+    """The settings in force, and what is wrong with them; then the defaults stand in."""
+    error = view.wrong_switch
+    if view.written is not None:
+        try:
+            return load(view.written), error
+        except GpuShareError as refused:
+            error = error or str(refused)
+    return load(_nothing_written()), error
+
+
+def _start(settings: Settings, request: Request, host: Host) -> tuple[Started, str]:
+    """The plan of a run; one that would not start is planned for with what may be."""
+    # Whoever only looks loads no model.
+    lenient = replace(settings, fallback_to_cpu_when_constrained=True, ollama_preload=False)
+    error = ""
+    try:
+        if settings.ollama_preload:
+            check(settings)
+        started = start(lenient, request, host, Others())
+    except GpuShareError as refused:
+        error = str(refused)
+        sure = replace(lenient, ollama_unreachable="reserve", ollama_gpu=("auto",))
+        started = start(sure, request, host, Others())
+    started.close()
+    return started, error
+
+
+def _nothing_written() -> Written:
+    here = Path()
+    # No JSON file either.
+    return Written({}, {"gpu_share_config": ""}, {}, "", here, here, here)
+
+
+def _ask_patiently(started: Started) -> OllamaFacts | None:
+    ollama = started.ollama
+    address = ollama.server
+    if ollama.answered or address is None or "no answer" not in ollama.problem:
+        return None
+    from pytest_gpushare.ollama.catalog import ask as ask_ollama
+
+    return bounded(lambda: ask_ollama(address, _PATIENCE), _PATIENCE + 0.5)
+
+
+def _nvml_versions() -> NvmlVersions:
+    from pytest_gpushare.gpu.nvml import Nvml
+
+    nvml = Nvml()
+    nvml.open()
+    try:
+        return NvmlVersions(*nvml.versions())
+    finally:
+        nvml.close()
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = str(metadata.version(name))
+        except Exception:
+            # Not installed, or its metadata is broken: either way nothing is known of it.
+            continue
+    return found
+
+
+def _pynvml_is_foreign() -> bool:
+    """Whether `import pynvml` finds a package; nvidia-ml-py has a single module."""
+    try:
+        spec = find_spec("pynvml")
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.submodule_search_locations is not None
+
+
+def _surroundings() -> Surroundings:
+    release = platform.release().lower()
+    return Surroundings(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=f"{platform.python_implementation()} {platform.python_version()}",
+        is_wsl="microsoft" in release,
+        is_container=any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv")))
+        or bool(os.environ.get("KUBERNETES_SERVICE_HOST")),
+        wsl_library=Path("/usr/lib/wsl/lib/libnvidia-ml.so.1").exists(),
+    )
+
+
+def _overwriting(root: Path) -> Sequence[str]:
+
+    return bounded(lambda: overwriting(root), 5.0) or ()
+
+
+def executable() -> str:
+    """How this Python is called in a command for the user."""
+    name = Path(sys.executable).name
+    return name if re.fullmatch(r"python[0-9.]*(\.exe)?", name) else "python"

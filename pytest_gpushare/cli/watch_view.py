@@ -1,0 +1,407 @@
+"""A picture of `watch` in words: rows for a terminal, lines for a pipe, a document for programs."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+
+from pytest_gpushare.cli.terminal import Piece, Row
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, Memory
+from pytest_gpushare.gpu.host import ancestors, identity, sees_every_process
+from pytest_gpushare.gpu.nvml import Nvml
+from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.ollama.messages import placed
+from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.report.document import PLAN_SCHEMA, ollama_document
+from pytest_gpushare.session.registry import PresentSession, PresentWorker, sessions
+from pytest_gpushare.timed import bounded
+from pytest_gpushare.units import format_gb, plural
+
+HISTORY = 60
+"""Pictures that a sparkline is made of."""
+
+OLLAMA_EVERY = 2.0
+"""Seconds between two rounds of questions to Ollama, at least; each round is two GETs."""
+
+_OPEN_PATIENCE = 10.0
+
+
+@dataclass(frozen=True)
+class SeenDevice:
+    """A device at one moment; sizes in bytes, None where nobody can tell."""
+
+    device: Device
+    memory: Memory | None
+    ollama: int | None
+    tests: int | None
+    others: int | None
+    history: tuple[float, ...]
+    """The part in use, 0 to 1, of the last pictures, the oldest first."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Everything at one moment."""
+
+    at: float
+    """Seconds since the epoch."""
+    devices: tuple[SeenDevice, ...]
+    absence: str
+    driver: str | None
+    problems: tuple[str, ...]
+    sessions: tuple[PresentSession, ...]
+    held: Mapping[int, int]
+    """PID of a worker -> bytes of VRAM that it and what it started hold; left out where unknown."""
+    ollama: OllamaFacts
+
+
+class Watcher:
+    """Takes pictures; NVML is opened once and held."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._nvml = Nvml()
+        facts = bounded(self._open, _OPEN_PATIENCE)
+        self._facts = facts or GpuFacts(absence=f"NVML did not answer within {_OPEN_PATIENCE:g} s")
+        self._live = LiveVram(self._nvml) if facts and facts.all_devices else None
+        self._history: dict[str, deque[float]] = {}
+        self._ollama = OllamaFacts()
+        self._asked_at = float("-inf")
+        self._asking: threading.Thread | None = None
+
+    def close(self) -> None:
+        """Let go of NVML."""
+        if self._live is not None:
+            self._live.close()
+        bounded(self._nvml.close, 1.0)
+
+    def take(self, max_age: float) -> Picture:
+        """A picture; what it shows of VRAM is at most `max_age` seconds old unless NVML is slow."""
+        self._ask_ollama()
+        running = tuple(sessions())
+        memory: Mapping[str, Memory] = {}
+        processes: Mapping[str, tuple[GpuProcess, ...] | None] = {}
+        if self._live is not None:
+            memory = self._live.memory(min(max_age, 0.5)).devices
+            processes = self._live.processes(max(max_age, 1.0)).devices
+        owners = {pid: _worker_of(pid, running) for pid in _pids(processes)}
+        return Picture(
+            at=time.time(),
+            devices=tuple(
+                self._seen(device, memory.get(device.uuid), processes.get(device.uuid), owners)
+                for device in self._facts.all_devices
+            ),
+            absence="" if self._facts.all_devices else self._facts.absence,
+            driver=self._facts.driver,
+            problems=self._facts.problems,
+            sessions=running,
+            held=_held(processes, owners, running),
+            ollama=self._ollama,
+        )
+
+    def _open(self) -> GpuFacts:
+        self._nvml.open()
+        # All devices of the host, also those that CUDA_VISIBLE_DEVICES hides from us.
+        return self._nvml.read(None, None)
+
+    def _seen(
+        self,
+        device: Device,
+        memory: Memory | None,
+        processes: tuple[GpuProcess, ...] | None,
+        owners: Mapping[int, int | None],
+    ) -> SeenDevice:
+        history = self._history.setdefault(device.uuid, deque(maxlen=HISTORY))
+        if memory is not None and memory.total:
+            history.append(memory.used / memory.total)
+        ollama = tests = others = None
+        if processes is not None and _are_told(processes):
+            ollama = sum(p.used or 0 for p in processes if p.is_ollama)
+            tests = sum(p.used or 0 for p in processes if owners.get(p.pid) is not None)
+            if memory is not None:
+                others = max(0, memory.used - ollama - tests)
+        return SeenDevice(device, memory, ollama, tests, others, tuple(history))
+
+    def _ask_ollama(self) -> None:
+        """Ask in the background, at most every two seconds; the first time wait for the answer."""
+        if not self._settings.enable_ollama_detection:
+            return
+        busy = self._asking is not None and self._asking.is_alive()
+        if busy or time.monotonic() - self._asked_at < OLLAMA_EVERY:
+            return
+        first = self._asking is None
+        self._asked_at = time.monotonic()
+        self._asking = threading.Thread(target=self._ask, name="gpu-share-ollama", daemon=True)
+        self._asking.start()
+        if first:
+            self._asking.join(float(self._settings.ollama_timeout) + 0.5)
+
+    def _ask(self) -> None:
+        from pytest_gpushare.ollama.catalog import ask
+        from pytest_gpushare.planning.startup import ask_ollama
+
+        known = self._ollama
+        if known.answered and known.server is not None:
+            again = ask(known.server, float(self._settings.ollama_timeout))
+            self._ollama = again._replace(server=known.server, found_by=known.found_by)
+        else:
+            # Every address that may be Ollama's. Models by name would take more than GETs.
+            self._ollama = ask_ollama(replace(self._settings, ollama_models=()), os.environ)
+
+
+def _pids(processes: Mapping[str, tuple[GpuProcess, ...] | None]) -> set[int]:
+    return {process.pid for found in processes.values() for process in found or ()}
+
+
+def _worker_of(pid: int, running: tuple[PresentSession, ...]) -> int | None:
+    """PID of the worker that is this process, or that has started it."""
+    workers = {worker.pid for session in running for worker in session.workers}
+    return next((number for number in ancestors(pid) if number in workers), None)
+
+
+def _are_told(processes: Sequence[GpuProcess]) -> bool:
+    """Whether a list means what it says: bytes are told, and the PIDs are this system's.
+
+    A container may see the host's PIDs, or none at all; then nothing is known of anybody.
+    """
+    if not processes:
+        return sees_every_process()
+    return all(p.used is not None and identity(p.pid) is not None for p in processes)
+
+
+def _held(
+    processes: Mapping[str, tuple[GpuProcess, ...] | None],
+    owners: Mapping[int, int | None],
+    running: Sequence[PresentSession],
+) -> dict[int, int]:
+    held: dict[int, int] = {}
+    for uuid, found in processes.items():
+        if found is None or not _are_told(found):
+            continue
+        for worker in (worker for session in running for worker in session.workers):
+            own = [p.used or 0 for p in found if owners.get(p.pid) == worker.pid]
+            if own or worker.device == uuid:
+                held[worker.pid] = held.get(worker.pid, 0) + sum(own)
+    return held
+
+
+_LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
+_SIGNS, _ASCII_SIGNS = "█▓▒░", "OT#."
+"""The parts of a bar: Ollama, tests, others, and what is free."""
+_STYLES = ("magenta", "green", "blue", "dim")
+
+
+def rows(picture: Picture, width: int, *, unicode: bool = True) -> Iterator[Row]:
+    """The picture for a terminal of this width."""
+    driver = f", driver {picture.driver}" if picture.driver else ""
+    yield [Piece("pytest-gpushare watch", "bold"), Piece(f"  {_clock(picture.at)}{driver}", "dim")]
+    if picture.absence:
+        yield [Piece(f"no GPU: {picture.absence}", "yellow")]
+    for seen in picture.devices:
+        yield [Piece("")]
+        yield [Piece(f"{seen.device.label} {seen.device.name}", "bold")]
+        yield _bar(seen, width, unicode=unicode)
+        yield [Piece("  "), *_legend(seen, unicode=unicode)]
+    for problem in picture.problems:
+        yield [Piece(problem, "yellow")]
+    yield [Piece("")]
+    if not picture.sessions:
+        yield [Piece("no session of yours runs under the plugin")]
+    for session in picture.sessions:
+        yield [Piece(_session(session, picture.at), "bold")]
+        for worker in session.workers:
+            yield [Piece(f"  {_worker(worker, picture)}")]
+    yield [Piece("")]
+    yield from _ollama_rows(picture.ollama)
+
+
+def lines(picture: Picture) -> Iterator[str]:
+    """The picture for a pipe or a file: one fact on each line, the time in front."""
+    for text in _facts(picture):
+        yield f"{_clock(picture.at)} {text}"
+
+
+def document(picture: Picture) -> dict[str, Any]:
+    """The picture for a program; sizes in bytes, unknown is null."""
+    return {
+        "schema": PLAN_SCHEMA,
+        "at": datetime.fromtimestamp(picture.at, timezone.utc).isoformat(timespec="milliseconds"),
+        "driver": picture.driver,
+        "absence": picture.absence,
+        "devices": [_device_document(seen) for seen in picture.devices],
+        "sessions": [_session_document(session, picture) for session in picture.sessions],
+        "ollama": ollama_document(picture.ollama),
+        "problems": list(picture.problems),
+    }
+
+
+def sparkline(parts: Sequence[float], *, unicode: bool = True) -> str:
+    """One sign for each part from 0 to 1."""
+    levels = _LEVELS if unicode else _ASCII_LEVELS
+    top = len(levels) - 1
+    return "".join(levels[min(top, max(0, round(part * top)))] for part in parts)
+
+
+def _facts(picture: Picture) -> Iterator[str]:
+    if picture.absence:
+        yield f"no GPU: {picture.absence}"
+    for seen in picture.devices:
+        yield f"{seen.device.label}: {_memory(seen)}; {_holders(seen)}"
+    yield from picture.problems
+    if not picture.sessions:
+        yield "no session"
+    for session in picture.sessions:
+        yield _session(session, picture.at)
+        yield from (f"{_worker(w, picture)} (session {session.pid})" for w in session.workers)
+    yield from (
+        "".join(piece.text for piece in row).strip() for row in _ollama_rows(picture.ollama)
+    )
+
+
+def _bar(seen: SeenDevice, width: int, *, unicode: bool) -> Row:
+    memory = seen.memory
+    if memory is None or not memory.total:
+        return [Piece("  no reading: the device does not answer", "yellow")]
+    cells = 24 if width >= 80 else 12
+    text = f"  {_memory(seen)}  "
+    room = max(0, width - 2 - cells - len(text))
+    # Who holds it may be unknown: then all that is used is somebody's.
+    parts = (
+        seen.ollama or 0,
+        seen.tests or 0,
+        memory.used - (seen.ollama or 0) - (seen.tests or 0),
+    )
+    signs = _SIGNS if unicode else _ASCII_SIGNS
+    bar = [
+        Piece(sign * count, style)
+        for sign, count, style in zip(
+            signs, _shares(parts, memory.total, cells), _STYLES, strict=True
+        )
+    ]
+    spark = sparkline(seen.history[-room:] if room else (), unicode=unicode)
+    return [Piece("  "), *bar, Piece(text), Piece(spark, "cyan")]
+
+
+def _shares(parts: Sequence[int], total: int, cells: int) -> list[int]:
+    """Cells for each part and for the rest, rounded at the borders so that they add up."""
+    ends, sum_ = [], 0
+    for part in parts:
+        sum_ += max(0, part)
+        ends.append(min(cells, round(sum_ * cells / total)))
+    return [end - start for start, end in zip([0, *ends], [*ends, cells], strict=True)]
+
+
+def _legend(seen: SeenDevice, *, unicode: bool) -> Row:
+    if seen.ollama is None:
+        return [Piece(_holders(seen), "dim")]
+    signs = _SIGNS if unicode else _ASCII_SIGNS
+    words = _holders(seen).split(", ")
+    row: list[Piece] = []
+    for sign, style, word in zip(signs, _STYLES, words, strict=False):
+        row += [Piece(f"{sign} ", style), Piece(f"{word}  ")]
+    return row
+
+
+def _memory(seen: SeenDevice) -> str:
+    memory = seen.memory
+    if memory is None:
+        return "no reading"
+    return (
+        f"{format_gb(memory.used)} of {format_gb(memory.total)} used, {format_gb(memory.free)} free"
+    )
+
+
+def _holders(seen: SeenDevice) -> str:
+    if seen.ollama is None or seen.tests is None or seen.others is None:
+        return "who holds it is not told"
+    return (
+        f"Ollama {format_gb(seen.ollama)}, tests {format_gb(seen.tests)}, "
+        f"others {format_gb(seen.others)}"
+    )
+
+
+def _session(session: PresentSession, now: float) -> str:
+    age = max(0, int(now - session.began))
+    since = f"{age // 3600}:{age % 3600 // 60:02}:{age % 60:02}"
+    what = plural(len(session.workers), "worker") if session.workers else "no worker yet"
+    return f"session {session.pid} in {_home(session.root)}: {what}, {since}"
+
+
+def _worker(worker: PresentWorker, picture: Picture) -> str:
+    if worker.role != "gpu":
+        return f"{worker.id}: CPU, no GPU"
+    label = next(
+        (s.device.label for s in picture.devices if s.device.uuid == worker.device),
+        worker.device or "no GPU",
+    )
+    held = picture.held.get(worker.pid)
+    holds = "unknown" if held is None else format_gb(held)
+    over = ", over its slot" if held is not None and held > worker.slot else ""
+    return f"{worker.id}: {label}, {holds} of {format_gb(worker.slot)}{over}, PID {worker.pid}"
+
+
+def _ollama_rows(ollama: OllamaFacts) -> Iterator[Row]:
+    if not ollama.asked:
+        yield [Piece("Ollama is not asked")]
+        return
+    who = f"Ollama {ollama.version}" if ollama.version else "Ollama"
+    if not ollama.answered:
+        yield [Piece(f"{who} at {ollama.address}: {ollama.problem}")]
+        return
+    away = "" if ollama.on_this_host else ", another machine"
+    none = "" if ollama.models else ": no model in VRAM"
+    yield [Piece(f"{who} at {ollama.address}{away}{none}", "bold")]
+    for model in ollama.models:
+        spilled = model.size_vram < model.size
+        yield [Piece(f"  {placed(model)}", "bold red" if spilled else "")]
+
+
+def _device_document(seen: SeenDevice) -> dict[str, Any]:
+    memory, device = seen.memory, seen.device
+    return {
+        "uuid": device.uuid,
+        "name": device.name,
+        "index": device.index,
+        "total_bytes": memory.total if memory else None,
+        "used_bytes": memory.used if memory else None,
+        "free_bytes": memory.free if memory else None,
+        "ollama_bytes": seen.ollama,
+        "tests_bytes": seen.tests,
+        "others_bytes": seen.others,
+    }
+
+
+def _session_document(session: PresentSession, picture: Picture) -> dict[str, Any]:
+    return {
+        "pid": session.pid,
+        "root": session.root,
+        "age_s": round(max(0.0, picture.at - session.began), 3),
+        "workers": [
+            {
+                "id": worker.id,
+                "pid": worker.pid,
+                "role": worker.role,
+                "device": worker.device,
+                "slot_bytes": worker.slot or None,
+                "held_bytes": picture.held.get(worker.pid),
+            }
+            for worker in session.workers
+        ],
+    }
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at))
+
+
+def _home(path: str) -> str:
+    """A path as a person writes it."""
+    home = (os.environ.get("HOME") or os.environ.get("USERPROFILE") or "").rstrip("/\\")
+    return f"~{path[len(home) :]}" if home and path.startswith(home + os.sep) else path

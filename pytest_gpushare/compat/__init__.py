@@ -1,0 +1,1 @@
+"""What is used of the private API of pytest, xdist and execnet."""

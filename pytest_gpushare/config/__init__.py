@@ -1,0 +1,1 @@
+"""What the user wrote: options and where they come from."""

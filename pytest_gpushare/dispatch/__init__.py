@@ -1,0 +1,1 @@
+"""The adapter between xdist and the scheduler."""

@@ -1,0 +1,1 @@
+"""Devices, their VRAM, and who holds it."""

@@ -1,0 +1,275 @@
+"""The host: available RAM, the command lines of processes, and which addresses are its own."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import re
+import socket
+import sys
+from functools import cache
+from pathlib import Path
+
+_OLLAMA_RUNNERS = ("llama-server", "ollama_llama_server", "ollama-runner")
+_NAMES_OF_THIS_HOST = (
+    "localhost",
+    "host.docker.internal",
+    "gateway.docker.internal",
+    "host.containers.internal",
+)
+_MOST_BYTES = 64 * 1024
+
+
+def available_ram() -> int | None:
+    """Bytes of RAM that new processes can take without swapping; None where unknown."""
+    if sys.platform == "win32":
+        return _windows_ram()
+    free = _meminfo("MemAvailable")
+    limit = _cgroup_room()
+    if free is None or limit is None:
+        return free if limit is None else limit
+    return min(free, limit)
+
+
+def unified_memory() -> tuple[int, int] | None:
+    """(total, free) in bytes of memory that CPU and GPU share; None where unknown.
+
+    For devices such as Jetson and DGX Spark, where NVML has no memory of the device to tell.
+    """
+    total, free = _meminfo("MemTotal"), _meminfo("MemAvailable")
+    if total is None or free is None:
+        return None
+    return total, min(total, free + (_meminfo("SwapFree") or 0))
+
+
+def command_line(pid: int) -> tuple[str, ...] | None:
+    """The arguments of a process; None where this host does not tell."""
+    raw = _read(Path(f"/proc/{pid}/cmdline"))
+    return tuple(raw.rstrip("\0").split("\0")) if raw else None
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process on this host; True where this host does not tell."""
+    return not Path("/proc/self").exists() or Path(f"/proc/{pid}").exists()
+
+
+def is_ollama_runner(pid: int) -> bool:
+    """Whether a process is one in which an Ollama server holds a model.
+
+    Since 0.30 that is `llama-server`, a name that stand-alone llama.cpp has too: then the
+    model's path or the parent decides. Before, `ollama runner` or `ollama_llama_server`.
+    """
+    arguments = command_line(pid)
+    if not arguments:
+        return False
+    name = re.split(r"[/\\]", arguments[0])[-1].removesuffix(".exe").lower()
+    if name == "ollama":
+        return True
+    if name not in _OLLAMA_RUNNERS:
+        return False
+    if name != "llama-server" or any(_is_ollama_blob(argument) for argument in arguments):
+        return True
+    parent = parent_of(pid)
+    return parent is not None and "ollama" in (command_line(parent) or ("",))[0].lower()
+
+
+def is_own_address(host: str) -> bool:
+    """Whether a server at `host` can hold VRAM of this machine.
+
+    True for loopback, for an address of this machine, and for the names and gateways by
+    which containers and WSL reach the machine that they run on.
+    """
+    name = host.strip("[]").rstrip(".").lower()
+    if name in _NAMES_OF_THIS_HOST or name.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return name.split(".")[0] == socket.gethostname().split(".")[0].lower()
+    if address.is_loopback or address.is_unspecified:
+        return True
+    return str(address) == _gateway_of_host() or _can_bind(address)
+
+
+def _can_bind(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        # A system binds only to addresses of its own; port 0 is any free one.
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+    except OSError:
+        return False
+    return True
+
+
+def _gateway_of_host() -> str | None:
+    """The default gateway where it is the machine that we run on: under WSL 2 or in a container."""
+    if not _is_wsl() and not Path("/.dockerenv").exists():
+        return None
+    return _default_gateway()
+
+
+def wsl_gateway() -> str | None:
+    """The address of Windows as WSL sees it through NAT; None elsewhere."""
+    return _default_gateway() if _is_wsl() else None
+
+
+def _is_wsl() -> bool:
+    return "microsoft" in _read(Path("/proc/sys/kernel/osrelease")).lower()
+
+
+def _default_gateway() -> str | None:
+    for line in _read(Path("/proc/net/route")).splitlines()[1:]:
+        fields = line.split()
+        if len(fields) > 2 and fields[1] == "00000000":
+            with contextlib.suppress(ValueError):
+                return str(ipaddress.IPv4Address(int(fields[2], 16).to_bytes(4, "little")))
+    return None
+
+
+def _is_ollama_blob(argument: str) -> bool:
+    return re.search(r"[/\\]blobs[/\\]sha256-[0-9a-f]+$", argument) is not None
+
+
+def parent_of(pid: int) -> int | None:
+    """The PID of a process's parent; None where this host does not tell."""
+    # The name in field 2 may hold spaces and brackets: count from the last bracket.
+    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return int(fields[1]) if len(fields) > 1 and fields[1].isdigit() else None
+
+
+def _meminfo(key: str) -> int | None:
+    match = re.search(rf"^{key}:\s+([0-9]{{1,18}}) kB", _read(Path("/proc/meminfo")), re.M)
+    return int(match.group(1)) * 1024 if match else None
+
+
+def _cgroup_room() -> int | None:
+    """Bytes that the container may still take (cgroup 2); None where it has no limit."""
+    most = _read(Path("/sys/fs/cgroup/memory.max")).strip()
+    current = _read(Path("/sys/fs/cgroup/memory.current")).strip()
+    if not (most.isdigit() and current.isdigit()):
+        return None
+    return max(0, int(most) - int(current))
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return os.fsdecode(file.read(_MOST_BYTES))
+    except OSError:
+        return ""
+
+
+def _windows_ram() -> int | None:  # pragma: no cover - runs on Windows alone
+    import ctypes
+
+    class MemoryStatus(ctypes.Structure):
+        _fields_ = (
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            ("total", ctypes.c_ulonglong),
+            ("available", ctypes.c_ulonglong),
+            ("rest", ctypes.c_ulonglong * 5),
+        )
+
+    status = MemoryStatus()
+    status.length = ctypes.sizeof(status)
+    windll = getattr(ctypes, "windll", None)
+    if windll is None or not windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    return int(status.available)
+
+
+_MOST_STAT_BYTES = 4096
+_MOST_ANCESTORS = 32
+
+
+def identity(pid: int) -> str | None:
+    """What tells a process from every other one that has had or will have its number.
+
+    None where it is dead, or where the system does not tell. On Linux: the boot, the
+    namespace of process numbers, and the process's start time.
+    """
+    if sys.platform == "win32":
+        return _windows_identity(pid)
+    fields = _stat(pid)
+    if fields is None or fields[0] in ("Z", "X") or _here() is None:
+        return None
+    return f"{_here()}/{fields[19]}"
+
+
+def is_same_process(pid: int, known: str) -> bool | None:
+    """Whether the process with this identity lives; None where it cannot be seen from here."""
+    now = identity(pid)
+    if now == known:
+        return True
+    here, theirs = _here(), known.rpartition("/")[0]
+    # Another container on the same machine: its numbers mean nothing here.
+    if here is not None and theirs != here and theirs.split("/")[0] == here.split("/")[0]:
+        return None
+    return False
+
+
+def ancestors(pid: int) -> list[int]:
+    """The process itself, its parent, and so on, as far as the system tells."""
+    found = [pid]
+    for _ in range(_MOST_ANCESTORS):
+        fields = _stat(found[-1])
+        if fields is None or not fields[1].isdigit() or int(fields[1]) <= 1:
+            break
+        found.append(int(fields[1]))
+    return found
+
+
+def sees_every_process() -> bool:
+    """Whether no process of this machine is hidden: not in a container, and not in WSL."""
+    try:
+        space = str(Path("/proc/self/ns/pid").readlink())
+        kernel = Path("/proc/sys/kernel/osrelease").read_text(encoding="ascii").lower()
+    except (OSError, ValueError):
+        return False
+    # The first namespace has had this number since there are namespaces.
+    return space == "pid:[4026531836]" and "microsoft" not in kernel
+
+
+@cache
+def _here() -> str | None:
+    """The boot and the namespace of process numbers; None where the system tells neither."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except (OSError, ValueError):
+        return None
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat after the name, which may itself hold brackets and spaces."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - Path costs twice as much
+            text = file.read(_MOST_STAT_BYTES).decode("ascii", "replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return fields if len(fields) > 19 else None
+
+
+def _windows_identity(pid: int) -> str | None:  # pragma: no cover - runs on Windows alone
+    import ctypes
+
+    windll = getattr(ctypes, "windll", None)
+    if windll is None:
+        return None
+    kernel = windll.kernel32
+    kernel.OpenProcess.restype = ctypes.c_void_p
+    handle = kernel.OpenProcess(0x1000, False, pid)
+    if not handle:
+        return None
+    times = [ctypes.c_ulonglong() for _ in range(4)]
+    code = ctypes.c_ulong()
+    try:
+        told = kernel.GetProcessTimes(ctypes.c_void_p(handle), *map(ctypes.byref, times))
+        running = kernel.GetExitCodeProcess(ctypes.c_void_p(handle), ctypes.byref(code))
+        return f"windows/{times[0].value}" if told and running and code.value == 259 else None
+    finally:
+        kernel.CloseHandle(ctypes.c_void_p(handle))

@@ -1,0 +1,271 @@
+"""The devices as NVML tells them, through the real pynvml, opened once and held.
+
+Any error of one device leaves out that device and says so; any error of the library is
+an absence with its reason. pynvml is imported here alone, and only when a probe runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, GpuProcess, Memory
+from pytest_gpushare.gpu.host import is_ollama_runner, unified_memory
+from pytest_gpushare.gpu.visibility import visible
+
+_NOT_SUPPORTED = 3
+_NO_INSTANCE = (2, 6)
+"""What NVML answers to an index at which there is no MIG instance."""
+_MOST_DEVICES = 256
+_MOST_MIG = 16
+_MOST_VRAM = 2**50
+
+_REMEDIES = {
+    4: "no permission: check the access rights of /dev/nvidia*, or the container's devices",
+    9: "the NVIDIA driver is not loaded: load it, or check nvidia-smi",
+    12: "NVML library not found: is the NVIDIA driver installed?",
+    15: "the GPU is lost: reset it or reboot",
+    18: "driver and library versions differ: reboot, or reload the driver",
+    999: "unknown error: check nvidia-smi; in a container, restart it",
+}
+
+
+class Nvml:
+    """An open NVML library; `close` it once at the end. Errors at opening are in `absence`."""
+
+    def __init__(self) -> None:
+        self.absence = ""
+        self._library: Any = None
+        self._handles: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def open(self) -> None:
+        """Load and initialise the library; may take 1.5 s where persistence mode is off."""
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+        except Exception as error:
+            self.absence = reason(error)
+            return
+        with self._lock:
+            if not self._closed:
+                self._library = pynvml
+                return
+        # Closed while a slow driver was still opening: nobody else will shut it down.
+        self._shut_down(pynvml)
+
+    def close(self) -> None:
+        """Shut the library down; harmless when it never opened."""
+        with self._lock:
+            library, self._library, self._closed = self._library, None, True
+        if library is not None:
+            self._shut_down(library)
+
+    def versions(self) -> tuple[str | None, str | None]:
+        """Versions of the library and of the CUDA that its driver can do; None: not told."""
+        if self._library is None:
+            return None, None
+        nvml = self._or_none(self._library.nvmlSystemGetNVMLVersion)
+        cuda = self._or_none(self._library.nvmlSystemGetCudaDriverVersion)
+        told = isinstance(cuda, int) and cuda > 0
+        return _printable(nvml) or None, f"{cuda // 1000}.{cuda % 1000 // 10}" if told else None
+
+    def read(self, outer: str | None, order: str | None) -> GpuFacts:
+        """The devices now; `outer` is CUDA_VISIBLE_DEVICES and `order` CUDA_DEVICE_ORDER."""
+        if self._library is None:
+            return GpuFacts(absence=self.absence or "NVML is not open")
+        problems: list[str] = []
+        try:
+            count = min(int(self._library.nvmlDeviceGetCount()), _MOST_DEVICES)
+        except Exception as error:
+            return GpuFacts(absence=reason(error))
+        devices = [device for index in range(count) for device in self._devices_at(index, problems)]
+        seen = visible(devices, outer, order)
+        absence = seen.absence
+        if not devices:
+            absence = "NVML finds no device" if not problems else "no device can be used"
+        own = os.getpid()
+        return GpuFacts(
+            devices=seen.devices,
+            all_devices=tuple(devices),
+            absence="" if seen.devices else absence,
+            problems=(*problems, *([seen.problem] if seen.problem else [])),
+            driver=self._or_none(self._library.nvmlSystemGetDriverVersion),
+            own_process_has_context=any(
+                process.pid == own for device in devices for process in device.processes or ()
+            ),
+        )
+
+    def memory(self) -> dict[str, Memory]:
+        """UUID -> VRAM now, of the devices that were read; one that fails is left out."""
+        found = {}
+        for uuid, handle in self._handles.items():
+            # A device may be lost in the middle of a run: the others go on.
+            with contextlib.suppress(Exception):
+                found[uuid] = self._memory(handle) or _unified()
+        return found
+
+    def processes(self) -> dict[str, tuple[GpuProcess, ...] | None]:
+        """UUID -> who holds VRAM there; takes milliseconds under a lock of the driver."""
+        return {uuid: self._processes(handle) for uuid, handle in self._handles.items()}
+
+    def _devices_at(self, index: int, problems: list[str]) -> Iterator[Device]:
+        label = f"GPU {index}"
+        try:
+            handle = self._library.nvmlDeviceGetHandleByIndex(index)
+            if not self._has_mig(handle):
+                yield self._device(handle, str(index))
+                return
+            most = min(int(self._library.nvmlDeviceGetMaxMigDeviceCount(handle)), _MOST_MIG)
+        except Exception as error:
+            problems.append(f"{label} was left out: {reason(error)}")
+            return
+        yield from self._instances(handle, index, most, problems)
+
+    def _instances(
+        self, handle: Any, index: int, most: int, problems: list[str]
+    ) -> Iterator[Device]:
+        """The MIG instances of a GPU; indices may have gaps: go on past an error."""
+        found, odd = 0, []
+        for part in range(most):
+            try:
+                instance = self._library.nvmlDeviceGetMigDeviceHandleByIndex(handle, part)
+            except Exception as error:
+                if getattr(error, "value", None) not in _NO_INSTANCE:
+                    odd.append(f"GPU {index}: MIG instances were left out: {reason(error)}")
+                continue
+            try:
+                device = self._device(instance, f"{index}.{part}", handle)
+            except Exception as error:
+                odd.append(f"GPU {index}.{part} was left out: {reason(error)}")
+                continue
+            found += 1
+            yield device
+        if not found and not odd:
+            odd.append(
+                f"GPU {index} was left out: it is in MIG mode and has no instance: create one, "
+                "or switch MIG off"
+            )
+        problems += dict.fromkeys(odd)
+
+    def _has_mig(self, handle: Any) -> bool:
+        mode = self._or_none(lambda: self._library.nvmlDeviceGetMigMode(handle))
+        return mode is not None and mode[0] == 1
+
+    def _device(self, handle: Any, index: str, parent: Any = None) -> Device:
+        whole = handle if parent is None else parent
+        uuid = str(self._library.nvmlDeviceGetUUID(handle))
+        name = self._or_none(lambda: self._library.nvmlDeviceGetName(handle))
+        memory = self._memory(handle)
+        unified = memory is None
+        total, used, free = memory or _unified()
+        if not uuid.isprintable() or not 0 < len(uuid) < 97 or "," in uuid:
+            raise ValueError("NVML tells no UUID by which CUDA could be given the device")
+        if not 0 <= free <= total < _MOST_VRAM or not 0 <= used <= total:
+            raise ValueError(f"NVML tells nonsense: {free} of {total} bytes free, {used} used")
+        self._handles[uuid] = handle
+        return Device(
+            uuid=uuid,
+            name=_printable(name) or "unnamed GPU",
+            index=index,
+            total=total,
+            used=used,
+            free=free,
+            processes=self._processes(handle),
+            compute_mode=_compute_mode(
+                self._or_none(lambda: self._library.nvmlDeviceGetComputeMode(whole))
+            ),
+            capability=_capability(
+                self._or_none(lambda: self._library.nvmlDeviceGetCudaComputeCapability(whole))
+            ),
+            parent=""
+            if parent is None
+            else self._or_none(lambda: str(self._library.nvmlDeviceGetUUID(parent))) or "",
+            unified=unified,
+        )
+
+    def _memory(self, handle: Any) -> Memory | None:
+        """(total, used, free) in bytes; None where the device has no memory of its own."""
+        read = self._library.nvmlDeviceGetMemoryInfo
+        try:
+            memory = read(handle, version=self._library.nvmlMemory_v2)
+        except Exception:
+            # Version 2 is missing from old drivers, and fails on some under WSL 2.
+            try:
+                memory = read(handle)
+            except Exception as error:
+                if getattr(error, "value", None) == _NOT_SUPPORTED:
+                    return None
+                raise
+        if not memory.total:
+            return None
+        return Memory(int(memory.total), int(memory.used), int(memory.free))
+
+    def _processes(self, handle: Any) -> tuple[GpuProcess, ...] | None:
+        found = self._or_none(lambda: self._library.nvmlDeviceGetComputeRunningProcesses_v3(handle))
+        if found is None:
+            return None
+        return tuple(
+            GpuProcess(
+                pid=int(process.pid),
+                # 0 bytes is what containers are told: unknown, not idle.
+                used=int(process.usedGpuMemory) if process.usedGpuMemory else None,
+                is_ollama=is_ollama_runner(int(process.pid)),
+            )
+            for process in found
+        )
+
+    def _shut_down(self, library: Any) -> None:
+        with contextlib.suppress(Exception):
+            library.nvmlShutdown()
+
+    def _or_none(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception:
+            return None
+
+
+def reason(error: Exception) -> str:
+    """Why NVML gave no answer, with what to do about it."""
+    code = getattr(error, "value", None)
+    if isinstance(error, ImportError):
+        return f"pynvml cannot be imported ({error}): install nvidia-ml-py"
+    if isinstance(error, FutureWarning):
+        return (
+            "pynvml cannot be imported under -W error: the deprecated distribution pynvml is "
+            "installed: uninstall it and reinstall nvidia-ml-py"
+        )
+    if not isinstance(code, int):
+        return _printable(error, 200) or type(error).__name__
+    return f"{_REMEDIES.get(code, str(error).strip())} (NVML error {code})"
+
+
+def _unified() -> Memory:
+    memory = unified_memory()
+    if memory is None:
+        raise ValueError("NVML knows no memory of the device, and the host's cannot be read")
+    total, free = memory
+    return Memory(total, total - free, free)
+
+
+def _compute_mode(told: object) -> ComputeMode:
+    # 1 is EXCLUSIVE_THREAD, which drivers have treated as EXCLUSIVE_PROCESS since CUDA 8.
+    return {2: ComputeMode.PROHIBITED, 1: ComputeMode.EXCLUSIVE, 3: ComputeMode.EXCLUSIVE}.get(
+        told if isinstance(told, int) else 0, ComputeMode.DEFAULT
+    )
+
+
+def _capability(told: object) -> tuple[int, int]:
+    if isinstance(told, (list, tuple)) and len(told) == 2:
+        return int(told[0]), int(told[1])
+    return 0, 0
+
+
+def _printable(text: object, most: int = 80) -> str:
+    return "".join(c for c in str(text or "")[:most] if c.isprintable())

@@ -1,0 +1,104 @@
+"""CUDA_VISIBLE_DEVICES, read as CUDA reads it. Pure: names in, positions out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from pytest_gpushare.gpu.devices import Device
+
+VARIABLE = "CUDA_VISIBLE_DEVICES"
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+
+
+class Visible(NamedTuple):
+    """The devices that are left, in the order that CUDA gives them, and what was odd."""
+
+    devices: tuple[Device, ...]
+    problem: str = ""
+    """What is wrong with the variable's value; CUDA says nothing about it."""
+    absence: str = ""
+    """Why no device is left, where none is."""
+
+
+def visible(devices: Sequence[Device], value: str | None, order: str | None = None) -> Visible:
+    """The devices that a process with this CUDA_VISIBLE_DEVICES sees.
+
+    `value` None is an unset variable: all devices. `order` is CUDA_DEVICE_ORDER.
+    An entry that names no device hides itself and all that follow, and a device that
+    is named twice leaves none at all (CUDA Programming Guide, environment variables).
+    """
+    if value is None:
+        return Visible(tuple(devices))
+    if not value.strip():
+        return Visible((), absence=f"{VARIABLE} is empty; unset it or name a device")
+    found: list[Device] = []
+    problem, written = "", f"{VARIABLE}={_short(value)}"
+    gpus = _as_cuda_counts(devices, order)
+    for entry in value.split(","):
+        device = _named(gpus, entry.strip())
+        if device is None:
+            problem = (
+                f'{written}: "{_short(entry.strip())}" names no device: it and what follows '
+                "count for nothing"
+            )
+            break
+        if device in found:
+            twice = f"{written}: names {device.label} twice: CUDA then sees no device"
+            return Visible((), twice, twice)
+        found.append(device)
+    if not found:
+        return Visible((), "", problem)
+    if not problem and _order_matters(devices, value, order):
+        problem = (
+            f"{written}: counts in CUDA's own order of devices, which NVML does not know: taken "
+            "as the fastest first; set CUDA_DEVICE_ORDER=PCI_BUS_ID or name UUIDs"
+        )
+    return Visible(tuple(found), problem)
+
+
+def _named(gpus: Mapping[str, Sequence[Device]], entry: str) -> Device | None:
+    """The device that an entry means; of a GPU that is cut into MIG instances, its first one."""
+    if _INTEGER.fullmatch(entry):
+        # Compared as text: Python converts no integer of more than 4300 digits.
+        return next(iter(gpus.get(entry.removeprefix("+").lstrip("0") or "0", ())), None)
+    if not entry.upper().startswith(("GPU-", "MIG-")) or len(entry) < 5:
+        return None
+    start = entry.lower()
+    matches = [parts[0] for parts in gpus.values() if parts[0].parent.lower().startswith(start)]
+    matches += [d for parts in gpus.values() for d in parts if d.uuid.lower().startswith(start)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _as_cuda_counts(devices: Sequence[Device], order: str | None) -> dict[str, list[Device]]:
+    """Number in CUDA -> the GPU's MIG instances, or the GPU itself.
+
+    Under CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA counts as NVML does. By default it puts the fastest
+    first, by a rule of its own that capability and size come near; equal ones stay in order.
+    """
+    gpus: dict[str, list[Device]] = {}
+    for device in devices:
+        gpus.setdefault(device.index.partition(".")[0], []).append(device)
+    if order == "PCI_BUS_ID" or not _are_mixed(devices):
+        return gpus
+    fastest = sorted(
+        gpus.values(), key=lambda gpu: (gpu[0].capability, sum(d.total for d in gpu)), reverse=True
+    )
+    return {str(number): gpu for number, gpu in enumerate(fastest)}
+
+
+def _are_mixed(devices: Sequence[Device]) -> bool:
+    return len({device.name for device in devices}) > 1
+
+
+def _short(text: str) -> str:
+    """A piece of the environment, fit for one line of a message."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _order_matters(devices: Sequence[Device], value: str, order: str | None) -> bool:
+    """Whether integers may mean other devices to CUDA (fastest first) than to NVML."""
+    integers = any(_INTEGER.fullmatch(entry.strip()) for entry in value.split(","))
+    return integers and order != "PCI_BUS_ID" and _are_mixed(devices)

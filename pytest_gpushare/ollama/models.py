@@ -1,0 +1,90 @@
+"""ollama.models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from pytest_gpushare.ollama.address import Address
+
+
+class LoadedModel(NamedTuple):
+    """A model that Ollama holds in memory, from its `/api/ps`."""
+
+    name: str
+    size: int
+    """Bytes in all."""
+    size_vram: int
+    """Bytes on GPUs; less than `size` where part of the model is on the CPU (a spill)."""
+    digest: str = ""
+    """The digest of its manifest; empty where the server tells none."""
+    context: int | None = None
+    """Tokens of context that it was loaded with; None before Ollama 0.10."""
+
+    @property
+    def is_spilled(self) -> bool:
+        """Whether part of it is on the CPU."""
+        return self.size_vram < self.size
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is on GPUs, as the server says; where it says that more than all
+        of it is there, nobody knows."""
+        return self.size_vram == self.size > 0
+
+
+class ModelFacts(NamedTuple):
+    """A model that a run relies on, from `/api/tags` and `/api/show`; nothing is checked yet."""
+
+    name: str
+    """As the user wrote it."""
+    digest: str = ""
+    file_bytes: int | None = None
+    """Bytes of its files; None where the server does not list it."""
+    parameter_size: str = ""
+    """`14.8B`, as the server says."""
+    num_ctx: int | None = None
+    """Tokens of context that its own settings ask for; None where they do not."""
+    info: Mapping[str, object] | None = None
+    """The metadata of its file; None where there are none."""
+    is_remote: bool = False
+    """Whether it runs in the cloud, so that it needs no VRAM here."""
+    problem: str = ""
+    """Why there are no metadata."""
+
+
+class OllamaFacts(NamedTuple):
+    """What the Ollama server said, or why it said nothing."""
+
+    address: str = ""
+    """host:port as messages name it; empty where nobody was asked."""
+    asked: bool = False
+    answered: bool = False
+    """Whether `/api/ps` gave a list of models that makes sense."""
+    version: str | None = None
+    models: tuple[LoadedModel, ...] = ()
+    problem: str = ""
+    """Why there is no (sensible) answer."""
+    reachable: bool = False
+    """Whether something answered over HTTP, sensibly or not."""
+    on_this_host: bool = True
+    """Whether what it holds can be on this host's devices."""
+    found_by: str = ""
+    """How its address was found: the setting or variable that names it, or what was tried."""
+    server: Address | None = None
+    """Where it is called, for whoever asks more later; None where nobody was asked."""
+    relied_on: tuple[ModelFacts, ...] = ()
+    """What it says of the models that the user named."""
+
+    @property
+    def vram(self) -> int:
+        """Bytes of VRAM that its models hold, as the server says."""
+        return sum(model.size_vram for model in self.models)
+
+
+def full_name(name: str) -> str:
+    """A model's name as Ollama completes it, for comparisons: with its tag, in lower case."""
+    name = name.strip().lower()
+    for start in ("registry.ollama.ai/", "library/"):
+        name = name.removeprefix(start)
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"

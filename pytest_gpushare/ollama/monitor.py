@@ -1,0 +1,373 @@
+"""What is known of Ollama while the run lasts: its models, and who held what when they loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_gpushare.events import Record
+from pytest_gpushare.gpu.attribution import Held
+from pytest_gpushare.ollama import history
+from pytest_gpushare.ollama.address import Address
+from pytest_gpushare.ollama.history import Change, History
+from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.units import GB
+
+if TYPE_CHECKING:
+    from pytest_gpushare.ollama.exchange import Connection
+    from pytest_gpushare.ollama.spill import Promise, Spill
+
+
+class Question:
+    """`GET /api/ps`, asked as soon as this is made."""
+
+    def __init__(self, address: Address, patience: float) -> None:
+        """`patience` is how many seconds an answer may take."""
+        self.models: tuple[LoadedModel, ...] | None = None
+        """The answer; None where none came that makes sense."""
+        self.problem = f"no answer within {patience:g} s"
+        """Why there is none."""
+        self.is_refused = False
+        """Whether nothing listens there."""
+        self._address = address
+        self._deadline = time.monotonic() + patience
+        self._connection: Connection | None = None
+        self._thread = threading.Thread(target=self._ask, name="gpu-share-ollama", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is an answer, or will be none."""
+        return self.is_gone or time.monotonic() >= self._deadline
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its thread has ended, so that the next question overlaps with nothing."""
+        return not self._thread.is_alive()
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the answer, at most for so many seconds."""
+        self._thread.join(max(0.0, seconds))
+
+    def hang_up(self) -> None:
+        """Want no answer any more: one whose head drips would never end by itself."""
+        if self._connection is not None and not self.is_gone:
+            with contextlib.suppress(Exception):
+                self._connection.close()
+
+    def _ask(self) -> None:
+        try:
+            self._exchange()
+        except Exception as error:
+            self.problem = _line(f"cannot be asked: {type(error).__name__}: {error}")
+
+    def _exchange(self) -> None:
+        # Imported here, where it delays nobody: the workers are being started meanwhile.
+        from pytest_gpushare.ollama.catalog import loaded_models
+        from pytest_gpushare.ollama.exchange import NonsenseError, UnreachableError, connect
+
+        try:
+            connection = connect(self._address, self._opened)
+            try:
+                self.models = loaded_models(connection, self._deadline)
+            finally:
+                connection.close()
+        except TimeoutError:
+            pass
+        except UnreachableError as error:
+            self.is_refused = True
+            self.problem = _line(f"cannot be reached: {error}") if str(error) else "nothing listens"
+        except NonsenseError as odd:
+            self.problem = _line(f"answers nonsense: {odd}")
+
+    def _opened(self, connection: Connection) -> None:
+        self._connection = connection
+
+
+def _line(text: str) -> str:
+    """A text from outside, fit for one line of a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
+
+
+_MOST_SAMPLES = 600
+_MOST_SPILLS = 1000
+_LOADED_PER_SECOND = GB
+"""A model that is being loaded is in no answer: it may have been decided so long ago."""
+
+EVERY = 1.0
+"""Seconds between looks at whose VRAM is whose."""
+
+Look = Callable[[Sequence[LoadedModel], bool], Mapping[str, Held]]
+"""What is held now, by device, given the models that Ollama has loaded, and whether to tell by
+whom."""
+
+
+class Neighbour:
+    """The answers of one server, judged by what was held when they came."""
+
+    def __init__(
+        self,
+        models: Sequence[LoadedModel] | None,
+        promise: Promise,
+        look: Look,
+        record: Record,
+        saw: Callable[[LoadedModel, int | None], None] = lambda _model, _used: None,
+    ) -> None:
+        """`models` are those at the start, None where the server did not answer; `saw` is told
+        what a loaded model takes, in bytes of its process where NVML tells them."""
+        self.history = History(models)
+        self.promise = promise
+        self.spills: list[Spill] = []
+        self.doubted: dict[str, int] = {}
+        """Model -> bytes that NVML shows of Ollama's, where the server says that more of the
+        model is on the GPU."""
+        self.is_over = False
+        """Whether the last answer was asked for."""
+        self._look, self._record, self._saw = look, record, saw
+        self._samples: deque[tuple[float, Mapping[str, Held]]] = deque(maxlen=_MOST_SAMPLES)
+        self._samples.append((0.0, promise.start))
+        self._split_at = 0.0
+        self._lock = threading.Lock()
+
+    @property
+    def is_worth_asking(self) -> bool:
+        """Whether the server was heard when it was asked last."""
+        return self.history.answered_at is not None and not self.history.failures
+
+    def resident(self) -> Mapping[str, int]:
+        """UUID -> bytes that Ollama holds there now."""
+        with self._lock:
+            return {uuid: held.ollama for uuid, held in self._samples[-1][1].items()}
+
+    def sample(self, *, by_worker: bool = False) -> None:
+        """Look at how much is held, and once a second, or when it matters, by whom."""
+        now = self._record.now()
+        by_worker = by_worker or now - self._split_at >= EVERY
+        held = self._look(self.history.models, by_worker)
+        if by_worker:
+            self._split_at = now
+        if held:
+            with self._lock:
+                self._samples.append((now, held))
+
+    def answer(self, models: Sequence[LoadedModel]) -> None:
+        """The server has told its models."""
+        changes = self.history.look(self._record.now(), models)
+        if changes:
+            self.sample(by_worker=True)
+            self._learn(models)
+        for change in changes:
+            self._note(change)
+        self._doubt()
+
+    def silence(self, problem: str, *, certain: bool) -> None:
+        """The server has not told anything."""
+        for change in self.history.fail(self._record.now(), problem, certain=certain):
+            self._note(change)
+
+    def end(self) -> None:
+        """Nothing more will be asked."""
+        self.is_over = True
+
+    def _learn(self, models: Sequence[LoadedModel]) -> None:
+        """What a model takes is known best where it is alone."""
+        with self._lock:
+            seen = [held.seen_of_ollama for held in self._samples[-1][1].values()]
+        known = sum(size for size in seen if size is not None)
+        for model in models:
+            self._saw(model, known if known and len(models) == 1 else None)
+
+    def _note(self, change: Change) -> None:
+        # In most runs Ollama changes nothing: no start pays for the words.
+        from pytest_gpushare.ollama import messages
+
+        facts = self._facts(change)
+        if change.kind != history.SPILLED:
+            self._record.note(change.kind, messages.sentence(change), **facts)
+            return
+        spill = self._judge(change)
+        if len(self.spills) < _MOST_SPILLS:
+            self.spills.append(spill)
+        facts |= {"cause": spill.cause.value, "under_tests": spill.is_ours}
+        if spill.setting is not None:
+            facts["setting"] = {spill.setting.key: spill.setting.value}
+        self._record.note(change.kind, messages.spilled(spill), **facts)
+
+    def _judge(self, change: Change) -> Spill:
+        from pytest_gpushare.ollama.spill import judge
+
+        model = change.model
+        assert model is not None
+        began = change.since - model.size / _LOADED_PER_SECOND
+        with self._lock:
+            samples = list(self._samples)
+        window = [held for at, held in samples if at >= began] or [samples[-1][1]]
+        beside = [other for other in self.history.models if other.name != model.name]
+        return judge(change.at, model, beside, window, self.promise)
+
+    def _doubt(self) -> None:
+        """Ollama may say `100 % GPU` of what it could not see: does NVML show as much?"""
+        with self._lock:
+            held = self._samples[-1][1].values()
+        seen = [device.seen_of_ollama for device in held]
+        shown = sum(size for size in seen if size is not None)
+        if not any(size is not None for size in seen):
+            shown = sum(device.used for device in held)
+        told = sum(model.size_vram for model in self.history.models)
+        self.doubted = {}
+        if held and shown < told // 2:
+            self.doubted = {m.name: shown for m in self.history.models if m.is_whole}
+
+    def _facts(self, change: Change) -> dict[str, Any]:
+        facts: dict[str, Any] = {}
+        if change.model is not None:
+            facts |= {
+                "model": change.model.name,
+                "size_bytes": change.model.size,
+                "size_vram_bytes": change.model.size_vram,
+                "context": change.model.context,
+            }
+        if change.problem:
+            facts["problem"] = change.problem
+        with self._lock:
+            held = self._samples[-1][1]
+        facts["held"] = {
+            uuid: {
+                "ollama_bytes": device.ollama,
+                "workers_bytes": None if device.workers is None else dict(device.workers),
+                "others_bytes": device.others,
+                "free_bytes": device.free,
+            }
+            for uuid, device in held.items()
+        }
+        return facts
+
+
+class Pace(NamedTuple):
+    """How often Ollama is asked, and how long it may take; seconds."""
+
+    every: float = 2.0
+    later: float = 10.0
+    """From `often` questions on."""
+    often: int = 1800
+    """An hour's worth."""
+    most: int = 10_000
+    """Questions of one run; then nobody is asked any more."""
+    longest: float = 30.0
+    """Between questions to a server that does not answer."""
+    patience: float = 5.0
+    """An answer may take so long: during an unload Ollama itself blocks."""
+    last_patience: float = 1.0
+    """The last answer, for which the end of the run waits."""
+    sample: float = 0.2
+    """Between looks at how much VRAM is held."""
+
+    def pause(self, asked: int, failures: int) -> float:
+        """Seconds until the next question: the more in vain, the longer."""
+        usual = self.every if asked < self.often else self.later
+        return min(max(usual, self.longest), usual * (1 << min(failures, 16)))
+
+
+class Guard:
+    """The service that asks, from before the first test to after the last."""
+
+    def __init__(
+        self, address: Address, open_book: Callable[[], Neighbour], pace: Pace | None = None
+    ) -> None:
+        """`open_book` makes what the answers are told to; it is called in the guard's thread."""
+        self.asked = 0
+        """Questions so far."""
+        self.problem = ""
+        """Why it ended before the tests did; empty where it did not."""
+        self._address, self._open_book, self._pace = address, open_book, pace or Pace()
+        self._book: Neighbour | None = None
+        self._stop = threading.Event()
+        self._question: Question | None = None
+        """The one that is open."""
+        self._heard: Question | None = None
+        """The last one whose outcome was told."""
+        self._thread = threading.Thread(target=self._run, name="gpu-share-guard", daemon=True)
+
+    @property
+    def book(self) -> Neighbour | None:
+        """What is known so far; None before the first moment."""
+        return self._book
+
+    def start(self) -> None:
+        """Begin to ask."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask once more and end, within the last answer's limit and a little."""
+        self._stop.set()
+        self._thread.join(self._pace.last_patience + 0.5)
+
+    def resident(self) -> Mapping[str, int]:
+        """UUID -> bytes that Ollama holds there now; empty before the first look."""
+        return self._book.resident() if self._book is not None else {}
+
+    def has_failed(self) -> bool:
+        """Whether a part of a model is on the CPU because of the tests."""
+        return self._book is not None and any(spill.is_ours for spill in self._book.spills)
+
+    def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:
+            # Or pytest would report it as a warning of whatever test runs then.
+            self.problem = f"{type(error).__name__}: {error}"[:200]
+
+    def _watch(self) -> None:
+        book = self._book = self._open_book()
+        due = time.monotonic() + self._pace.every
+        while not self._stop.wait(self._pace.sample):
+            book.sample()
+            self._take(book)
+            if self._question is None and time.monotonic() >= due and self._may_ask():
+                self._ask(self._pace.patience)
+                due = time.monotonic() + self._pace.pause(self.asked, book.history.failures)
+        self._finish(book)
+
+    def _may_ask(self) -> bool:
+        return self.asked < self._pace.most
+
+    def _ask(self, patience: float) -> Question:
+        self.asked += 1
+        self._question = Question(self._address, patience)
+        return self._question
+
+    def _take(self, book: Neighbour) -> None:
+        """Hand on the answer to the question that is open, if it came or never will."""
+        question = self._question
+        if question is None or not question.is_over:
+            return
+        if question is not self._heard:
+            self._heard = question
+            question.hang_up()
+            if question.models is not None:
+                book.answer(question.models)
+            else:
+                book.silence(question.problem, certain=question.is_refused)
+        # A look-up of a name cannot be cancelled: until it ends, no other question is asked.
+        if question.is_gone:
+            self._question = None
+
+    def _finish(self, book: Neighbour) -> None:
+        """The last word: what Ollama holds now that the tests are over."""
+        until = time.monotonic() + self._pace.last_patience
+        book.sample()
+        if self._question is not None:
+            # Who did not answer before is not waited for: the end of the run is near.
+            if book.is_worth_asking:
+                self._question.wait(until - time.monotonic())
+            self._take(book)
+        if self._question is None and book.is_worth_asking and self._may_ask():
+            last = self._ask(max(0.1, until - time.monotonic()))
+            last.wait(until - time.monotonic())
+            book.sample()
+            self._take(book)
+        book.end()

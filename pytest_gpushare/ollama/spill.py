@@ -1,0 +1,269 @@
+"""Why a part of a model landed on the CPU, and the setting that would have prevented it.
+
+Ollama asks for free VRAM when it loads a model, and for nothing later. So the question is what
+was held at that moment, by whom, and whether the plan had promised it to Ollama.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+from pytest_gpushare.gpu.attribution import Held
+from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.ollama.prediction import CUDA_CONTEXT, MARGIN, SHARE
+from pytest_gpushare.units import GB, MB
+
+_STEP_MB = 500
+_HALF_GB = GB // 2
+
+
+class Promise(NamedTuple):
+    """What the plan left to Ollama on the devices that it may use; bytes."""
+
+    start: Mapping[str, Held]
+    """UUID -> who held what when the plan was made."""
+    budgets: Mapping[str, int]
+    """UUID -> what the tests may hold."""
+    reservation: int
+    """What was kept for Ollama on each device."""
+    safety_buffer: int
+    needed: int
+    """The smallest slot."""
+
+
+class Setting(NamedTuple):
+    """A setting with the value that would have prevented a spill."""
+
+    key: str
+    value: str
+    is_without_workers: bool = False
+    """Whether no GPU worker would have fitted any more."""
+
+
+def larger_slots(largest: int, promise: Promise) -> Setting:
+    """Slots as large as the largest worker was, so that fewer of them share the budget."""
+    slot = -(-largest // _HALF_GB) * _HALF_GB
+    return Setting(
+        "min_vram_per_worker_gb",
+        f"{slot / GB:g}",
+        is_without_workers=slot > max(promise.budgets.values(), default=0),
+    )
+
+
+def larger_reservation(needed: int, promise: Promise) -> Setting | None:
+    """The reservation that keeps so much, rounded up; None where no device has it."""
+    megabytes = -(-needed // (_STEP_MB * MB)) * _STEP_MB
+    kept = megabytes * MB
+    rooms = [h.free + h.ollama for h in promise.start.values()]
+    if needed > max(rooms, default=0):
+        return None
+    left = max(
+        held.free - max(0, kept - held.ollama) - promise.safety_buffer
+        for held in promise.start.values()
+    )
+    return Setting("ollama_vram_reservation_mb", str(megabytes), left < promise.needed)
+
+
+_MOST_CONTEXT = 2 * GB
+
+
+class Cause(str, Enum):
+    """Why a part of a model is on the CPU."""
+
+    RESERVATION = "reservation"
+    """The tests kept to their budget; what was reserved was too small for the model."""
+    TESTS = "tests"
+    """The tests held VRAM that was reserved for Ollama."""
+    OTHERS = "others"
+    """Another process took what was reserved."""
+    DOUBT = "tests or others"
+    """One of the two; the driver does not tell which."""
+    SIZE = "size"
+    """It would not have fitted without any tests either."""
+    OPTIONS = "options"
+    """There was room: somebody set `num_gpu`, or the server limits itself."""
+    UNKNOWN = "unknown"
+    """Nobody could tell what was held."""
+
+
+OURS = frozenset({Cause.RESERVATION, Cause.TESTS, Cause.DOUBT})
+"""The causes for which the run answers: without its tests the model had stayed on the GPU."""
+
+
+class Spill(NamedTuple):
+    """A load that left a part of a model on the CPU; bytes."""
+
+    at: float
+    """Seconds since the run started."""
+    model: LoadedModel
+    cause: Cause
+    missing: int
+    """What did not find its place on the GPU."""
+    tests: int | None
+    """The most that the tests held while it was loaded; None where nobody tells."""
+    by_worker: Mapping[str, int]
+    others: int | None
+    free: int | None
+    """The least that was free meanwhile."""
+    excess: int = 0
+    """By how much more than they should was held by those who are the cause."""
+    room: int = 0
+    """What was there for Ollama and the tests together when the plan was made."""
+    required: int = 0
+    """What had to be free for the model."""
+    setting: Setting | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the run answers for it."""
+        return self.cause in OURS
+
+
+def judge(
+    at: float,
+    model: LoadedModel,
+    beside: Sequence[LoadedModel],
+    window: Sequence[Mapping[str, Held]],
+    promise: Promise,
+) -> Spill:
+    """Why `model` landed in part on the CPU.
+
+    `beside` are the other models that were loaded then, `window` what was held on the devices
+    that Ollama may use, from before the load to after it. Between two looks much may happen:
+    how much was free when Ollama decided follows from how much it put on the GPU.
+    """
+    missing = model.size - model.size_vram
+    scenes = [Scene.of(held) for held in window if held]
+    if not scenes:
+        return Spill(at, model, Cause.UNKNOWN, missing, None, {}, None, None)
+    start, devices = Scene.of(promise.start), len(promise.start)
+    context = context_of([model, *beside], window[-1])
+    # Taken by all but Ollama, as it decided; too much by a layer at most.
+    taken = sum(h.total for h in promise.start.values())
+    taken -= model.size_vram + devices * (context + MARGIN)
+    taken -= sum(other.size_vram + context for other in beside)
+    slack = model.size // 10 + CUDA_CONTEXT
+    was_seen = max(scene.beside_ollama for scene in scenes) >= taken - slack
+    # Where so much was never held, how much Ollama found free says nothing.
+    least = taken - slack if was_seen else 0
+    tests, by_worker, others = _holders(scenes, least, missing)
+    room = sum(h.free + h.ollama for h in promise.start.values())
+    required = required_free(model, beside, context, devices)
+    if required > room:
+        # Ollama would have sent the other models away first.
+        required = required_free(model, (), context, devices)
+    spill = Spill(
+        at, model, Cause.UNKNOWN, missing, tests, by_worker, others,
+        free=min(scene.free for scene in scenes), room=room, required=required,
+    )  # fmt: skip
+    if not was_seen:
+        return spill._replace(cause=Cause.OPTIONS)
+    if required > room:
+        return spill._replace(cause=Cause.SIZE)
+    grown = 0
+    if others is not None and start.others is not None:
+        grown = max(0, others - start.others)
+    budget = sum(promise.budgets.values())
+    held = max(0, taken - start.beside_ollama) if tests is None else tests
+    if not held and not grown:
+        return spill._replace(cause=Cause.OPTIONS)
+    if spill.required > promise.reservation + promise.safety_buffer and held:
+        return _reservation(spill, spill.required, promise)
+    if held > budget + slack // 2:
+        if tests is None:
+            return _others(spill, held - budget, promise)._replace(cause=Cause.DOUBT)
+        return _tests(spill, tests - budget, promise)
+    if grown:
+        return _others(spill, grown, promise)
+    # More was needed than Ollama's rules explain: what it was short of goes on top.
+    more = _reservation(spill, promise.reservation + max(0, budget - held) + missing, promise)
+    return more if more.setting is not None else spill._replace(cause=Cause.OPTIONS)
+
+
+def _holders(
+    scenes: Sequence[Scene], taken: int, missing: int
+) -> tuple[int | None, Mapping[str, int], int | None]:
+    """What the tests held in all, by worker, and the others; None where nobody tells."""
+    told = [scene for scene in scenes if scene.tests is not None and scene.others is not None]
+    if not told:
+        return None, {}, None
+    fullest = max(told, key=lambda scene: scene.tests or 0)
+    others = max(scene.others or 0 for scene in told)
+    tests = fullest.tests or 0
+    if tests >= missing or taken - others <= tests:
+        return tests, fullest.by_worker, others
+    # Held for less than the time between two looks: what was taken at least, less the others.
+    return taken - others, {}, others
+
+
+def context_of(loaded: Sequence[LoadedModel], held: Mapping[str, Held]) -> int:
+    """Bytes that a runner takes beside its model: contexts and pools, which only NVML sees."""
+    seen = sum(h.ollama for h in held.values()) - sum(each.size_vram for each in loaded)
+    context = -(-seen // len(loaded))
+    # Or it is a runner on its way out, the VRAM of which comes back late.
+    return context if 0 < context <= _MOST_CONTEXT else CUDA_CONTEXT
+
+
+def required_free(
+    model: LoadedModel, beside: Sequence[LoadedModel], context: int, devices: int
+) -> int:
+    """Bytes that the reservation must keep, so that Ollama loads all of a model on one device.
+
+    By its own rules: a margin stays free, and beside other models, or where it has several
+    devices to choose from, it takes no more than 80 % of what is free.
+    """
+    alone = model.size + context
+    least = alone + MARGIN
+    if beside or devices > 1:
+        least = max(least, -(-alone * SHARE[1] // SHARE[0]))
+    return least + sum(each.size_vram + context for each in beside)
+
+
+class Scene(NamedTuple):
+    """What is held on all of Ollama's devices together."""
+
+    tests: int | None
+    by_worker: Mapping[str, int]
+    others: int | None
+    beside_ollama: int
+    free: int
+
+    @staticmethod
+    def of(devices: Mapping[str, Held]) -> Scene:
+        """The sum over devices."""
+        by_worker: dict[str, int] = {}
+        for held in devices.values():
+            for worker, size in (held.workers or {}).items():
+                by_worker[worker] = by_worker.get(worker, 0) + size
+        return Scene(
+            tests=_sum([held.tests for held in devices.values()]),
+            by_worker=by_worker,
+            others=_sum([held.others for held in devices.values()]),
+            beside_ollama=sum(held.beside_ollama for held in devices.values()),
+            free=sum(held.free for held in devices.values()),
+        )
+
+
+def _reservation(spill: Spill, needed: int, promise: Promise) -> Spill:
+    setting = larger_reservation(needed, promise)
+    if setting is None:
+        return spill._replace(cause=Cause.SIZE)
+    excess = max(0, needed - promise.reservation)
+    return spill._replace(cause=Cause.RESERVATION, excess=excess, setting=setting)
+
+
+def _others(spill: Spill, taken: int, promise: Promise) -> Spill:
+    setting = larger_reservation(spill.required + taken, promise)
+    return spill._replace(cause=Cause.OTHERS, excess=taken, setting=setting)
+
+
+def _tests(spill: Spill, excess: int, promise: Promise) -> Spill:
+    setting = larger_slots(max(spill.by_worker.values(), default=0), promise)
+    return spill._replace(cause=Cause.TESTS, excess=excess, setting=setting)
+
+
+def _sum(sizes: Sequence[int | None]) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None

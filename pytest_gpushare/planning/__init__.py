@@ -1,0 +1,1 @@
+"""How many workers run, on which devices, and with what caps."""

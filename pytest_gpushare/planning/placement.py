@@ -1,0 +1,250 @@
+"""Which device each worker sees and what caps it, as environment variables. Pure."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.gpu.devices import Device
+from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.place import Place
+from pytest_gpushare.planning.caps import (
+    CONTEXT_ALLOWANCE,
+    TENSORFLOW_HOOK,
+    TORCH_HOOK,
+    Caps,
+    caps_for,
+    with_mark,
+)
+from pytest_gpushare.planning.plan import Plan, Slot, shortage
+from pytest_gpushare.scheduler.needs import means_cpu
+
+ROLE = "PYTEST_GPUSHARE_ROLE"
+"""`gpu` or `cpu`: what a worker is; set in its environment before its first import."""
+
+SLOT = "PYTEST_GPUSHARE_SLOT"
+"""Bytes of VRAM of a GPU worker's slot, for runs that its tests start."""
+
+ORDER = "CUDA_DEVICE_ORDER"
+
+NO_DEVICE = "-1" if sys.platform == "win32" else ""
+"""What shows no device. Windows knows no empty variables: an empty one would show all."""
+
+
+class Surroundings(NamedTuple):
+    """What of the world outside decides on the workers' environments."""
+
+    outer: Mapping[str, str]
+    """The environment that workers inherit."""
+    versions: Mapping[str, str] = {}
+    """The frameworks that are installed; empty where nothing is to be capped."""
+    mps: bool = False
+    """Whether the daemon of CUDA MPS runs."""
+    cap_vram: bool = True
+    by_index: bool = False
+    """Devices by NVML's index, which is CUDA's under CUDA_DEVICE_ORDER=PCI_BUS_ID."""
+    see_all: bool = False
+    """Whether a GPU worker sees the other devices too, after its own."""
+    simulated: bool = False
+    """A what-if names devices that do not exist: no visibility, no caps."""
+    contexts: Mapping[str, int] = {}
+    """Device name -> bytes of a CUDA context, where that was measured."""
+    rooms: Mapping[str, int] = {}
+    """UUID -> the device's budget in bytes, where tests have needs of their own; else empty."""
+
+
+def worker_environment(plan: Plan, number: int, around: Surroundings) -> dict[str, str]:
+    """The variables for the worker of this number, from 0: GPU workers first, then CPU workers.
+
+    A GPU worker sees its device, alone or first; a CPU worker sees none.
+    """
+    slot = plan.slots[number] if number < len(plan.slots) else None
+    # Variables of an outer run must not reach a worker of this one: empty ones undo them.
+    environment = {name: "" for name in (TORCH_HOOK, TENSORFLOW_HOOK) if name in around.outer}
+    if slot is None:
+        environment.update({ROLE: "cpu", SLOT: "0"})
+    else:
+        environment.update({ROLE: "gpu", SLOT: str(slot.vram)})
+        environment.update(with_mark(caps_of(slot, around).environment))
+    if not around.simulated:
+        environment.update(visibility(plan, slot.device if slot else None, around))
+    return environment
+
+
+def caps_of(slot: Slot, around: Surroundings) -> Caps:
+    """What caps the frameworks of a worker in this slot, where anything does."""
+    if not around.cap_vram or around.simulated or slot.device.variable != VARIABLE:
+        return Caps()
+    context = around.contexts.get(slot.device.name, CONTEXT_ALLOWANCE)
+    return caps_for(
+        slot,
+        around.outer,
+        around.versions,
+        context=context,
+        mps=around.mps,
+        room=around.rooms.get(slot.device.uuid),
+    )
+
+
+def slot_of_outer_run(environment: Mapping[str, str]) -> int | None:
+    """Bytes that a run inside a GPU worker may share out: its slot; None outside of one."""
+    text = environment.get(SLOT, "")
+    if environment.get(ROLE) != "gpu" or not re.fullmatch("[0-9]{1,18}", text):
+        return None
+    return int(text)
+
+
+def visibility(plan: Plan, device: Device | None, around: Surroundings) -> dict[str, str]:
+    """The variables that show a worker what it is to see, and hide all others from it."""
+    # A worker that is given one kind of accelerator sees none of the others.
+    hidden = dict.fromkeys([VARIABLE, *(d.device.variable for d in plan.devices)], NO_DEVICE)
+    if device is None:
+        return hidden
+    devices = seen(plan, device, around)
+    # MIG instances have no index that CUDA knows.
+    if around.by_index and device.variable == VARIABLE and not _is_instance(device):
+        return {**hidden, VARIABLE: ",".join(d.index for d in devices), ORDER: "PCI_BUS_ID"}
+    return {**hidden, device.variable: ",".join(d.visible_as or d.uuid for d in devices)}
+
+
+def seen(plan: Plan, device: Device, around: Surroundings) -> tuple[Device, ...]:
+    """What a worker on this device sees: its own device first, the others only if they may be."""
+    # A process of CUDA can use one MIG instance, and no GPU beside it.
+    if not around.see_all or _is_instance(device):
+        return (device,)
+    others = (planned.device for planned in plan.devices)
+    return (
+        device,
+        *(
+            other
+            for other in others
+            if other != device and other.variable == device.variable and not _is_instance(other)
+        ),
+    )
+
+
+def _is_instance(device: Device) -> bool:
+    return "." in device.index
+
+
+NUMBER = "PYTEST_GPUSHARE_NUMBER"
+"""A worker's number in the plan: its replacement after a crash has another id, but this number."""
+
+
+def place_of(plan: Plan, number: int) -> Place:
+    """The place of the worker of this number, from 0."""
+    told = {
+        "gpu_workers": len(plan.slots),
+        "cpu_workers": plan.cpu_workers,
+        "limited_by": [limit.value for limit in plan.limited_by],
+        "slots": [[slot.device.uuid, slot.vram] for slot in plan.slots],
+    }
+    if number >= len(plan.slots):
+        return Place("cpu", plan=told)
+    slot = plan.slots[number]
+    device = slot.device
+    return Place("gpu", device.uuid, device.name, device.index, slot.vram, told)
+
+
+def message_to(plan: Plan, number: int, around: Surroundings) -> dict[str, Any]:
+    """What a worker is told, in the builtin types that execnet carries."""
+    slot = plan.slots[number] if number < len(plan.slots) else None
+    own = {} if around.simulated else visibility(plan, slot.device if slot else None, around)
+    return {"place": vars(place_of(plan, number)), "visible": own}
+
+
+def message_of_tests(settings: Settings, plan: Plan, around: Surroundings) -> dict[str, Any]:
+    """What a worker must know to tell which of its tests are GPU tests."""
+    return {
+        "marker": settings.marker,
+        "aliases": [tuple(alias) for alias in settings.markers],
+        "rules": [tuple(rule) for rule in settings.vram],
+        "gpu_unless_marked": means_cpu(settings.markers),
+        "without_gpu": settings.without_gpu,
+        "absence": "" if plan.slots else shortage(plan),
+        "budget": plan.usable,
+        "devices": len(seen(plan, plan.slots[0].device, around)) if plan.slots else 0,
+    }
+
+
+def set_variables(wanted: Mapping[str, str]) -> Callable[[], None]:
+    """Set environment variables of this process; the result undoes that."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    return lambda: _restore(before)
+
+
+def cuda_is_up(own_process_has_context: bool) -> bool:
+    """Whether CUDA was initialised in this process, so that its visibility is settled.
+
+    Asks no framework to load: what is not imported has not initialised anything.
+    """
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    is_initialized = getattr(cuda, "is_initialized", None)
+    return own_process_has_context or bool(is_initialized and is_initialized())
+
+
+def _restore(before: Mapping[str, str | None]) -> None:
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+_MOST_BYTES = 1024 * 1024
+_MOST_FILES = 2000
+
+
+def difference(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """What a process sees against what it was given: `NAME was A, is B`; empty where equal."""
+    changes = [
+        f"{name} was {text or 'empty'}, is {_shown(found.get(name))}"
+        for name, text in wanted.items()
+        if found.get(name) != text
+    ]
+    return "; ".join(changes)
+
+
+def culprit(names: Iterable[str], files: Iterable[str | None]) -> str:
+    """`conftest.py:12`: the first line that writes one of the variables; empty where none does."""
+    writes = re.compile(
+        rf"^(?!\s*#).*\b({'|'.join(map(re.escape, names))})\b[\"']?\s*[\],=)].*", re.M
+    )
+    for name in list(dict.fromkeys(file for file in files if file))[:_MOST_FILES]:
+        text = _text(Path(name))
+        for match in writes.finditer(text):
+            line = match.group()
+            if "env" in line and not _reads(line):
+                return f"{_relative(name)}:{text.count(chr(10), 0, match.start()) + 1}"
+    return ""
+
+
+def _reads(line: str) -> bool:
+    """Whether a line only asks for the variable."""
+    return re.search(r"environ(\.get\(|\[[^\]]*\](?!\s*=[^=]))|getenv", line) is not None
+
+
+def _shown(text: str | None) -> str:
+    return "unset" if text is None else text[:200] or "empty"
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(_MOST_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _relative(name: str) -> str:
+    try:
+        return str(Path(name).relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return name

@@ -1,0 +1,219 @@
+"""The sizing rule: from facts and settings to a plan, in exact arithmetic.
+
+Per device: budget = max(0, free - outstanding reservation - safety buffer), divided by
+need, by scale and by cap; over all devices: limited by what xdist was told, by RAM, and
+by CPUs where nobody gave a number. The rule is the founding write-up's, except that what
+Ollama holds already is not reserved a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from types import MappingProxyType
+
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, HostFacts
+from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.ollama.reservation import devices_of_ollama, reserve, resident_bytes
+from pytest_gpushare.planning.plan import DevicePlan, Limit, Plan, Request, Slot
+from pytest_gpushare.units import GB
+
+
+def make_plan(
+    settings: Settings,
+    gpus: GpuFacts,
+    ollama: OllamaFacts,
+    host: HostFacts,
+    request: Request,
+    seen: Mapping[str, int] = MappingProxyType({}),
+) -> Plan:
+    """The plan for this run. Same input, same plan.
+
+    `seen` has the sizes of Ollama's models in earlier runs, in bytes. Raises `SettingsError`
+    where `ollama_gpu` names no device of this host.
+    """
+    known = devices_of_ollama(settings.ollama_gpu, gpus)
+    resident = resident_bytes(known, gpus, ollama)
+    kept = reserve(settings, gpus, ollama, known, resident, seen)
+    devices = [
+        size_device(
+            device,
+            settings,
+            reservation=kept.per_device.get(device.uuid, 0),
+            resident=resident.get(device.uuid, 0),
+            most=host.outer_slot,
+        )
+        for device in gpus.devices
+    ]
+    ram_limit = _ram_limit(settings, host)
+    if request.in_process:
+        devices = _keep_best(devices)
+        limits: tuple[tuple[Limit, int], ...] = ()
+        cpu_workers = 0
+        decided: tuple[Limit, ...] = (Limit.IN_PROCESS,)
+    else:
+        limits = _limits(request, ram_limit, host)
+        before = sum(device.workers for device in devices)
+        devices = _trim(devices, min((most for _, most in limits), default=before))
+        after = sum(device.workers for device in devices)
+        decided = _deciding(devices, limits, before, after)
+        cpu_workers = _cpu_workers(after, settings.cpu_workers, request, ram_limit, host)
+    return Plan(
+        slots=_deal(devices),
+        cpu_workers=cpu_workers,
+        limited_by=decided,
+        devices=tuple(devices),
+        limits=limits,
+        request=request,
+        absence="" if gpus.devices else gpus.absence,
+        needed=-(-settings.min_vram_per_worker // 1),
+        demand=kept.demand,
+        is_released=kept.is_released,
+    )
+
+
+def size_device(
+    device: Device,
+    settings: Settings,
+    *,
+    reservation: int,
+    resident: int,
+    most: int | None = None,
+) -> DevicePlan:
+    """How many workers fit on one device, and which figure decides; no limit of the run yet.
+
+    `reservation` bytes are kept for Ollama there, `resident` of them it holds already. `most`
+    bounds the budget of a run that lives in a slot of another one, in bytes.
+    """
+    safety = int(settings.safety_buffer)
+    outstanding = max(0, reservation - resident)
+    budget = max(0, device.free - outstanding - safety)
+    budget = budget if most is None else min(budget, most)
+    by_need = int(budget / settings.min_vram_per_worker)
+    scale = settings.max_workers_per_gb
+    by_scale = max(1, int(Fraction(budget, GB) * scale)) if scale else None
+    by_cap = settings.max_workers_per_gpu or None
+    by_mode = _by_compute_mode(device)
+    figures = [
+        (Limit.BY_NEED, by_need),
+        (Limit.BY_SCALE, by_scale),
+        (Limit.BY_CAP, by_cap),
+        (Limit.BY_MODE, by_mode),
+    ]
+    limit, fitting = _smallest([(name, most) for name, most in figures if most is not None])
+    return DevicePlan(
+        device=device,
+        reservation=reservation,
+        resident=min(resident, reservation),
+        outstanding=outstanding,
+        safety_buffer=safety,
+        most=most,
+        budget=budget,
+        by_need=by_need,
+        by_scale=by_scale,
+        by_cap=by_cap,
+        by_mode=by_mode,
+        fitting=fitting,
+        limited_by=limit,
+        workers=fitting,
+    )
+
+
+def _smallest(figures: Sequence[tuple[Limit, int]]) -> tuple[Limit, int]:
+    """The figure that decides; of equal ones the first, as `Limit` orders them."""
+    return min(figures, key=lambda figure: figure[1])
+
+
+def _by_compute_mode(device: Device) -> int | None:
+    """Processes that the compute mode lets in beside those that hold a context there now."""
+    if device.compute_mode is ComputeMode.DEFAULT:
+        return None
+    return int(device.compute_mode is ComputeMode.EXCLUSIVE and not device.processes)
+
+
+def _ram_limit(settings: Settings, host: HostFacts) -> int | None:
+    if not settings.ram_per_worker or host.available_ram is None:
+        return None
+    # A run needs one worker at least; whether that one fits is not for us to forbid.
+    return max(1, int(host.available_ram / settings.ram_per_worker))
+
+
+def _limits(
+    request: Request, ram_limit: int | None, host: HostFacts
+) -> tuple[tuple[Limit, int], ...]:
+    found = [
+        (Limit.NUMBER, request.number),
+        (Limit.MAXPROCESSES, request.maxprocesses or None),
+        (Limit.RAM, ram_limit),
+        (Limit.CPUS, max(1, host.cpus) if request.number is None else None),
+    ]
+    return tuple((name, most) for name, most in found if most is not None)
+
+
+def _trim(devices: Sequence[DevicePlan], most: int) -> list[DevicePlan]:
+    """Take slots away evenly, the smallest first, until `most` are left.
+
+    Each time from a device with the most slots; of those from the one whose slots are
+    smallest, since its remaining workers gain by the room. Equal ones go by UUID, last first.
+    """
+    # No device keeps more than all may have: millions of tiny slots must not go one by one.
+    left = [replace(device, workers=min(device.workers, most)) for device in devices]
+    for _ in range(sum(device.workers for device in left) - most):
+        at = max(
+            range(len(left)),
+            key=lambda i: (left[i].workers, -left[i].slot_vram, left[i].device.uuid),
+        )
+        left[at] = replace(left[at], workers=left[at].workers - 1)
+    return left
+
+
+def _keep_best(devices: Sequence[DevicePlan]) -> list[DevicePlan]:
+    """One slot on the device with the largest budget; none where no device has room."""
+    fitting = [device for device in devices if device.fitting]
+    best = min(fitting, key=lambda d: (-d.budget, d.device.uuid), default=None)
+    return [replace(device, workers=int(device is best)) for device in devices]
+
+
+def _deciding(
+    devices: Sequence[DevicePlan],
+    limits: Sequence[tuple[Limit, int]],
+    before: int,
+    after: int,
+) -> tuple[Limit, ...]:
+    if after < before:
+        return (_smallest(limits)[0],)
+    order = list(Limit)
+    found = {device.limited_by for device in devices if device.workers}
+    return tuple(sorted(found, key=order.index)) or (Limit.BY_NEED,)
+
+
+def _cpu_workers(
+    gpu_workers: int,
+    wanted: int | None,
+    request: Request,
+    ram_limit: int | None,
+    host: HostFacts,
+) -> int:
+    """Workers without a slot: beside GPU workers those asked for, else the fall-back's."""
+    if request.fixed and request.number is not None:
+        return request.number - gpu_workers
+    number = request.number if request.number is not None else max(1, host.cpus)
+    if not gpu_workers:
+        wanted = number
+    elif wanted is None:
+        wanted = max(1, number - gpu_workers)
+    bounds = [b for b in (request.number, request.maxprocesses or None, ram_limit) if b is not None]
+    return min([wanted, *(max(0, bound - gpu_workers) for bound in bounds)])
+
+
+def _deal(devices: Sequence[DevicePlan]) -> tuple[Slot, ...]:
+    """The slots, one of each device in turn, so that the first workers lie on all devices."""
+    rounds = max((device.workers for device in devices), default=0)
+    return tuple(
+        Slot(device.device, device.slot_vram)
+        for turn in range(rounds)
+        for device in devices
+        if turn < device.workers
+    )

@@ -1,0 +1,422 @@
+"""Both probes at the same time, each with a limit; a probe that hangs is left behind.
+
+Daemon threads, because neither a DNS look-up nor a call into a stuck driver can be cancelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.errors import GpuShareError, PreloadError, SettingsError
+from pytest_gpushare.gpu.devices import Device, GpuFacts, simulated
+from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.ollama.address import Address, Candidate, candidates
+from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
+from pytest_gpushare.ollama.preload import KeptLoaded, Preloaded, preload, usual_keep_alive
+from pytest_gpushare.planning.plan import Limit, Plan, Slot
+from pytest_gpushare.units import format_gb
+
+if TYPE_CHECKING:
+    from pytest_gpushare.gpu.nvml import Nvml
+    from pytest_gpushare.ollama.exchange import Connection
+
+
+NVML_TIMEOUT = 10.0
+"""Seconds that NVML may take to open and to tell its devices; 1.5 s has been seen."""
+
+_CLOSE_TIMEOUT = 1.0
+"""Seconds that NVML may take to shut down; the end of the process does the same."""
+
+_GRACE = 0.02
+"""Seconds for a probe that ran into its own limit to say so."""
+
+T = TypeVar("T")
+
+
+class _Answer(Generic[T]):
+    """A call that runs in a daemon thread."""
+
+    def __init__(self, name: str, call: Callable[[], T]) -> None:
+        self._call = call
+        self._value: T | None = None
+        self._thread = threading.Thread(target=self._run, name=f"gpu-share-{name}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        # A probe that was left behind may fail when its library is closed under it; nobody
+        # waits for it any more, and pytest would report an exception in a thread.
+        with contextlib.suppress(Exception):
+            self._value = self._call()
+
+    def wait(self, until: float) -> T | None:
+        """The answer, or None where there is none at `until` (on the monotonic clock)."""
+        self._thread.join(max(0.0, until - time.monotonic()))
+        return self._value
+
+
+class Probes(NamedTuple):
+    """What both probes found, and the library that is held open for the rest of the run."""
+
+    gpus: GpuFacts
+    ollama: OllamaFacts
+    close: Callable[[], None]
+    """Releases NVML; harmless when called twice."""
+    nvml: Nvml | None = None
+    """The open library, for readings during the run; None under a what-if."""
+
+
+def probe(
+    settings: Settings,
+    simulate: tuple[str, ...] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> Probes:
+    """Ask NVML (or the what-if) and Ollama at the same time; `environment` is the user's.
+
+    Raises `SettingsError` for a what-if that cannot be understood; nothing else.
+    """
+    if simulate:
+        return Probes(simulated(simulate), ask_ollama(settings, environment), _nothing)
+    reading = _NvmlReading(environment)
+    ollama = ask_ollama(settings, environment)
+    return Probes(reading.finish(), ollama, reading.close, reading.nvml)
+
+
+class _NvmlReading:
+    """NVML being opened and read in the background."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        from pytest_gpushare.gpu.nvml import Nvml
+
+        self._environment = environment
+        self._visible = environment.get(VARIABLE), environment.get("CUDA_DEVICE_ORDER")
+        self.nvml = Nvml()
+        self._until = time.monotonic() + NVML_TIMEOUT
+        self._answer = _Answer("nvml", self._read)
+
+    def _read(self) -> GpuFacts:
+        from pytest_gpushare.gpu.nvml import reason
+
+        try:
+            self.nvml.open()
+            return self.nvml.read(*self._visible)
+        except Exception as error:
+            # Or it would be told as a time-out, which it is not.
+            return GpuFacts(absence=reason(error))
+
+    def finish(self) -> GpuFacts:
+        facts = self._answer.wait(self._until)
+        facts = facts or GpuFacts(absence=f"NVML did not answer within {NVML_TIMEOUT:g} s")
+        given = self._environment.get("NVIDIA_VISIBLE_DEVICES")
+        if facts.all_devices or given not in ("void", "none"):
+            return facts
+        hidden = f"NVIDIA_VISIBLE_DEVICES={given} gives this container none: start it with --gpus"
+        return facts._replace(absence=f"{facts.absence}; {hidden}")
+
+    def close(self) -> None:
+        _Answer("nvml-close", self.nvml.close).wait(time.monotonic() + _CLOSE_TIMEOUT)
+
+
+def ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFacts:
+    """Every address that may be Ollama's is asked at once; the best that answers is taken.
+
+    All its questions together have the one time limit.
+    """
+    if not settings.enable_ollama_detection:
+        return OllamaFacts()
+    limit = float(settings.ollama_timeout)
+    places = candidates(settings.ollama_host, environment)
+    # Imported in this thread, so that its cost does not count against Ollama's time limit.
+    from pytest_gpushare.ollama.catalog import ask
+
+    for place in places:
+        _prepare(place.address)
+    until = time.monotonic() + limit
+    asked = [_OllamaAsking(place, until, partial(ask, place.address, limit)) for place in places]
+    facts = []
+    for asking in asked:
+        facts.append(asking.finish(limit))
+        if facts[-1].answered:
+            break
+    for asking in asked:
+        asking.hang_up()
+    found = facts[-1] if facts[-1].answered else _nobody(facts)
+    if found.answered and settings.ollama_models:
+        place = places[len(facts) - 1]
+        return found._replace(relied_on=_ask_models(place.address, settings, until))
+    return found
+
+
+def _nobody(facts: Sequence[OllamaFacts]) -> OllamaFacts:
+    """None of the addresses gave an answer: what is told of them together."""
+    if len(facts) == 1:
+        return facts[0]
+    reachable = [each for each in facts if each.reachable]
+    if reachable:
+        return reachable[0]
+    return facts[0]._replace(
+        address=", ".join(each.address for each in facts),
+        problem="; ".join(dict.fromkeys(each.problem for each in facts)),
+        found_by="",
+    )
+
+
+class _OllamaAsking:
+    """One address being asked in the background."""
+
+    def __init__(self, place: Candidate, until: float, ask: Callable[[Any], OllamaFacts]) -> None:
+        self._place, self._until = place, until
+        self._connections: list[Connection] = []
+        self._answer = _Answer("ollama", lambda: ask(self._connections.append))
+
+    def finish(self, limit: float) -> OllamaFacts:
+        """What it said in time, or that it said nothing."""
+        from pytest_gpushare.ollama.catalog import unanswered
+
+        facts = self._answer.wait(self._until + _GRACE)
+        facts = facts or unanswered(self._place.address, f"no answer within {limit:g} s")
+        return facts._replace(found_by=self._place.found_by, server=self._place.address)
+
+    def hang_up(self) -> None:
+        """End what is still under way: a server that drips would keep its thread for ever."""
+        _hang_up(self._connections)
+
+
+def _ask_models(address: Address, settings: Settings, until: float) -> tuple[ModelFacts, ...]:
+    from pytest_gpushare.ollama.catalog import ask_models
+
+    names, connections = settings.ollama_models, list[Any]()
+    answer = _Answer("ollama", lambda: ask_models(address, names, until, connections.append))
+    models = answer.wait(until + _GRACE)
+    _hang_up(connections)
+    problem = "no answer in time: raise gpu_share_ollama_timeout_s"
+    return models or tuple(ModelFacts(name, problem=problem) for name in names)
+
+
+def _prepare(address: Address) -> None:
+    """Import what a server over https takes; where that fails, asking it will tell."""
+    if address.scheme == "https":
+        with contextlib.suppress(Exception):
+            import pytest_gpushare.ollama.secure  # noqa: F401 - for its cost
+
+
+def _hang_up(connections: Sequence[Connection]) -> None:
+    for connection in connections:
+        with contextlib.suppress(Exception):
+            connection.close()
+
+
+def _nothing() -> None:
+    pass
+
+
+_DEVICES = "a pytest_gpushare_devices hook"
+_PLAN = "a pytest_gpushare_plan hook"
+_FIRM = (Limit.NUMBER, Limit.MAXPROCESSES)
+
+
+class Others(NamedTuple):
+    """The answers of the two hooks."""
+
+    devices: Callable[[], Iterable[Device]] = tuple
+    """Devices that NVML does not know."""
+    last_word: Callable[[Plan], Plan | None] = lambda plan: plan
+    """Another plan in place of the one that was made; None leaves it."""
+
+    def joined(self, gpus: GpuFacts) -> GpuFacts:
+        """The devices of NVML and of the hook. Raises `GpuShareError` for what is no device."""
+        more = tuple(self.devices())
+        names = {device.uuid for device in gpus.all_devices}
+        for device in more:
+            _check_device(device)
+            if device.uuid in names:
+                raise GpuShareError(
+                    f"{_DEVICES} names {device.uuid} a second time: name each device once"
+                )
+            names.add(device.uuid)
+        if not more or gpus.simulated:
+            return gpus
+        return gpus._replace(
+            devices=(*gpus.devices, *more),
+            all_devices=(*gpus.all_devices, *more),
+            absence="",
+        )
+
+    def revised(self, plan: Plan, cpus: int) -> Plan:
+        """The plan after the hook's last word; without slots its workers are CPU workers.
+
+        Raises `GpuShareError` for a plan that promises what is not there.
+        """
+        given = self.last_word(plan)
+        if given is None or given is plan:
+            return plan
+        if not isinstance(given, Plan):
+            raise GpuShareError(f"{_PLAN} gave no plan but {type(given).__name__}")
+        _check_slots(given)
+        counts = Counter(slot.device.uuid for slot in given.slots)
+        in_process = given.request.in_process
+        return replace(
+            given,
+            devices=tuple(replace(d, workers=counts[d.device.uuid]) for d in given.devices),
+            limited_by=(Limit.HOOK,),
+            cpu_workers=given.cpu_workers
+            or (0 if given.slots or in_process else given.request.number or max(1, cpus)),
+        )
+
+
+def _check_device(device: object) -> None:
+    if not isinstance(device, Device):
+        raise GpuShareError(f"{_DEVICES} gave something else than pytest_gpushare devices")
+    sizes = (device.total, device.used, device.free)
+    texts = (device.uuid, device.name, device.index, device.variable, device.visible_as)
+    if not all(isinstance(text, str) for text in texts) or not device.uuid or not device.variable:
+        raise GpuShareError(f"{_DEVICES} gave a device whose uuid, name, index, variable or "
+                            "visible_as is no text, or empty")  # fmt: skip
+    if not all(type(size) is int and 0 <= size <= device.total for size in sizes):
+        raise GpuShareError(
+            f"{_DEVICES} gave {device.uuid} with total, used, free = {sizes}: they are whole "
+            "numbers of bytes, and used and free are within total"
+        )
+    if device.processes is not None and not isinstance(device.processes, tuple):
+        raise GpuShareError(
+            f"{_DEVICES} gave {device.uuid} processes that are neither tuple nor None"
+        )
+
+
+def _check_slots(plan: Plan) -> None:
+    most = min((m for name, m in plan.limits if name in _FIRM), default=None)
+    if most is not None and len(plan.slots) > most:
+        raise GpuShareError(f"{_PLAN} gave {len(plan.slots)} slots: the command line allows {most}")
+    if type(plan.cpu_workers) is not int or plan.cpu_workers < 0:
+        raise GpuShareError(f"{_PLAN} gave {plan.cpu_workers} CPU workers: give 0 or more")
+    known = {planned.device for planned in plan.devices}
+    for slot in plan.slots:
+        if not isinstance(slot, Slot) or slot.device not in known:
+            raise GpuShareError(f"{_PLAN} gave a slot that is on no device of the plan")
+        if type(slot.vram) is not int or slot.vram <= 0:
+            raise GpuShareError(f"{_PLAN} gave a slot of {slot.vram} bytes: give more than 0")
+    for device in {slot.device for slot in plan.slots}:
+        promised = sum(slot.vram for slot in plan.slots if slot.device == device)
+        if promised > device.free:
+            raise GpuShareError(
+                f"{_PLAN} promises {format_gb(promised)} on {device.label}, where "
+                f"{format_gb(device.free)} are free: make its slots fewer or smaller"
+            )
+
+
+class Loading(NamedTuple):
+    """What became of the models that the run relies on."""
+
+    kept: KeptLoaded | None = None
+    """The service that keeps those which we loaded; None where there are none."""
+    told: tuple[str, ...] = ()
+    """A sentence on each model that was loaded."""
+    problems: tuple[str, ...] = ()
+
+    def undo(self) -> None:
+        """Give the models their usual keep-alive."""
+        if self.kept is not None:
+            self.kept.stop()
+
+
+def check(settings: Settings) -> None:
+    """Raises `SettingsError` where there is nothing that could be loaded."""
+    if not settings.ollama_models:
+        raise SettingsError(
+            "gpu_share_ollama_preload = true: there is nothing to load: name the models in "
+            "gpu_share_ollama_models"
+        )
+    if not settings.enable_ollama_detection:
+        raise SettingsError(
+            "gpu_share_ollama_preload = true, but gpu_share_enable_ollama_detection = false: "
+            "no request is made to Ollama: switch one of them off or on"
+        )
+
+
+def load_first(
+    settings: Settings, probes: Probes, environment: Mapping[str, str]
+) -> tuple[Probes, Loading]:
+    """Load what is missing, and probe anew, so that the plan knows it as resident.
+
+    Raises `PreloadError` where a model is missing that must not be. `probes` are closed.
+    """
+    ours: list[LoadedModel] = []
+    server = probes.ollama.server
+    usual = usual_keep_alive(environment)
+    progress = _Progress()
+    try:
+        done = preload(
+            settings.ollama_models, probes.ollama, _free_vram(probes), progress.show, ours
+        )
+    except BaseException:
+        # Ctrl-C above all: what was loaded until then is not to stay for an hour.
+        if server is not None and ours:
+            KeptLoaded(server, ours, usual).stop()
+        raise
+    finally:
+        progress.clear()
+    kept = KeptLoaded(server, ours, usual) if server is not None and ours else None
+    problems = tuple(
+        f"{problem.model} was not preloaded: {problem.text}" for problem in done.problems
+    )
+    loading = Loading(kept, done.told, problems)
+    if problems and settings.ollama_preload_failed == "fail":
+        loading.undo()
+        raise PreloadError(_failure(done))
+    if not ours:
+        return probes, loading
+    probes.close()
+    try:
+        return probe(settings, (), environment), loading
+    except BaseException:
+        loading.undo()
+        raise
+
+
+def _failure(done: Preloaded) -> str:
+    each = "; ".join(f"{model}: {text}" for model, text in done.problems)
+    return (
+        f"gpu-share: not preloaded: {each}; gpu_share_ollama_preload_failed is fail: free VRAM, "
+        "name other models, or set it to warn"
+    )
+
+
+def _free_vram(probes: Probes) -> Callable[[], int | None]:
+    """Tells the bytes that are free on the roomiest device; None where NVML does not."""
+    if probes.nvml is None or not probes.gpus.all_devices:
+        return lambda: None
+    live = LiveVram(probes.nvml)
+    return lambda: max((m.free for m in live.memory(0.0).devices.values()), default=None)
+
+
+class _Progress:
+    """A line that is written over; a log, which would keep every one of them, gets none."""
+
+    def __init__(self) -> None:
+        stream = sys.stderr
+        self._stream = stream if stream is not None and stream.isatty() else None
+        self._width = 0
+
+    def show(self, text: str) -> None:
+        """What is going on."""
+        if self._stream is not None:
+            line = f"gpu-share: {text}"
+            self._stream.write(f"\r{line.ljust(self._width)}")
+            self._stream.flush()
+            self._width = len(line)
+
+    def clear(self) -> None:
+        """Leave the line empty."""
+        if self._stream is not None and self._width:
+            self._stream.write(f"\r{' ' * self._width}\r")
+            self._stream.flush()

@@ -1,1 +1,0 @@
-"""Probe: what NVML, Ollama and the host say, as frozen facts."""

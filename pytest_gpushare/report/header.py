@@ -1,0 +1,336 @@
+"""The lines of the header: the VRAM analysis, the plan, and the reason for each figure.
+
+Each line has a word that `grep "VRAM\\|GPU\\|workers"` finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpushare.config.options import OPTIONS
+from pytest_gpushare.ollama.address import AUTO
+from pytest_gpushare.ollama.messages import placed
+from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.planning.placement import caps_of
+from pytest_gpushare.planning.plan import DevicePlan, Limit, Plan, shortage
+from pytest_gpushare.report.summary import (
+    Line,
+    View,
+    needs_changed,
+    needs_exceeded,
+    out_of_memory,
+    routing,
+)
+from pytest_gpushare.session.run import LeftAlone, Started
+from pytest_gpushare.units import MB, format_gb, format_number, plural
+
+if TYPE_CHECKING:
+    from pytest_gpushare.ollama.prediction import Demand, ModelNeed
+    from pytest_gpushare.session.run import Started
+
+
+class Text(NamedTuple):
+    """A line, and whether it is one that `-q` must not swallow."""
+
+    text: str
+    problem: bool = False
+
+
+def ollama_lines(started: Started, verbosity: int) -> Iterator[Text]:
+    """The server and its models; what the models need, where some are named."""
+    # Where there is no device, a server that is not there either is no news.
+    if started.ollama.asked and (started.plan.devices or started.ollama.reachable):
+        yield _server(started)
+    if started.plan.demand is not None and started.plan.devices:
+        yield from _demand(started, started.plan.demand, verbosity)
+
+
+def _server(started: Started) -> Text:
+    ollama = started.ollama
+    who = f"Ollama {ollama.version}" if ollama.version else "Ollama"
+    if not ollama.answered:
+        text = f"  {who} at {ollama.address}: {ollama.problem}; {what_stands(started)}"
+        return Text(text, problem=ollama.reachable)
+    models = ", ".join(placed(model) for model in ollama.models)
+    spilled = any(model.is_spilled for model in ollama.models)
+    where = _found(started, ollama) + _elsewhere(started)
+    return Text(f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}", spilled)
+
+
+def what_stands(started: Started) -> str:
+    """What becomes of the reservation where the server does not answer."""
+    if not started.plan.devices:
+        return "no GPU to share with it"
+    if started.plan.is_released:
+        return "no VRAM is reserved for it (gpu_share_ollama_unreachable = release)"
+    if started.settings.ollama_vram_reservation is None:
+        return "its VRAM is reserved by the sizes in its models' names"
+    if started.settings.ollama_unreachable == "release":
+        return "something is there, so its VRAM reservation stands"
+    return "its VRAM reservation stands"
+
+
+def _found(started: Started, ollama: OllamaFacts) -> str:
+    """How an address was found that nobody wrote down."""
+    tried = started.settings.ollama_host.strip().lower() == AUTO
+    return f", found as {ollama.found_by}" if tried and ollama.found_by else ""
+
+
+def _elsewhere(started: Started) -> str:
+    if started.ollama.on_this_host:
+        return ""
+    if started.settings.ollama_gpu == ("none",):
+        return ", on another machine (no VRAM is reserved for it here)"
+    return (
+        ", on another machine (VRAM is reserved here all the same, unless "
+        "gpu_share_ollama_gpu = none)"
+    )
+
+
+def _demand(started: Started, demand: Demand, verbosity: int) -> Iterator[Text]:
+    follows = started.settings.ollama_vram_reservation is None
+    if demand.asked and (follows or verbosity >= 1):
+        each = ", ".join(f"{n.name} {format_gb(n.vram)} ({n.source.value})" for n in demand.needs)
+        margin = format_gb(demand.margin)
+        yield Text(f"  VRAM that Ollama needs: {each}; {margin} to stay free when it loads")
+    for need in demand.needs:
+        # Without an answer all are taken by name, as the line above has said.
+        if need.reason and demand.asked:
+            name, size = need.name, format_gb(need.vram)
+            text = f"  VRAM for {name}: {size} by the size in its name: {need.reason}"
+            yield Text(text, problem=True)
+    short = 0 if follows else _shortage(started, demand)
+    if short:
+        yield Text(
+            f"  VRAM that Ollama needs is more than is reserved: "
+            f"gpu_share_ollama_vram_reservation_mb = {short // MB} would hold its models",
+            problem=True,
+        )
+    if verbosity >= 1:
+        yield from (Text(f"  {text}") for need in demand.needs for text in _parts(need))
+
+
+def _shortage(started: Started, demand: Demand) -> int:
+    """The reservation, in bytes and whole MB, that would have held the models; 0 where it does."""
+    kept = [device for device in started.plan.devices if device.reservation]
+    if not demand.asked or not kept:
+        return 0
+    least = min(device.reservation for device in kept)
+    wanted = sum(need.vram for need in demand.needs) + demand.margin
+    return -(-wanted // MB) * MB if least < wanted else 0
+
+
+def _parts(need: ModelNeed) -> Iterator[str]:
+    prediction = need.prediction
+    if prediction is None:
+        return
+    yield (
+        f"VRAM of {need.name} as predicted: weights {format_gb(prediction.weights)}, KV cache "
+        f"{format_gb(prediction.kv_cache)} for {prediction.context} tokens, buffers "
+        f"{format_gb(prediction.graph)}, CUDA context {format_gb(prediction.cuda_context)}"
+    )
+    if need.difference is not None:
+        more = "more" if need.difference >= 0 else "less"
+        yield (
+            f"VRAM of {need.name} {need.source.value}: {format_gb(need.vram)}, "
+            f"{format_gb(abs(need.difference))} {more} than predicted"
+        )
+
+
+def header(started: Started | LeftAlone, verbosity: int) -> list[Line]:
+    """The lines at this verbosity: below 0 problems only, from 1 the workers, from 2 the sums."""
+    if isinstance(started, LeftAlone):
+        return [Line(f"gpu-share: {started.why}", problem=True)]
+    lines = list(_lines(started, verbosity))
+    if verbosity >= 0:
+        return lines
+    return [_alone(line) for line in lines if line.problem]
+
+
+def summary(started: Started | LeftAlone, view: View) -> list[Line]:
+    """The lines after the tests: what they used, and problems that showed while they ran."""
+    if isinstance(started, LeftAlone):
+        return []
+    from pytest_gpushare.report.summary import usage_lines
+
+    lines = [line for part in _SUMMARY for line in part(started)]
+    lines += usage_lines(started, view)
+    return [line for line in lines if line.problem or view.verbosity >= 0]
+
+
+def _overwritten(started: Started) -> Iterator[Line]:
+    kind = " (an error under --gpu-share-strict)" if started.strict else ""
+    for worker, how in sorted(started.overwritten.items()):
+        text = f"gpu-share: {worker} does not see the GPU that it was given: {how}{kind}"
+        yield Line(text, problem=True)
+
+
+def _verdict(started: Started) -> Iterator[Line]:
+    if started.guard is not None and started.guard.problem:
+        text = f"gpu-share: the guard of Ollama's VRAM has failed: {started.guard.problem}"
+        yield Line(text, problem=True)
+    book = started.guard.book if started.guard is not None else None
+    if book is None:
+        return
+    from pytest_gpushare.report.summary import verdict
+
+    for word in verdict(book):
+        fails = word.is_ours and started.strict
+        kind = " (an error under --gpu-share-strict)" if fails else ""
+        yield Line(f"gpu-share: {word.text}{kind}", word.is_problem)
+        for detail in word.details:
+            yield Line(f"  {detail}", word.is_problem)
+
+
+def _unwritten(started: Started) -> Iterator[Line]:
+    for text in started.unwritten:
+        yield Line(f"gpu-share: {text}", problem=True)
+
+
+_SUMMARY: tuple[Callable[[Started], Iterator[Line]], ...] = (
+    _overwritten,
+    _verdict,
+    routing,
+    out_of_memory,
+    needs_exceeded,
+    needs_changed,
+    _unwritten,
+)
+
+
+def _lines(started: Started, verbosity: int) -> Iterator[Line]:
+    plan = started.plan
+    if started.gpus.simulated:
+        yield Line("gpu-share: simulated devices: workers are counted for them, no GPU is assigned")
+    yield _headline(started)
+    for note in started.notes:
+        yield Line(f"  {note}", problem=True)
+    for device in plan.devices:
+        yield Line(_device(device))
+        yield Line(_vram(device, several=len(plan.devices) > 1))
+    yield from (Line(*line) for line in ollama_lines(started, verbosity))
+    if verbosity >= 1:
+        yield from (Line(text) for text in _workers(started))
+    if verbosity >= 2:
+        yield from (Line(text) for text in _arithmetic(started))
+
+
+def _alone(line: Line) -> Line:
+    """A line that stands without the others says whose it is."""
+    text = line.text.strip()
+    return line if text.startswith("gpu-share:") else Line(f"gpu-share: {text}", line.problem)
+
+
+def _headline(started: Started) -> Line:
+    plan, preset = started.plan, f"preset {', '.join(started.settings.presets)}"
+    if not plan.slots:
+        why = shortage(plan)
+        what = (
+            "no workers: this process sees no GPU"
+            if plan.request.in_process
+            else plural(plan.cpu_workers, "CPU worker")
+        )
+        return Line(f"gpu-share: {what} ({why})", problem=True)
+    if plan.request.in_process:
+        if started.unplaced:
+            return Line(
+                f"gpu-share: no workers: {started.unplaced}, so it keeps the GPU that it has",
+                problem=True,
+            )
+        slot = plan.slots[0]
+        return Line(
+            f"gpu-share: no workers: this process on {slot.device.label}, "
+            f"{format_gb(slot.vram)} of VRAM ({preset})"
+        )
+    limit = ", ".join(_limit(name, plan) for name in plan.limited_by)
+    beside = f", {plural(plan.cpu_workers, 'CPU worker')}" if plan.cpu_workers else ""
+    total = format_gb(sum(slot.vram for slot in plan.slots))
+    return Line(
+        f"gpu-share: {plural(len(plan.slots), 'GPU worker')} {_slots(plan)} = {total}{beside} "
+        f"(limited by {limit}; {preset})"
+    )
+
+
+def _slots(plan: Plan) -> str:
+    """`× 4.5 GB`, or `(2 × 5.0 GB, 2 × 11.0 GB)` where slots differ."""
+    sizes = [format_gb(slot.vram) for slot in plan.slots]
+    different = list(dict.fromkeys(sizes))
+    if len(different) == 1:
+        return f"× {different[0]}"
+    return f"({', '.join(f'{sizes.count(size)} × {size}' for size in different)})"
+
+
+def _limit(name: Limit, plan: Plan) -> str:
+    value = dict(plan.limits).get(name)
+    return f"{name.value} {value}" if name in (Limit.NUMBER, Limit.MAXPROCESSES) else name.value
+
+
+def _device(plan: DevicePlan) -> str:
+    device = plan.device
+    shared = ", shared with the CPU" if device.unified else ""
+    return (
+        f"  {device.label} {device.name}: total {format_gb(device.total)}, "
+        f"available {format_gb(device.free)}{shared}"
+    )
+
+
+def _vram(plan: DevicePlan, *, several: bool) -> str:
+    resident = f" ({format_gb(plan.resident)} of it resident)" if plan.resident else ""
+    return (
+        f"  VRAM{f' of {plan.device.label}' if several else ''}: "
+        f"Ollama reservation {format_gb(plan.reservation)}{resident}, "
+        f"safety buffer {format_gb(plan.safety_buffer)}, "
+        f"usable for tests {format_gb(plan.budget)}"
+    )
+
+
+def _workers(started: Started) -> Iterator[str]:
+    plan = started.plan
+    # Workers that the user listed may have other numbers in their names.
+    name = "worker " if plan.request.fixed else "gw"
+    for number, slot in enumerate(plan.slots):
+        who = "this process" if plan.request.in_process else f"{name}{number}"
+        caps = ", ".join(caps_of(slot, started.around).told)
+        yield (
+            f"  {who}: {slot.device.label} ({slot.device.uuid}), "
+            f"VRAM {format_gb(slot.vram)}{f', capped: {caps}' if caps else ''}"
+        )
+    if plan.cpu_workers:
+        first, last = len(plan.slots), plan.workers - 1
+        yield f"  {name}{first}{f' to {name}{last}' if last > first else ''}: CPU, no GPU visible"
+
+
+def _arithmetic(started: Started) -> Iterator[str]:
+    settings, plan = started.settings, started.plan
+    for device in plan.devices:
+        label = device.device.label
+        bound = "" if device.most is None else f", at most this run's slot {format_gb(device.most)}"
+        yield (
+            f"  {label} budget: available VRAM {format_gb(device.device.free)} "
+            f"- outstanding reservation {format_gb(device.outstanding)} "
+            f"- safety buffer {format_gb(device.safety_buffer)}{bound} "
+            f"= {format_gb(device.budget)}"
+        )
+        budget = _plain(device.budget)
+        need = _plain(settings.min_vram_per_worker)
+        scale = format_number(settings.max_workers_per_gb)
+        steps = [f"by need {budget} / {need} = {device.by_need}"]
+        if device.by_scale is not None:
+            steps.append(f"by scale {budget} × {scale} = {device.by_scale}")
+        if device.by_cap is not None:
+            steps.append(f"at most {device.by_cap}")
+        if device.by_mode is not None:
+            steps.append(f"by compute mode {device.by_mode}")
+        yield f"  {label} workers: {', '.join(steps)}: {device.fitting}"
+    for name, most in plan.limits:
+        yield f"  workers of the run: {name.value} allows {most}"
+    for option in OPTIONS:
+        origin = settings.origins.get(option.key, "default")
+        if origin != "default":
+            yield f"  GPU setting {option.ini}: from {origin}"
+
+
+def _plain(size: int | Fraction) -> str:
+    return format_gb(size).removesuffix(" GB")

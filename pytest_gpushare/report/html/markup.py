@@ -1,0 +1,223 @@
+"""How figures are written on the page; the script's `words` say the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from pytest_gpushare.units import GB, MB, format_gb
+
+UNKNOWN = "unknown"
+
+_BAD = frozenset(
+    {"ollama-spilled", "ollama-unreachable", "worker-crashed", "placement-overwritten", "oom"}
+)
+_WARNING = frozenset({"ollama-unloaded", "ollama-reloaded", "pressure", "leak"})
+
+
+def number(value: object) -> float | None:
+    """The value, or None where it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def size(value: object) -> str:
+    """`4.5 GB`, `600 MB` below a tenth of a GB, or `unknown`; bytes."""
+    held = number(value)
+    if held is None:
+        return UNKNOWN
+    if 0 < abs(held) < GB / 10:
+        return f"{held / MB:.0f} MB"
+    return format_gb(round(held))
+
+
+def span(value: object) -> str:
+    """`4 ms`, `0.25 s`, `12.3 s`, `3 min 20 s`, `2 h 05 min`, or `unknown`; seconds."""
+    seconds = number(value)
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 0.1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
+
+
+def clock(value: object) -> str:
+    """A moment of the run: `0:03.2`, `12:05.0` or `3:20:05`; seconds since its start."""
+    seconds = number(value)
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 3600:
+        tenths = int(seconds * 10)
+        return f"{tenths // 600}:{tenths // 10 % 60:02d}.{tenths % 10}"
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def percent(part: float, whole: float) -> str:
+    """`89 %`, rounded down, so that only the whole is called 100 %."""
+    return f"{int(100 * part // whole)} %"
+
+
+def listed(names: list[str], most: int = 6) -> str:
+    """`a`, `a and b`, `a, b and c`, or `a, b, c and 9 more`."""
+    if len(names) > most:
+        names = [*names[: most - 1], f"{len(names) - most + 1} more"]
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def label(device: Mapping[str, Any]) -> str:
+    """`GPU 0`, as the terminal has it, or the start of the UUID where no index is known."""
+    index = device.get("index")
+    return f"GPU {index}" if index not in (None, "") else str(device.get("uuid"))[:12]
+
+
+def each(document: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The objects that a list of the document holds; none where it is missing."""
+    return [item for item in document.get(key) or () if isinstance(item, Mapping)]
+
+
+def in_order(held: object, workers: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
+    """What samples hold by worker, in the order of the document's workers."""
+    if not isinstance(held, Mapping):
+        return []
+    order = {str(worker.get("id")): at for at, worker in enumerate(workers)}
+    pairs = [(str(worker), values) for worker, values in held.items()]
+    return sorted(pairs, key=lambda pair: order.get(pair[0], len(order)))
+
+
+def texts(document: Mapping[str, Any], key: str) -> list[str]:
+    """The texts that a list of the document holds."""
+    return [str(item) for item in document.get(key) or ()]
+
+
+def severity(kind: object) -> str:
+    """`bad`, `warning` or `neutral`; kinds that a later version adds are neutral."""
+    return "bad" if kind in _BAD else "warning" if kind in _WARNING else "neutral"
+
+
+# Elements that have no end.
+_VOID = frozenset({"input", "link", "meta"})
+
+# Control characters but for the tab and the end of a line, separators, marks that change the
+# direction of writing, and surrogates, which UTF-8 cannot express.
+_HIDDEN = {
+    code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    for first, last in (
+        (0x00, 0x08),
+        (0x0B, 0x1F),
+        (0x7F, 0x9F),
+        (0x200E, 0x200F),
+        (0x2028, 0x202E),
+        (0x2066, 0x2069),
+        (0xD800, 0xDFFF),
+    )
+    for code in range(first, last + 1)
+}
+
+
+class Markup(str):
+    """Text that is HTML as it stands."""
+
+    __slots__ = ()
+
+    def join(self, parts: Iterable[str]) -> Markup:
+        """The parts one after another; those that are plain text are escaped."""
+        return Markup(str.join(self, map(_safe, parts)))
+
+
+def tag(_name: str, *content: str, **attributes: object) -> Markup:
+    """An element; `cls` is the class, `_` in names is `-`, and None or False leaves one out."""
+    written = "".join(
+        f" {_attribute(name)}" + ("" if value is True else f'="{_safe(str(value))}"')
+        for name, value in attributes.items()
+        if value is not None and value is not False
+    )
+    if _name in _VOID:
+        return Markup(f"<{_name}{written}>")
+    return Markup(f"<{_name}{written}>{''.join(map(_safe, content))}</{_name}>")
+
+
+def _attribute(name: str) -> str:
+    return "class" if name == "cls" else name.replace("_", "-")
+
+
+def visible(text: str) -> str:
+    """The text with what would hide or turn round its neighbours written as an escape."""
+    return text.translate(_HIDDEN)
+
+
+def _safe(text: str) -> str:
+    return text if isinstance(text, Markup) else escape(visible(text), quote=True)
+
+
+def pairs(held: Iterable[tuple[str, str]]) -> Markup:
+    """A list of names and values, without those that have no value."""
+    return tag(
+        "dl",
+        *(tag("div", tag("dt", name), tag("dd", value)) for name, value in held if value),
+    )
+
+
+_WIDTH, _HEIGHT = 1000, 24
+
+
+class Part(NamedTuple):
+    """A part of a bar."""
+
+    kind: str
+    """Its class in the stylesheet: `ollama`, `others`, `rest`, `cpu`, `worker-0` ..."""
+    name: str
+    held: float
+    """Bytes."""
+
+
+class Edges(NamedTuple):
+    """What a plan keeps at the right end of a bar, in bytes."""
+
+    kept: float
+    """For Ollama, at the very end."""
+    buffer: float
+    """Free, before it."""
+
+
+def meter(
+    parts: Sequence[Part], total: float, hanging: Part | None = None, edges: Edges | None = None
+) -> Markup:
+    """The parts one after another from the left, *hanging* at the right end, of *total* bytes."""
+    shapes = []
+    if edges:
+        kept = min(edges.kept, total)
+        buffer = min(edges.buffer, total - kept)
+        shapes.append(_rect("kept", _WIDTH * (1 - kept / total), _WIDTH * kept / total))
+        at = _WIDTH * (1 - (kept + buffer) / total)
+        shapes.append(_rect("buffer", at, _WIDTH * buffer / total))
+    at = 0.0
+    for part in parts:
+        width = min(_WIDTH - at, _WIDTH * part.held / total)
+        shapes.append(_rect(part.kind, at, width))
+        at += width
+    if hanging:
+        width = min(_WIDTH - at, _WIDTH * hanging.held / total)
+        shapes.append(_rect(hanging.kind, _WIDTH - width, width))
+    every = [*parts, *([hanging] if hanging else [])]
+    told = ", ".join(f"{part.name} {size(part.held)}" for part in every)
+    return tag(
+        "svg",
+        *shapes,
+        cls="meter",
+        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
+        preserveAspectRatio="none",
+        role="img",
+        aria_label=f"{told or 'nothing known'} of {size(total)}",
+    )
+
+
+def _rect(kind: str, at: float, width: float) -> Markup:
+    return tag("rect", cls=kind, x=f"{at:.1f}", y=0, width=f"{width:.1f}", height=_HEIGHT)

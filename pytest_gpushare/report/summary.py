@@ -1,0 +1,361 @@
+"""Who used which GPU, and how near to the limit: what the tests left in the samples.
+
+A run that took no VRAM has nothing to say here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpushare.ollama.history import Life
+from pytest_gpushare.ollama.messages import placed
+from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.ollama.monitor import Neighbour
+from pytest_gpushare.planning.plan import DevicePlan
+from pytest_gpushare.report.advice import Leak, hints, leaks
+from pytest_gpushare.session.run import Started
+from pytest_gpushare.session.sampling import Watched
+from pytest_gpushare.session.tests import Test
+from pytest_gpushare.session.workers import Member
+from pytest_gpushare.units import MB, format_gb, plural
+
+if TYPE_CHECKING:
+    from pytest_gpushare.events import Event
+    from pytest_gpushare.ollama.spill import Spill
+    from pytest_gpushare.session.run import Started
+
+
+class Line(NamedTuple):
+    """A line of output and whether it is one that `-q` must not swallow."""
+
+    text: str
+    problem: bool = False
+
+
+class View(NamedTuple):
+    """How much of it is wanted, and how wide the terminal is."""
+
+    verbosity: int = 0
+    """Below 0: problems only; 1 and more: details."""
+    columns: int = 80
+
+
+_MOST_NAMES = 3
+
+
+def routing(started: Started) -> Iterator[Line]:
+    """What went elsewhere than its marker says, and what was skipped for it."""
+    parity, marker = started.parity, started.settings.marker
+    if parity is None:
+        return
+    lost = parity.lost
+    if lost:
+        names = [f"{skip.nodeid} ({skip.reason[:80]})" for skip in lost[:_MOST_NAMES]]
+        more = f", and {len(lost) - len(names)} more" if len(lost) > len(names) else ""
+        kind = " (an error under --gpu-share-strict)" if started.strict else ""
+        yield Line(
+            "gpu-share: skipped on CPU workers for want of a GPU: "
+            f"{plural(len(lost), 'test')}; mark with {marker} what needs one: "
+            f"{', '.join(names)}{more}{kind}",
+            problem=True,
+        )
+    if parity.by_skip:
+        yield Line(
+            "gpu-share: run on GPU workers, since markers skip it without a GPU: "
+            f"{plural(len(parity.by_skip), 'test')}; mark with {marker} what needs one"
+        )
+    if parity.only_on_gpu or parity.only_on_cpu:
+        yield Line(
+            f"gpu-share: workers collected different tests: {parity.only_on_gpu} only GPU workers, "
+            f"{parity.only_on_cpu} only CPU workers; each test ran where it was collected",
+        )
+    if parity.has_cpu_workers and parity.tests and not parity.gpu_tests:
+        yield Line(f"gpu-share: no GPU test was selected: no test is marked with {marker}")
+
+
+MOST = 10
+"""Tests that are told one by one."""
+
+
+def out_of_memory(started: Started) -> Iterator[Line]:
+    """Each test that ran out of memory: beside whom, and how it went alone."""
+    again = {event.facts["nodeid"]: event for event in started.record.events("oom-retried")}
+    found = started.record.events("oom")
+    texts = [_sentence(event, again.get(event.facts["nodeid"])) for event in found]
+    yield from _first(texts, "ran out of VRAM: see their reports", problem=True)
+
+
+def _sentence(event: Event, again: Event | None) -> str:
+    if again is None:
+        return event.text
+    alone = "passed alone" if again.facts["outcome"] == "passed" else "failed alone"
+    return f"{event.text}; {alone}"
+
+
+def needs_exceeded(started: Started) -> Iterator[Line]:
+    """Tests that took more than they were admitted with: their neighbours pay for it."""
+    texts = [
+        f"{text}: raise it, or let it be learned" for text in _latest(started, "need-exceeded")
+    ]
+    yield from _first(texts, "took more VRAM than their needs", problem=True)
+
+
+def needs_changed(started: Started) -> Iterator[Line]:
+    """Tests that took another amount than the one by which they are packed."""
+    # Elsewhere nothing is admitted by what was learned, and nobody has to know.
+    if "packed" in started.settings.presets:
+        texts = [f"{text}: learned anew" for text in _latest(started, "need-changed")]
+        yield from _first(texts, "took other VRAM than when they last ran", problem=False)
+
+
+def _latest(started: Started, kind: str) -> list[str]:
+    """The last event of this kind of each test, in words."""
+    found = {event.facts["nodeid"]: event for event in started.record.events(kind)}
+    return [event.text for event in found.values()]
+
+
+def _first(texts: Sequence[str], others: str, *, problem: bool) -> Iterator[Line]:
+    """A line for each of the first, and one that says of how many more the same is true."""
+    for text in texts[:MOST]:
+        yield Line(f"gpu-share: {text}", problem=problem)
+    if len(texts) > MOST:
+        more = plural(len(texts) - MOST, "test")
+        yield Line(f"gpu-share: {more} more {others}", problem=problem)
+
+
+class Word(NamedTuple):
+    """A sentence of the verdict, with what stands under it."""
+
+    text: str
+    details: tuple[str, ...] = ()
+    is_problem: bool = False
+    is_ours: bool = False
+    """Whether it fails the run under --gpu-share-strict."""
+
+
+def verdict(book: Neighbour) -> list[Word]:
+    """One word for each model that was loaded at any time, and one for each silence."""
+    words = [_on(life, book) for life in book.history.lives.values()]
+    return [*words, *_silences(book)]
+
+
+def _on(life: Life, book: Neighbour) -> Word:
+    model = life.model
+    spills = [spill for spill in book.spills if spill.model.name == model.name]
+    if spills:
+        return _spilled(spills, life, book)
+    if life.spilled_before:
+        return _spilled_before(life)
+    if model.name in book.doubted:
+        return Word(
+            f"Ollama says that {placed(model)}, but NVML shows "
+            f"{format_gb(book.doubted[model.name])} of it: a part of it may be on the CPU",
+            is_problem=True,
+        )
+    if not model.is_whole:
+        return Word(
+            f"Ollama held {placed(model)}: that is more than its size, so nobody "
+            "knows whether all of it is there"
+        )
+    where = f"on the GPU ({format_gb(model.size)}, 100 %)"
+    return Word(f"Ollama kept {model.name} {where} {_how_long(life, book)}")
+
+
+def _how_long(life: Life, book: Neighbour) -> str:
+    """`throughout; loaded 3 s into the run`, or what can be said for certain."""
+    words = "whenever it answered" if book.history.silences else "throughout"
+    if life.gone_at is not None:
+        words = f"until it was unloaded {life.gone_at:.0f} s into the run"
+    if life.loads > 1:
+        return f"{words}; loaded {life.loads} times"
+    if life.loads and not life.from_the_start and life.gone_at is None:
+        return f"{words}; loaded {life.loaded_at:.0f} s into the run"
+    return f"{words}; reloaded once" if life.loads and life.from_the_start else words
+
+
+def _spilled(spills: list[Spill], life: Life, book: Neighbour) -> Word:
+    from pytest_gpushare.ollama import messages
+
+    # The worst one that the run answers for, else the worst of all.
+    spill = max(spills, key=lambda spill: (spill.is_ours, spill.missing, -spill.at))
+    model, promise = spill.model, book.promise
+    again = f", and in part {life.spills - 1} more times" if life.spills > 1 else ""
+    text = (
+        f"Ollama put {format_gb(spill.missing)} of {model.name} ({format_gb(model.size)}) on the "
+        f"CPU, not on the GPU, when it loaded it {spill.at:.0f} s into the run{again}"
+    )
+    details = [
+        messages.held(spill),
+        messages.why(spill, promise.reservation, sum(promise.budgets.values())),
+    ]
+    if life.gone_at is None and life.model.is_whole:
+        details.append(f"by the end all of it was on the GPU again ({format_gb(life.model.size)})")
+    return Word(text, tuple(details), is_problem=True, is_ours=any(s.is_ours for s in spills))
+
+
+def _spilled_before(life: Life) -> Word:
+    model: LoadedModel = life.model
+    if life.loads and model.is_whole:
+        return Word(
+            f"Ollama has all of {model.name} on the GPU ({format_gb(model.size)}, 100 %) since a "
+            "reload; before the tests a part of it was on the CPU"
+        )
+    return Word(
+        f"Ollama had a part of {model.name} on the CPU before the tests began "
+        f"({format_gb(model.size_vram)} of {format_gb(model.size)} on the GPU): a loaded model is "
+        f"never moved; free VRAM, then reload it (ollama stop {model.name})",
+        is_problem=True,
+    )
+
+
+def _silences(book: Neighbour) -> Iterator[Word]:
+    for since, until in book.history.silences:
+        end = "to its end" if until is None else f"to {until:.0f} s"
+        yield Word(
+            f"Ollama did not answer from {since:.0f} s into the run {end}: what happened to its "
+            "VRAM then is unknown",
+            is_problem=True,
+        )
+
+
+WORTH_TELLING = 64 * MB
+"""Bytes by which a device fills without anybody's tests: desktops do that all the time."""
+
+HUNGRIEST = 5
+_MOST_LEAKS = 3
+_NARROWEST, _WIDEST = 8, 40
+_BARS = "▁▂▃▄▅▆▇█"
+_SHORTEST_ID = 20
+
+
+class Usage(NamedTuple):
+    """What one device has been through."""
+
+    plan: DevicePlan
+    peak_used: int
+    """Bytes in use at most, by whomever."""
+    peak_workers: int | None
+    """Bytes that the workers held together at most; None where NVML does not tell."""
+    watched: Watched
+
+    @property
+    def grown(self) -> int:
+        """Bytes by which the device was fuller than at the start, at most."""
+        return max(0, self.peak_used - self.plan.device.used)
+
+
+def usages(started: Started) -> list[Usage]:
+    """The devices that were watched."""
+    watched = {} if started.watch is None else started.watch.devices
+    return [
+        Usage(plan, found.peak_used, found.peak_workers, found)
+        for plan in started.plan.devices
+        if (found := watched.get(plan.device.uuid)) is not None and found.peak_used is not None
+    ]
+
+
+def hungriest(started: Started, most: int = HUNGRIEST) -> list[Test]:
+    """The tests that used the most VRAM, those alone of which that is known."""
+    known = [test for test in started.journal if test.peak is not None]
+    return sorted(known, key=lambda t: (-t.peak.size if t.peak else 0, t.nodeid))[:most]
+
+
+def usage_lines(started: Started, view: View) -> Iterator[Line]:
+    """Devices, leaks and hints; from -v also workers and the hungriest tests; nothing at -q."""
+    if view.verbosity < 0:
+        return
+    members = [member for member in started.crew if member.role == "gpu"]
+    peaks = [member for member in members if member.peak is not None]
+    devices = [use for use in usages(started) if use.grown > WORTH_TELLING]
+    if not devices and not peaks:
+        return
+    for use in devices:
+        yield _device(use, view, any(m.device == use.plan.device.uuid for m in peaks))
+    if view.verbosity >= 1:
+        for member in members:
+            yield _worker(member, started)
+        for test in hungriest(started):
+            yield Line(_test(test, view))
+    yield from _leaks(leaks(started), view)
+    for hint in hints(started):
+        yield Line(f"gpu-share: hint: {hint.text}")
+
+
+def _device(use: Usage, view: View, counted: bool) -> Line:
+    plan = use.plan
+    text = f"gpu-share: {plan.device.label} VRAM peak {_part(use.peak_used, plan.device.total)}"
+    if use.peak_workers:
+        text += f", tests {_part(use.peak_workers, plan.budget)}"
+    elif not counted and plan.workers:
+        text += f" (up {format_gb(use.grown)}, by whom is unknown)"
+    over = use.peak_workers is not None and plan.budget < use.peak_workers
+    room = view.columns - len(text) - 1
+    if room >= _NARROWEST:
+        heights = use.watched.series.heights(min(room, _WIDEST))
+        text += f" {sparkline(heights, plan.device.total)}"
+    return Line(text, problem=over)
+
+
+def _worker(member: Member, started: Started) -> Line:
+    label = next(
+        plan.device.label for plan in started.plan.devices if plan.device.uuid == member.device
+    )
+    crashed = ", crashed" if member.crashed else ""
+    peak = member.peak
+    if peak is None:
+        return Line(f"  {member.id} on {label}: VRAM peak unknown{crashed}")
+    least = "" if peak.exact else "at least "
+    if started.has_needs:
+        # Tests are admitted by their needs, which may be more than a slot.
+        return Line(f"  {member.id} on {label}: VRAM peak {least}{format_gb(peak.size)}{crashed}")
+    return Line(
+        f"  {member.id} on {label}: VRAM peak {least}{_part(peak.size, member.slot)}{crashed}",
+        problem=peak.size > member.slot,
+    )
+
+
+def _test(test: Test, view: View) -> str:
+    assert test.peak is not None
+    least = "" if test.peak.exact else "at least "
+    text = f"  VRAM {least}{format_gb(test.peak.size)}: "
+    return text + shortened(test.nodeid, view.columns - len(text))
+
+
+def _leaks(found: Sequence[Leak], view: View) -> Iterator[Line]:
+    most = len(found) if view.verbosity >= 1 else _MOST_LEAKS
+    for leak in found[:most]:
+        yield Line(f"gpu-share: {leak_in_words(leak, view.columns - 11)}", problem=True)
+    if len(found) > most:
+        rest = found[most:]
+        size = format_gb(sum(leak.size for leak in rest))
+        who = plural(len(rest), "more leak")
+        yield Line(f"gpu-share: {who} of VRAM, {size} in all (-v lists them)", problem=True)
+
+
+def leak_in_words(leak: Leak, room: int = 200) -> str:
+    """Which test left how much, or among which tests it is."""
+    size, first = format_gb(leak.size), leak.suspects[0]
+    if leak.among == 1:
+        end = f" left {size} of VRAM behind ({leak.worker})"
+        return shortened(first, room - len(end)) + end
+    start = f"{leak.worker} kept {size} of VRAM, left by one of {leak.among} tests from "
+    return f"{start}{shortened(first, room - len(start) - 3)} on"
+
+
+def sparkline(heights: Sequence[int], most: int) -> str:
+    """A bar for each height, in eighths of `most`."""
+    top = len(_BARS) - 1
+    return "".join(_BARS[min(top, height * len(_BARS) // max(1, most))] for height in heights)
+
+
+def shortened(nodeid: str, room: int) -> str:
+    """A node id in so much room, but never below what still tells something: its end counts."""
+    nodeid = "".join(c if c.isprintable() else "?" for c in nodeid)
+    room = max(room, _SHORTEST_ID)
+    return nodeid if len(nodeid) <= room else f"...{nodeid[len(nodeid) - room + 3 :]}"
+
+
+def _part(size: int, of: int) -> str:
+    """`7.2 of 9.0 GB`."""
+    return f"{format_gb(size).removesuffix(' GB')} of {format_gb(of)}"

@@ -1,1 +1,0 @@
-"""Run: the plan carried out on workers and on this process."""

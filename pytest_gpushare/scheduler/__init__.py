@@ -1,0 +1,1 @@
+"""Which test runs where and when. Pure: events in, actions out."""

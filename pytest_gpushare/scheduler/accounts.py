@@ -1,0 +1,226 @@
+"""The accounts of VRAM: what each worker may hold, and what is left on each device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pytest_gpushare.scheduler.types import Reading, Room
+
+
+@dataclass(eq=False)
+class Account:
+    """What one worker has on one device, in bytes."""
+
+    __slots__ = (
+        "committed", "fresh", "held", "need", "now", "outstanding", "present", "running", "used"
+    )  # fmt: skip
+
+    held: int
+    """What it holds while it is idle, or held when its test began."""
+    need: int
+    """What its running test was admitted with; 0 while it is idle."""
+    now: int | None
+    """What NVML says that it holds; None: nobody tells."""
+    used: bool
+    """Whether it has run a GPU test there, and so has a context."""
+    running: bool
+    fresh: bool
+    """Whether its test began after the device was read: it cannot be seen there yet."""
+    present: int
+    """What it holds as far as is known."""
+    committed: int
+    """What is set aside for it: a test that takes more than its need is believed."""
+    outstanding: int
+    """What its test may still take."""
+
+    @classmethod
+    def opened(cls) -> Account:
+        """That of a worker which has done nothing yet."""
+        return cls(0, 0, None, False, False, False, 0, 0, 0)
+
+
+class Ledger:
+    """One device: the accounts of its workers, and what was read of it last.
+
+    What is asked for every test is a sum over all accounts; so the sums are kept, and change
+    with each account, which happens less often.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.accounts: dict[str, Account] = {}
+        self.running: dict[str, Account] = {}
+        """The workers that run a GPU test here."""
+        self.reading = Reading()
+        self.is_due = False
+        """Whether a test is over since then: the same figures mean something else now."""
+        self.kept = _kept(room, self.reading)
+        """What must stay free: Ollama's outstanding reservation and the safety buffer."""
+        self._is_told = False
+        """Whether NVML has told what a worker holds here."""
+        self.present = self.committed = self.outstanding = 0
+        """The sums over all accounts."""
+
+    def open(self, worker: str) -> None:
+        """A worker that sees the device; it has no context yet."""
+        self.accounts[worker] = Account.opened()
+
+    def close(self, worker: str) -> int:
+        """The worker is gone; returns what was set aside for it, which may come back late."""
+        account = self.accounts.get(worker)
+        if account is None:
+            return 0
+        before = account.committed
+        account.held = account.need = 0
+        account.now, account.running = None, False
+        self._post(account)
+        self.running.pop(worker, None)
+        del self.accounts[worker]
+        return before
+
+    def start(self, worker: str, need: int) -> None:
+        """A test was admitted."""
+        self.running[worker] = account = self.accounts[worker]
+        account.need = need
+        account.running = account.used = account.fresh = True
+        self._post(account)
+
+    def stop(self, worker: str, held: int | None) -> int:
+        """The test is over; returns what should come back."""
+        # What nobody tells: a context is there in any case, caches and fixtures perhaps.
+        account = self.running.pop(worker, None) or self.accounts[worker]
+        account.running, account.need = False, 0
+        return self._report(account, self.room.context if held is None else held)
+
+    def emptied(self, worker: str, held: int | None) -> int:
+        """The worker gave back what it could; returns what should come back."""
+        account = self.accounts[worker]
+        return self._report(account, min(account.held, self.room.context) if held is None else held)
+
+    def _report(self, account: Account, held: int) -> int:
+        """Believe a worker before NVML, until the device is read again."""
+        before = account.committed
+        account.held, account.now = held if held > 0 else 0, None
+        self.is_due = True
+        self._post(account)
+        return before - account.held if before > account.held else 0
+
+    def _post(self, account: Account) -> None:
+        """Bring the sums up to date with an account that changed."""
+        present = account.held if account.now is None else account.now
+        committed, outstanding = present, 0
+        if account.running and account.need > present:
+            committed, outstanding = account.need, account.need - present
+        self.present += present - account.present
+        self.committed += committed - account.committed
+        self.outstanding += outstanding - account.outstanding
+        account.present, account.committed, account.outstanding = present, committed, outstanding
+
+    def read(self, reading: Reading) -> bool:
+        """Take what NVML says now. Returns whether that is anything new."""
+        if not self.is_due and (reading is self.reading or reading == self.reading):
+            return False
+        if reading is not self.reading:
+            self.reading = reading
+            self.kept = _kept(self.room, reading)
+        self.is_due = False
+        for account in self.running.values():
+            account.fresh = False
+        if reading.held:
+            # 0 bytes for every process, always, is what containers and WSL report for "unknown".
+            self._is_told = told = self._is_told or any(reading.held.values())
+            for worker, account in self.accounts.items():
+                if worker in reading.held:
+                    account.now = reading.held[worker] if told else None
+                    self._post(account)
+        return True
+
+    def left(self, worker: str) -> int:
+        """Bytes that this worker's whole process may hold by the plan's budget."""
+        own = self.accounts.get(worker)
+        return self.room.budget - self.committed + (0 if own is None else own.committed)
+
+    def live(self, worker: str) -> int | None:
+        """The same by what is free now; None where that cannot be told."""
+        free = self.reading.free
+        if free is None:
+            return None
+        own = self.accounts.get(worker)
+        if own is None:
+            return free - self.kept - self._unclaimed(self.outstanding)
+        return free - self.kept - self._unclaimed(self.outstanding - own.outstanding) + own.present
+
+    def limit(self, worker: str) -> int:
+        """The largest need that may start in this worker now: the smaller of `left` and `live`.
+
+        Asked for every test, so both are found in one go.
+        """
+        own = self.accounts[worker]
+        left = self.room.budget - self.committed + own.committed
+        free = self.reading.free
+        if free is None:
+            return left
+        outstanding = self.outstanding - own.outstanding
+        if outstanding:
+            outstanding = self._unclaimed(outstanding)
+        live = free - self.kept - outstanding + own.present
+        return live if live < left else left
+
+    def floor(self, worker: str) -> int:
+        """What the worker holds at least as long as it lives, once it has a context."""
+        account = self.accounts[worker]
+        return min(account.committed, self.room.context) if account.used else 0
+
+    def most(self, worker: str) -> int:
+        """The largest need that can ever fit in this worker while the others live."""
+        most, context = self.room.budget, self.room.context
+        for name, account in self.accounts.items():
+            if account.used and name != worker:
+                most -= account.committed if account.committed < context else context
+        return most
+
+    def retained(self, least: int) -> list[tuple[int, str]]:
+        """The idle workers that hold so much beyond their contexts, and how much that is."""
+        context = self.room.context
+        return [
+            (account.committed - context, worker)
+            for worker, account in self.accounts.items()
+            if account.committed - context >= least and not account.running
+        ]
+
+    def runs_beside(self, worker: str) -> bool:
+        """Whether another worker than this one runs a GPU test here."""
+        return len(self.running) > (worker in self.running)
+
+    def _unclaimed(self, outstanding: int) -> int:
+        """What running tests may still take, less what they have taken already, unseen.
+
+        NVML names no process on WDDM, in WSL and in most containers. There what the device lost
+        since the plan was made is taken to be theirs, as far as their needs go: else each byte
+        that a test allocates would count twice, and one worker's test would keep the others
+        waiting.
+        """
+        room, reading = self.room, self.reading
+        if not outstanding or room.free is None or reading.free is None:
+            return outstanding
+        unknown = 0
+        for account in self.running.values():
+            if account.now is None and not account.fresh:
+                unknown += account.outstanding
+        if not unknown:
+            return outstanding
+        resident = reading.resident
+        grown = 0 if resident is None else max(0, resident - room.resident)
+        taken = room.free - reading.free - grown
+        return max(0, outstanding - max(0, min(taken - self.present, unknown)))
+
+
+def _kept(room: Room, reading: Reading) -> int:
+    resident = room.resident if reading.resident is None else reading.resident
+    return max(0, room.reservation - resident) + room.safety_buffer
+
+
+def held_on(held: Mapping[str, int] | None, device: str) -> int | None:
+    """What a report says of one device; None where it does not speak of it."""
+    return None if held is None else held.get(device)

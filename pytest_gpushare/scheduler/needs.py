@@ -1,0 +1,348 @@
+"""What a test needs of the GPU: from its markers, rules, what was learned, or its slot."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from pytest_gpushare.config.kinds import (
+    FLAGS,
+    MOST_DEVICES,
+    READERS,
+    Alias,
+    VramRule,
+    filled,
+    parse_vram,
+)
+
+if TYPE_CHECKING:
+    from pytest_gpushare.config.kinds import Alias
+
+
+T = TypeVar("T")
+
+
+class Patterns(Generic[T]):
+    """Values by patterns of node ids; of several that match, the first one holds.
+
+    A pattern names a test, or as on pytest's command line a directory, a file, a class or a
+    test without its parameters; `*` and `?` stand for any characters and for one. Brackets
+    stand for themselves, since parameters are written in them.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, T]]) -> None:
+        self._plain: dict[str, tuple[int, T]] = {}
+        self._wild: list[tuple[int, re.Pattern[str], T]] = []
+        for number, (pattern, value) in enumerate(pairs):
+            name = pattern.replace("\\", "/").rstrip("/") if "::" not in pattern else pattern
+            if "*" in name or "?" in name:
+                self._wild.append((number, _compiled(name), value))
+            else:
+                self._plain.setdefault(name, (number, value))
+
+    def find(self, nodeid: str) -> T | None:
+        """The value for this test; None where no pattern matches."""
+        found: tuple[int, T] | None = None
+        if self._plain:
+            found = min(
+                (self._plain[name] for name in _names(nodeid) if name in self._plain),
+                key=lambda pair: pair[0],
+                default=None,
+            )
+        for number, pattern, value in self._wild:
+            if found is not None and found[0] < number:
+                break
+            if pattern.match(nodeid):
+                return value
+        return found[1] if found else None
+
+
+def _names(nodeid: str) -> Iterable[str]:
+    """The node id, and what of it names more than this one test."""
+    yield nodeid
+    name = nodeid.partition("[")[0]
+    if name != nodeid:
+        yield name
+    path, colons, rest = name.partition("::")
+    while colons and "::" in rest:
+        rest = rest.rpartition("::")[0]
+        yield f"{path}::{rest}"
+    if colons:
+        yield path
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    first, *rest = (_fixed(part) for part in re.split(r"\*+", pattern))
+    text = first
+    # Each star but the last takes the first place that fits and never tries another, as in
+    # `fnmatch`: patterns of many stars would backtrack for ever.
+    for number, part in enumerate(rest[:-1]):
+        text += f"(?=(?P<star{number}>.*?{part}))(?P=star{number})"
+    text += "".join(f".*{part}" for part in rest[-1:])
+    return re.compile(rf"(?s:{text})(?:\Z|(?=/|::|\[))")
+
+
+def _fixed(part: str) -> str:
+    return ".".join(re.escape(piece) for piece in part.split("?"))
+
+
+class Declared(NamedTuple):
+    """What a test's markers say; builtin values, so that a worker can send it."""
+
+    route: str = ""
+    """`gpu`, `cpu`, or empty where no marker tells."""
+    vram: int | None = None
+    devices: int | None = None
+    exclusive: bool = False
+    required: bool = False
+    refusal: str = ""
+    """Why the test fails without being run: a marker that cannot be understood."""
+
+    def asks(self) -> bool:
+        """Whether the markers ask for more than to be run on a GPU worker."""
+        several = self.devices is not None and self.devices > 1
+        return self.vram is not None or several or self.exclusive or bool(self.refusal)
+
+
+def means_cpu(aliases: Iterable[Alias]) -> bool:
+    """Whether a marker of the suite tells the CPU tests, so that all others are GPU tests."""
+    return any(name == "cpu" for alias in aliases for name, _ in alias.meanings)
+
+
+class Need(NamedTuple):
+    """The VRAM that a worker's whole process holds while a test runs, its context included."""
+
+    vram: int | None = None
+    """Bytes on each of its devices; None: its worker's slot."""
+    devices: int = 1
+    exclusive: bool = False
+    """No other GPU test runs on its devices meanwhile."""
+    required: bool = False
+    """Without a GPU it fails, whatever `without_gpu` says."""
+    source: str = "slot"
+    """`marker`, `rule`, `learned` or `slot`: where `vram` is from."""
+
+
+class Mark(NamedTuple):
+    """A marker of a test, the closest to it first in a list of them."""
+
+    name: str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+
+
+class Wanted(NamedTuple):
+    """Markers, rules and what was learned, weighed: what the dispatcher is told of a test."""
+
+    marked: bool
+    need: Need | None
+
+
+class MarkerError(ValueError):
+    """A marker that cannot be understood; the text says what is allowed."""
+
+
+def declared(marks: Iterable[Mark], marker: str, aliases: Sequence[Alias]) -> Declared:
+    """What the markers of one test say together.
+
+    `marks` come closest first, as `Item.iter_markers` gives them. Each thing is taken from
+    the closest mark that tells it, but the plugin's own marker goes before aliases.
+    """
+    by_name = {alias.marker: alias for alias in aliases}
+    own: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    routes: list[str] = []
+    try:
+        for mark in marks:
+            if mark.name == marker:
+                own.append(_own(mark, marker))
+                routes.append("gpu")
+            elif mark.name in by_name:
+                found = dict(_by_alias(mark, by_name[mark.name]))
+                routes.append("cpu" if found.pop("cpu", False) else "gpu")
+                others.append(found)
+    except MarkerError as error:
+        return Declared(route="gpu", refusal=str(error))
+    route = routes[0] if routes else ""
+    if route == "cpu":
+        return Declared(route="cpu")
+    merged: dict[str, Any] = {}
+    for found in (*own, *others):
+        merged = {**found, **merged}
+    merged.pop("gpu", None)
+    return Declared(route=route, **merged)
+
+
+def wanted(
+    nodeid: str,
+    said: Declared,
+    rules: Patterns[int],
+    *,
+    learned: int | None = None,
+    gpu_unless_marked: bool = False,
+) -> Wanted:
+    """Whether a test is a GPU test, and its need: marker > rule > learned > slot.
+
+    `gpu_unless_marked`: a marker of the suite means `cpu`, so whoever lacks it is a GPU test.
+    A test with a rule is one too. None for the need: nobody knows.
+    """
+    if said.route == "cpu":
+        return Wanted(False, Need(0, source="marker"))
+    by_rule = rules.find(nodeid)
+    marked = said.route == "gpu" or by_rule is not None or gpu_unless_marked
+    vram, source = next(
+        (
+            (size, source)
+            for size, source in ((said.vram, "marker"), (by_rule, "rule"), (learned, "learned"))
+            if size is not None
+        ),
+        (None, "slot"),
+    )
+    if not marked and vram is None:
+        return Wanted(False, None)
+    return Wanted(marked, Need(vram, said.devices or 1, said.exclusive, said.required, source))
+
+
+def rules_of(rules: Sequence[VramRule]) -> Patterns[int]:
+    """The ini rules, ready to be asked for many node ids."""
+    return Patterns((rule.pattern, rule.vram) for rule in rules)
+
+
+def _own(mark: Mark, marker: str) -> dict[str, Any]:
+    shown = _shown(mark)
+    allowed = f'allowed is {marker}(vram="6GB", devices=2, exclusive=True, required=True)'
+    if mark.args:
+        raise MarkerError(f"{shown}: takes keywords alone: {allowed}")
+    result: dict[str, Any] = {}
+    for name, value in mark.kwargs.items():
+        if name == "vram":
+            result[name] = _size(value, f"{shown}: {allowed}")
+        elif name == "devices":
+            if type(value) is not int or not 1 <= value <= MOST_DEVICES:
+                raise MarkerError(f"{shown}: devices is a number from 1 to {MOST_DEVICES}")
+            result[name] = value
+        elif name in ("exclusive", "required"):
+            if type(value) is not bool:
+                raise MarkerError(f"{shown}: {name} is True or False")
+            result[name] = value
+        else:
+            raise MarkerError(
+                f"{shown}: unknown keyword {name}: {allowed}; where the marker means "
+                "something else in this suite, name another with gpu_share_marker"
+            )
+    return result
+
+
+def _size(value: object, problem: str) -> int:
+    try:
+        if not isinstance(value, str):
+            raise ValueError(value)
+        return parse_vram(value)
+    except ValueError:
+        raise MarkerError(f"{problem}; vram is a size with its unit, in quotes") from None
+
+
+def _by_alias(mark: Mark, alias: Alias) -> Iterator[tuple[str, Any]]:
+    for name, text in alias.meanings:
+        if name in FLAGS:
+            yield name, True
+            continue
+        values = _arguments(mark, alias) if "{" in text else {}
+        try:
+            yield name, READERS[name](filled(text, values))
+        except ValueError as error:
+            raise MarkerError(
+                f"{_shown(mark)}: by gpu_share_markers, line {alias.line!r}: {name}: {error}"
+            ) from None
+
+
+def _arguments(mark: Mark, alias: Alias) -> Mapping[str, str]:
+    given = {**dict(zip(alias.parameters, mark.args, strict=False)), **mark.kwargs}
+    values = {}
+    for name in alias.parameters:
+        value = given.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise MarkerError(
+                f"{_shown(mark)}: by gpu_share_markers, line {alias.line!r}: "
+                f"{name} is a number or a text"
+            )
+        values[name] = str(value)[:100]
+    return values
+
+
+def _shown(mark: Mark) -> str:
+    try:
+        arguments = [repr(value) for value in mark.args]
+        arguments += [f"{name}={value!r}" for name, value in mark.kwargs.items()]
+    except Exception:
+        # The repr of whatever stands in a marker is other people's code.
+        arguments = ["..."]
+    text = ", ".join(arguments)
+    return f"@pytest.mark.{mark.name}({text if len(text) <= 60 else text[:57] + '...'})"
+
+
+_H = TypeVar("_H", bound=Hashable)
+
+_MOST_TESTS = 10_000_000
+"""Beyond that a message is not believed."""
+
+
+class Told(NamedTuple):
+    """One worker's tests, in its order."""
+
+    pid: int
+    declared: Sequence[Declared]
+    groups: Sequence[str]
+    """The class, module or package whose fixtures a test uses; empty where it uses none."""
+    skips: Sequence[bool]
+    """Whether a `skip` or `skipif` marker skips the test in this worker."""
+
+
+def written(told: Told) -> dict[str, Any]:
+    """The message, in the builtin types that execnet carries."""
+    return {
+        "pid": told.pid,
+        "declared": squeezed(tuple(declared) for declared in told.declared),
+        "groups": squeezed(told.groups),
+        "skips": squeezed(told.skips),
+    }
+
+
+def read(message: Mapping[str, Any]) -> Told:
+    """What the message says. Raises `ValueError`, `TypeError` or `KeyError` for nonsense."""
+    values, runs = message["declared"]
+    return Told(
+        int(message["pid"]),
+        spread([Declared(*value) for value in values], runs),
+        spread(*message["groups"]),
+        spread(*message["skips"]),
+    )
+
+
+def squeezed(values: Iterable[_H]) -> tuple[list[_H], list[int]]:
+    """The different values, and runs of them: number of the value, length, and so on."""
+    numbers: dict[_H, int] = {}
+    runs: list[int] = []
+    before = -1
+    for value in values:
+        number = numbers.setdefault(value, len(numbers))
+        if number == before:
+            runs[-1] += 1
+        else:
+            runs += (number, 1)
+        before = number
+    return list(numbers), runs
+
+
+def spread(values: Sequence[_H], runs: Sequence[int]) -> list[_H]:
+    """The values one by one, from what `squeezed` made of them."""
+    if sum(runs[1::2]) > _MOST_TESTS:
+        raise ValueError("too many tests")
+    result: list[_H] = []
+    for number, length in zip(runs[::2], runs[1::2], strict=True):
+        result += [values[number]] * length
+    return result

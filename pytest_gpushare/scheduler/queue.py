@@ -1,0 +1,215 @@
+"""Units: what one worker takes as a whole, a test or a group of tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from pytest_gpushare.scheduler.needs import Need
+from pytest_gpushare.scheduler.types import Job
+
+IN_ORDER = "in order: "
+"""How the key of a group begins of which a worker never runs an earlier test after a later one:
+it shares parametrised fixtures, which would be set up once more."""
+
+
+NOTHING = 1 << 62
+"""A need that fits nowhere: what is not pending."""
+
+
+class Order:
+    """Ranks 0, 1, 2 ... with a need each, or nothing; the first that fits is found in log n steps.
+
+    A tree of minima: 100,000 tests with as many different needs are searched 64 workers long.
+    """
+
+    def __init__(self, needs: Sequence[int]) -> None:
+        """The needs by rank, in bytes; `NOTHING` for what is not pending."""
+        self._leaves = 1 << max(0, len(needs) - 1).bit_length()
+        tree = [NOTHING] * (2 * self._leaves)
+        tree[self._leaves : self._leaves + len(needs)] = needs
+        width = self._leaves
+        while width > 1:
+            below = tree[width : 2 * width]
+            width //= 2
+            tree[width : 2 * width] = map(min, below[::2], below[1::2])
+        self._tree = tree
+        self._front = self._leaves
+        """No leaf before this one is pending."""
+
+    @property
+    def smallest(self) -> int:
+        """The smallest pending need, in bytes; `NOTHING` where none is pending."""
+        return self._tree[1]
+
+    @property
+    def front(self) -> int:
+        """The first pending rank; -1 where none is pending."""
+        tree, leaf = self._tree, self._front
+        if tree[1] == NOTHING:
+            return -1
+        # Those that were taken are passed once in all, and not again for each test.
+        while tree[leaf] == NOTHING:
+            leaf += 1
+        self._front = leaf
+        return leaf - self._leaves
+
+    def take(self, rank: int) -> None:
+        """Make this rank pending no more."""
+        tree = self._tree
+        node = self._leaves + rank
+        tree[node] = NOTHING
+        while node > 1:
+            # The smaller one of a node and its sibling is above them.
+            least, other = tree[node], tree[node ^ 1]
+            node >>= 1
+            if other < least:
+                least = other
+            if tree[node] == least:
+                break
+            tree[node] = least
+
+    def first(self, most: int, start: int = 0) -> int:
+        """The first rank from `start` on whose need is at most `most`; -1 where there is none."""
+        tree, leaves = self._tree, self._leaves
+        if most < 0 or tree[1] > most or start >= leaves:
+            return -1
+        # Up from the first that is pending: what fits is mostly near it, the root is far away.
+        node = max(leaves + start, self._front)
+        while tree[node] > most:
+            # To the subtree on the right of this one.
+            while node & 1:
+                node >>= 1
+            if not node:
+                return -1
+            node += 1
+        while node < leaves:
+            node *= 2
+            if tree[node] > most:
+                node += 1
+        return node - leaves
+
+
+GROUPED = ("loadscope", "loadfile", "loadgroup")
+"""The values of `--dist` whose groups are never split."""
+
+Kind = tuple[int, bool]
+"""(devices, exclusive) of a unit's first test: what is searched in one tree."""
+_USUAL: Kind = (1, False)
+
+
+def kind_of(need: Need) -> Kind:
+    """That of a test which needs so much."""
+    if need.devices == 1 and not need.exclusive:
+        return _USUAL
+    return need.devices, need.exclusive
+
+
+class Unit:
+    """Tests that go to one worker, one after the other."""
+
+    __slots__ = ("claims", "key", "kind", "overtaken", "rank", "since", "tests", "wants")
+
+    def __init__(self, tests: list[int], key: str = "") -> None:
+        self.tests = tests
+        """Numbers of those that were not begun."""
+        self.key = key
+        """The group; empty for a test of its own."""
+        self.rank = -1
+        """The place in the order; -1: before all, as it was begun or lost already."""
+        self.kind: Kind | None = None
+        """That of its next test; found when asked."""
+        self.claims = False
+        """Whether it has a claim on its devices."""
+        self.overtaken = 0
+        """How many tests were admitted before it though it was its turn."""
+        self.wants: dict[int, int] | None = None
+        """Number of devices -> the most bytes that a test of it wants on each; found when asked."""
+        self.since: float | None = None
+        """When its next test was first found not to fit."""
+
+    def next(self) -> int:
+        """Its next test, taken out."""
+        self.kind = None
+        return self.tests.pop(0)
+
+
+def in_units(numbers: Iterable[int], jobs: Sequence[Job]) -> list[Unit]:
+    """The tests as units, in the order of their first tests."""
+    units: list[Unit] = []
+    by_key: dict[str, Unit] = {}
+    for number in numbers:
+        key = jobs[number].group
+        if not key:
+            units.append(Unit([number]))
+        elif key in by_key:
+            by_key[key].tests.append(number)
+        else:
+            by_key[key] = Unit([number], key)
+            units.append(by_key[key])
+    return units
+
+
+def in_parts(units: Iterable[Unit], is_runnable: Callable[[Unit], bool]) -> list[Unit]:
+    """The units; of one that no worker can run as a whole, its tests one by one."""
+    found: list[Unit] = []
+    for unit in units:
+        if len(unit.tests) == 1 or is_runnable(unit):
+            found.append(unit)
+        else:
+            found += [Unit([test]) for test in unit.tests]
+    return found
+
+
+class Pending:
+    """Units that no worker has begun, found by what fits and in order."""
+
+    def __init__(
+        self, units: Sequence[Unit] = (), kinds: Sequence[Kind] = (), needs: Sequence[int] = ()
+    ) -> None:
+        """The units in this order; kind and need, in bytes, of the first test of each."""
+        self.units = units
+        """By rank."""
+        self.again: list[Unit] = []
+        """Begun before, by workers that are gone; they come first."""
+        self.count = len(units)
+        for rank, unit in enumerate(units):
+            unit.rank, unit.kind = rank, kinds[rank]
+        self.trees: dict[Kind, Order] = {}
+        for kind in dict.fromkeys(kinds):
+            own = [need if kind == at else NOTHING for at, need in zip(kinds, needs, strict=True)]
+            self.trees[kind] = Order(own)
+
+    def take(self, unit: Unit, kind: Kind) -> None:
+        """A worker begins this unit."""
+        self.count -= 1
+        if unit.rank >= 0:
+            self.trees[kind].take(unit.rank)
+        else:
+            self.again.remove(unit)
+
+    def back(self, unit: Unit) -> None:
+        """A unit comes back, perhaps without the tests that were run."""
+        self.count += 1
+        unit.rank = -1
+        self.again.append(unit)
+
+    def front(self) -> Unit | None:
+        """The unit whose turn it is."""
+        if self.again:
+            return self.again[0]
+        first = -1
+        for tree in self.trees.values():
+            rank = tree.front
+            if rank >= 0 and (rank < first or first < 0):
+                first = rank
+        return self.units[first] if first >= 0 else None
+
+    def all(self) -> list[Unit]:
+        """Every pending unit; slow."""
+        found = list(self.again)
+        for tree in self.trees.values():
+            rank = tree.front
+            while rank >= 0:
+                found.append(self.units[rank])
+                rank = tree.first(1 << 61, rank + 1)
+        return found

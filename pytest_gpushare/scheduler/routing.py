@@ -1,0 +1,179 @@
+"""Before the first test starts: which tests go to which kind of worker, which can never run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from pytest_gpushare.scheduler.accounts import Ledger
+from pytest_gpushare.scheduler.cpu_pool import CpuSide
+from pytest_gpushare.scheduler.gpu_pool import GpuSide
+from pytest_gpushare.scheduler.packing import Bin, best_order
+from pytest_gpushare.scheduler.queue import GROUPED, Pending, Unit, in_parts, in_units, kind_of
+from pytest_gpushare.scheduler.types import Job
+from pytest_gpushare.units import format_gb, plural
+
+
+class Routes(NamedTuple):
+    """The tests by what becomes of them."""
+
+    gpu: list[int]
+    cpu: list[int]
+    refused: dict[int, str]
+    """Test -> why it fails at once."""
+    without: dict[int, str]
+    """Marked tests that only CPU workers have collected, and the reason to give."""
+
+
+def routes(jobs: Sequence[Job], gpu: GpuSide, cpu: CpuSide) -> Routes:
+    """Marked tests go to GPU workers, all others to CPU workers where there are any."""
+    result = Routes([], [], {}, {})
+    largest = _Largest(gpu)
+    all_gpu = any(it.collected is None for it in gpu.workers.values())
+    all_cpu = cpu.knows_all
+    has_cpu = bool(cpu.workers)
+    all_know = all(it.collected is None for it in gpu.workers.values())
+    for number, job in enumerate(jobs):
+        on_gpu = all_gpu or any(it.knows(number) for it in gpu.workers.values())
+        on_cpu = all_cpu or (has_cpu and cpu.could_run(number))
+        if job.refusal:
+            result.refused[number] = job.refusal
+        elif not job.marked and on_cpu:
+            result.cpu.append(number)
+        elif not on_gpu:
+            if on_cpu:
+                result.without[number] = "no GPU worker has collected it"
+            else:
+                result.gpu.append(number)
+        elif reason := largest.problem(job) or _too_large(number, gpu, all_know):
+            result.refused[number] = reason
+        else:
+            result.gpu.append(number)
+    return result
+
+
+def _too_large(test: int, gpu: GpuSide, all_know: bool) -> str:
+    if all_know or gpu.anybody_could(Unit([test])):
+        return ""
+    need = gpu.need(test).vram or 0
+    return f"needs {format_gb(need)} of VRAM, more than the workers have that collected it"
+
+
+class _Largest:
+    """The largest need that any worker can ever meet, by number of devices."""
+
+    def __init__(self, gpu: GpuSide) -> None:
+        self._policy = gpu.policy
+        self._rooms = {uuid: ledger.room for uuid, ledger in gpu.ledgers.items()}
+        self._seen = max((len(it.devices) for it in gpu.workers.values()), default=0)
+        self._most: dict[int, tuple[int, str]] = {}
+        for count in range(1, self._seen + 1):
+            found = [
+                (min(self._rooms[d].budget for d in seen), self._rooms[seen[0]].label)
+                for it in gpu.workers.values()
+                if len(seen := it.devices[:count]) == count
+            ]
+            self._most[count] = max(found, default=(0, ""))
+        gpu.settle({count: most for count, (most, _) in self._most.items()})
+
+    def problem(self, job: Job) -> str:
+        """Why no worker can ever run the test: need, largest budget and remedy; or nothing."""
+        need = job.need
+        if need is None:
+            return ""
+        if need.devices > self._seen:
+            if self._policy.visible_devices == "own" and len(self._rooms) >= need.devices:
+                return (
+                    f"needs {plural(need.devices, 'device')}, and a worker sees its own alone "
+                    "(gpu_share_visible_devices = own): set it to all"
+                )
+            return (
+                f"needs {plural(need.devices, 'device')}, and this run has "
+                f"{len(self._rooms)}: run it where there are more, or leave it out with -m or -k"
+            )
+        most, label = self._most[need.devices]
+        if need.vram is None or need.source == "learned" or need.vram <= most:
+            return ""
+        each = " on each device" if need.devices > 1 else ""
+        declared = {"rule": "gpu_share_vram", "marker": "its marker"}.get(need.source, need.source)
+        return (
+            f"needs {format_gb(need.vram)} of VRAM{each} (by {declared}), and the largest budget "
+            f"is {format_gb(most)} ({label}): lower the need, or leave more to the tests with "
+            "gpu_share_ollama_vram_reservation_mb, gpu_share_safety_buffer_mb or free VRAM"
+        )
+
+
+def ordered(tests: Sequence[int], jobs: Sequence[Job], gpu: GpuSide) -> tuple[Pending, bool]:
+    """The GPU tests in the order to start them, and whether that is for lack of durations.
+
+    With known durations the best order found in simulation; else the largest needs first.
+    What does not fit beside the contexts of its device's other workers comes first of all:
+    then they have none yet, and need not be ended for its sake.
+    """
+    units = in_parts(in_units(tests, jobs), gpu.anybody_could)
+    bins = _bins(gpu)
+    largest = max((b.budget for b in bins), default=0)
+    widest = max((b.budget - (b.workers - 1) * b.context for b in bins), default=0)
+    slots = _slots(gpu)
+    gpu.is_exact = all(
+        min(it.slot, most) == slots[count]
+        for it in gpu.workers.values()
+        for count, most in it.most.items()
+    )
+    heads = [gpu.need(unit.tests[0]) for unit in units]
+    kinds = [kind_of(head) for head in heads]
+    needs = [slots[head.devices] if head.vram is None else head.vram for head in heads]
+
+    def pending(order: Sequence[int]) -> Pending:
+        return Pending(
+            [units[at] for at in order], [kinds[at] for at in order], [needs[at] for at in order]
+        )
+
+    if gpu.policy.dist in GROUPED and not gpu.policy.reorder:
+        return pending(range(len(units))), False
+    sizes = [largest if kind[1] else need for kind, need in zip(kinds, needs, strict=True)]
+    times = [jobs[unit.tests[0]].duration for unit in units]
+    for at, unit in enumerate(units):
+        if len(unit.tests) > 1:
+            sizes[at], times[at] = _whole(unit, jobs, gpu, slots, largest)
+    order = best_order(sizes, times, bins)
+    cold = order is None
+    if order is None:
+        order = sorted(range(len(units)), key=sizes.__getitem__, reverse=True)
+    first = [at for at in order if (cold if kinds[at][1] else sizes[at] > widest)]
+    if first:
+        chosen = set(first)
+        order = [*first, *(at for at in order if at not in chosen)]
+    gpu.prefix = len(first)
+    return pending(order), cold
+
+
+def _slots(gpu: GpuSide) -> dict[int, int]:
+    """Number of devices -> what a test of unknown need gets there at least, in bytes."""
+    return {
+        count: min(min(it.slot, it.most[count]) for it in gpu.workers.values() if count in it.most)
+        for count in gpu.largest
+    }
+
+
+def _whole(
+    unit: Unit, jobs: Sequence[Job], gpu: GpuSide, slots: Mapping[int, int], largest: int
+) -> tuple[int, float | None]:
+    """The largest need of a unit's tests, in bytes, and how long they take, if all is known."""
+    needs = [gpu.need(test) for test in unit.tests]
+    sizes = [slots[need.devices] if need.vram is None else need.vram for need in needs]
+    most = max(largest if need.exclusive else size for need, size in zip(needs, sizes, strict=True))
+    known = [time for test in unit.tests if (time := jobs[test].duration) is not None]
+    return most, sum(known) if len(known) == len(unit.tests) else None
+
+
+def _bins(gpu: GpuSide) -> list[Bin]:
+    counts: dict[str, int] = {}
+    for it in gpu.workers.values():
+        device = it.devices[0]
+        counts[device] = counts.get(device, 0) + 1
+    ledgers: Mapping[str, Ledger] = gpu.ledgers
+    return [
+        Bin(ledgers[device].room.budget, count, ledgers[device].room.context)
+        for device, count in counts.items()
+    ]

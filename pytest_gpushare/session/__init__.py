@@ -1,0 +1,1 @@
+"""One active run in the controller."""

@@ -1,0 +1,197 @@
+"""A device for one test alone: for what ran out of memory beside others, once more.
+
+Workers say that a test of theirs ran out of memory (`oom`). If others of ours share the
+device, these are asked to rest between two tests (`pause`, answered by `quiet`), and the
+worker gets the device to itself (`alone`) until the end of that test (`alone-over`). Nobody is
+interrupted, nothing is dispatched anew, and who dies in the middle is waited for no longer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_gpushare.gpu.attribution import Holding, holding
+
+if TYPE_CHECKING:
+    from pytest_gpushare.session.run import Started
+
+
+LATE = 30.0
+"""Seconds for which the VRAM of workers that are gone is waited for."""
+
+
+@dataclass(eq=False, repr=False)
+class _Request:
+    """A worker that wants its devices alone, or has them."""
+
+    worker: str
+    devices: frozenset[str]
+    late: bool = False
+    """Whether VRAM of workers that are gone has yet to come back."""
+    granted: bool = False
+
+
+class Alone:
+    """Who has which device alone, who waits for that, and who rests for it."""
+
+    def __init__(self, started: Started) -> None:
+        self._started = started
+        self._lock = threading.RLock()
+        self._devices: dict[str, frozenset[str]] = {}
+        self._pids: dict[str, int] = {}
+        """Also of workers that are gone: their VRAM comes back late at times."""
+        self._queue: list[_Request] = []
+        self._resting: dict[str, tuple[int, bool]] = {}
+        """Worker -> (number of the request to rest, whether it has said that it does)."""
+        self._number = 0
+        links = started.links
+        links.on("here", self._here)
+        links.on("oom", self._ran_out)
+        links.on("quiet", self._quiet)
+        links.on("alone-over", self._over)
+
+    def joined(self, worker: str, devices: Iterable[str]) -> None:
+        """A worker with these devices is on its way."""
+        with self._lock:
+            self._devices[worker] = frozenset(devices)
+            self._go_on()
+
+    def gone(self, worker: str) -> None:
+        """A worker has ended or died, perhaps in the middle of all this."""
+        with self._lock:
+            self._devices.pop(worker, None)
+            self._resting.pop(worker, None)
+            self._queue = [request for request in self._queue if request.worker != worker]
+            self._go_on()
+
+    def busy(self, device: str) -> bool:
+        """Whether a test has this device alone now, or waits for it."""
+        with self._lock:
+            return any(device in request.devices for request in self._queue)
+
+    def _here(self, worker: str, pid: int) -> None:
+        self._pids[worker] = int(pid)
+
+    def _ran_out(self, worker: str, told: Mapping[str, Any]) -> None:
+        """Note who holds what at this moment, and say whether the test may run alone."""
+        nodeid, own = str(told["nodeid"]), self._devices.get(worker) or self._itself()
+        labels = {d.device.uuid: d.device.label for d in self._started.plan.devices}
+        found = [
+            holding(self._started.live, uuid, labels.get(uuid, uuid), self._pids)
+            for uuid in sorted(own)
+        ]
+        text = "; ".join(each.text(worker) for each in found)
+        with self._lock:
+            late = self._late(found)
+            # The last words of a worker that has died by now must not hold up the others.
+            others = worker in self._devices and (late or self._neighbours(worker, own))
+            shared = bool(others and told.get("again", True))
+            answer = {
+                "verdict": "wait" if shared else "no",
+                "text": text,
+                # Its neighbours finish their tests first.
+                "patience": float(self._started.settings.pressure_timeout),
+            }
+            self._started.links.send(worker, "alone", answer)
+            if shared:
+                self._queue.append(_Request(worker, own, late))
+                self._go_on()
+        free = [each.memory.free for each in found if each.memory is not None]
+        self._started.record.note(
+            "oom",
+            f"{nodeid} {'ran out of VRAM beside others' if shared else 'ran out of VRAM'}: {text}",
+            nodeid=nodeid,
+            worker=worker,
+            said=str(told.get("said", "")),
+            peak=told.get("peak"),
+            free=min(free, default=None),
+            held=dict(found[0].by) if found else {},
+            shared=bool(shared),
+        )
+
+    def _quiet(self, worker: str, told: Mapping[str, Any]) -> None:
+        with self._lock:
+            number, _ = self._resting.get(worker, (None, False))
+            if number is not None and number == told.get("number"):
+                self._resting[worker] = (number, True)
+                self._go_on()
+
+    def _over(self, worker: str, told: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._queue = [request for request in self._queue if request.worker != worker]
+            self._go_on()
+        if told.get("ran"):
+            nodeid, outcome = str(told["nodeid"]), str(told["outcome"])
+            self._started.record.note(
+                "oom-retried", f"{nodeid} {outcome} alone", nodeid=nodeid, outcome=outcome
+            )
+
+    def _itself(self) -> frozenset[str]:
+        """The devices of a run without workers."""
+        return frozenset(slot.device.uuid for slot in self._started.plan.slots[:1])
+
+    def _neighbours(self, worker: str, devices: frozenset[str]) -> list[str]:
+        return [other for other, own in self._devices.items() if other != worker and own & devices]
+
+    def _go_on(self) -> None:
+        """Ask for rest, grant and release, as far as it goes; with the lock held."""
+        taken: set[str] = set()
+        wanted: set[str] = set()
+        waiting = {request.worker for request in self._queue if not request.granted}
+        for request in self._queue:
+            if not request.devices & taken:
+                neighbours = self._neighbours(request.worker, request.devices)
+                wanted.update(name for name in neighbours if name not in waiting)
+                if not request.granted and all(self._rests(name, waiting) for name in neighbours):
+                    request.granted = True
+                    self._grant(request)
+            taken |= request.devices
+        for worker in sorted(wanted - self._resting.keys()):
+            self._number += 1
+            self._resting[worker] = (self._number, False)
+            self._started.links.send(worker, "pause", self._number)
+        for worker in self._resting.keys() - wanted:
+            number, _ = self._resting.pop(worker)
+            self._started.links.send(worker, "resume", number)
+
+    def _rests(self, worker: str, waiting: set[str]) -> bool:
+        return worker in waiting or self._resting.get(worker, (0, False))[1]
+
+    def _grant(self, request: _Request) -> None:
+        if request.late:
+            # Waited for elsewhere: this may be the thread that hears the other workers.
+            name = "gpu-share-late-vram"
+            threading.Thread(target=self._wait_for, args=(request,), name=name, daemon=True).start()
+        else:
+            self._started.links.send(request.worker, "alone", self._go(request))
+
+    def _go(self, request: _Request) -> dict[str, Any]:
+        budgets = [
+            planned.budget
+            for planned in self._started.plan.devices
+            if planned.device.uuid in request.devices
+        ]
+        return {"verdict": "go", "budget": min(budgets, default=0)}
+
+    def _wait_for(self, request: _Request) -> None:
+        """Grant once the VRAM of the dead has come back, or has been waited for long enough."""
+        end = time.monotonic() + LATE
+        while time.monotonic() < end and self._held_by_the_gone(request.devices):
+            time.sleep(0.1)
+        with self._lock:
+            if request in self._queue:
+                self._started.links.send(request.worker, "alone", self._go(request))
+
+    def _held_by_the_gone(self, devices: frozenset[str]) -> bool:
+        found = [holding(self._started.live, uuid, uuid, self._pids) for uuid in devices]
+        return self._late(found)
+
+    def _late(self, found: Iterable[Holding]) -> bool:
+        """Whether workers that are gone hold VRAM still."""
+        with self._lock:
+            gone = self._pids.keys() - self._devices.keys()
+        return any(gone & each.by.keys() for each in found)

@@ -1,0 +1,396 @@
+"""What tests took in earlier runs, by node id and model of device: kept in pytest's cache.
+
+Peaks that the frameworks counted set a test's figure; what NVML saw once a second, or what a
+large cache blurred, is a lower bound, which raises a figure and never sets one lower. The file
+is outside data: what is no sensible figure in it is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.gpu.devices import Device
+from pytest_gpushare.ollama.models import LoadedModel, ModelFacts
+from pytest_gpushare.ollama.prediction import CUDA_CONTEXT, Server
+from pytest_gpushare.units import MB, format_gb
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_gpushare.session.run import Started
+
+
+FILE = "needs.json"
+"""In the folder `gpushare` of pytest's cache."""
+MOST_TESTS = 20_000
+"""Of one model of device; the tests that ran longest ago go first."""
+_MOST_BYTES = 32 * MB
+_MOST_NODEID = 1000
+_MOST_VRAM = 2**50
+_MOST_SECONDS = 1e7
+_VERSION = 1
+_DATE = re.compile(r"20[0-9]{2}-[0-9]{2}-[0-9]{2}")
+_MARGIN = 115
+"""Per cent of what was measured: fragmentation, and what differs from run to run."""
+_SAME_SHARE, _SAME_SIZE = 0.10, 64 * MB
+"""A peak that differs by more than both was not measured of the same test."""
+
+
+class Learned(NamedTuple):
+    """What a test took when it last ran."""
+
+    peak: int | None
+    """Bytes that the frameworks held for it, without the CUDA context; None: not measured."""
+    duration: float | None = None
+    """Seconds; None: unknown."""
+    date: str = ""
+    """When, as YYYY-MM-DD."""
+
+    def need(self, context: int) -> int | None:
+        """Bytes that a process needs for it, a CUDA context of so many bytes included."""
+        if self.peak is None:
+            return None
+        # Without a peak no context comes up for it.
+        return (self.peak + context) * _MARGIN // 100 if self.peak else 0
+
+
+def recall_needs(config: pytest.Config, device: str) -> dict[str, Learned]:
+    """Node id -> what the test took on this model of device; empty where nothing is kept."""
+    path = _path(config)
+    return _sensible(_read(path).get(device)) if path is not None else {}
+
+
+class Profile:
+    """Hears what tests take, and keeps it at the end of the run."""
+
+    def __init__(self, started: Started, config: pytest.Config) -> None:
+        self._started = started
+        self._config = config
+        self._found: dict[str, dict[str, Learned]] = {}
+        """Device's name -> node id -> what was learned in this run."""
+        self._before: dict[str, dict[str, Learned]] = {}
+        self._heard_of: set[str] = set()
+        """Tests whose workers have told how long they took."""
+        self._names = {slot.device.uuid: slot.device.name for slot in started.plan.slots}
+        started.links.on("test", self._heard)
+
+    def start(self) -> None:
+        """Read what earlier runs kept; nothing is written before the end."""
+        for name in {"", *self._names.values()}:
+            self._before[name] = recall_needs(self._config, name)
+
+    def stop(self) -> None:
+        """Write it, once and atomically; what cannot be written is a note."""
+        self._look_up()
+        path = _path(self._config)
+        if path is None or not any(self._found.values()):
+            return
+        kept = {name: _sensible(tests) for name, tests in _read(path).items()}
+        for name, tests in self._found.items():
+            merged = {**kept.get(name, {}), **tests}
+            newest = sorted(merged.items(), key=lambda entry: entry[1].date, reverse=True)
+            kept[name] = dict(newest[:MOST_TESTS])
+        try:
+            _write(path, kept)
+        except OSError as error:
+            self._started.notes.append(f"what the tests took could not be kept in {path}: {error}")
+
+    def learned(self, device: str) -> Mapping[str, Learned]:
+        """What earlier runs kept of this model of device."""
+        return self._before.get(device, {})
+
+    def at_least(self, device: str, nodeid: str, size: int) -> None:
+        """A lower bound of a test's peak, such as NVML's samples give: it may raise its figure.
+
+        `size` is in bytes, without the CUDA context. A figure that there is not is not set by
+        it: between two samples the test may have held any amount.
+        """
+        before = self._before_of(device, nodeid)
+        if before is not None and before.peak is not None:
+            self._keep(device, nodeid, size, None, exact=False)
+
+    def took(self, nodeid: str, seconds: float, device: str = "") -> None:
+        """How long a test took that no framework told of; without a device: on the CPU."""
+        self._keep(device, nodeid, None, seconds, exact=False)
+
+    def _before_of(self, device: str, nodeid: str) -> Learned | None:
+        return self._found.get(device, {}).get(nodeid) or self.learned(device).get(nodeid)
+
+    def _look_up(self) -> None:
+        """Take from the journal what no worker's frameworks have told of the tests that passed."""
+        for test in self._started.journal:
+            if test.outcome != "passed" or test.start is None or test.end is None:
+                continue
+            device = self._names.get(self._started.device_of(test.worker) or "", "")
+            if device and test.peak is not None and test.peak.source == "nvml":
+                size = test.peak.size - self._started.context_of(device)
+                self.at_least(device, test.nodeid, max(0, size))
+            if test.nodeid not in self._heard_of:
+                self.took(test.nodeid, max(0.0, test.end - test.start), device)
+
+    def _heard(self, worker: str, told: Mapping[str, Any]) -> None:
+        device = self._started.device_of(worker)
+        name = self._names.get(device or "")
+        if name is not None:
+            self._compare(name, told)
+        if name is None or told["outcome"] != "passed":
+            # A test that failed or was skipped on its way may not have got to its peak.
+            return
+        duration = max(0.0, float(told["end"]) - float(told["start"]))
+        if told["attempts"] > 1:
+            duration = 0.0
+        self._heard_of.add(str(told["nodeid"]))
+        self._keep(name, str(told["nodeid"]), told["peak"], duration or None, told["exact"])
+
+    def _compare(self, device: str, told: Mapping[str, Any]) -> None:
+        """Name a test that took more than the need with which it was admitted."""
+        need, peak = told.get("need"), told["peak"]
+        if not need or not peak:
+            return
+        took = peak + self._started.context_of(device)
+        if _differ(need, took) and took > need:
+            nodeid = str(told["nodeid"])
+            self._started.record.note(
+                "need-exceeded",
+                f"{nodeid} took {format_gb(took)} of VRAM, its need was {format_gb(need)}",
+                nodeid=nodeid,
+                need=need,
+                took=took,
+            )
+
+    def _keep(
+        self, device: str, nodeid: str, peak: int | None, duration: float | None, exact: bool
+    ) -> None:
+        before = self._before_of(device, nodeid)
+        old = before.peak if before is not None else None
+        new = _joined(old, peak, exact)
+        if before is not None and old is not None and new is not None and _differ(old, new):
+            self._started.record.note(
+                "need-changed",
+                f"{nodeid} took {format_gb(new)} of VRAM, {format_gb(old)} when it last ran"
+                f" ({before.date})",
+                nodeid=nodeid,
+                before=old,
+                after=new,
+            )
+        if duration is None and before is not None:
+            duration = before.duration
+        today = time.strftime("%Y-%m-%d", time.gmtime())
+        self._found.setdefault(device, {})[nodeid] = Learned(new, duration, today)
+
+
+def _joined(old: int | None, new: int | None, exact: bool) -> int | None:
+    """The figure to keep: a counted peak wins, a lower bound only raises."""
+    if new is None or (not exact and old is not None and new <= old):
+        return old
+    return new
+
+
+def _differ(old: int, new: int) -> bool:
+    return abs(new - old) > max(_SAME_SIZE, _SAME_SHARE * max(old, new))
+
+
+def _path(config: pytest.Config) -> Path | None:
+    """The file; None where pytest keeps no cache."""
+    cache = getattr(config, "cache", None)
+    if cache is None:
+        return None
+    try:
+        return Path(cache.mkdir("gpushare"), FILE)
+    except OSError:
+        return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Device's name -> what stands there; empty where the file is none of ours."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+        if len(text) <= _MOST_BYTES:
+            found = json.loads(text)
+            if isinstance(found, dict) and found.get("version") == _VERSION:
+                devices = found.get("devices")
+                if isinstance(devices, dict):
+                    return devices
+    return {}
+
+
+def _sensible(tests: object) -> dict[str, Learned]:
+    if not isinstance(tests, dict):
+        return {}
+    found: dict[str, Learned] = {}
+    for nodeid, entry in tests.items():
+        if len(found) == MOST_TESTS:
+            break
+        if len(nodeid) <= _MOST_NODEID and isinstance(entry, list) and len(entry) == 3:
+            peak, duration, date = entry
+            good = (peak is None or (type(peak) is int and 0 <= peak <= _MOST_VRAM)) and (
+                duration is None
+                or (type(duration) in (int, float) and 0 <= duration <= _MOST_SECONDS)
+            )
+            if good and isinstance(date, str) and _DATE.fullmatch(date):
+                found[nodeid] = Learned(peak, duration, date)
+    return found
+
+
+def _write(path: Path, devices: Mapping[str, Mapping[str, Learned]]) -> None:
+    # Whoever reads meanwhile, or comes after a crash, finds the old file or the new one.
+    text = json.dumps({"version": _VERSION, "devices": devices}, separators=(",", ":"))
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+HAS_NEEDS_KEY = "gpushare/has_needs"
+"""Whether tests of this suite have needs of their own, in pytest's cache."""
+
+
+class Lessons:
+    """Node id -> need and duration, on the devices of this run."""
+
+    def __init__(self, started: Started, config: pytest.Config) -> None:
+        names = dict.fromkeys(slot.device.name for slot in started.plan.slots)
+        self._by_context: list[tuple[int, Mapping[str, Learned]]] = [
+            (started.context_of(name), recall_needs(config, name)) for name in names
+        ]
+        # Under no device: how long tests took on CPU workers.
+        self._by_context.append((0, recall_needs(config, "")))
+        # Slots are as large as needs where the plan does not pack: nothing would be gained.
+        self._packs = "packed" in started.settings.presets
+
+    def __call__(self, nodeid: str) -> tuple[int | None, float | None]:
+        """Bytes, of several models of device the most, and seconds."""
+        needs, durations = [], []
+        for context, tests in self._by_context:
+            learned = tests.get(nodeid)
+            if learned is None:
+                continue
+            need = learned.need(context) if self._packs else None
+            needs += [] if need is None else [need]
+            durations += [] if learned.duration is None else [learned.duration]
+        return max(needs, default=None), max(durations, default=None)
+
+
+def may_have_needs(started: Started, config: pytest.Config) -> bool:
+    """Whether tests may have needs of their own, which no slot must cap.
+
+    Markers are known only once tests are collected, long after workers have got their caps:
+    what an earlier run saw has to do.
+    """
+    settings = started.settings
+    means = {name for alias in settings.markers for name, _ in alias.meanings}
+    if settings.vram or "vram" in means or "packed" in settings.presets:
+        return True
+    cache = getattr(config, "cache", None)
+    return cache is not None and cache.get(HAS_NEEDS_KEY, None) is True
+
+
+def remember_needs(config: pytest.Config) -> None:
+    """Tell the next run that tests have needs of their own."""
+    cache = getattr(config, "cache", None)
+    if cache is not None and cache.get(HAS_NEEDS_KEY, None) is not True:
+        cache.set(HAS_NEEDS_KEY, True)
+
+
+OLLAMA_SIZES_KEY = "gpushare/ollama"
+"""Key of `Server.key` -> bytes of VRAM, in pytest's cache."""
+
+_MOST_ENTRIES = 64
+_MOST_SIZES_BYTES = 256 * 1024
+_MOST_VRAM_ = 2**50
+
+
+def recall_ollama_sizes(config: pytest.Config) -> dict[str, int]:
+    """The sizes that earlier runs saw, in bytes; what makes no sense is left out.
+
+    The plan is made before pytest opens its cache, so the file is read where the cache keeps it.
+    """
+    try:
+        directory = os.path.expandvars(str(config.getini("cache_dir")))
+        if getattr(config.known_args_namespace, "cacheclear", False):
+            return {}
+        # pathlib would have it otherwise where the directory is absolute, as pytest does.
+        path = Path(
+            config.rootpath, Path(directory).expanduser(), "v", *OLLAMA_SIZES_KEY.split("/")
+        )
+        with path.open("rb") as file:
+            return _sensible_sizes(json.loads(file.read(_MOST_SIZES_BYTES)))
+    except (OSError, ValueError, RecursionError, RuntimeError):
+        # Also where the cache is switched off: its setting is unknown then.
+        return {}
+
+
+def keep_ollama_sizes(config: pytest.Config, started: Started) -> None:
+    """Keep what this run saw for later ones; the newest counts, as a new Ollama may differ."""
+    at_start = used_by(started.ollama.models, started.gpus.all_devices)
+    found = (
+        sighting(
+            model,
+            at_start if used is None and model in started.ollama.models else used,
+            started.settings,
+            started.ollama.relied_on,
+        )
+        for model, used in list(started.sightings.values())
+    )
+    _add(config, dict(pair for pair in found if pair is not None))
+
+
+def _add(config: pytest.Config, seen: Mapping[str, int]) -> None:
+    cache = getattr(config, "cache", None)
+    if cache is None or not seen:
+        return
+    before = _sensible_sizes(cache.get(OLLAMA_SIZES_KEY, {}))
+    after = {**{key: size for key, size in before.items() if key not in seen}, **seen}
+    after = dict(list(after.items())[-_MOST_ENTRIES:])
+    if after != before:
+        cache.set(OLLAMA_SIZES_KEY, after)
+
+
+def sighting(
+    model: LoadedModel, used: int | None, settings: Settings, relied_on: Sequence[ModelFacts]
+) -> tuple[str, int] | None:
+    """(key, bytes) of a loaded model; None where what is seen does not tell what it needs.
+
+    `used` are the bytes of its process as NVML tells them; without them what the server says
+    and a CUDA context. A model that is partly on the CPU would need more than is seen, and a
+    server that could not read its runner's log tells the size of the file.
+    """
+    file_sizes = {m.file_bytes for m in relied_on if m.digest == model.digest}
+    if not model.digest or not model.context or not 0 < model.size <= model.size_vram:
+        return None
+    if model.size in file_sizes:
+        return None
+    vram = used if used is not None and used >= model.size_vram else model.size_vram + CUDA_CONTEXT
+    server = Server(
+        0, parallel=settings.ollama_parallel, kv_cache_type=settings.ollama_kv_cache_type
+    )
+    return server.key(model.digest, model.context), vram
+
+
+def used_by(models: Sequence[LoadedModel], devices: Sequence[Device]) -> int | None:
+    """Bytes that NVML tells for the process of the only loaded model; None where it does not."""
+    sizes = [p.used for d in devices for p in d.processes or () if p.is_ollama]
+    if len(models) != 1 or not sizes or None in sizes:
+        return None
+    return sum(size for size in sizes if size is not None)
+
+
+def _sensible_sizes(found: object) -> dict[str, int]:
+    if not isinstance(found, dict):
+        return {}
+    return {
+        key: size
+        for key, size in found.items()
+        if isinstance(key, str) and type(size) is int and 0 < size < _MOST_VRAM_
+    }

@@ -1,0 +1,255 @@
+"""The tests of the run as the controller hears of them: where, when, how, with what VRAM.
+
+Outcomes are those that pytest counts. A record is small, since a run may have 100,000.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from pytest_gpushare.session.workers import Crew, Member, Peak, higher
+
+MOST_TESTS = 250_000
+"""Beyond so many, tests are counted and not kept."""
+
+_MOST_BYTES = 2**50
+_LONGEST = 500
+_OUTCOMES = ("passed", "failed", "skipped")
+"""Of a report. Plugins that run tests again have words of their own for one that will be."""
+_RANKS = ("passed", "xpassed", "xfailed", "skipped", "failed", "error", "crashed")
+
+
+class Told(NamedTuple):
+    """What pytest's report says of one phase of a test."""
+
+    nodeid: str
+    when: str
+    """`setup`, `call`, `teardown`; anything else is xdist's word for a crash."""
+    outcome: str
+    expected_to_fail: bool = False
+    start: float = 0.0
+    """Seconds since the run started; by the clock of the worker's host."""
+    end: float = 0.0
+    marked: bool = False
+    """Whether it has the marker of GPU tests."""
+
+
+class Counted(NamedTuple):
+    """What the frameworks' counters said of a test."""
+
+    peak: Peak | None
+    left: int | None
+    """Bytes; negative where it gave back what earlier tests had left."""
+    touched: bool | None
+
+
+class Test:
+    """One test: its last attempt, and the highest peak of all attempts."""
+
+    __slots__ = ("again", "attempts", "end", "left", "marked", "nodeid", "outcome", "peak", "start",
+                 "touched", "worker")  # fmt: skip
+    __test__ = False
+
+    def __init__(self, nodeid: str, worker: str, marked: bool) -> None:
+        self.nodeid = nodeid
+        self.worker = worker
+        self.marked = marked
+        self.outcome = "passed"
+        self.start: float | None = None
+        self.end: float | None = None
+        self.attempts = 0
+        self.again = False
+        """Whether this attempt failed and another one is to follow."""
+        self.peak: Peak | None = None
+        self.left: int | None = None
+        """Bytes that it left behind when it ended, by the frameworks' counters."""
+        self.touched: bool | None = None
+        """Whether it used VRAM by the frameworks' counters; None where they do not tell."""
+
+
+class Journal:
+    """All tests; written to by the main thread and by those in which workers are heard."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+        self._lock = threading.Lock()
+        self._tests: list[Test] = []
+        self._open: dict[tuple[str, str], Test] = {}
+        self._last: dict[str, Test] = {}
+        """Worker -> its last test that has ended."""
+        self._measured: dict[tuple[str, str], Counted] = {}
+        self._needs: dict[str, tuple[int, str]] = {}
+        self._waits: dict[str, float] = {}
+        self._remarks: dict[str, list[str]] = {}
+        self.counts: Counter[str] = Counter()
+        """Outcome -> tests."""
+
+    def __iter__(self) -> Iterator[Test]:
+        with self._lock:
+            return iter([*self._tests, *self._open.values()])
+
+    @property
+    def dropped(self) -> int:
+        """Tests that were counted and not kept."""
+        return max(0, sum(self.counts.values()) - len(self._tests))
+
+    def passed(
+        self, worker: str, nodeid: str, when: str | None, start: float, end: float, marked: bool
+    ) -> bool:
+        """Take a phase that passed, as nearly all do; False: `told` must look at it closely.
+
+        As for `told`; each test passes here three times, so nothing is built or compared here
+        that a phase which passed does not need.
+        """
+        key = worker, nodeid
+        with self._lock:
+            test = self._open.get(key)
+            if when == "setup":
+                if test is None:
+                    test = self._open[key] = Test(nodeid, worker, marked)
+                test.attempts += 1
+                test.start, test.outcome, test.again = start, "passed", False
+            elif test is None or test.again or when not in ("call", "teardown"):
+                return False
+            test.end = end
+            if when == "teardown":
+                self._close(key, test)
+        return True
+
+    def told(self, worker: str, report: Told) -> None:
+        """Take a report of pytest."""
+        key = worker, report.nodeid
+        with self._lock:
+            test = self._open.get(key)
+            if test is None and report.when == "teardown" and self._is_late(worker, report):
+                return
+            if test is None:
+                test = self._open[key] = Test(report.nodeid, worker, report.marked)
+            if report.when not in ("setup", "call", "teardown"):
+                test.outcome = "crashed"
+                self._close(key, test)
+                return
+            if report.when == "setup":
+                test.attempts += 1
+                test.start, test.outcome, test.again = report.start, "passed", False
+            test.end = report.end
+            test.outcome = max(test.outcome, _outcome(report), key=_RANKS.index)
+            test.again = test.again or report.outcome not in _OUTCOMES
+            if report.when == "teardown" and not test.again:
+                self._close(key, test)
+
+    def _is_late(self, worker: str, report: Told) -> bool:
+        """Whether this is of the last test's wider fixtures, torn down when it was over."""
+        last = self._last.get(worker)
+        if last is None or last.nodeid != report.nodeid:
+            return False
+        self.counts[last.outcome] -= 1
+        last.outcome = max(last.outcome, _outcome(report), key=_RANKS.index)
+        self.counts[last.outcome] += 1
+        return True
+
+    def measured(self, worker: str, told: Any, context: int) -> None:
+        """Take what a worker counted around a test; what makes no sense is dropped.
+
+        `context`: bytes of a CUDA context there, which no framework counts.
+        """
+        if not isinstance(told, Mapping) or not isinstance(told.get("nodeid"), str):
+            return
+        member = self._crew.get(worker)
+        nodeid, size, left = told["nodeid"], _bytes(told.get("peak")), told.get("left")
+        counted = Counted(
+            Peak(size + context, "frameworks", told.get("exact") is True) if size else None,
+            left if type(left) is int and abs(left) < _MOST_BYTES else None,
+            None if size is None else size > 0 and told.get("idle") is not True,
+        )
+        with self._lock:
+            if member is not None:
+                member.counted = higher(member.counted, counted.peak)
+                if counted.left is not None:
+                    member.growths.ran(nodeid, counted.left)
+            for text in told.get("notes") or ():
+                self._remarks.setdefault(nodeid, []).append(str(text)[:_LONGEST])
+            last = self._last.get(worker)
+            if (worker, nodeid) not in self._open and last is not None and last.nodeid == nodeid:
+                # The report was faster than the private channel.
+                _give(last, counted)
+            else:
+                self._measured[worker, nodeid] = counted
+
+    def need(self, nodeid: str, size: int, source: str) -> None:
+        """The VRAM that a test was admitted for, and who says so: marker, rule, learned, slot."""
+        with self._lock:
+            self._needs[nodeid] = size, source
+
+    def waited(self, nodeid: str, seconds: float) -> None:
+        """A test waited for its VRAM."""
+        with self._lock:
+            self._waits[nodeid] = self._waits.get(nodeid, 0.0) + seconds
+
+    def remark(self, nodeid: str, text: str) -> None:
+        """Something that whoever reads of this test should know."""
+        with self._lock:
+            self._remarks.setdefault(nodeid, []).append(text)
+
+    def need_of(self, nodeid: str) -> tuple[int | None, str | None]:
+        """The need and its source; None where no need was looked at."""
+        return self._needs.get(nodeid, (None, None))
+
+    def wait_of(self, nodeid: str) -> float:
+        """Seconds for which a test waited for VRAM."""
+        return self._waits.get(nodeid, 0.0)
+
+    def remarks_of(self, nodeid: str) -> list[str]:
+        """What was remarked on a test."""
+        return self._remarks.get(nodeid, [])
+
+    def _close(self, key: tuple[str, str], test: Test) -> None:
+        del self._open[key]
+        self._last[test.worker] = test
+        self.counts[test.outcome] += 1
+        if len(self._tests) < MOST_TESTS:
+            self._tests.append(test)
+        counted = self._measured.pop(key, None)
+        if counted is not None:
+            _give(test, counted)
+        member = self._crew.get(test.worker)
+        # NVML tells once a second: for most tests nothing.
+        if member is not None and member.readings:
+            _look_up(test, self._crew, member)
+
+
+def _look_up(test: Test, crew: Crew, member: Member) -> None:
+    """Without counters: what NVML told while the test ran, where it was asked in that time."""
+    if test.start is None or test.end is None:
+        return
+    seen = crew.peak_between(member, test.start, test.end)
+    # Caches of earlier tests are in NVML's figure: where the frameworks counted, they know better.
+    if test.peak is None:
+        test.peak = seen
+
+
+def _give(test: Test, counted: Counted) -> None:
+    if test.peak is None or test.peak.source == "nvml":
+        test.peak = counted.peak or test.peak
+    else:
+        test.peak = higher(test.peak, counted.peak)
+    test.left, test.touched = counted.left, counted.touched
+
+
+def _outcome(report: Told) -> str:
+    if report.expected_to_fail and report.when == "call":
+        return {"skipped": "xfailed", "passed": "xpassed"}.get(report.outcome, "failed")
+    if report.expected_to_fail and report.outcome == "skipped":
+        return "xfailed"
+    if report.outcome not in ("passed", "skipped"):
+        return "failed" if report.when == "call" else "error"
+    if report.outcome == "skipped":
+        return "skipped"
+    return "passed"
+
+
+def _bytes(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value < _MOST_BYTES else None

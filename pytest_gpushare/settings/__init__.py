@@ -1,1 +1,0 @@
-"""Settings: one table of options, and how its values are found and checked."""

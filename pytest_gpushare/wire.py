@@ -1,0 +1,124 @@
+"""The private channels between controller and workers: xdist's own takes no foreign words.
+
+Messages are (kind, payload) with builtin types. Handlers run in the thread in which execnet
+receives, so they must be quick and must not wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+Handler = Callable[[str, Any], None]
+"""Called with the worker's id and the payload."""
+
+MOST_EARLY = 1000
+"""Messages that are kept until somebody listens to their kind."""
+
+
+class Links:
+    """The controller's ends of the channels, by worker."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, list[Handler]] = {}
+        self._early: dict[str, list[tuple[str, Any]]] = {}
+        self._ends: dict[str, Callable[[Any], object]] = {}
+        self._lock = threading.Lock()
+
+    def on(self, kind: str, handler: Handler) -> None:
+        """Hear messages of this kind from every worker, those that came already among them."""
+        with self._lock:
+            self._handlers.setdefault(kind, []).append(handler)
+            early = self._early.pop(kind, [])
+        for worker, payload in early:
+            _call(handler, worker, payload)
+
+    def open(self, channel: Any, worker: str) -> Any:
+        """Take the controller's end of a worker's channel; returns the channel."""
+        channel.setcallback(partial(self.receive, worker))
+        self.attach(worker, channel.send)
+        return channel
+
+    def attach(self, worker: str, send: Callable[[Any], object]) -> None:
+        """Send a worker's messages here: in a run without workers, the process itself."""
+        with self._lock:
+            self._ends[worker] = send
+
+    def close(self, worker: str) -> None:
+        """Send nothing more to a worker that is gone."""
+        with self._lock:
+            self._ends.pop(worker, None)
+
+    def send(self, worker: str, kind: str, payload: Any = None) -> bool:
+        """Tell a worker something; False where it is not there (any more)."""
+        with self._lock:
+            send = self._ends.get(worker)
+        if send is None:
+            return False
+        try:
+            send((kind, payload))
+        except OSError:
+            # Its process has died; xdist will say so.
+            return False
+        return True
+
+    def receive(self, worker: str, message: Any) -> None:
+        """Hand a message on; what comes from a worker gone wild is dropped."""
+        if not (isinstance(message, tuple) and len(message) == 2):
+            return
+        kind, payload = message
+        with self._lock:
+            handlers = list(self._handlers.get(kind, ()))
+            # A quick worker has collected before a slow controller is ready to listen.
+            if not handlers and sum(map(len, self._early.values())) < MOST_EARLY:
+                self._early.setdefault(kind, []).append((worker, payload))
+        for handler in handlers:
+            _call(handler, worker, payload)
+
+
+def _call(handler: Handler, worker: str, payload: Any) -> None:
+    # An error here would end execnet's receiver, and with it the worker.
+    with contextlib.suppress(Exception):
+        handler(worker, payload)
+
+
+MORE = "gpushare_more"
+"""The attribute of a report behind which a wider teardown may follow."""
+
+
+PLACED = "gpushare_place"
+"""The key of workerinput with the worker's place; unlike the environment, not inherited."""
+
+CONTEXT = "gpushare_context"
+"""The key of workeroutput with [name of the device, bytes of a CUDA context]."""
+
+ITSELF = "this process"
+"""The name of the worker where there are no workers."""
+
+
+class Link:
+    """This process's end of the private channel to its controller."""
+
+    def __init__(self, send: Callable[[Any], object]) -> None:
+        self._send = send
+        self._handlers: dict[str, list[Callable[[Any], None]]] = {}
+
+    def send(self, kind: str, payload: Any) -> None:
+        """Tell the controller something, in builtin types; one that is gone hears nothing."""
+        with contextlib.suppress(OSError):
+            self._send((kind, payload))
+
+    def on(self, kind: str, handler: Callable[[Any], None]) -> None:
+        """Hear messages of this kind; the handler runs in the thread that receives."""
+        self._handlers.setdefault(kind, []).append(handler)
+
+    def receive(self, message: Any) -> None:
+        """Hand a message of the controller on."""
+        kind, payload = message
+        for handler in self._handlers.get(kind, ()):
+            # An error here would end execnet's receiver, and with it this worker.
+            with contextlib.suppress(Exception):
+                handler(payload)

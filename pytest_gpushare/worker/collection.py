@@ -1,0 +1,155 @@
+"""What the controller must know of each collected test: markers, shared fixtures, skips."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpushare.scheduler.needs import Declared, Told
+from pytest_gpushare.scheduler.queue import IN_ORDER
+
+if TYPE_CHECKING:
+    from pytest_gpushare.config.kinds import Alias
+    from pytest_gpushare.scheduler.needs import Patterns, Wanted
+
+
+_NOTHING = Declared()
+
+
+class Reader:
+    """Reads markers as the settings say; they come from the controller."""
+
+    def __init__(self, message: Mapping[str, Any]) -> None:
+        self._marker: str = message["marker"]
+        self._message = message
+        self._names = {self._marker, *(alias[0] for alias in message["aliases"])}
+        self._all_are_gpu_tests: bool = message["gpu_unless_marked"]
+
+    # Most workers see no such marker and weigh nothing: what reads them is loaded when needed.
+
+    @cached_property
+    def _aliases(self) -> Sequence[Alias]:
+        from pytest_gpushare.config.kinds import Alias
+
+        return [Alias(*alias) for alias in self._message["aliases"]]
+
+    @cached_property
+    def _rules(self) -> Patterns[int]:
+        from pytest_gpushare.config.kinds import VramRule
+        from pytest_gpushare.scheduler.needs import rules_of
+
+        return rules_of([VramRule(*rule) for rule in self._message["rules"]])
+
+    def declared(self, marks: Iterable[pytest.Mark]) -> Declared:
+        """What the markers of one test say; most say nothing to us."""
+        ours = [mark for mark in marks if mark.name in self._names]
+        if not ours:
+            return _NOTHING
+        from pytest_gpushare.scheduler.needs import Mark, declared
+
+        read = [Mark(mark.name, mark.args, mark.kwargs) for mark in ours]
+        return declared(read, self._marker, self._aliases)
+
+    def wanted(self, item: pytest.Item) -> tuple[Declared, Wanted]:
+        """Whether a test is a GPU test, where no controller weighs it."""
+        from pytest_gpushare.scheduler.needs import wanted
+
+        said = self.declared(item.iter_markers())
+        return said, wanted(
+            item.nodeid, said, self._rules, gpu_unless_marked=self._all_are_gpu_tests
+        )
+
+
+def told_of(items: Sequence[pytest.Item], reader: Reader) -> Told:
+    """All tests of this process."""
+    said, groups, skips = [], [], []
+    scopes: dict[int, int] = {}
+    for item in items:
+        marks = list(item.iter_markers())
+        said.append(reader.declared(marks))
+        groups.append(_group(item, scopes))
+        skips.append(_is_skipped(item, marks))
+    return Told(os.getpid(), said, _in_order(items, _widened(items, groups)), skips)
+
+
+_NODES: Mapping[int, type[Any]] = {1: pytest.Class, 2: pytest.Module, 3: pytest.Package}
+_SCOPES = {"class": 1, "module": 2, "package": 3}
+
+
+def _group(item: pytest.Item, scopes: dict[int, int]) -> str:
+    """The node id of what the item shares fixtures with; the session is shared by all."""
+    info = getattr(item, "_fixtureinfo", None)
+    if info is None:
+        return ""
+    # The tests of one parametrised function have this object in common; it outlives the loop.
+    widest = scopes.get(id(info))
+    if widest is None:
+        found = (definitions[-1].scope for definitions in info.name2fixturedefs.values())
+        widest = max((_SCOPES.get(scope, 0) for scope in found), default=0)
+        scopes[id(info)] = widest
+    if not widest:
+        return ""
+    node = item.getparent(_NODES[widest]) or item.getparent(pytest.Module)
+    return node.nodeid if node is not None else ""
+
+
+def _widened(items: Sequence[pytest.Item], groups: list[str]) -> list[str]:
+    """The groups, where those of a class that lies in a module's group are the module's.
+
+    A worker that ran the one and came back for the other would set the class's fixtures up twice.
+    """
+    keys = set(groups)
+    if len(keys) < 2:
+        return groups
+    widest: dict[pytest.Collector | None, str] = {}
+    result = []
+    for item, group in zip(items, groups, strict=True):
+        if group:
+            parent = item.parent
+            if parent not in widest:
+                chain = parent.listchain()[1:] if parent is not None else []
+                widest[parent] = next((node.nodeid for node in chain if node.nodeid in keys), "")
+            group = widest[parent] or group
+        result.append(group)
+    return result
+
+
+def _in_order(items: Sequence[pytest.Item], groups: list[str]) -> list[str]:
+    """The groups; the keys of those that share parametrised fixtures say so."""
+    ordered = {
+        group for item, group in zip(items, groups, strict=True) if group and _shares_values(item)
+    }
+    return [IN_ORDER + group if group in ordered else group for group in groups]
+
+
+def _shares_values(item: pytest.Item) -> bool:
+    """Whether a fixture that it shares with others has different values for different tests."""
+    scopes = getattr(getattr(item, "callspec", None), "_arg2scope", {})
+    return any(scope.value in _SCOPES for scope in scopes.values())
+
+
+def _is_skipped(item: pytest.Item, marks: Iterable[pytest.Mark]) -> bool:
+    """Whether markers skip the test, as far as that can be known before it is its turn."""
+    # Whatever stands in a condition is other people's code.
+    with contextlib.suppress(Exception):
+        if any(_skips(mark) for mark in marks):
+            return True
+    cls = getattr(item, "cls", None)
+    function = getattr(cls, getattr(item, "originalname", None) or item.name, None)
+    return bool(
+        getattr(cls, "__unittest_skip__", False) or getattr(function, "__unittest_skip__", False)
+    )
+
+
+def _skips(mark: pytest.Mark) -> bool:
+    if mark.name == "skip":
+        return True
+    if mark.name != "skipif":
+        return False
+    conditions = mark.args or (mark.kwargs.get("condition", False),)
+    return any(not isinstance(c, str) and bool(c) for c in conditions)

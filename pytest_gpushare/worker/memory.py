@@ -1,0 +1,283 @@
+"""What each test of a GPU process takes: measured around its protocol, told to the controller."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpushare.planning.caps import cap_of
+from pytest_gpushare.units import MB
+from pytest_gpushare.worker import counters
+from pytest_gpushare.worker.framework_caps import TorchCap
+from pytest_gpushare.worker.oom_retry import Retry
+from pytest_gpushare.worker.teardown import Rest
+
+if TYPE_CHECKING:
+    from pytest_gpushare.wire import Link
+
+
+class Gate:
+    """Keeps the next test back while another worker has the device to itself.
+
+    The main thread enters before a test and leaves after it; requests come in the thread that
+    receives. Whatever is done at rest is done with the lock held, so no test starts meanwhile.
+    """
+
+    def __init__(
+        self, send: Callable[[str, Any], object], give_back: Callable[[], int | None]
+    ) -> None:
+        self._send = send
+        self._give_back = give_back
+        """Empties caches; returns the bytes that are held still, None where unknown."""
+        self._changed = threading.Condition()
+        self._running = False
+        self._pause: int | None = None
+        """The number of the request to rest; None: tests may run."""
+        self._open_for_good = False
+
+    def enter(self) -> None:
+        """Before a test: wait while the device is another's."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._pause is None or self._open_for_good)
+            self._running = True
+
+    def leave(self) -> None:
+        """After a test: obey what was asked for meanwhile."""
+        with self._changed:
+            self._running = False
+            if self._pause is not None:
+                self._rest()
+
+    def pause(self, number: int) -> None:
+        """Rest from the end of the running test on, and say so under this number."""
+        with self._changed:
+            self._pause = number
+            if not self._running:
+                self._rest()
+
+    def resume(self, number: int) -> None:
+        """Go on, if the request to rest was this one."""
+        with self._changed:
+            if self._pause == number:
+                self._pause = None
+                self._changed.notify_all()
+
+    def open(self, _payload: object = None) -> None:
+        """The controller is gone: nobody would ever say when to go on."""
+        with self._changed:
+            self._open_for_good = True
+            self._changed.notify_all()
+
+    def _rest(self) -> None:
+        self._send("quiet", {"number": self._pause, "held": self._give_back()})
+
+
+WORTH_COLLECTING = 16 * MB
+"""Bytes that a test leaves behind beyond which garbage is collected before it is blamed."""
+
+FIGURES = "gpushare_figures"
+"""The attribute of a forked test's last report that carries its figures to the worker."""
+
+
+def watch(config: pytest.Config, memory: Mapping[str, Any], link: Link) -> None:
+    """In a process that has a GPU: measure its tests, and let them share the device.
+
+    `memory` is what the controller tells of it: the bytes of a CUDA context, when caches are
+    emptied, and whether tests have needs of their own.
+    """
+    cap = TorchCap(os.environ)
+    may_empty = memory["empty_caches"] != "never"
+
+    def give_back() -> int | None:
+        if may_empty:
+            counters.empty()
+        return counters.held()
+
+    gate = Gate(link.send, give_back)
+    link.on("pause", gate.pause)
+    link.on("resume", gate.resume)
+    link.on("closed", gate.open)
+    retry = Retry(link, cap, memory)
+    config.pluginmanager.register(retry, "gpu-share-retry")
+    config.pluginmanager.register(Meter(link, gate, retry, cap, memory), "gpu-share-meter")
+    if memory["needs"]:
+        config.add_cleanup(cap.watch())
+    link.send("here", os.getpid())
+
+
+class Meter:
+    """The plugin that measures; it sends nothing of tests beside which no framework was up."""
+
+    def __init__(
+        self, link: Link, gate: Gate, retry: Retry, cap: TorchCap, memory: Mapping[str, Any]
+    ) -> None:
+        self._link = link
+        self._gate = gate
+        self._retry = retry
+        self._cap = cap
+        self._context = int(memory["context"])
+        self._empty_caches = str(memory["empty_caches"])
+        self._pid = os.getpid()
+        self._needs: dict[str, int] = {}
+        """Node id -> bytes that the test was admitted with."""
+        self._fixtures: dict[int, int] = {}
+        """id of a fixture of a wider scope -> bytes by which its set-up grew what is in use."""
+        self._errors: list[BaseException] = []
+        self._outcome = "passed"
+        self._forked: dict[str, Any] | None = None
+        link.on("need", self._need)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Measure the test; before it, wait at the gate while the device is another's."""
+        # Outside of all others, so that no timeout counts the wait.
+        self._gate.enter()
+        try:
+            if isinstance(item, Rest):
+                return (yield)
+            self._retry.begin()
+            self._outcome, self._forked = "passed", None
+            need = self._needs.pop(item.nodeid, None)
+            if need is not None:
+                self._cap.set(cap_of(need, self._context))
+            fixtures = sum(self._fixtures.values())
+            cap = self._cap.size
+            before, start = counters.counts(reset=True), time.time()
+            try:
+                return (yield)
+            finally:
+                self._retry.over(item, self._outcome)
+                self._finish(item, before, start, fixtures, {"cap": cap, "need": need})
+                self._cap.set(None)
+        finally:
+            self._gate.leave()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Keep how it went, and what it raised until its frames are cleared."""
+        report = yield
+        if report.when == "setup" or self._outcome == "passed" or report.failed:
+            self._outcome = report.outcome
+        if call.excinfo is not None and self._empty_caches != "never":
+            self._errors.append(call.excinfo.value)
+        if report.when == "teardown" and os.getpid() != self._pid:
+            # pytest-forked: only this report leaves the child.
+            figures = counters.measured(None, counters.counts())
+            if figures is not None:
+                setattr(report, FIGURES, _told(figures))
+        return report
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any]
+    ) -> Generator[None, object, object]:
+        """What a fixture of a wider scope takes is left behind by no test."""
+        __tracebackhide__ = True
+        if fixturedef.scope == "function":
+            return (yield)
+        # None: no framework is up, and nothing is held. This fixture may be what brings it up.
+        before = counters.used() or 0
+        try:
+            return (yield)
+        finally:
+            after = counters.used()
+            if after is not None and after != before:
+                self._fixtures[id(fixturedef)] = after - before
+
+    def pytest_fixture_post_finalizer(self, fixturedef: pytest.FixtureDef[Any]) -> None:
+        """It has been torn down: what it does not give back is left behind from here on."""
+        self._fixtures.pop(id(fixturedef), None)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take what a forked test's reports bring."""
+        if report.failed:
+            self._outcome = "failed"
+        if FIGURES in vars(report):
+            self._forked = vars(report).pop(FIGURES)
+
+    def _need(self, told: Any) -> None:
+        nodeid, size = told
+        if size is None:
+            self._needs.pop(nodeid, None)
+        else:
+            self._needs[nodeid] = int(size)
+
+    def _finish(
+        self,
+        item: pytest.Item,
+        before: counters.Counts | None,
+        start: float,
+        fixtures: int,
+        limits: Mapping[str, int | None],
+    ) -> None:
+        end = time.time()
+        errors, self._errors = self._errors, []
+        for error in errors:
+            counters.clear_frames(error)
+        errors.clear()
+        after = counters.counts()
+        if after is None and self._forked is None:
+            return
+        # A framework in an odd state must not fail the test that is over.
+        with contextlib.suppress(Exception):
+            told = self._forked or self._measured(before, after, fixtures)
+            if told is not None:
+                self._link.send(
+                    "test",
+                    {
+                        "nodeid": item.nodeid,
+                        "start": start,
+                        "end": end,
+                        "outcome": self._outcome,
+                        **limits,
+                        "attempts": self._retry.attempts,
+                        "notes": [self._retry.note] if self._retry.note else [],
+                        **told,
+                    },
+                )
+
+    def _measured(
+        self, before: counters.Counts | None, after: counters.Counts | None, fixtures: int
+    ) -> dict[str, Any] | None:
+        figures = counters.measured(before, after)
+        if figures is None:
+            return None
+        own = sum(self._fixtures.values()) - fixtures
+        left = figures.grown - own
+        if left > WORTH_COLLECTING and self._empty_caches != "never":
+            # Cycles hold what nobody can reach any more: that is no leak.
+            gc.collect()
+            collected = counters.used()
+            left -= figures.used - collected if collected is not None else 0
+        kept = sum(figures.helds)
+        if self._empty_caches == "always" and any(figures.peaks):
+            counters.empty()
+            kept = counters.held() or 0
+        return {
+            **_told(figures),
+            "held": kept,
+            "left": left,
+            "idle": counters.nothing_taken(before, after),
+        }
+
+
+def _told(figures: counters.Measured) -> dict[str, Any]:
+    """The figures in the builtin types that execnet and marshal carry."""
+    return {
+        "peak": max(figures.peaks, default=0),
+        "peaks": list(figures.peaks),
+        "exact": figures.exact,
+        "peak_source": "frameworks",
+        "held": sum(figures.helds),
+        "helds": list(figures.helds),
+        "left": figures.grown,
+    }

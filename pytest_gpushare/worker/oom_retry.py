@@ -1,0 +1,326 @@
+"""A test that ran out of memory beside others is run once more, alone on its device.
+
+It happens inside the test's own protocol, before any report is made: the failed attempt's
+function scope is torn down, the neighbours rest, and set-up and call run again. So there is one
+set of reports, `-x`, `--lf` and junit XML see one outcome, fixtures of wider scopes live on, and
+a worker that dies in the middle loses this one test, as in any run.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import time
+from collections.abc import Generator, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpushare.compat.pytest_items import end_function, error_of_unittest, excinfos, renew
+from pytest_gpushare.planning.caps import cap_of
+from pytest_gpushare.worker.counters import clear_frames, empty, errors_of
+
+if TYPE_CHECKING:
+    from pytest_gpushare.wire import Link
+    from pytest_gpushare.worker.framework_caps import TorchCap
+
+
+_TYPES = {
+    # torch >= 2.5; before, torch.cuda.OutOfMemoryError lay in torch.cuda.
+    ("torch", "OutOfMemoryError"),
+    ("cupy", "OutOfMemoryError"),
+    ("tensorflow", "ResourceExhaustedError"),
+    ("pycuda", "MemoryError"),
+}
+"""(first part of the module, name) of errors that mean it whatever they say."""
+
+_WORDS = re.compile(
+    r"""
+    CUDA_ERROR_OUT_OF_MEMORY | cudaErrorMemoryAllocation | hipErrorOutOfMemory
+    | CUBLAS_STATUS_ALLOC_FAILED | CUDNN_STATUS_ALLOC_FAILED | CUSOLVER_STATUS_ALLOC_FAILED
+    | CUFFT_ALLOC_FAILED | CUSPARSE_STATUS_ALLOC_FAILED | HIPBLAS_STATUS_ALLOC_FAILED
+    | \b(?:CUDA|HIP)\ (?:error:\ )?out\ of\ memory\b
+    | \bRESOURCE_EXHAUSTED:\ .{0,200}?(?:out\ of\ memory|failed\ to\ allocate|allocating)
+    | \bRMM\ failure\b | \bout_of_memory:\s
+    | \bOOM\ when\ allocating\ tensor\b
+    | \bcuMem(?:Alloc|Create)\w*\ failed:\ out\ of\ memory
+    | \bCUDA\ failure\ 2:\ out\ of\ memory | \bStatus:\ out\ of\ memory
+    | \bFree\ memory\ on\ device\ .{0,80}on\ startup\ is\ less\ than\ desired
+    """,
+    re.VERBOSE | re.IGNORECASE | re.DOTALL,
+)
+"""What drivers, libraries and frameworks write, and people hardly do."""
+
+_OWN_WORDS = (AssertionError, LookupError, TypeError, AttributeError, NameError, Warning)
+"""Errors whose text is the test's own, or that of its mistake."""
+
+_OWN_NAMES = {"AssertionError", "Failed", "KeyError", "IndexError", "TypeError", "AttributeError"}
+
+_RAISED = re.compile(
+    r"^(?:E\s{1,3})?(?P<type>[A-Za-z_][\w.]*(?:Error|Exception|Exhausted\w*|OutOfMemory\w*))"
+    r":\ (?P<said>.*)",
+)
+_MOST_TEXT = 200_000
+
+
+def ran_out(error: BaseException | None) -> str:
+    """What the failure says, on one line, if it ran out of memory on a GPU; else empty.
+
+    The error itself, what it was raised from or while handling, and the members of a group are
+    looked at; the texts of tracebacks that other processes sent are read.
+    """
+    for each in errors_of(error):
+        if _means_it(each):
+            return _one_line(f"{type(each).__qualname__}: {_text(each)}")
+    return ""
+
+
+def ran_out_by_text(text: str) -> str:
+    """The same of a failure's report, where only its text is there; else empty.
+
+    Only lines count that name what was raised, the first of each block that pytest marks.
+    """
+    for kind, said in _raised(text[-_MOST_TEXT:]):
+        module, _, name = kind.rpartition(".")
+        if name in _OWN_NAMES:
+            continue
+        if (module.partition(".")[0], name) in _TYPES or _WORDS.search(said):
+            return _one_line(f"{name}: {said}")
+    return ""
+
+
+def _means_it(error: BaseException) -> bool:
+    names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
+    if names & _TYPES:
+        return True
+    if not isinstance(error, Exception) or isinstance(error, _OWN_WORDS):
+        # pytest.fail and pytest.skip raise no Exception: their words are the test's own.
+        return False
+    text = _text(error)
+    if "Traceback (most recent call last)" in text:
+        # What a child process failed with, such as torch.multiprocessing's.
+        return bool(ran_out_by_text(text))
+    return _WORDS.search(text) is not None and not _is_plain(error)
+
+
+def _is_plain(error: BaseException) -> bool:
+    """Whether it is an error of Python's own kind that says so in a quotation of somebody else."""
+    return type(error) in (ValueError, OSError) and not _WORDS.match(_text(error).lstrip())
+
+
+def _raised(text: str) -> Iterator[tuple[str, str]]:
+    marked = False
+    for line in text.splitlines():
+        first_of_block = not (marked and line.startswith("E "))
+        marked = line.startswith("E ")
+        if first_of_block and (match := _RAISED.match(line)):
+            yield match["type"], match["said"]
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)[:_MOST_TEXT]
+    except Exception:
+        return ""
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else f"{line[:199]}…"
+
+
+SECTION = "gpu-share"
+"""The title of the report's section, and the name of junit's property, with an underscore."""
+
+_ANSWER_WITHIN = 10.0
+"""Seconds for the controller's first answer; it reads NVML for it, with a limit of its own."""
+
+
+class Retry:
+    """The plugin that watches set-up and call of each test of a GPU process."""
+
+    def __init__(self, link: Link, cap: TorchCap, memory: Mapping[str, Any]) -> None:
+        self._link = link
+        self._cap = cap
+        self._context = int(memory["context"])
+        self._may_empty = memory["empty_caches"] != "never"
+        self._answers: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
+        self._pid = os.getpid()
+        self._timer: Any = None
+        """pytest-timeout's settings, while its timer runs for this test."""
+        self.begin()
+        link.on("alone", self._answers.put)
+        link.on("closed", lambda _: self._answers.put({"verdict": "gone"}))
+
+    def begin(self) -> None:
+        """Before a test."""
+        self.attempts = 1
+        self.note = ""
+        """What is said of a test that ran out of memory, for its report."""
+        self._looked = self._inside = self._waits = self._ran_again = False
+        self._phase = ""
+        self._subtests = False
+        self._why = ""
+
+    def over(self, item: pytest.Item, outcome: str) -> None:
+        """After a test: the neighbours may go on."""
+        if self._waits:
+            self._end(item, outcome)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Set up, and once more alone where that ran out of memory."""
+        __tracebackhide__ = True
+        if self._inside:
+            return (yield)
+        try:
+            return (yield)
+        except Exception as error:
+            if not self._starts_again(item, error):
+                raise
+        self._run_again(item, "setup")
+        return None
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Call, and once more with a new set-up, alone, where that ran out of memory."""
+        __tracebackhide__ = True
+        if self._inside:
+            return (yield)
+        self._phase = "call"
+        try:
+            result = yield
+        except Exception as error:
+            self._phase = ""
+            if not self._starts_again(item, error):
+                raise
+        else:
+            self._phase = ""
+            kept = error_of_unittest(item)
+            if kept is None or not self._starts_again(item, kept):
+                return result
+            del kept, result
+        self._run_again(item, "call")
+        return None
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Say in the report what happened, and how long the attempt took that counts."""
+        if self._phase:
+            self._subtests = True
+            return (yield)
+        # A set-up that went well the second time says nothing yet: the call is to come.
+        if not self._why or self.note or (call.when == "setup" and call.excinfo is None):
+            return (yield)
+        self.note = self._sentence(failed=call.excinfo is not None or bool(excinfos(item)))
+        item.user_properties.append((SECTION.replace("-", "_"), self.note))
+        report = yield
+        report.sections.append((SECTION, self.note))
+        return report
+
+    @pytest.hookimpl(optionalhook=True, tryfirst=True)
+    def pytest_timeout_set_timer(self, settings: Any) -> None:
+        """pytest-timeout starts its timer; it does so anew for the second attempt."""
+        self._timer = settings
+
+    @pytest.hookimpl(optionalhook=True, tryfirst=True)
+    def pytest_timeout_cancel_timer(self) -> None:
+        """It stops its timer."""
+        self._timer = None
+
+    def _starts_again(self, item: pytest.Item, error: BaseException) -> bool:
+        """Whether the test is to run once more; then the device is its own already."""
+        # A forked child has no thread that hears the controller; of an xfail the error may be
+        # what the test is about.
+        if self._looked or os.getpid() != self._pid or item.get_closest_marker("xfail"):
+            return False
+
+        said = ran_out(error)
+        if not said:
+            return False
+        self._looked = True
+        answer = self._ask(item, said)
+        if answer is None:
+            return False
+        self._why = str(answer["text"])
+        if answer["verdict"] != "wait":
+            return False
+        self._waits = True
+        settings, began = self._stop_timer(item), time.monotonic()
+        if not self._tear_down(item, error):
+            self._end(item, "failed")
+            return False
+        granted = self._wait(float(answer["patience"]))
+        if granted is None:
+            self._why += (
+                f"; not run again, as its neighbours were busy for {time.monotonic() - began:.0f} s"
+            )
+            self._end(item, "failed")
+            return False
+        self._cap.set(cap_of(int(granted["budget"]), self._context))
+        if settings is not None:
+            item.ihook.pytest_timeout_set_timer(item=item, settings=settings)
+        self.attempts, self._ran_again = 2, True
+        return True
+
+    def _run_again(self, item: pytest.Item, when: str) -> None:
+        __tracebackhide__ = True
+        self._inside = True
+        try:
+            renew(item)
+            item.ihook.pytest_runtest_setup(item=item)
+            if when == "call":
+                self._phase = "call"
+                item.ihook.pytest_runtest_call(item=item)
+        finally:
+            self._inside, self._phase = False, ""
+
+    def _ask(self, item: pytest.Item, said: str) -> Mapping[str, Any] | None:
+        from pytest_gpushare.worker.counters import held
+
+        while not self._answers.empty():
+            self._answers.get()
+        again = not self._subtests
+        told = {"nodeid": item.nodeid, "said": said, "held": held(), "again": again}
+        self._link.send("oom", told)
+        return self._wait(_ANSWER_WITHIN)
+
+    def _wait(self, seconds: float) -> Mapping[str, Any] | None:
+        try:
+            answer = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        return None if answer.get("verdict") == "gone" else answer
+
+    def _tear_down(self, item: pytest.Item, error: BaseException) -> bool:
+        """End the first attempt's function scope, and give back all that can be given."""
+        clear_frames(error)
+        try:
+            end_function(item)
+        except Exception as second:
+            self._why += f"; not run again, as its teardown failed: {type(second).__name__}"
+            return False
+        if self._may_empty:
+            empty()
+        return True
+
+    def _stop_timer(self, item: pytest.Item) -> Any:
+        settings = self._timer
+        if settings is not None:
+            item.ihook.pytest_timeout_cancel_timer(item=item)
+        return settings
+
+    def _end(self, item: pytest.Item, outcome: str) -> None:
+        self._waits = False
+        self._cap.set(None)
+        told = {"nodeid": item.nodeid, "outcome": outcome, "ran": self._ran_again}
+        self._link.send("alone-over", told)
+
+    def _sentence(self, *, failed: bool) -> str:
+        if not self._ran_again:
+            return f"ran out of memory: {self._why}"
+        again = "failed again alone" if failed else "passed alone"
+        return f"ran out of memory under sharing, {again}: {self._why}"

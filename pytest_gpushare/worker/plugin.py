@@ -1,0 +1,161 @@
+"""What a process does of its place: a worker, or a run without workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pytest
+
+from pytest_gpushare.wire import CONTEXT, Link
+
+HOOKS = ("PYTEST_GPUSHARE_TORCH_FRACTION", "PYTEST_GPUSHARE_TENSORFLOW_MB")
+"""Variables whose caps wait for a framework's import; see `run/caps.py`."""
+
+
+class Placed:
+    """The plugin of a process that was placed: its fixture, and a watch over its placement."""
+
+    def __init__(self, message: Mapping[str, Any], link: Link) -> None:
+        self._place: Mapping[str, Any] = message["place"]
+        self._wanted: Mapping[str, str] = message["visible"]
+        self._link = link
+        self._told = False
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Say who this is; the initial conftests are loaded: did one change what it sees?"""
+        who = {name: self._place[name] for name in ("role", "device", "vram")}
+        self._link.send("hello", {**who, "pid": os.getpid()})
+        plugins = config.pluginmanager.get_plugins()
+        self._compare(getattr(plugin, "__file__", None) for plugin in plugins)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """All modules are imported: did one of them?"""
+        plugins = session.config.pluginmanager.get_plugins()
+        files = [getattr(plugin, "__file__", None) for plugin in plugins]
+        self._compare([*files, *(str(item.path) for item in session.items)])
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """The tests are done: what did this process's CUDA context cost?"""
+        place = self._place
+        if place["role"] == "gpu" and "torch" in sys.modules:
+            from pytest_gpushare.session.cuda_context import measure
+
+            size = measure(place["device"])
+            if size is not None:
+                self._learned(session.config, place["name"], size)
+
+    def _learned(self, config: pytest.Config, name: str, size: int) -> None:
+        """A worker sends the figure with its last message; else it is kept at once."""
+        output = getattr(config, "workeroutput", None)
+        if output is None:
+            from pytest_gpushare.session.cuda_context import learn
+
+            learn(config, name, size)
+        else:
+            output[CONTEXT] = [name, size]
+
+    def _compare(self, files: Iterable[str | None]) -> None:
+        if self._told or all(os.environ.get(n) == text for n, text in self._wanted.items()):
+            return
+        from pytest_gpushare.planning.placement import culprit, difference
+
+        self._told = True
+        where = culprit(self._wanted, files)
+        changed = difference(self._wanted, os.environ)
+        how = f"{changed}: {f'changed by {where}' if where else 'by whom is unknown'}"
+        self._link.send("overwritten", how)
+
+
+def begin(config: pytest.Config, message: Mapping[str, Any]) -> None:
+    """In an xdist worker, before pytest's own plugins are configured."""
+    # Every worker pays for what is imported here: no more than the place itself.
+    from pytest_gpushare.place import Place, entered
+
+    config.add_cleanup(entered(Place(**message["place"])))
+    keep_log_file(config)
+    channel = message["channel"]
+    link = Link(channel.send)
+    channel.setcallback(link.receive, endmarker=("closed", None))
+    config.pluginmanager.register(Placed(message, link), "gpu-share-placed")
+    follow(config, message["tests"], link)
+    watch_memory(config, message, link)
+
+
+def watch_memory(config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
+    """Measure the tests of a process that has a GPU; a CPU worker pays for none of this."""
+    # A what-if shows no device, and holds no VRAM.
+    if message["place"]["role"] == "gpu" and message["visible"]:
+        from pytest_gpushare.worker.memory import watch
+
+        watch(config, message["memory"], link)
+
+
+def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
+    """Run the tests that the controller hands out; without any GPU, as the settings say."""
+    if hasattr(config, "workerinput") and not message["absence"]:
+        from pytest_gpushare.worker.runner import Puller
+
+        config.pluginmanager.register(Puller(message, link), "gpu-share-puller")
+    else:
+        from pytest_gpushare.worker.runner import Unaided
+
+        config.pluginmanager.register(Unaided(message), "gpu-share-unaided")
+
+
+def keep_log_file(config: pytest.Config) -> None:
+    """Append to `log_file`, where pytest's default is to empty it.
+
+    Every worker opens the controller's file anew: the VRAM analysis was gone from it before
+    the first test. Must run before pytest's logging plugin opens the file.
+    """
+    if getattr(config.option, "log_file_mode", "") is None:
+        config.option.log_file_mode = "a"
+
+
+def cap_after_import(environment: Mapping[str, str] = os.environ) -> Callable[[], None]:
+    """Cap frameworks that only a call can cap, once the tests import them; the result undoes it.
+
+    Nothing is imported here and CUDA is not initialised: torch keeps the call until CUDA
+    comes up, TensorFlow until its context does.
+    """
+    from pytest_gpushare.worker.framework_caps import after_import
+
+    fraction, megabytes = (environment.get(name) for name in HOOKS)
+    actions: dict[str, Callable[[Any], None]] = {}
+    if fraction:
+        actions["torch"] = lambda torch: _cap_torch(torch, float(fraction))
+    if megabytes:
+        actions["tensorflow"] = lambda tensorflow: _cap_tensorflow(tensorflow, int(megabytes))
+    return after_import(actions)
+
+
+def _cap_torch(torch: Any, fraction: float) -> None:
+    # _lazy_call runs the function when CUDA comes up, at once where it is up already; the
+    # public function would bring it up.
+    torch.cuda._lazy_call(lambda: torch.cuda.set_per_process_memory_fraction(fraction))
+
+
+def _cap_tensorflow(tensorflow: Any, megabytes: int) -> None:
+    from importlib import import_module
+
+    context = import_module("tensorflow.python.eager.context").context()
+    initialise = context.ensure_initialized
+
+    def capped() -> None:
+        if "ensure_initialized" in vars(context):
+            del context.ensure_initialized
+            # A cap that cannot be set must not break the user's first call.
+            with contextlib.suppress(Exception):
+                config = tensorflow.config
+                for device in config.list_physical_devices("GPU"):
+                    if not config.get_logical_device_configuration(device):
+                        limit = config.LogicalDeviceConfiguration(memory_limit=megabytes)
+                        config.set_logical_device_configuration(device, [limit])
+        initialise()
+
+    context.ensure_initialized = capped
