@@ -509,7 +509,9 @@ def test_run_with_unified_memory(project: Project, machine_with: Callable[..., M
 def test_run_with_a_stuck_driver(project: Project, machine: Machine) -> None:
     """At the limit the run goes on without GPUs, and its end waits for nothing."""
     machine.inject("nvmlDeviceGetMemoryInfo*", delay=60)
-    project.write(limit="from pytest_gpushare.planning import startup\nstartup.NVML_TIMEOUT = 0.5\n")
+    project.write(
+        limit="from pytest_gpushare.planning import startup\nstartup.NVML_TIMEOUT = 0.5\n"
+    )
     began = time.monotonic()
     result = project.pytest("--gpu-share", "-p", "limit", PYTEST_XDIST_AUTO_NUM_WORKERS="2")
     assert (result.code, result.passed, result.err) == (0, 4, "")

@@ -18,7 +18,7 @@ from pytest_gpushare.session.sampling import Watch
 from pytest_gpushare.session.tests import Told
 from pytest_gpushare.units import GB
 
-from .test_plan_sizing import DEFAULTS, device
+from .test_planning_sizing import DEFAULTS, device
 
 # PIDs beyond what a kernel gives: no process of this machine is meant.
 FIRST_PID = 2**22 + 100

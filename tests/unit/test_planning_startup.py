@@ -11,7 +11,7 @@ from simulator.ollama import FaultyServer
 
 from pytest_gpushare.planning.startup import probe
 
-from .test_plan_sizing import DEFAULTS
+from .test_planning_sizing import DEFAULTS
 
 
 @pytest.mark.parametrize("mode", ["silent", "drip-header", "drip-body"])

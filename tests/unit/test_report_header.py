@@ -11,7 +11,7 @@ import pytest
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.report.header import ollama_lines
 
-from .test_plan_sizing import DEFAULTS, device, plan
+from .test_planning_sizing import DEFAULTS, device, plan
 
 REMOTE = OllamaFacts(
     address="gpu-box:11434", asked=True, answered=True, reachable=True, version="0.33.0",

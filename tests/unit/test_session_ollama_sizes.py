@@ -22,7 +22,7 @@ from pytest_gpushare.session.needs_store import (
 )
 from pytest_gpushare.units import GB
 
-from .test_plan_sizing import DEFAULTS, device
+from .test_planning_sizing import DEFAULTS, device
 
 MODEL = LoadedModel("m:7b", 5 * GB, 5 * GB, "d" * 64, 4096)
 KEY = f"{'d' * 64} 4096 x 1 f16"

@@ -16,7 +16,7 @@ from pytest_gpushare.planning import startup as together
 from pytest_gpushare.planning.startup import probe
 
 from ..acceptance.conftest import closed_port
-from .test_plan_sizing import DEFAULTS
+from .test_planning_sizing import DEFAULTS
 
 DOCKER = ("host.docker.internal:11434", "host.docker.internal")
 

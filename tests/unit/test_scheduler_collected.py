@@ -14,7 +14,7 @@ from pytest_gpushare.dispatch.suite import Crew, Suite, group_of, plain_id, weig
 from pytest_gpushare.scheduler.needs import Declared, Told, read, spread, squeezed, written
 from pytest_gpushare.units import GB
 
-from .test_plan_sizing import DEFAULTS
+from .test_planning_sizing import DEFAULTS
 
 NOTHING = Declared()
 MARKED = Declared(route="gpu", vram=6 * GB)

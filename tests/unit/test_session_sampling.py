@@ -15,7 +15,7 @@ from pytest_gpushare.session.workers import LEAST, Growths, Peak
 from pytest_gpushare.units import GB, MB
 
 from .scene import CONTEXT, FIRST_PID, Scene
-from .test_run_live import Card as Library
+from .test_gpu_sampler import Card as Library
 
 
 def test_process_lists_once_a_second_and_only_beside_workers() -> None:

@@ -17,7 +17,7 @@ from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.units import GB
 
-from .test_plan_sizing import DEFAULTS, fleets
+from .test_planning_sizing import DEFAULTS, fleets
 
 AROUND = Surroundings({}, {})
 

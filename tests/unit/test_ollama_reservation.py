@@ -17,7 +17,7 @@ from pytest_gpushare.planning.plan import Plan
 from pytest_gpushare.units import GB, MB
 
 from .real_models import BY_NAME
-from .test_plan_sizing import device, plan
+from .test_planning_sizing import device, plan
 
 AUTO: dict[str, Any] = {
     "ollama_vram_reservation": None,
