@@ -1,24 +1,68 @@
-"""Calls with a limit of time; one that hangs is left behind in a daemon thread."""
+"""Calls with a time limit; one that hangs is left behind in a daemon thread."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
+import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-def bounded(call: Callable[[], T], seconds: float) -> T | None:
-    """What the call gives; None where it fails, or takes longer than this."""
-    answers: list[T] = []
+class TimedCall(Generic[T]):
+    """A call that runs in a daemon thread from the moment this object is made.
 
-    def run() -> None:
-        with contextlib.suppress(Exception):
-            answers.append(call())
+    The caller waits as long as it likes; what the call returns or raises is kept. An exception
+    never leaves the thread: pytest reports those as errors of a test.
+    """
 
-    thread = threading.Thread(target=run, name="gpu-share-bounded", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answers[0] if answers else None
+    def __init__(self, call: Callable[[], T], name: str = "call") -> None:
+        """`name` stands in the name of the thread."""
+        self._call = call
+        self._value: T | None = None
+        self._error: Exception | None = None
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name=f"gpu-share-{name}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._call()
+        except Exception as error:
+            self._error = error
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the call has returned or raised."""
+        return not self._thread.is_alive()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the call began."""
+        return time.monotonic() - self._began
+
+    @property
+    def value(self) -> T | None:
+        """What the call returned; None while it runs, and where it raised."""
+        return self._value
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the end of the call, at most so many seconds. Returns `is_over`."""
+        self._thread.join(max(0.0, seconds))
+        return self.is_over
+
+    def result(self) -> T:
+        """What the call returned. Raises what it raised, or `TimeoutError` while it runs."""
+        if not self.is_over:
+            raise TimeoutError
+        if self._error is not None:
+            raise self._error
+        return self._value  # type: ignore[return-value]
+
+
+def call_within(seconds: float, call: Callable[[], T], name: str = "call") -> T | None:
+    """What the call returns; None where it raises, or takes longer than so many seconds."""
+    timed = TimedCall(call, name)
+    timed.wait(seconds)
+    return timed.value

@@ -12,6 +12,9 @@ from fractions import Fraction
 MB = 1024**2
 GB = 1024**3
 
+MOST_VRAM = 2**50
+"""The largest size in bytes that is believed of a device, a model or a test (1 PiB)."""
+
 _FACTORS = {"B": 1, "K": 1024, "M": MB, "G": GB, "T": 1024**4}
 # ASCII alone: without regard to case, K is also the sign of Kelvin, which is no unit of ours.
 _SIZE = re.compile(

@@ -21,7 +21,7 @@ from pytest_gpushare.ollama.messages import placed
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.report.document import PLAN_SCHEMA, ollama_document
 from pytest_gpushare.session.registry import PresentSession, PresentWorker, sessions
-from pytest_gpushare.timed import bounded
+from pytest_gpushare.timed import call_within
 from pytest_gpushare.units import format_gb, plural
 
 HISTORY = 60
@@ -68,7 +68,7 @@ class Watcher:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._nvml = Nvml()
-        facts = bounded(self._open, _OPEN_PATIENCE)
+        facts = call_within(_OPEN_PATIENCE, self._open)
         self._facts = facts or GpuFacts(absence=f"NVML did not answer within {_OPEN_PATIENCE:g} s")
         self._live = LiveVram(self._nvml) if facts and facts.all_devices else None
         self._history: dict[str, deque[float]] = {}
@@ -80,7 +80,7 @@ class Watcher:
         """Let go of NVML."""
         if self._live is not None:
             self._live.close()
-        bounded(self._nvml.close, 1.0)
+        call_within(1.0, self._nvml.close)
 
     def take(self, max_age: float) -> Picture:
         """A picture; what it shows of VRAM is at most `max_age` seconds old unless NVML is slow."""

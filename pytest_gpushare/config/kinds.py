@@ -11,12 +11,13 @@ from typing import NamedTuple, TypeAlias
 from pytest_gpushare.config.options import BY_KEY, Option
 from pytest_gpushare.errors import LineError as LineError
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.units import GB, format_gb, format_number, parse_size
+from pytest_gpushare.text import printable
+from pytest_gpushare.units import GB, MOST_VRAM, format_gb, format_number, parse_size
 
 MOST_LINES = 1000
 MOST_LENGTH = 500
 MOST_DEVICES = 64
-MOST_VRAM = 1024**2 * GB
+
 
 MEANINGS = "vram=SIZE, devices=NUMBER, exclusive, required, gpu, cpu"
 """What a marker can mean, for messages."""
@@ -221,7 +222,7 @@ def shown(raw: object) -> str:
 
 def shown_text(text: str) -> str:
     """A text that may hold what a user wrote, safe to print and short enough for a message."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = printable(text)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.quick import dataclass
+from pytest_gpushare.text import printable
 
 if TYPE_CHECKING:
     from pytest_gpushare.config.kinds import Alias, VramRule
@@ -94,7 +95,7 @@ def report_files(given: Sequence[str] | None, directory: Path) -> tuple[Path, ..
     """
     found: dict[Path, None] = {}
     for text in given or ():
-        shown = "".join(c if c.isprintable() else "?" for c in text)[-120:]
+        shown = printable(text)[-120:]
         if Path(text).suffix.lower() not in _FORMATS:
             raise SettingsError(
                 f"--gpu-share-report {shown}: no format is known by this name: allowed is a "

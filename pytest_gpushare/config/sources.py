@@ -23,6 +23,7 @@ from pytest_gpushare.config.options import (
 )
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import SettingsError
+from pytest_gpushare.text import printable
 from pytest_gpushare.units import MB
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ def _json_level(written: Written, config: _Entry) -> dict[str, _Entry]:
 
 def _shown_path(path: str) -> str:
     """A path on one line; of a long one the end, which tells more."""
-    text = "".join(c if c.isprintable() else "?" for c in path)
+    text = printable(path)
     return text if len(text) <= 120 else f"...{text[-117:]}"
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.quick import dataclass
-from pytest_gpushare.units import parse_size
+from pytest_gpushare.units import MOST_VRAM, parse_size
 
 
 class GpuProcess(NamedTuple):
@@ -138,7 +138,7 @@ def _bytes(spec: str, text: str) -> int:
         size = parse_size(text, "GB")
     except ValueError:
         raise _error(spec, f'"{text}" is no size') from None
-    if size >= 2**50:
+    if size >= MOST_VRAM:
         raise _error(spec, f'"{text}" is more than any GPU has')
     return int(size)
 

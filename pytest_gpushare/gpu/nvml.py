@@ -15,13 +15,13 @@ from typing import Any
 from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, GpuProcess, Memory
 from pytest_gpushare.gpu.host import is_ollama_runner, unified_memory
 from pytest_gpushare.gpu.visibility import visible
+from pytest_gpushare.units import MOST_VRAM
 
 _NOT_SUPPORTED = 3
 _NO_INSTANCE = (2, 6)
 """What NVML answers to an index at which there is no MIG instance."""
 _MOST_DEVICES = 256
 _MOST_MIG = 16
-_MOST_VRAM = 2**50
 
 _REMEDIES = {
     4: "no permission: check the access rights of /dev/nvidia*, or the container's devices",
@@ -166,7 +166,7 @@ class Nvml:
         total, used, free = memory or _unified()
         if not uuid.isprintable() or not 0 < len(uuid) < 97 or "," in uuid:
             raise ValueError("NVML tells no UUID by which CUDA could be given the device")
-        if not 0 <= free <= total < _MOST_VRAM or not 0 <= used <= total:
+        if not 0 <= free <= total < MOST_VRAM or not 0 <= used <= total:
             raise ValueError(f"NVML tells nonsense: {free} of {total} bytes free, {used} used")
         self._handles[uuid] = handle
         return Device(

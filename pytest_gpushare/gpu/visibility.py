@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pytest_gpushare.gpu.devices import Device
+from pytest_gpushare.text import printable
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -94,7 +95,7 @@ def _are_mixed(devices: Sequence[Device]) -> bool:
 
 def _short(text: str) -> str:
     """A piece of the environment, fit for one line of a message."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = printable(text)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 

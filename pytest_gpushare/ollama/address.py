@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from pytest_gpushare.text import printable
+
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 11434
 AUTO = "auto"
 """In place of an address: look for it."""
@@ -26,7 +28,7 @@ class Address(NamedTuple):
     @property
     def shown(self) -> str:
         """`127.0.0.1:11434`, as messages name it."""
-        text = "".join(c if c.isprintable() else "?" for c in self._authority)
+        text = printable(self._authority)
         return text if len(text) <= 80 else f"{text[:40]}...{text[-37:]}"
 
     @property

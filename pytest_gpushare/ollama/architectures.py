@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from pytest_gpushare.text import printable
+
 MOST_LAYERS = 1024
 _MOST_HEADS = 8192
 _MOST_LENGTH = 2**20
@@ -255,4 +257,4 @@ def _shown(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return "a list"
     text = "missing" if value is None else repr(value)
-    return "".join(c if c.isprintable() else "?" for c in text[:30])
+    return printable(text, 30)

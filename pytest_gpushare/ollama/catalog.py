@@ -22,9 +22,9 @@ from pytest_gpushare.ollama.exchange import (
     connect,
 )
 from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts, full_name
-from pytest_gpushare.units import MB
+from pytest_gpushare.text import printable
+from pytest_gpushare.units import MB, MOST_VRAM
 
-_MOST_VRAM = 2**50
 _MOST_MODELS = 256
 
 
@@ -149,7 +149,7 @@ def _model(model: object) -> LoadedModel:
 
 def _size(model: dict[str, object], key: str) -> int:
     value = model.get(key)
-    if type(value) is not int or not 0 <= value < _MOST_VRAM:
+    if type(value) is not int or not 0 <= value < MOST_VRAM:
         raise NonsenseError(f"/api/ps gives a model whose {key} is {_shown(value)}")
     return value
 
@@ -163,7 +163,7 @@ def _shown(value: object) -> str:
 
 def line(text: str, most: int) -> str:
     """A text from outside, fit to be printed on one line of a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:most])
+    return printable(text, most)
 
 
 _MOST_VERBOSE = 64 * MB

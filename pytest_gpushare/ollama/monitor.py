@@ -15,6 +15,7 @@ from pytest_gpushare.ollama import history
 from pytest_gpushare.ollama.address import Address
 from pytest_gpushare.ollama.history import Change, History
 from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.text import printable
 from pytest_gpushare.units import GB
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Question:
 
 def _line(text: str) -> str:
     """A text from outside, fit for one line of a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:200])
+    return printable(text, 200)
 
 
 _MOST_SAMPLES = 600

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pytest_gpushare.ollama.architectures import Shape, ShapeUnknownError, shape_of
 from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts, full_name
-from pytest_gpushare.units import GB, MB
+from pytest_gpushare.units import GB, MB, MOST_VRAM
 
 MARGIN = 1024 * MB
 """Bytes that Ollama from 0.30 on wants to stay free on a device when it loads a model there."""
@@ -26,7 +26,6 @@ SHARE = (4, 5)
 CUDA_CONTEXT = 512 * MB
 """Bytes that the process of a model takes beside its buffers: CUDA context and libraries."""
 
-_MOST_VRAM = 2**50
 _CELLS = 256
 """The number of cells of a cache is a multiple of this."""
 _BLOCKS = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
@@ -102,7 +101,7 @@ def predict(model: ModelFacts, server: Server) -> Prediction:
         graph=graph_bytes(shape, context * server.parallel, batch, server),
         context=context,
     )
-    if found.vram >= _MOST_VRAM:
+    if found.vram >= MOST_VRAM:
         raise ShapeUnknownError("its metadata would need more VRAM than any GPU has")
     return found
 

@@ -25,6 +25,7 @@ from pytest_gpushare.ollama.exchange import (
 from pytest_gpushare.ollama.messages import placed
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts, full_name
 from pytest_gpushare.ollama.prediction import CUDA_CONTEXT, MARGIN
+from pytest_gpushare.text import printable
 from pytest_gpushare.units import format_gb
 
 LOAD_LIMIT = 600.0
@@ -218,7 +219,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, StatusError):
         words = _WORDS.get(error.status, "the server refuses")
         return f"{words} (status {error.status})"
-    text = "".join(c if c.isprintable() else "?" for c in str(error)[:200])
+    text = printable(str(error), 200)
     return text or "nothing listens there any more"
 
 

@@ -18,6 +18,7 @@ from pytest_gpushare.session.run import Started
 from pytest_gpushare.session.sampling import Watched
 from pytest_gpushare.session.tests import Test
 from pytest_gpushare.session.workers import Member
+from pytest_gpushare.text import printable
 from pytest_gpushare.units import MB, format_gb, plural
 
 if TYPE_CHECKING:
@@ -351,7 +352,7 @@ def sparkline(heights: Sequence[int], most: int) -> str:
 
 def shortened(nodeid: str, room: int) -> str:
     """A node id in so much room, but never below what still tells something: its end counts."""
-    nodeid = "".join(c if c.isprintable() else "?" for c in nodeid)
+    nodeid = printable(nodeid)
     room = max(room, _SHORTEST_ID)
     return nodeid if len(nodeid) <= room else f"...{nodeid[len(nodeid) - room + 3 :]}"
 

@@ -20,7 +20,7 @@ from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import Device
 from pytest_gpushare.ollama.models import LoadedModel, ModelFacts
 from pytest_gpushare.ollama.prediction import CUDA_CONTEXT, Server
-from pytest_gpushare.units import MB, format_gb
+from pytest_gpushare.units import MB, MOST_VRAM, format_gb
 
 if TYPE_CHECKING:
     import pytest
@@ -34,7 +34,6 @@ MOST_TESTS = 20_000
 """Of one model of device; the tests that ran longest ago go first."""
 _MOST_BYTES = 32 * MB
 _MOST_NODEID = 1000
-_MOST_VRAM = 2**50
 _MOST_SECONDS = 1e7
 _VERSION = 1
 _DATE = re.compile(r"20[0-9]{2}-[0-9]{2}-[0-9]{2}")
@@ -232,7 +231,7 @@ def _sensible(tests: object) -> dict[str, Learned]:
             break
         if len(nodeid) <= _MOST_NODEID and isinstance(entry, list) and len(entry) == 3:
             peak, duration, date = entry
-            good = (peak is None or (type(peak) is int and 0 <= peak <= _MOST_VRAM)) and (
+            good = (peak is None or (type(peak) is int and 0 <= peak <= MOST_VRAM)) and (
                 duration is None
                 or (type(duration) in (int, float) and 0 <= duration <= _MOST_SECONDS)
             )
@@ -308,7 +307,6 @@ OLLAMA_SIZES_KEY = "gpushare/ollama"
 
 _MOST_ENTRIES = 64
 _MOST_SIZES_BYTES = 256 * 1024
-_MOST_VRAM_ = 2**50
 
 
 def recall_ollama_sizes(config: pytest.Config) -> dict[str, int]:
@@ -392,5 +390,5 @@ def _sensible_sizes(found: object) -> dict[str, int]:
     return {
         key: size
         for key, size in found.items()
-        if isinstance(key, str) and type(size) is int and 0 < size < _MOST_VRAM_
+        if isinstance(key, str) and type(size) is int and 0 < size < MOST_VRAM
     }

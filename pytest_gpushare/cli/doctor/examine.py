@@ -27,7 +27,7 @@ from pytest_gpushare.planning.plan import Request
 from pytest_gpushare.planning.startup import Others, check
 from pytest_gpushare.session.run import Started
 from pytest_gpushare.session.start import Host, start
-from pytest_gpushare.timed import bounded
+from pytest_gpushare.timed import call_within
 
 TIMEOUT = 30.0
 """Seconds that pytest may take to start without a conftest and without a test."""
@@ -199,7 +199,7 @@ def examine(arguments: Sequence[str]) -> Examined:
         settings_error=settings_error,
         started=started,
         start_error=start_error,
-        nvml=bounded(_nvml_versions, _NVML_PATIENCE) or NvmlVersions()
+        nvml=call_within(_NVML_PATIENCE, _nvml_versions) or NvmlVersions()
         if started.gpus.driver
         else NvmlVersions(),
         patient_ollama=_ask_patiently(started),
@@ -248,7 +248,7 @@ def _ask_patiently(started: Started) -> OllamaFacts | None:
         return None
     from pytest_gpushare.ollama.catalog import ask as ask_ollama
 
-    return bounded(lambda: ask_ollama(address, _PATIENCE), _PATIENCE + 0.5)
+    return call_within(_PATIENCE + 0.5, lambda: ask_ollama(address, _PATIENCE))
 
 
 def _nvml_versions() -> NvmlVersions:
@@ -296,7 +296,7 @@ def _surroundings() -> Surroundings:
 
 def _overwriting(root: Path) -> Sequence[str]:
 
-    return bounded(lambda: overwriting(root), 5.0) or ()
+    return call_within(5.0, lambda: overwriting(root)) or ()
 
 
 def executable() -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from pytest_gpushare.text import one_line
+
 
 class Level(str, Enum):
     """How bad a finding is; the values are the marks that are printed."""
@@ -55,4 +57,4 @@ def safe(text: str) -> str:
     """A text from anywhere, on one line, without what a URL may hold of secrets."""
     text = re.sub(r"://[^/\s@]*@", "://***@", text)
     text = re.sub(r"([?&][^=\s&]{1,40}=)[^\s&]+", r"\1***", text)
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:600]
+    return one_line(text, 600)
