@@ -29,7 +29,8 @@ class Record:
     """The events of one run; any thread may add to it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+        self.clock = clock
+        """The monotonic clock, in seconds."""
         self._began = clock()
         self._lock = threading.Lock()
         self._events: list[Event] = []
@@ -41,7 +42,7 @@ class Record:
 
     def now(self) -> float:
         """Seconds since the run started."""
-        return self._clock() - self._began
+        return self.clock() - self._began
 
     def since_start(self, moment: float) -> float:
         """A moment on the monotonic clock, in seconds since the run started."""

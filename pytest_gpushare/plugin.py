@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,8 @@ from pytest_gpushare.worker import plugin as worker_plugin
 
 if TYPE_CHECKING:
     from pytest_gpushare.place import Place
-    from pytest_gpushare.session.run import LeftAlone, Started
+    from pytest_gpushare.report.summary import Line
+    from pytest_gpushare.session.run import ActiveRun
 
 
 class _NumprocessesType:
@@ -109,7 +110,10 @@ def told_of_report(config: pytest.Config) -> list[str] | None:
 
 
 OUTER: pytest.StashKey[dict[str, str]] = pytest.StashKey()
-STARTED: pytest.StashKey[Started | LeftAlone] = pytest.StashKey()
+RUN: pytest.StashKey[ActiveRun] = pytest.StashKey()
+"""The active run; absent where the plugin is not asked for, and where it leaves the run alone."""
+LEFT_OUT: pytest.StashKey[str] = pytest.StashKey()
+"""Why a run that asked for the plugin is left as it is: for the header."""
 CHEAP: pytest.StashKey[bool] = pytest.StashKey()
 
 
@@ -148,7 +152,7 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
     """Write the number of workers before xdist reads it."""
     # Only workerinput proves a worker: nested runs inherit every environment variable.
     if not hasattr(config, "workerinput"):
-        if _is_asked(config, config.option) and STARTED not in config.stash:
+        if _is_asked(config, config.option) and RUN not in config.stash:
             _import_cheaply(config)
             from pytest_gpushare.cheap_start import spare_collector
 
@@ -167,47 +171,47 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     """Give each worker its device; only `spec.env` is there before its first import."""
-    started = config.stash.get(STARTED, None)
-    if started is not None:
-        started.place(specs)
+    run = config.stash.get(RUN, None)
+    if run is not None:
+        run.place(specs)
 
 
 @pytest.hookimpl(optionalhook=True, wrapper=True)
 def pytest_xdist_make_scheduler(config: pytest.Config) -> Generator[None, Any, Any]:
     """Schedule GPU tests by VRAM, where there is something to route; else as xdist does."""
     stock = yield
-    started = config.stash.get(STARTED, None)
-    if started is None:
+    run = config.stash.get(RUN, None)
+    if run is None:
         return stock
     from pytest_gpushare.dispatch.distribution import scheduler_for
     from pytest_gpushare.worker.runner import report_lost
 
-    return scheduler_for(started, config, stock, partial(report_lost, config))
+    return scheduler_for(run, config, stock, partial(report_lost, config))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Tell each worker that the plugin is active in its controller."""
-    started = node.config.stash.get(STARTED, None)
-    if started is not None and (message := started.message_to(node.gateway.spec)):
-        channel = started.links.open(node.gateway.newchannel(), node.gateway.id)
+    run = node.config.stash.get(RUN, None)
+    if run is not None and (message := run.message_to(node.gateway.spec)):
+        channel = run.links.open(node.gateway.newchannel(), node.gateway.id)
         node.workerinput[wire.PLACED] = {**message, "channel": channel}
-        started.joined(node.gateway.id, message)
+        run.joined(node.gateway.id, message)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Close the link to a worker, and keep what it measured; a crashed one has nothing to say."""
-    started = node.config.stash.get(STARTED, None)
-    if started is None:
+    run = node.config.stash.get(RUN, None)
+    if run is None:
         return
-    started.links.close(node.gateway.id)
-    started.gone(node.gateway.id)
+    run.links.close(node.gateway.id)
+    run.gone(node.gateway.id)
     measured = getattr(node, "workeroutput", {}).get(wire.CONTEXT)
     if measured:
-        from pytest_gpushare.session.cuda_context import learn
+        from pytest_gpushare.session.needs_store import keep_context
 
-        learn(node.config, *measured)
+        keep_context(node.config, *measured)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -227,16 +231,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if message:
         _call(worker_plugin.begin, config, message)
         return
-    started = config.stash.get(STARTED, None)
-    if started is not None:
+    run = config.stash.get(RUN, None)
+    if run is not None:
         from pytest_gpushare.report.output import progress
-        from pytest_gpushare.session.services import observe
+        from pytest_gpushare.session.start import observe
 
-        observe(started, config, progress(config))
-    if started is not None and (own := started.message_to_itself()):
-        link = wire.Link(partial(started.links.receive, wire.ITSELF))
-        started.links.attach(wire.ITSELF, link.receive)
-        started.joined(wire.ITSELF, own)
+        observe(run, config, progress(config))
+    if run is not None and (own := run.message_to_itself()):
+        link = wire.Link(partial(run.links.receive, wire.ITSELF))
+        run.links.attach(wire.ITSELF, link.receive)
+        run.joined(wire.ITSELF, own)
         config.pluginmanager.register(worker_plugin.Placed(own, link), "gpu-share-placed")
         worker_plugin.follow(config, own["tests"], link)
         worker_plugin.watch_memory(config, own, link)
@@ -244,38 +248,45 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> list[str] | None:
     """The VRAM analysis; nothing in a run that did not ask."""
-    started = config.stash.get(STARTED, None)
-    if started is None:
+    lines = _header(config)
+    if lines is None:
         return told_of_report(config)
     from pytest_gpushare.report.output import header_lines
 
-    return header_lines(started, config)
+    return header_lines(lines, config)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> Generator[None, Any, Any]:
     """The same lines for the log, and the problems for a run that prints no header.
 
-    What runs beside the tests begins last: by then xdist has started the workers, and what is
-    loaded for it is loaded while they come up.
+    The services start last: by then xdist has started the workers.
     """
-    started = session.config.stash.get(STARTED, None)
-    if started is not None:
-        from pytest_gpushare.report.output import log_lines, print_problems
-        from pytest_gpushare.session.start import attach
+    lines = _header(session.config)
+    if lines is not None:
+        from pytest_gpushare.report.output import log_header, print_problems
 
-        attach(started, session.config)
-        log_lines(started, session.config)
-        print_problems(started, session.config)
+        log_header(lines, session.config)
+        print_problems(lines, session.config)
     result = yield
-    if started is not None:
+    run = session.config.stash.get(RUN, None)
+    if run is not None:
         from pytest_gpushare.cheap_start import spare_collector_more
-        from pytest_gpushare.session.services import begin
 
-        begin(started, session.config)
+        run.services.start()
         if not is_in_process(session.config.option):
             spare_collector_more()
     return result
+
+
+def _header(config: pytest.Config) -> Callable[[int], list[Line]] | None:
+    """The lines of the header, by verbosity; None in a run that did not ask."""
+    run, reason = config.stash.get(RUN, None), config.stash.get(LEFT_OUT, "")
+    if run is None and not reason:
+        return None
+    from pytest_gpushare.report.header import header, left_out
+
+    return partial(left_out, reason) if run is None else partial(header, run)
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
@@ -284,29 +295,29 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
 
     A wrapper, as the workers' processes are there only until xdist's own part of this.
     """
-    started = session.config.stash.get(STARTED, None)
-    if started is None:
+    run = session.config.stash.get(RUN, None)
+    if run is None:
         return (yield)
-    started.look_again()
+    run.look_again()
     try:
         return (yield)
     finally:
-        started.end()
-        started.keep_what_it_saw(session.config)
-        if started.has_failed() and session.exitstatus == pytest.ExitCode.OK:
+        run.end()
+        run.model_sizes.keep(session.config)
+        if run.has_failed() and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         from pytest_gpushare.report.output import publish
 
-        publish(started, session.config, int(session.exitstatus))
+        publish(run, session.config, int(session.exitstatus))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What went wrong on the way; nothing where nothing did."""
-    started = terminalreporter.config.stash.get(STARTED, None)
-    if started is not None:
+    run = terminalreporter.config.stash.get(RUN, None)
+    if run is not None:
         from pytest_gpushare.report.output import print_summary
 
-        print_summary(started, terminalreporter)
+        print_summary(run, terminalreporter)
 
 
 @pytest.fixture(scope="session")
@@ -339,11 +350,13 @@ def _import_cheaply(config: pytest.Config) -> None:
         import_cheaply(config)
 
 
-def _hold(config: pytest.Config, started: Started | LeftAlone | None) -> None:
-    if started is not None:
-        config.stash[STARTED] = started
-        config.add_cleanup(started.close)
-        config.add_cleanup(started.end)
+def _hold(config: pytest.Config, run: ActiveRun | str | None) -> None:
+    if isinstance(run, str):
+        config.stash[LEFT_OUT] = run
+    elif run is not None:
+        config.stash[RUN] = run
+        config.add_cleanup(run.close)
+        config.add_cleanup(run.end)
 
 
 def _call(function: Any, *arguments: Any) -> Any:

@@ -1,6 +1,44 @@
-"""Foreign text, made fit to be printed: node ids, answers of servers, names of files."""
+"""Text from outside: read from regular files alone, bounded, and made fit to be printed."""
 
 from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import IO
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a regular file.
+
+    Raises `OSError` for anything else: a FIFO or a device may block, or never end; also for a
+    file of more than `most` bytes.
+    """
+    with _opened(path, os.O_RDONLY, "rb") as file:
+        content: bytes = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(f"larger than {most} bytes")
+    return content
+
+
+def append_regular(path: Path, text: str) -> None:
+    """Add to a regular file, which is created where it is missing. Raises `OSError`."""
+    with _opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab") as file:
+        file.write(text.encode("utf-8", "replace"))
+
+
+def _opened(path: Path, flags: int, mode: str) -> IO[bytes]:
+    # Opening a FIFO blocks until its other end is opened; these flags exist on POSIX only.
+    for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("not a regular file")
+        return os.fdopen(descriptor, mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def printable(text: str, most: int | None = None) -> str:

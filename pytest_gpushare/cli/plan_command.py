@@ -11,16 +11,15 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_gpushare.cli.terminal import OK, REFUSED, Piece, Row, show, show_json
 from pytest_gpushare.errors import GpuShareError
-from pytest_gpushare.report.header import header
-from pytest_gpushare.session.cuda_context import known
-from pytest_gpushare.session.run import LeftAlone, Started
+from pytest_gpushare.report.header import header, left_out
+from pytest_gpushare.report.summary import Line
 
 if TYPE_CHECKING:
     import pytest
@@ -92,36 +91,24 @@ def _drop_captured(config: pytest.Config) -> None:
             capture.read_global_capture()
 
 
-def recall(config: pytest.Config) -> dict[str, int]:
-    """What earlier runs measured of CUDA contexts; pytest opens its cache only in a real run."""
-    plugin = config.pluginmanager.get_plugin("cacheprovider")
-    # A cache that cannot be read is an empty one.
-    with contextlib.suppress(Exception):
-        config.option.cacheclear = False
-        if plugin is not None and not hasattr(config, "cache"):
-            plugin.pytest_configure(config)
-    return known(config)
-
-
 def plan(options: argparse.Namespace) -> int:
     """Print the plan; the exit code."""
 
     def look(config: pytest.Config) -> int:
-        from pytest_gpushare.plugin import STARTED
+        from pytest_gpushare.plugin import LEFT_OUT, RUN
 
-        started = config.stash.get(STARTED, None)
-        if started is None:
+        run, reason = config.stash.get(RUN, None), config.stash.get(LEFT_OUT, "")
+        if run is None and not reason:
             raise GpuShareError(
                 "these arguments run no test under the plugin: take --no-gpu-share, "
                 "--collect-only and their kind away"
             )
-        started.recall(recall(config))
         if options.json:
-            from pytest_gpushare.report.document import plan_document
+            from pytest_gpushare.report.document import left_out_document, plan_document
 
-            show_json(plan_document(started))
+            show_json(left_out_document(reason) if run is None else plan_document(run))
         else:
-            show(_rows(started, options.verbosity))
+            show(_rows(left_out(reason) if run is None else header(run, options.verbosity)))
         return OK
 
     code = ask_pytest(_arguments(options), look, options.cpus)
@@ -143,6 +130,6 @@ def _arguments(options: argparse.Namespace) -> list[str]:
     return [*result, *options.pytest_arguments]
 
 
-def _rows(started: Started | LeftAlone, verbosity: int) -> Iterator[Row]:
-    for line in header(started, verbosity):
+def _rows(lines: Iterable[Line]) -> Iterator[Row]:
+    for line in lines:
         yield [Piece(line.text, "yellow" if line.problem else "")]

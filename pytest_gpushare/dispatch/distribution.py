@@ -9,14 +9,14 @@ from pytest_gpushare.dispatch.reports import HeldBackReports
 from pytest_gpushare.dispatch.suite import Crew, Suite
 from pytest_gpushare.planning.placement import NUMBER
 from pytest_gpushare.scheduler.needs import Told, read
-from pytest_gpushare.session.needs_store import Lessons, remember_needs
-from pytest_gpushare.session.run import LeftAlone, Started
+from pytest_gpushare.session.needs_store import LearnedNeeds, remember_needs
+from pytest_gpushare.session.run import ActiveRun
 
 if TYPE_CHECKING:
     import pytest
 
     from pytest_gpushare.dispatch.executor import HandOut
-    from pytest_gpushare.dispatch.suite import Crew, Learned, Suite
+    from pytest_gpushare.dispatch.suite import Crew, Learned, Parity, Suite
     from pytest_gpushare.scheduler.types import Policy, Room, Worker
     from pytest_gpushare.wire import Links
 
@@ -180,7 +180,7 @@ class Own:
 
     def __init__(
         self,
-        started: Started,
+        started: ActiveRun,
         config: pytest.Config,
         learned: Learned,
         report_lost: Callable[[str, str], None],
@@ -191,6 +191,7 @@ class Own:
         self._learned = learned
         self._report_lost = report_lost
         self._plugins = config.pluginmanager
+        self._parity: Parity | None = None
         self.held_back = HeldBackReports(config.hook.pytest_runtest_logreport)
 
     def has_gpu(self, node: Any) -> bool:
@@ -201,7 +202,7 @@ class Own:
         """The worker as the dispatcher knows it."""
         from pytest_gpushare.scheduler.types import Worker
 
-        plan, parity = self._started.plan, self._started.parity
+        plan, parity = self._started.plan, self._parity
         self.held_back.join(node)
         if parity is not None:
             parity.worker_up(node.gateway.id, has_gpu=self.has_gpu(node))
@@ -240,7 +241,7 @@ class Own:
             started.links,
             Readings(started.live, [room.uuid for room in rooms], started.resident),
             {room.uuid: room.context for room in rooms},
-            started.journal,
+            started.tests,
             started.record.note,
             self._report_lost,
         )
@@ -248,12 +249,12 @@ class Own:
         started.links.on("emptied", hand_out.emptied)
         started.links.on("wider", self.held_back.amend)
         self._plugins.register(self.held_back, "gpu-share-held-back")
-        started.parity = Parity(weighed, crew)
-        self._plugins.register(started.parity, "gpu-share-parity")
+        self._parity = Parity(weighed, crew)
+        started.routing.begin(self._parity)
+        self._plugins.register(self._parity, "gpu-share-parity")
         ticker = Ticker(lambda: hand_out.waits, lambda: _nudge(hand_out))
         hand_out.on_wait = ticker.wake
-        started.services.append(ticker)
-        ticker.start()
+        started.services.add(ticker)
         return hand_out
 
     def _may_have_needs(self, crew: Crew) -> bool:
@@ -298,7 +299,7 @@ class Own:
 
 
 def scheduler_for(
-    started: Started | LeftAlone,
+    started: ActiveRun,
     config: pytest.Config,
     stock: Any,
     report_lost: Callable[[str, str], None],
@@ -308,11 +309,11 @@ def scheduler_for(
     `report_lost` reports a test that no worker can run any more, by node id, with the reason.
     """
     options = config.option
-    if isinstance(started, LeftAlone) or not started.plan.slots or options.dist == "each":
+    if not started.plan.slots or options.dist == "each":
         return stock
     if not started.has_placed_all:
         return stock
-    own = Own(started, config, Lessons(started, config), report_lost)
+    own = Own(started, config, LearnedNeeds(started, config), report_lost)
     return GpuShareScheduling(stock, started.links, own, most_deaths(options))
 
 

@@ -28,7 +28,7 @@ from pytest_gpushare.units import format_gb
 if TYPE_CHECKING:
     from pytest_gpushare.dispatch.suite import Collection
     from pytest_gpushare.scheduler.dispatcher import Dispatcher
-    from pytest_gpushare.session.tests import Journal
+    from pytest_gpushare.session.tests import RecordedTests
     from pytest_gpushare.wire import Links
 
 
@@ -220,7 +220,7 @@ class HandOut:
         links: Links,
         readings: Readings,
         contexts: Mapping[str, int],
-        journal: Journal,
+        journal: RecordedTests,
         tell: Callable[..., object],
         report_lost: Callable[[str, str], None],
     ) -> None:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.planning.plan import Limit, Plan
-from pytest_gpushare.session.run import Started
-from pytest_gpushare.session.tests import Test
-from pytest_gpushare.session.workers import LEAST_BY_NVML, Member
+from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.session.tests import RecordedTest
+from pytest_gpushare.session.workers import LEAST_BY_NVML, WorkerRecord
 from pytest_gpushare.units import GB, format_gb, format_number, plural
 
 MARGIN = Fraction(115, 100)
@@ -33,30 +33,30 @@ class Hint(NamedTuple):
     text: str
 
 
-def hints(started: Started) -> list[Hint]:
+def hints(run: ActiveRun) -> list[Hint]:
     """What to change; nothing where nothing is known to be better."""
-    plan = started.plan
+    plan = run.plan
     if not plan.slots or plan.request.in_process or plan.limited_by == (Limit.HOOK,):
         return []
-    members = [member for member in started.crew if member.role == "gpu"]
-    if not members or started.gpus.simulated:
+    members = [member for member in run.workers if member.role == "gpu"]
+    if not members or run.gpus.simulated:
         return []
     found: list[Hint] = []
     # Where tests have needs of their own, a slot is no measure of what a worker may hold.
-    if not started.has_needs:
-        found = [*_more_room(started, members)] or [*_more_workers(started, members)]
-    return [*found, *_cpu_workers(started)]
+    if not run.has_needs:
+        found = [*_more_room(run, members)] or [*_more_workers(run, members)]
+    return [*found, *_cpu_workers(run)]
 
 
-def _more_room(started: Started, members: list[Member]) -> Iterator[Hint]:
+def _more_room(run: ActiveRun, members: list[WorkerRecord]) -> Iterator[Hint]:
     """A worker held more than its slot: fewer workers would have been right."""
     over = [m for m in members if m.peak is not None and m.peak.size > m.slot]
     worst = max(over, key=lambda m: m.peak.size if m.peak else 0, default=None)
     if worst is None or worst.peak is None:
         return
     need = _rounded(Fraction(worst.peak.size))
-    plan = _planned(started, {"min_vram_per_worker": Fraction(need)})
-    if plan is not None and plan.slots and len(plan.slots) < len(started.plan.slots):
+    plan = _planned(run, {"min_vram_per_worker": Fraction(need)})
+    if plan is not None and plan.slots and len(plan.slots) < len(run.plan.slots):
         yield Hint(
             f"{worst.id} used {format_gb(worst.peak.size)} of VRAM, more than its slot of "
             f"{format_gb(worst.slot)}: "
@@ -65,70 +65,70 @@ def _more_room(started: Started, members: list[Member]) -> Iterator[Hint]:
         )
 
 
-def _more_workers(started: Started, members: list[Member]) -> Iterator[Hint]:
+def _more_workers(run: ActiveRun, members: list[WorkerRecord]) -> Iterator[Hint]:
     """No worker came near its slot: more would have fitted."""
     peaks = [m.peak for m in members if m.peak is not None]
     if len(peaks) < len(members) or not all(peak.exact for peak in peaks):
         return
     highest = max(peak.size for peak in peaks)
     need = _rounded(highest * MARGIN)
-    if need >= started.settings.min_vram_per_worker:
+    if need >= run.settings.min_vram_per_worker:
         return
-    best: tuple[int, tuple[str, ...]] = (len(started.plan.slots), ())
+    best: tuple[int, tuple[str, ...]] = (len(run.plan.slots), ())
     limits = {"max_workers_per_gb": Fraction(0), "max_workers_per_gpu": 0}
     for count in range(len(limits) + 1):
         for lifted in combinations(limits, count):
             changes = {"min_vram_per_worker": Fraction(need), **{k: limits[k] for k in lifted}}
-            plan = _planned(started, changes)
+            plan = _planned(run, changes)
             if plan is not None and len(plan.slots) > best[0]:
                 best = len(plan.slots), (_option("min_vram_per_worker_gb", need),
                                          *(f"gpu_share_{key}=0" for key in lifted))  # fmt: skip
     workers, options = best
-    if options and sum(started.journal.counts.values()) >= workers:
+    if options and sum(run.tests.counts.values()) >= workers:
         typed = " ".join(f"-o {option}" for option in options)
         yield Hint(
             f"peak per worker was {format_gb(highest)}: {typed} would allow {workers} workers"
         )
 
 
-def _cpu_workers(started: Started) -> Iterator[Hint]:
+def _cpu_workers(run: ActiveRun) -> Iterator[Hint]:
     """Most tests needed no GPU: CPU workers would have taken them."""
-    plan = _planned(started, {"cpu_workers": None})
-    if started.plan.cpu_workers or plan is None or not plan.cpu_workers:
+    plan = _planned(run, {"cpu_workers": None})
+    if run.plan.cpu_workers or plan is None or not plan.cpu_workers:
         return
-    tests = [test for test in started.journal if test.start is not None and test.end is not None]
+    tests = [test for test in run.tests if test.start is not None and test.end is not None]
     unmarked = [test for test in tests if not test.marked]
-    touched = {test.nodeid: _touched(test, started) for test in unmarked}
+    touched = {test.nodeid: _touched(test, run) for test in unmarked}
     if not unmarked or None in touched.values():
         return
     idle = [test for test in unmarked if touched[test.nodeid] is False]
     rest = len(unmarked) - len(idle)
     idlers = {test.nodeid for test in idle}
-    now = _makespan(tests, len(started.plan.slots), 0, set())
+    now = _makespan(tests, len(run.plan.slots), 0, set())
     saved = now - _makespan(tests, len(plan.slots), plan.cpu_workers, idlers)
     if saved < max(_WORTH_SAVING, _WORTH_PART * now):
         return
-    others = f"with the other {rest} marked {started.settings.marker}, " if rest else ""
+    others = f"with the other {rest} marked {run.settings.marker}, " if rest else ""
     yield Hint(
         f"{len(idle)} of {len(unmarked)} unmarked tests never touched the GPU: {others}"
         f"-o gpu_share_cpu_workers=auto would have saved about {_duration(saved)}"
     )
 
 
-def _touched(test: Test, started: Started) -> bool | None:
+def _touched(test: RecordedTest, run: ActiveRun) -> bool | None:
     """Whether a test used the GPU; None where nobody can tell."""
     if test.touched is not None:
         return test.touched
-    member = started.crew.get(test.worker)
+    member = run.workers.get(test.worker)
     if member is None:
         return None
     if member.seen is None and member.kept == 0:
         return False
     # Frameworks tell only of tests beside which they were up.
-    return False if any(m.counted is not None for m in started.crew) else None
+    return False if any(m.counted is not None for m in run.workers) else None
 
 
-def _makespan(tests: list[Test], gpus: int, cpus: int, idlers: set[str]) -> float:
+def _makespan(tests: list[RecordedTest], gpus: int, cpus: int, idlers: set[str]) -> float:
     """Seconds that the tests take, each given to the worker that is free first; GPU tests first."""
     free_gpu, free_cpu = [0.0] * gpus, [0.0] * cpus
     for test in sorted(tests, key=lambda t: t.nodeid in idlers):
@@ -140,9 +140,9 @@ def _makespan(tests: list[Test], gpus: int, cpus: int, idlers: set[str]) -> floa
     return max([*free_gpu, *free_cpu])
 
 
-def _planned(started: Started, changes: Mapping[str, object]) -> Plan | None:
-    settings: Settings = replace(started.settings, **changes)  # type: ignore[arg-type]
-    return None if started.replan is None else started.replan(settings)
+def _planned(run: ActiveRun, changes: Mapping[str, object]) -> Plan | None:
+    settings: Settings = replace(run.settings, **changes)  # type: ignore[arg-type]
+    return None if run.replan is None else run.replan(settings)
 
 
 def _rounded(size: Fraction) -> int:
@@ -175,13 +175,13 @@ class Leak(NamedTuple):
     """How many these are."""
 
 
-def leaks(started: Started) -> list[Leak]:
+def leaks(run: ActiveRun) -> list[Leak]:
     """All leaks, the largest first."""
-    found = [leak for member in started.crew for leak in _of(member, started)]
+    found = [leak for member in run.workers for leak in _of(member, run)]
     return sorted(found, key=lambda leak: (-leak.size, leak.suspects))
 
 
-def _of(member: Member, started: Started) -> Iterator[Leak]:
+def _of(member: WorkerRecord, run: ActiveRun) -> Iterator[Leak]:
     if member.growths.told:
         for nodeid, size in member.growths.leaks():
             yield Leak(size, member.id, "frameworks", (nodeid,))
@@ -193,7 +193,7 @@ def _of(member: Member, started: Started) -> Iterator[Leak]:
     # any test may have done it that ended after the last reading that was low.
     suspects = [
         test.nodeid
-        for test in started.journal
+        for test in run.tests
         if test.worker == member.id and test.end is not None and test.end >= member.low_at
     ]
     if suspects:

@@ -22,13 +22,13 @@ from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.placement import Surroundings, caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
 from pytest_gpushare.report.advice import hints, leaks
-from pytest_gpushare.report.header import header
+from pytest_gpushare.report.header import header, left_out
 from pytest_gpushare.report.redact import cleaned, cleaner
 from pytest_gpushare.report.summary import usages, verdict
-from pytest_gpushare.session.run import LeftAlone, Started
-from pytest_gpushare.session.sampling import Watched
-from pytest_gpushare.session.tests import Test
-from pytest_gpushare.session.workers import Member, Peak
+from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.session.sampling import DeviceSamples
+from pytest_gpushare.session.tests import RecordedTest
+from pytest_gpushare.session.workers import Peak, WorkerRecord
 
 
 def in_force(settings: Settings) -> dict[str, dict[str, str]]:
@@ -56,29 +56,29 @@ _FINISHED = (0, 1, 5)
 """pytest's exit codes of a run that came to its end."""
 
 
-def document(started: Started, exit_status: int, summary: Sequence[str]) -> dict[str, Any]:
+def document(run: ActiveRun, exit_status: int, summary: Sequence[str]) -> dict[str, Any]:
     """The document, in builtin types; `summary`: the lines that the terminal shows."""
-    began = datetime.fromtimestamp(started.record.began_at, timezone.utc)
+    began = datetime.fromtimestamp(run.record.began_at, timezone.utc)
     whole = {
         "schema": SCHEMA,
         "generator": {"name": "pytest-gpushare", "version": _version("pytest-gpushare")},
         "run": {
             "started": began.isoformat(timespec="milliseconds"),
-            "duration_s": _seconds(started.record.now()),
+            "duration_s": _seconds(run.record.now()),
             "exit_status": exit_status,
             "finished": exit_status in _FINISHED,
             "python": platform.python_version(),
             "pytest": _version("pytest"),
             "xdist": _version("pytest-xdist"),
             "platform": platform.platform() if sys.platform != "win32" else sys.platform,
-            "driver": started.gpus.driver,
-            "simulated": started.gpus.simulated,
+            "driver": run.gpus.driver,
+            "simulated": run.gpus.simulated,
         },
-        "plan": _plan(started),
-        "devices": _devices(started),
-        "workers": [_worker(member) for member in started.crew],
-        "tests": [_test(test, started) for test in started.journal],
-        "ollama": _ollama(started),
+        "plan": _plan(run),
+        "devices": _devices(run),
+        "workers": [_worker(member) for member in run.workers],
+        "tests": [_test(test, run) for test in run.tests],
+        "ollama": _ollama(run),
         "events": [
             {
                 "at_s": _seconds(event.at),
@@ -86,11 +86,11 @@ def document(started: Started, exit_status: int, summary: Sequence[str]) -> dict
                 "text": event.text,
                 "facts": dict(event.facts),
             }
-            for event in started.record.events()
+            for event in run.record.events()
         ],
-        "samples": {"devices": _samples(started)},
+        "samples": {"devices": _samples(run)},
         "summary": list(summary),
-        "hints": [hint.text for hint in hints(started)],
+        "hints": [hint.text for hint in hints(run)],
         "leaks": [
             {
                 "nodeid": leak.suspects[0] if leak.among == 1 else None,
@@ -100,16 +100,16 @@ def document(started: Started, exit_status: int, summary: Sequence[str]) -> dict
                 "suspects": list(leak.suspects),
                 "suspects_count": leak.among,
             }
-            for leak in leaks(started)
+            for leak in leaks(run)
         ],
-        "problems": _problems(started),
+        "problems": _problems(run),
     }
     result: dict[str, Any] = cleaned(whole, cleaner())
     return result
 
 
-def _plan(started: Started) -> dict[str, Any]:
-    plan, settings = started.plan, started.settings
+def _plan(run: ActiveRun) -> dict[str, Any]:
+    plan, settings = run.plan, run.settings
     return {
         "gpu_workers": len(plan.slots),
         "cpu_workers": plan.cpu_workers,
@@ -122,15 +122,15 @@ def _plan(started: Started) -> dict[str, Any]:
     }
 
 
-def _devices(started: Started) -> list[dict[str, Any]]:
-    seen = {use.plan.device.uuid: use for use in usages(started)}
+def _devices(run: ActiveRun) -> list[dict[str, Any]]:
+    seen = {use.plan.device.uuid: use for use in usages(run)}
     return [
         _device(plan, seen[plan.device.uuid].watched if plan.device.uuid in seen else None)
-        for plan in started.plan.devices
+        for plan in run.plan.devices
     ]
 
 
-def _device(plan: DevicePlan, watched: Watched | None) -> dict[str, Any]:
+def _device(plan: DevicePlan, watched: DeviceSamples | None) -> dict[str, Any]:
     device = plan.device
     return {
         "uuid": device.uuid,
@@ -149,7 +149,7 @@ def _device(plan: DevicePlan, watched: Watched | None) -> dict[str, Any]:
     }
 
 
-def _worker(member: Member) -> dict[str, Any]:
+def _worker(member: WorkerRecord) -> dict[str, Any]:
     return {
         "id": member.id,
         "role": member.role,
@@ -163,9 +163,9 @@ def _worker(member: Member) -> dict[str, Any]:
     }
 
 
-def _test(test: Test, started: Started) -> dict[str, Any]:
-    member = started.crew.get(test.worker)
-    need, source = started.journal.need_of(test.nodeid)
+def _test(test: RecordedTest, run: ActiveRun) -> dict[str, Any]:
+    member = run.workers.get(test.worker)
+    need, source = run.tests.need_of(test.nodeid)
     return {
         "nodeid": test.nodeid,
         "worker": test.worker,
@@ -177,9 +177,9 @@ def _test(test: Test, started: Started) -> dict[str, Any]:
         "need_source": source,
         **_peak(test.peak),
         "left_bytes": test.left,
-        "waited_s": _seconds(started.journal.wait_of(test.nodeid)),
+        "waited_s": _seconds(run.tests.wait_of(test.nodeid)),
         "attempts": test.attempts,
-        "notes": started.journal.remarks_of(test.nodeid),
+        "notes": run.tests.remarks_of(test.nodeid),
     }
 
 
@@ -189,18 +189,18 @@ def _peak(peak: Peak | None) -> dict[str, Any]:
     return {"peak_bytes": peak.size, "peak_source": peak.source}
 
 
-def _ollama(started: Started) -> Mapping[str, Any] | None:
-    ollama = started.ollama
+def _ollama(run: ActiveRun) -> Mapping[str, Any] | None:
+    ollama = run.ollama
     if not ollama.asked:
         return None
-    book = started.guard.book if started.guard is not None else None
+    book = run.monitor.book if run.monitor is not None else None
     words = verdict(book) if book is not None else []
     models = ollama.models if book is None else book.history.models
     return {
         "address": ollama.address,
         "version": ollama.version,
         "answered": ollama.answered or (book is not None and book.history.answered_at is not None),
-        "found_by": ollama.found_by or started.settings.origins.get("ollama_host", "default"),
+        "found_by": ollama.found_by or run.settings.origins.get("ollama_host", "default"),
         "problem": ollama.problem,
         "models": [
             {
@@ -216,8 +216,8 @@ def _ollama(started: Started) -> Mapping[str, Any] | None:
     }
 
 
-def _samples(started: Started) -> dict[str, Any]:
-    if started.watch is None:
+def _samples(run: ActiveRun) -> dict[str, Any]:
+    if run.sampler is None:
         return {}
     return {
         uuid: {
@@ -227,16 +227,16 @@ def _samples(started: Started) -> dict[str, Any]:
             "others_bytes": watched.series.others(),
             "workers_bytes": watched.series.workers(),
         }
-        for uuid, watched in started.watch.devices.items()
+        for uuid, watched in run.sampler.devices.items()
     }
 
 
-def _problems(started: Started) -> list[str]:
-    found = list(started.notes)
-    if started.journal.dropped:
-        found.append(f"{started.journal.dropped} more tests ran than a report can hold")
-    if started.record.dropped:
-        found.append(f"{started.record.dropped} more events happened than a report can hold")
+def _problems(run: ActiveRun) -> list[str]:
+    found = list(run.notes)
+    if run.tests.dropped:
+        found.append(f"{run.tests.dropped} more tests ran than a report can hold")
+    if run.record.dropped:
+        found.append(f"{run.record.dropped} more events happened than a report can hold")
     return found
 
 
@@ -261,40 +261,44 @@ def generator() -> dict[str, str]:
     return {"name": "pytest-gpushare", "version": __version__}
 
 
-def plan_document(started: Started | LeftAlone) -> dict[str, Any]:
+def left_out_document(reason: str) -> dict[str, Any]:
+    """What `plan --json` prints for a run that the plugin leaves as it is."""
+    lines = [line.text for line in left_out(reason)]
+    return {"schema": PLAN_SCHEMA, "generator": generator(), "plan": None, "devices": [],
+            "workers": [], "ollama": None, "problems": [reason], "lines": lines}  # fmt: skip
+
+
+def plan_document(run: ActiveRun) -> dict[str, Any]:
     """What `plan --json` prints."""
-    document: dict[str, Any] = cleaned(_plan_document(started), cleaner())
+    document: dict[str, Any] = cleaned(_plan_document(run), cleaner())
     return document
 
 
-def _plan_document(started: Started | LeftAlone) -> dict[str, Any]:
-    lines = [line.text for line in header(started, 0)]
+def _plan_document(run: ActiveRun) -> dict[str, Any]:
+    lines = [line.text for line in header(run, 0)]
     head = {"schema": PLAN_SCHEMA, "generator": generator()}
-    if isinstance(started, LeftAlone):
-        return {**head, "plan": None, "devices": [], "workers": [], "ollama": None,
-                "problems": [started.why], "lines": lines}  # fmt: skip
-    plan = started.plan
+    plan = run.plan
     return {
         **head,
-        "simulated": started.gpus.simulated,
-        "driver": started.gpus.driver,
+        "simulated": run.gpus.simulated,
+        "driver": run.gpus.driver,
         "plan": {
             "gpu_workers": len(plan.slots),
             "cpu_workers": plan.cpu_workers,
             "in_process": plan.request.in_process,
             "limited_by": [limit.value for limit in plan.limited_by],
             "limits": {limit.value: most for limit, most in plan.limits},
-            "presets": list(started.settings.presets),
+            "presets": list(run.settings.presets),
             "absence": plan.absence,
             "shortage": "" if plan.slots else shortage(plan),
             "needed_bytes": plan.needed,
             "ollama_needs": None if plan.demand is None else plan.demand.document(),
-            "settings": in_force(started.settings),
+            "settings": in_force(run.settings),
         },
         "devices": [_planned_device(device) for device in plan.devices],
-        "workers": _workers(plan, started.around),
-        "ollama": ollama_document(started.ollama),
-        "problems": list(started.notes),
+        "workers": _workers(plan, run.around),
+        "ollama": ollama_document(run.ollama),
+        "problems": list(run.notes),
         "lines": lines,
     }
 

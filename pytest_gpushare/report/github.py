@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pytest_gpushare.report.advice import hints, leaks
 from pytest_gpushare.report.summary import Line, hungriest, leak_in_words, usages
-from pytest_gpushare.session.run import Started
+from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.units import format_gb
 
 """Environment variables: the file of the job's summary; `true` where a job of Actions runs."""
@@ -18,17 +18,17 @@ _LONGEST = 300
 _HARMLESS = frozenset(" .,:/%()=")
 
 
-def step_summary(started: Started, lines: Sequence[Line]) -> str:
+def step_summary(run: ActiveRun, lines: Sequence[Line]) -> str:
     """Markdown: the devices, the hungriest tests, and every problem; user-made text escaped."""
-    parts = ["### gpu-share", "", *_table(started)]
-    tests = hungriest(started)
+    parts = ["### gpu-share", "", *_table(run)]
+    tests = hungriest(run)
     if tests:
         parts += ["", "| test | VRAM |", "|---|---|"]
         for test in tests:
             assert test.peak is not None
             size = f"{'' if test.peak.exact else 'at least '}{format_gb(test.peak.size)}"
             parts.append(f"| {escaped(test.nodeid)} | {size} |")
-    told = [line.text for line in lines if line.problem] + [hint.text for hint in hints(started)]
+    told = [line.text for line in lines if line.problem] + [hint.text for hint in hints(run)]
     if told:
         parts += ["", *(f"- {escaped(text.strip())}" for text in told)]
     return "\n".join([*parts, "", ""])
@@ -40,13 +40,13 @@ def append(path: str, text: str) -> None:
         file.write(text)
 
 
-def workflow_commands(started: Started) -> Iterator[str]:
+def workflow_commands(run: ActiveRun) -> Iterator[str]:
     """The workflow commands for spills and leaks; errors where they fail the run."""
-    spills = [event.text for event in started.record.events("ollama-spilled")]
-    kind = "error" if spills and started.has_failed() else "warning"
+    spills = [event.text for event in run.record.events("ollama-spilled")]
+    kind = "error" if spills and run.has_failed() else "warning"
     for text in spills[:_MOST_ANNOTATIONS]:
         yield f"::{kind} title={_property('gpu-share: Ollama')}::{_data(text)}"
-    for leak in leaks(started)[:_MOST_ANNOTATIONS]:
+    for leak in leaks(run)[:_MOST_ANNOTATIONS]:
         name = leak.suspects[0] if leak.among == 1 else ""
         file = name.partition("::")[0]
         place = f"file={_property(file)}," if file else ""
@@ -63,11 +63,11 @@ def escaped(text: str) -> str:
     )
 
 
-def _table(started: Started) -> Iterator[str]:
+def _table(run: ActiveRun) -> Iterator[str]:
     yield "| device | VRAM peak | of | tests, peak | usable for tests | GPU workers |"
     yield "|---|---|---|---|---|---|"
-    seen = {use.plan.device.uuid: use for use in usages(started)}
-    for plan in started.plan.devices:
+    seen = {use.plan.device.uuid: use for use in usages(run)}
+    for plan in run.plan.devices:
         use = seen.get(plan.device.uuid)
         cells = [
             f"{plan.device.label} {plan.device.name}",
@@ -78,8 +78,8 @@ def _table(started: Started) -> Iterator[str]:
             str(plan.workers),
         ]
         yield f"| {' | '.join(escaped(cell) for cell in cells)} |"
-    if not started.plan.devices:
-        yield f"| {escaped(started.plan.absence or 'no GPU')} | | | | | |"
+    if not run.plan.devices:
+        yield f"| {escaped(run.plan.absence or 'no GPU')} | | | | | |"
 
 
 def _data(text: str) -> str:

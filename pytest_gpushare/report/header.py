@@ -23,12 +23,12 @@ from pytest_gpushare.report.summary import (
     out_of_memory,
     routing,
 )
-from pytest_gpushare.session.run import LeftAlone, Started
+from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.units import MB, format_gb, format_number, plural
 
 if TYPE_CHECKING:
     from pytest_gpushare.ollama.prediction import Demand, ModelNeed
-    from pytest_gpushare.session.run import Started
+    from pytest_gpushare.session.run import ActiveRun
 
 
 class Text(NamedTuple):
@@ -38,50 +38,50 @@ class Text(NamedTuple):
     problem: bool = False
 
 
-def ollama_lines(started: Started, verbosity: int) -> Iterator[Text]:
+def ollama_lines(run: ActiveRun, verbosity: int) -> Iterator[Text]:
     """The server and its models; what the models need, where some are named."""
     # Where there is no device, a server that is not there either is no news.
-    if started.ollama.asked and (started.plan.devices or started.ollama.reachable):
-        yield _server(started)
-    if started.plan.demand is not None and started.plan.devices:
-        yield from _demand(started, started.plan.demand, verbosity)
+    if run.ollama.asked and (run.plan.devices or run.ollama.reachable):
+        yield _server(run)
+    if run.plan.demand is not None and run.plan.devices:
+        yield from _demand(run, run.plan.demand, verbosity)
 
 
-def _server(started: Started) -> Text:
-    ollama = started.ollama
+def _server(run: ActiveRun) -> Text:
+    ollama = run.ollama
     who = f"Ollama {ollama.version}" if ollama.version else "Ollama"
     if not ollama.answered:
-        text = f"  {who} at {ollama.address}: {ollama.problem}; {what_stands(started)}"
+        text = f"  {who} at {ollama.address}: {ollama.problem}; {what_stands(run)}"
         return Text(text, problem=ollama.reachable)
     models = ", ".join(placed(model) for model in ollama.models)
     spilled = any(model.is_spilled for model in ollama.models)
-    where = _found(started, ollama) + _elsewhere(started)
+    where = _found(run, ollama) + _elsewhere(run)
     return Text(f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}", spilled)
 
 
-def what_stands(started: Started) -> str:
+def what_stands(run: ActiveRun) -> str:
     """What becomes of the reservation where the server does not answer."""
-    if not started.plan.devices:
+    if not run.plan.devices:
         return "no GPU to share with it"
-    if started.plan.is_released:
+    if run.plan.is_released:
         return "no VRAM is reserved for it (gpu_share_ollama_unreachable = release)"
-    if started.settings.ollama_vram_reservation is None:
+    if run.settings.ollama_vram_reservation is None:
         return "its VRAM is reserved by the sizes in its models' names"
-    if started.settings.ollama_unreachable == "release":
+    if run.settings.ollama_unreachable == "release":
         return "something is there, so its VRAM reservation stands"
     return "its VRAM reservation stands"
 
 
-def _found(started: Started, ollama: OllamaFacts) -> str:
+def _found(run: ActiveRun, ollama: OllamaFacts) -> str:
     """How an address was found that nobody wrote down."""
-    tried = started.settings.ollama_host.strip().lower() == AUTO
+    tried = run.settings.ollama_host.strip().lower() == AUTO
     return f", found as {ollama.found_by}" if tried and ollama.found_by else ""
 
 
-def _elsewhere(started: Started) -> str:
-    if started.ollama.on_this_host:
+def _elsewhere(run: ActiveRun) -> str:
+    if run.ollama.on_this_host:
         return ""
-    if started.settings.ollama_gpu == ("none",):
+    if run.settings.ollama_gpu == ("none",):
         return ", on another machine (no VRAM is reserved for it here)"
     return (
         ", on another machine (VRAM is reserved here all the same, unless "
@@ -89,8 +89,8 @@ def _elsewhere(started: Started) -> str:
     )
 
 
-def _demand(started: Started, demand: Demand, verbosity: int) -> Iterator[Text]:
-    follows = started.settings.ollama_vram_reservation is None
+def _demand(run: ActiveRun, demand: Demand, verbosity: int) -> Iterator[Text]:
+    follows = run.settings.ollama_vram_reservation is None
     if demand.asked and (follows or verbosity >= 1):
         each = ", ".join(f"{n.name} {format_gb(n.vram)} ({n.source.value})" for n in demand.needs)
         margin = format_gb(demand.margin)
@@ -101,7 +101,7 @@ def _demand(started: Started, demand: Demand, verbosity: int) -> Iterator[Text]:
             name, size = need.name, format_gb(need.vram)
             text = f"  VRAM for {name}: {size} by the size in its name: {need.reason}"
             yield Text(text, problem=True)
-    short = 0 if follows else _shortage(started, demand)
+    short = 0 if follows else _shortage(run, demand)
     if short:
         yield Text(
             f"  VRAM that Ollama needs is more than is reserved: "
@@ -112,9 +112,9 @@ def _demand(started: Started, demand: Demand, verbosity: int) -> Iterator[Text]:
         yield from (Text(f"  {text}") for need in demand.needs for text in _parts(need))
 
 
-def _shortage(started: Started, demand: Demand) -> int:
+def _shortage(run: ActiveRun, demand: Demand) -> int:
     """The reservation, in bytes and whole MB, that would have held the models; 0 where it does."""
-    kept = [device for device in started.plan.devices if device.reservation]
+    kept = [device for device in run.plan.devices if device.reservation]
     if not demand.asked or not kept:
         return 0
     least = min(device.reservation for device in kept)
@@ -139,57 +139,58 @@ def _parts(need: ModelNeed) -> Iterator[str]:
         )
 
 
-def header(started: Started | LeftAlone, verbosity: int) -> list[Line]:
+def left_out(reason: str, _verbosity: int = 0) -> list[Line]:
+    """The header of a run that the plugin leaves as it is."""
+    return [Line(f"gpu-share: {reason}", problem=True)]
+
+
+def header(run: ActiveRun, verbosity: int) -> list[Line]:
     """The lines at this verbosity: below 0 problems only, from 1 the workers, from 2 the sums."""
-    if isinstance(started, LeftAlone):
-        return [Line(f"gpu-share: {started.why}", problem=True)]
-    lines = list(_lines(started, verbosity))
+    lines = list(_lines(run, verbosity))
     if verbosity >= 0:
         return lines
     return [_alone(line) for line in lines if line.problem]
 
 
-def summary(started: Started | LeftAlone, view: View) -> list[Line]:
+def summary(run: ActiveRun, view: View) -> list[Line]:
     """The lines after the tests: what they used, and problems that showed while they ran."""
-    if isinstance(started, LeftAlone):
-        return []
     from pytest_gpushare.report.summary import usage_lines
 
-    lines = [line for part in _SUMMARY for line in part(started)]
-    lines += usage_lines(started, view)
+    lines = [line for part in _SUMMARY for line in part(run)]
+    lines += usage_lines(run, view)
     return [line for line in lines if line.problem or view.verbosity >= 0]
 
 
-def _overwritten(started: Started) -> Iterator[Line]:
-    kind = " (an error under --gpu-share-strict)" if started.strict else ""
-    for worker, how in sorted(started.overwritten.items()):
+def _overwritten(run: ActiveRun) -> Iterator[Line]:
+    kind = " (an error under --gpu-share-strict)" if run.strict else ""
+    for worker, how in sorted(run.overwritten.items()):
         text = f"gpu-share: {worker} does not see the GPU that it was given: {how}{kind}"
         yield Line(text, problem=True)
 
 
-def _verdict(started: Started) -> Iterator[Line]:
-    if started.guard is not None and started.guard.problem:
-        text = f"gpu-share: the guard of Ollama's VRAM has failed: {started.guard.problem}"
+def _verdict(run: ActiveRun) -> Iterator[Line]:
+    if run.monitor is not None and run.monitor.problem:
+        text = f"gpu-share: the guard of Ollama's VRAM has failed: {run.monitor.problem}"
         yield Line(text, problem=True)
-    book = started.guard.book if started.guard is not None else None
+    book = run.monitor.book if run.monitor is not None else None
     if book is None:
         return
     from pytest_gpushare.report.summary import verdict
 
     for word in verdict(book):
-        fails = word.is_ours and started.strict
+        fails = word.is_ours and run.strict
         kind = " (an error under --gpu-share-strict)" if fails else ""
         yield Line(f"gpu-share: {word.text}{kind}", word.is_problem)
         for detail in word.details:
             yield Line(f"  {detail}", word.is_problem)
 
 
-def _unwritten(started: Started) -> Iterator[Line]:
-    for text in started.unwritten:
+def _unwritten(run: ActiveRun) -> Iterator[Line]:
+    for text in run.unwritten:
         yield Line(f"gpu-share: {text}", problem=True)
 
 
-_SUMMARY: tuple[Callable[[Started], Iterator[Line]], ...] = (
+_SUMMARY: tuple[Callable[[ActiveRun], Iterator[Line]], ...] = (
     _overwritten,
     _verdict,
     routing,
@@ -200,21 +201,21 @@ _SUMMARY: tuple[Callable[[Started], Iterator[Line]], ...] = (
 )
 
 
-def _lines(started: Started, verbosity: int) -> Iterator[Line]:
-    plan = started.plan
-    if started.gpus.simulated:
+def _lines(run: ActiveRun, verbosity: int) -> Iterator[Line]:
+    plan = run.plan
+    if run.gpus.simulated:
         yield Line("gpu-share: simulated devices: workers are counted for them, no GPU is assigned")
-    yield _headline(started)
-    for note in started.notes:
+    yield _headline(run)
+    for note in run.notes:
         yield Line(f"  {note}", problem=True)
     for device in plan.devices:
         yield Line(_device(device))
         yield Line(_vram(device, several=len(plan.devices) > 1))
-    yield from (Line(*line) for line in ollama_lines(started, verbosity))
+    yield from (Line(*line) for line in ollama_lines(run, verbosity))
     if verbosity >= 1:
-        yield from (Line(text) for text in _workers(started))
+        yield from (Line(text) for text in _workers(run))
     if verbosity >= 2:
-        yield from (Line(text) for text in _arithmetic(started))
+        yield from (Line(text) for text in _arithmetic(run))
 
 
 def _alone(line: Line) -> Line:
@@ -223,8 +224,8 @@ def _alone(line: Line) -> Line:
     return line if text.startswith("gpu-share:") else Line(f"gpu-share: {text}", line.problem)
 
 
-def _headline(started: Started) -> Line:
-    plan, preset = started.plan, f"preset {', '.join(started.settings.presets)}"
+def _headline(run: ActiveRun) -> Line:
+    plan, preset = run.plan, f"preset {', '.join(run.settings.presets)}"
     if not plan.slots:
         why = shortage(plan)
         what = (
@@ -234,9 +235,9 @@ def _headline(started: Started) -> Line:
         )
         return Line(f"gpu-share: {what} ({why})", problem=True)
     if plan.request.in_process:
-        if started.unplaced:
+        if run.unplaced:
             return Line(
-                f"gpu-share: no workers: {started.unplaced}, so it keeps the GPU that it has",
+                f"gpu-share: no workers: {run.unplaced}, so it keeps the GPU that it has",
                 problem=True,
             )
         slot = plan.slots[0]
@@ -286,13 +287,13 @@ def _vram(plan: DevicePlan, *, several: bool) -> str:
     )
 
 
-def _workers(started: Started) -> Iterator[str]:
-    plan = started.plan
+def _workers(run: ActiveRun) -> Iterator[str]:
+    plan = run.plan
     # Workers that the user listed may have other numbers in their names.
     name = "worker " if plan.request.fixed else "gw"
     for number, slot in enumerate(plan.slots):
         who = "this process" if plan.request.in_process else f"{name}{number}"
-        caps = ", ".join(caps_of(slot, started.around).told)
+        caps = ", ".join(caps_of(slot, run.around).told)
         yield (
             f"  {who}: {slot.device.label} ({slot.device.uuid}), "
             f"VRAM {format_gb(slot.vram)}{f', capped: {caps}' if caps else ''}"
@@ -302,8 +303,8 @@ def _workers(started: Started) -> Iterator[str]:
         yield f"  {name}{first}{f' to {name}{last}' if last > first else ''}: CPU, no GPU visible"
 
 
-def _arithmetic(started: Started) -> Iterator[str]:
-    settings, plan = started.settings, started.plan
+def _arithmetic(run: ActiveRun) -> Iterator[str]:
+    settings, plan = run.settings, run.plan
     for device in plan.devices:
         label = device.device.label
         bound = "" if device.most is None else f", at most this run's slot {format_gb(device.most)}"

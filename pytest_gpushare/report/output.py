@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.events import Event
-from pytest_gpushare.report.header import header, summary
+from pytest_gpushare.report.header import summary
 from pytest_gpushare.report.summary import Line, View
-from pytest_gpushare.session.run import LeftAlone, Started
+from pytest_gpushare.session.run import ActiveRun
 
 if TYPE_CHECKING:
     import pytest
@@ -79,53 +79,55 @@ _PLAIN = str.maketrans("×▁▂▃▄▅▆▇█", "x_.-=+*#@")
 """Signs that stand for those that a terminal lacks."""
 
 
-def header_lines(started: Started | LeftAlone, config: pytest.Config) -> list[str]:
+Header = Callable[[int], list[Line]]
+"""The lines of the header, by verbosity."""
+
+
+def header_lines(header: Header, config: pytest.Config) -> list[str]:
     """The header's lines, problems in yellow where pytest uses colour."""
     writer = config.get_terminal_writer()
     return [
         writer.markup(encodable(line.text), yellow=True) if line.problem else encodable(line.text)
-        for line in header(started, _verbosity(config))
+        for line in header(_verbosity(config))
     ]
 
 
-def print_problems(started: Started | LeftAlone, config: pytest.Config) -> None:
-    """At -q and under --no-header pytest prints no header: the problems are told all the same."""
+def print_problems(header: Header, config: pytest.Config) -> None:
+    """At -q and under --no-header pytest prints no header: the problems are printed then."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     no_header = _verbosity(config) < 0 or getattr(config.option, "no_header", False)
     if reporter is not None and no_header:
-        for line in header(started, -1):
+        for line in header(-1):
             reporter.write_line(encodable(line.text), yellow=True)
 
 
-def print_summary(started: Started | LeftAlone, reporter: pytest.TerminalReporter) -> None:
+def print_summary(run: ActiveRun, reporter: pytest.TerminalReporter) -> None:
     """What the tests used, and what went wrong, in red where it fails the run."""
-    failed = started.has_failed()
-    _annotate(started, reporter)
-    for line in summary(started, _view(reporter.config)):
+    failed = run.has_failed()
+    _annotate(run, reporter)
+    for line in summary(run, _view(reporter.config)):
         marks = {"red": failed, "yellow": not failed} if line.problem else {}
         reporter.write_line(encodable(line.text), **marks)
 
 
-def publish(started: Started | LeftAlone, config: pytest.Config, exit_status: int) -> None:
+def publish(run: ActiveRun, config: pytest.Config, exit_status: int) -> None:
     """Write the reports; one that cannot be written is a problem that the summary tells."""
-    if isinstance(started, LeftAlone):
-        return
-    _note_leaks(started)
-    publish_to_github(started)
-    if not started.reports:
+    _note_leaks(run)
+    publish_to_github(run)
+    if not run.reports:
         return
     from pytest_gpushare.report.document import document
 
     try:
-        lines = [line.text for line in summary(started, _view(config))]
-        whole = document(started, exit_status, lines)
-        started.unwritten += write_reports(whole, started.reports)
+        lines = [line.text for line in summary(run, _view(config))]
+        whole = document(run, exit_status, lines)
+        run.unwritten += write_reports(whole, run.reports)
     except Exception as error:
         # The tests have their results; a report is not worth an internal error.
-        started.unwritten.append(f"no report: {type(error).__name__}: {error}"[:300])
+        run.unwritten.append(f"no report: {type(error).__name__}: {error}"[:300])
 
 
-def publish_to_github(started: Started) -> None:
+def publish_to_github(run: ActiveRun) -> None:
     """A table in the summary of the job, where this is one of GitHub Actions."""
     path = os.environ.get(SUMMARY)
     if not path:
@@ -134,33 +136,33 @@ def publish_to_github(started: Started) -> None:
     from pytest_gpushare.report.redact import cleaner
 
     try:
-        lines = summary(started, _WIDE)
-        append(path, cleaner()(step_summary(started, lines)))
+        lines = summary(run, _WIDE)
+        append(path, cleaner()(step_summary(run, lines)))
     except Exception as error:
-        started.unwritten.append(f"no table in {SUMMARY}: {why(error)}")
+        run.unwritten.append(f"no table in {SUMMARY}: {why(error)}")
 
 
-def _note_leaks(started: Started) -> None:
+def _note_leaks(run: ActiveRun) -> None:
     from pytest_gpushare.report.advice import leaks
 
-    found = leaks(started)
+    found = leaks(run)
     if not found:
         return
     from pytest_gpushare.report.summary import leak_in_words
 
     for leak in found:
         facts = {"bytes": leak.size, "worker": leak.worker, "suspects": list(leak.suspects)}
-        started.record.note("leak", leak_in_words(leak), **facts)
+        run.record.note("leak", leak_in_words(leak), **facts)
 
 
-def _annotate(started: Started | LeftAlone, reporter: pytest.TerminalReporter) -> None:
-    if isinstance(started, LeftAlone) or os.environ.get(ACTIONS) != "true":
+def _annotate(run: ActiveRun, reporter: pytest.TerminalReporter) -> None:
+    if os.environ.get(ACTIONS) != "true":
         return
     from pytest_gpushare.report.github import workflow_commands
     from pytest_gpushare.report.redact import cleaner
 
     clean = cleaner()
-    for text in workflow_commands(started):
+    for text in workflow_commands(run):
         reporter.write_line(encodable(clean(text)))
 
 
@@ -171,7 +173,7 @@ def _view(config: pytest.Config) -> View:
     return View(_verbosity(config), int(config.get_terminal_writer().fullwidth))
 
 
-def log_lines(started: Started | LeftAlone, config: pytest.Config) -> None:
+def log_header(header: Header, config: pytest.Config) -> None:
     """The lines at default verbosity, whatever the terminal's, to the logger `pytest_gpushare`.
 
     The logger has a level of its own, as the root's default would drop INFO.
@@ -180,7 +182,7 @@ def log_lines(started: Started | LeftAlone, config: pytest.Config) -> None:
     before = logger.level
     logger.setLevel(logging.INFO)
     config.add_cleanup(lambda: logger.setLevel(before))
-    for line in header(started, max(0, _verbosity(config))):
+    for line in header(max(0, _verbosity(config))):
         _log(logger, line)
 
 

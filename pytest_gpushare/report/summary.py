@@ -14,17 +14,17 @@ from pytest_gpushare.ollama.models import LoadedModel
 from pytest_gpushare.ollama.monitor import Neighbour
 from pytest_gpushare.planning.plan import DevicePlan
 from pytest_gpushare.report.advice import Leak, hints, leaks
-from pytest_gpushare.session.run import Started
-from pytest_gpushare.session.sampling import Watched
-from pytest_gpushare.session.tests import Test
-from pytest_gpushare.session.workers import Member
+from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.session.sampling import DeviceSamples
+from pytest_gpushare.session.tests import RecordedTest
+from pytest_gpushare.session.workers import WorkerRecord
 from pytest_gpushare.text import printable
 from pytest_gpushare.units import MB, format_gb, plural
 
 if TYPE_CHECKING:
     from pytest_gpushare.events import Event
     from pytest_gpushare.ollama.spill import Spill
-    from pytest_gpushare.session.run import Started
+    from pytest_gpushare.session.run import ActiveRun
 
 
 class Line(NamedTuple):
@@ -45,16 +45,16 @@ class View(NamedTuple):
 _MOST_NAMES = 3
 
 
-def routing(started: Started) -> Iterator[Line]:
+def routing(run: ActiveRun) -> Iterator[Line]:
     """What went elsewhere than its marker says, and what was skipped for it."""
-    parity, marker = started.parity, started.settings.marker
+    parity, marker = run.routing.differences, run.settings.marker
     if parity is None:
         return
     lost = parity.lost
     if lost:
         names = [f"{skip.nodeid} ({skip.reason[:80]})" for skip in lost[:_MOST_NAMES]]
         more = f", and {len(lost) - len(names)} more" if len(lost) > len(names) else ""
-        kind = " (an error under --gpu-share-strict)" if started.strict else ""
+        kind = " (an error under --gpu-share-strict)" if run.strict else ""
         yield Line(
             "gpu-share: skipped on CPU workers for want of a GPU: "
             f"{plural(len(lost), 'test')}; mark with {marker} what needs one: "
@@ -79,10 +79,10 @@ MOST = 10
 """Tests that are told one by one."""
 
 
-def out_of_memory(started: Started) -> Iterator[Line]:
+def out_of_memory(run: ActiveRun) -> Iterator[Line]:
     """Each test that ran out of memory: beside whom, and how it went alone."""
-    again = {event.facts["nodeid"]: event for event in started.record.events("oom-retried")}
-    found = started.record.events("oom")
+    again = {event.facts["nodeid"]: event for event in run.record.events("oom-retried")}
+    found = run.record.events("oom")
     texts = [_sentence(event, again.get(event.facts["nodeid"])) for event in found]
     yield from _first(texts, "ran out of VRAM: see their reports", problem=True)
 
@@ -94,25 +94,23 @@ def _sentence(event: Event, again: Event | None) -> str:
     return f"{event.text}; {alone}"
 
 
-def needs_exceeded(started: Started) -> Iterator[Line]:
+def needs_exceeded(run: ActiveRun) -> Iterator[Line]:
     """Tests that took more than they were admitted with: their neighbours pay for it."""
-    texts = [
-        f"{text}: raise it, or let it be learned" for text in _latest(started, "need-exceeded")
-    ]
+    texts = [f"{text}: raise it, or let it be learned" for text in _latest(run, "need-exceeded")]
     yield from _first(texts, "took more VRAM than their needs", problem=True)
 
 
-def needs_changed(started: Started) -> Iterator[Line]:
+def needs_changed(run: ActiveRun) -> Iterator[Line]:
     """Tests that took another amount than the one by which they are packed."""
     # Elsewhere nothing is admitted by what was learned, and nobody has to know.
-    if "packed" in started.settings.presets:
-        texts = [f"{text}: learned anew" for text in _latest(started, "need-changed")]
+    if "packed" in run.settings.presets:
+        texts = [f"{text}: learned anew" for text in _latest(run, "need-changed")]
         yield from _first(texts, "took other VRAM than when they last ran", problem=False)
 
 
-def _latest(started: Started, kind: str) -> list[str]:
+def _latest(run: ActiveRun, kind: str) -> list[str]:
     """The last event of this kind of each test, in words."""
-    found = {event.facts["nodeid"]: event for event in started.record.events(kind)}
+    found = {event.facts["nodeid"]: event for event in run.record.events(kind)}
     return [event.text for event in found.values()]
 
 
@@ -238,7 +236,7 @@ class Usage(NamedTuple):
     """Bytes in use at most, by whomever."""
     peak_workers: int | None
     """Bytes that the workers held together at most; None where NVML does not tell."""
-    watched: Watched
+    watched: DeviceSamples
 
     @property
     def grown(self) -> int:
@@ -246,40 +244,40 @@ class Usage(NamedTuple):
         return max(0, self.peak_used - self.plan.device.used)
 
 
-def usages(started: Started) -> list[Usage]:
+def usages(run: ActiveRun) -> list[Usage]:
     """The devices that were watched."""
-    watched = {} if started.watch is None else started.watch.devices
+    watched = {} if run.sampler is None else run.sampler.devices
     return [
         Usage(plan, found.peak_used, found.peak_workers, found)
-        for plan in started.plan.devices
+        for plan in run.plan.devices
         if (found := watched.get(plan.device.uuid)) is not None and found.peak_used is not None
     ]
 
 
-def hungriest(started: Started, most: int = HUNGRIEST) -> list[Test]:
+def hungriest(run: ActiveRun, most: int = HUNGRIEST) -> list[RecordedTest]:
     """The tests that used the most VRAM, those alone of which that is known."""
-    known = [test for test in started.journal if test.peak is not None]
+    known = [test for test in run.tests if test.peak is not None]
     return sorted(known, key=lambda t: (-t.peak.size if t.peak else 0, t.nodeid))[:most]
 
 
-def usage_lines(started: Started, view: View) -> Iterator[Line]:
+def usage_lines(run: ActiveRun, view: View) -> Iterator[Line]:
     """Devices, leaks and hints; from -v also workers and the hungriest tests; nothing at -q."""
     if view.verbosity < 0:
         return
-    members = [member for member in started.crew if member.role == "gpu"]
+    members = [member for member in run.workers if member.role == "gpu"]
     peaks = [member for member in members if member.peak is not None]
-    devices = [use for use in usages(started) if use.grown > WORTH_TELLING]
+    devices = [use for use in usages(run) if use.grown > WORTH_TELLING]
     if not devices and not peaks:
         return
     for use in devices:
         yield _device(use, view, any(m.device == use.plan.device.uuid for m in peaks))
     if view.verbosity >= 1:
         for member in members:
-            yield _worker(member, started)
-        for test in hungriest(started):
+            yield _worker(member, run)
+        for test in hungriest(run):
             yield Line(_test(test, view))
-    yield from _leaks(leaks(started), view)
-    for hint in hints(started):
+    yield from _leaks(leaks(run), view)
+    for hint in hints(run):
         yield Line(f"gpu-share: hint: {hint.text}")
 
 
@@ -298,16 +296,16 @@ def _device(use: Usage, view: View, counted: bool) -> Line:
     return Line(text, problem=over)
 
 
-def _worker(member: Member, started: Started) -> Line:
+def _worker(member: WorkerRecord, run: ActiveRun) -> Line:
     label = next(
-        plan.device.label for plan in started.plan.devices if plan.device.uuid == member.device
+        plan.device.label for plan in run.plan.devices if plan.device.uuid == member.device
     )
     crashed = ", crashed" if member.crashed else ""
     peak = member.peak
     if peak is None:
         return Line(f"  {member.id} on {label}: VRAM peak unknown{crashed}")
     least = "" if peak.exact else "at least "
-    if started.has_needs:
+    if run.has_needs:
         # Tests are admitted by their needs, which may be more than a slot.
         return Line(f"  {member.id} on {label}: VRAM peak {least}{format_gb(peak.size)}{crashed}")
     return Line(
@@ -316,7 +314,7 @@ def _worker(member: Member, started: Started) -> Line:
     )
 
 
-def _test(test: Test, view: View) -> str:
+def _test(test: RecordedTest, view: View) -> str:
     assert test.peak is not None
     least = "" if test.peak.exact else "at least "
     text = f"  VRAM {least}{format_gb(test.peak.size)}: "

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 from pytest_gpushare.gpu.attribution import Holding, holding
 
 if TYPE_CHECKING:
-    from pytest_gpushare.session.run import Started
+    from pytest_gpushare.events import Record
+    from pytest_gpushare.gpu.sampler import LiveVram
+    from pytest_gpushare.planning.plan import Plan
+    from pytest_gpushare.wire import Links
 
 
 LATE = 30.0
@@ -35,11 +38,21 @@ class _Request:
     granted: bool = False
 
 
-class Alone:
+class ExclusiveAccess:
     """Who has which device alone, who waits for that, and who rests for it."""
 
-    def __init__(self, started: Started) -> None:
-        self._started = started
+    def __init__(
+        self,
+        plan: Plan,
+        live: LiveVram | None,
+        links: Links,
+        record: Record,
+        *,
+        patience: float,
+    ) -> None:
+        """`patience`: seconds for which the other workers may finish their tests."""
+        self._plan, self._live, self._links, self._record = plan, live, links, record
+        self._patience = patience
         self._lock = threading.RLock()
         self._devices: dict[str, frozenset[str]] = {}
         self._pids: dict[str, int] = {}
@@ -48,7 +61,6 @@ class Alone:
         self._resting: dict[str, tuple[int, bool]] = {}
         """Worker -> (number of the request to rest, whether it has said that it does)."""
         self._number = 0
-        links = started.links
         links.on("here", self._here)
         links.on("oom", self._ran_out)
         links.on("quiet", self._quiet)
@@ -79,10 +91,9 @@ class Alone:
     def _ran_out(self, worker: str, told: Mapping[str, Any]) -> None:
         """Note who holds what at this moment, and say whether the test may run alone."""
         nodeid, own = str(told["nodeid"]), self._devices.get(worker) or self._itself()
-        labels = {d.device.uuid: d.device.label for d in self._started.plan.devices}
+        labels = {d.device.uuid: d.device.label for d in self._plan.devices}
         found = [
-            holding(self._started.live, uuid, labels.get(uuid, uuid), self._pids)
-            for uuid in sorted(own)
+            holding(self._live, uuid, labels.get(uuid, uuid), self._pids) for uuid in sorted(own)
         ]
         text = "; ".join(each.text(worker) for each in found)
         with self._lock:
@@ -94,14 +105,14 @@ class Alone:
                 "verdict": "wait" if shared else "no",
                 "text": text,
                 # Its neighbours finish their tests first.
-                "patience": float(self._started.settings.pressure_timeout),
+                "patience": self._patience,
             }
-            self._started.links.send(worker, "alone", answer)
+            self._links.send(worker, "alone", answer)
             if shared:
                 self._queue.append(_Request(worker, own, late))
                 self._go_on()
         free = [each.memory.free for each in found if each.memory is not None]
-        self._started.record.note(
+        self._record.note(
             "oom",
             f"{nodeid} {'ran out of VRAM beside others' if shared else 'ran out of VRAM'}: {text}",
             nodeid=nodeid,
@@ -126,13 +137,13 @@ class Alone:
             self._go_on()
         if told.get("ran"):
             nodeid, outcome = str(told["nodeid"]), str(told["outcome"])
-            self._started.record.note(
+            self._record.note(
                 "oom-retried", f"{nodeid} {outcome} alone", nodeid=nodeid, outcome=outcome
             )
 
     def _itself(self) -> frozenset[str]:
         """The devices of a run without workers."""
-        return frozenset(slot.device.uuid for slot in self._started.plan.slots[:1])
+        return frozenset(slot.device.uuid for slot in self._plan.slots[:1])
 
     def _neighbours(self, worker: str, devices: frozenset[str]) -> list[str]:
         return [other for other, own in self._devices.items() if other != worker and own & devices]
@@ -153,10 +164,10 @@ class Alone:
         for worker in sorted(wanted - self._resting.keys()):
             self._number += 1
             self._resting[worker] = (self._number, False)
-            self._started.links.send(worker, "pause", self._number)
+            self._links.send(worker, "pause", self._number)
         for worker in self._resting.keys() - wanted:
             number, _ = self._resting.pop(worker)
-            self._started.links.send(worker, "resume", number)
+            self._links.send(worker, "resume", number)
 
     def _rests(self, worker: str, waiting: set[str]) -> bool:
         return worker in waiting or self._resting.get(worker, (0, False))[1]
@@ -167,12 +178,12 @@ class Alone:
             name = "gpu-share-late-vram"
             threading.Thread(target=self._wait_for, args=(request,), name=name, daemon=True).start()
         else:
-            self._started.links.send(request.worker, "alone", self._go(request))
+            self._links.send(request.worker, "alone", self._go(request))
 
     def _go(self, request: _Request) -> dict[str, Any]:
         budgets = [
             planned.budget
-            for planned in self._started.plan.devices
+            for planned in self._plan.devices
             if planned.device.uuid in request.devices
         ]
         return {"verdict": "go", "budget": min(budgets, default=0)}
@@ -184,10 +195,10 @@ class Alone:
             time.sleep(0.1)
         with self._lock:
             if request in self._queue:
-                self._started.links.send(request.worker, "alone", self._go(request))
+                self._links.send(request.worker, "alone", self._go(request))
 
     def _held_by_the_gone(self, devices: frozenset[str]) -> bool:
-        found = [holding(self._started.live, uuid, uuid, self._pids) for uuid in devices]
+        found = [holding(self._live, uuid, uuid, self._pids) for uuid in devices]
         return self._late(found)
 
     def _late(self, found: Iterable[Holding]) -> bool:

@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.gpu.devices import Device
-from pytest_gpushare.ollama.models import LoadedModel, ModelFacts
+from pytest_gpushare.gpu.devices import Device, GpuFacts
+from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
 from pytest_gpushare.ollama.prediction import CUDA_CONTEXT, Server
+from pytest_gpushare.text import read_regular
 from pytest_gpushare.units import MB, MOST_VRAM, format_gb
 
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_gpushare.session.run import Started
+    from pytest_gpushare.session.run import ActiveRun
 
 
 FILE = "needs.json"
@@ -67,19 +68,19 @@ def recall_needs(config: pytest.Config, device: str) -> dict[str, Learned]:
     return _sensible(_read(path).get(device)) if path is not None else {}
 
 
-class Profile:
+class NeedsRecorder:
     """Hears what tests take, and keeps it at the end of the run."""
 
-    def __init__(self, started: Started, config: pytest.Config) -> None:
-        self._started = started
+    def __init__(self, run: ActiveRun, config: pytest.Config) -> None:
+        self._run = run
         self._config = config
         self._found: dict[str, dict[str, Learned]] = {}
         """Device's name -> node id -> what was learned in this run."""
         self._before: dict[str, dict[str, Learned]] = {}
         self._heard_of: set[str] = set()
         """Tests whose workers have told how long they took."""
-        self._names = {slot.device.uuid: slot.device.name for slot in started.plan.slots}
-        started.links.on("test", self._heard)
+        self._names = {slot.device.uuid: slot.device.name for slot in run.plan.slots}
+        run.links.on("test", self._heard)
 
     def start(self) -> None:
         """Read what earlier runs kept; nothing is written before the end."""
@@ -100,7 +101,7 @@ class Profile:
         try:
             _write(path, kept)
         except OSError as error:
-            self._started.notes.append(f"what the tests took could not be kept in {path}: {error}")
+            self._run.notes.append(f"what the tests took could not be kept in {path}: {error}")
 
     def learned(self, device: str) -> Mapping[str, Learned]:
         """What earlier runs kept of this model of device."""
@@ -125,18 +126,18 @@ class Profile:
 
     def _look_up(self) -> None:
         """Take from the journal what no worker's frameworks have told of the tests that passed."""
-        for test in self._started.journal:
+        for test in self._run.tests:
             if test.outcome != "passed" or test.start is None or test.end is None:
                 continue
-            device = self._names.get(self._started.device_of(test.worker) or "", "")
+            device = self._names.get(self._run.device_of(test.worker) or "", "")
             if device and test.peak is not None and test.peak.source == "nvml":
-                size = test.peak.size - self._started.context_of(device)
+                size = test.peak.size - self._run.context_of(device)
                 self.at_least(device, test.nodeid, max(0, size))
             if test.nodeid not in self._heard_of:
                 self.took(test.nodeid, max(0.0, test.end - test.start), device)
 
     def _heard(self, worker: str, told: Mapping[str, Any]) -> None:
-        device = self._started.device_of(worker)
+        device = self._run.device_of(worker)
         name = self._names.get(device or "")
         if name is not None:
             self._compare(name, told)
@@ -154,10 +155,10 @@ class Profile:
         need, peak = told.get("need"), told["peak"]
         if not need or not peak:
             return
-        took = peak + self._started.context_of(device)
+        took = peak + self._run.context_of(device)
         if _differ(need, took) and took > need:
             nodeid = str(told["nodeid"])
-            self._started.record.note(
+            self._run.record.note(
                 "need-exceeded",
                 f"{nodeid} took {format_gb(took)} of VRAM, its need was {format_gb(need)}",
                 nodeid=nodeid,
@@ -172,7 +173,7 @@ class Profile:
         old = before.peak if before is not None else None
         new = _joined(old, peak, exact)
         if before is not None and old is not None and new is not None and _differ(old, new):
-            self._started.record.note(
+            self._run.record.note(
                 "need-changed",
                 f"{nodeid} took {format_gb(new)} of VRAM, {format_gb(old)} when it last ran"
                 f" ({before.date})",
@@ -211,14 +212,11 @@ def _path(config: pytest.Config) -> Path | None:
 def _read(path: Path) -> dict[str, Any]:
     """Device's name -> what stands there; empty where the file is none of ours."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        with path.open("rb") as file:
-            text = file.read(_MOST_BYTES + 1)
-        if len(text) <= _MOST_BYTES:
-            found = json.loads(text)
-            if isinstance(found, dict) and found.get("version") == _VERSION:
-                devices = found.get("devices")
-                if isinstance(devices, dict):
-                    return devices
+        found = json.loads(read_regular(path, _MOST_BYTES))
+        if isinstance(found, dict) and found.get("version") == _VERSION:
+            devices = found.get("devices")
+            if isinstance(devices, dict):
+                return devices
     return {}
 
 
@@ -255,18 +253,18 @@ HAS_NEEDS_KEY = "gpushare/has_needs"
 """Whether tests of this suite have needs of their own, in pytest's cache."""
 
 
-class Lessons:
+class LearnedNeeds:
     """Node id -> need and duration, on the devices of this run."""
 
-    def __init__(self, started: Started, config: pytest.Config) -> None:
-        names = dict.fromkeys(slot.device.name for slot in started.plan.slots)
+    def __init__(self, run: ActiveRun, config: pytest.Config) -> None:
+        names = dict.fromkeys(slot.device.name for slot in run.plan.slots)
         self._by_context: list[tuple[int, Mapping[str, Learned]]] = [
-            (started.context_of(name), recall_needs(config, name)) for name in names
+            (run.context_of(name), recall_needs(config, name)) for name in names
         ]
         # Under no device: how long tests took on CPU workers.
         self._by_context.append((0, recall_needs(config, "")))
         # Slots are as large as needs where the plan does not pack: nothing would be gained.
-        self._packs = "packed" in started.settings.presets
+        self._packs = "packed" in run.settings.presets
 
     def __call__(self, nodeid: str) -> tuple[int | None, float | None]:
         """Bytes, of several models of device the most, and seconds."""
@@ -281,18 +279,16 @@ class Lessons:
         return max(needs, default=None), max(durations, default=None)
 
 
-def may_have_needs(started: Started, config: pytest.Config) -> bool:
+def may_have_needs(settings: Settings, config: pytest.Config) -> bool:
     """Whether tests may have needs of their own, which no slot must cap.
 
     Markers are known only once tests are collected, long after workers have got their caps:
     what an earlier run saw has to do.
     """
-    settings = started.settings
     means = {name for alias in settings.markers for name, _ in alias.meanings}
     if settings.vram or "vram" in means or "packed" in settings.presets:
         return True
-    cache = getattr(config, "cache", None)
-    return cache is not None and cache.get(HAS_NEEDS_KEY, None) is True
+    return stored(config, HAS_NEEDS_KEY) is True
 
 
 def remember_needs(config: pytest.Config) -> None:
@@ -302,46 +298,93 @@ def remember_needs(config: pytest.Config) -> None:
         cache.set(HAS_NEEDS_KEY, True)
 
 
-OLLAMA_SIZES_KEY = "gpushare/ollama"
-"""Key of `Server.key` -> bytes of VRAM, in pytest's cache."""
-
-_MOST_ENTRIES = 64
-_MOST_SIZES_BYTES = 256 * 1024
-
-
-def recall_ollama_sizes(config: pytest.Config) -> dict[str, int]:
-    """The sizes that earlier runs saw, in bytes; what makes no sense is left out.
+def stored(config: pytest.Config, key: str) -> object:
+    """The value of a key in pytest's cache; None where there is none.
 
     The plan is made before pytest opens its cache, so the file is read where the cache keeps it.
     """
     try:
         directory = os.path.expandvars(str(config.getini("cache_dir")))
         if getattr(config.known_args_namespace, "cacheclear", False):
-            return {}
+            return None
         # pathlib would have it otherwise where the directory is absolute, as pytest does.
-        path = Path(
-            config.rootpath, Path(directory).expanduser(), "v", *OLLAMA_SIZES_KEY.split("/")
-        )
-        with path.open("rb") as file:
-            return _sensible_sizes(json.loads(file.read(_MOST_SIZES_BYTES)))
+        path = Path(config.rootpath, Path(directory).expanduser(), "v", *key.split("/"))
+        return json.loads(read_regular(path, _MOST_STORED_BYTES))
     except (OSError, ValueError, RecursionError, RuntimeError):
         # Also where the cache is switched off: its setting is unknown then.
+        return None
+
+
+CONTEXTS_KEY = "gpushare/contexts"
+"""Device name -> bytes of a CUDA context, in pytest's cache."""
+
+LOWEST_CONTEXT, HIGHEST_CONTEXT = 100 * MB, 1024 * MB
+"""Bytes that a context may come to; beyond, something else was held at that moment."""
+
+
+def recall_contexts(config: pytest.Config) -> dict[str, int]:
+    """Device name -> bytes of a CUDA context, from earlier runs; only sensible figures."""
+    found = stored(config, CONTEXTS_KEY)
+    if not isinstance(found, dict):
         return {}
+    return {
+        name: size
+        for name, size in found.items()
+        if type(size) is int and LOWEST_CONTEXT <= size <= HIGHEST_CONTEXT
+    }
 
 
-def keep_ollama_sizes(config: pytest.Config, started: Started) -> None:
-    """Keep what this run saw for later ones; the newest counts, as a new Ollama may differ."""
-    at_start = used_by(started.ollama.models, started.gpus.all_devices)
-    found = (
-        sighting(
-            model,
-            at_start if used is None and model in started.ollama.models else used,
-            started.settings,
-            started.ollama.relied_on,
+def keep_context(config: pytest.Config, name: str, size: object) -> None:
+    """Keep a measured context for the next run; the last one counts."""
+    cache = getattr(config, "cache", None)
+    if cache is None or type(size) is not int or not LOWEST_CONTEXT <= size <= HIGHEST_CONTEXT:
+        return
+    before = recall_contexts(config)
+    if size != before.get(name):
+        cache.set(CONTEXTS_KEY, {**before, name: size})
+
+
+OLLAMA_SIZES_KEY = "gpushare/ollama"
+"""Key of `Server.key` -> bytes of VRAM, in pytest's cache."""
+
+_MOST_ENTRIES = 64
+_MOST_STORED_BYTES = 256 * 1024
+
+
+def recall_ollama_sizes(config: pytest.Config) -> dict[str, int]:
+    """The sizes that earlier runs saw, in bytes; what makes no sense is left out."""
+    return _sensible_sizes(stored(config, OLLAMA_SIZES_KEY))
+
+
+class ModelSizes:
+    """What loaded models take, as this run sees it; any thread may add to it."""
+
+    def __init__(self, settings: Settings, gpus: GpuFacts, ollama: OllamaFacts) -> None:
+        self._settings, self._gpus, self._ollama = settings, gpus, ollama
+        self._seen: dict[tuple[str, int | None], tuple[LoadedModel, int | None]] = {}
+        """(digest, context) -> the model, and the bytes of its process."""
+        for model in ollama.models:
+            self.saw(model)
+
+    def saw(self, model: LoadedModel, used: int | None = None) -> None:
+        """A model is loaded; `used`: bytes of its process, where NVML shows them."""
+        _, before = self._seen.get((model.digest, model.context), (model, None))
+        most = max(before or 0, used or 0) or None
+        self._seen[model.digest, model.context] = model, most
+
+    def keep(self, config: pytest.Config) -> None:
+        """Write the sizes for later runs; the newest counts, as a new Ollama may differ."""
+        at_start = used_by(self._ollama.models, self._gpus.all_devices)
+        found = (
+            sighting(
+                model,
+                at_start if used is None and model in self._ollama.models else used,
+                self._settings,
+                self._ollama.relied_on,
+            )
+            for model, used in list(self._seen.values())
         )
-        for model, used in list(started.sightings.values())
-    )
-    _add(config, dict(pair for pair in found if pair is not None))
+        _add(config, dict(pair for pair in found if pair is not None))
 
 
 def _add(config: pytest.Config, seen: Mapping[str, int]) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_gpushare.gpu.host import identity, is_same_process
 
 if TYPE_CHECKING:
-    from pytest_gpushare.session.run import Started
+    from pytest_gpushare.wire import Links
 
 
 HELLO = "hello"
@@ -60,16 +60,16 @@ def folder() -> Path:
     return Path(tempfile.gettempdir(), f"pytest-gpushare{user}")
 
 
-class Presence:
+class SessionRecord:
     """The file of this session, written anew when a worker comes; a service of the run."""
 
-    def __init__(self, started: Started, root: Path) -> None:
+    def __init__(self, links: Links, root: Path) -> None:
         self._root = root
         self._workers: dict[str, dict[str, Any]] = {}
         self._changed = threading.Condition()
         self._dirty = self._stopped = False
         self._path: Path | None = None
-        started.links.on(HELLO, self._heard)
+        links.on(HELLO, self._heard)
 
     def start(self) -> None:
         """Take away what dead sessions left; say that this one runs."""

@@ -15,7 +15,7 @@ from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Owners, Teller
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.sampler import MOST_ROWS, RECENT_ROWS, Parts, Reading, Series
-from pytest_gpushare.session.workers import Crew
+from pytest_gpushare.session.workers import Workers
 
 INTERVAL = 0.2
 """Seconds between readings of a device's memory: 12 microseconds for the driver."""
@@ -38,7 +38,7 @@ class Vram(Protocol):
         """Processes by device."""
 
 
-class Watched:
+class DeviceSamples:
     """One device while it is watched; sizes in bytes."""
 
     def __init__(self, owners: Owners, most_rows: int) -> None:
@@ -55,24 +55,23 @@ def rows_for(devices: int) -> int:
     return min(MOST_ROWS, max(2 * RECENT_ROWS, _MOST_ROWS_OF_ALL // max(1, devices)))
 
 
-class Watch:
+class Sampler:
     """A service that samples the devices of the plan until it is stopped."""
 
     def __init__(
         self,
         live: Vram,
         devices: Sequence[str],
-        crew: Crew,
+        workers: Workers,
         record: Record,
-        clock: Callable[[], float] = time.monotonic,
         resident: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         """`resident`: UUID -> bytes of Ollama by its own word, where NVML tells nothing."""
         self._resident = resident
-        self._live, self._crew, self._record, self._clock = live, crew, record, clock
+        self._live, self._workers, self._record, self._clock = live, workers, record, record.clock
         self._owners = Owners()
         most = rows_for(len(devices))
-        self.devices = {uuid: Watched(self._owners, most) for uuid in devices}
+        self.devices = {uuid: DeviceSamples(self._owners, most) for uuid in devices}
         self.cpu_time = 0.0
         """Seconds of CPU time of the sampling thread."""
         self._last_processes = float("-inf")
@@ -94,8 +93,8 @@ class Watch:
     def last_look(self) -> None:
         """All fixtures are torn down and the workers still there: what do they hold now?"""
         begun = self._clock()
-        self.sample(processes=True, workers=self._crew.not_crashed())
-        for member in self._crew:
+        self.sample(processes=True, workers=self._workers.not_crashed())
+        for member in self._workers:
             if member.readings and member.readings[-1][0] >= self._record.since_start(begun):
                 member.kept = member.readings[-1][1]
 
@@ -109,7 +108,7 @@ class Watch:
 
     def sample(self, *, processes: bool, workers: Mapping[int, str] | None = None) -> None:
         """One row for each device; process lists when they are due, or asked for."""
-        workers = self._crew.at_work() if workers is None else workers
+        workers = self._workers.at_work() if workers is None else workers
         with self._lock:
             since = self._clock() - self._last_processes
             if not workers:
@@ -158,14 +157,14 @@ class Watch:
         )
 
     def _tell(self, at: float, held: Mapping[str, int], present: set[str]) -> None:
-        for member in self._crew:
+        for member in self._workers:
             # Only where the own device tells by process is 0 a figure.
             watched = self.devices.get(member.device or "")
             if watched is None or watched.parts.workers is None or member.id not in present:
                 continue
-            self._crew.read(member, at, held.get(member.id, 0))
+            self._workers.read(member, at, held.get(member.id, 0))
 
-    def _parts(self, uuid: str, used: int, watched: Watched) -> Parts:
+    def _parts(self, uuid: str, used: int, watched: DeviceSamples) -> Parts:
         if watched.parts.ollama is not None:
             return watched.parts
         said = self._resident().get(uuid)

@@ -1,8 +1,4 @@
-"""Who holds VRAM now: Ollama, each worker with all that it started, and everybody else.
-
-By PID where NVML tells. It does not under WDDM and WSL 2; and in a container it may name
-processes of the host, whose numbers mean nothing there.
-"""
+"""What runs beside the tests: the services of a run, and the monitor of Ollama among them."""
 
 from __future__ import annotations
 
@@ -10,11 +6,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
-import pytest
-
-from pytest_gpushare.events import Event
 from pytest_gpushare.gpu.attribution import Held
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess
 from pytest_gpushare.gpu.host import parent_of
@@ -22,20 +15,61 @@ from pytest_gpushare.gpu.sampler import MEMORY_AGE, PROCESSES_AGE, LiveVram
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.monitor import Guard
 from pytest_gpushare.ollama.reservation import devices_of_ollama, resident_bytes
-from pytest_gpushare.planning.placement import NUMBER
-from pytest_gpushare.session.run import LeftAlone, Started, name_of
-from pytest_gpushare.session.tests import Told
-from pytest_gpushare.wire import ITSELF
 
 if TYPE_CHECKING:
-    import pytest
-
-    from pytest_gpushare.gpu.attribution import Held
-    from pytest_gpushare.gpu.devices import Device
-    from pytest_gpushare.gpu.sampler import LiveVram
-    from pytest_gpushare.ollama.models import LoadedModel
     from pytest_gpushare.ollama.monitor import Neighbour
-    from pytest_gpushare.session.run import Started
+    from pytest_gpushare.session.run import ActiveRun
+
+
+class Service(Protocol):
+    """Something that runs beside the tests, from before the first to after the last."""
+
+    def start(self) -> None:
+        """Begin; threads are daemons."""
+
+    def stop(self) -> None:
+        """End within a second or so, and leave nothing behind."""
+
+
+class Services:
+    """The services of one run, in the order in which they start."""
+
+    def __init__(self, services: Iterable[Service], problem: Callable[[str], object]) -> None:
+        """`problem` is called with a sentence for each that could not start or stop."""
+        self._services = list(services)
+        self._problem = problem
+
+    def start(self) -> None:
+        """Start all; one that fails is reported and left out."""
+        for service in list(self._services):
+            try:
+                service.start()
+            except Exception as error:
+                self._services.remove(service)
+                self._problem(f"{_name(service)} could not start: {error}")
+
+    def add(self, service: Service) -> None:
+        """Start one more, and stop it before the others."""
+        service.start()
+        self._services.append(service)
+
+    def runs(self, service: Service) -> bool:
+        """Whether a service has not been stopped."""
+        return service in self._services
+
+    def stop(self) -> None:
+        """Stop all, the last first; harmless when called twice."""
+        while self._services:
+            service = self._services.pop()
+            try:
+                service.stop()
+            except Exception as error:
+                self._problem(f"{_name(service)} could not stop: {error}")
+
+
+def _name(service: Service) -> str:
+    """The name of a service in messages."""
+    return type(service).__name__.lower()
 
 
 CONTROLLER = "controller"
@@ -152,27 +186,27 @@ def _seen_of_ollama(processes: Sequence[GpuProcess] | None) -> int | None:
     return sum(known) if known and len(known) == len(sizes) else None
 
 
-def guard_of(started: Started) -> Guard | None:
-    """The guard of a run; None where no server is asked, or none that holds VRAM here."""
-    ollama, live = started.ollama, started.live
+def monitor_for(run: ActiveRun) -> Guard | None:
+    """The monitor of Ollama; None where no server is asked, or none that holds VRAM here."""
+    ollama, live = run.ollama, run.live
     if not (ollama.asked and ollama.on_this_host) or ollama.server is None or live is None:
         return None
-    known = devices_of_ollama(started.settings.ollama_gpu, started.gpus)
+    known = devices_of_ollama(run.settings.ollama_gpu, run.gpus)
     if known == ():
         return None
-    return Guard(ollama.server, lambda: _open_book(started, live, known))
+    return Guard(ollama.server, lambda: _open_book(run, live, known))
 
 
-def _open_book(started: Started, live: LiveVram, known: Sequence[Device] | None) -> Neighbour:
-    # Imported in the guard's thread, as the workers start meanwhile.
+def _open_book(run: ActiveRun, live: LiveVram, known: Sequence[Device] | None) -> Neighbour:
+    # Imported in the monitor's thread, as the workers start meanwhile.
     from pytest_gpushare.ollama.monitor import Neighbour
     from pytest_gpushare.ollama.spill import Promise
 
-    holders = Holders(started.gpus, known, live, started.crew.at_work)
-    may_use = {d.uuid for d in (started.gpus.all_devices if known is None else known)}
-    models = started.ollama.models if started.ollama.answered else None
+    holders = Holders(run.gpus, known, live, run.workers.at_work)
+    may_use = {d.uuid for d in (run.gpus.all_devices if known is None else known)}
+    models = run.ollama.models if run.ollama.answered else None
     budgets = dict.fromkeys(may_use, 0)
-    for slot in started.plan.slots:
+    for slot in run.plan.slots:
         if slot.device.uuid in may_use:
             budgets[slot.device.uuid] += slot.vram
 
@@ -182,111 +216,12 @@ def _open_book(started: Started, live: LiveVram, known: Sequence[Device] | None)
     promise = Promise(
         start=_only(may_use, holders.at_start(models or ())),
         budgets=budgets,
-        reservation=max((d.reservation for d in started.plan.devices), default=0),
-        safety_buffer=int(started.settings.safety_buffer),
-        needed=started.plan.needed,
+        reservation=max((d.reservation for d in run.plan.devices), default=0),
+        safety_buffer=int(run.settings.safety_buffer),
+        needed=run.plan.needed,
     )
-    return Neighbour(models, promise, look, started.record, started.saw)
+    return Neighbour(models, promise, look, run.record, run.model_sizes.saw)
 
 
 def _only(uuids: set[str], devices: Mapping[str, Held]) -> Mapping[str, Held]:
     return {uuid: held for uuid, held in devices.items() if uuid in uuids}
-
-
-class Observer:
-    """Hooks that are registered only where a plan was made."""
-
-    def __init__(self, started: Started) -> None:
-        self._started = started
-        self._began = started.record.began_at
-        self._passed = started.journal.passed
-        self._marker = getattr(started.settings, "marker", "gpu")
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_configure_node(self, node: Any) -> None:
-        """A worker is about to start."""
-        number = node.gateway.spec.env.get(NUMBER, "")
-        self._started.crew.join(
-            node.gateway.id, int(number) if number.isdigit() else None, self._started.record.now()
-        )
-
-    @pytest.hookimpl(optionalhook=True, tryfirst=True)
-    def pytest_testnodedown(self, node: Any, error: object) -> None:
-        """A worker has finished, or died."""
-        crashed = error is not None and not hasattr(node, "workeroutput")
-        started = self._started
-        started.crew.leave(node.gateway.id, started.record.now(), crashed=crashed)
-        if crashed:
-            started.record.note(
-                "worker-crashed", f"{node.gateway.id} crashed", worker=node.gateway.id
-            )
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A phase of a test has ended."""
-        node = getattr(report, "node", None)
-        worker = ITSELF if node is None else node.gateway.id
-        start, end = report.start - self._began, report.stop - self._began
-        marked = self._marker in report.keywords
-        expected_to_fail = hasattr(report, "wasxfail")
-        if (
-            report.outcome == "passed"
-            and not expected_to_fail
-            and self._passed(worker, report.nodeid, report.when, start, end, marked)
-        ):
-            return
-        self._started.journal.told(
-            worker,
-            Told(
-                report.nodeid,
-                str(report.when),
-                report.outcome,
-                expected_to_fail,
-                start,
-                end,
-                marked,
-            ),
-        )
-
-
-def observe(
-    started: Started | LeftAlone, config: pytest.Config, listener: Callable[[Event], object]
-) -> None:
-    """Follow the tests of a run that has a plan; its own process is a worker where it has none.
-
-    `listener` is called with each event at once.
-    """
-    if isinstance(started, LeftAlone):
-        return
-    config.pluginmanager.register(Observer(started), "gpu-share-observer")
-    started.record.listen(listener)
-    if started.plan.request.in_process:
-        started.crew.join(ITSELF, None if started.unplaced else 0, started.record.now())
-        started.crew.came_up(ITSELF, os.getpid())
-
-
-def begin(started: Started | LeftAlone, config: pytest.Config) -> None:
-    """Start it; what fails is told and left out."""
-    if not isinstance(started, Started):
-        return
-    if not started.gpus.simulated:
-        from pytest_gpushare.session.registry import Presence
-
-        # Lets `pytest-gpushare watch` see this session; a what-if has nothing to see.
-        started.services.append(Presence(started, config.rootpath))
-    started.guard = guard_of(started)
-    if started.guard is not None:
-        started.services.append(started.guard)
-    if started.live is not None and started.plan.devices:
-        from pytest_gpushare.session.sampling import Watch
-
-        uuids = [planned.device.uuid for planned in started.plan.devices]
-        started.watch = Watch(
-            started.live, uuids, started.crew, started.record, resident=started.resident
-        )
-        started.services.insert(0, started.watch)
-    for service in list(started.services):
-        try:
-            service.start()
-        except Exception as error:
-            started.services.remove(service)
-            started.notes.append(f"{name_of(service)} could not start: {error}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpushare.compat.xdist_options import GPU_AUTO, has_xdist, is_in_process, runs_tests
@@ -29,12 +29,20 @@ from pytest_gpushare.planning.placement import (
 from pytest_gpushare.planning.plan import Limit, Plan, Request, shortage
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.planning.startup import Others, Probes, probe
-from pytest_gpushare.session.run import LeftAlone, Started
+from pytest_gpushare.session.needs_store import (
+    may_have_needs,
+    recall_contexts,
+    recall_ollama_sizes,
+)
+from pytest_gpushare.session.run import ActiveRun, RunOptions, StartFacts
+from pytest_gpushare.session.tests import Observer
 from pytest_gpushare.units import format_gb
+from pytest_gpushare.wire import ITSELF
 
 if TYPE_CHECKING:
     import pytest
 
+    from pytest_gpushare.events import Event
     from pytest_gpushare.planning.startup import Loading
 
 
@@ -96,19 +104,31 @@ class Host(NamedTuple):
     """The environment as it was before any conftest could change it."""
 
 
+class EarlierRuns(NamedTuple):
+    """What earlier runs measured."""
+
+    model_sizes: Mapping[str, int] = {}
+    """Bytes of Ollama's models, by `Server.key`."""
+    contexts: Mapping[str, int] = {}
+    """Device name -> bytes of a CUDA context."""
+    has_needs: bool = False
+    """Whether tests may have needs of their own."""
+
+
 def start(
     settings: Settings,
     request: Request,
     host: Host,
     others: Others,
-    seen: Mapping[str, int] = MappingProxyType({}),
-) -> Started:
-    """Probe and plan; `seen` has the sizes of Ollama's models in earlier runs.
+    earlier: EarlierRuns | None = None,
+) -> StartFacts:
+    """Probe and plan.
 
     Raises `NoRoomError` where nothing fits and the fall-back is switched off,
     `OllamaUnreachableError` where Ollama has to answer and does not, and `SettingsError` for
     settings that do not fit this host.
     """
+    earlier = earlier or EarlierRuns()
     probes, loading = _probed(settings, host)
     try:
         if settings.ollama_unreachable == "fail" and probes.ollama.asked:
@@ -119,8 +139,11 @@ def start(
             slot_of_outer_run(host.outer),
         )
         gpus = others.joined(probes.gpus)
-        plan = make_plan(settings, gpus, probes.ollama, facts, request, seen)
-        plan = others.revised(plan, host.cpus)
+
+        def replan(changed: Settings) -> Plan:
+            return make_plan(changed, gpus, probes.ollama, facts, request, earlier.model_sizes)
+
+        plan = others.revised(replan(settings), host.cpus)
         if not plan.slots and not settings.fallback_to_cpu_when_constrained:
             raise NoRoomError(_no_room(plan))
     except BaseException:
@@ -129,15 +152,28 @@ def start(
             loading.undo()
         raise
     live = LiveVram(probes.nvml) if probes.nvml is not None and gpus.all_devices else None
-    started = Started(settings, gpus, probes.ollama, plan, _closing(live, probes.close), live=live)
-    started.replan = lambda changed: make_plan(changed, gpus, probes.ollama, facts, request, seen)
-    started.notes += gpus.problems
-    started.notes += _unexpected(settings, gpus)
-    for model in probes.ollama.models:
-        started.saw(model)
-    if loading is not None:
-        _keep_loaded(started, loading)
-    return started
+    close = probes.close if live is None else _both(live.close, probes.close)
+    found = StartFacts(
+        settings,
+        gpus,
+        probes.ollama,
+        plan,
+        replan,
+        live,
+        close,
+        notes=(*gpus.problems, *_unexpected(settings, gpus)),
+        contexts=earlier.contexts,
+        has_needs=earlier.has_needs and bool(plan.slots) and not gpus.simulated,
+    )
+    if loading is None:
+        return found
+    return found._replace(
+        notes=(*found.notes, *loading.problems),
+        preloaded=loading.told,
+        preload_service=loading.kept,
+        # Also where the run ends before its services began.
+        close=close if loading.kept is None else _both(loading.undo, close),
+    )
 
 
 def _probed(settings: Settings, host: Host) -> tuple[Probes, Loading | None]:
@@ -151,16 +187,6 @@ def _probed(settings: Settings, host: Host) -> tuple[Probes, Loading | None]:
     if host.simulate:
         return probes, None
     return startup.load_first(settings, probes, host.outer)
-
-
-def _keep_loaded(started: Started, loading: Loading) -> None:
-    started.notes += loading.problems
-    for text in loading.told:
-        started.record.note("ollama-preloaded", text)
-    if loading.kept is not None:
-        started.services.append(loading.kept)
-        # Also where the run ends before its services began.
-        started.close = _both(loading.undo, started.close)
 
 
 def _check_answer(ollama: OllamaFacts) -> None:
@@ -179,11 +205,6 @@ def _unexpected(settings: Settings, gpus: GpuFacts) -> list[str]:
         f"{device.label}: VRAM is reserved for it there, too"
         for device in unexpected(settings.ollama_gpu, gpus)
     ]
-
-
-def _closing(live: LiveVram | None, close: Callable[[], None]) -> Callable[[], None]:
-    """Nobody may read once the library is closed."""
-    return close if live is None else _both(live.close, close)
 
 
 def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
@@ -216,7 +237,7 @@ def _no_room(plan: Plan) -> str:
     )
 
 
-def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> Started:
+def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> ActiveRun:
     """Place this process, which runs the tests itself.
 
     Called before the first conftest, as CUDA reads its visibility once.
@@ -227,50 +248,66 @@ def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> Started
             "--gpu-share sizes the workers of pytest-xdist, which is not loaded: install "
             "pytest-xdist, or drop -p no:xdist"
         )
-    reports = _reports(config, options)
-    request = Request(in_process=True)
-    settings = _settings(config)
-    started = start(
-        settings, request, _host(options, 1, outer), _others(config), _seen(settings, config)
-    )
-    started.reports = reports
-    started.strict = bool(options.gpu_share_strict)
-    if cuda_is_up(started.gpus.own_process_has_context):
-        started.unplaced = "CUDA is up in this process already"
-    else:
-        config.add_cleanup(set_variables(worker_environment(started.plan, 0, started.around)))
-        config.add_cleanup(entered(place_of(started.plan, 0)))
-    return started
+    facts = _start(config, options, Request(in_process=True), 1, outer)
+    is_up = cuda_is_up(facts.gpus.own_process_has_context)
+    unplaced = "CUDA is up in this process already" if is_up else ""
+    run = ActiveRun(facts, _run_options(config, options, unplaced), config=config)
+    if not unplaced:
+        config.add_cleanup(set_variables(worker_environment(run.plan, 0, run.around)))
+        config.add_cleanup(entered(place_of(run.plan, 0)))
+    return run
 
 
-def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> Started | LeftAlone | None:
-    """Write the number of workers into xdist's option; None where no test is run."""
+def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> ActiveRun | str | None:
+    """Plan, and write the number of workers into xdist's option.
+
+    None where no test is run; a sentence where the run is left as the user has set it up.
+    """
     options = config.option
     if not runs_tests(options):
         return None
     own_workers = keeps_own_workers(options)
     if own_workers and not local_workers(options.tx):
         why = "the workers of --tx are on other hosts: no GPU is assigned to them"
-        return LeftAlone(f"{why}, and no report is written" if options.gpu_share_report else why)
-    reports = _reports(config, options)
+        return f"{why}, and no report is written" if options.gpu_share_report else why
     request, cpus = request_for(config)
-    settings = _settings(config)
-    started = start(
-        settings, request, _host(options, cpus, outer), _others(config), _seen(settings, config)
-    )
-    started.reports = reports
-    started.strict = bool(options.gpu_share_strict)
-    plan = started.plan
+    facts = _start(config, options, request, cpus, outer)
+    unplaced = ""
     if request.in_process:
-        started.unplaced = "the plugin was loaded too late to place this process: load it with -p"
-    if not own_workers:
-        options.numprocesses = plan.workers
+        unplaced = "the plugin was loaded too late to place this process: load it with -p"
     if options.dist == "each":
-        started.notes.append(
-            f"--dist=each: every test runs on each of the {plan.workers} workers: "
+        note = (
+            f"--dist=each: every test runs on each of the {facts.plan.workers} workers: "
             "use --dist=load to share them out"
         )
-    return started
+        facts = facts._replace(notes=(*facts.notes, note))
+    run = ActiveRun(facts, _run_options(config, options, unplaced), config=config)
+    if not own_workers:
+        options.numprocesses = run.plan.workers
+    return run
+
+
+def _start(
+    config: pytest.Config, options: Any, request: Request, cpus: int, outer: Mapping[str, str]
+) -> StartFacts:
+    _report_files(config, options)
+    settings = _settings(config)
+    host = Host(tuple(options.gpu_share_simulate or ()), cpus, outer)
+    earlier = EarlierRuns(
+        recall_ollama_sizes(config) if settings.ollama_models else {},
+        recall_contexts(config),
+        may_have_needs(settings, config),
+    )
+    return start(settings, request, host, _others(config), earlier)
+
+
+def _run_options(config: pytest.Config, options: Any, unplaced: str) -> RunOptions:
+    return RunOptions(_report_files(config, options), bool(options.gpu_share_strict), unplaced)
+
+
+def _report_files(config: pytest.Config, options: Any) -> tuple[Path, ...]:
+    """The files of `--gpu-share-report`. Raises `SettingsError` for a kind that is unknown."""
+    return report_files(options.gpu_share_report, Path(config.invocation_params.dir))
 
 
 def _settings(config: pytest.Config) -> Settings:
@@ -285,32 +322,6 @@ def _settings(config: pytest.Config) -> Settings:
     return settings
 
 
-def _reports(config: pytest.Config, options: Any) -> tuple[Path, ...]:
-    return report_files(options.gpu_share_report, Path(config.invocation_params.dir))
-
-
-def _seen(settings: Settings, config: pytest.Config) -> Mapping[str, int]:
-    if not settings.ollama_models:
-        return {}
-    from pytest_gpushare.session.needs_store import recall_ollama_sizes
-
-    return recall_ollama_sizes(config)
-
-
-def attach(started: Started | LeftAlone, config: pytest.Config) -> None:
-    """What runs beside the tests of a run that has GPU workers: pytest's cache is there by now."""
-    from pytest_gpushare.session.cuda_context import known
-
-    started.recall(known(config))
-    if isinstance(started, Started) and started.plan.slots and not started.gpus.simulated:
-        from pytest_gpushare.session.exclusive import Alone
-        from pytest_gpushare.session.needs_store import Profile, may_have_needs
-
-        started.has_needs = may_have_needs(started, config)
-        started.alone = Alone(started)
-        started.services.append(Profile(started, config))
-
-
 def _others(config: pytest.Config) -> Others:
     hook = config.hook
     return Others(
@@ -319,5 +330,14 @@ def _others(config: pytest.Config) -> Others:
     )
 
 
-def _host(options: Any, cpus: int, outer: Mapping[str, str]) -> Host:
-    return Host(tuple(options.gpu_share_simulate or ()), cpus, outer)
+def observe(run: ActiveRun, config: pytest.Config, listener: Callable[[Event], object]) -> None:
+    """Follow the workers and the tests; `listener` is called with each event at once.
+
+    In a run without workers its own process counts as one.
+    """
+    observer = Observer(run.workers, run.tests, run.record, run.settings.marker)
+    config.pluginmanager.register(observer, "gpu-share-observer")
+    run.record.listen(listener)
+    if run.plan.request.in_process:
+        run.workers.join(ITSELF, None if run.unplaced else 0, run.record.now())
+        run.workers.came_up(ITSELF, os.getpid())

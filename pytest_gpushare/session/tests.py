@@ -10,7 +10,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from pytest_gpushare.session.workers import Crew, Member, Peak, higher
+import pytest
+
+from pytest_gpushare.events import Record
+from pytest_gpushare.planning.placement import NUMBER
+from pytest_gpushare.session.workers import Peak, WorkerRecord, Workers, higher
+from pytest_gpushare.wire import ITSELF
 
 MOST_TESTS = 250_000
 """Beyond so many, tests are counted and not kept."""
@@ -22,7 +27,7 @@ _OUTCOMES = ("passed", "failed", "skipped")
 _RANKS = ("passed", "xpassed", "xfailed", "skipped", "failed", "error", "crashed")
 
 
-class Told(NamedTuple):
+class PhaseReport(NamedTuple):
     """What pytest's report says of one phase of a test."""
 
     nodeid: str
@@ -46,7 +51,7 @@ class Counted(NamedTuple):
     touched: bool | None
 
 
-class Test:
+class RecordedTest:
     """One test: its last attempt, and the highest peak of all attempts."""
 
     __slots__ = ("again", "attempts", "end", "left", "marked", "nodeid", "outcome", "peak", "start",
@@ -70,15 +75,15 @@ class Test:
         """Whether it used VRAM by the frameworks' counters; None where they do not tell."""
 
 
-class Journal:
+class RecordedTests:
     """All tests; written to by the main thread and by those in which workers are heard."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
         self._lock = threading.Lock()
-        self._tests: list[Test] = []
-        self._open: dict[tuple[str, str], Test] = {}
-        self._last: dict[str, Test] = {}
+        self._tests: list[RecordedTest] = []
+        self._open: dict[tuple[str, str], RecordedTest] = {}
+        self._last: dict[str, RecordedTest] = {}
         """Worker -> its last test that has ended."""
         self._measured: dict[tuple[str, str], Counted] = {}
         self._needs: dict[str, tuple[int, str]] = {}
@@ -87,7 +92,7 @@ class Journal:
         self.counts: Counter[str] = Counter()
         """Outcome -> tests."""
 
-    def __iter__(self) -> Iterator[Test]:
+    def __iter__(self) -> Iterator[RecordedTest]:
         with self._lock:
             return iter([*self._tests, *self._open.values()])
 
@@ -99,9 +104,9 @@ class Journal:
     def passed(
         self, worker: str, nodeid: str, when: str | None, start: float, end: float, marked: bool
     ) -> bool:
-        """Take a phase that passed, as nearly all do; False: `told` must look at it closely.
+        """Take a phase that passed, as nearly all do; False: `reported` must look at it closely.
 
-        As for `told`; each test passes here three times, so nothing is built or compared here
+        As for `reported`; each test passes here three times, so nothing is built or compared here
         that a phase which passed does not need.
         """
         key = worker, nodeid
@@ -109,7 +114,7 @@ class Journal:
             test = self._open.get(key)
             if when == "setup":
                 if test is None:
-                    test = self._open[key] = Test(nodeid, worker, marked)
+                    test = self._open[key] = RecordedTest(nodeid, worker, marked)
                 test.attempts += 1
                 test.start, test.outcome, test.again = start, "passed", False
             elif test is None or test.again or when not in ("call", "teardown"):
@@ -119,7 +124,7 @@ class Journal:
                 self._close(key, test)
         return True
 
-    def told(self, worker: str, report: Told) -> None:
+    def reported(self, worker: str, report: PhaseReport) -> None:
         """Take a report of pytest."""
         key = worker, report.nodeid
         with self._lock:
@@ -127,7 +132,7 @@ class Journal:
             if test is None and report.when == "teardown" and self._is_late(worker, report):
                 return
             if test is None:
-                test = self._open[key] = Test(report.nodeid, worker, report.marked)
+                test = self._open[key] = RecordedTest(report.nodeid, worker, report.marked)
             if report.when not in ("setup", "call", "teardown"):
                 test.outcome = "crashed"
                 self._close(key, test)
@@ -141,7 +146,7 @@ class Journal:
             if report.when == "teardown" and not test.again:
                 self._close(key, test)
 
-    def _is_late(self, worker: str, report: Told) -> bool:
+    def _is_late(self, worker: str, report: PhaseReport) -> bool:
         """Whether this is of the last test's wider fixtures, torn down when it was over."""
         last = self._last.get(worker)
         if last is None or last.nodeid != report.nodeid:
@@ -158,7 +163,7 @@ class Journal:
         """
         if not isinstance(told, Mapping) or not isinstance(told.get("nodeid"), str):
             return
-        member = self._crew.get(worker)
+        member = self._workers.get(worker)
         nodeid, size, left = told["nodeid"], _bytes(told.get("peak")), told.get("left")
         counted = Counted(
             Peak(size + context, "frameworks", told.get("exact") is True) if size else None,
@@ -206,7 +211,7 @@ class Journal:
         """What was remarked on a test."""
         return self._remarks.get(nodeid, [])
 
-    def _close(self, key: tuple[str, str], test: Test) -> None:
+    def _close(self, key: tuple[str, str], test: RecordedTest) -> None:
         del self._open[key]
         self._last[test.worker] = test
         self.counts[test.outcome] += 1
@@ -215,23 +220,23 @@ class Journal:
         counted = self._measured.pop(key, None)
         if counted is not None:
             _give(test, counted)
-        member = self._crew.get(test.worker)
+        member = self._workers.get(test.worker)
         # NVML tells once a second: for most tests nothing.
         if member is not None and member.readings:
-            _look_up(test, self._crew, member)
+            _look_up(test, self._workers, member)
 
 
-def _look_up(test: Test, crew: Crew, member: Member) -> None:
+def _look_up(test: RecordedTest, workers: Workers, member: WorkerRecord) -> None:
     """Without counters: what NVML told while the test ran, where it was asked in that time."""
     if test.start is None or test.end is None:
         return
-    seen = crew.peak_between(member, test.start, test.end)
+    seen = workers.peak_between(member, test.start, test.end)
     # Caches of earlier tests are in NVML's figure: where the frameworks counted, they know better.
     if test.peak is None:
         test.peak = seen
 
 
-def _give(test: Test, counted: Counted) -> None:
+def _give(test: RecordedTest, counted: Counted) -> None:
     if test.peak is None or test.peak.source == "nvml":
         test.peak = counted.peak or test.peak
     else:
@@ -239,7 +244,7 @@ def _give(test: Test, counted: Counted) -> None:
     test.left, test.touched = counted.left, counted.touched
 
 
-def _outcome(report: Told) -> str:
+def _outcome(report: PhaseReport) -> str:
     if report.expected_to_fail and report.when == "call":
         return {"skipped": "xfailed", "passed": "xpassed"}.get(report.outcome, "failed")
     if report.expected_to_fail and report.outcome == "skipped":
@@ -253,3 +258,56 @@ def _outcome(report: Told) -> str:
 
 def _bytes(value: object) -> int | None:
     return value if type(value) is int and 0 <= value < _MOST_BYTES else None
+
+
+class Observer:
+    """Hooks that follow the workers and the tests; registered only where a plan was made."""
+
+    def __init__(self, workers: Workers, tests: RecordedTests, record: Record, marker: str) -> None:
+        self._workers, self._record, self._marker = workers, record, marker
+        self._began = record.began_at
+        self._passed, self._other = tests.passed, tests.reported
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """A worker is about to start."""
+        number = node.gateway.spec.env.get(NUMBER, "")
+        self._workers.join(
+            node.gateway.id, int(number) if number.isdigit() else None, self._record.now()
+        )
+
+    @pytest.hookimpl(optionalhook=True, tryfirst=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """A worker has finished, or died."""
+        crashed = error is not None and not hasattr(node, "workeroutput")
+        self._workers.leave(node.gateway.id, self._record.now(), crashed=crashed)
+        if crashed:
+            self._record.note(
+                "worker-crashed", f"{node.gateway.id} crashed", worker=node.gateway.id
+            )
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A phase of a test has ended."""
+        node = getattr(report, "node", None)
+        worker = ITSELF if node is None else node.gateway.id
+        start, end = report.start - self._began, report.stop - self._began
+        marked = self._marker in report.keywords
+        expected_to_fail = hasattr(report, "wasxfail")
+        if (
+            report.outcome == "passed"
+            and not expected_to_fail
+            and self._passed(worker, report.nodeid, report.when, start, end, marked)
+        ):
+            return
+        self._other(
+            worker,
+            PhaseReport(
+                report.nodeid,
+                str(report.when),
+                report.outcome,
+                expected_to_fail,
+                start,
+                end,
+                marked,
+            ),
+        )

@@ -21,7 +21,7 @@ _ALIKE = 0.05
 """What comes back is taken for what a test left if it is as large, within this part of it."""
 
 
-class Growths:
+class LeftVram:
     """What the tests of one process left, less what came back."""
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ def higher(one: Peak | None, other: Peak | None) -> Peak | None:
 
 
 @dataclass(eq=False, repr=False)
-class Member:
+class WorkerRecord:
     """One worker, or the process itself where there are none."""
 
     id: str
@@ -108,7 +108,7 @@ class Member:
     """The highest peak of its tests by the frameworks' counters."""
     seen: Peak | None = None
     """The highest figure that NVML told of it and its descendants."""
-    growths: Growths = field(default_factory=Growths)
+    growths: LeftVram = field(default_factory=LeftVram)
     readings: list[tuple[float, int]] = field(default_factory=list)
     """(seconds, bytes) by NVML since the end of the last test that was reported."""
 
@@ -118,28 +118,28 @@ class Member:
         return higher(self.counted, self.seen)
 
 
-class Crew:
+class Workers:
     """All workers of the run, those that crashed among them; used by several threads."""
 
     def __init__(self, plan: Plan, context_on: Callable[[str | None], int]) -> None:
         self._plan, self._context_on = plan, context_on
-        self._members: dict[str, Member] = {}
+        self._members: dict[str, WorkerRecord] = {}
         self._lock = threading.Lock()
 
-    def __iter__(self) -> Iterator[Member]:
+    def __iter__(self) -> Iterator[WorkerRecord]:
         with self._lock:
             return iter(list(self._members.values()))
 
-    def get(self, worker: str) -> Member | None:
+    def get(self, worker: str) -> WorkerRecord | None:
         """The worker of this id."""
         return self._members.get(worker)
 
-    def join(self, worker: str, number: int | None, at: float) -> Member:
+    def join(self, worker: str, number: int | None, at: float) -> WorkerRecord:
         """A worker starts; `number` is its place in the plan, None where it has none from us."""
         slots = self._plan.slots
         slot = slots[number] if number is not None and number < len(slots) else None
         device = None if slot is None else slot.device.uuid
-        member = Member(
+        member = WorkerRecord(
             worker,
             "gpu" if slot else "unplanned" if number is None else "cpu",
             device,
@@ -174,7 +174,7 @@ class Crew:
         """PID -> id of the workers whose processes may still be there."""
         return {m.pid: m.id for m in self if m.pid is not None and not m.crashed}
 
-    def read(self, member: Member, at: float, size: int) -> None:
+    def read(self, member: WorkerRecord, at: float, size: int) -> None:
         """NVML told what a worker holds."""
         member.seen = higher(member.seen, Peak(size, "nvml", False) if size else None)
         if size <= member.context + LEAST_BY_NVML:
@@ -185,7 +185,7 @@ class Crew:
                 pairs = zip(member.readings[::2], member.readings[1::2], strict=False)
                 member.readings = [max(pair, key=lambda reading: reading[1]) for pair in pairs]
 
-    def peak_between(self, member: Member, start: float, end: float) -> Peak | None:
+    def peak_between(self, member: WorkerRecord, start: float, end: float) -> Peak | None:
         """The highest reading of a worker in this time; earlier ones are then forgotten."""
         with self._lock:
             found = [size for at, size in member.readings if start <= at <= end]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -297,3 +298,46 @@ _CACHES: tuple[tuple[str, Callable[[Any, Mapping[str, Any]], None]], ...] = (
     ("torch", _empty_torch),
     ("cupy", _empty_cupy),
 )
+
+
+def measured_context(device: str) -> int | None:
+    """Bytes of this process's context on the device of that UUID; None where nobody can tell.
+
+    Imports no framework and brings CUDA up in none: without CUDA there is nothing to measure.
+    NVML is opened here for a moment, in a process that has finished its tests.
+    """
+    counted = _counted_by_frameworks()
+    if counted is None:
+        return None
+    from pytest_gpushare.gpu.nvml import Nvml
+
+    nvml = Nvml()
+    nvml.open()
+    try:
+        devices = nvml.read(None, None).all_devices
+    finally:
+        nvml.close()
+    own = [
+        process.used
+        for found in devices
+        if found.uuid == device
+        for process in found.processes or ()
+        if process.pid == os.getpid() and process.used is not None
+    ]
+    context = sum(own) - counted
+    return context if own and context > 0 else None
+
+
+def _counted_by_frameworks(modules: Mapping[str, Any] = sys.modules) -> int | None:
+    """Bytes that torch and CuPy hold; None where CUDA is down, or JAX counts for itself."""
+    torch, cupy = modules.get("torch"), modules.get("cupy")
+    if torch is None or "jax" in modules:
+        return None
+    try:
+        if not torch.cuda.is_initialized():
+            return None
+        pool = cupy.get_default_memory_pool().total_bytes() if cupy is not None else 0
+        return int(torch.cuda.memory_reserved()) + int(pool)
+    except Exception:
+        # A framework in an odd state at the end of a run is no reason to fail it.
+        return None

@@ -43,9 +43,9 @@ class Placed:
         """The tests are done: what did this process's CUDA context cost?"""
         place = self._place
         if place["role"] == "gpu" and "torch" in sys.modules:
-            from pytest_gpushare.session.cuda_context import measure
+            from pytest_gpushare.worker.counters import measured_context
 
-            size = measure(place["device"])
+            size = measured_context(place["device"])
             if size is not None:
                 self._learned(session.config, place["name"], size)
 
@@ -53,9 +53,9 @@ class Placed:
         """A worker sends the figure with its last message; else it is kept at once."""
         output = getattr(config, "workeroutput", None)
         if output is None:
-            from pytest_gpushare.session.cuda_context import learn
+            from pytest_gpushare.session.needs_store import keep_context
 
-            learn(config, name, size)
+            keep_context(config, name, size)
         else:
             output[CONTEXT] = [name, size]
 

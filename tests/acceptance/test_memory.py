@@ -20,17 +20,17 @@ LISTEN = """
     from pytest_gpushare import plugin
 
     def pytest_sessionstart(session):
-        started = session.config.stash.get(plugin.STARTED, None)
-        if started is not None and not hasattr(session.config, "workerinput"):
+        run = session.config.stash.get(plugin.RUN, None)
+        if run is not None and not hasattr(session.config, "workerinput"):
             def heard(worker, told):
                 with open("heard.jsonl", "a") as file:
                     print(json.dumps({"worker": worker, **told}), file=file)
-            started.links.on("test", heard)
-            session.config.add_cleanup(lambda: note(started))
+            run.links.on("test", heard)
+            session.config.add_cleanup(lambda: note(run))
 
-    def note(started):
+    def note(run):
         with open("events.jsonl", "a") as file:
-            for event in started.record.events():
+            for event in run.record.events():
                 print(json.dumps(event._asdict()), file=file)
 """
 

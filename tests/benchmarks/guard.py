@@ -12,6 +12,7 @@ from pathlib import Path
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.planning.plan import Request
 from pytest_gpushare.planning.startup import Others
+from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start import Host, start
 
 from .scene import scene
@@ -24,19 +25,20 @@ def watch(seconds: float) -> None:
     """Guard the Ollama of the environment for so long, and print what that took."""
     here = Path.cwd()
     settings = load(Written({}, {}, {}, "", here, here, here))
-    started = start(settings, Request(number=2), Host((), 2, dict(os.environ)), Others())
-    assert started.guard is not None
-    started.guard.start()
+    facts = start(settings, Request(number=2), Host((), 2, dict(os.environ)), Others())
+    run = ActiveRun(facts)
+    assert run.monitor is not None
+    run.monitor.start()
     time.sleep(1)
     cpu, began = time.process_time(), time.monotonic()
     time.sleep(seconds)
     share = (time.process_time() - cpu) / (time.monotonic() - began)
     ended = time.monotonic()
-    started.guard.stop()
+    run.monitor.stop()
     took = time.monotonic() - ended
-    started.close()
+    run.close()
     print(
-        f"{100 * share:.2f} % of one core, {started.guard.asked} questions in {seconds + 1:g} s; "
+        f"{100 * share:.2f} % of one core, {run.monitor.asked} questions in {seconds + 1:g} s; "
         f"{1000 * took:.1f} ms at the end of the run"
     )
 

@@ -13,8 +13,8 @@ from typing import Any
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.sampler import LiveVram, Parts, Series
 from pytest_gpushare.planning.plan import Plan, Request
-from pytest_gpushare.session.sampling import Watch, rows_for
-from pytest_gpushare.session.workers import Crew
+from pytest_gpushare.session.sampling import Sampler, rows_for
+from pytest_gpushare.session.workers import Workers
 
 from .scene import scene
 
@@ -27,7 +27,7 @@ sample(float(sys.argv[1]), int(sys.argv[2]))
 
 
 def sample(seconds: float, workers: int) -> None:
-    """Watch every device for so long, beside so many workers that hold VRAM."""
+    """Sampler every device for so long, beside so many workers that hold VRAM."""
     from simulator import Machine
 
     from pytest_gpushare.gpu.nvml import Nvml
@@ -36,16 +36,16 @@ def sample(seconds: float, workers: int) -> None:
     nvml = Nvml()
     nvml.open()
     devices = nvml.read(None, None).all_devices
-    crew = Crew(Plan((), 0, (), (), (), Request()), lambda _device: 0)
+    present = Workers(Plan((), 0, (), (), (), Request()), lambda _device: 0)
     children = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
                 for _ in range(workers)]  # fmt: skip
     for number, child in enumerate(children):
         machine.allocate(number % len(devices), "1GB", child.pid)
-        crew.join(f"gw{number}", number, 0.0)
-        crew.came_up(f"gw{number}", child.pid)
+        present.join(f"gw{number}", number, 0.0)
+        present.came_up(f"gw{number}", child.pid)
     reader = _Timed(nvml)
     live = LiveVram(reader)  # type: ignore[arg-type]
-    watch = Watch(live, [device.uuid for device in devices], crew, Record())
+    watch = Sampler(live, [device.uuid for device in devices], present, Record())
     watch.start()
     time.sleep(seconds)
     watch.stop()

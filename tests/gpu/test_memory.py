@@ -23,9 +23,9 @@ import inside
 from pytest_gpushare import plugin
 
 def pytest_sessionstart(session):
-    started = session.config.stash.get(plugin.STARTED, None)
-    if started is not None and not hasattr(session.config, "workerinput"):
-        started.links.on("test", lambda worker, told: inside.note(**{**told, "worker": worker}))
+    run = session.config.stash.get(plugin.RUN, None)
+    if run is not None and not hasattr(session.config, "workerinput"):
+        run.links.on("test", lambda worker, told: inside.note(**{**told, "worker": worker}))
 """
 
 PEAKS = {

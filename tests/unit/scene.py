@@ -13,9 +13,8 @@ from pytest_gpushare.gpu.sampler import Reading
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
-from pytest_gpushare.session.run import Started
-from pytest_gpushare.session.sampling import Watch
-from pytest_gpushare.session.tests import Told
+from pytest_gpushare.session.run import ActiveRun, StartFacts
+from pytest_gpushare.session.tests import PhaseReport
 from pytest_gpushare.units import GB
 
 from .test_planning_sizing import DEFAULTS, device
@@ -65,21 +64,20 @@ class Scene:
 
         self.card = Card(self._now, gpus.devices[0].uuid)
         clock = lambda: self._now[0]  # noqa: E731
-        self.started = Started(chosen, gpus, ollama, planned(chosen), lambda: None)
-        self.started.record, self.started.replan = Record(clock), planned
-        self.watch = self.started.watch = Watch(
-            self.card, [self.card._uuid], self.started.crew, self.started.record, clock
-        )
+        facts = StartFacts(chosen, gpus, ollama, planned(chosen), planned, self.card)
+        self.active = ActiveRun(facts, record=Record(clock))
+        assert self.active.sampler is not None
+        self.sampler = self.active.sampler
         for number in range(workers):
-            self.started.crew.join(f"gw{number}", number, 0.0)
-            self.started.crew.came_up(f"gw{number}", FIRST_PID + number)
+            self.active.workers.join(f"gw{number}", number, 0.0)
+            self.active.workers.came_up(f"gw{number}", FIRST_PID + number)
 
     def tick(self, seconds: float) -> None:
         """Let time pass, sampled as in a run."""
         until = round(self._now[0] + seconds, 6)
         while self._now[0] < until:
             self._now[0] = round(self._now[0] + 0.2, 6)
-            self.watch.sample(processes=False)
+            self.sampler.sample(processes=False)
 
     def hold(self, worker: int, size: float) -> None:
         """A worker holds so many GB, its context included."""
@@ -107,16 +105,18 @@ class Scene:
         name = f"gw{worker}"
         if counted is not None:
             told = {"nodeid": nodeid, "exact": True, "left": 0, **counted}
-            self.started.links.receive(name, ("test", told))
+            self.active.links.receive(name, ("test", told))
         end = self._now[0]
         for when in ("setup", "call", "teardown"):
             how = outcome if when == "call" else "passed"
-            self.started.journal.told(name, Told(nodeid, when, how, False, start, end, marked))
+            self.active.tests.reported(
+                name, PhaseReport(nodeid, when, how, False, start, end, marked)
+            )
 
-    def finish(self) -> Started:
+    def finish(self) -> ActiveRun:
         """The workers end, and are looked at a last time."""
-        for member in self.started.crew:
-            self.started.crew.leave(member.id, self._now[0], crashed=False)
+        for member in self.active.workers:
+            self.active.workers.leave(member.id, self._now[0], crashed=False)
         self._now[0] += 1
-        self.watch.last_look()
-        return self.started
+        self.sampler.last_look()
+        return self.active

@@ -28,7 +28,7 @@ from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.planning.plan import Request
 from pytest_gpushare.planning.sizing import make_plan
-from pytest_gpushare.session.run import Started
+from pytest_gpushare.session.run import ActiveRun, StartFacts
 from pytest_gpushare.units import GB
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def examined(
         pytest=PytestView(),
         settings=settings,
         settings_error="",
-        started=Started(settings, gpus, server, plan, lambda: None),
+        started=ActiveRun(StartFacts(settings, gpus, server, plan)),
         start_error="",
     )
     return replace(found, **changes)

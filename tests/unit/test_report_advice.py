@@ -79,7 +79,7 @@ def test_no_hint_that_could_not_be_followed() -> None:
     run.ran("t::larger_than_all", 1, 3, holds=12)
     assert told(run) == []
     run = counted(Scene(workers=2), 1.0, 1.0, 1.0, 1.0)
-    run.started.plan = replace(run.started.plan, limited_by=(Limit.HOOK,))
+    run.active.plan = replace(run.active.plan, limited_by=(Limit.HOOK,))
     assert told(run) == []
     run = counted(Scene(workers=1, request=Request(in_process=True)), 1.0)
     assert told(run) == []

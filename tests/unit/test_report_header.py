@@ -21,10 +21,10 @@ REMOTE = OllamaFacts(
 
 def lines(ollama: OllamaFacts, **settings: Any) -> list[str]:
     given = replace(DEFAULTS, **settings)
-    started: Any = SimpleNamespace(
+    run: Any = SimpleNamespace(
         ollama=ollama, settings=given, plan=plan(device(22), ollama=ollama, **settings)
     )
-    return [line.text for line in ollama_lines(started, 0)]
+    return [line.text for line in ollama_lines(run, 0)]
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_annotations() -> None:
     """Spills and leaks; what a user wrote cannot end a command or begin one."""
     run = Scene()
     run.ran("a,b%.py::test[\n::error::x]", 0, counted={"peak": GB, "left": GB})
-    run.started.record.note("ollama-spilled", "spilled 100 %\r\nbadly")
+    run.active.record.note("ollama-spilled", "spilled 100 %\r\nbadly")
     assert list(workflow_commands(run.finish())) == [
         "::warning title=gpu-share%3A Ollama::spilled 100 %25%0D%0Abadly",
         "::warning file=a%2Cb%25.py,title=gpu-share%3A VRAM left behind::"

@@ -11,7 +11,7 @@ import pytest
 from pytest_gpushare.report.header import summary
 from pytest_gpushare.report.output import in_encoding
 from pytest_gpushare.report.summary import View, shortened, sparkline
-from pytest_gpushare.session.run import Started
+from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.units import GB
 
 from .scene import CONTEXT, Scene
@@ -19,7 +19,7 @@ from .scene import CONTEXT, Scene
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def counted() -> Started:
+def counted() -> ActiveRun:
     """The frameworks count: peaks are exact, a leak has its test, and more workers would fit."""
     run = Scene()
     for at in range(7):
@@ -33,7 +33,7 @@ def counted() -> Started:
     return run.finish()
 
 
-def by_nvml() -> Started:
+def by_nvml() -> ActiveRun:
     """NVML alone tells: peaks are lower bounds, and a leak has suspects."""
     run = Scene()
     run.ran("tests/test_a.py::test_short", 0, 0.2)
@@ -45,7 +45,7 @@ def by_nvml() -> Started:
     return run.finish()
 
 
-def silent() -> Started:
+def silent() -> ActiveRun:
     """NVML tells nothing by process, and no framework counts."""
     run = Scene()
     run.card.silent = True
@@ -53,25 +53,25 @@ def silent() -> Started:
     return run.finish()
 
 
-def needs() -> Started:
+def needs() -> ActiveRun:
     """Tests with needs of their own may take more than a slot."""
     run = Scene()
-    run.started.has_needs = True
+    run.active.has_needs = True
     run.ran("test_a.py::test_large", 0, 3, holds=6, counted={"peak": 5 * GB})
     run.ran("test_a.py::test_small", 1, 1, counted={"peak": GB})
     return run.finish()
 
 
-def crashed() -> Started:
+def crashed() -> ActiveRun:
     """More leaks than lines, and a worker that crashed."""
     run = Scene()
     for at in range(5):
         run.ran(f"test_a.py::test_leaks[{at}]", 0, 0.2, counted={"peak": GB, "left": (at + 1) * GB})
-    run.started.crew.leave("gw1", 1.0, crashed=True)
+    run.active.workers.leave("gw1", 1.0, crashed=True)
     return run.finish()
 
 
-def unused() -> Started:
+def unused() -> ActiveRun:
     """A run that took no VRAM says nothing."""
     run = Scene()
     run.ran("test_a.py::test_nothing", 0)
@@ -79,15 +79,15 @@ def unused() -> Started:
 
 
 @pytest.mark.parametrize("case", [counted, by_nvml, silent, needs, crashed, unused])
-def test_golden(case: Callable[[], Started]) -> None:
+def test_golden(case: Callable[[], ActiveRun]) -> None:
     """Four verbosities and three widths; a terminal that can show ASCII alone at the end."""
-    started = case()
+    run = case()
     parts = []
     for verbosity, flag in ((-1, "-q"), (0, "default"), (1, "-v"), (2, "-vv")):
         for columns in (60, 80, 200):
-            lines = [line.text for line in summary(started, View(verbosity, columns))]
+            lines = [line.text for line in summary(run, View(verbosity, columns))]
             parts += [f"=== {flag}, {columns} columns", *lines]
-    lines = [line.text for line in summary(started, View(1, 80))]
+    lines = [line.text for line in summary(run, View(1, 80))]
     parts += ["=== -v, 80 columns, ASCII", *(in_encoding(line, "ascii") for line in lines)]
     text = "\n".join(parts) + "\n"
     path = GOLDEN / f"usage_{case.__name__}.txt"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Holding, holding, sums
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
-from pytest_gpushare.session.exclusive import Alone
+from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.units import GB
 from pytest_gpushare.wire import Links
 from pytest_gpushare.worker.memory import Gate
@@ -32,20 +31,18 @@ class Run:
             ],
             slots=[SimpleNamespace(device=SimpleNamespace(uuid=uuid)) for uuid in devices],
         )
-        self.live = None
-        self.settings = SimpleNamespace(pressure_timeout=Fraction(7))
         self.mail: list[tuple[str, str, Any]] = []
-        self.alone = Alone(self)  # type: ignore[arg-type]
+        self.exclusive = ExclusiveAccess(self.plan, None, self.links, self.record, patience=7.0)
         for worker, seen in workers.items():
             self.come(worker, *seen)
 
     def come(self, worker: str, *devices: str) -> None:
         self.links.attach(worker, lambda message: self.mail.append((worker, *message)))
-        self.alone.joined(worker, devices)
+        self.exclusive.joined(worker, devices)
 
     def go(self, worker: str) -> None:
         self.links.close(worker)
-        self.alone.gone(worker)
+        self.exclusive.gone(worker)
 
     def say(self, worker: str, kind: str, payload: Any) -> None:
         self.links.receive(worker, (kind, payload))
@@ -76,8 +73,8 @@ def test_the_neighbours_rest_then_the_device_is_granted() -> None:
     run = Run(gw0=("A",), gw1=("A",), gw2=("A",), gw3=("B",))
     run.ran_out("gw0")
     assert run.read() == ["gw0 wait", "gw1 pause", "gw2 pause"]
-    assert run.alone.busy("A")
-    assert not run.alone.busy("B")
+    assert run.exclusive.busy("A")
+    assert not run.exclusive.busy("B")
     run.quiet("gw1")
     run.quiet("gw1")
     assert len(run.mail) == 3
@@ -86,7 +83,7 @@ def test_the_neighbours_rest_then_the_device_is_granted() -> None:
     assert run.mail[-1][2]["budget"] == 9 * GB
     run.over("gw0")
     assert sorted(run.read()[4:]) == ["gw1 resume", "gw2 resume"]
-    assert not run.alone.busy("A")
+    assert not run.exclusive.busy("A")
     assert [event.kind for event in run.record.events()] == ["oom", "oom-retried"]
     assert run.record.events("oom")[0].facts["shared"] is True
 
@@ -96,7 +93,7 @@ def test_a_worker_that_is_alone_already_does_not_run_again() -> None:
     run.ran_out("gw0")
     assert run.read() == ["gw0 no"]
     assert run.record.events("oom")[0].facts["shared"] is False
-    assert not run.alone.busy("A")
+    assert not run.exclusive.busy("A")
 
 
 def test_a_test_whose_subtests_are_reported_does_not_run_again() -> None:
@@ -132,7 +129,7 @@ def test_who_dies_is_waited_for_no_longer(dies: str) -> None:
             run.quiet("gw2")
         run.go("gw0")
         assert sorted(run.read()[-2:]) == ["gw1 resume", "gw2 resume"]
-        assert not run.alone.busy("A")
+        assert not run.exclusive.busy("A")
 
 
 def test_a_replacement_rests_before_its_first_test() -> None:
@@ -191,19 +188,19 @@ def test_never_two_alone_and_never_stuck(steps: list[tuple[int, int]]) -> None:
             run.come(worker, *seen[number])
         elif any((w, kind) == (worker, "pause") for w, kind, _ in run.mail):
             run.quiet(worker)
-        granted = [request for request in run.alone._queue if request.granted]
+        granted = [request for request in run.exclusive._queue if request.granted]
         taken = [device for request in granted for device in request.devices]
         assert len(taken) == len(set(taken))
-    while run.alone._queue:
+    while run.exclusive._queue:
         before = len(run.mail)
-        for request in list(run.alone._queue):
+        for request in list(run.exclusive._queue):
             if request.granted:
                 run.over(request.worker)
-        for worker, (_, rests) in list(run.alone._resting.items()):
+        for worker, (_, rests) in list(run.exclusive._resting.items()):
             if not rests:
                 run.quiet(worker)
-        assert len(run.mail) > before or not run.alone._queue
-    assert run.alone._resting == {}
+        assert len(run.mail) > before or not run.exclusive._queue
+    assert run.exclusive._resting == {}
 
 
 def test_the_gate_keeps_tests_back() -> None:

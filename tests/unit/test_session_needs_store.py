@@ -11,7 +11,7 @@ import pytest
 
 from pytest_gpushare.events import Record
 from pytest_gpushare.session import needs_store as profile
-from pytest_gpushare.session.needs_store import Learned, Profile, recall_needs
+from pytest_gpushare.session.needs_store import Learned, NeedsRecorder, recall_needs
 from pytest_gpushare.units import GB, MB
 from pytest_gpushare.wire import Links
 
@@ -42,8 +42,8 @@ class Run:
         self.links, self.record, self.notes = Links(), Record(), list[str]()
         card = SimpleNamespace(uuid="GPU-1", name=CARD)
         self.plan = SimpleNamespace(slots=[SimpleNamespace(device=card)])
-        self.journal: list[Any] = []
-        self.profile = Profile(self, self.config)  # type: ignore[arg-type]
+        self.tests: list[Any] = []
+        self.profile = NeedsRecorder(self, self.config)  # type: ignore[arg-type]
         self.profile.start()
 
     def context_of(self, _device: str) -> int:
@@ -149,19 +149,19 @@ def seen(outcome: str = "passed", worker: str = "gw0", size: int | None = None) 
 
 def test_what_no_framework_told(run: Run) -> None:
     """How long it took, from pytest's reports; NVML's samples set no peak but raise one."""
-    run.journal = [seen(size=4 * GB)]
+    run.tests = [seen(size=4 * GB)]
     kept = run.ended()
     assert kept is not None
     assert (kept.peak, kept.duration) == (None, 0.5)
     run.test(1 * GB)
     run.ended()
-    run.journal = [seen(size=4 * GB + 600 * MB)]
+    run.tests = [seen(size=4 * GB + 600 * MB)]
     kept = run.ended()
     assert kept is not None
     assert (kept.peak, kept.duration) == (4 * GB, 0.5)
-    run.journal = [seen(outcome="failed")]
+    run.tests = [seen(outcome="failed")]
     assert run.ended() == kept
-    run.journal = [seen(worker="gw9")]
+    run.tests = [seen(worker="gw9")]
     run.ended()
     assert recall_needs(run.config, "")["t"].duration == 0.5
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pytest_gpushare.gpu.devices import GpuProcess
-from pytest_gpushare.ollama.models import LoadedModel, ModelFacts
+from pytest_gpushare.gpu.devices import GpuFacts, GpuProcess
+from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
 from pytest_gpushare.ollama.prediction import CUDA_CONTEXT
 from pytest_gpushare.session.needs_store import (
-    keep_ollama_sizes,
+    ModelSizes,
     recall_ollama_sizes,
     sighting,
     used_by,
@@ -89,20 +89,15 @@ def config(path: Path, directory: str = "cache", *, clear: bool = False) -> Any:
     )
 
 
-def started(*models: LoadedModel) -> Any:
-    return SimpleNamespace(
-        ollama=SimpleNamespace(models=models, relied_on=()),
-        gpus=SimpleNamespace(all_devices=()),
-        settings=DEFAULTS,
-        sightings={(m.digest, m.context): (m, None) for m in models},
-    )
+def keep(where: Any, *models: LoadedModel) -> None:
+    ModelSizes(DEFAULTS, GpuFacts(), OllamaFacts(models=models)).keep(where)
 
 
 def test_from_run_to_run(tmp_path: Path) -> None:
     """Written through pytest's cache, read from its file before there is a cache."""
     here = config(tmp_path)
     assert recall_ollama_sizes(here) == {}
-    keep_ollama_sizes(here, started(MODEL))
+    keep(here, MODEL)
     assert recall_ollama_sizes(here) == {KEY: 5 * GB + CUDA_CONTEXT}
     absolute = config(tmp_path, str(tmp_path / "cache"))
     assert recall_ollama_sizes(absolute) == recall_ollama_sizes(here)
@@ -114,8 +109,8 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     here = config(tmp_path)
     for number in range(70):
         digest = f"{number:064d}"
-        keep_ollama_sizes(here, started(LoadedModel("m", GB, GB, digest, 4096)))
-    keep_ollama_sizes(here, started(LoadedModel("m", 2 * GB, 2 * GB, digest, 4096)))
+        keep(here, LoadedModel("m", GB, GB, digest, 4096))
+    keep(here, LoadedModel("m", 2 * GB, 2 * GB, digest, 4096))
     found = recall_ollama_sizes(here)
     assert len(found) == 64
     assert found[f"{digest} 4096 x 1 f16"] == 2 * GB + CUDA_CONTEXT
@@ -131,7 +126,7 @@ def test_without_a_cache(tmp_path: Path) -> None:
         rootpath=tmp_path, getini=unknown, known_args_namespace=SimpleNamespace()
     )
     assert recall_ollama_sizes(none) == {}  # type: ignore[arg-type]
-    keep_ollama_sizes(none, started(MODEL))  # type: ignore[arg-type]
+    keep(none, MODEL)
     assert list(tmp_path.iterdir()) == []
 
 

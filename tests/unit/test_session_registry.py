@@ -14,13 +14,9 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.config.sources import Written, load
-from pytest_gpushare.gpu.devices import GpuFacts
 from pytest_gpushare.gpu.host import ancestors, identity, is_same_process
-from pytest_gpushare.ollama.models import OllamaFacts
-from pytest_gpushare.planning.plan import Plan, Request
-from pytest_gpushare.session.registry import HELLO, Presence, folder, sessions
-from pytest_gpushare.session.run import Started
+from pytest_gpushare.session.registry import HELLO, SessionRecord, folder, sessions
+from pytest_gpushare.wire import Links
 
 pytestmark = pytest.mark.skipif(identity(os.getpid()) is None, reason="no /proc here")
 
@@ -40,14 +36,8 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def started() -> Started:
-    settings = load(Written({}, {}, {}, "", HERE, HERE, HERE))
-    plan = Plan((), 1, (), (), (), Request())
-    return Started(settings, GpuFacts(), OllamaFacts(), plan, lambda: None)
-
-
-def present(run: Started) -> Presence:
-    service = Presence(run, HERE)
+def present(links: Links) -> SessionRecord:
+    service = SessionRecord(links, HERE)
     service.start()
     wait_for(lambda: bool(sessions()))
     return service
@@ -82,11 +72,11 @@ def valid(**changes: Any) -> dict[str, Any]:
 
 def test_from_start_to_stop(child: subprocess.Popen[bytes]) -> None:
     """A worker appears when it has said hello, and goes when it dies."""
-    run = started()
+    run = Links()
     service = present(run)
     who = {"pid": child.pid, "role": "gpu", "device": "GPU-0", "vram": 5}
-    run.links.receive("gw10", (HELLO, who))
-    run.links.receive("gw9", (HELLO, {**who, "pid": os.getpid()}))
+    run.receive("gw10", (HELLO, who))
+    run.receive("gw9", (HELLO, {**who, "pid": os.getpid()}))
     wait_for(lambda: len(sessions()[0].workers) == 2)
     (session,) = sessions()
     assert (session.pid, session.root) == (os.getpid(), str(HERE))
@@ -97,7 +87,7 @@ def test_from_start_to_stop(child: subprocess.Popen[bytes]) -> None:
     assert [worker.id for worker in sessions()[0].workers] == ["gw9"]
     service.stop()
     assert list(folder().iterdir()) == []
-    run.links.receive("gw11", (HELLO, who))
+    run.receive("gw11", (HELLO, who))
     time.sleep(0.05)
     assert list(folder().iterdir()) == []
 
@@ -161,13 +151,13 @@ def test_folder_of_somebody_else(own_folder: Path) -> None:
     real = own_folder / "real"
     real.mkdir(mode=0o700)
     folder().symlink_to(real)
-    service = Presence(started(), HERE)
+    service = SessionRecord(Links(), HERE)
     service.start()
     assert (list(real.iterdir()), sessions()) == ([], [])
     folder().unlink()
     folder().mkdir()
     folder().chmod(0o777)
-    service = Presence(started(), HERE)
+    service = SessionRecord(Links(), HERE)
     service.start()
     service.stop()
     assert (list(folder().iterdir()), sessions()) == ([], [])
@@ -180,7 +170,7 @@ def test_temporary_directory_that_cannot_be_used(
     file = own_folder / "file"
     file.touch()
     monkeypatch.setattr(tempfile, "tempdir", str(file))
-    service = Presence(started(), HERE)
+    service = SessionRecord(Links(), HERE)
     service.start()
     service.stop()
     assert sessions() == []

@@ -9,9 +9,9 @@ import tracemalloc
 import pytest
 
 from pytest_gpushare.gpu.sampler import LiveVram
-from pytest_gpushare.session.sampling import Watch
-from pytest_gpushare.session.tests import Journal, Test, Told
-from pytest_gpushare.session.workers import LEAST, Growths, Peak
+from pytest_gpushare.session.sampling import Sampler
+from pytest_gpushare.session.tests import PhaseReport, RecordedTest, RecordedTests
+from pytest_gpushare.session.workers import LEAST, LeftVram, Peak
 from pytest_gpushare.units import GB, MB
 
 from .scene import CONTEXT, FIRST_PID, Scene
@@ -22,17 +22,17 @@ def test_process_lists_once_a_second_and_only_beside_workers() -> None:
     run = Scene(workers=0)
     run.tick(10)
     assert run.card.asked == 0
-    run.started.crew.join("gw0", 0, 0.0)
+    run.active.workers.join("gw0", 0, 0.0)
     run.tick(1)
     # Without a PID there is nobody to look for.
     assert run.card.asked == 0
-    run.started.crew.came_up("gw0", FIRST_PID)
+    run.active.workers.came_up("gw0", FIRST_PID)
     run.tick(10)
     assert 10 <= run.card.asked <= 11
-    run.started.crew.leave("gw0", 21.0, crashed=False)
+    run.active.workers.leave("gw0", 21.0, crashed=False)
     run.tick(10)
     assert 10 <= run.card.asked <= 11
-    (device,) = run.watch.devices.values()
+    (device,) = run.sampler.devices.values()
     assert len(device.series) == 155
 
 
@@ -41,7 +41,7 @@ def test_peaks_by_nvml_are_laid_to_the_test_that_ran() -> None:
     run.ran("t::short", 0, 0.2, holds=9)
     run.ran("t::long", 0, 3, holds=2)
     run.ran("t::other", 1, 3, holds=4)
-    peaks = {test.nodeid: test.peak for test in run.finish().journal}
+    peaks = {test.nodeid: test.peak for test in run.finish().tests}
     # The first reading of processes came with its first sample.
     assert peaks == {
         "t::short": Peak(9 * GB, "nvml", False),
@@ -51,7 +51,7 @@ def test_peaks_by_nvml_are_laid_to_the_test_that_ran() -> None:
     run = Scene()
     run.tick(0.2)
     run.ran("t::between_readings", 0, 0.4, holds=9)
-    (test,) = run.finish().journal
+    (test,) = run.finish().tests
     assert test.peak is None
 
 
@@ -59,9 +59,9 @@ def test_counters_know_better_than_nvml() -> None:
     """Caches of earlier tests are in NVML's figure."""
     run = Scene()
     run.ran("t::a", 0, 3, holds=5, counted={"peak": GB})
-    (test,) = run.finish().journal
+    (test,) = run.finish().tests
     assert test.peak == Peak(GB + CONTEXT, "frameworks", True)
-    member = run.started.crew.get("gw0")
+    member = run.active.workers.get("gw0")
     assert member is not None
     # Of the worker as a whole, NVML's figure is as true, and here it is the higher one.
     assert member.peak == Peak(5 * GB, "nvml", False)
@@ -74,20 +74,22 @@ def test_counters_know_better_than_nvml() -> None:
 )  # fmt: skip
 def test_what_a_worker_gone_wild_tells_is_dropped(told: object) -> None:
     run = Scene()
-    run.started.links.receive("gw0", ("test", told))
-    run.started.links.receive("gw0", ("here", "x"))
-    run.started.links.receive("gw9", ("here", 5))
+    run.active.links.receive("gw0", ("test", told))
+    run.active.links.receive("gw0", ("here", "x"))
+    run.active.links.receive("gw9", ("here", 5))
     run.ran("t::a", 0)
-    (test,) = run.finish().journal
+    (test,) = run.finish().tests
     assert (test.peak, test.left) == (None, None)
 
 
-def journal() -> Journal:
-    return Scene().started.journal
+def journal() -> RecordedTests:
+    return Scene().active.tests
 
 
-def told(nodeid: str, *phases: tuple[str, str], at: float = 0.0, xfail: bool = False) -> list[Told]:
-    return [Told(nodeid, when, how, xfail, at, at + 1) for when, how in phases]
+def told(
+    nodeid: str, *phases: tuple[str, str], at: float = 0.0, xfail: bool = False
+) -> list[PhaseReport]:
+    return [PhaseReport(nodeid, when, how, xfail, at, at + 1) for when, how in phases]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_outcomes_as_pytest_counts_them(
 ) -> None:
     found = journal()
     for report in told("t::a", *phases, xfail=xfail):
-        found.told("gw0", report)
+        found.reported("gw0", report)
     assert [test.outcome for test in found] == [outcome]
     assert found.counts == {outcome: 1}
 
@@ -133,12 +135,12 @@ def test_a_phase_that_passed_is_taken_as_any_other(
     short, long = journal(), journal()
     for found in (short, long):
         for report in told("t::a", *told_before):
-            found.told("gw0", report)
+            found.reported("gw0", report)
     (report,) = told("t::a", (when, "passed"), at=5)
-    long.told("gw0", report)
+    long.reported("gw0", report)
     if not short.passed("gw0", "t::a", when, report.start, report.end, report.marked):
-        short.told("gw0", report)
-    slots = [name for name in Test.__slots__ if name != "peak"]
+        short.reported("gw0", report)
+    slots = [name for name in RecordedTest.__slots__ if name != "peak"]
     short_tests, long_tests = (
         [[getattr(test, name) for name in slots] for test in found] for found in (short, long)
     )
@@ -164,17 +166,17 @@ def test_of_several_attempts_the_last_counts(ends: list[tuple[str, str]]) -> Non
         *told("t::a", ("setup", "passed"), ("call", "rerun"), *ends),
         *told("t::a", ("setup", "passed"), ("call", "passed"), ("teardown", "passed"), at=5),
     ]:
-        found.told("gw0", report)
+        found.reported("gw0", report)
     (test,) = found
     assert (test.outcome, test.attempts, test.start, test.end) == ("passed", 2, 5, 6)
 
 
 def test_a_crash_and_the_same_test_on_another_worker() -> None:
     found = journal()
-    found.told("gw0", Told("t::a", "setup", "passed", start=1, end=1.5))
-    found.told("gw0", Told("t::a", "???", "failed"))
+    found.reported("gw0", PhaseReport("t::a", "setup", "passed", start=1, end=1.5))
+    found.reported("gw0", PhaseReport("t::a", "???", "failed"))
     for report in told("t::a", ("setup", "passed"), ("call", "passed"), ("teardown", "passed")):
-        found.told("gw1", report)
+        found.reported("gw1", report)
     assert [(test.worker, test.outcome) for test in found] == [
         ("gw0", "crashed"),
         ("gw1", "passed"),
@@ -184,7 +186,7 @@ def test_a_crash_and_the_same_test_on_another_worker() -> None:
 def test_a_test_that_still_runs_is_told() -> None:
     """After Ctrl-C."""
     found = journal()
-    found.told("gw0", Told("t::a", "setup", "passed", start=1, end=1.5))
+    found.reported("gw0", PhaseReport("t::a", "setup", "passed", start=1, end=1.5))
     assert [(test.nodeid, test.end) for test in found] == [("t::a", 1.5)]
 
 
@@ -196,14 +198,14 @@ def test_many_tests_in_little_memory() -> None:
     tracemalloc.start()
     for name in names:
         for when in ("setup", "call", "teardown"):
-            found.told("gw0", Told(name, when, "passed", False, 1.5, 2.5))
+            found.reported("gw0", PhaseReport(name, when, "passed", False, 1.5, 2.5))
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert size < 3 * MB
 
 
 def test_what_comes_back_is_no_leak() -> None:
-    growths = Growths()
+    growths = LeftVram()
     growths.ran("t::handles", LEAST)
     growths.ran("t::keeps", 2 * GB)
     growths.ran("t::leaks", 1 * GB)
@@ -220,7 +222,7 @@ def test_a_reader_that_hangs_adds_no_rows(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("pytest_gpushare.session.sampling.INTERVAL", 0.01)
     run, library = Scene(), Library()
     live = LiveVram(library)
-    watch = Watch(live, ["GPU-0"], run.started.crew, run.started.record)
+    watch = Sampler(live, ["GPU-0"], run.active.workers, run.active.record)
     watch.start()
     series = watch.devices["GPU-0"].series
     until = time.monotonic() + 10

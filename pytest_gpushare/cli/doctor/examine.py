@@ -25,7 +25,7 @@ from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.placement import culprit
 from pytest_gpushare.planning.plan import Request
 from pytest_gpushare.planning.startup import Others, check
-from pytest_gpushare.session.run import Started
+from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start import Host, start
 from pytest_gpushare.timed import call_within
 
@@ -171,7 +171,7 @@ class Examined:
     pytest: PytestView
     settings: Settings
     settings_error: str
-    started: Started
+    started: ActiveRun
     start_error: str
     """Why a run with these settings would not start."""
     nvml: NvmlVersions = field(default_factory=NvmlVersions)
@@ -188,7 +188,7 @@ def examine(arguments: Sequence[str]) -> Examined:
     settings, settings_error = settings_of(view)
     request = Request() if view.request.in_process else view.request
     host = Host((), view.cpus or os.cpu_count() or 1, environment)
-    started, start_error = _start(settings, request, host)
+    run, start_error = _start(settings, request, host)
     return Examined(
         environment=environment,
         where=_surroundings(),
@@ -197,12 +197,12 @@ def examine(arguments: Sequence[str]) -> Examined:
         pytest=view,
         settings=settings,
         settings_error=settings_error,
-        started=started,
+        started=run,
         start_error=start_error,
         nvml=call_within(_NVML_PATIENCE, _nvml_versions) or NvmlVersions()
-        if started.gpus.driver
+        if run.gpus.driver
         else NvmlVersions(),
-        patient_ollama=_ask_patiently(started),
+        patient_ollama=_ask_patiently(run),
         overwriting=_overwriting(Path(view.root) if view.root else Path.cwd()),
     )
 
@@ -218,7 +218,7 @@ def settings_of(view: PytestView) -> tuple[Settings, str]:
     return load(_nothing_written()), error
 
 
-def _start(settings: Settings, request: Request, host: Host) -> tuple[Started, str]:
+def _start(settings: Settings, request: Request, host: Host) -> tuple[ActiveRun, str]:
     """The plan of a run; one that would not start is planned for with what may be."""
     # Whoever only looks loads no model.
     lenient = replace(settings, fallback_to_cpu_when_constrained=True, ollama_preload=False)
@@ -226,13 +226,13 @@ def _start(settings: Settings, request: Request, host: Host) -> tuple[Started, s
     try:
         if settings.ollama_preload:
             check(settings)
-        started = start(lenient, request, host, Others())
+        facts = start(lenient, request, host, Others())
     except GpuShareError as refused:
         error = str(refused)
         sure = replace(lenient, ollama_unreachable="reserve", ollama_gpu=("auto",))
-        started = start(sure, request, host, Others())
-    started.close()
-    return started, error
+        facts = start(sure, request, host, Others())
+    facts.close()
+    return ActiveRun(facts), error
 
 
 def _nothing_written() -> Written:
@@ -241,8 +241,8 @@ def _nothing_written() -> Written:
     return Written({}, {"gpu_share_config": ""}, {}, "", here, here, here)
 
 
-def _ask_patiently(started: Started) -> OllamaFacts | None:
-    ollama = started.ollama
+def _ask_patiently(run: ActiveRun) -> OllamaFacts | None:
+    ollama = run.ollama
     address = ollama.server
     if ollama.answered or address is None or "no answer" not in ollama.problem:
         return None
