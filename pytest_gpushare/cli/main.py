@@ -1,7 +1,7 @@
 """The command line of `pytest-gpushare`, and its exit codes.
 
-What a subcommand needs is imported when it is asked for: `doctor` must be able to say that
-pytest or httpx is missing.
+A subcommand's imports happen when it runs: `doctor` must be able to report that pytest or
+httpx is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ exit codes:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with these arguments, by default the process's own; the exit code."""
+    """Run the command, by default with the process's arguments. Returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     own, pytest_arguments = _split(given)
     parser = _parser()
@@ -41,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ERROR: {error}", file=sys.stderr)  # noqa: T201
         return REFUSED
     except KeyboardInterrupt:
-        # The way to end watch, perhaps before it has begun.
+        # Ctrl-C is how watch ends, perhaps before its first picture.
         return OK if options.command == "watch" else 130
     except BrokenPipeError:
-        # The reader went, as `head` does. Else Python would complain while it shuts down.
+        # The reader closed the pipe, as `head` does; Python would report it again at shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return OK
     except Exception as error:
@@ -98,9 +98,9 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = _command(
         commands,
         "plan",
-        "tell how many workers a run would start here, and why",
-        "Tell what `pytest --gpu-share` would do in this directory: the words of its header, "
-        "without running a test. What stands after -- is given to pytest as it is.",
+        "show how many workers a run would start here, and why",
+        "Show what `pytest --gpu-share` would do in this directory: the lines of its header, "
+        "without running a test. Arguments after -- are passed to pytest.",
         "[-- PYTEST_ARGUMENT ...]",
     )
     parser.add_argument(
@@ -108,7 +108,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         action="append",
         default=[],
         metavar="SPEC",
-        help="a device that is not here, such as 24GB:used=2GB; repeat it for several devices",
+        help="a hypothetical device, such as 24GB:used=2GB; repeat it for several devices",
     )
     parser.add_argument(
         "--preset", action="append", default=[], metavar="NAME", help="a preset; repeatable"
@@ -120,10 +120,10 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         action="append",
         default=[],
         metavar="gpu_share_KEY=VALUE",
-        help="any setting, as after pytest's -o; repeatable",
+        help="any setting, as with pytest's -o; repeatable",
     )
     parser.add_argument(
-        "-n", dest="number", type=_number, metavar="N", help="as pytest's: at most N workers"
+        "-n", dest="number", type=_number, metavar="N", help="as for pytest: at most N workers"
     )
     parser.add_argument(
         "--cpus", type=_positive, metavar="N", help="plan for N CPUs, as xdist's auto counts them"
@@ -133,23 +133,23 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         dest="verbosity",
         action="count",
         default=0,
-        help="each worker; -vv: the arithmetic too",
+        help="one line per worker; -vv: the arithmetic too",
     )
-    parser.add_argument("--json", action="store_true", help="a document in place of the lines")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(
         commands,
         "doctor",
-        "find what is wrong with this machine and project, and say how to mend it",
-        "Look at packages, driver, devices, Ollama, settings and the project in this directory. "
-        "Each finding is [ok], [!] (look at this) or [x] (broken). Nothing is changed, and "
-        "nothing secret is printed: the output can go into a bug report. What stands after -- "
-        "is given to pytest as it is.",
+        "find what is wrong with this machine and project, and how to fix it",
+        "Check packages, driver, devices, Ollama, settings and the project in this directory. "
+        "Each finding is [ok], [!] (worth a look) or [x] (broken). Nothing is changed, and "
+        "no secret is printed: the output can go into a bug report. Arguments after -- are "
+        "passed to pytest.",
         "[-- PYTEST_ARGUMENT ...]",
     )
-    parser.add_argument("--json", action="store_true", help="a document in place of the lines")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_watch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -158,19 +158,18 @@ def _add_watch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "watch",
         "show devices, workers of running sessions and Ollama's models, live",
         "Show the VRAM of each device, the workers of your running sessions and what Ollama "
-        "holds. In a terminal the picture is redrawn until Ctrl-C; into a pipe or a file go "
-        "plain lines.",
+        "holds. A terminal is redrawn until Ctrl-C; a pipe or a file gets plain lines.",
         "",
     )
-    parser.add_argument("--once", action="store_true", help="one picture, then end")
+    parser.add_argument("--once", action="store_true", help="print once and exit")
     parser.add_argument(
         "--interval",
         type=_interval,
         default=1.0,
         metavar="S",
-        help="seconds between two pictures, 0.2 to 3600 (default: 1)",
+        help="seconds between two updates, 0.2 to 3600 (default: 1)",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON document on each line")
+    parser.add_argument("--json", action="store_true", help="one JSON document per line")
 
 
 def _command(

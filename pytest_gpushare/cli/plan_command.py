@@ -1,7 +1,7 @@
-"""pytest, asked what it would do: its own command line, files and plugins, but no test.
+"""`pytest-gpushare plan`: pytest starts with its own configuration and plugins, and runs no test.
 
-Precedence, root directory, `addopts` and other plugins are pytest's business; whoever read
-the files anew would tell something else than a run does.
+pytest itself resolves precedence, root directory, `addopts` and other plugins, so that the plan
+is the one of a real run.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ ALWAYS = (
     "-W",
     "ignore::pytest.PytestAssertRewriteWarning",
 )
-"""Loads the plugin also where entry points are switched off; a second time does no harm. This
-program has imported the package before pytest could rewrite it, which pytest warns of: an
-error in projects with `filterwarnings = error`."""
+"""Arguments that load the plugin also where entry points are switched off; loading it twice is
+harmless. pytest warns that the package was imported before it could be rewritten, which is an
+error under `filterwarnings = error`: that warning is ignored."""
 
 Look = Callable[[pytest.Config], int]
 
 
 class _Stop:
-    """Ends pytest at the moment when everything is decided and nothing has begun."""
+    """Ends pytest once the plan is made, before a session starts."""
 
     gpu_share_only_asks = True
-    """Tells the plugin that no test will follow, for which Ollama should load anything."""
+    """Read by the plugin: no test will follow, so Ollama loads no model."""
 
     def __init__(self, look: Look, cpus: int | None) -> None:
         self._look = look
@@ -51,40 +51,40 @@ class _Stop:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_cmdline_main(self, config: pytest.Config) -> int:
-        """Called within the plugin's wrapper: the plan is made by then."""
+        """Call `look` inside the plugin's own wrapper of this hook: the plan is made by then."""
         _drop_captured(config)
         with contextlib.redirect_stdout(self._stdout):
             return self._look(config)
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
     def pytest_xdist_auto_num_workers(self) -> int | None:
-        """The CPUs of a what-if."""
+        """The number of CPUs given by --cpus."""
         return self._cpus
 
 
 def ask_pytest(arguments: Sequence[str], look: Look, cpus: int | None = None) -> int:
-    """Let pytest read its configuration and plan; `look` sees it, and gives the exit code.
+    """Start pytest up to the plan and call `look` with its config. Returns the exit code.
 
-    What conftests and plugins print goes to standard error. pytest reports wrong settings
-    itself, there, in one line, and the code is its own.
+    Output of conftests and plugins goes to standard error. There pytest reports wrong settings
+    in one line; the exit code is then pytest's.
     """
     stop = _Stop(look, cpus)
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             return int(pytest.main([*ALWAYS, *arguments], plugins=[stop]))
     finally:
-        sys.stderr.write(_short(said.getvalue()))
+        sys.stderr.write(_without_usage(output.getvalue()))
 
 
-def _short(said: str) -> str:
-    """What was said, but of pytest's usage the line with the error alone."""
-    usage = re.search(r"(?ms)^ERROR: usage: .*?^\S+: error: ([^\n]*)", said)
-    return f"ERROR: {usage[1]}\n" if usage else said
+def _without_usage(output: str) -> str:
+    """The output; where pytest printed its usage, the line with the error alone."""
+    usage = re.search(r"(?ms)^ERROR: usage: .*?^\S+: error: ([^\n]*)", output)
+    return f"ERROR: {usage[1]}\n" if usage else output
 
 
 def _drop_captured(config: pytest.Config) -> None:
-    """What conftests printed; pytest would show it when its capture ends without a run."""
+    """Discard what conftests printed; pytest would show it when its capture ends without a run."""
     capture = config.pluginmanager.get_plugin("capturemanager")
     with contextlib.suppress(Exception):
         if capture is not None:
@@ -92,7 +92,7 @@ def _drop_captured(config: pytest.Config) -> None:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Print the plan; the exit code."""
+    """Print the plan. Returns the exit code."""
 
     def look(config: pytest.Config) -> int:
         from pytest_gpushare.plugin import LEFT_OUT, RUN
@@ -100,8 +100,8 @@ def plan(options: argparse.Namespace) -> int:
         run, reason = config.stash.get(RUN, None), config.stash.get(LEFT_OUT, "")
         if run is None and not reason:
             raise GpuShareError(
-                "these arguments run no test under the plugin: take --no-gpu-share, "
-                "--collect-only and their kind away"
+                "these arguments run no test under the plugin: remove --no-gpu-share, "
+                "--collect-only and the like"
             )
         if options.json:
             from pytest_gpushare.report.document import left_out_document, plan_document
@@ -116,7 +116,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:
-    """What pytest is given: the options in its own words, then what follows `--`."""
+    """pytest's arguments: the options under pytest's names, then those after `--`."""
     result = ["--gpu-share"]
     for name, values in (
         ("--gpu-share-simulate", options.simulate),

@@ -1,4 +1,7 @@
-"""A terminal that is redrawn: by rich where it is installed, else by the common escape codes."""
+"""Output of the command: exit codes, styled rows, and a terminal that is redrawn.
+
+rich draws where it is installed, else the common escape codes do.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 OK, FOUND, USAGE, INTERNAL, REFUSED = 0, 1, 2, 3, 4
-"""Exit codes: all is well; doctor found an [x]; wrong use; an error of our own; the run would
-refuse to start, as pytest's own code 4 says."""
+"""Exit codes: success; doctor found an [x]; wrong usage; an internal error; the run would refuse
+to start, as pytest does with its code 4."""
 
 
 class Piece(NamedTuple):
@@ -20,7 +23,7 @@ class Piece(NamedTuple):
 
     text: str
     style: str = ""
-    """In rich's words, such as `bold red`; empty: plain."""
+    """A style of rich, such as `bold red`; empty: plain."""
 
 
 Row = Sequence[Piece]
@@ -34,9 +37,9 @@ def text_of(row: Row) -> str:
 
 
 def encodable(text: str, encoding: str | None) -> str:
-    """The text as a terminal of this encoding can show it; Windows code pages lack signs."""
+    """The text with what this encoding lacks replaced; Windows code pages lack block characters."""
     if not encoding:
-        # Not a terminal but an object of Python's, which takes every text.
+        # A Python object instead of a terminal: it takes any text.
         return text
     try:
         text.encode(encoding)
@@ -46,7 +49,7 @@ def encodable(text: str, encoding: str | None) -> str:
 
 
 def can_show(text: str) -> bool:
-    """Whether standard output can show these signs."""
+    """Whether standard output can show these characters."""
     return encodable(text, getattr(sys.stdout, "encoding", None)) == text
 
 
@@ -63,19 +66,19 @@ def show(rows: Iterable[Row]) -> None:
 
 
 def show_json(document: Mapping[str, Any]) -> None:
-    """Print a document, readable by people too."""
+    """Print a document as indented JSON."""
     json.dump(document, sys.stdout, indent=1, ensure_ascii=True)
     sys.stdout.write("\n")
     sys.stdout.flush()
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal; None where the output goes elsewhere."""
+    """Columns of the terminal; None where standard output is no terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def rich_console() -> Any:
-    """A console of rich for standard output; None without rich, or where nobody sees colour."""
+    """A console of rich for standard output; None without rich, or where it is no terminal."""
     if not sys.stdout.isatty():
         return None
     try:
@@ -86,7 +89,7 @@ def rich_console() -> Any:
 
 
 def styled(row: Row, encoding: str | None = None) -> Any:
-    """The row as rich's Text; only where rich is there."""
+    """The row as rich's Text; rich must be installed."""
     from rich.text import Text
 
     text = Text(no_wrap=True, overflow="crop")
@@ -107,7 +110,7 @@ _HOME, _END_OF_LINE, _REST = "\x1b[H", "\x1b[K", "\x1b[J"
 
 @contextmanager
 def screen() -> Iterator[Draw | None]:
-    """A screen of its own, and the old one back at the end; None where none can be had."""
+    """The terminal's alternate screen, restored at the end; None where the terminal has none."""
     if os.environ.get("TERM", "") == "dumb" or not _understands_codes():
         yield None
         return
@@ -150,7 +153,7 @@ def _write(text: str) -> None:
 
 
 def _cropped(rows: Iterable[Row], width: int, height: int) -> list[Row]:
-    """The rows that fit; the last one says how many do not."""
+    """The rows that fit; the last one counts those that do not."""
     every = [_row(row, width) for row in rows]
     if len(every) <= height:
         return every
@@ -160,7 +163,7 @@ def _cropped(rows: Iterable[Row], width: int, height: int) -> list[Row]:
 
 
 def _row(row: Row, width: int) -> Row:
-    """The row, cut where the terminal ends: a line that wraps would push the others down."""
+    """The row, cut at the terminal's width: a wrapped line would push the others down."""
     left, cut = width, []
     for piece in row:
         cut.append(piece._replace(text=piece.text[:left]))
@@ -169,7 +172,7 @@ def _row(row: Row, width: int) -> Row:
 
 
 def _understands_codes() -> bool:
-    """Windows consoles must be told to; other terminals do."""
+    """Whether the terminal obeys escape codes; Windows consoles must be switched to it."""
     return sys.platform != "win32" or _switch_codes_on()
 
 

@@ -1,4 +1,4 @@
-"""`pytest-gpushare watch`: pictures, one after the other, until Ctrl-C."""
+"""`pytest-gpushare watch`: snapshots of devices, sessions and Ollama, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pytest_gpushare.cli.terminal import OK, can_show, encodable, screen, show
-from pytest_gpushare.cli.watch_view import Picture, Watcher, document, lines, rows
+from pytest_gpushare.cli.watch_view import Snapshot, Watcher, document, lines, rows
 from pytest_gpushare.config.settings import Settings
 
-Show = Callable[[Picture], None]
+Show = Callable[[Snapshot], None]
 
 
 def watch(options: argparse.Namespace) -> int:
-    """Show pictures; Ctrl-C is the way to end it, so it ends well."""
+    """Show snapshots until Ctrl-C. Returns the exit code; Ctrl-C is no error."""
     with _terminable(), contextlib.suppress(KeyboardInterrupt):
         watcher = Watcher(_settings())
         try:
-            with _output(options) as show_picture:
-                _loop(watcher, show_picture, options)
+            with _output(options) as show_snapshot:
+                _loop(watcher, show_snapshot, options)
         finally:
             watcher.close()
     return OK
 
 
-def _loop(watcher: Watcher, show_picture: Show, options: argparse.Namespace) -> None:
+def _loop(watcher: Watcher, show_snapshot: Show, options: argparse.Namespace) -> None:
     due = time.monotonic()
     while True:
-        show_picture(watcher.take(options.interval / 2))
+        show_snapshot(watcher.snapshot(options.interval / 2))
         if options.once:
             return
         due = max(due + options.interval, time.monotonic() + 0.05)
@@ -43,23 +43,23 @@ def _loop(watcher: Watcher, show_picture: Show, options: argparse.Namespace) -> 
 
 @contextmanager
 def _output(options: argparse.Namespace) -> Iterator[Show]:
-    """How a picture is shown: as a document, redrawn in a terminal, or as lines."""
+    """How a snapshot is shown: as JSON, redrawn in a terminal, or as lines."""
     if options.json:
-        yield lambda picture: _write(json.dumps(document(picture)))
+        yield lambda snapshot: _write(json.dumps(document(snapshot)))
         return
     if not sys.stdout.isatty():
-        yield lambda picture: _write("\n".join(lines(picture)))
+        yield lambda snapshot: _write("\n".join(lines(snapshot)))
         return
     unicode = can_show("█░▁▂▃▄▅▆▇█")
     if options.once:
-        yield lambda picture: show(rows(picture, 80, unicode=unicode))
+        yield lambda snapshot: show(rows(snapshot, 80, unicode=unicode))
         return
     with screen() as drawn:
         if drawn is None:
-            # A terminal that cannot be drawn on, such as TERM=dumb.
-            yield lambda picture: _write("\n".join(lines(picture)))
+            # The terminal cannot be redrawn, as with TERM=dumb.
+            yield lambda snapshot: _write("\n".join(lines(snapshot)))
         else:
-            yield lambda picture: drawn(lambda width: rows(picture, width, unicode=unicode))
+            yield lambda snapshot: drawn(lambda width: rows(snapshot, width, unicode=unicode))
 
 
 def _write(text: str) -> None:
@@ -68,7 +68,7 @@ def _write(text: str) -> None:
 
 
 def _settings() -> Settings:
-    """The project's settings, for Ollama's address; where they cannot be read, the defaults."""
+    """The project's settings, for Ollama's address; the defaults where they cannot be read."""
     from pytest_gpushare.cli.doctor.examine import ask, settings_of
 
     return settings_of(ask(()))[0]
@@ -76,7 +76,7 @@ def _settings() -> Settings:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends it as Ctrl-C does, so that the terminal is put back."""
+    """Let SIGTERM end the command as Ctrl-C does, so that the terminal is restored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""A picture of `watch` in words: rows for a terminal, lines for a pipe, a document for programs."""
+"""A snapshot for `watch`, and its form: rows for a terminal, lines for a pipe, JSON."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from pytest_gpushare.timed import call_within
 from pytest_gpushare.units import format_gb, plural
 
 HISTORY = 60
-"""Pictures that a sparkline is made of."""
+"""Snapshots that a sparkline shows."""
 
 OLLAMA_EVERY = 2.0
-"""Seconds between two rounds of questions to Ollama, at least; each round is two GETs."""
+"""The least number of seconds between two rounds of requests to Ollama, two GETs each."""
 
 _OPEN_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
 class SeenDevice:
-    """A device at one moment; sizes in bytes, None where nobody can tell."""
+    """A device at one moment; sizes in bytes, None where unknown."""
 
     device: Device
     memory: Memory | None
@@ -43,12 +43,12 @@ class SeenDevice:
     tests: int | None
     others: int | None
     history: tuple[float, ...]
-    """The part in use, 0 to 1, of the last pictures, the oldest first."""
+    """The part in use, 0 to 1, in the last snapshots, the oldest first."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Everything at one moment."""
+class Snapshot:
+    """Devices, sessions and Ollama at one moment."""
 
     at: float
     """Seconds since the epoch."""
@@ -58,12 +58,12 @@ class Picture:
     problems: tuple[str, ...]
     sessions: tuple[PresentSession, ...]
     held: Mapping[int, int]
-    """PID of a worker -> bytes of VRAM that it and what it started hold; left out where unknown."""
+    """PID of a worker -> bytes held by it and its descendants; absent where unknown."""
     ollama: OllamaFacts
 
 
 class Watcher:
-    """Takes pictures; NVML is opened once and held."""
+    """Takes snapshots; NVML is opened once and stays open."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -77,13 +77,13 @@ class Watcher:
         self._asking: threading.Thread | None = None
 
     def close(self) -> None:
-        """Let go of NVML."""
+        """Close NVML."""
         if self._live is not None:
             self._live.close()
         call_within(1.0, self._nvml.close)
 
-    def take(self, max_age: float) -> Picture:
-        """A picture; what it shows of VRAM is at most `max_age` seconds old unless NVML is slow."""
+    def snapshot(self, max_age: float) -> Snapshot:
+        """A snapshot; its VRAM figures are at most `max_age` seconds old unless NVML is slow."""
         self._ask_ollama()
         running = tuple(sessions())
         memory: Mapping[str, Memory] = {}
@@ -92,7 +92,7 @@ class Watcher:
             memory = self._live.memory(min(max_age, 0.5)).devices
             processes = self._live.processes(max(max_age, 1.0)).devices
         owners = {pid: _worker_of(pid, running) for pid in _pids(processes)}
-        return Picture(
+        return Snapshot(
             at=time.time(),
             devices=tuple(
                 self._seen(device, memory.get(device.uuid), processes.get(device.uuid), owners)
@@ -108,7 +108,7 @@ class Watcher:
 
     def _open(self) -> GpuFacts:
         self._nvml.open()
-        # All devices of the host, also those that CUDA_VISIBLE_DEVICES hides from us.
+        # All devices of the host, those hidden by CUDA_VISIBLE_DEVICES included.
         return self._nvml.read(None, None)
 
     def _seen(
@@ -122,7 +122,7 @@ class Watcher:
         if memory is not None and memory.total:
             history.append(memory.used / memory.total)
         ollama = tests = others = None
-        if processes is not None and _are_told(processes):
+        if processes is not None and _is_trustworthy(processes):
             ollama = sum(p.used or 0 for p in processes if p.is_ollama)
             tests = sum(p.used or 0 for p in processes if owners.get(p.pid) is not None)
             if memory is not None:
@@ -130,7 +130,7 @@ class Watcher:
         return SeenDevice(device, memory, ollama, tests, others, tuple(history))
 
     def _ask_ollama(self) -> None:
-        """Ask in the background, at most every two seconds; the first time wait for the answer."""
+        """Ask Ollama in the background, at most every two seconds; only the first call waits."""
         if not self._settings.enable_ollama_detection:
             return
         busy = self._asking is not None and self._asking.is_alive()
@@ -152,7 +152,7 @@ class Watcher:
             again = ask(known.server, float(self._settings.ollama_timeout))
             self._ollama = again._replace(server=known.server, found_by=known.found_by)
         else:
-            # Every address that may be Ollama's. Models by name would take more than GETs.
+            # Every address that may be Ollama's; asking for models by name takes more than GETs.
             self._ollama = ask_ollama(replace(self._settings, ollama_models=()), os.environ)
 
 
@@ -161,15 +161,15 @@ def _pids(processes: Mapping[str, tuple[GpuProcess, ...] | None]) -> set[int]:
 
 
 def _worker_of(pid: int, running: tuple[PresentSession, ...]) -> int | None:
-    """PID of the worker that is this process, or that has started it."""
+    """PID of the worker that this process is or descends from."""
     workers = {worker.pid for session in running for worker in session.workers}
     return next((number for number in ancestors(pid) if number in workers), None)
 
 
-def _are_told(processes: Sequence[GpuProcess]) -> bool:
-    """Whether a list means what it says: bytes are told, and the PIDs are this system's.
+def _is_trustworthy(processes: Sequence[GpuProcess]) -> bool:
+    """Whether a process list can be trusted: sizes are given, and the PIDs are this system's.
 
-    A container may see the host's PIDs, or none at all; then nothing is known of anybody.
+    A container may see the host's PIDs, or none at all; then no share is known.
     """
     if not processes:
         return sees_every_process()
@@ -183,7 +183,7 @@ def _held(
 ) -> dict[int, int]:
     held: dict[int, int] = {}
     for uuid, found in processes.items():
-        if found is None or not _are_told(found):
+        if found is None or not _is_trustworthy(found):
             continue
         for worker in (worker for session in running for worker in session.workers):
             own = [p.used or 0 for p in found if owners.get(p.pid) == worker.pid]
@@ -194,74 +194,74 @@ def _held(
 
 _LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 _SIGNS, _ASCII_SIGNS = "█▓▒░", "OT#."
-"""The parts of a bar: Ollama, tests, others, and what is free."""
+"""The parts of a bar: Ollama, tests, others, free."""
 _STYLES = ("magenta", "green", "blue", "dim")
 
 
-def rows(picture: Picture, width: int, *, unicode: bool = True) -> Iterator[Row]:
-    """The picture for a terminal of this width."""
-    driver = f", driver {picture.driver}" if picture.driver else ""
-    yield [Piece("pytest-gpushare watch", "bold"), Piece(f"  {_clock(picture.at)}{driver}", "dim")]
-    if picture.absence:
-        yield [Piece(f"no GPU: {picture.absence}", "yellow")]
-    for seen in picture.devices:
+def rows(snapshot: Snapshot, width: int, *, unicode: bool = True) -> Iterator[Row]:
+    """The snapshot for a terminal of this width."""
+    driver = f", driver {snapshot.driver}" if snapshot.driver else ""
+    yield [Piece("pytest-gpushare watch", "bold"), Piece(f"  {_clock(snapshot.at)}{driver}", "dim")]
+    if snapshot.absence:
+        yield [Piece(f"no GPU: {snapshot.absence}", "yellow")]
+    for seen in snapshot.devices:
         yield [Piece("")]
         yield [Piece(f"{seen.device.label} {seen.device.name}", "bold")]
         yield _bar(seen, width, unicode=unicode)
         yield [Piece("  "), *_legend(seen, unicode=unicode)]
-    for problem in picture.problems:
+    for problem in snapshot.problems:
         yield [Piece(problem, "yellow")]
     yield [Piece("")]
-    if not picture.sessions:
+    if not snapshot.sessions:
         yield [Piece("no session of yours runs under the plugin")]
-    for session in picture.sessions:
-        yield [Piece(_session(session, picture.at), "bold")]
+    for session in snapshot.sessions:
+        yield [Piece(_session(session, snapshot.at), "bold")]
         for worker in session.workers:
-            yield [Piece(f"  {_worker(worker, picture)}")]
+            yield [Piece(f"  {_worker(worker, snapshot)}")]
     yield [Piece("")]
-    yield from _ollama_rows(picture.ollama)
+    yield from _ollama_rows(snapshot.ollama)
 
 
-def lines(picture: Picture) -> Iterator[str]:
-    """The picture for a pipe or a file: one fact on each line, the time in front."""
-    for text in _facts(picture):
-        yield f"{_clock(picture.at)} {text}"
+def lines(snapshot: Snapshot) -> Iterator[str]:
+    """The snapshot for a pipe or a file: one fact per line, with the time in front."""
+    for text in _facts(snapshot):
+        yield f"{_clock(snapshot.at)} {text}"
 
 
-def document(picture: Picture) -> dict[str, Any]:
-    """The picture for a program; sizes in bytes, unknown is null."""
+def document(snapshot: Snapshot) -> dict[str, Any]:
+    """The snapshot as a document; sizes in bytes, null where unknown."""
     return {
         "schema": PLAN_SCHEMA,
-        "at": datetime.fromtimestamp(picture.at, timezone.utc).isoformat(timespec="milliseconds"),
-        "driver": picture.driver,
-        "absence": picture.absence,
-        "devices": [_device_document(seen) for seen in picture.devices],
-        "sessions": [_session_document(session, picture) for session in picture.sessions],
-        "ollama": ollama_document(picture.ollama),
-        "problems": list(picture.problems),
+        "at": datetime.fromtimestamp(snapshot.at, timezone.utc).isoformat(timespec="milliseconds"),
+        "driver": snapshot.driver,
+        "absence": snapshot.absence,
+        "devices": [_device_document(seen) for seen in snapshot.devices],
+        "sessions": [_session_document(session, snapshot) for session in snapshot.sessions],
+        "ollama": ollama_document(snapshot.ollama),
+        "problems": list(snapshot.problems),
     }
 
 
 def sparkline(parts: Sequence[float], *, unicode: bool = True) -> str:
-    """One sign for each part from 0 to 1."""
+    """One character for each part from 0 to 1."""
     levels = _LEVELS if unicode else _ASCII_LEVELS
     top = len(levels) - 1
     return "".join(levels[min(top, max(0, round(part * top)))] for part in parts)
 
 
-def _facts(picture: Picture) -> Iterator[str]:
-    if picture.absence:
-        yield f"no GPU: {picture.absence}"
-    for seen in picture.devices:
+def _facts(snapshot: Snapshot) -> Iterator[str]:
+    if snapshot.absence:
+        yield f"no GPU: {snapshot.absence}"
+    for seen in snapshot.devices:
         yield f"{seen.device.label}: {_memory(seen)}; {_holders(seen)}"
-    yield from picture.problems
-    if not picture.sessions:
+    yield from snapshot.problems
+    if not snapshot.sessions:
         yield "no session"
-    for session in picture.sessions:
-        yield _session(session, picture.at)
-        yield from (f"{_worker(w, picture)} (session {session.pid})" for w in session.workers)
+    for session in snapshot.sessions:
+        yield _session(session, snapshot.at)
+        yield from (f"{_worker(w, snapshot)} (session {session.pid})" for w in session.workers)
     yield from (
-        "".join(piece.text for piece in row).strip() for row in _ollama_rows(picture.ollama)
+        "".join(piece.text for piece in row).strip() for row in _ollama_rows(snapshot.ollama)
     )
 
 
@@ -272,7 +272,7 @@ def _bar(seen: SeenDevice, width: int, *, unicode: bool) -> Row:
     cells = 24 if width >= 80 else 12
     text = f"  {_memory(seen)}  "
     room = max(0, width - 2 - cells - len(text))
-    # Who holds it may be unknown: then all that is used is somebody's.
+    # Where the holders are unknown, all used VRAM counts as others'.
     parts = (
         seen.ollama or 0,
         seen.tests or 0,
@@ -290,7 +290,7 @@ def _bar(seen: SeenDevice, width: int, *, unicode: bool) -> Row:
 
 
 def _shares(parts: Sequence[int], total: int, cells: int) -> list[int]:
-    """Cells for each part and for the rest, rounded at the borders so that they add up."""
+    """Cells for each part and for the free rest, rounded so that they add up."""
     ends, sum_ = [], 0
     for part in parts:
         sum_ += max(0, part)
@@ -320,7 +320,7 @@ def _memory(seen: SeenDevice) -> str:
 
 def _holders(seen: SeenDevice) -> str:
     if seen.ollama is None or seen.tests is None or seen.others is None:
-        return "who holds it is not told"
+        return "holders unknown"
     return (
         f"Ollama {format_gb(seen.ollama)}, tests {format_gb(seen.tests)}, "
         f"others {format_gb(seen.others)}"
@@ -334,14 +334,14 @@ def _session(session: PresentSession, now: float) -> str:
     return f"session {session.pid} in {_home(session.root)}: {what}, {since}"
 
 
-def _worker(worker: PresentWorker, picture: Picture) -> str:
+def _worker(worker: PresentWorker, snapshot: Snapshot) -> str:
     if worker.role != "gpu":
         return f"{worker.id}: CPU, no GPU"
     label = next(
-        (s.device.label for s in picture.devices if s.device.uuid == worker.device),
+        (s.device.label for s in snapshot.devices if s.device.uuid == worker.device),
         worker.device or "no GPU",
     )
-    held = picture.held.get(worker.pid)
+    held = snapshot.held.get(worker.pid)
     holds = "unknown" if held is None else format_gb(held)
     over = ", over its slot" if held is not None and held > worker.slot else ""
     return f"{worker.id}: {label}, {holds} of {format_gb(worker.slot)}{over}, PID {worker.pid}"
@@ -378,11 +378,11 @@ def _device_document(seen: SeenDevice) -> dict[str, Any]:
     }
 
 
-def _session_document(session: PresentSession, picture: Picture) -> dict[str, Any]:
+def _session_document(session: PresentSession, snapshot: Snapshot) -> dict[str, Any]:
     return {
         "pid": session.pid,
         "root": session.root,
-        "age_s": round(max(0.0, picture.at - session.began), 3),
+        "age_s": round(max(0.0, snapshot.at - session.began), 3),
         "workers": [
             {
                 "id": worker.id,
@@ -390,7 +390,7 @@ def _session_document(session: PresentSession, picture: Picture) -> dict[str, An
                 "role": worker.role,
                 "device": worker.device,
                 "slot_bytes": worker.slot or None,
-                "held_bytes": picture.held.get(worker.pid),
+                "held_bytes": snapshot.held.get(worker.pid),
             }
             for worker in session.workers
         ],
@@ -402,6 +402,6 @@ def _clock(at: float) -> str:
 
 
 def _home(path: str) -> str:
-    """A path as a person writes it."""
+    """The path with `~` for the home directory."""
     home = (os.environ.get("HOME") or os.environ.get("USERPROFILE") or "").rstrip("/\\")
     return f"~{path[len(home) :]}" if home and path.startswith(home + os.sep) else path

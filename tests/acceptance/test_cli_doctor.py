@@ -1,4 +1,4 @@
-"""`pytest-gpushare doctor` on broken machines: each trap is named, with what mends it."""
+"""`pytest-gpushare doctor` on broken machines: each trap is named, with what fixes it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Told:
         self.codes = {f["code"]: f for f in findings if f["code"]}
         assert result.code == int(any(f["level"] == "broken" for f in findings))
         assert document["broken"] == sum(f["level"] == "broken" for f in findings)
-        assert all(f["mend"] for f in findings if f["level"] != "ok")
+        assert all(f["fix"] for f in findings if f["level"] != "ok")
         assert result.err == ""
 
     def level(self, code: str) -> str:
@@ -42,8 +42,8 @@ class Told:
     def fact(self, code: str) -> str:
         return str(self.codes[code]["fact"])
 
-    def mend(self, code: str) -> str:
-        return str(self.codes[code]["mend"])
+    def fix(self, code: str) -> str:
+        return str(self.codes[code]["fix"])
 
 
 def doctor(project: Project, *arguments: str, **environment: str | None) -> Told:
@@ -103,7 +103,7 @@ def pretend_installed(project: Project, tmp_path: Path, **versions: str) -> Path
 def test_healthy(
     project: Project, machine: Machine, ollama_with: OllamaWith, golden: Callable[..., None]
 ) -> None:
-    """Nothing to mend; all that a bug report needs, word for word."""
+    """Nothing to fix; all that a bug report needs, word for word."""
     ollama_with({"qwen2.5:14b": "10.8GB"}, load="qwen2.5:14b")
     project.file("pytest.ini", "[pytest]\ngpu_share = true\ngpu_share_safety_buffer_mb = 1GB\n")
     result = project.command(COMMAND)
@@ -114,7 +114,7 @@ def test_healthy(
 def test_golden_of_a_broken_machine(
     project: Project, machine_with: MachineWith, golden: Callable[..., None]
 ) -> None:
-    """How findings and mends look."""
+    """How findings and fixes look."""
     machine = machine_with(Device(), Device(compute_mode=2))
     machine.inject("nvmlDeviceGetHandleByIndex_v2", code=15, device=0)
     project.write(conftest='import os\nos.environ["CUDA_VISIBLE_DEVICES"] = "0"\n')
@@ -136,11 +136,11 @@ def versionless(text: str) -> str:
 
 
 def test_no_library(project: Project) -> None:
-    told = doctor(project, KUBERNETES_SERVICE_HOST=None)
-    assert told.level("nvml-missing") == "broken"
-    assert "NVML library not found" in told.fact("nvml-missing")
-    assert re.search("install the NVIDIA driver|--gpus all", told.mend("nvml-missing"))
-    assert told.level("no-gpu-for-tests") == "look"
+    report = doctor(project, KUBERNETES_SERVICE_HOST=None)
+    assert report.level("nvml-missing") == "broken"
+    assert "NVML library not found" in report.fact("nvml-missing")
+    assert re.search("install the NVIDIA driver|--gpus all", report.fix("nvml-missing"))
+    assert report.level("no-gpu-for-tests") == "look"
 
 
 WRONG_DRIVERS = {
@@ -155,11 +155,11 @@ def test_wrong_driver(project: Project, machine: Machine) -> None:
     """Each error of NVML when it starts; the last one in a container that was given no GPU."""
     faults = [({}, [{"function": "nvmlInit*", "code": number}]) for number in WRONG_DRIVERS]
     faults[-1] = ({"NVIDIA_VISIBLE_DEVICES": "void"}, faults[-1][1])
-    told = doctors(project, faults)
-    for (code, mend), one in zip(WRONG_DRIVERS.values(), told, strict=True):
+    report = doctors(project, faults)
+    for (code, fix), one in zip(WRONG_DRIVERS.values(), report, strict=True):
         assert one.level(code) == "broken"
-        assert mend in one.mend(code)
-    assert ["container-without-gpu" in one.codes for one in told] == [False, False, False, True]
+        assert fix in one.fix(code)
+    assert ["container-without-gpu" in one.codes for one in report] == [False, False, False, True]
 
 
 def test_devices(project: Project, machine_with: MachineWith) -> None:
@@ -175,7 +175,7 @@ def test_devices(project: Project, machine_with: MachineWith) -> None:
     machine.inject("nvmlDeviceGetHandleByIndex_v2", code=15, device=0)
     machine.inject("nvmlDeviceGetHandleByIndex_v2", code=4, device=1)
     machine.inject("nvmlDeviceGetMigDeviceHandleByIndex", code=6, device=4)
-    told = doctor(project)
+    report = doctor(project)
     levels = {
         "gpu-lost": "broken",
         "gpu-no-permission": "broken",
@@ -183,14 +183,14 @@ def test_devices(project: Project, machine_with: MachineWith) -> None:
         "mig-without-instance": "broken",
         "unified-memory": "look",
     }
-    assert {code: told.level(code) for code in levels} == levels
-    assert told.mend("gpu-lost").startswith("sudo nvidia-smi -i 0 --gpu-reset")
-    modes = [f for f in told.all if f["code"] == "compute-mode"]
-    assert [(f["level"], f["mend"]) for f in modes] == [
+    assert {code: report.level(code) for code in levels} == levels
+    assert report.fix("gpu-lost").startswith("sudo nvidia-smi -i 0 --gpu-reset")
+    modes = [f for f in report.all if f["code"] == "compute-mode"]
+    assert [(f["level"], f["fix"]) for f in modes] == [
         ("broken", "sudo nvidia-smi -i 2 -c DEFAULT"),
         ("look", "sudo nvidia-smi -i 3 -c DEFAULT"),
     ]
-    assert told.mend("mig-without-instance").startswith("sudo nvidia-smi mig -i 4 -cgi")
+    assert report.fix("mig-without-instance").startswith("sudo nvidia-smi mig -i 4 -cgi")
 
 
 VISIBLE = {
@@ -205,21 +205,21 @@ VISIBLE = {
 def test_visibility(project: Project, machine_with: MachineWith) -> None:
     """What an outer CUDA_VISIBLE_DEVICES may have wrong."""
     machine_with(Device(), Device(total="16GB", name="NVIDIA GeForce RTX 4080"))
-    told = doctors(project, [({"CUDA_VISIBLE_DEVICES": value}, []) for value in VISIBLE])
-    for (code, level, mend), one in zip(VISIBLE.values(), told, strict=True):
+    report = doctors(project, [({"CUDA_VISIBLE_DEVICES": value}, []) for value in VISIBLE])
+    for (code, level, fix), one in zip(VISIBLE.values(), report, strict=True):
         assert one.level(code) == level
-        assert mend in one.mend(code)
+        assert fix in one.fix(code)
 
 
 # --- Ollama ---
 
 
 def test_ollama_down(project: Project, machine: Machine) -> None:
-    told = doctor(project, OLLAMA_HOST="http://me:hunter2@127.0.0.1:9/?token=hunter3")
-    assert told.level("ollama-silent") == "look"
-    assert "127.0.0.1:9 (OLLAMA_HOST): nothing listens there" in told.fact("ollama-silent")
-    assert "ollama serve" in told.mend("ollama-silent")
-    assert "hunter" not in told.result.out
+    report = doctor(project, OLLAMA_HOST="http://me:hunter2@127.0.0.1:9/?token=hunter3")
+    assert report.level("ollama-silent") == "look"
+    assert "127.0.0.1:9 (OLLAMA_HOST): nothing listens there" in report.fact("ollama-silent")
+    assert "ollama serve" in report.fix("ollama-silent")
+    assert "hunter" not in report.result.out
 
 
 def test_ollama_spilled_and_old(
@@ -227,14 +227,14 @@ def test_ollama_spilled_and_old(
 ) -> None:
     machine_with(Device(total="24GB", used="20GB"))
     ollama_with({"qwen2.5:14b": "10.8GB"}, load="qwen2.5:14b", version="0.24.0")
-    told = doctor(project)
-    assert told.level("ollama-spilled") == "look"
-    assert re.search(r"qwen2.5:14b: 10.8 GB, \d+ % on the GPU", told.fact("ollama-spilled"))
-    assert "ollama stop qwen2.5:14b" in told.mend("ollama-spilled")
-    assert told.level("ollama-old") == "look"
-    assert "update Ollama" in told.mend("ollama-old")
-    assert told.level("no-room") == "look"
-    assert "free VRAM" in told.mend("no-room")
+    report = doctor(project)
+    assert report.level("ollama-spilled") == "look"
+    assert re.search(r"qwen2.5:14b: 10.8 GB, \d+ % on the GPU", report.fact("ollama-spilled"))
+    assert "ollama stop qwen2.5:14b" in report.fix("ollama-spilled")
+    assert report.level("ollama-old") == "look"
+    assert "update Ollama" in report.fix("ollama-old")
+    assert report.level("no-room") == "look"
+    assert "free VRAM" in report.fix("no-room")
 
 
 def test_which_device_ollama_uses(
@@ -242,9 +242,9 @@ def test_which_device_ollama_uses(
 ) -> None:
     machine_with(Device(), Device())
     ollama_with({"qwen2.5:14b": "10.8GB"})
-    told = doctor(project)
-    assert told.level("ollama-device-unknown") == "look"
-    assert told.mend("ollama-device-unknown").startswith("gpu_share_ollama_gpu = 0")
+    report = doctor(project)
+    assert report.level("ollama-device-unknown") == "look"
+    assert report.fix("ollama-device-unknown").startswith("gpu_share_ollama_gpu = 0")
 
 
 # --- packages ---
@@ -253,16 +253,16 @@ def test_which_device_ollama_uses(
 def test_deprecated_pynvml(project: Project, machine: Machine, tmp_path: Path) -> None:
     """Its metadata, and an old one's package, which hides the module of nvidia-ml-py."""
     folder = pretend_installed(project, tmp_path, pynvml="13.0.1")
-    told = doctor(project)
-    assert told.level("pynvml-deprecated") == "look"
-    assert "pip uninstall -y pynvml" in told.mend("pynvml-deprecated")
+    report = doctor(project)
+    assert report.level("pynvml-deprecated") == "look"
+    assert "pip uninstall -y pynvml" in report.fix("pynvml-deprecated")
     (folder / "pynvml").mkdir()
     (folder / "pynvml" / "__init__.py").write_text(
         "import warnings\nwarnings.warn('The pynvml package is deprecated', FutureWarning)\n"
     )
-    told = doctor(project, PYTHONWARNINGS="error::FutureWarning")
-    assert told.level("pynvml-deprecated") == "broken"
-    assert told.level("pynvml-unusable") == "broken"
+    report = doctor(project, PYTHONWARNINGS="error::FutureWarning")
+    assert report.level("pynvml-deprecated") == "broken"
+    assert report.level("pynvml-unusable") == "broken"
 
 
 def test_old_packages(project: Project, machine: Machine, tmp_path: Path) -> None:
@@ -270,22 +270,22 @@ def test_old_packages(project: Project, machine: Machine, tmp_path: Path) -> Non
     pretend_installed(
         project, tmp_path, pytest_xdist="3.5.0", httpx="0.20.0", deepspeed="0.18.0", vllm="0.20.1"
     )
-    told = doctor(project)
-    assert told.level("xdist-old") == "broken"
-    assert 'pip install "pytest-xdist>=3.6.1"' in told.mend("xdist-old")
-    assert told.level("package-old") == "broken"
-    tools = [finding for finding in told.all if finding["code"] == "uuid-tools"]
+    report = doctor(project)
+    assert report.level("xdist-old") == "broken"
+    assert 'pip install "pytest-xdist>=3.6.1"' in report.fix("xdist-old")
+    assert report.level("package-old") == "broken"
+    tools = [finding for finding in report.all if finding["code"] == "uuid-tools"]
     assert [finding["fact"].split()[0] for finding in tools] == ["vllm", "deepspeed"]
-    assert {finding["mend"] for finding in tools} == {"gpu_share_device_names = index"}
+    assert {finding["fix"] for finding in tools} == {"gpu_share_device_names = index"}
 
 
 def test_no_xdist(project: Project, tmp_path: Path, nvml_library: Path) -> None:
     """In an environment of its own: all that is installed here, but xdist."""
     python = environment_without(tmp_path / "venv", r"(pytest_)?xdist\b.*|pytest_xdist-.*")
     command = [str(python), "-m", "pytest_gpushare", "doctor", "--json"]
-    told = Told(project.command(command))
-    assert told.level("xdist-missing") == "broken"
-    assert 'pip install "pytest-xdist>=3.6.1"' in told.mend("xdist-missing")
+    report = Told(project.command(command))
+    assert report.level("xdist-missing") == "broken"
+    assert 'pip install "pytest-xdist>=3.6.1"' in report.fix("xdist-missing")
 
 
 def environment_without(path: Path, pattern: str) -> Path:
@@ -317,27 +317,27 @@ def test_how_pytest_starts(
     project: Project,
     machine: Machine,
 ) -> None:
-    told = doctor(project, *arguments, **environment)
-    assert told.level(code) == ("broken" if code == "pytest-refuses" else "look")
+    report = doctor(project, *arguments, **environment)
+    assert report.level(code) == ("broken" if code == "pytest-refuses" else "look")
 
 
 # --- settings and project ---
 
 
 def test_wrong_settings(project: Project, machine: Machine) -> None:
-    """Named with file and key; what is told besides goes by the defaults."""
+    """Named with file and key; what is report besides goes by the defaults."""
     project.file("pytest.ini", "[pytest]\ngpu_share = true\ngpu_share_safety_bufer_mb = 1\n")
-    told = doctor(project)
-    assert told.level("settings-refused") == "broken"
-    assert "pytest.ini: unknown key 'gpu_share_safety_bufer_mb'" in told.fact("settings-refused")
-    assert any("a run would start 2 GPU workers" in f["fact"] for f in told.all)
+    report = doctor(project)
+    assert report.level("settings-refused") == "broken"
+    assert "pytest.ini: unknown key 'gpu_share_safety_bufer_mb'" in report.fact("settings-refused")
+    assert any("a run would start 2 GPU workers" in f["fact"] for f in report.all)
 
 
 def test_settings_of_another_machine(project: Project, machine: Machine) -> None:
     """A device that is not here."""
-    told = doctor(project, "--", "-o", "gpu_share_ollama_gpu=5")
-    assert told.level("run-refused") == "broken"
-    assert "names no device of this machine" in told.fact("run-refused")
+    report = doctor(project, "--", "-o", "gpu_share_ollama_gpu=5")
+    assert report.level("run-refused") == "broken"
+    assert "names no device of this machine" in report.fact("run-refused")
 
 
 def test_traps_of_the_project(project: Project, machine: Machine) -> None:
@@ -353,33 +353,33 @@ def test_traps_of_the_project(project: Project, machine: Machine) -> None:
     project.write(conftest='import os\nos.environ["CUDA_VISIBLE_DEVICES"] = "0"\n')
     (project.path / "sub").mkdir()
     project.file("sub/conftest.py", 'import os\nprint(os.environ.get("CUDA_VISIBLE_DEVICES"))\n')
-    told = doctor(project)
-    assert "pytest-refuses" not in told.codes
-    assert told.level("json-alone") == "look"
-    assert told.mend("json-alone").startswith("gpu_share = true")
-    assert told.level("strict-config") == "look"
-    assert "performance_config.json" in told.mend("strict-config")
-    assert told.level("no-room") == "look"
-    assert told.mend("no-room").startswith("gpu_share_ollama_vram_reservation_mb = 18432; or ")
-    overwriting = [f["fact"] for f in told.all if f["code"] == "conftest-overwrites"]
+    report = doctor(project)
+    assert "pytest-refuses" not in report.codes
+    assert report.level("json-alone") == "look"
+    assert report.fix("json-alone").startswith("gpu_share = true")
+    assert report.level("strict-config") == "look"
+    assert "performance_config.json" in report.fix("strict-config")
+    assert report.level("no-room") == "look"
+    assert report.fix("no-room").startswith("gpu_share_ollama_vram_reservation_mb = 18432; or ")
+    overwriting = [f["fact"] for f in report.all if f["code"] == "conftest-overwrites"]
     assert len(overwriting) == 1
     assert overwriting[0].startswith("conftest.py:2 sets CUDA_VISIBLE_DEVICES")
-    mended = ("--", "-o", "gpu_share_ollama_vram_reservation_mb=18432")
-    assert "no-room" not in doctor(project, *mended).codes
+    fixed = ("--", "-o", "gpu_share_ollama_vram_reservation_mb=18432")
+    assert "no-room" not in doctor(project, *fixed).codes
 
 
 def test_slow_plugin_and_secrets(project: Project, machine: Machine) -> None:
     """What pytest prints while it starts is not in the way, and no variable's value leaks."""
     project.write(loud='print("noise")\nimport os; os.write(1, b"noise\\n")\n')
-    told = doctor(
+    report = doctor(
         project,
         PYTEST_ADDOPTS="-p loud",
         PYTHONPATH=os.pathsep.join([str(project.path), project.environment["PYTHONPATH"]]),
         API_TOKEN="hunter2",
     )
-    assert "pytest-refuses" not in told.codes
-    assert "noise" not in told.result.out
-    assert "hunter" not in told.result.out
+    assert "pytest-refuses" not in report.codes
+    assert "noise" not in report.result.out
+    assert "hunter" not in report.result.out
 
 
 def test_models_and_device_of_ollama(
@@ -388,15 +388,15 @@ def test_models_and_device_of_ollama(
     """A model that is not there, a reservation that is too small, and another device than named."""
     machine_with(Device(), Device())
     ollama_with({"qwen2.5:14b": "10.8GB"}, load="qwen2.5:14b")
-    told = doctor(
+    report = doctor(
         project,
         "--",
         *("-o", "gpu_share_ollama_models=qwen2.5:14b nothere:7b"),
         *("-o", "gpu_share_ollama_vram_reservation_mb=2048", "-o", "gpu_share_ollama_gpu=1"),
     )
-    models = [finding for finding in told.all if finding["code"] == "ollama-models"]
+    models = [finding for finding in report.all if finding["code"] == "ollama-models"]
     assert [finding["level"] for finding in models] == ["look", "look"]
-    assert models[0]["mend"] == "ollama pull nothere:7b"
-    assert "would hold its models" in models[1]["mend"]
-    assert told.level("ollama-elsewhere") == "look"
-    assert "gpu_share_ollama_gpu = auto" in told.mend("ollama-elsewhere")
+    assert models[0]["fix"] == "ollama pull nothere:7b"
+    assert "would hold its models" in models[1]["fix"]
+    assert report.level("ollama-elsewhere") == "look"
+    assert "gpu_share_ollama_gpu = auto" in report.fix("ollama-elsewhere")

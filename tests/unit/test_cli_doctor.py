@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.cli.doctor import render as told
+from pytest_gpushare.cli.doctor import Finding, Level, look, render, safe
 from pytest_gpushare.cli.doctor.examine import (
     Examined,
     PytestView,
@@ -19,9 +19,7 @@ from pytest_gpushare.cli.doctor.examine import (
     overwriting,
     settings_of,
 )
-from pytest_gpushare.cli.doctor.findings import Finding, Level, look, safe
-from pytest_gpushare.cli.doctor.gpus import driver, visibility
-from pytest_gpushare.cli.doctor.ollama import ollama
+from pytest_gpushare.cli.doctor.machine import driver, ollama, visibility
 from pytest_gpushare.cli.doctor.project import caps, packages, release, tools
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
@@ -70,7 +68,7 @@ NO_LIBRARY = GpuFacts(absence="NVML library not found (NVML error 12)")
 
 
 @pytest.mark.parametrize(
-    ("where", "mend"),
+    ("where", "fix"),
     [
         (Surroundings(), "install the NVIDIA driver; nvidia-smi must work"),
         (Surroundings(is_container=True), "start the container with the GPU"),
@@ -78,9 +76,9 @@ NO_LIBRARY = GpuFacts(absence="NVML library not found (NVML error 12)")
         (Surroundings(is_wsl=True, wsl_library=True), "export LD_LIBRARY_PATH=/usr/lib/wsl/lib"),
     ],
 )
-def test_no_library_by_surroundings(where: Surroundings, mend: str) -> None:
+def test_no_library_by_surroundings(where: Surroundings, fix: str) -> None:
     """What is missing differs between a bare machine, a container and WSL."""
-    assert mend in only(driver(examined(NO_LIBRARY, where=where)), "nvml-missing").mend
+    assert fix in only(driver(examined(NO_LIBRARY, where=where)), "nvml-missing").fix
 
 
 @pytest.mark.parametrize(
@@ -93,13 +91,13 @@ def test_no_library_by_surroundings(where: Surroundings, mend: str) -> None:
     ],
 )
 def test_other_absences(absence: str, code: str) -> None:
-    """Each reason for which there is no NVML has a mend."""
+    """Each reason for which there is no NVML has a fix."""
     found = only(driver(examined(GpuFacts(absence=absence))), code)
     assert (found.level, found.fact) == (Level.BROKEN, absence)
 
 
 def test_visibility_without_devices() -> None:
-    """Where there is no device, the variable is only told."""
+    """Where there is no device, the variable is only render."""
     environment = {"CUDA_VISIBLE_DEVICES": "0", "NVIDIA_VISIBLE_DEVICES": "all"}
     findings = list(visibility(examined(NO_LIBRARY, environment=environment)))
     assert [finding.level for finding in findings] == [Level.OK, Level.OK]
@@ -137,7 +135,7 @@ def server(**changes: Any) -> OllamaFacts:
 )
 def test_ollama(facts: OllamaFacts, changes: dict[str, Any], code: str, words: str) -> None:
     """What may be odd about the server."""
-    assert words in only(ollama(examined(server=facts, **changes)), code).mend
+    assert words in only(ollama(examined(server=facts, **changes)), code).fix
 
 
 @pytest.mark.parametrize("version", ["0.30.0", "0.33.0-rc2", "0.0.0", None])
@@ -179,7 +177,7 @@ def test_caps(monkeypatch: pytest.MonkeyPatch) -> None:
     found = list(caps(examined()))
     assert found[0].fact.startswith("torch 2.13.0: 3.9")
     assert found[1].code == "no-cap"
-    assert "unset XLA_PYTHON_CLIENT_ALLOCATOR" in found[1].mend
+    assert "unset XLA_PYTHON_CLIENT_ALLOCATOR" in found[1].fix
     monkeypatch.setattr("pytest_gpushare.cli.doctor.project.installed", lambda: versions)
     off = list(caps(examined(ini={"gpu_share_cap_vram": "false"})))
     assert [finding.code for finding in off] == ["caps-off"]
@@ -190,7 +188,7 @@ def test_missing_package() -> None:
     found = only(
         packages(examined(packages={**examined().packages, "httpx": "0.1"})), "package-old"
     )
-    assert 'pip install "httpx>=0.27"' in found.mend
+    assert 'pip install "httpx>=0.27"' in found.fix
 
 
 @pytest.mark.parametrize(
@@ -215,7 +213,7 @@ def test_safe(text: str, shown: str) -> None:
 
 
 def test_a_check_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told, and the others too."""
+    """A check that raises is reported, and so are the others."""
 
     def fails(_: Examined) -> Any:
         raise ZeroDivisionError("oh")
@@ -223,8 +221,8 @@ def test_a_check_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def works(_: Examined) -> Any:
         yield look("no-room", "little", "more")
 
-    monkeypatch.setattr(told, "_SECTIONS", (("A", (fails,)), ("B", (works,))))
-    sections = told.sections_of(examined())
+    monkeypatch.setattr(render, "_SECTIONS", (("A", (fails,)), ("B", (works,))))
+    sections = render.sections_of(examined())
     assert [f.code for section in sections for f in section.findings] == [
         "doctor-failed",
         "no-room",
@@ -283,11 +281,11 @@ def test_each_code_has_its_section() -> None:
 def test_wrapped_for_a_terminal() -> None:
     """Each line within the width, under the text and not under the mark; whole without one."""
     findings = (look("no-room", "little " * 20, "more " * 20), look("no-cap", "x" * 90, "y"))
-    section = [told.Section("Plan", findings)]
-    wrapped = ["".join(piece.text for piece in row) for row in told.rows(section, 60)]
+    section = [render.Section("Plan", findings)]
+    wrapped = ["".join(piece.text for piece in row) for row in render.rows(section, 60)]
     assert max(len(line) for line in wrapped if "x" not in line) <= 60
     assert wrapped[3].startswith("  [!]  little")
     assert wrapped[4].startswith("       little")
-    assert next(line for line in wrapped if "mend" in line).startswith("       mend: more")
-    whole = ["".join(piece.text for piece in row) for row in told.rows(section)]
+    assert next(line for line in wrapped if "fix" in line).startswith("       fix: more")
+    whole = ["".join(piece.text for piece in row) for row in render.rows(section)]
     assert (len(whole), whole[3].count("little")) == (9, 20)

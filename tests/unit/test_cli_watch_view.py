@@ -1,4 +1,4 @@
-"""The pictures of watch in words, from values."""
+"""The snapshots of watch in words, from values."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 
 from pytest_gpushare.cli.terminal import _cropped, encodable, text_of
 from pytest_gpushare.cli.watch_view import (
-    Picture,
     SeenDevice,
+    Snapshot,
     Watcher,
-    _are_told,
+    _is_trustworthy,
     document,
     lines,
     rows,
@@ -32,7 +32,7 @@ WORKERS = (
     PresentWorker("gw1", 12, "gpu", "GPU-0", 3 * GB),
     PresentWorker("gw2", 13, "cpu", None, 0),
 )
-PICTURE = Picture(
+SNAPSHOT = Snapshot(
     at=1_000_000_000.0,
     devices=(SEEN,),
     absence="",
@@ -44,16 +44,16 @@ PICTURE = Picture(
         "h:1", True, True, "0.33.0", (LoadedModel("m", 8 * GB, 6 * GB),), reachable=True
     ),
 )
-CLOCK = time.strftime("%H:%M:%S", time.localtime(PICTURE.at))
+CLOCK = time.strftime("%H:%M:%S", time.localtime(SNAPSHOT.at))
 
 
-def drawn(picture: Picture, width: int = 100, **options: Any) -> list[str]:
-    return [text_of(row) for row in rows(picture, width, **options)]
+def drawn(snapshot: Snapshot, width: int = 100, **options: Any) -> list[str]:
+    return [text_of(row) for row in rows(snapshot, width, **options)]
 
 
 def test_rows() -> None:
     """All that a terminal shows."""
-    assert drawn(PICTURE) == [
+    assert drawn(SNAPSHOT) == [
         f"pytest-gpushare watch  {CLOCK}, driver 580",
         "",
         "GPU 0 RTX 3090 Ti",
@@ -73,7 +73,7 @@ def test_rows() -> None:
 
 def test_ascii() -> None:
     """A terminal without these signs gets letters, and every line can be encoded."""
-    shown = drawn(PICTURE, unicode=False)
+    shown = drawn(SNAPSHOT, unicode=False)
     assert "  OOOOOOTTTT##............  12.0 GB" in "\n".join(shown)
     assert all(line.isascii() for line in shown)
     assert encodable("2 × 4", "ascii") == "2 x 4"
@@ -82,7 +82,7 @@ def test_ascii() -> None:
 
 def test_lines() -> None:
     """The same facts for a pipe, the time in front of each."""
-    told = list(lines(PICTURE))
+    told = list(lines(SNAPSHOT))
     assert all(line.startswith(f"{CLOCK} ") for line in told)
     assert told[0].endswith(
         "GPU 0: 12.0 GB of 24.0 GB used, 12.0 GB free; Ollama 6.0 GB, tests 4.0 GB, others 2.0 GB"
@@ -92,41 +92,41 @@ def test_lines() -> None:
 
 def test_document() -> None:
     """What is unknown is null, never 0."""
-    found = json.loads(json.dumps(document(PICTURE)))
+    found = json.loads(json.dumps(document(SNAPSHOT)))
     assert [w["held_bytes"] for w in found["sessions"][0]["workers"]] == [4 * GB, None, None]
     assert found["sessions"][0]["workers"][2]["slot_bytes"] is None
     assert found["at"] == "2001-09-09T01:46:40.000+00:00"
     blind = replace(SEEN, memory=None, ollama=None, tests=None, others=None)
-    (device,) = document(replace(PICTURE, devices=(blind,)))["devices"]
+    (device,) = document(replace(SNAPSHOT, devices=(blind,)))["devices"]
     assert {device[name] for name in device if name.endswith("_bytes")} == {None}
 
 
 def test_nothing_is_known() -> None:
     """A lost device, nobody told by process, no session, no Ollama."""
     blind = replace(SEEN, memory=None, ollama=None, tests=None, others=None, history=())
-    picture = replace(PICTURE, devices=(blind,), sessions=(), problems=(), ollama=OllamaFacts())
-    assert drawn(picture)[2:] == [
+    snapshot = replace(SNAPSHOT, devices=(blind,), sessions=(), problems=(), ollama=OllamaFacts())
+    assert drawn(snapshot)[2:] == [
         "GPU 0 RTX 3090 Ti",
         "  no reading: the device does not answer",
-        "  who holds it is not told",
+        "  holders unknown",
         "",
         "no session of yours runs under the plugin",
         "",
         "Ollama is not asked",
     ]
-    assert f"{CLOCK} GPU 0: no reading; who holds it is not told" in list(lines(picture))
+    assert f"{CLOCK} GPU 0: no reading; holders unknown" in list(lines(snapshot))
 
 
 @pytest.mark.parametrize("width", [20, 60, 80, 200])
 def test_no_line_is_too_long(width: int) -> None:
-    """What does not fit is cut, or the picture would move."""
-    cut = _cropped(rows(PICTURE, width), width, 40)
+    """What does not fit is cut, or the snapshot would move."""
+    cut = _cropped(rows(SNAPSHOT, width), width, 40)
     assert max(len(text_of(row)) for row in cut) <= width
 
 
 def test_small_terminal() -> None:
     """The last line says how much is missing."""
-    cut = [text_of(row) for row in _cropped(rows(PICTURE, 80), 80, 5)]
+    cut = [text_of(row) for row in _cropped(rows(SNAPSHOT, 80), 80, 5)]
     assert (len(cut), cut[-1]) == (5, "... 10 more lines")
 
 
@@ -139,9 +139,9 @@ def test_pids_of_a_container_tell_nothing() -> None:
     """A list with a process that is not here is about another system."""
     import os
 
-    assert _are_told([GpuProcess(os.getpid(), 1)])
-    assert not _are_told([GpuProcess(os.getpid(), 1), GpuProcess(2**22 + 5, 1)])
-    assert not _are_told([GpuProcess(os.getpid(), None)])
+    assert _is_trustworthy([GpuProcess(os.getpid(), 1)])
+    assert not _is_trustworthy([GpuProcess(os.getpid(), 1), GpuProcess(2**22 + 5, 1)])
+    assert not _is_trustworthy([GpuProcess(os.getpid(), None)])
 
 
 def test_a_bar_always_has_its_length() -> None:
@@ -156,7 +156,7 @@ def test_a_bar_always_has_its_length() -> None:
                 others=0,
                 history=(),
             )
-            line = drawn(replace(PICTURE, devices=(seen,)))[3]
+            line = drawn(replace(SNAPSHOT, devices=(seen,)))[3]
             assert sum(line.count(sign) for sign in "█▓▒░") == 24
 
 
@@ -172,4 +172,4 @@ def test_watcher_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Path("/nowhere")
     off = {"gpu_share_enable_ollama_detection": "false"}
     watcher = Watcher(load(Written({}, {}, off, "", here, here, here)))
-    assert watcher.take(1.0).absence == "NVML did not answer within 0.05 s"
+    assert watcher.snapshot(1.0).absence == "NVML did not answer within 0.05 s"

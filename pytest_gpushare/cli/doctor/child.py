@@ -1,7 +1,7 @@
-"""Run as a process of its own: what pytest reads in this directory, as one line of JSON.
+"""The child process of doctor: prints what pytest reads in this directory as one line of JSON.
 
-In a process of its own, because plugins are imported there, which may fail or hang. No
-conftest is imported, nothing is probed, no test is collected.
+A process of its own, since importing other plugins may fail or hang. No conftest is imported,
+nothing is probed, no test is collected.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _found(config: pytest.Config) -> dict[str, Any]:
     by_number = any(word.endswith(GPU_AUTO) for word in arguments)
     request, cpus = request_for(config)
     if by_number:
-        # Our own --no-gpu-share has made xdist's number of it.
+        # --no-gpu-share, added above, has turned gpu-auto into xdist's number.
         request = request._replace(number=None)
     return {
         "written": {name: _plain(value) for name, value in gather(config)._asdict().items()},
@@ -65,7 +65,7 @@ def _plain(value: object) -> object:
 
 
 def _added(config: pytest.Config) -> list[str]:
-    """What stands in `addopts` and PYTEST_ADDOPTS."""
+    """The arguments in `addopts` and PYTEST_ADDOPTS."""
     try:
         return [*config.getini("addopts"), *shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))]
     except ValueError:
@@ -73,12 +73,12 @@ def _added(config: pytest.Config) -> list[str]:
 
 
 def _is_strict(config: pytest.Config) -> bool:
-    """Whether pytest refuses ini keys that it does not know."""
+    """Whether pytest refuses unknown ini keys."""
     options = config.option
     if getattr(options, "strict_config", False) or getattr(options, "strict", False):
         return True
     for name in ("strict_config", "strict"):
-        # The keys came with pytest 9.
+        # These keys exist since pytest 9.
         try:
             if config.getini(name):
                 return True

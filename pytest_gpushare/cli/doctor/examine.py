@@ -1,4 +1,4 @@
-"""Everything that doctor looks at, gathered once and with a limit of time for each part."""
+"""The facts that doctor checks, gathered once, each part with a time limit."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from pytest_gpushare.session.start import Host, start
 from pytest_gpushare.timed import call_within
 
 TIMEOUT = 30.0
-"""Seconds that pytest may take to start without a conftest and without a test."""
+"""Seconds that pytest may take to start, without conftests and tests."""
 
 MARK = "pytest-gpushare found: "
-"""Begins the line of the answer; plugins may print others."""
+"""The start of the line with the answer; plugins may print other lines."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PytestView:
 
 
 def ask(arguments: Sequence[str]) -> PytestView:
-    """Start pytest and wait for what it says, at most half a minute. Never raises."""
+    """Have a child process read pytest's configuration, within `TIMEOUT`. Never raises."""
     command = [sys.executable, "-m", "pytest_gpushare.cli.doctor.child", *arguments]
     try:
         done = subprocess.run(
@@ -93,7 +93,7 @@ def _view(found: Mapping[str, Any]) -> PytestView:
 
 
 def _complaint(text: str) -> str:
-    """The line that says most: pytest's own `ERROR: ...`, else the last one."""
+    """The most telling line: pytest's `ERROR: ...`, else the last one."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return (errors or lines[-1:] or [""])[0][:400]
@@ -105,7 +105,10 @@ _SKIPPED = {"node_modules", "site-packages", "__pycache__", "build", "dist"}
 
 
 def overwriting(root: Path) -> list[str]:
-    """`tests/conftest.py:12` for each; a big tree is searched for three seconds at most."""
+    """The lines of conftests that set CUDA_VISIBLE_DEVICES, as `tests/conftest.py:12`.
+
+    The search ends after `_MOST_SECONDS`.
+    """
     found = []
     for number, path in enumerate(_conftests(root, time.monotonic() + _MOST_SECONDS)):
         if number == _MOST_FILES:
@@ -119,7 +122,7 @@ def _conftests(root: Path, until: float) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
         if time.monotonic() > until:
             return
-        # Sorted, so that the output is the same on every file system.
+        # Sorted: file systems list directories in different orders.
         folders[:] = sorted(
             name
             for name in folders
@@ -134,13 +137,13 @@ def _conftests(root: Path, until: float) -> Iterator[Path]:
 _PACKAGES = ("pytest", "pytest-xdist", "execnet", "nvidia-ml-py", "httpx", "pynvml", "rich")
 _TOOLS = ("torch", "vllm", "deepspeed")
 _PATIENCE = 5.0
-"""Seconds for an Ollama that did not answer in the time that a run gives it."""
+"""Seconds for an Ollama that did not answer within the time limit of a run."""
 _NVML_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
 class NvmlVersions:
-    """What the library says of itself; None where it does not."""
+    """The versions that the library reports; None where it reports none."""
 
     nvml: str | None = None
     cuda: str | None = None
@@ -148,19 +151,19 @@ class NvmlVersions:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Where this process runs."""
+    """The system that this process runs on."""
 
     system: str = ""
     python: str = ""
     is_wsl: bool = False
     is_container: bool = False
     wsl_library: bool = False
-    """Whether WSL's own libnvidia-ml is where WSL puts it."""
+    """Whether libnvidia-ml is where WSL installs it."""
 
 
 @dataclass(frozen=True)
 class Examined:
-    """The facts."""
+    """All facts that the checks use."""
 
     environment: Mapping[str, str]
     where: Surroundings
@@ -176,13 +179,13 @@ class Examined:
     """Why a run with these settings would not start."""
     nvml: NvmlVersions = field(default_factory=NvmlVersions)
     patient_ollama: OllamaFacts | None = None
-    """What Ollama said when it was given more time; None where that was not needed."""
+    """Ollama's answer with a longer time limit; None where that was not needed."""
     overwriting: Sequence[str] = ()
     """`conftest.py:3` for each conftest that sets CUDA_VISIBLE_DEVICES."""
 
 
 def examine(arguments: Sequence[str]) -> Examined:
-    """Look at everything; `arguments` are for pytest."""
+    """Gather the facts; `arguments` are passed to pytest."""
     environment = dict(os.environ)
     view = ask(arguments)
     settings, settings_error = settings_of(view)
@@ -208,7 +211,7 @@ def examine(arguments: Sequence[str]) -> Examined:
 
 
 def settings_of(view: PytestView) -> tuple[Settings, str]:
-    """The settings in force, and what is wrong with them; then the defaults stand in."""
+    """The settings in force, or the defaults and what is wrong with the settings."""
     error = view.wrong_switch
     if view.written is not None:
         try:
@@ -219,8 +222,8 @@ def settings_of(view: PytestView) -> tuple[Settings, str]:
 
 
 def _start(settings: Settings, request: Request, host: Host) -> tuple[ActiveRun, str]:
-    """The plan of a run; one that would not start is planned for with what may be."""
-    # Whoever only looks loads no model.
+    """The plan of a run, and why it would not start; the plan is then made without that limit."""
+    # doctor never loads a model.
     lenient = replace(settings, fallback_to_cpu_when_constrained=True, ollama_preload=False)
     error = ""
     try:
@@ -268,7 +271,7 @@ def _versions(names: Sequence[str]) -> dict[str, str]:
         try:
             found[name] = str(metadata.version(name))
         except Exception:
-            # Not installed, or its metadata is broken: either way nothing is known of it.
+            # Not installed, or its metadata is broken: its version is unknown.
             continue
     return found
 
@@ -300,6 +303,6 @@ def _overwriting(root: Path) -> Sequence[str]:
 
 
 def executable() -> str:
-    """How this Python is called in a command for the user."""
+    """The name of this Python in a command for the user."""
     name = Path(sys.executable).name
     return name if re.fullmatch(r"python[0-9.]*(\.exe)?", name) else "python"

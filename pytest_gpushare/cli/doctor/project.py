@@ -1,4 +1,4 @@
-"""Settings and where they came from, what a run would do with them, and the project's files."""
+"""Checks of the project: packages, settings and their origins, the plan, caps, conftests."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+from pytest_gpushare.cli.doctor import Finding, broken, look, ok
 from pytest_gpushare.cli.doctor.examine import Examined, executable
-from pytest_gpushare.cli.doctor.findings import Finding, broken, look, ok
 from pytest_gpushare.config.options import JSON_FILE, OPTIONS
 from pytest_gpushare.planning.caps import installed
 from pytest_gpushare.planning.placement import caps_of
@@ -32,7 +32,7 @@ _WITHOUT = {
 
 
 def packages(found: Examined) -> Iterator[Finding]:
-    """A finding for each package, and how pytest starts here."""
+    """One finding per package, and whether pytest starts here."""
     yield ok(f"{found.where.python} on {found.where.system}")
     for name, oldest in _OLDEST.items():
         yield _package(found, name, oldest)
@@ -42,7 +42,7 @@ def packages(found: Examined) -> Iterator[Finding]:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The numbers at the start of a version: (2, 10) of `2.10.0+cu130`, cut where they end."""
+    """The first three numbers of a version: (2, 10, 0) of `2.10.0+cu130`."""
     return tuple(int(part) for part in re.findall(r"[0-9]{1,9}", version.split("+")[0])[:3])
 
 
@@ -65,7 +65,7 @@ def _package(found: Examined, name: str, oldest: tuple[int, ...]) -> Finding:
 
 def _deprecated(found: Examined) -> Finding:
     version = found.packages["pynvml"]
-    mend = (
+    fix = (
         f"{executable()} -m pip uninstall -y pynvml, then "
         f"{executable()} -m pip install --force-reinstall nvidia-ml-py"
     )
@@ -74,13 +74,13 @@ def _deprecated(found: Examined) -> Finding:
             "pynvml-deprecated",
             f"the deprecated distribution pynvml {version} hides the module of nvidia-ml-py, "
             "which has the same name",
-            mend,
+            fix,
         )
     return look(
         "pynvml-deprecated",
         f"the deprecated distribution pynvml {version} is installed: it warns when its module is "
         "imported, which fails under -W error",
-        mend,
+        fix,
     )
 
 
@@ -90,19 +90,19 @@ def _pytest(found: Examined) -> Iterator[Finding]:
         yield broken(
             "pytest-refuses",
             f"pytest does not start here: {view.error}",
-            "run pytest --co -q and mend what it says",
+            "run pytest --co -q and fix what it reports",
         )
     elif not view.autoload:
         yield look(
             "autoload-off",
             "pytest loads no installed plugins here (PYTEST_DISABLE_PLUGIN_AUTOLOAD, or an option)",
-            "give pytest -p pytest_gpushare.plugin -p xdist.plugin, or unset the variable",
+            "run pytest -p pytest_gpushare.plugin -p xdist.plugin, or unset the variable",
         )
     elif not view.xdist and "pytest-xdist" in found.packages:
         yield look(
             "xdist-off",
             "pytest-xdist is installed, but pytest does not load it: there are no workers",
-            "take -p no:xdist out of addopts or PYTEST_ADDOPTS",
+            "remove -p no:xdist from addopts or PYTEST_ADDOPTS",
         )
 
 
@@ -111,7 +111,7 @@ _FIRST_WITH_UUIDS = {"torch": (2, 0), "vllm": (0, 21), "deepspeed": (10**9,)}
 
 
 def caps(found: Examined) -> Iterator[Finding]:
-    """What would keep each framework within a worker's share."""
+    """The cap of each framework in a GPU worker."""
     started = found.started
     frameworks = started.around.versions or installed()
     if not frameworks:
@@ -127,12 +127,12 @@ def caps(found: Examined) -> Iterator[Finding]:
         names = ", ".join(f"{name} {version}" for name, version in frameworks.items())
         yield ok(f"{names}: no GPU worker to cap")
     else:
-        for told in caps_of(started.plan.slots[0], started.around).told:
-            yield _cap(told)
+        for text in caps_of(started.plan.slots[0], started.around).told:
+            yield _cap(text)
 
 
 def tools(found: Examined) -> Iterator[Finding]:
-    """Tools that break on UUIDs."""
+    """Tools that cannot read UUIDs in CUDA_VISIBLE_DEVICES."""
     if found.settings.device_names != "uuid":
         return
     for name, first in _FIRST_WITH_UUIDS.items():
@@ -140,30 +140,29 @@ def tools(found: Examined) -> Iterator[Finding]:
         if version is not None and release(version) < first:
             yield look(
                 "uuid-tools",
-                f"{name} {version} expects numbers in CUDA_VISIBLE_DEVICES, and workers are given "
-                "UUIDs",
+                f"{name} {version} expects numbers in CUDA_VISIBLE_DEVICES, and workers get UUIDs",
                 "gpu_share_device_names = index",
             )
 
 
-def _cap(told: str) -> Finding:
+def _cap(text: str) -> Finding:
     """`torch 2.13.0: 3.91 GB`, or `JAX 0.10.0: no cap (allocator platform)`."""
-    if "no cap" not in told:
-        return ok(told)
+    if "no cap" not in text:
+        return ok(text)
     variable = (
         "XLA_PYTHON_CLIENT_ALLOCATOR"
-        if told.startswith("JAX")
+        if text.startswith("JAX")
         else "the backend in PYTORCH_ALLOC_CONF"
     )
-    return look("no-cap", told, f"unset {variable}; else give tests more room: fewer workers")
+    return look("no-cap", text, f"unset {variable}; or start fewer workers")
 
 
 def settings(found: Examined) -> Iterator[Finding]:
-    """The files, the switch, and each setting that is not the default."""
+    """The configuration files, the switch, and each setting that is not the default."""
     view = found.pytest
     if found.settings_error:
         yield broken(
-            "settings-refused", found.settings_error, "correct it; the line names the place"
+            "settings-refused", found.settings_error, "correct it: the line names the place"
         )
     if view.error:
         return
@@ -175,7 +174,7 @@ def settings(found: Examined) -> Iterator[Finding]:
             "strict-config",
             f"{name} is read strictly (--strict-config, or strict = true): where pytest-gpushare "
             "is not installed, its keys there are an error",
-            f"move them to {JSON_FILE}, and ask with --gpu-share on the command line",
+            f"move them to {JSON_FILE}, and use --gpu-share on the command line",
         )
     for option in OPTIONS:
         origin = found.settings.origins.get(option.key, "default")
@@ -188,7 +187,7 @@ def _asked(found: Examined) -> Iterator[Finding]:
     view = found.pytest
     if view.switched_on or view.asked_by_arguments:
         how = "gpu_share = true" if view.switched_on else "addopts or PYTEST_ADDOPTS"
-        yield ok(f"each run asks for the plugin ({how})")
+        yield ok(f"every run uses the plugin ({how})")
     elif any(origin == JSON_FILE for origin in found.settings.origins.values()):
         yield look(
             "json-alone",
@@ -196,7 +195,7 @@ def _asked(found: Examined) -> Iterator[Finding]:
             "gpu_share = true in the configuration file, or pytest --gpu-share",
         )
     else:
-        yield ok("a run asks for the plugin with --gpu-share or -n gpu-auto alone")
+        yield ok("a run uses the plugin only with --gpu-share or -n gpu-auto")
 
 
 def plan(found: Examined) -> Iterator[Finding]:
@@ -216,15 +215,15 @@ def plan(found: Examined) -> Iterator[Finding]:
         fact = f"a run would fail: {shortage(started.plan)}"
     report = look if found.settings.fallback_to_cpu_when_constrained else broken
     if started.plan.absence:
-        yield report("no-gpu-for-tests", fact, "see what is said of the driver and the devices")
+        yield report("no-gpu-for-tests", fact, "see the sections Driver and Devices")
     elif all(planned.limited_by is Limit.BY_MODE for planned in started.plan.devices):
-        yield report("compute-mode", fact, "see what is said of the devices")
+        yield report("compute-mode", fact, "see the section Devices")
     else:
         yield report("no-room", fact, _make_room(found))
 
 
 def _make_room(found: Examined) -> str:
-    """Settings with which one worker would fit, computed from the best device."""
+    """Settings with which one worker would fit on the best device."""
     best = max(found.started.plan.devices, key=lambda planned: planned.budget)
     need = found.settings.min_vram_per_worker
     ways = []
@@ -241,13 +240,13 @@ def _make_room(found: Examined) -> str:
 
 
 def files(found: Examined) -> Iterator[Finding]:
-    """Conftests that change what a worker sees."""
+    """Conftests that set CUDA_VISIBLE_DEVICES."""
     for where in found.overwriting:
         yield look(
             "conftest-overwrites",
-            f"{where} sets CUDA_VISIBLE_DEVICES, and so overrules the device that the run gives",
-            "take it out, and set the variable outside for the whole run; --gpu-share-strict makes "
-            "it an error",
+            f"{where} sets CUDA_VISIBLE_DEVICES, which overrides the device of the worker",
+            "remove it, and set the variable outside of the run; --gpu-share-strict makes it an "
+            "error",
         )
     if not found.overwriting:
         yield ok("no conftest.py sets CUDA_VISIBLE_DEVICES")

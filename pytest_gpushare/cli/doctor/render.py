@@ -1,4 +1,4 @@
-"""The findings in sections, on the terminal or as a document."""
+"""The sections of doctor, printed on the terminal or as JSON."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import replace
 from textwrap import wrap
 from typing import Any
 
+from pytest_gpushare.cli.doctor import Finding, Level, Section, broken
 from pytest_gpushare.cli.doctor.examine import Examined, examine
-from pytest_gpushare.cli.doctor.findings import Finding, Level, Section, broken
-from pytest_gpushare.cli.doctor.gpus import devices, driver, visibility
-from pytest_gpushare.cli.doctor.ollama import ollama
+from pytest_gpushare.cli.doctor.machine import devices, driver, ollama, visibility
 from pytest_gpushare.cli.doctor.project import caps, files, packages, plan, settings, tools
 from pytest_gpushare.cli.terminal import FOUND, OK, Piece, Row, show, show_json, terminal_width
 from pytest_gpushare.report.document import PLAN_SCHEMA, generator
@@ -37,8 +36,8 @@ _SECTIONS: Sequence[tuple[str, Sequence[Check]]] = (
 )
 
 
-def tell(options: argparse.Namespace) -> int:
-    """Examine, print, and give the exit code."""
+def print_findings(options: argparse.Namespace) -> int:
+    """Run all checks and print their findings. Returns the exit code."""
     found = examine(options.pytest_arguments)
     sections = sections_of(found)
     if options.json:
@@ -49,7 +48,7 @@ def tell(options: argparse.Namespace) -> int:
 
 
 def sections_of(found: Examined) -> list[Section]:
-    """All findings; a check that fails itself is one, and keeps no other from being told."""
+    """The findings of all checks; a check that raises becomes a finding and stops no other."""
     result, clean = [], cleaner(found.environment)
     for title, checks in _SECTIONS:
         findings: list[Finding] = []
@@ -58,22 +57,22 @@ def sections_of(found: Examined) -> list[Section]:
                 findings += check(found)
             except Exception as error:
                 fact = f"this check itself failed: {type(error).__name__}: {error}"
-                mend = "please report it, with this output"
-                findings.append(broken("doctor-failed", fact, mend))
+                fix = "please report it, with this output"
+                findings.append(broken("doctor-failed", fact, fix))
         if findings:
             result.append(Section(title, tuple(_clean(finding, clean) for finding in findings)))
     return result
 
 
 def _clean(finding: Finding, clean: Callable[[str], str]) -> Finding:
-    """Without values that are secret by their variables' names, wherever they came from."""
-    return replace(finding, fact=clean(finding.fact), mend=clean(finding.mend))
+    """The finding without the values of variables whose names mark them as secret."""
+    return replace(finding, fact=clean(finding.fact), fix=clean(finding.fix))
 
 
 def rows(sections: Sequence[Section], width: int | None = None) -> Iterator[Row]:
-    """The lines: a title for each section, and under what is not well its mend.
+    """The lines: a title per section, its findings, and the fix below a finding that needs one.
 
-    Wrapped where a terminal has a width; whole where they go into a file or a bug report.
+    Wrapped at the width of a terminal; whole where `width` is None, for files and bug reports.
     """
     yield [Piece(f"pytest-gpushare {generator()['version']}", "bold")]
     for section in sections:
@@ -83,14 +82,14 @@ def rows(sections: Sequence[Section], width: int | None = None) -> Iterator[Row]
             mark = Piece(f"  {f'[{finding.level.value}]':<4} ", _STYLES[finding.level])
             code = f" ({finding.code})" if finding.code else ""
             yield from _indented(mark, Piece(f"{finding.fact}{code}"), width)
-            if finding.mend:
-                yield from _indented(Piece("       mend: ", "bold"), Piece(finding.mend), width)
+            if finding.fix:
+                yield from _indented(Piece("       fix: ", "bold"), Piece(finding.fix), width)
     yield [Piece("")]
     yield from _indented(Piece(""), _verdict(sections), width)
 
 
 def _indented(head: Piece, text: Piece, width: int | None) -> Iterator[Row]:
-    """The text behind the head, and under itself where it takes several lines."""
+    """The text after the head, with a hanging indent where it takes several lines."""
     indent = len(head.text)
     parts = [text.text]
     if width is not None:
@@ -101,7 +100,7 @@ def _indented(head: Piece, text: Piece, width: int | None) -> Iterator[Row]:
 
 
 def document(sections: Sequence[Section]) -> dict[str, Any]:
-    """What `doctor --json` prints."""
+    """The document of `doctor --json`."""
     return {
         "schema": PLAN_SCHEMA,
         "generator": generator(),
@@ -115,7 +114,9 @@ def document(sections: Sequence[Section]) -> dict[str, Any]:
                         "level": {"ok": "ok", "!": "look", "x": "broken"}[finding.level.value],
                         "code": finding.code or None,
                         "fact": finding.fact,
-                        "mend": finding.mend or None,
+                        "fix": finding.fix or None,
+                        # The older name of the same field.
+                        "mend": finding.fix or None,
                     }
                     for finding in section.findings
                 ],
@@ -128,7 +129,7 @@ def document(sections: Sequence[Section]) -> dict[str, Any]:
 def _verdict(sections: Sequence[Section]) -> Piece:
     bad, odd = _count(sections, Level.BROKEN), _count(sections, Level.LOOK)
     if not bad and not odd:
-        return Piece("All is well.", "green")
+        return Piece("Nothing to fix.", "green")
     parts = [f"{bad} broken"] if bad else []
     parts += [f"{plural(odd, 'thing')} to look at"] if odd else []
     where = f"each word in brackets is a section of {PAGE} in the documentation"

@@ -1,0 +1,304 @@
+"""Checks of the machine: driver, devices, visibility, and the Ollama server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from pytest_gpushare.cli.doctor import Finding, broken, look, ok
+from pytest_gpushare.cli.doctor.examine import Examined, Surroundings
+from pytest_gpushare.cli.doctor.project import release
+from pytest_gpushare.gpu.devices import ComputeMode, Device
+from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.ollama.reservation import devices_of_ollama
+from pytest_gpushare.report.header import ollama_lines, what_stands
+from pytest_gpushare.units import format_gb, plural
+
+_CONTAINER = "start the container with the GPU: docker run --gpus all"
+_LIBRARY_CODES = {
+    4: ("nvml-no-permission", "ls -l /dev/nvidia*, and let this user read and write them"),
+    9: ("driver-not-loaded", "sudo modprobe nvidia; nvidia-smi must work"),
+    12: ("nvml-missing", "install the NVIDIA driver; nvidia-smi must work"),
+    18: ("driver-mismatch", "reboot, or unload and load the kernel modules of the driver"),
+    999: ("nvml-unknown", "nvidia-smi; in a container, restart it"),
+}
+_DEVICE_CODES = {
+    4: ("gpu-no-permission", "ls -l /dev/nvidia*, and let this user read and write them"),
+    15: (
+        "gpu-lost",
+        "sudo nvidia-smi -i {index} --gpu-reset, or reboot; dmesg | grep NVRM says why",
+    ),
+}
+
+
+def driver(found: Examined) -> Iterator[Finding]:
+    """The library and the driver, or why they are missing."""
+    gpus = found.started.gpus
+    if gpus.driver:
+        versions = [f"driver {gpus.driver}"]
+        versions += [f"NVML {found.nvml.nvml}"] if found.nvml.nvml else []
+        versions += [f"CUDA up to {found.nvml.cuda}"] if found.nvml.cuda else []
+        yield ok(", ".join(versions))
+    elif gpus.absence:
+        yield _no_library(gpus.absence, found)
+    given = found.environment.get("NVIDIA_VISIBLE_DEVICES")
+    if given in ("void", "none"):
+        yield broken("container-without-gpu", f"NVIDIA_VISIBLE_DEVICES={given}", _CONTAINER)
+
+
+def devices(found: Examined) -> Iterator[Finding]:
+    """Each device, and those that were left out."""
+    gpus = found.started.gpus
+    for device in gpus.all_devices:
+        yield ok(_described(device))
+        yield from _traps(device)
+    for problem in gpus.problems:
+        if problem.startswith("GPU "):
+            yield _left_out(problem)
+    if gpus.driver and not gpus.all_devices and not gpus.problems:
+        yield broken("no-device", "NVML finds no device", "lspci | grep -i nvidia; nvidia-smi -L")
+
+
+def visibility(found: Examined) -> Iterator[Finding]:
+    """The environment variables that hide or order devices."""
+    gpus, value = found.started.gpus, found.environment.get(VARIABLE)
+    for name in ("CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES"):
+        if found.environment.get(name) and found.environment[name] not in ("void", "none"):
+            yield ok(f"{name}={found.environment[name]}")
+    if value is None:
+        yield ok(f"{VARIABLE} is not set: every device counts")
+        return
+    if not gpus.all_devices:
+        yield ok(f"{VARIABLE}={value}")
+        return
+    if not value.strip():
+        yield broken("visible-empty", f"{VARIABLE} is empty: no device is visible", _UNSET)
+    # Where no device is visible, only `absence` gives the reason.
+    problems = dict.fromkeys((*gpus.problems, gpus.absence))
+    odd = [text for text in problems if text.startswith(VARIABLE) and "is empty" not in text]
+    for problem in odd:
+        yield _odd_value(problem, seen=bool(gpus.devices))
+    if not odd and gpus.devices:
+        seen = ", ".join(device.label for device in gpus.devices)
+        yield ok(f"{VARIABLE}={value}: {seen} of {plural(len(gpus.all_devices), 'device')}")
+
+
+_UNSET = f"unset {VARIABLE}, or name a device: nvidia-smi -L lists their UUIDs"
+
+
+def _no_library(absence: str, found: Examined) -> Finding:
+    match = re.search(r"\(NVML error (\d+)\)", absence)
+    code, fix = _LIBRARY_CODES.get(int(match[1]) if match else 0, ("nvml-fails", "nvidia-smi"))
+    if "pynvml cannot be imported" in absence:
+        code, fix = "pynvml-unusable", "python -m pip install --force-reinstall nvidia-ml-py"
+    elif "did not answer" in absence:
+        code, fix = "nvml-hangs", "nvidia-smi; if it hangs too, reboot"
+    elif code == "nvml-missing":
+        fix = _no_library_here(found.where) or fix
+    elif "NVML finds no device" in absence or "no device can be used" in absence:
+        code, fix = "no-device", "lspci | grep -i nvidia; nvidia-smi -L"
+    return broken(code, absence, fix)
+
+
+def _no_library_here(where: Surroundings) -> str:
+    if where.is_wsl:
+        return (
+            "export LD_LIBRARY_PATH=/usr/lib/wsl/lib:$LD_LIBRARY_PATH"
+            if where.wsl_library
+            else "install the NVIDIA driver on Windows, then wsl --shutdown; none in Linux"
+        )
+    return _CONTAINER if where.is_container else ""
+
+
+def _described(device: Device) -> str:
+    kind = ", MIG instance" if device.parent else ""
+    capability = ".".join(map(str, device.capability)) if any(device.capability) else "unknown"
+    held = (
+        "processes unknown"
+        if device.processes is None
+        else plural(len(device.processes), "process").replace("processs", "processes")
+    )
+    return (
+        f"{device.label} {device.name} ({device.uuid}){kind}: total {format_gb(device.total)}, "
+        f"used {format_gb(device.used)}, free {format_gb(device.free)}, compute capability "
+        f"{capability}, {held}"
+    )
+
+
+def _traps(device: Device) -> Iterator[Finding]:
+    whole = device.index.partition(".")[0]
+    fix = f"sudo nvidia-smi -i {whole} -c DEFAULT"
+    if device.compute_mode is ComputeMode.PROHIBITED:
+        fact = f"{device.label}: compute mode PROHIBITED lets no process in"
+        yield broken("compute-mode", fact, fix)
+    if device.compute_mode is ComputeMode.EXCLUSIVE:
+        fact = (
+            f"{device.label}: compute mode EXCLUSIVE_PROCESS lets one process in, Ollama included"
+        )
+        yield look("compute-mode", fact, fix)
+    if device.unified:
+        yield look(
+            "unified-memory",
+            f"{device.label} has no VRAM of its own: it shares the host's memory, which every "
+            "process of the host takes from",
+            "leave more free: gpu_share_safety_buffer_mb = 4096, and say what a worker needs: "
+            "gpu_share_ram_per_worker_gb",
+        )
+    if device.processes and all(process.used is None for process in device.processes):
+        yield look(
+            "processes-untold",
+            f"{device.label}: the driver does not report what each process holds (WSL, WDDM, a "
+            "container)",
+            "nothing to fix: peaks come from the frameworks' own counters; name Ollama's device "
+            f"with gpu_share_ollama_gpu = {device.index} if there are several",
+        )
+
+
+def _left_out(problem: str) -> Finding:
+    match = re.match(r"GPU (\d+)", problem)
+    index = match[1] if match else "0"
+    if "MIG mode and has no instance" in problem:
+        fix = f"sudo nvidia-smi mig -i {index} -cgi 19 -C, or sudo nvidia-smi -i {index} -mig 0"
+        return broken("mig-without-instance", problem, fix)
+    number = re.search(r"\(NVML error (\d+)\)", problem)
+    code, fix = _DEVICE_CODES.get(int(number[1]) if number else 0, ("gpu-left-out", "nvidia-smi"))
+    return broken(code, problem, fix.format(index=index))
+
+
+def _odd_value(problem: str, *, seen: bool) -> Finding:
+    if "twice" in problem:
+        return broken("visible-twice", problem, f"export {VARIABLE} with each device once")
+    if "own order" in problem:
+        return look("visible-order", problem, "export CUDA_DEVICE_ORDER=PCI_BUS_ID")
+    return (look if seen else broken)("visible-unknown", problem, _UNSET)
+
+
+_WATERSHED = (0, 30)
+"""From this version on models run in llama-server, which fits them to the free VRAM."""
+
+
+def ollama(found: Examined) -> Iterator[Finding]:
+    """The Ollama server, its models, and its device."""
+    server = found.started.ollama
+    if not server.asked:
+        why = found.started.settings.origins.get("enable_ollama_detection", "default")
+        yield ok(f"not asked: gpu_share_enable_ollama_detection is false ({why})")
+        return
+    by = _reached_by(found)
+    if not server.answered:
+        yield _silent(found, server, by)
+        return
+    where = "on this host" if server.on_this_host else "on another machine: it holds no VRAM here"
+    yield ok(f"Ollama {server.version or 'of unknown version'} at {server.address} ({by}), {where}")
+    yield from _version(server)
+    if not server.models:
+        yield ok("no model is loaded")
+    for model in server.models:
+        yield _model(model)
+    yield from _needs(found)
+    yield from _device(found, server)
+
+
+def _reached_by(found: Examined) -> str:
+    server, settings = found.started.ollama, found.started.settings
+    if settings.ollama_host:
+        origin = settings.origins.get("ollama_host", "default")
+        tried = (
+            f", found as {server.found_by}"
+            if settings.ollama_host == "auto" and server.found_by
+            else ""
+        )
+        return f"gpu_share_ollama_host, {origin}{tried}"
+    return "OLLAMA_HOST" if found.environment.get("OLLAMA_HOST") else "Ollama's default address"
+
+
+def _silent(found: Examined, server: OllamaFacts, by: str) -> Finding:
+    fact = f"Ollama at {server.address} ({by}): {server.problem}; {what_stands(found.started)}"
+    patient = found.patient_ollama
+    if patient is not None and patient.answered:
+        return look(
+            "ollama-slow",
+            f"{fact}. Given more time, version {patient.version} answered",
+            "gpu_share_ollama_timeout_s = 5",
+        )
+    if "is no port" in server.problem:
+        return look("ollama-address", fact, "correct the port, as in OLLAMA_HOST=127.0.0.1:11434")
+    if server.reachable:
+        return look(
+            "ollama-nonsense",
+            fact,
+            "name Ollama's own address: gpu_share_ollama_host = HOST:PORT; Ollama before 0.1.38 "
+            "cannot report what it holds",
+        )
+    elsewhere = ""
+    if found.where.is_wsl or found.where.is_container:
+        kind = "WSL" if found.where.is_wsl else "a container"
+        elsewhere = (
+            f"; from {kind} the host is gpu_share_ollama_host = host.docker.internal, or its "
+            "gateway, and Ollama there must listen on 0.0.0.0"
+        )
+    return look(
+        "ollama-silent",
+        fact,
+        "start it with ollama serve; or say where it is, gpu_share_ollama_host = HOST:PORT; or, "
+        f"if there is none, gpu_share_preset = no-ollama{elsewhere}",
+    )
+
+
+def _version(server: OllamaFacts) -> Iterator[Finding]:
+    version = server.version
+    # Builds from source call themselves 0.0.0.
+    if version and release(version) < _WATERSHED and release(version) != (0, 0, 0):
+        yield look(
+            "ollama-old",
+            f"Ollama {version} is older than 0.30: the VRAM it reports is its own estimate, a "
+            "model that is still loading counts as loaded, and it does not keep 1 GB free when "
+            "it loads",
+            "update Ollama, or keep more for it: gpu_share_ollama_vram_reservation_mb",
+        )
+
+
+def _model(model: LoadedModel) -> Finding:
+    size = format_gb(model.size)
+    if model.size_vram >= model.size:
+        return ok(f"{model.name}: {size}, all of it on the GPU")
+    part = 100 * model.size_vram // model.size
+    where = f"{part} % on the GPU, the rest" if model.size_vram else "all of it"
+    return look(
+        "ollama-spilled",
+        f"{model.name}: {size}, {where} on the CPU, where it is slow; it stays so until it is "
+        "loaded again",
+        f"free VRAM, then ollama stop {model.name} and ask it something; to keep room for it, "
+        "raise gpu_share_ollama_vram_reservation_mb",
+    )
+
+
+def _needs(found: Examined) -> Iterator[Finding]:
+    """The header's lines about `ollama_models`, where they report a problem."""
+    for line in list(ollama_lines(found.started, 0))[1:]:
+        fact, _, fix = line.text.strip().rpartition(": ")
+        if line.problem and not re.search(r"gpu_share_|^ollama ", fix):
+            fact, fix = line.text, "name the reservation: gpu_share_ollama_vram_reservation_mb"
+        if line.problem:
+            yield look("ollama-models", fact, fix)
+
+
+def _device(found: Examined, server: OllamaFacts) -> Iterator[Finding]:
+    gpus, settings = found.started.gpus, found.started.settings
+    for note in found.started.notes:
+        if note not in gpus.problems and note.startswith("gpu_share_ollama_gpu"):
+            yield look("ollama-elsewhere", note, "gpu_share_ollama_gpu = auto, or name its device")
+    if (
+        not server.on_this_host
+        or len(gpus.all_devices) < 2
+        or settings.ollama_vram_reservation == 0
+    ):
+        return
+    if devices_of_ollama(settings.ollama_gpu, gpus) is None:
+        yield look(
+            "ollama-device-unknown",
+            f"which of {len(gpus.all_devices)} devices Ollama uses is unknown: the reservation is "
+            "held on each of them",
+            f"gpu_share_ollama_gpu = {gpus.all_devices[0].index} (or whichever it is)",
+        )
