@@ -306,9 +306,10 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
         run.model_sizes.keep(session.config)
         if run.has_failed() and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        from pytest_gpushare.report.output import publish
+        from pytest_gpushare.report.output import log_summary, publish
 
         publish(run, session.config, int(session.exitstatus))
+        log_summary(run, session.config)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,7 +1,8 @@
-"""Text from outside: read from regular files alone, bounded, and made fit to be printed."""
+"""Text: foreign text made fit to be printed, and files read, extended and replaced safely."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -25,6 +26,28 @@ def append_regular(path: Path, text: str) -> None:
     """Add to a regular file, which is created where it is missing. Raises `OSError`."""
     with _opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab") as file:
         file.write(text.encode("utf-8", "replace"))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that whoever opens it finds all of it, or what was there before."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path.name} is a directory")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"{path.parent.name} is not a directory") from None
+    # In the same directory: a file can be renamed only within its file system.
+    scratch = path.with_name(f".{path.name[:100]}-{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        with scratch.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise
 
 
 def _opened(path: Path, flags: int, mode: str) -> IO[bytes]:

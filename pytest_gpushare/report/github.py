@@ -8,6 +8,7 @@ from pathlib import Path
 from pytest_gpushare.report.advice import hints, leaks
 from pytest_gpushare.report.summary import Line, hungriest, leak_in_words, usages
 from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.text import append_regular
 from pytest_gpushare.units import format_gb
 
 """Environment variables: the file of the job's summary; `true` where a job of Actions runs."""
@@ -36,8 +37,7 @@ def step_summary(run: ActiveRun, lines: Sequence[Line]) -> str:
 
 def append(path: str, text: str) -> None:
     """Add to the job's summary. Raises `OSError` where that cannot be."""
-    with Path(path).open("a", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+    append_regular(Path(path), text)
 
 
 def workflow_commands(run: ActiveRun) -> Iterator[str]:

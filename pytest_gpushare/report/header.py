@@ -233,7 +233,8 @@ def _headline(run: ActiveRun) -> Line:
             if plan.request.in_process
             else plural(plan.cpu_workers, "CPU worker")
         )
-        return Line(f"gpu-share: {what} ({why})", problem=True)
+        # A selection without GPU tests lacks nothing.
+        return Line(f"gpu-share: {what} ({why})", problem=not plan.absence.startswith("-m "))
     if plan.request.in_process:
         if run.unplaced:
             return Line(

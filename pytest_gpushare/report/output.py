@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from pytest_gpushare.events import Event
 from pytest_gpushare.report.header import summary
 from pytest_gpushare.report.summary import Line, View
 from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.text import write_whole
 
 if TYPE_CHECKING:
     import pytest
@@ -28,28 +28,6 @@ def write_reports(document: Mapping[str, Any], files: Sequence[Path]) -> Iterato
         except Exception as error:
             # A full disk, or whatever else: the tests have their results all the same.
             yield f"no report in {path.name}: {why(error)}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that whoever opens it finds all of it, or what was there before."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path.name} is a directory")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(f"{path.parent.name} is not a directory") from None
-    # In the same directory: a file can be renamed only within its file system.
-    scratch = path.with_name(f".{path.name[:100]}-{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    try:
-        with scratch.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        raise
 
 
 def _text(document: Mapping[str, Any], path: Path) -> str:
@@ -183,6 +161,13 @@ def log_header(header: Header, config: pytest.Config) -> None:
     logger.setLevel(logging.INFO)
     config.add_cleanup(lambda: logger.setLevel(before))
     for line in header(max(0, _verbosity(config))):
+        _log(logger, line)
+
+
+def log_summary(run: ActiveRun, config: pytest.Config) -> None:
+    """The lines after the tests, at default verbosity, to the same logger."""
+    logger = logging.getLogger(LOGGER)
+    for line in summary(run, View(max(0, _verbosity(config)), _WIDE.columns)):
         _log(logger, line)
 
 

@@ -10,8 +10,11 @@ from typing import Any
 
 _HIDDEN = "***"
 _SECRET_NAME = re.compile(
-    r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH", re.IGNORECASE
+    r"(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL"
+    r"|(?<![^_])AUTH)S?(?![^_])",
+    re.IGNORECASE,
 )
+"""Whole words, or their ends: PGPASSWORD and NPM_AUTH, but not GIT_AUTHOR_NAME or TOKENIZERS."""
 _SHORTEST = 8
 """A value of fewer characters is no secret, and would be found in harmless words."""
 
@@ -36,13 +39,17 @@ def cleaner(
     secrets = [re.escape(value) for value in sorted(values, key=len, reverse=True)]
     known = re.compile("|".join(secrets)) if secrets else None
     directory = _home() if home is None else home
+    # A whole path, or the start of one: /home/user is no part of /home/user2 or /mnt/home/user.
+    at_home = (
+        re.compile(rf"(?<![\w.~-]){re.escape(directory)}(?![\w-]|\.\w)") if directory else None
+    )
 
     def clean(text: str) -> str:
         if known is not None:
             text = known.sub(_HIDDEN, text)
         if "://" in text:
             text = _QUERY.sub(rf"\1?{_HIDDEN}", _USER.sub(f"{_HIDDEN}@", text))
-        return text.replace(directory, "~") if directory else text
+        return at_home.sub("~", text) if at_home is not None else text
 
     return clean
 

@@ -72,7 +72,10 @@ def routing(run: ActiveRun) -> Iterator[Line]:
             f"{parity.only_on_cpu} only CPU workers; each test ran where it was collected",
         )
     if parity.has_cpu_workers and parity.tests and not parity.gpu_tests:
-        yield Line(f"gpu-share: no GPU test was selected: no test is marked with {marker}")
+        yield Line(
+            "gpu-share: no GPU test was selected: none of "
+            f"{plural(parity.tests, 'selected test')} is marked with {marker}"
+        )
 
 
 MOST = 10

@@ -20,7 +20,7 @@ from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import Device, GpuFacts
 from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
 from pytest_gpushare.ollama.prediction import CUDA_CONTEXT, Server
-from pytest_gpushare.text import read_regular
+from pytest_gpushare.text import read_regular, write_whole
 from pytest_gpushare.units import MB, MOST_VRAM, format_gb
 
 if TYPE_CHECKING:
@@ -239,14 +239,8 @@ def _sensible(tests: object) -> dict[str, Learned]:
 
 
 def _write(path: Path, devices: Mapping[str, Mapping[str, Learned]]) -> None:
-    # Whoever reads meanwhile, or comes after a crash, finds the old file or the new one.
     text = json.dumps({"version": _VERSION, "devices": devices}, separators=(",", ":"))
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_whole(path, text)
 
 
 HAS_NEEDS_KEY = "gpushare/has_needs"
@@ -293,9 +287,8 @@ def may_have_needs(settings: Settings, config: pytest.Config) -> bool:
 
 def remember_needs(config: pytest.Config) -> None:
     """Tell the next run that tests have needs of their own."""
-    cache = getattr(config, "cache", None)
-    if cache is not None and cache.get(HAS_NEEDS_KEY, None) is not True:
-        cache.set(HAS_NEEDS_KEY, True)
+    if stored(config, HAS_NEEDS_KEY) is not True:
+        _store(config, HAS_NEEDS_KEY, True)
 
 
 def stored(config: pytest.Config, key: str) -> object:
@@ -303,16 +296,33 @@ def stored(config: pytest.Config, key: str) -> object:
 
     The plan is made before pytest opens its cache, so the file is read where the cache keeps it.
     """
+    if getattr(config.known_args_namespace, "cacheclear", False) and not hasattr(config, "cache"):
+        return None
     try:
-        directory = os.path.expandvars(str(config.getini("cache_dir")))
-        if getattr(config.known_args_namespace, "cacheclear", False):
-            return None
-        # pathlib would have it otherwise where the directory is absolute, as pytest does.
-        path = Path(config.rootpath, Path(directory).expanduser(), "v", *key.split("/"))
-        return json.loads(read_regular(path, _MOST_STORED_BYTES))
+        return json.loads(read_regular(_stored_at(config, key), _MOST_STORED_BYTES))
     except (OSError, ValueError, RecursionError, RuntimeError):
         # Also where the cache is switched off: its setting is unknown then.
         return None
+
+
+def _store(config: pytest.Config, key: str, value: object) -> None:
+    """Set the value of a key in pytest's cache, where there is one.
+
+    Not by the cache itself: it would wait for ever where the file is a FIFO.
+    """
+    cache = getattr(config, "cache", None)
+    if cache is None:
+        return
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        # Writes the files that go into every cache directory, such as .gitignore.
+        cache.mkdir("gpushare")
+        write_whole(_stored_at(config, key), json.dumps(value))
+
+
+def _stored_at(config: pytest.Config, key: str) -> Path:
+    directory = os.path.expandvars(str(config.getini("cache_dir")))
+    # pathlib would have it otherwise where the directory is absolute, as pytest does.
+    return Path(config.rootpath, Path(directory).expanduser(), "v", *key.split("/"))
 
 
 CONTEXTS_KEY = "gpushare/contexts"
@@ -336,12 +346,11 @@ def recall_contexts(config: pytest.Config) -> dict[str, int]:
 
 def keep_context(config: pytest.Config, name: str, size: object) -> None:
     """Keep a measured context for the next run; the last one counts."""
-    cache = getattr(config, "cache", None)
-    if cache is None or type(size) is not int or not LOWEST_CONTEXT <= size <= HIGHEST_CONTEXT:
+    if type(size) is not int or not LOWEST_CONTEXT <= size <= HIGHEST_CONTEXT:
         return
     before = recall_contexts(config)
     if size != before.get(name):
-        cache.set(CONTEXTS_KEY, {**before, name: size})
+        _store(config, CONTEXTS_KEY, {**before, name: size})
 
 
 OLLAMA_SIZES_KEY = "gpushare/ollama"
@@ -388,14 +397,13 @@ class ModelSizes:
 
 
 def _add(config: pytest.Config, seen: Mapping[str, int]) -> None:
-    cache = getattr(config, "cache", None)
-    if cache is None or not seen:
+    if not seen:
         return
-    before = _sensible_sizes(cache.get(OLLAMA_SIZES_KEY, {}))
+    before = recall_ollama_sizes(config)
     after = {**{key: size for key, size in before.items() if key not in seen}, **seen}
     after = dict(list(after.items())[-_MOST_ENTRIES:])
     if after != before:
-        cache.set(OLLAMA_SIZES_KEY, after)
+        _store(config, OLLAMA_SIZES_KEY, after)
 
 
 def sighting(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpushare.gpu.host import identity, is_same_process
+from pytest_gpushare.text import read_regular
 
 if TYPE_CHECKING:
     from pytest_gpushare.wire import Links
@@ -172,10 +173,7 @@ def _sorted(workers: Iterable[PresentWorker]) -> tuple[PresentWorker, ...]:
 
 def _read(path: Path) -> Mapping[str, Any] | None:
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            return None
-        with path.open("rb") as file:
-            document = json.loads(file.read(_MOST_BYTES + 1))
+        document = json.loads(read_regular(path, _MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(document, dict) or type(document.get("pid")) is not int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -29,6 +30,7 @@ from pytest_gpushare.planning.placement import (
 from pytest_gpushare.planning.plan import Limit, Plan, Request, shortage
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.planning.startup import Others, Probes, probe
+from pytest_gpushare.scheduler.needs import means_cpu
 from pytest_gpushare.session.needs_store import (
     may_have_needs,
     recall_contexts,
@@ -49,6 +51,38 @@ if TYPE_CHECKING:
 def keeps_own_workers(options: Any) -> bool:
     """Whether `--tx` alone names the workers; with a number xdist overwrites it."""
     return bool(getattr(options, "tx", None)) and options.numprocesses is None
+
+
+def excludes_gpu_tests(expression: str, settings: Settings) -> bool:
+    """Whether an expression of `-m` selects no test with a marker of GPU tests.
+
+    What cannot be understood here may select some.
+    """
+    if means_cpu(settings.markers) or settings.vram:
+        # There tests are GPU tests by other rules than their markers.
+        return False
+    names = {settings.marker, *(alias.marker for alias in settings.markers)}
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    return all(_selects(tree, name) is False for name in names)
+
+
+def _selects(node: ast.expr, marker: str) -> bool | None:
+    """Whether an expression selects tests with this marker; None where others decide."""
+    if isinstance(node, ast.Name):
+        return True if node.id == marker else None
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        inner = _selects(node.operand, marker)
+        return None if inner is None else not inner
+    if isinstance(node, ast.BoolOp):
+        found = [_selects(value, marker) for value in node.values]
+        decisive = isinstance(node.op, ast.Or)
+        if decisive in found:
+            return decisive
+        return None if None in found else not decisive
+    return None
 
 
 def local_workers(tx: list[str]) -> int:
@@ -121,8 +155,10 @@ def start(
     host: Host,
     others: Others,
     earlier: EarlierRuns | None = None,
+    *,
+    no_gpu_tests: str = "",
 ) -> StartFacts:
-    """Probe and plan.
+    """Probe and plan; `no_gpu_tests` says why no test of this run can be a GPU test.
 
     Raises `NoRoomError` where nothing fits and the fall-back is switched off,
     `OllamaUnreachableError` where Ollama has to answer and does not, and `SettingsError` for
@@ -130,6 +166,8 @@ def start(
     """
     earlier = earlier or EarlierRuns()
     probes, loading = _probed(settings, host)
+    if no_gpu_tests:
+        probes = probes._replace(gpus=GpuFacts(absence=no_gpu_tests))
     try:
         if settings.ollama_unreachable == "fail" and probes.ollama.asked:
             _check_answer(probes.ollama)
@@ -138,13 +176,14 @@ def start(
             available_ram() if settings.ram_per_worker else None,
             slot_of_outer_run(host.outer),
         )
-        gpus = others.joined(probes.gpus)
+        gpus = probes.gpus if no_gpu_tests else others.joined(probes.gpus)
 
         def replan(changed: Settings) -> Plan:
             return make_plan(changed, gpus, probes.ollama, facts, request, earlier.model_sizes)
 
         plan = others.revised(replan(settings), host.cpus)
-        if not plan.slots and not settings.fallback_to_cpu_when_constrained:
+        allowed = settings.fallback_to_cpu_when_constrained or bool(no_gpu_tests)
+        if not plan.slots and not allowed:
             raise NoRoomError(_no_room(plan))
     except BaseException:
         probes.close()
@@ -298,7 +337,17 @@ def _start(
         recall_contexts(config),
         may_have_needs(settings, config),
     )
-    return start(settings, request, host, _others(config), earlier)
+    expression = str(getattr(options, "markexpr", "") or "")
+    return start(
+        settings,
+        request,
+        host,
+        _others(config),
+        earlier,
+        no_gpu_tests=f"-m {expression!r} selects no GPU test"
+        if excludes_gpu_tests(expression, settings)
+        else "",
+    )
 
 
 def _run_options(config: pytest.Config, options: Any, unplaced: str) -> RunOptions:

@@ -133,6 +133,47 @@ def test_log_needs_no_level(project: Project, machine: Machine) -> None:
     assert "GPU workers" in (project.path / "run.log").read_text(encoding="utf-8"), result.out
 
 
+@APPENDS
+def test_log_has_the_end_too(project: Project, machine: Machine, ollama_with: OllamaWith) -> None:
+    """The verdict on Ollama and tests that ran out of memory stand in `log_file` as well."""
+    ollama_with({"qwen2.5:14b": "10.8GB"}, load="qwen2.5:14b")
+    project.write(
+        test_project="""
+            import gpusim
+
+            def test_too_large():
+                gpusim.alloc("30GB")
+        """
+    )
+    result = project.pytest("--gpu-share", "-n1", "-o", "log_file=run.log")
+    assert result.code == 1
+    log = (project.path / "run.log").read_text(encoding="utf-8")
+    assert "gpu-share: Ollama kept qwen2.5:14b on the GPU (10.8 GB, 100 %)" in log
+    assert "test_project.py::test_too_large ran out of VRAM" in log
+
+
+def test_selection_without_gpu_tests(project: Project, machine: Machine) -> None:
+    """`-m "not gpu"`: nothing is placed on a GPU, and nothing is said to be unmarked."""
+    project.write(
+        test_project="""
+            import os
+            import pytest
+
+            @pytest.mark.gpu
+            def test_gpu():
+                pass
+
+            def test_cpu():
+                assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+        """
+    )
+    result = project.pytest("--gpu-share", "-n2", "-m", "not gpu")
+    assert (result.code, result.passed) == (0, 1), result.out
+    assert result.said == ["gpu-share: 2 CPU workers (no GPU: -m 'not gpu' selects no GPU test)"]
+    result = project.pytest("--gpu-share", "-n2", "-m", "not slow")
+    assert result.said[0].startswith("gpu-share: 2 GPU workers"), result.out
+
+
 def test_partly_on_the_cpu(
     project: Project, machine_with: Callable[..., Machine], ollama_with: OllamaWith
 ) -> None:

@@ -228,13 +228,28 @@ def test_read_only_directory(project: Project, machine: Machine) -> None:
     )  # fmt: skip
 
 
-def test_disk_full(project: Project, machine: Machine) -> None:
-    """/dev/full is a disk that always is: here, behind the summary of a job."""
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
-    result = project.pytest("--gpu-share", "-q", GITHUB_STEP_SUMMARY="/dev/full")
-    assert (result.code, result.passed) == (0, 4)
-    assert result.said == ["gpu-share: no table in GITHUB_STEP_SUMMARY: no space left on device"]
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_files_that_are_not_regular(project: Project, machine: Machine) -> None:
+    """A FIFO without a reader, and a device, in the place of files: nothing waits for them."""
+    os.mkfifo(project.path / "summary.md")
+    learned = [
+        project.path / ".pytest_cache" / "v" / "gpushare" / "contexts",
+        project.path / ".pytest_cache" / "v" / "gpushare" / "has_needs",
+        project.path / ".pytest_cache" / "v" / "gpushare" / "ollama",
+        project.path / ".pytest_cache" / "d" / "gpushare" / "needs.json",
+    ]
+    for path in learned:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(path)
+    for summary, why in (
+        ("summary.md", "no such device or address"),
+        ("/dev/full", "not a regular file"),
+    ):
+        result = project.pytest(
+            "--gpu-share", "-q", GITHUB_STEP_SUMMARY=str(project.path / summary)
+        )
+        assert (result.code, result.passed) == (0, 4)
+        assert result.said == [f"gpu-share: no table in GITHUB_STEP_SUMMARY: {why}"]
 
 
 LEAKS = """

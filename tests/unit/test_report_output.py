@@ -26,6 +26,11 @@ SECRETS = {
     "OPENAI_API_KEY": "sk-0123456789",
     "SHORT_TOKEN": "gpu",
     "PATH": "/usr/bin:/bin",
+    "PGPASSWORD": "postgres-secret",
+    "GIT_AUTHOR_NAME": "test_user",
+    "GIT_COMMITTER_NAME": "test_user",
+    "TOKENIZERS_PARALLELISM": "tokenizers",
+    "XAUTHORITY": "/run/user/1000/xauth",
 }
 
 
@@ -40,6 +45,14 @@ SECRETS = {
         ("https://gpu-box/#abc", "https://gpu-box/?***"),
         ("changed by /home/ada/suite/conftest.py", "changed by ~/suite/conftest.py"),
         ("test_a.py::test[a@b?c]", "test_a.py::test[a@b?c]"),
+        ("tests/test_user.py::test_tokenizers", "tests/test_user.py::test_tokenizers"),
+        ("postgres-secret", "***"),
+        (
+            "/home/ada2/x, /home/ada.old, /mnt/home/ada/x",
+            "/home/ada2/x, /home/ada.old, /mnt/home/ada/x",
+        ),
+        ("in /home/ada. And '/home/ada'", "in ~. And '~'"),
+        ("file:///home/ada/x:/home/ada/y", "file://~/x:~/y"),
     ],
 )
 def test_secrets_are_taken_out(text: str, shown: str) -> None:

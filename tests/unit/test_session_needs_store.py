@@ -247,7 +247,7 @@ def test_a_cache_that_cannot_be_written_is_a_note(
         raise OSError(28, "No space left on device")
 
     run.test(1)
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "replace", full)
     run.profile.stop()
     assert "No space left on device" in run.notes[0]
     assert not run.file.exists()

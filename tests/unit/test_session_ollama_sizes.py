@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,27 +65,28 @@ def test_used_by_the_only_model() -> None:
 
 
 class Cache:
-    """pytest's cache: files below `v`."""
+    """pytest's cache, as far as it is used."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path / "v"
+        self.path = path
 
-    def get(self, key: str, default: object) -> Any:
-        path = self.path / key
-        return json.loads(path.read_text()) if path.exists() else default
-
-    def set(self, key: str, value: object) -> None:
-        (self.path / key).parent.mkdir(parents=True, exist_ok=True)
-        (self.path / key).write_text(json.dumps(value))
+    def mkdir(self, name: str) -> Path:
+        found = self.path / "d" / name
+        found.mkdir(parents=True, exist_ok=True)
+        return found
 
 
 def config(path: Path, directory: str = "cache", *, clear: bool = False) -> Any:
-    return SimpleNamespace(
+    found = SimpleNamespace(
         rootpath=path,
         getini=lambda _: directory,
         known_args_namespace=SimpleNamespace(cacheclear=clear),
         cache=Cache(path / directory),
     )
+    if clear:
+        # pytest clears its cache when it opens it: the plan is made before.
+        del found.cache
+    return found
 
 
 def keep(where: Any, *models: LoadedModel) -> None:
