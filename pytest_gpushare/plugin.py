@@ -114,7 +114,6 @@ RUN: pytest.StashKey[ActiveRun] = pytest.StashKey()
 """The active run; absent where the plugin is not asked for, and where it leaves the run alone."""
 LEFT_OUT: pytest.StashKey[str] = pytest.StashKey()
 """Why a run that asked for the plugin is left as it is: for the header."""
-CHEAP: pytest.StashKey[bool] = pytest.StashKey()
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -134,8 +133,6 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None
     early_config.stash[OUTER] = dict(os.environ)
     options = early_config.known_args_namespace
     if _is_asked(early_config, options) and runs_tests(options):
-        # Workers parse the same arguments and come here too: they load our modules as well.
-        _import_cheaply(early_config)
         if is_in_process(options):
             from pytest_gpushare.session.start import start_in_process
 
@@ -153,11 +150,6 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
     # Only workerinput proves a worker: nested runs inherit every environment variable.
     if not hasattr(config, "workerinput"):
         if _is_asked(config, config.option) and RUN not in config.stash:
-            _import_cheaply(config)
-            from pytest_gpushare.cheap_start import spare_collector
-
-            if not is_in_process(config.option):
-                spare_collector(config)
             from pytest_gpushare.session.start import start_workers
 
             outer = config.stash.get(OUTER, os.environ)
@@ -271,11 +263,7 @@ def pytest_sessionstart(session: pytest.Session) -> Generator[None, Any, Any]:
     result = yield
     run = session.config.stash.get(RUN, None)
     if run is not None:
-        from pytest_gpushare.cheap_start import spare_collector_more
-
         run.services.start()
-        if not is_in_process(session.config.option):
-            spare_collector_more()
     return result
 
 
@@ -341,14 +329,6 @@ def _is_asked(config: pytest.Config, options: Any) -> bool:
     from pytest_gpushare.config.sources import switched_on
 
     return bool(_call(switched_on, config))
-
-
-def _import_cheaply(config: pytest.Config) -> None:
-    if CHEAP not in config.stash:
-        from pytest_gpushare.cheap_start import import_cheaply
-
-        config.stash[CHEAP] = True
-        import_cheaply(config)
 
 
 def _hold(config: pytest.Config, run: ActiveRun | str | None) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.quick import dataclass
 from pytest_gpushare.text import printable
 
 if TYPE_CHECKING:
     from pytest_gpushare.config.kinds import Alias, VramRule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What the user asked for, after precedence; sizes in bytes, times in seconds."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.quick import dataclass
 from pytest_gpushare.units import MOST_VRAM, parse_size
 
 
@@ -38,7 +38,7 @@ class ComputeMode(Enum):
     EXCLUSIVE = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Device:
     """One GPU or one MIG instance, as NVML described it."""
 

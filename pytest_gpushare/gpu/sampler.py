@@ -11,10 +11,10 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
-from pytest_gpushare.quick import dataclass
 
 PATIENCE = 2.0
 """Seconds for which anybody waits for NVML; then the last reading has to do."""
@@ -35,7 +35,7 @@ class Reader(Protocol):
         """UUID -> who holds VRAM there; None where the driver does not tell."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reading(Generic[T]):
     """What was read, and when."""
 

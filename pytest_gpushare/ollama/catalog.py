@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pytest_gpushare.gpu.host import is_own_address
 from pytest_gpushare.ollama.address import Address
-from pytest_gpushare.ollama.exchange import (
+from pytest_gpushare.ollama.client import (
+    Answer,
     Connection,
     NonsenseError,
     StatusError,
@@ -47,8 +48,7 @@ def ask(
 ) -> OllamaFacts:
     """Ask for version and loaded models; `timeout` seconds for both together, then give up.
 
-    Never raises. `opened` is given the connection: a head that drips defeats every limit on
-    single reads, and closing the connection from outside is what ends it.
+    Never raises. `opened` is given the connection, so that another thread can hang up.
     """
     deadline = time.monotonic() + timeout
     try:
@@ -109,10 +109,7 @@ def loaded_models(connection: Connection, deadline: float) -> tuple[LoadedModel,
 def _get(connection: Connection, path: str, deadline: float) -> tuple[object, str | None]:
     """The decoded answer, and the address that gave it where the connection tells."""
     answer = connection.get(path, deadline)
-    try:
-        return json.loads(answer.body), answer.peer
-    except (ValueError, RecursionError):
-        raise NonsenseError(f"{path} gives no JSON") from None
+    return answer.decoded(), answer.peer
 
 
 def _version(answer: object) -> str | None:
@@ -209,7 +206,7 @@ def ask_models(
 
 
 def _listed(connection: Connection, deadline: float) -> Mapping[str, Mapping[str, object]]:
-    answer = _decoded("/api/tags", connection.get("/api/tags", deadline).body)
+    answer = _decoded(connection.get("/api/tags", deadline))
     models = answer.get("models")
     if not isinstance(models, list):
         raise NonsenseError("/api/tags gives no list of models")
@@ -263,7 +260,7 @@ def _show(
     if verbose:
         body["verbose"] = True
     answer = connection.post("/api/show", json.dumps(body).encode(), deadline, _MOST_VERBOSE)
-    return _decoded("/api/show", answer.body)
+    return _decoded(answer)
 
 
 def _holds_back(answer: Mapping[str, object]) -> bool:
@@ -296,11 +293,8 @@ def _num_ctx(parameters: object) -> int | None:
     return (int(found[1]) or None) if found else None
 
 
-def _decoded(path: str, body: bytes) -> Mapping[str, object]:
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        raise NonsenseError(f"{path} gives no JSON") from None
-    if not isinstance(answer, dict):
-        raise NonsenseError(f"{path} gives no object")
-    return answer
+def _decoded(answer: Answer) -> Mapping[str, object]:
+    value = answer.decoded()
+    if not isinstance(value, dict):
+        raise NonsenseError(f"{answer.path} gives no object")
+    return value

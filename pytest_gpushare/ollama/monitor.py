@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
@@ -19,7 +18,7 @@ from pytest_gpushare.text import printable
 from pytest_gpushare.units import GB
 
 if TYPE_CHECKING:
-    from pytest_gpushare.ollama.exchange import Connection
+    from pytest_gpushare.ollama.client import Connection
     from pytest_gpushare.ollama.spill import Promise, Spill
 
 
@@ -55,10 +54,9 @@ class Question:
         self._thread.join(max(0.0, seconds))
 
     def hang_up(self) -> None:
-        """Want no answer any more: one whose head drips would never end by itself."""
+        """Want no answer any more: nothing waits for its end."""
         if self._connection is not None and not self.is_gone:
-            with contextlib.suppress(Exception):
-                self._connection.close()
+            self._connection.hang_up()
 
     def _ask(self) -> None:
         try:
@@ -69,7 +67,7 @@ class Question:
     def _exchange(self) -> None:
         # Imported here, where it delays nobody: the workers are being started meanwhile.
         from pytest_gpushare.ollama.catalog import loaded_models
-        from pytest_gpushare.ollama.exchange import NonsenseError, UnreachableError, connect
+        from pytest_gpushare.ollama.client import NonsenseError, UnreachableError, connect
 
         try:
             connection = connect(self._address, self._opened)

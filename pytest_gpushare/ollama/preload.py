@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pytest_gpushare.ollama.address import Address
 from pytest_gpushare.ollama.catalog import loaded_models
-from pytest_gpushare.ollama.exchange import (
+from pytest_gpushare.ollama.client import (
     Connection,
     NonsenseError,
     StatusError,
@@ -203,14 +203,13 @@ class _Call:
 
 @contextlib.contextmanager
 def _hanging_up() -> Iterator[Callable[[Connection], None]]:
-    """Close the connections that were opened, also at Ctrl-C: that ends a load."""
+    """Hang up the connections that were opened, also at Ctrl-C: that ends a load."""
     connections: list[Connection] = []
     try:
         yield connections.append
     finally:
         for connection in connections:
-            with contextlib.suppress(Exception):
-                connection.close()
+            connection.hang_up()
 
 
 def _reason(error: Exception) -> str:
@@ -276,8 +275,7 @@ class KeptLoaded:
         thread.start()
         thread.join(RESTORE_LIMIT)
         for connection in connections if thread.is_alive() else ():
-            with contextlib.suppress(Exception):
-                connection.close()
+            connection.hang_up()
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.gpu.devices import ComputeMode, Device
-from pytest_gpushare.quick import dataclass
 from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Request(NamedTuple):
     """`--tx` lists the workers: those beyond the slots are there too, and see no GPU."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """The room of one GPU worker: a device and its VRAM in bytes."""
 
@@ -48,7 +48,7 @@ class Slot:
     vram: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DevicePlan:
     """The arithmetic for one device, step by step; sizes in bytes."""
 
@@ -82,7 +82,7 @@ class DevicePlan:
         return self.budget // self.workers if self.workers else 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The slots, the number of CPU workers, and the reason for each figure."""
 

@@ -29,7 +29,7 @@ from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
     from pytest_gpushare.gpu.nvml import Nvml
-    from pytest_gpushare.ollama.exchange import Connection
+    from pytest_gpushare.ollama.client import Connection
 
 
 NVML_TIMEOUT = 10.0
@@ -138,9 +138,9 @@ def ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFact
     places = candidates(settings.ollama_host, environment)
     # Imported in this thread, so that its cost does not count against Ollama's time limit.
     from pytest_gpushare.ollama.catalog import ask
+    from pytest_gpushare.ollama.client import load
 
-    for place in places:
-        _prepare(place.address)
+    load()
     until = time.monotonic() + limit
     asked = [_OllamaAsking(place, until, partial(ask, place.address, limit)) for place in places]
     facts = []
@@ -188,7 +188,7 @@ class _OllamaAsking:
         return facts._replace(found_by=self._place.found_by, server=self._place.address)
 
     def hang_up(self) -> None:
-        """End what is still under way: a server that drips would keep its thread for ever."""
+        """End what is still under way: its answer is not waited for."""
         _hang_up(self._connections)
 
 
@@ -203,17 +203,9 @@ def _ask_models(address: Address, settings: Settings, until: float) -> tuple[Mod
     return models or tuple(ModelFacts(name, problem=problem) for name in names)
 
 
-def _prepare(address: Address) -> None:
-    """Import what a server over https takes; where that fails, asking it will tell."""
-    if address.scheme == "https":
-        with contextlib.suppress(Exception):
-            import pytest_gpushare.ollama.secure  # noqa: F401 - for its cost
-
-
 def _hang_up(connections: Sequence[Connection]) -> None:
     for connection in connections:
-        with contextlib.suppress(Exception):
-            connection.close()
+        connection.hang_up()
 
 
 def _nothing() -> None:

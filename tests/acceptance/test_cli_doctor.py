@@ -279,6 +279,15 @@ def test_old_packages(project: Project, machine: Machine, tmp_path: Path) -> Non
     assert {finding["fix"] for finding in tools} == {"gpu_share_device_names = index"}
 
 
+@pytest.mark.parametrize("is_left_out", [False, True])
+def test_plugin_of_anyio(project: Project, machine: Machine, is_left_out: bool) -> None:
+    """It is named where pytest loads it, with the way to leave it out, which works."""
+    if is_left_out:
+        project.file("pytest.ini", "[pytest]\naddopts = -p no:anyio\n")
+    facts = [finding["fact"] for finding in doctor(project).all]
+    assert any("addopts = -p no:anyio" in fact for fact in facts) is not is_left_out
+
+
 def test_no_xdist(project: Project, tmp_path: Path, nvml_library: Path) -> None:
     """In an environment of its own: all that is installed here, but xdist."""
     python = environment_without(tmp_path / "venv", r"(pytest_)?xdist\b.*|pytest_xdist-.*")

@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
 
 from .pairs import HEAD, compare
 from .scene import PYTEST, scene
+
+ROOT = Path(__file__).resolve().parents[2]
 
 _IMPORT = """
 import time, pytest
@@ -48,6 +53,25 @@ def main() -> None:
         off = (*PYTEST, "-p", "no:pytest_gpushare.plugin")
         print(compare(PYTEST, off, here.path, here.environment, pairs).row("idle / not loaded"))
         print(compare(off, off, here.path, here.environment, pairs).row("not loaded / the same"))
+        with tempfile.TemporaryDirectory() as directory:
+            alone = environment(Path(directory, "alone"))
+            installed = environment(Path(directory, "installed"), str(ROOT))
+            run = PYTEST[1:]
+            first, second = (installed, *run), (alone, *run)
+            result = compare(first, second, here.path, here.environment, pairs)
+            print(result.row("installed, not asked for / pytest and xdist alone"))
+            result = compare((*first, "-p", "no:anyio"), second, here.path, here.environment, pairs)
+            print(result.row("the same with `-p no:anyio` / pytest and xdist alone"))
+
+
+def environment(path: Path, *more: str) -> str:
+    """The interpreter of a new virtual environment with pytest, xdist and so much more."""
+    subprocess.run([sys.executable, "-m", "venv", path], check=True, timeout=120)
+    python = str(path / ("Scripts" if sys.platform == "win32" else "bin") / "python")
+    same = [f"{name}=={version(name)}" for name in ("pytest", "pytest-xdist")]
+    command = [python, "-m", "pip", "install", "--quiet", *same, *more]
+    subprocess.run(command, check=True, timeout=300)
+    return python
 
 
 if __name__ == "__main__":

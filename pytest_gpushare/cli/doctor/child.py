@@ -53,6 +53,7 @@ def _found(config: pytest.Config) -> dict[str, Any]:
         "asked_by_arguments": by_number or "--gpu-share" in arguments,
         "strict": _is_strict(config),
         "xdist": has_xdist(config.option),
+        "anyio": config.pluginmanager.hasplugin("anyio"),
         "autoload": not os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
         and not getattr(config.option, "disable_plugin_autoload", False),
         "request": request._asdict(),

@@ -54,6 +54,8 @@ class PytestView:
     strict: bool = False
     xdist: bool = True
     """Whether pytest loaded xdist."""
+    anyio: bool = False
+    """Whether pytest loaded the plugin of anyio."""
     autoload: bool = True
     request: Request = field(default_factory=Request)
     cpus: int | None = None

@@ -104,6 +104,11 @@ def _pytest(found: Examined) -> Iterator[Finding]:
             "pytest-xdist is installed, but pytest does not load it: there are no workers",
             "remove -p no:xdist from addopts or PYTEST_ADDOPTS",
         )
+    if view.anyio:
+        yield ok(
+            "the plugin of anyio, which httpx brings, is loaded in each run of pytest: where no "
+            "test uses it, addopts = -p no:anyio saves the time of its import"
+        )
 
 
 _FIRST_WITH_UUIDS = {"torch": (2, 0), "vllm": (0, 21), "deepspeed": (10**9,)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import ssl
+import sys
 import threading
 from collections.abc import Mapping
 from http.server import ThreadingHTTPServer
@@ -27,6 +29,15 @@ class OllamaError(RuntimeError):
         self.status = status
 
 
+class _Server(ThreadingHTTPServer):
+    """One that says nothing of clients that refuse its certificate."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report what a handler raised, but for a failed handshake."""
+        if not isinstance(sys.exc_info()[1], ssl.SSLError):
+            super().handle_error(request, client_address)
+
+
 class OllamaServer:
     """Ollama on 127.0.0.1; a context manager.
 
@@ -45,6 +56,7 @@ class OllamaServer:
         version: str = "0.33.0",
         settings: Settings | None = None,
         binaries: Path | None = None,
+        tls: ssl.SSLContext | None = None,
         **options: Any,
     ) -> None:
         """Start serving.
@@ -52,6 +64,7 @@ class OllamaServer:
         machine: None for an Ollama without a GPU, or on another host.
         models: `Model` values, or a mapping of names to sizes or to the fields of `Model`.
         binaries: where the compiled helper is kept between runs.
+        tls: speak https with this certificate; Ollama itself does not, a proxy before it does.
         options: the fields of `Settings`.
         """
         self.version = version
@@ -61,7 +74,13 @@ class OllamaServer:
         self.errors: dict[str, tuple[int, str]] = {}
         self.answers: dict[str, bytes] = {}
         handler = type("BoundHandler", (Handler,), {"ollama": self})
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self._is_secure = tls is not None
+        self._http = _Server(("127.0.0.1", port), handler)
+        if tls is not None:
+            # The handshake is left to the thread of each client.
+            self._http.socket = tls.wrap_socket(
+                self._http.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._http.daemon_threads = True
         self._http.block_on_close = False
         self.processes = Processes(version, binaries)
@@ -99,7 +118,7 @@ class OllamaServer:
     @property
     def url(self) -> str:
         """The base URL."""
-        return f"http://{self.host}"
+        return f"{'https' if self._is_secure else 'http'}://{self.host}"
 
     def runner_pids(self) -> list[int]:
         """Return the PIDs that hold the models' VRAM."""
@@ -114,7 +133,7 @@ class OllamaServer:
     def request(self, path: str, body: object = None, timeout: float = 60.0) -> Any:
         """Send a request, POST if there is a body; return the decoded answer."""
         # http.client, because urllib reads the CA certificates for each opener: 30 ms.
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        connection = self._connection(timeout)
         with contextlib.closing(connection):
             if body is None:
                 connection.request("GET", path)
@@ -125,6 +144,15 @@ class OllamaServer:
         if answer.status >= 400:
             raise OllamaError(answer.status, text)
         return json.loads(text)
+
+    def _connection(self, timeout: float) -> http.client.HTTPConnection:
+        if not self._is_secure:
+            return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+        return http.client.HTTPSConnection(
+            "127.0.0.1", self.port, timeout=timeout, context=trusting
+        )
 
     def load(self, name: str, *, keep_alive: float | str | None = None, **options: Any) -> Any:
         """Load a model; *options* are request options such as num_ctx. Returns its ps entry."""
