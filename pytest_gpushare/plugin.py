@@ -1,6 +1,7 @@
-"""The hooks of pytest and xdist: each translates and calls; nothing is decided here.
+"""pytest's hooks in the controller, and the options of the command line.
 
-Imported in every run of pytest, so only what an idle run needs is imported at the top.
+Imported in every run of pytest. A run that did not ask for the plugin needs the names and the
+help of the options, and nothing else: whatever else is needed is imported where it is used.
 """
 
 from __future__ import annotations
@@ -9,38 +10,71 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Generator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpushare import wire
+from pytest_gpushare.compat.pytest_options import early_options, runs_tests, set_usage_hint
 from pytest_gpushare.compat.xdist_options import (
-    GPU_AUTO,
     accept_gpu_auto,
     announce_workers,
+    asks_for_gpu_auto,
     is_in_process,
-    runs_tests,
+    set_number,
 )
 from pytest_gpushare.config.options import OPTIONS
-from pytest_gpushare.worker import plugin as worker_plugin
 
 if TYPE_CHECKING:
+    from typing import ParamSpec, TypeVar
+
     from pytest_gpushare.place import Place
-    from pytest_gpushare.report.summary import Line
+    from pytest_gpushare.report.output import Header
     from pytest_gpushare.session.run import ActiveRun
 
+    P = ParamSpec("P")
+    T = TypeVar("T")
 
-class _NumprocessesType:
-    """Teaches xdist's `-n` the word `gpu-auto`, whichever of the two plugins loads first."""
+RUN: pytest.StashKey[ActiveRun] = pytest.StashKey()
+"""The active run; absent where the plugin is not asked for, and where it leaves the run alone."""
+
+LEFT_OUT: pytest.StashKey[str] = pytest.StashKey()
+"""Why a run that asked for the plugin is left as it is."""
+
+BEFORE_CONFTESTS: pytest.StashKey[dict[str, str]] = pytest.StashKey()
+"""The environment after the plugins were loaded and before the conftests are."""
+
+_CAPS_AFTER_IMPORT = ("PYTEST_GPUSHARE_TORCH_FRACTION", "PYTEST_GPUSHARE_TENSORFLOW_MB")
+"""The variables of the caps that wait for a framework's import; see `worker.plugin`."""
+
+
+class _Early:
+    """The part that needs the parser, or must come after the hooks of most other plugins."""
 
     def __init__(self, parser: pytest.Parser) -> None:
         self._parser = parser
 
     def pytest_plugin_registered(self, plugin: object) -> None:
+        """Extend xdist's `-n`, whichever of the two plugins is loaded first."""
         if getattr(plugin, "__name__", None) == "xdist.plugin":
             accept_gpu_auto(self._parser)
-            self._parser.extra_info.pop("pytest-gpushare", None)
+            set_usage_hint(self._parser, "pytest-gpushare", None)
+
+    def pytest_load_initial_conftests(self, early_config: pytest.Config) -> None:
+        """Place this process, where it runs the tests itself, before a conftest is imported.
+
+        No wrapper and not first, so that variables count which plugins such as pytest-env set.
+        """
+        early_config.stash[BEFORE_CONFTESTS] = dict(os.environ)
+        options = _options_if_asked(early_config)
+        if options is not None and is_in_process(options):
+            from pytest_gpushare.session.start import start_in_process
+
+            environment = early_config.stash[BEFORE_CONFTESTS]
+            _activate(early_config, _checked(start_in_process, early_config, environment))
+        if any(os.environ.get(name) for name in _CAPS_AFTER_IMPORT):
+            from pytest_gpushare.worker.plugin import cap_after_import
+
+            early_config.add_cleanup(cap_after_import())
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -64,24 +98,19 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         "--gpu-share-strict",
         action="store_true",
         default=False,
-        dest="gpu_share_strict",
         help="fail the run (exit code 1) where a worker's placement was changed behind the plan, "
         "or the tests drove a part of a model of Ollama's off the GPU",
     )
     group.addoption(
         "--gpu-share-simulate",
         action="append",
-        default=None,
         metavar="SPEC",
-        dest="gpu_share_simulate",
         help="a what-if device in place of the real ones, such as 24GB:used=2GB (repeatable)",
     )
     group.addoption(
         "--gpu-share-report",
         action="append",
-        default=None,
         metavar="FILE",
-        dest="gpu_share_report",
         help="write what happened to FILE.json or FILE.html after the tests (repeatable)",
     )
     parser.addini("gpu_share", "size the xdist workers by VRAM (pytest-gpushare)", default=None)
@@ -90,57 +119,30 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         if option.flag:
             group.addoption(
                 option.flag,
-                action="append" if option.kind == "words" else "store",
+                action="append" if option.repeatable else "store",
                 default=None,
                 metavar=option.metavar,
                 dest=option.ini,
                 help=option.meaning.replace("%", "%%"),
             )
     # pytest prints this under "unrecognized arguments", which is what -n is without xdist.
-    parser.extra_info["pytest-gpushare"] = "-n gpu-auto needs pytest-xdist"
-    pluginmanager.register(_NumprocessesType(parser), "gpu-share-numprocesses-type")
-
-
-def told_of_report(config: pytest.Config) -> list[str] | None:
-    """A report that was asked for in a run that did not ask for the plugin."""
-    options = config.option
-    if not options.gpu_share_report or getattr(options, "collectonly", False):
-        return None
-    return ["gpu-share: no report is written: it needs --gpu-share"]
-
-
-OUTER: pytest.StashKey[dict[str, str]] = pytest.StashKey()
-RUN: pytest.StashKey[ActiveRun] = pytest.StashKey()
-"""The active run; absent where the plugin is not asked for, and where it leaves the run alone."""
-LEFT_OUT: pytest.StashKey[str] = pytest.StashKey()
-"""Why a run that asked for the plugin is left as it is: for the header."""
+    set_usage_hint(parser, "pytest-gpushare", "-n gpu-auto needs pytest-xdist")
+    pluginmanager.register(_Early(parser), "gpu-share-early")
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     """The hooks by which others add devices and have a last word on the plan."""
-    from pytest_gpushare import hookspecs as hooks
+    from pytest_gpushare import hookspecs
 
-    pluginmanager.add_hookspecs(hooks)
+    pluginmanager.add_hookspecs(hookspecs)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, None, None]:
-    """Where this process itself runs the tests, place it before any conftest is imported.
-
-    A wrapper, so that it comes before other plugins that ask here whether there are workers.
-    """
-    # A conftest may change what its own process sees; the plan goes by what the user set.
-    early_config.stash[OUTER] = dict(os.environ)
-    options = early_config.known_args_namespace
-    if _is_asked(early_config, options) and runs_tests(options):
-        if is_in_process(options):
-            from pytest_gpushare.session.start import start_in_process
-
-            _hold(early_config, _call(start_in_process, early_config, early_config.stash[OUTER]))
-        else:
-            announce_workers(options)
-    if any(os.environ.get(name) for name in worker_plugin.HOOKS):
-        early_config.add_cleanup(worker_plugin.cap_after_import())
+    """Announce the workers before other plugins ask here whether there are any."""
+    options = _options_if_asked(early_config)
+    if options is not None and not is_in_process(options):
+        announce_workers(options)
     return (yield)
 
 
@@ -149,69 +151,26 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
     """Write the number of workers before xdist reads it."""
     # Only workerinput proves a worker: nested runs inherit every environment variable.
     if not hasattr(config, "workerinput"):
-        if _is_asked(config, config.option) and RUN not in config.stash:
+        if not _is_asked(config, config.option):
+            _report_unused_options(config)
+        elif RUN not in config.stash:
             from pytest_gpushare.session.start import start_workers
 
-            outer = config.stash.get(OUTER, os.environ)
-            _hold(config, _call(start_workers, config, outer))
-        # xdist knows no gpu-auto: with --no-gpu-share it means auto, in a run without workers 0.
-        if getattr(config.option, "numprocesses", None) == GPU_AUTO:
-            config.option.numprocesses = "auto" if config.option.gpu_share is False else 0
+            before = config.stash.get(BEFORE_CONFTESTS, None)
+            _activate(config, _checked(start_workers, config, before))
+        # xdist does not know gpu-auto: with --no-gpu-share it means auto, in a run without
+        # workers 0.
+        if asks_for_gpu_auto(config.option):
+            set_number(config.option, "auto" if config.option.gpu_share is False else 0)
     return (yield)
-
-
-@pytest.hookimpl(optionalhook=True, tryfirst=True)
-def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
-    """Give each worker its device; only `spec.env` is there before its first import."""
-    run = config.stash.get(RUN, None)
-    if run is not None:
-        run.place(specs)
-
-
-@pytest.hookimpl(optionalhook=True, wrapper=True)
-def pytest_xdist_make_scheduler(config: pytest.Config) -> Generator[None, Any, Any]:
-    """Schedule GPU tests by VRAM, where there is something to route; else as xdist does."""
-    stock = yield
-    run = config.stash.get(RUN, None)
-    if run is None:
-        return stock
-    from pytest_gpushare.dispatch.distribution import scheduler_for
-    from pytest_gpushare.worker.runner import report_lost
-
-    return scheduler_for(run, config, stock, partial(report_lost, config))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node: Any) -> None:
-    """Tell each worker that the plugin is active in its controller."""
-    run = node.config.stash.get(RUN, None)
-    if run is not None and (message := run.message_to(node.gateway.spec)):
-        channel = run.links.open(node.gateway.newchannel(), node.gateway.id)
-        node.workerinput[wire.PLACED] = {**message, "channel": channel}
-        run.joined(node.gateway.id, message)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Close the link to a worker, and keep what it measured; a crashed one has nothing to say."""
-    run = node.config.stash.get(RUN, None)
-    if run is None:
-        return
-    run.links.close(node.gateway.id)
-    run.gone(node.gateway.id)
-    measured = getattr(node, "workeroutput", {}).get(wire.CONTEXT)
-    if measured:
-        from pytest_gpushare.session.needs_store import keep_context
-
-        keep_context(node.config, *measured)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """The marker; in a process that was placed its place, its log, and a watch over both."""
+    """Register the marker; in a worker of an active run begin its part."""
     # Suites with --strict-markers run without --gpu-share too.
     marker = "gpu"
-    # A value that makes no sense is told where the plugin is asked for, and only there.
+    # A value that makes no sense is reported where the plugin is asked for, and only there.
     with contextlib.suppress(Exception):
         marker = config.getini("gpu_share_marker") or marker
     config.addinivalue_line(
@@ -219,94 +178,13 @@ def pytest_configure(config: pytest.Config) -> None:
         f"{marker}(vram=..., devices=..., exclusive=..., "
         "required=...): a test that needs a GPU (pytest-gpushare)",
     )
-    message = getattr(config, "workerinput", {}).get(wire.PLACED)
-    if message:
-        _call(worker_plugin.begin, config, message)
-        return
-    run = config.stash.get(RUN, None)
-    if run is not None:
-        from pytest_gpushare.report.output import progress
-        from pytest_gpushare.session.start import observe
+    if hasattr(config, "workerinput"):
+        from pytest_gpushare import wire
 
-        observe(run, config, progress(config))
-    if run is not None and (own := run.message_to_itself()):
-        link = wire.Link(partial(run.links.receive, wire.ITSELF))
-        run.links.attach(wire.ITSELF, link.receive)
-        run.joined(wire.ITSELF, own)
-        config.pluginmanager.register(worker_plugin.Placed(own, link), "gpu-share-placed")
-        worker_plugin.follow(config, own["tests"], link)
-        worker_plugin.watch_memory(config, own, link)
+        if message := config.workerinput.get(wire.PLACED):
+            from pytest_gpushare.worker import plugin as worker_plugin
 
-
-def pytest_report_header(config: pytest.Config) -> list[str] | None:
-    """The VRAM analysis; nothing in a run that did not ask."""
-    lines = _header(config)
-    if lines is None:
-        return told_of_report(config)
-    from pytest_gpushare.report.output import header_lines
-
-    return header_lines(lines, config)
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_sessionstart(session: pytest.Session) -> Generator[None, Any, Any]:
-    """The same lines for the log, and the problems for a run that prints no header.
-
-    The services start last: by then xdist has started the workers.
-    """
-    lines = _header(session.config)
-    if lines is not None:
-        from pytest_gpushare.report.output import log_header, print_problems
-
-        log_header(lines, session.config)
-        print_problems(lines, session.config)
-    result = yield
-    run = session.config.stash.get(RUN, None)
-    if run is not None:
-        run.services.start()
-    return result
-
-
-def _header(config: pytest.Config) -> Callable[[int], list[Line]] | None:
-    """The lines of the header, by verbosity; None in a run that did not ask."""
-    run, reason = config.stash.get(RUN, None), config.stash.get(LEFT_OUT, "")
-    if run is None and not reason:
-        return None
-    from pytest_gpushare.report.header import header, left_out
-
-    return partial(left_out, reason) if run is None else partial(header, run)
-
-
-@pytest.hookimpl(wrapper=True, trylast=True)
-def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
-    """End what ran beside the tests; under --gpu-share-strict what went wrong fails the run.
-
-    A wrapper, as the workers' processes are there only until xdist's own part of this.
-    """
-    run = session.config.stash.get(RUN, None)
-    if run is None:
-        return (yield)
-    run.look_again()
-    try:
-        return (yield)
-    finally:
-        run.end()
-        run.model_sizes.keep(session.config)
-        if run.has_failed() and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        from pytest_gpushare.report.output import log_summary, publish
-
-        publish(run, session.config, int(session.exitstatus))
-        log_summary(run, session.config)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What went wrong on the way; nothing where nothing did."""
-    run = terminalreporter.config.stash.get(RUN, None)
-    if run is not None:
-        from pytest_gpushare.report.output import print_summary
-
-        print_summary(run, terminalreporter)
+            _checked(worker_plugin.begin, config, message)
 
 
 @pytest.fixture(scope="session")
@@ -317,10 +195,147 @@ def gpu_share() -> Place:
     return current()
 
 
+class _HeaderHooks:
+    """Print the header of a run that asked for the plugin."""
+
+    def __init__(self, header: Header) -> None:
+        self._header = header
+
+    def pytest_report_header(self, config: pytest.Config) -> list[str]:
+        """The VRAM analysis, or why the run is left as it is."""
+        from pytest_gpushare.report.output import header_lines
+
+        return header_lines(self._header, config)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        """The same lines for the log, and the problems for a run that prints no header."""
+        from pytest_gpushare.report.output import log_header, print_problems
+
+        log_header(self._header, session.config)
+        print_problems(self._header, session.config)
+
+
+class _RunHooks:
+    """The hooks of an active run; registered in no other."""
+
+    def __init__(self, run: ActiveRun) -> None:
+        self._run = run
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Follow the tests; where this process runs them, begin a worker's part too."""
+        from functools import partial
+
+        from pytest_gpushare import wire
+        from pytest_gpushare.report.output import progress
+        from pytest_gpushare.session.start import observe
+
+        run = self._run
+        observe(run, config, progress(config))
+        if own := run.message_to_itself():
+            from pytest_gpushare.worker import plugin as worker_plugin
+
+            link = wire.Link(partial(run.links.receive, wire.ITSELF))
+            run.links.attach(wire.ITSELF, link.receive)
+            run.joined(wire.ITSELF, own)
+            config.pluginmanager.register(worker_plugin.Placed(own, link), "gpu-share-placed")
+            worker_plugin.follow(config, own["tests"], link)
+            worker_plugin.watch_memory(config, own, link)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionstart(self) -> Generator[None, Any, Any]:
+        """Start the services last: by then xdist has started the workers."""
+        result = yield
+        self._run.services.start()
+        return result
+
+    @pytest.hookimpl(optionalhook=True, wrapper=True, tryfirst=True)
+    def pytest_xdist_setupnodes(self, specs: list[Any]) -> Generator[None, Any, Any]:
+        """Give each worker its device; only `spec.env` is there before its first import.
+
+        Before the other hooks, so that they see it, and again after them: one may have assigned
+        an environment of its own.
+        """
+        given = self._run.place(specs)
+        result = yield
+        for spec, environment in given:
+            spec.env = {**environment, **(spec.env or {})}
+        return result
+
+    @pytest.hookimpl(optionalhook=True, wrapper=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config) -> Generator[None, Any, Any]:
+        """Schedule GPU tests by VRAM, where there is something to route; else as xdist does."""
+        stock = yield
+        from functools import partial
+
+        from pytest_gpushare.dispatch.distribution import scheduler_for
+        from pytest_gpushare.worker.runner import report_lost
+
+        return scheduler_for(self._run, config, stock, partial(report_lost, config))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Send each worker its place, and open a channel to it."""
+        run = self._run
+        if message := run.message_to(node.gateway.spec):
+            from pytest_gpushare import wire
+
+            channel = run.links.open(node.gateway.newchannel(), node.gateway.id)
+            node.workerinput[wire.PLACED] = {**message, "channel": channel}
+            run.joined(node.gateway.id, message)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Close the channel to a worker, and keep what it measured; a crashed one sent nothing."""
+        from pytest_gpushare import wire
+
+        self._run.links.close(node.gateway.id)
+        self._run.gone(node.gateway.id)
+        measured = getattr(node, "workeroutput", {}).get(wire.CONTEXT)
+        if measured:
+            from pytest_gpushare.session.needs_store import keep_context
+
+            keep_context(node.config, *measured)
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, Any, Any]:
+        """End what ran beside the tests; under --gpu-share-strict what went wrong fails the run.
+
+        A wrapper, as the workers' processes are there only until xdist's own part of this.
+        """
+        run = self._run
+        run.look_again()
+        try:
+            return (yield)
+        finally:
+            run.end()
+            run.model_sizes.keep(session.config)
+            if run.has_failed() and session.exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            from pytest_gpushare.report.output import log_summary, publish
+
+            publish(run, session.config, int(session.exitstatus))
+            log_summary(run, session.config)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """What the tests used, and what went wrong on the way."""
+        from pytest_gpushare.report.output import print_summary
+
+        print_summary(self._run, terminalreporter)
+
+
+def _options_if_asked(early_config: pytest.Config) -> Any | None:
+    """The options of a run of tests that asked for the plugin, before conftests are loaded."""
+    options = early_options(early_config)
+    asked = options is not None and _is_asked(early_config, options) and runs_tests(options)
+    return options if asked else None
+
+
 def _is_asked(config: pytest.Config, options: Any) -> bool:
     if options.gpu_share is not None:
         return bool(options.gpu_share)
-    if getattr(options, "numprocesses", None) == GPU_AUTO:
+    if asks_for_gpu_auto(options):
         return True
     # getini refuses a typed value of pytest 9's TOML; the reader below takes it.
     with contextlib.suppress(Exception):
@@ -328,24 +343,49 @@ def _is_asked(config: pytest.Config, options: Any) -> bool:
             return False
     from pytest_gpushare.config.sources import switched_on
 
-    return bool(_call(switched_on, config))
+    return bool(_checked(switched_on, config))
 
 
-def _hold(config: pytest.Config, run: ActiveRun | str | None) -> None:
+def _report_unused_options(config: pytest.Config) -> None:
+    """Options that make no sense without the switch, where they were typed."""
+    options = config.option
+    names = ("simulate", "report", "strict", "preset", "config")
+    if options.gpu_share is None and any(getattr(options, f"gpu_share_{n}") for n in names):
+        from pytest_gpushare.config.sources import unused_options
+
+        if runs_tests(options) and (text := _checked(unused_options, config)):
+            try:
+                config.issue_config_time_warning(pytest.PytestConfigWarning(text), stacklevel=2)
+            except pytest.PytestConfigWarning:
+                # Under -W error, without a traceback.
+                raise pytest.UsageError(text) from None
+
+
+def _activate(config: pytest.Config, run: ActiveRun | str | None) -> None:
+    """Register the hooks of a run, or those of one that is left as it is, for a reason."""
+    if run is None:
+        return
+    from functools import partial
+
+    from pytest_gpushare.report.header import header, left_out
+
     if isinstance(run, str):
         config.stash[LEFT_OUT] = run
-    elif run is not None:
-        config.stash[RUN] = run
-        config.add_cleanup(run.close)
-        config.add_cleanup(run.end)
+        config.pluginmanager.register(_HeaderHooks(partial(left_out, run)), "gpu-share-header")
+        return
+    config.stash[RUN] = run
+    config.add_cleanup(run.close)
+    config.add_cleanup(run.end)
+    config.pluginmanager.register(_HeaderHooks(partial(header, run)), "gpu-share-header")
+    config.pluginmanager.register(_RunHooks(run), "gpu-share-run")
 
 
-def _call(function: Any, *arguments: Any) -> Any:
-    """Call into the house; its errors become pytest's, without a traceback (exit code 4)."""
+def _checked(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """Call a function; our errors become pytest's, without a traceback (exit code 4)."""
     from pytest_gpushare.errors import GpuShareError
 
     try:
-        return function(*arguments)
+        return function(*arguments, **named)
     except GpuShareError as error:
         raise pytest.UsageError(str(error)) from None
     except KeyboardInterrupt:

@@ -9,16 +9,34 @@ from pathlib import Path
 from typing import IO
 
 
+class NotRegularFileError(OSError):
+    """A directory, a pipe, a device or the like, where a file was expected."""
+
+
+class FileTooLargeError(OSError):
+    """A file of more bytes than are read."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"has {size} bytes or more")
+        self.size = size
+        """Bytes, as far as known."""
+
+
 def read_regular(path: Path, most: int) -> bytes:
     """The bytes of a regular file.
 
-    Raises `OSError` for anything else: a FIFO or a device may block, or never end; also for a
-    file of more than `most` bytes.
+    Raises `NotRegularFileError` for anything else: a FIFO or a device may block, or never end;
+    `FileTooLargeError` for a file of more than `most` bytes, and any other `OSError`.
     """
+    # Looked at first: to open a device may have effects of its own.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise NotRegularFileError("not a regular file")
     with _opened(path, os.O_RDONLY, "rb") as file:
-        content: bytes = file.read(most + 1)
-    if len(content) > most:
-        raise OSError(f"larger than {most} bytes")
+        size = os.fstat(file.fileno()).st_size
+        # A file of /proc calls itself regular and may wait for data all the same.
+        content = file.read(most + 1) if size <= most else None
+        if content is None or len(content) > most:
+            raise FileTooLargeError(max(size, most + 1))
     return content
 
 
@@ -57,7 +75,7 @@ def _opened(path: Path, flags: int, mode: str) -> IO[bytes]:
     descriptor = os.open(path, flags, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("not a regular file")
+            raise NotRegularFileError("not a regular file")
         return os.fdopen(descriptor, mode)
     except BaseException:
         os.close(descriptor)

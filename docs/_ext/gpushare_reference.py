@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from pytest_gpushare.config import options as table_of_options
 from pytest_gpushare.config import options as table_of_presets
-from pytest_gpushare.config.kinds import allowed
 from pytest_gpushare.config.options import OPTIONS, PRESETS, Option
 
 if TYPE_CHECKING:
@@ -34,14 +33,14 @@ def presets() -> str:
 
 
 def _entry(option: Option) -> str:
-    fields = [f"- {_sentence(allowed(option).replace('allowed is', 'allowed:'))}"]
+    fields = [f"- {_sentence(option.kind.describe().replace('allowed is', 'allowed:'))}"]
     if option.in_json:
         fields.append(f"- JSON: `{option.key}`")
     else:
         fields.append("- JSON: no")
     command = f"`-o {option.ini}=...`"
     if option.flag:
-        repeated = ", repeatable" if option.kind == "words" else ""
+        repeated = ", repeatable" if option.repeatable else ""
         command = f"`{option.flag} {option.metavar}`{repeated}, or {command}"
     fields.append(f"- command line: {command}")
     default = f"`{option.default}`" if option.default else "unset"

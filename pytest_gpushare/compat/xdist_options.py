@@ -1,9 +1,15 @@
-"""What xdist was told, and the word `gpu-auto`. Imported in every run: keep it light."""
+"""Where xdist stores its options, and the word `gpu-auto`. Idle runs import it: keep it light.
+
+xdist documents its command line and its hooks, not the names under which the options are
+stored. All that are used here exist in xdist 3.6.1 and later.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from pytest_gpushare.compat.pytest_options import change_type
 
 if TYPE_CHECKING:
     import pytest
@@ -11,47 +17,37 @@ if TYPE_CHECKING:
 
 GPU_AUTO = "gpu-auto"
 
-_NOT_A_RUN = (
-    "collectonly",
-    "help",
-    "version",
-    "markers",
-    "showfixtures",
-    "show_fixtures_per_test",
-    "cacheshow",
-)
-
 
 def accept_gpu_auto(parser: pytest.Parser) -> None:
     """Let `-n gpu-auto` parse; xdist's own type refuses it.
 
-    Up to pytest 8.4 arguments are made lazily from `attrs()`; 9.0 copies them eagerly, so
-    there the argparse action is what counts; from 9.1 `attrs()` is the action's own dict.
+    Uses the group "xdist" and its option `--numprocesses` (xdist 1). Without them `gpu-auto` is
+    refused as any other word.
     """
-    for option in parser.getgroup("xdist").options:
-        if "--numprocesses" in option.names():
-            accepting = _accepting(option.attrs().get("type", int))
-            option.attrs()["type"] = accepting
-            actions = getattr(getattr(parser, "optparser", None), "_option_string_actions", {})
-            if "--numprocesses" in actions:
-                actions["--numprocesses"].type = accepting
+    change_type(parser, "xdist", "--numprocesses", _accepting)
 
 
 def _accepting(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     # argparse names the type in its message: "invalid parse_numprocesses value".
     def parse_numprocesses(text: str) -> Any:
-        return text if text == GPU_AUTO else parse(text)
+        if text == GPU_AUTO:
+            return text
+        word = text.lower().replace("_", "-")
+        if word in ("gpu", GPU_AUTO, "gpuauto", "auto-gpu"):
+            from argparse import ArgumentTypeError
+
+            raise ArgumentTypeError(f"{text!r} is not a number of workers: did you mean gpu-auto?")
+        return parse(text)
 
     return parse_numprocesses
 
 
-def runs_tests(options: Any) -> bool:
-    """Whether this is a run at all: `--collect-only`, `--help` and their kind probe nothing."""
-    return not any(getattr(options, name, None) for name in _NOT_A_RUN)
-
-
 def has_xdist(options: Any) -> bool:
-    """Whether xdist is there, under whatever name it was loaded."""
+    """Whether xdist is loaded, under whatever name.
+
+    Uses `numprocesses`, where `-n` is stored (xdist 1). Without it the process itself runs the
+    tests, as in a run without xdist.
+    """
     return hasattr(options, "numprocesses")
 
 
@@ -61,10 +57,97 @@ def is_in_process(options: Any) -> bool:
     return bool(getattr(options, "usepdb", False)) or (isinstance(number, int) and number <= 0)
 
 
+def asks_for_gpu_auto(options: Any) -> bool:
+    """Whether `-n gpu-auto` was given."""
+    return getattr(options, "numprocesses", None) == GPU_AUTO
+
+
+def given_number(options: Any) -> int | str | None:
+    """The value of `-n`: a number, `auto`, `logical` or `gpu-auto`; None where there is none."""
+    number: int | str | None = getattr(options, "numprocesses", None)
+    return number
+
+
+def given_most(options: Any) -> int | None:
+    """The value of `--maxprocesses` (xdist 1.23); None where there is none, or no such option."""
+    return getattr(options, "maxprocesses", None) or None
+
+
+def set_number(options: Any, number: int | str) -> None:
+    """Write the number of workers as if `-n` had been given."""
+    options.numprocesses = number
+
+
 def announce_workers(options: Any) -> None:
-    """Say in the early options that there will be workers, though nobody gave a number.
+    """Record in the early options that there will be workers, though `-n` was not given.
 
     pytest-cov looks there, before the number is known, and must start as in any run with `-n`.
     """
-    if options.numprocesses is None and not options.tx:
-        options.numprocesses = GPU_AUTO
+    if keeps_own_workers(options):
+        distribute(options)
+    elif given_number(options) is None:
+        set_number(options, GPU_AUTO)
+
+
+def keeps_own_workers(options: Any) -> bool:
+    """Whether `--tx` alone names the workers; with a number xdist overwrites it.
+
+    Uses `tx` (xdist 1). Without it no worker is named.
+    """
+    return bool(getattr(options, "tx", None)) and given_number(options) is None
+
+
+def distribute(options: Any) -> None:
+    """Make `--tx` start its workers where `--dist` was not given, as `-n` does.
+
+    Uses `dist` (xdist 1). Without it nothing is changed.
+    """
+    if getattr(options, "dist", None) == "no":
+        options.dist = "load"
+
+
+def runs_each_test_everywhere(options: Any) -> bool:
+    """Whether `--dist=each` was given."""
+    return getattr(options, "dist", None) == "each"
+
+
+class TxWorkers:
+    """The workers that the specs of `--tx` list, such as `3*popen`."""
+
+    def __init__(self, options: Any) -> None:
+        self.local = 0
+        """Workers on this host that see what the plan gives them."""
+        self.with_devices = 0
+        """Workers on this host to which the user gave devices."""
+        for text in getattr(options, "tx", None) or ():
+            number, spec = _multiplied(text)
+            parts = [part.partition("=")[0] for part in spec.split("//")]
+            if "popen" not in parts or "via" in parts:
+                continue
+            if "env:CUDA_VISIBLE_DEVICES" in parts:
+                self.with_devices += number
+            else:
+                self.local += number
+
+
+def _multiplied(text: str) -> tuple[int, str]:
+    # As xdist reads it.
+    number, star, spec = text.partition("*")
+    try:
+        return (int(number), spec) if star else (1, text)
+    except ValueError:
+        return 1, text
+
+
+def count_of_auto(config: pytest.Config) -> int:
+    """The number of workers that `-n auto` would start, by xdist's hook; `logical` where given.
+
+    The hook reads the word from the option, so it is written there for the call.
+    """
+    given = given_number(config.option)
+    set_number(config.option, "logical" if given == "logical" else "auto")
+    try:
+        count = config.hook.pytest_xdist_auto_num_workers(config=config)
+    finally:
+        config.option.numprocesses = given
+    return max(1, count) if isinstance(count, int) else 1

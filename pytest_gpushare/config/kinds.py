@@ -1,276 +1,324 @@
-"""From what a user wrote to a checked value; every refusal says what would be accepted."""
+"""The types of options: each reads what a user wrote, describes what it accepts, and writes.
+
+A type raises `ValueError`, `TypeError` or `ArithmeticError` for a value that it does not accept,
+and `LineError` for one line of several. `Option.read` turns these into messages.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
-from pytest_gpushare.config.options import BY_KEY, Option
-from pytest_gpushare.errors import LineError as LineError
-from pytest_gpushare.errors import SettingsError
+from pytest_gpushare.config.settings import Alias, VramRule, parse_aliases, parse_rules
+from pytest_gpushare.errors import LineError, SettingsError
 from pytest_gpushare.text import printable
-from pytest_gpushare.units import GB, MOST_VRAM, format_gb, format_number, parse_size
-
-MOST_LINES = 1000
-MOST_LENGTH = 500
-MOST_DEVICES = 64
-
-
-MEANINGS = "vram=SIZE, devices=NUMBER, exclusive, required, gpu, cpu"
-"""What a marker can mean, for messages."""
-
-_IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_]*"
-_HEAD = re.compile(rf"({_IDENTIFIER})\s*(?:\(\s*((?:{_IDENTIFIER}\s*,?\s*)*)\))?")
-_PLACE = re.compile(rf"\{{({_IDENTIFIER})\}}")
-
-
-class Alias(NamedTuple):
-    """`profiled_vram_gib(n) = vram={n}GB`: what a marker of the suite means to us."""
-
-    marker: str
-    parameters: tuple[str, ...]
-    """Names for the marker's arguments, by position or by keyword."""
-    meanings: tuple[tuple[str, str], ...]
-    """(`vram`, `{n}GB`), (`exclusive`, ``): names and texts in which parameters may stand."""
-    line: str
-    """As the user wrote it."""
-
-
-class VramRule(NamedTuple):
-    """`tests/test_llm.py = 8GB`: the need of tests by their node ids."""
-
-    pattern: str
-    vram: int
-    """Bytes."""
-
-
-def parse_aliases(raw: object) -> tuple[Alias, ...]:
-    """The meanings of markers. Raises `LineError` for a line, `ValueError` for no lines at all."""
-    aliases = tuple(_alias(line) for line in _lines(raw))
-    seen: set[str] = set()
-    for alias in aliases:
-        if alias.marker in seen:
-            raise LineError(alias.line, "the marker stands there twice; keep one line")
-        seen.add(alias.marker)
-    return aliases
-
-
-def parse_rules(raw: object) -> tuple[VramRule, ...]:
-    """The needs by node id, in their order; of several that match the first one holds."""
-    return tuple(_rule(line) for line in _lines(raw))
-
-
-def parse_vram(text: str) -> int:
-    """Bytes of a size that names its unit. Raises `ValueError`; the unit is never guessed."""
-    size = parse_size(text, "B")
-    if text.strip()[-1:].isdigit() or text.strip()[-1:] == ".":
-        raise ValueError(f"{text} has no unit")
-    if not 0 < size <= MOST_VRAM:
-        raise ValueError(f"{text} is not between 0 and {MOST_VRAM // GB} GB")
-    return -(-size // 1)
-
-
-def parse_devices(text: str) -> int:
-    """A number of devices. Raises `ValueError`."""
-    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= MOST_DEVICES:
-        raise ValueError(f"{text} is not a number from 1 to {MOST_DEVICES}")
-    return int(text)
-
-
-READERS: Mapping[str, Callable[[str], int]] = {"vram": parse_vram, "devices": parse_devices}
-FLAGS = ("exclusive", "required", "gpu", "cpu")
-
-
-def _lines(raw: object) -> Sequence[str]:
-    """A text of several lines, a list of lines, or in JSON an object of them."""
-    if isinstance(raw, Mapping):
-        raw = [f"{name} = {value}" for name, value in raw.items()]
-    if isinstance(raw, str):
-        raw = raw.splitlines()
-    if not isinstance(raw, (list, tuple)) or not all(isinstance(line, str) for line in raw):
-        raise ValueError(raw)
-    lines = [line.strip() for line in raw]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    if len(lines) > MOST_LINES:
-        raise LineError(lines[MOST_LINES], f"there are more than {MOST_LINES} lines")
-    for line in lines:
-        if len(line) > MOST_LENGTH:
-            raise LineError(line, f"has more than {MOST_LENGTH} characters")
-    return lines
-
-
-def _alias(line: str) -> Alias:
-    head, equals, meaning = line.partition("=")
-    match = _HEAD.fullmatch(head.strip())
-    if match is None or not equals:
-        raise LineError(line, "is not MARKER = meaning")
-    parameters = tuple(re.findall(_IDENTIFIER, match[2] or ""))
-    if len(set(parameters)) < len(parameters):
-        raise LineError(line, "names a parameter twice")
-    meanings = tuple(_meaning(line, part) for part in re.split(r"[\s,]+", meaning.strip()))
-    names = [name for name, _ in meanings]
-    if len(set(names)) < len(names):
-        raise LineError(line, "says one thing twice")
-    if "cpu" in names and len(names) > 1:
-        raise LineError(line, "means a CPU test and a need of the GPU")
-    for name, text in meanings:
-        _check(line, name, text, parameters)
-    return Alias(match[1], parameters, meanings, line)
-
-
-def _meaning(line: str, part: str) -> tuple[str, str]:
-    name, equals, text = part.partition("=")
-    if (name in READERS) != bool(equals) or name not in (*READERS, *FLAGS):
-        raise LineError(line, f"{part or 'nothing'} is no meaning")
-    return name, text
-
-
-def _check(line: str, name: str, text: str, parameters: Sequence[str]) -> None:
-    if name not in READERS:
-        return
-    for used in _PLACE.findall(text):
-        if used not in parameters:
-            raise LineError(line, f"{{{used}}} is no parameter of the marker")
-    try:
-        # Any number will do to see whether the rest of the text makes sense.
-        READERS[name](_PLACE.sub("1", text))
-    except ValueError:
-        raise LineError(line, f"{name}={text} cannot be read") from None
-
-
-def filled(text: str, values: Mapping[str, str]) -> str:
-    """The text with the parameters' values in their places."""
-    return _PLACE.sub(lambda match: values[match[1]], text)
-
-
-def _rule(line: str) -> VramRule:
-    # Parameters of tests may have an equals sign in their ids: the last one counts.
-    pattern, equals, size = line.rpartition("=")
-    if not equals or not pattern.strip():
-        raise LineError(line, "is not PATTERN = SIZE")
-    try:
-        return VramRule(pattern.strip(), parse_vram(size.strip()))
-    except ValueError:
-        raise LineError(line, f"{size.strip() or 'nothing'} is no size with a unit") from None
-
-
-def nearest(raw: object, choices: Iterable[str]) -> str:
-    """`; the nearest is aggressive`, where one of the words is almost a choice."""
-    # Here and below: only who has to tell a user something pays for what finds the words.
-    import difflib
-
-    texts = raw[:8] if isinstance(raw, (list, tuple)) else [raw]
-    words = [w for text in texts if isinstance(text, str) for w in re.split(r"[\s,]+", text[:200])]
-    near = [near for word in words for near in difflib.get_close_matches(word, choices, 1)]
-    wrong = [name for name in near if name not in words]
-    return f"; the nearest is {wrong[0]}" if wrong else ""
-
-
-def allowed(option: Option) -> str:
-    """What an option accepts, for error messages and the reference: `allowed is ...`."""
-    if option.kind == "boolean":
-        return "allowed is true or false"
-    if option.kind == "text":
-        return "allowed is a text"
-    if option.kind == "marker":
-        return "allowed is the name of a marker"
-    if option.kind == "aliases":
-        return f"allowed are lines MARKER = meaning or MARKER(n) = meaning; meanings: {MEANINGS}"
-    if option.kind == "rules":
-        return "allowed are lines PATTERN = SIZE, such as tests/test_llm.py = 8GB"
-    if option.kind == "choice":
-        *first, last = option.choices
-        return f"allowed is {', '.join(first)} or {last}"
-    if option.kind == "names":
-        return f"allowed is up to {option.high} {option.noun}"
-    if option.kind == "words":
-        known = ", ".join(option.choices)
-        return (
-            f"allowed is one or several of {known}"
-            if known
-            else "allowed is auto, none, or indices and UUIDs of devices"
-        )
-    numbers = "a whole number" if option.kind == "integer" else "a number"
-    bounds = f"from {option.low} to {option.high}"
-    start = "allowed is auto, or" if option.auto else "allowed is"
-    if option.kind == "size":
-        return f"{start} a number of {option.unit} {bounds}, or a size such as 512MB or 4.5GB"
-    return f"{start} {numbers} {bounds}{' seconds' if option.unit == 's' else ''}"
-
-
-def unknown(name: str, where: str, names: Iterable[str]) -> SettingsError:
-    """The error for a name that does not exist, with the nearest that does."""
-    import difflib
-
-    # Without a cutoff there always is a nearest one; a list of all would fill the screen.
-    near = difflib.get_close_matches(name[:80], sorted(names), 1, 0.0)
-    return SettingsError(f"{where}: unknown key {shown(name)}: the nearest known one is {near[0]}")
-
-
-def shown(raw: object) -> str:
-    """A value as a user wrote it, short enough for one line of a message."""
-    if isinstance(raw, (list, tuple)):
-        # Not deeper: what is nested a thousand times cannot be printed at all.
-        text = f"[{', '.join(_shown_part(part) for part in raw[:9])}]"
-    else:
-        text = _shown_part(raw)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def shown_text(text: str) -> str:
-    """A text that may hold what a user wrote, safe to print and short enough for a message."""
-    text = printable(text)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _shown_part(raw: object) -> str:
-    if raw is None:
-        return "null"
-    if isinstance(raw, bool):
-        return str(raw).lower()
-    if isinstance(raw, (dict, list, tuple)):
-        return "{...}" if isinstance(raw, dict) else "[...]"
-    try:
-        return repr(raw) if isinstance(raw, str) else str(raw)
-    except ValueError:
-        # Python writes no integer of more than 4300 digits; TOML may have one in hexadecimal.
-        return "a number of thousands of digits"
-
-
-Lines: TypeAlias = "tuple[Alias, ...] | tuple[VramRule, ...]"
-Value: TypeAlias = "Fraction | int | bool | str | tuple[str, ...] | Lines | None"
+from pytest_gpushare.units import format_gb, format_number, parse_size
 
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
 _NUMBER = re.compile(r"[+-]?([0-9]{1,24}(\.[0-9]{0,24})?|\.[0-9]{1,24})([eE][+-]?[0-9]{1,3})?")
 
 
-def parse(option: Option, raw: object, where: str, written: str | None = None) -> Value:
-    """The value that `raw` means for `option`.
+Lines: TypeAlias = "tuple[Alias, ...] | tuple[VramRule, ...]"
+Value: TypeAlias = "Fraction | int | bool | str | tuple[str, ...] | Lines | None"
 
-    `where` tells the place ("pytest.ini") and `written` the name that stands there;
-    both go into the `SettingsError` that is raised for anything unusable.
-    """
-    name = written or option.key
-    try:
-        if option.auto and isinstance(raw, str) and raw.strip().lower() == "auto":
+
+class Kind(ABC):
+    """The type of an option."""
+
+    choices: tuple[str, ...] = ()
+    """The words that are accepted, where there is a list of them."""
+
+    @abstractmethod
+    def read(self, raw: object) -> Value:
+        """The value that `raw` means."""
+
+    def is_untyped(self, _text: str) -> bool:
+        """Whether a source with types of its own, as JSON, writes the text without quotes."""
+        return False
+
+    def read_or_explain(self, raw: object, place: str, *, typed: bool = False) -> Value:
+        """What `read` returns; its errors become a `SettingsError` that names the place.
+
+        `typed`: the source has types of its own, so a number in quotes is not accepted.
+        """
+        try:
+            value = self.read(raw)
+        except LineError as error:
+            problem = shown_text(error.problem)
+            raise SettingsError(
+                f"{place}, line {shown(error.line)}: {problem}: {self.describe()}"
+            ) from None
+        except (ValueError, ArithmeticError, TypeError):
+            hint = nearest(raw, self.choices)
+            raise SettingsError(f"{place} = {shown(raw)}: {self.describe()}{hint}") from None
+        if typed and isinstance(raw, str) and self.is_untyped(raw):
+            raise SettingsError(
+                f"{place} = {shown(raw)}: {self.describe()}; write it without quotes"
+            )
+        return value
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What is accepted, as messages and the reference say it: `allowed is ...`."""
+
+    def write(self, value: object) -> str:
+        """The value as a user would write it; `read` accepts the result."""
+        return str(value)
+
+
+class Boolean(Kind):
+    """True or false."""
+
+    def read(self, raw: object) -> bool:
+        """A boolean, or a word for one as ini files have it."""
+        if isinstance(raw, bool):
+            return raw
+        return _word(raw, _TRUE | _FALSE) in _TRUE
+
+    def is_untyped(self, _text: str) -> bool:
+        """Every text."""
+        return True
+
+    def describe(self) -> str:
+        """See `Kind`."""
+        return "allowed is true or false"
+
+    def write(self, value: object) -> str:
+        """`true` or `false`."""
+        return str(value).lower()
+
+
+class Number(Kind):
+    """An exact number between two bounds; without a unit, or in seconds."""
+
+    what = "a number"
+
+    def __init__(self, *, low: str = "0", high: str, unit: str = "", auto: bool = False) -> None:
+        self.low, self.high, self.unit = low, high, unit
+        self.auto = auto
+        """Whether `auto` is accepted too; it is read as None."""
+
+    def read(self, raw: object) -> Fraction | int | None:
+        """The number, checked against the bounds."""
+        if self.auto and isinstance(raw, str) and raw.strip().lower() == "auto":
             return None
-        return _READERS[option.kind](option, raw)
-    except LineError as error:
-        line = f"{where}: {name}, line {shown(error.line)}"
-        raise SettingsError(f"{line}: {shown_text(error.problem)}: {allowed(option)}") from None
-    except (ValueError, ArithmeticError, TypeError):
-        hint = nearest(raw, option.choices)
-        raise SettingsError(f"{where}: {name} = {shown(raw)}: {allowed(option)}{hint}") from None
+        return self._bounded(_decimal(raw))
+
+    def is_untyped(self, text: str) -> bool:
+        """A text that is a number."""
+        return _NUMBER.fullmatch(text.strip()) is not None
+
+    def describe(self) -> str:
+        """See `Kind`."""
+        return f"{self._start()} {self.what} {self._bounds()}{' seconds' if self.unit else ''}"
+
+    def write(self, value: object) -> str:
+        """`0.25`, `auto`."""
+        if value is None:
+            return "auto"
+        return format_number(value) if isinstance(value, Fraction) else str(value)
+
+    def _bounded(self, value: Fraction, scale: int | Fraction = 1) -> Fraction:
+        if not Fraction(self.low) * scale <= value <= Fraction(self.high) * scale:
+            raise ValueError(value)
+        return value
+
+    def _start(self) -> str:
+        return "allowed is auto, or" if self.auto else "allowed is"
+
+    def _bounds(self) -> str:
+        return f"from {self.low} to {self.high}"
 
 
-def _bounded(option: Option, value: Fraction, scale: int | Fraction = 1) -> Fraction:
-    if not Fraction(option.low) * scale <= value <= Fraction(option.high) * scale:
-        raise ValueError(value)
-    return value
+class Integer(Number):
+    """A whole number between two bounds."""
+
+    what = "a whole number"
+
+    def read(self, raw: object) -> int | None:
+        """The number; 3.0 is a whole number too."""
+        value = super().read(raw)
+        if value is None:
+            return None
+        if value.denominator != 1:
+            raise ValueError(raw)
+        return int(value)
+
+
+class Size(Number):
+    """A size: a number in `unit` (MB or GB), or a text that names its unit. Read as bytes."""
+
+    def read(self, raw: object) -> Fraction | None:
+        """The size in bytes; exact, so perhaps a fraction of a byte."""
+        scale = parse_size("1", self.unit)
+        if isinstance(raw, str):
+            if self.auto and raw.strip().lower() == "auto":
+                return None
+            if not _NUMBER.fullmatch(raw.strip()):
+                return self._bounded(parse_size(raw, self.unit), scale)
+        return self._bounded(_decimal(raw) * scale, scale)
+
+    def describe(self) -> str:
+        """See `Kind`."""
+        number = f"a number of {self.unit} {self._bounds()}"
+        return f"{self._start()} {number}, or a size such as 512MB or 4.5GB"
+
+    def write(self, value: object) -> str:
+        """`1024` where the unit is MB."""
+        if isinstance(value, (int, Fraction)):
+            value = Fraction(value) / parse_size("1", self.unit)
+        return super().write(value)
+
+
+class Choice(Kind):
+    """One of several words."""
+
+    def __init__(self, *choices: str) -> None:
+        self.choices = choices
+
+    def read(self, raw: object) -> str:
+        """The word in lower case."""
+        return _word(raw, self.choices)
+
+    def describe(self) -> str:
+        """See `Kind`."""
+        *first, last = self.choices
+        return f"allowed is {', '.join(first)} or {last}"
+
+
+class Text(Kind):
+    """Any text."""
+
+    def read(self, raw: object) -> str:
+        """The text as it is."""
+        if not isinstance(raw, str) or len(raw) > 4096 or "\0" in raw:
+            raise ValueError(raw)
+        return raw
+
+    def describe(self) -> str:
+        """See `Kind`."""
+        return "allowed is a text"
+
+
+class MarkerName(Kind):
+    """The name of a marker, which is a Python name."""
+
+    def read(self, raw: object) -> str:
+        """The name."""
+        if not isinstance(raw, str) or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,99}", raw.strip()):
+            raise ValueError(raw)
+        return raw.strip()
+
+    def describe(self) -> str:
+        """See `Kind`."""
+        return "allowed is the name of a marker"
+
+
+class Presets(Kind):
+    """One or several names of presets, between spaces, commas or lines."""
+
+    def __init__(self, *choices: str) -> None:
+        self.choices = choices
+
+    def read(self, raw: object) -> tuple[str, ...]:
+        """The names in their order."""
+        words = _words(raw)
+        if not set(words) <= set(self.choices):
+            raise ValueError(raw)
+        return words
+
+    def describe(self) -> str:
+        """See `Kind`."""
+        return f"allowed is one or several of {', '.join(self.choices)}"
+
+    def write(self, value: object) -> str:
+        """`no-ollama, packed`."""
+        return _joined(value)
+
+
+class Devices(Kind):
+    """Devices by index or UUID, or one of the words `auto` and `none`."""
+
+    def read(self, raw: object) -> tuple[str, ...]:
+        """The words; nobody has checked yet whether there is such a device."""
+        words = _words(raw)
+        if len(words) > 1 and {"auto", "none"} & set(words):
+            raise ValueError(raw)
+        return words
+
+    def describe(self) -> str:
+        """See `Kind`."""
+        return "allowed is auto, none, or indices and UUIDs of devices"
+
+    def write(self, value: object) -> str:
+        """`0, 1`."""
+        return _joined(value)
+
+
+class Names(Kind):
+    """Texts between spaces, commas or lines; none at all is allowed."""
+
+    def __init__(self, noun: str, most: int) -> None:
+        self.noun, self.most = noun, most
+
+    def read(self, raw: object) -> tuple[str, ...]:
+        """The texts in their order."""
+        parts = raw if isinstance(raw, (list, tuple)) else (raw,)
+        if not all(isinstance(part, str) for part in parts):
+            raise TypeError(raw)
+        names = tuple(name for part in parts for name in re.split(r"[\s,]+", part) if name)
+        if len(names) > self.most or not all(n.isprintable() and len(n) <= 256 for n in names):
+            raise ValueError(raw)
+        return names
+
+    def describe(self) -> str:
+        """See `Kind`."""
+        return f"allowed is up to {self.most} {self.noun}"
+
+    def write(self, value: object) -> str:
+        """`qwen2.5:14b, llama3.2:1b`."""
+        return _joined(value)
+
+
+class Aliases(Kind):
+    """Lines that say what markers of the suite mean."""
+
+    def read(self, raw: object) -> tuple[Alias, ...]:
+        """The lines, each marker once."""
+        return parse_aliases(raw)
+
+    def describe(self) -> str:
+        """See `Kind`."""
+        return (
+            "allowed are lines MARKER = meaning or MARKER(n) = meaning; meanings: vram=SIZE, "
+            "devices=NUMBER, exclusive, required, gpu, cpu"
+        )
+
+    def write(self, value: object) -> str:
+        """The lines as they were written."""
+        return ", ".join(alias.line for alias in _tuple(value) if isinstance(alias, Alias))
+
+
+class Rules(Kind):
+    """Lines with the need of tests by their node ids."""
+
+    def read(self, raw: object) -> tuple[VramRule, ...]:
+        """The lines in their order; of several that match a test the first one decides."""
+        return parse_rules(raw)
+
+    def describe(self) -> str:
+        """See `Kind`."""
+        return "allowed are lines PATTERN = SIZE, such as tests/test_llm.py = 8GB"
+
+    def write(self, value: object) -> str:
+        """`tests/test_llm.py = 8.0GB`."""
+        rules = [rule for rule in _tuple(value) if isinstance(rule, VramRule)]
+        return ", ".join(f"{r.pattern} = {format_gb(r.vram).replace(' ', '')}" for r in rules)
 
 
 def _decimal(raw: object) -> Fraction:
@@ -294,56 +342,24 @@ def _decimal(raw: object) -> Fraction:
     return Fraction(number) if number else Fraction(0)
 
 
-def _size(option: Option, raw: object) -> Fraction:
-    scale = parse_size("1", option.unit)
-    if isinstance(raw, str) and not _NUMBER.fullmatch(raw.strip()):
-        return _bounded(option, parse_size(raw, option.unit), scale)
-    return _bounded(option, _decimal(raw) * scale, scale)
-
-
-def _number(option: Option, raw: object) -> Fraction:
-    return _bounded(option, _decimal(raw))
-
-
-def _integer(option: Option, raw: object) -> int:
-    value = _bounded(option, _decimal(raw))
-    if value.denominator != 1:
+def _word(raw: object, choices: Iterable[str]) -> str:
+    if not isinstance(raw, str):
+        raise TypeError(raw)
+    word = raw.strip().lower()
+    if word not in choices:
         raise ValueError(raw)
-    return int(value)
+    return word
 
 
-def _boolean(_: Option, raw: object) -> bool:
-    if isinstance(raw, bool):
-        return raw
-    if isinstance(raw, str) and raw.strip().lower() in _TRUE | _FALSE:
-        return raw.strip().lower() in _TRUE
-    raise ValueError(raw)
-
-
-def _words(option: Option, raw: object) -> tuple[str, ...]:
+def _words(raw: object) -> tuple[str, ...]:
     parts = raw if isinstance(raw, (list, tuple)) else (raw,)
-    words = tuple(word for part in parts for word in re.split(r"[\s,]+", _word(part)) if word)
+    words = tuple(word for part in parts for word in re.split(r"[\s,]+", _as_text(part)) if word)
     if not words or len(words) > 64 or max(map(len, words)) > 128:
-        raise ValueError(raw)
-    if option.choices and not set(words) <= set(option.choices):
-        raise ValueError(raw)
-    if len(words) > 1 and {"auto", "none"} & set(words):
         raise ValueError(raw)
     return words
 
 
-def _names(option: Option, raw: object) -> tuple[str, ...]:
-    """Texts between spaces, commas or lines; none at all is allowed."""
-    parts = raw if isinstance(raw, (list, tuple)) else (raw,)
-    if not all(isinstance(part, str) for part in parts):
-        raise TypeError(raw)
-    names = tuple(n for part in parts for n in re.split(r"[\s,]+", part) if n)
-    if len(names) > int(option.high) or not all(n.isprintable() and len(n) <= 256 for n in names):
-        raise ValueError(raw)
-    return names
-
-
-def _word(part: object) -> str:
+def _as_text(part: object) -> str:
     """A text, or an index of a device, which TOML and JSON have as a number."""
     if isinstance(part, str):
         return part
@@ -352,72 +368,53 @@ def _word(part: object) -> str:
     raise TypeError(part)
 
 
-def _choice(option: Option, raw: object) -> str:
-    if not isinstance(raw, str) or raw.strip().lower() not in option.choices:
-        raise ValueError(raw)
-    return raw.strip().lower()
+def _tuple(value: object) -> tuple[object, ...]:
+    return value if isinstance(value, tuple) else ()
 
 
-def _text(_: Option, raw: object) -> str:
-    if not isinstance(raw, str) or len(raw) > 4096 or "\0" in raw:
-        raise ValueError(raw)
-    return raw
+def _joined(value: object) -> str:
+    return ", ".join(str(part) for part in _tuple(value))
 
 
-def _marker(_: Option, raw: object) -> str:
-    if not isinstance(raw, str) or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,99}", raw.strip()):
-        raise ValueError(raw)
-    return raw.strip()
+# Messages.
 
 
-def _aliases(_: Option, raw: object) -> tuple[Alias, ...]:
-    # Most users write no lines: what reads them is not loaded for the default.
-    if raw == "":
-        return ()
+def nearest(raw: object, choices: Iterable[str]) -> str:
+    """`; the nearest is aggressive`, where one of the words is almost a choice."""
+    import difflib
 
-    return parse_aliases(raw)
-
-
-def _rules(_: Option, raw: object) -> tuple[VramRule, ...]:
-    if raw == "":
-        return ()
-
-    return parse_rules(raw)
+    texts = raw[:8] if isinstance(raw, (list, tuple)) else [raw]
+    words = [w for text in texts if isinstance(text, str) for w in re.split(r"[\s,]+", text[:200])]
+    near = [near for word in words for near in difflib.get_close_matches(word, choices, 1)]
+    wrong = [name for name in near if name not in words]
+    return f"; the nearest is {wrong[0]}" if wrong else ""
 
 
-_READERS: Mapping[str, Callable[[Option, object], Value]] = {
-    "size": _size,
-    "number": _number,
-    "integer": _integer,
-    "boolean": _boolean,
-    "choice": _choice,
-    "words": _words,
-    "names": _names,
-    "text": _text,
-    "marker": _marker,
-    "aliases": _aliases,
-    "rules": _rules,
-}
+def shown(raw: object) -> str:
+    """A value as a user wrote it, short enough for one line of a message."""
+    if isinstance(raw, (list, tuple)):
+        # Not deeper: what is nested a thousand times cannot be printed at all.
+        text = f"[{', '.join(_shown_part(part) for part in raw[:9])}]"
+    else:
+        text = _shown_part(raw)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def default_of(key: str) -> Value:
-    """The default of an option, read as a user's value would be."""
-    return parse(BY_KEY[key], BY_KEY[key].default, "default")
+def shown_text(text: str, most: int = 80) -> str:
+    """A text that may hold what a user wrote, safe to print and short enough for a message."""
+    text = printable(text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def written_as(option: Option, value: object) -> str:
-    """`1024` where the option's unit is MB, `0.25`, `true`, `auto`; several with commas."""
-    if value is None:
-        return "auto"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Fraction):
-        scale = parse_size("1", option.unit) if option.unit in ("MB", "GB") else 1
-        return format_number(value / scale)
-    if isinstance(value, Alias):
-        return value.line
-    if isinstance(value, VramRule):
-        return f"{value.pattern} = {format_gb(value.vram).replace(' ', '')}"
-    if isinstance(value, tuple):
-        return ", ".join(written_as(option, part) for part in value)
-    return str(value)
+def _shown_part(raw: object) -> str:
+    if raw is None:
+        return "null"
+    if isinstance(raw, bool):
+        return str(raw).lower()
+    if isinstance(raw, (dict, list, tuple)):
+        return "{...}" if isinstance(raw, dict) else "[...]"
+    try:
+        return repr(raw) if isinstance(raw, str) else str(raw)
+    except ValueError:
+        # Python writes no integer of more than 4300 digits; TOML may have one in hexadecimal.
+        return "a number of thousands of digits"

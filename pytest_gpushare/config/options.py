@@ -1,55 +1,76 @@
 """The one table of options: the command line, the ini keys and the JSON keys come from it.
 
-Imported even when the plugin is idle, so it holds plain data alone.
+Idle runs import it for the names and the help alone, so the types of options are made when
+they are asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_gpushare.config import kinds
 
 JSON_SECTION = "gpu_resource_management"
 JSON_FILE = "performance_config.json"
 INI_PREFIX = "gpu_share_"
 
 
-class Option(NamedTuple):
-    """One option: how a user writes it, what it accepts, what it is when unset."""
+class Option:
+    """One option: how a user writes it, what it accepts, and its value when unset."""
 
-    key: str
-    """Its name in JSON; `gpu_share_<key>` in ini files and after `-o`."""
-    kind: str
-    """How a value is read: size, number, integer, boolean, choice, words, names, text, marker, or
-    by lines: aliases, rules."""
-    default: str
-    """The default as a user would write it."""
-    meaning: str
-    field: str = ""
-    """The name in `Settings`, where it differs from the key because units end at the edge."""
-    unit: str = ""
-    """The unit of a number without one: MB, GB or s."""
-    low: str = "0"
-    high: str = ""
-    """Bounds for numbers, in `unit`."""
-    choices: tuple[str, ...] = ()
-    flag: str = ""
-    """The option of the command line, where it has one of its own."""
-    metavar: str = ""
-    in_json: bool = True
-    auto: bool = False
-    """Whether `auto` is accepted in place of a number."""
-    noun: str = ""
-    """What the words name, where they are not choices."""
+    def __init__(
+        self,
+        key: str,
+        kind: Callable[[], kinds.Kind],
+        default: str,
+        meaning: str,
+        *,
+        field: str = "",
+        flag: str = "",
+        metavar: str = "",
+        repeatable: bool = False,
+        in_json: bool = True,
+    ) -> None:
+        self.key = key
+        """The name in JSON; `gpu_share_<key>` in ini files and after `-o`."""
+        self.ini = INI_PREFIX + key
+        self.default = default
+        """The default as a user would write it."""
+        self.meaning = meaning
+        """The help text."""
+        self.attribute = field or key
+        """The name in `Settings`, which has no unit in it."""
+        self.flag = flag
+        """The option of the command line, where there is one; what follows describes it."""
+        self.metavar = metavar
+        self.repeatable = repeatable
+        self.in_json = in_json
+        self._make_kind = kind
 
     @property
-    def ini(self) -> str:
-        """The ini key."""
-        return INI_PREFIX + self.key
+    def kind(self) -> kinds.Kind:
+        """The type of the option."""
+        global kinds
+        from pytest_gpushare.config import kinds
 
-    @property
-    def attribute(self) -> str:
-        """The name of the value in `Settings`."""
-        return self.field or self.key
+        return self._make_kind()
+
+    def read(
+        self, raw: object, where: str, *, written: str = "", typed: bool = False
+    ) -> kinds.Value:
+        """The value that `raw` means.
+
+        `where` is the place ("pytest.ini") and `written` the name that stands there; both
+        go into the `SettingsError` that is raised for a value that is not accepted. `typed`:
+        the source has types of its own, so a number in quotes is not accepted.
+        """
+        return self.kind.read_or_explain(raw, f"{where}: {written or self.key}", typed=typed)
+
+    def default_value(self) -> kinds.Value:
+        """The default, read as a user's value would be."""
+        return self.read(self.default, "default")
 
 
 PRESET_NAMES = ("conservative", "aggressive", "ultra-conservative", "no-ollama", "packed")
@@ -60,164 +81,139 @@ _MOST_GB = str(1024**2)
 OPTIONS: tuple[Option, ...] = (
     Option(
         "ollama_vram_reservation_mb",
-        "size",
+        lambda: kinds.Size(high=_MOST_MB, unit="MB", auto=True),
         "12288",
         "VRAM kept for Ollama, in MB; what it holds already counts towards it; auto: as much as "
         "gpu_share_ollama_models will need",
         field="ollama_vram_reservation",
-        unit="MB",
-        high=_MOST_MB,
-        auto=True,
     ),
     Option(
         "safety_buffer_mb",
-        "size",
+        lambda: kinds.Size(high=_MOST_MB, unit="MB"),
         "1024",
         "VRAM left free on each device, whatever happens, in MB",
         field="safety_buffer",
-        unit="MB",
-        high=_MOST_MB,
     ),
     Option(
         "max_workers_per_gb",
-        "number",
+        lambda: kinds.Number(high="1000"),
         "0.25",
         "GPU workers per GB of a device's budget; 0: no limit",
-        high="1000",
     ),
     Option(
         "min_vram_per_worker_gb",
-        "size",
+        lambda: kinds.Size(low="0.001", high=_MOST_GB, unit="GB"),
         "3.0",
         "VRAM below which a GPU worker makes no sense, in GB",
         field="min_vram_per_worker",
-        unit="GB",
-        low="0.001",
-        high=_MOST_GB,
     ),
     Option(
         "max_workers_per_gpu",
-        "integer",
+        lambda: kinds.Integer(high="1024"),
         "2",
         "the most GPU workers on one device; 0: no limit",
-        high="1024",
     ),
     Option(
         "ram_per_worker_gb",
-        "size",
+        lambda: kinds.Size(high=_MOST_GB, unit="GB"),
         "0",
         "host RAM that a worker needs, in GB; 0: no limit by RAM",
         field="ram_per_worker",
-        unit="GB",
-        high=_MOST_GB,
     ),
     Option(
         "preset",
-        "words",
+        lambda: kinds.Presets(*PRESET_NAMES),
         "conservative",
         "named sets of values, one or several; of several, later ones win",
         field="presets",
-        choices=PRESET_NAMES,
         flag="--gpu-share-preset",
         metavar="NAME",
+        repeatable=True,
     ),
     Option(
         "enable_ollama_detection",
-        "boolean",
+        lambda: kinds.Boolean(),
         "true",
         "ask Ollama what it holds; false: no request is made, the reservation stands",
     ),
     Option(
         "fallback_to_cpu_when_constrained",
-        "boolean",
+        lambda: kinds.Boolean(),
         "true",
         "run CPU workers where no GPU worker fits; false: an error instead",
     ),
     Option(
         "ollama_host",
-        "text",
+        lambda: kinds.Text(),
         "",
         "where Ollama listens, written as for OLLAMA_HOST; unset: OLLAMA_HOST, "
         "else 127.0.0.1:11434; auto: also host.docker.internal and, under WSL, the gateway",
     ),
     Option(
         "ollama_unreachable",
-        "choice",
+        lambda: kinds.Choice("reserve", "release", "fail"),
         "reserve",
         "where Ollama gives no answer: reserve (keep its VRAM all the same), release (keep "
         "nothing if no server is reached), fail (an error)",
-        choices=("reserve", "release", "fail"),
     ),
     Option(
         "ollama_models",
-        "names",
+        lambda: kinds.Names("names of models", 16),
         "",
         "the models that the run relies on: Ollama is asked what they need",
-        noun="names of models",
-        high="16",
     ),
     Option(
         "ollama_preload",
-        "boolean",
+        lambda: kinds.Boolean(),
         "false",
         "load gpu_share_ollama_models before the workers start, and keep them till the end",
     ),
     Option(
         "ollama_preload_failed",
-        "choice",
+        lambda: kinds.Choice("warn", "fail"),
         "warn",
         "what to do where one of them cannot be loaded, or only in part",
-        choices=("warn", "fail"),
     ),
     Option(
         "ollama_context",
-        "integer",
+        lambda: kinds.Integer(low="1", high="16777216", auto=True),
         "auto",
         "the server's OLLAMA_CONTEXT_LENGTH, in tokens; auto: by its total VRAM, as Ollama does",
-        low="1",
-        high="16777216",
-        auto=True,
     ),
     Option(
         "ollama_parallel",
-        "integer",
+        lambda: kinds.Integer(low="1", high="256"),
         "1",
         "the server's OLLAMA_NUM_PARALLEL",
-        low="1",
-        high="256",
     ),
     Option(
         "ollama_kv_cache_type",
-        "choice",
+        lambda: kinds.Choice("f16", "q8_0", "q4_0"),
         "f16",
         "the server's OLLAMA_KV_CACHE_TYPE",
-        choices=("f16", "q8_0", "q4_0"),
     ),
     Option(
         "ollama_gpu",
-        "words",
+        lambda: kinds.Devices(),
         "auto",
         "the device or devices that Ollama uses: index or UUID, auto (find out), none",
     ),
     Option(
         "ollama_timeout_s",
-        "number",
+        lambda: kinds.Number(low="0.01", high="60", unit="s"),
         "0.5",
         "seconds for the whole of the questions that are asked of Ollama at the start",
         field="ollama_timeout",
-        unit="s",
-        low="0.01",
-        high="60",
     ),
     Option(
         "marker",
-        "marker",
+        lambda: kinds.MarkerName(),
         "gpu",
         "the marker of GPU tests",
     ),
     Option(
         "markers",
-        "aliases",
+        lambda: kinds.Aliases(),
         "",
         "what other markers mean, one a line, so that no test need be edited: "
         "`multi_gpu = devices=2`, `profiled_vram_gib(n) = vram={n}GB`, `serial = exclusive`, "
@@ -225,67 +221,59 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "vram",
-        "rules",
+        lambda: kinds.Rules(),
         "",
         "needs by node id, one a line, such as `tests/test_llm.py = 8GB`; the first that matches",
     ),
     Option(
         "cpu_workers",
-        "integer",
+        lambda: kinds.Integer(high="1024", auto=True),
         "0",
         "CPU workers beside the GPU workers; auto: the CPUs that GPU workers leave",
-        high="1024",
-        auto=True,
     ),
     Option(
         "without_gpu",
-        "choice",
+        lambda: kinds.Choice("run", "skip", "fail"),
         "run",
         "what a GPU test does when no GPU can be had: run (on the CPU), skip, fail",
-        choices=("run", "skip", "fail"),
     ),
     Option(
         "empty_caches",
-        "choice",
+        lambda: kinds.Choice("when-needed", "always", "never"),
         "when-needed",
         "when GPU workers collect garbage and empty the caches of their frameworks: when a test "
         "waits for the VRAM, after each GPU test, or not at all",
-        choices=("when-needed", "always", "never"),
     ),
     Option(
         "pressure_timeout_s",
-        "number",
+        lambda: kinds.Number(high="86400", unit="s"),
         "300",
         "how long GPU tests wait for VRAM that Ollama or other programs took, in seconds",
         field="pressure_timeout",
-        unit="s",
-        high="86400",
     ),
     Option(
         "cap_vram",
-        "boolean",
+        lambda: kinds.Boolean(),
         "true",
         "cap the frameworks of each GPU worker at its slot, less a CUDA context",
     ),
     Option(
         "visible_devices",
-        "choice",
+        lambda: kinds.Choice("own", "all"),
         "own",
         "what a GPU worker sees: its own device, or all, its own first (for tests on several "
         "devices)",
-        choices=("own", "all"),
     ),
     Option(
         "device_names",
-        "choice",
+        lambda: kinds.Choice("uuid", "index"),
         "uuid",
         "how a device is written to CUDA_VISIBLE_DEVICES: by full UUID, or by index for tools "
         "that break on UUIDs",
-        choices=("uuid", "index"),
     ),
     Option(
         "config",
-        "text",
+        lambda: kinds.Text(),
         "",
         f"JSON file with a {JSON_SECTION} section; unset: {JSON_FILE} in the root directory, "
         "if it has one",

@@ -1,21 +1,42 @@
-"""The resolved settings: frozen values in bytes and seconds, without I/O."""
+"""The values of the settings, in bytes and seconds: `Settings`, and the lines that it contains."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.text import printable
+from pytest_gpushare.errors import LineError
+from pytest_gpushare.units import GB, MOST_VRAM, parse_size
 
-if TYPE_CHECKING:
-    from pytest_gpushare.config.kinds import Alias, VramRule
+MOST_LINES = 1000
+MOST_LENGTH = 500
+MOST_DEVICES = 64
 
 
-@dataclass(frozen=True, slots=True)
+class Alias(NamedTuple):
+    """A line of `markers`, such as `profiled_vram_gib(n) = vram={n}GB`."""
+
+    marker: str
+    parameters: tuple[str, ...]
+    """Names for the marker's arguments, by position or by keyword."""
+    meanings: tuple[tuple[str, str], ...]
+    """(`vram`, `{n}GB`), (`exclusive`, ``): names, and texts that may contain parameters."""
+    line: str
+    """The line as the user wrote it."""
+
+
+class VramRule(NamedTuple):
+    """A line of `vram`, such as `tests/test_llm.py = 8GB`: a need by node id."""
+
+    pattern: str
+    vram: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """What the user asked for, after precedence; sizes in bytes, times in seconds."""
 
@@ -84,27 +105,119 @@ class Settings:
     """Key -> where its value came from, as a user would say it."""
 
 
-_FORMATS = (".json", ".html")
+_IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_]*"
+_HEAD = re.compile(rf"({_IDENTIFIER})\s*(?:\(\s*((?:{_IDENTIFIER}\s*,?\s*)*)\))?")
+_PARAMETER = re.compile(rf"\{{({_IDENTIFIER})\}}")
 
 
-def report_files(given: Sequence[str] | None, directory: Path) -> tuple[Path, ...]:
-    """The files, absolute, each once; relative ones are relative to `directory`.
+def parse_aliases(raw: object) -> tuple[Alias, ...]:
+    """The meanings of markers. Raises `LineError` for a line, `ValueError` for no lines at all."""
+    aliases = tuple(_alias(line) for line in _lines(raw))
+    seen: set[str] = set()
+    for alias in aliases:
+        if alias.marker in seen:
+            raise LineError(alias.line, "the marker occurs twice; keep one line")
+        seen.add(alias.marker)
+    return aliases
 
-    Raises `SettingsError` for a name that says no format.
-    """
-    found: dict[Path, None] = {}
-    for text in given or ():
-        shown = printable(text)[-120:]
-        if Path(text).suffix.lower() not in _FORMATS:
-            raise SettingsError(
-                f"--gpu-share-report {shown}: no format is known by this name: allowed is a "
-                f"file that ends in {' or '.join(_FORMATS)}"
-            )
-        try:
-            path = directory / Path(text).expanduser()
-        except RuntimeError:
-            raise SettingsError(
-                f"--gpu-share-report {shown}: no such home directory: check the path"
-            ) from None
-        found[path] = None
-    return tuple(found)
+
+def parse_rules(raw: object) -> tuple[VramRule, ...]:
+    """The needs by node id, in their order."""
+    return tuple(_rule(line) for line in _lines(raw))
+
+
+def parse_vram(text: str) -> int:
+    """Bytes of a size that names its unit. Raises `ValueError`; the unit is never guessed."""
+    size = parse_size(text, "B")
+    if text.strip()[-1:].isdigit() or text.strip()[-1:] == ".":
+        raise ValueError(f"{text} has no unit")
+    if not 0 < size <= MOST_VRAM:
+        raise ValueError(f"{text} is not between 0 and {MOST_VRAM // GB} GB")
+    return -(-size // 1)
+
+
+def parse_devices(text: str) -> int:
+    """A number of devices. Raises `ValueError`."""
+    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= MOST_DEVICES:
+        raise ValueError(f"{text} is not a number from 1 to {MOST_DEVICES}")
+    return int(text)
+
+
+READERS: Mapping[str, Callable[[str], int]] = {"vram": parse_vram, "devices": parse_devices}
+"""The meanings of a marker that have a value."""
+
+FLAGS = ("exclusive", "required", "gpu", "cpu")
+"""The meanings of a marker that have none."""
+
+
+def filled(text: str, values: Mapping[str, str]) -> str:
+    """The text of a meaning with the values of its parameters."""
+    return _PARAMETER.sub(lambda match: values[match[1]], text)
+
+
+def _lines(raw: object) -> Sequence[str]:
+    """A text of several lines, a list of lines, or in JSON an object of them."""
+    if isinstance(raw, Mapping):
+        raw = [f"{name} = {value}" for name, value in raw.items()]
+    if isinstance(raw, str):
+        raw = raw.splitlines()
+    if not isinstance(raw, (list, tuple)) or not all(isinstance(line, str) for line in raw):
+        raise ValueError(raw)
+    lines = [line.strip() for line in raw]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if len(lines) > MOST_LINES:
+        raise LineError(lines[MOST_LINES], f"there are more than {MOST_LINES} lines")
+    for line in lines:
+        if len(line) > MOST_LENGTH:
+            raise LineError(line, f"has more than {MOST_LENGTH} characters")
+    return lines
+
+
+def _alias(line: str) -> Alias:
+    head, equals, meaning = line.partition("=")
+    match = _HEAD.fullmatch(head.strip())
+    if match is None or not equals:
+        raise LineError(line, "is not MARKER = meaning")
+    parameters = tuple(re.findall(_IDENTIFIER, match[2] or ""))
+    if len(set(parameters)) < len(parameters):
+        raise LineError(line, "names a parameter twice")
+    meanings = tuple(_meaning(line, part) for part in re.split(r"[\s,]+", meaning.strip()))
+    names = [name for name, _ in meanings]
+    if len(set(names)) < len(names):
+        raise LineError(line, "names a meaning twice")
+    if "cpu" in names and len(names) > 1:
+        raise LineError(line, "means a CPU test and a need of the GPU")
+    for name, text in meanings:
+        _check(line, name, text, parameters)
+    return Alias(match[1], parameters, meanings, line)
+
+
+def _meaning(line: str, part: str) -> tuple[str, str]:
+    name, equals, text = part.partition("=")
+    if (name in READERS) != bool(equals) or name not in (*READERS, *FLAGS):
+        raise LineError(line, f"{part or 'nothing'} is not a meaning")
+    return name, text
+
+
+def _check(line: str, name: str, text: str, parameters: Sequence[str]) -> None:
+    if name not in READERS:
+        return
+    for used in _PARAMETER.findall(text):
+        if used not in parameters:
+            raise LineError(line, f"{{{used}}} is not a parameter of the marker")
+    try:
+        # Any number will do to see whether the rest of the text makes sense.
+        READERS[name](_PARAMETER.sub("1", text))
+    except ValueError:
+        raise LineError(line, f"{name}={text} cannot be read") from None
+
+
+def _rule(line: str) -> VramRule:
+    # Parameters of tests may have an equals sign in their ids: the last one counts.
+    pattern, equals, size = line.rpartition("=")
+    if not equals or not pattern.strip():
+        raise LineError(line, "is not PATTERN = SIZE")
+    try:
+        return VramRule(pattern.strip(), parse_vram(size.strip()))
+    except ValueError:
+        raise LineError(line, f"{size.strip() or 'nothing'} is not a size with a unit") from None

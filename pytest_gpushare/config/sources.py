@@ -1,18 +1,20 @@
-"""The JSON file: read with bounds, refused with the place and the reason."""
+"""The places where a user writes settings: command line, ini file, JSON file and presets.
+
+The command line ranks above the ini file, that above the JSON file, that above the defaults; a
+preset ranks where it is named.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import stat
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_gpushare.config.kinds import Value, parse, shown, unknown
-from pytest_gpushare.config.kinds import shown as shown_value
+from pytest_gpushare.compat.pytest_options import ini_values, options_of, overrides
+from pytest_gpushare.config.kinds import Value, shown
 from pytest_gpushare.config.options import (
     BY_KEY,
     INI_PREFIX,
@@ -23,137 +25,22 @@ from pytest_gpushare.config.options import (
 )
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.text import printable
+from pytest_gpushare.text import FileTooLargeError, NotRegularFileError, printable, read_regular
 from pytest_gpushare.units import MB
 
 if TYPE_CHECKING:
     import pytest
 
 
+SWITCH = "gpu_share"
+"""The ini key that switches the plugin on."""
+
 MOST_BYTES = MB
 """The largest file that is read: a settings file of more than this is some other file."""
 
-
-def read_section(path: Path, shown: str, *, required: bool) -> Mapping[str, object] | None:
-    """The section `gpu_resource_management` of the file, its keys checked.
-
-    `shown` is the path as messages name it. A file that nobody named (`required` is
-    false) counts only where it exists and has the section: None otherwise.
-    Raises `SettingsError`.
-    """
-    text = _read(path, shown, required=required)
-    if text is None:
-        return None
-    document = _parse(text, shown)
-    if not isinstance(document, dict) or JSON_SECTION not in document:
-        if not required:
-            return None
-        raise SettingsError(
-            f'{shown}: no section "{JSON_SECTION}": add it, or name another file'
-            + _near_section(document)
-        )
-    section = document[JSON_SECTION]
-    if not isinstance(section, dict):
-        raise SettingsError(
-            f"{shown}: {JSON_SECTION} is {_type_name(section)}: allowed is an object of settings"
-        )
-    known = {option.key for option in OPTIONS if option.in_json}
-    for key in section:
-        if key not in known:
-            raise unknown(key, f"{shown}, section {JSON_SECTION}", known)
-    return section
-
-
-def _read(path: Path, shown: str, *, required: bool) -> str | None:
-    try:
-        status = path.stat()
-        # Opening a named pipe would wait for its writer for ever.
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            if not required:
-                return None
-            raise SettingsError(f"{shown}: is {kind}: name a JSON file")
-        if status.st_size > MOST_BYTES:
-            raise SettingsError(
-                f"{shown}: has {status.st_size / MB:.1f} MB: a settings file may have "
-                f"{MOST_BYTES // MB} MB; name another file with --gpu-share-config"
-            )
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-    except FileNotFoundError:
-        if not required:
-            return None
-        raise SettingsError(
-            f"{shown}: no such file: check --gpu-share-config or gpu_share_config"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SettingsError(f"{shown}: cannot be read: {reason}; check the path") from None
-    try:
-        # Windows editors and shells write a byte order mark, and UTF-16.
-        encoding = json.detect_encoding(content)
-        return content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
-    except UnicodeDecodeError as error:
-        raise SettingsError(
-            f"{shown}: is no text in UTF-8 (byte {error.start}): save it as UTF-8"
-        ) from None
-
-
-def _parse(text: str, shown: str) -> object:
-    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
-        result: dict[str, object] = {}
-        for key, value in items:
-            if key in result:
-                raise SettingsError(
-                    f"{shown}: the key {shown_value(key)} stands there twice: keep one"
-                )
-            result[key] = value
-        return result
-
-    def number(digits: str) -> Decimal:
-        # Exact, and of any length: Python refuses integers of more than 4300 digits without
-        # naming the file. NaN and Infinity too, so that who refuses them can name their key.
-        try:
-            return Decimal(digits)
-        except InvalidOperation:
-            raise SettingsError(
-                f"{shown}: {shown_value(digits)} is beyond all bounds: write a smaller number"
-            ) from None
-
-    try:
-        return json.loads(
-            text,
-            object_pairs_hook=pairs,
-            parse_constant=number,
-            parse_int=number,
-            parse_float=number,
-        )
-    except json.JSONDecodeError as error:
-        raise SettingsError(
-            f"{shown}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from None
-    except RecursionError:
-        raise SettingsError(
-            f"{shown}: is nested too deeply: settings are one flat section"
-        ) from None
-
-
-def _near_section(document: object) -> str:
-    if isinstance(document, dict) and {option.key for option in OPTIONS} & document.keys():
-        return f"; its settings stand at the top level: put them under {JSON_SECTION}"
-    import difflib
-
-    near = difflib.get_close_matches(JSON_SECTION, document if isinstance(document, dict) else ())
-    return f"; the nearest to it is {shown_value(near[0])}" if near else ""
-
-
-def _type_name(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
-SWITCH = "gpu_share"
 _DEFAULT, _JSON, _INI, _COMMAND_LINE = range(4)
+_TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off", ""}
+_REPORT_FORMATS = (".json", ".html")
 
 
 class Written(NamedTuple):
@@ -179,14 +66,13 @@ class _Entry(NamedTuple):
     value: Value
     level: int
     origin: str
-    explicit: bool = True
 
 
 def load(written: Written) -> Settings:
     """The settings in force. Raises `SettingsError` for anything that cannot be used."""
     entries: dict[str, _Entry] = {}
     for option in OPTIONS:
-        entries[option.key] = _Entry(parse(option, option.default, "default"), _DEFAULT, "default")
+        entries[option.key] = _Entry(option.default_value(), _DEFAULT, "default")
     explicit = _ini_level(written)
     explicit.update(_command_line_level(written))
     config_entry = explicit.get("config", entries["config"])
@@ -217,7 +103,7 @@ def _command_line_level(written: Written) -> dict[str, _Entry]:
         if isinstance(raw, list) and len(raw) == 1:
             # A repeatable flag that was given once: shown as it was written.
             raw = raw[0]
-        value = parse(option, raw, "command line", option.flag)
+        value = option.read(raw, "command line", written=option.flag)
         result[key] = _Entry(value, _COMMAND_LINE, f"command line, {option.flag}")
     return result
 
@@ -229,8 +115,8 @@ def _prefixed(found: Mapping[str, object], where: str, level: int) -> dict[str, 
             continue
         key = name.removeprefix(INI_PREFIX)
         if key not in BY_KEY:
-            raise unknown(name, where, [SWITCH, *(option.ini for option in OPTIONS)])
-        result[key] = _Entry(parse(BY_KEY[key], raw, where, name), level, where)
+            raise _unknown(name, where, [SWITCH, *(option.ini for option in OPTIONS)])
+        result[key] = _Entry(BY_KEY[key].read(raw, where, written=name), level, where)
     return result
 
 
@@ -238,22 +124,32 @@ def _json_level(written: Written, config: _Entry) -> dict[str, _Entry]:
     named = str(config.value)
     base = written.invocation_directory if config.level == _COMMAND_LINE else written.ini_directory
     if named:
-        shown = _shown_path(named)
+        name = _shown_path(named)
         try:
             path = base / Path(named).expanduser()
         except RuntimeError:
-            raise SettingsError(f"{shown}: no such home directory: check the path") from None
+            raise SettingsError(f"{name}: no such home directory: check the path") from None
     elif config.level != _DEFAULT:
         # `-o gpu_share_config=` with nothing after it: no JSON file at all.
         return {}
     else:
-        path, shown = written.root / JSON_FILE, JSON_FILE
-    section = read_section(path, shown, required=bool(named))
+        path, name = written.root / JSON_FILE, JSON_FILE
+    section = read_section(path, name, required=bool(named))
     if section is None:
         return {}
     return {
-        key: _Entry(parse(BY_KEY[key], raw, shown), _JSON, shown) for key, raw in section.items()
+        key: _Entry(BY_KEY[key].read(raw, name, typed=True), _JSON, name)
+        for key, raw in section.items()
     }
+
+
+def _unknown(name: str, where: str, names: Iterable[str]) -> SettingsError:
+    """The error for a name that does not exist, with the nearest that does."""
+    import difflib
+
+    # Without a cutoff there always is a nearest one; a list of all would fill the screen.
+    near = difflib.get_close_matches(name[:80], sorted(names), 1, 0.0)
+    return SettingsError(f"{where}: unknown key {shown(name)}: the nearest known one is {near[0]}")
 
 
 def _shown_path(path: str) -> str:
@@ -271,19 +167,134 @@ def _apply_presets(entries: dict[str, _Entry]) -> None:
         )
     for key, (raw, name) in merged([str(name) for name in names]).items():
         if entries[key].level < presets.level:
-            entries[key] = _Entry(
-                parse(BY_KEY[key], raw, f"preset {name}"), presets.level, f"preset {name}", False
-            )
+            value = BY_KEY[key].read(raw, f"preset {name}")
+            entries[key] = _Entry(value, presets.level, f"preset {name}")
 
 
-_TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off", ""}
+def read_section(path: Path, name: str, *, required: bool) -> Mapping[str, object] | None:
+    """The section `gpu_resource_management` of the file, its keys checked.
+
+    `name` is the path as messages show it. A file that nobody named (`required` is
+    false) counts only where it exists and has the section: None otherwise.
+    Raises `SettingsError`.
+    """
+    text = _read(path, name, required=required)
+    if text is None:
+        return None
+    document = _parse(text, name)
+    if not isinstance(document, dict):
+        raise SettingsError(
+            f"{name}: is {_type_name(document)}: allowed is an object with a section "
+            f'"{JSON_SECTION}"'
+        )
+    if JSON_SECTION not in document:
+        if not required:
+            return None
+        raise SettingsError(
+            f'{name}: no section "{JSON_SECTION}": add it, or name another file'
+            + _near_section(document)
+        )
+    section = document[JSON_SECTION]
+    if not isinstance(section, dict):
+        raise SettingsError(
+            f"{name}: {JSON_SECTION} is {_type_name(section)}: allowed is an object of settings"
+        )
+    known = {option.key for option in OPTIONS if option.in_json}
+    for key in section:
+        if key not in known:
+            raise _unknown(key, f"{name}, section {JSON_SECTION}", known)
+    return section
+
+
+def _read(path: Path, name: str, *, required: bool) -> str | None:
+    try:
+        content = read_regular(path, MOST_BYTES)
+    except FileNotFoundError:
+        if not required:
+            return None
+        raise SettingsError(
+            f"{name}: no such file: check --gpu-share-config or gpu_share_config"
+        ) from None
+    except NotRegularFileError:
+        kind = "a directory" if path.is_dir() else "not a regular file"
+        remedy = "name a JSON file" if required else "rename it, or name a JSON file"
+        raise SettingsError(f"{name}: is {kind}: {remedy}") from None
+    except FileTooLargeError as error:
+        raise SettingsError(
+            f"{name}: has {error.size / MB:.1f} MB: a settings file may have "
+            f"{MOST_BYTES // MB} MB; name another file with --gpu-share-config"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"{name}: cannot be read: {reason}; check the path") from None
+    try:
+        # Windows editors and shells write a byte order mark, and UTF-16.
+        encoding = json.detect_encoding(content)
+        return content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
+    except UnicodeDecodeError as error:
+        raise SettingsError(
+            f"{name}: is not UTF-8 text (byte {error.start}): save it as UTF-8"
+        ) from None
+
+
+def _parse(text: str, name: str) -> object:
+    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
+        result: dict[str, object] = {}
+        for key, value in items:
+            if key in result:
+                raise SettingsError(f"{name}: the key {shown(key)} occurs twice: keep one")
+            result[key] = value
+        return result
+
+    def number(digits: str) -> Decimal:
+        # Exact, and of any length: Python refuses integers of more than 4300 digits without
+        # naming the file. NaN and Infinity too, so that who refuses them can name their key.
+        try:
+            return Decimal(digits)
+        except InvalidOperation:
+            raise SettingsError(
+                f"{name}: {shown(digits)} is beyond all bounds: write a smaller number"
+            ) from None
+
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=pairs,
+            parse_constant=number,
+            parse_int=number,
+            parse_float=number,
+        )
+    except json.JSONDecodeError as error:
+        raise SettingsError(
+            f"{name}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from None
+    except RecursionError:
+        raise SettingsError(
+            f"{name}: is nested too deeply: settings are one flat section"
+        ) from None
+
+
+def _near_section(document: Mapping[str, object]) -> str:
+    if {option.key for option in OPTIONS} & document.keys():
+        return f"; its settings stand at the top level: put them under {JSON_SECTION}"
+    import difflib
+
+    near = difflib.get_close_matches(JSON_SECTION, document)
+    return f"; the nearest to it is {shown(near[0])}" if near else ""
+
+
+def _type_name(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    return "null" if value is None else names.get(type(value), "a number")
 
 
 def gather(config: pytest.Config) -> Written:
     """All that stands on the command line and in the configuration file, unparsed."""
-    options = config.known_args_namespace
-    overridden = _override_names(config)
-    found = _ini_values(config)
+    options = options_of(config)
+    overridden = {name for name, _ in overrides(config) if name.startswith(INI_PREFIX)}
+    in_file = ini_values(config)
+    names = {name for name in in_file if name.startswith(INI_PREFIX)} | overridden
+    found = {name: _read_ini(config, name, in_file) for name in sorted(names)}
     root = Path(config.rootpath)
     return Written(
         flags={
@@ -302,7 +313,7 @@ def gather(config: pytest.Config) -> Written:
 
 def switched_on(config: pytest.Config) -> bool:
     """Whether the ini key `gpu_share` asks for the plugin. Raises `SettingsError`."""
-    value = _read_ini(config, SWITCH, None)
+    value = _read_ini(config, SWITCH, ini_values(config))
     if value is None or isinstance(value, bool):
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in _TRUE | _FALSE:
@@ -310,43 +321,14 @@ def switched_on(config: pytest.Config) -> bool:
     raise SettingsError(f"{_ini_file(config)}: {SWITCH} = {shown(value)}: allowed is true or false")
 
 
-def _ini_values(config: pytest.Config) -> dict[str, object]:
-    raw = _raw(config)
-    names = {name for name in raw if name.startswith(INI_PREFIX)} | _override_names(config)
-    return {name: _read_ini(config, name, raw) for name in sorted(names)}
-
-
-def _read_ini(config: pytest.Config, name: str, raw: Mapping[str, object] | None) -> object:
+def _read_ini(config: pytest.Config, name: str, in_file: Mapping[str, object]) -> object:
     try:
         return config.getini(name)
     except Exception:
         # ValueError: no such key is registered; TypeError, in 9.2 UsageError: a typed value.
-        raw = _raw(config) if raw is None else raw
-        if name in raw:
-            return raw[name]
-        return _override(config, name)
-
-
-def _raw(config: pytest.Config) -> Mapping[str, object]:
-    """The configuration file as pytest read it; `getini` neither lists names nor gives types."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = getattr(config, "inicfg", None)
-        return {name: found[name] for name in found} if found else {}
-
-
-def _override_names(config: pytest.Config) -> set[str]:
-    return {name for name, _ in _overrides(config) if name.startswith(INI_PREFIX)}
-
-
-def _override(config: pytest.Config, name: str) -> object:
-    return next((value for key, value in reversed(list(_overrides(config))) if key == name), None)
-
-
-def _overrides(config: pytest.Config) -> Iterable[tuple[str, str]]:
-    for text in getattr(config.known_args_namespace, "override_ini", None) or ():
-        name, _, value = text.partition("=")
-        yield name, value
+        if name in in_file:
+            return in_file[name]
+        return dict(overrides(config)).get(name)
 
 
 def _ini_file(config: pytest.Config) -> str:
@@ -357,3 +339,45 @@ def _ini_file(config: pytest.Config) -> str:
     except ValueError:
         # Another drive on Windows.
         return str(config.inipath)
+
+
+def unused_options(config: pytest.Config) -> str:
+    """Which options were typed without the switch that they need; empty where none was.
+
+    Those that stand in `addopts` wait for the switch, as keys of the ini file do. Raises
+    `SettingsError` where the run would not be what was meant: a what-if is no real run.
+    """
+    flags = ["--gpu-share-simulate", "--gpu-share-report", "--gpu-share-strict"]
+    flags += [option.flag for option in OPTIONS if option.flag]
+    typed = {str(text).partition("=")[0] for text in config.invocation_params.args}
+    unused = [flag for flag in flags if flag in typed]
+    if not unused:
+        return ""
+    verb = "has" if len(unused) == 1 else "have"
+    text = f"{' and '.join(unused)} {verb} no effect without --gpu-share or -n gpu-auto"
+    if flags[0] in unused:
+        raise SettingsError(f"{text}: add one of them")
+    return text
+
+
+def report_files(given: Sequence[str] | None, directory: Path) -> tuple[Path, ...]:
+    """The files of `--gpu-share-report`, absolute, each once; relative to `directory`.
+
+    Raises `SettingsError` for a name whose suffix is no format.
+    """
+    found: dict[Path, None] = {}
+    for text in given or ():
+        name = printable(text)[-120:]
+        if Path(text).suffix.lower() not in _REPORT_FORMATS:
+            raise SettingsError(
+                f"--gpu-share-report {name}: no format is known by this name: allowed is a "
+                f"file that ends in {' or '.join(_REPORT_FORMATS)}"
+            )
+        try:
+            path = directory / Path(text).expanduser()
+        except RuntimeError:
+            raise SettingsError(
+                f"--gpu-share-report {name}: no such home directory: check the path"
+            ) from None
+        found[path] = None
+    return tuple(found)

@@ -14,7 +14,6 @@ from importlib import metadata
 from typing import Any
 
 from pytest_gpushare import __version__
-from pytest_gpushare.config.kinds import written_as
 from pytest_gpushare.config.options import OPTIONS, Option
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.ollama.address import without_secrets
@@ -46,7 +45,7 @@ def in_words(option: Option, value: object) -> str:
     """A value as its user would write it, without the secrets of a URL."""
     if option.key == "ollama_host":
         return without_secrets(str(value))
-    return written_as(option, value)
+    return option.kind.write(value)
 
 
 SCHEMA = 1

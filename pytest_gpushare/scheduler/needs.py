@@ -6,7 +6,7 @@ import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from pytest_gpushare.config.kinds import (
+from pytest_gpushare.config.settings import (
     FLAGS,
     MOST_DEVICES,
     READERS,
@@ -17,7 +17,7 @@ from pytest_gpushare.config.kinds import (
 )
 
 if TYPE_CHECKING:
-    from pytest_gpushare.config.kinds import Alias
+    from pytest_gpushare.config.settings import Alias
 
 
 T = TypeVar("T")

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pytest_gpushare.compat.pytest_options import options_of
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import Device, GpuFacts
 from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
@@ -296,7 +297,7 @@ def stored(config: pytest.Config, key: str) -> object:
 
     The plan is made before pytest opens its cache, so the file is read where the cache keeps it.
     """
-    if getattr(config.known_args_namespace, "cacheclear", False) and not hasattr(config, "cache"):
+    if getattr(options_of(config), "cacheclear", False) and not hasattr(config, "cache"):
         return None
     try:
         return json.loads(read_regular(_stored_at(config, key), _MOST_STORED_BYTES))

@@ -201,22 +201,25 @@ class ActiveRun:
 
     def message_to(self, spec: Any) -> dict[str, Any] | None:
         """The placement for the worker of this spec; None where the plan does not place it."""
-        number = spec.env.get(NUMBER, "")
+        number = (spec.env or {}).get(NUMBER, "")
         return self._message(int(number)) if number.isdigit() else None
 
-    def place(self, specs: Sequence[Any]) -> None:
-        """Write each worker's place into the environment of its execnet spec.
+    def place(self, specs: Sequence[Any]) -> list[tuple[Any, dict[str, str]]]:
+        """Write each worker's place into the environment of its execnet spec; what was written.
 
         Workers of other hosts, and those to which the user gave devices, are left alone. The
         spec lives on when its worker crashes, so a replacement gets the same place.
         """
-        number = 0
+        placed: list[tuple[Any, dict[str, str]]] = []
         for spec in specs:
             if spec.popen and not spec.via and VARIABLE not in spec.env:
-                spec.env.update(worker_environment(self.plan, number, self.around))
-                spec.env[NUMBER] = str(number)
-                number += 1
-        self.has_placed_all = number == len(specs)
+                number = len(placed)
+                environment = worker_environment(self.plan, number, self.around)
+                environment[NUMBER] = str(number)
+                spec.env.update(environment)
+                placed.append((spec, environment))
+        self.has_placed_all = len(placed) == len(specs)
+        return placed
 
     def joined(self, worker: str, message: Mapping[str, Any]) -> None:
         """A worker with this placement is starting; its device is known from now on."""

@@ -10,17 +10,32 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_gpushare.compat.xdist_options import GPU_AUTO, has_xdist, is_in_process, runs_tests
-from pytest_gpushare.config.settings import Settings, report_files
-from pytest_gpushare.config.sources import gather, load
+from pytest_gpushare.compat.pytest_options import options_of, runs_tests
+from pytest_gpushare.compat.xdist_options import (
+    GPU_AUTO,
+    TxWorkers,
+    count_of_auto,
+    distribute,
+    given_most,
+    given_number,
+    has_xdist,
+    is_in_process,
+    keeps_own_workers,
+    runs_each_test_everywhere,
+    set_number,
+)
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.config.sources import gather, load, report_files
 from pytest_gpushare.errors import NoRoomError, OllamaUnreachableError, SettingsError
 from pytest_gpushare.gpu.devices import GpuFacts, HostFacts
 from pytest_gpushare.gpu.host import available_ram
 from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.reservation import unexpected
 from pytest_gpushare.place import entered
 from pytest_gpushare.planning.placement import (
+    ORDER,
     cuda_is_up,
     place_of,
     set_variables,
@@ -46,11 +61,6 @@ if TYPE_CHECKING:
 
     from pytest_gpushare.events import Event
     from pytest_gpushare.planning.startup import Loading
-
-
-def keeps_own_workers(options: Any) -> bool:
-    """Whether `--tx` alone names the workers; with a number xdist overwrites it."""
-    return bool(getattr(options, "tx", None)) and options.numprocesses is None
 
 
 def excludes_gpu_tests(expression: str, settings: Settings) -> bool:
@@ -85,46 +95,17 @@ def _selects(node: ast.expr, marker: str) -> bool | None:
     return None
 
 
-def local_workers(tx: list[str]) -> int:
-    """How many workers on this host the specs of `--tx` list, such as `3*popen`.
-
-    Those to which the user gave devices are not counted: they take no slot.
-    """
-    count = 0
-    for text in tx:
-        times, star, spec = text.partition("*")
-        if not (star and times.isdigit()):
-            times, spec = "1", text
-        parts = spec.split("//")
-        kept = parts[0] == "popen" and not any(
-            part.startswith(("via=", "env:CUDA_VISIBLE_DEVICES=")) for part in parts
-        )
-        count += int(times) if kept else 0
-    return count
-
-
 def request_for(config: pytest.Config) -> tuple[Request, int]:
     """What the user asked of xdist, and how many workers its `auto` would start."""
     options = config.option
     if is_in_process(options):
         return Request(in_process=True), 1
     if keeps_own_workers(options):
-        return Request(local_workers(options.tx), fixed=True), 1
-    given = options.numprocesses
-    cpus = _xdist_auto(config, "logical" if given == "logical" else "auto")
-    number = {"auto": cpus, "logical": cpus, GPU_AUTO: None}.get(given, given)
-    return Request(number, options.maxprocesses or None), cpus
-
-
-def _xdist_auto(config: pytest.Config, word: str) -> int:
-    """xdist's count, by its own hook, which reads the word from the option."""
-    given = config.option.numprocesses
-    config.option.numprocesses = word
-    try:
-        count = config.hook.pytest_xdist_auto_num_workers(config=config)
-    finally:
-        config.option.numprocesses = given
-    return max(1, count) if isinstance(count, int) else 1
+        return Request(TxWorkers(options).local, fixed=True), 1
+    given = given_number(options)
+    cpus = count_of_auto(config)
+    number = None if given == GPU_AUTO else cpus if isinstance(given, str) else given
+    return Request(number, given_most(options)), cpus
 
 
 class Host(NamedTuple):
@@ -134,8 +115,25 @@ class Host(NamedTuple):
     """The devices of a what-if in place of NVML's; empty: the real ones."""
     cpus: int
     """Workers that xdist's `auto` would start."""
-    outer: Mapping[str, str]
-    """The environment as it was before any conftest could change it."""
+    environment: Mapping[str, str]
+    """The environment that the plan goes by; see `environment_for_plan`."""
+
+
+def environment_for_plan(before_conftests: Mapping[str, str] | None) -> dict[str, str]:
+    """The environment now, but for the variables that decide what a process itself sees.
+
+    The tests find all others as they are now, whoever set them. A conftest that hides the GPUs
+    from its own process, or gives each process one, does not mean the plan: what counts is what
+    the user or a plugin had set before conftests were loaded. `before_conftests` is None where
+    the plugin was loaded too late to know.
+    """
+    environment = dict(os.environ)
+    if before_conftests is not None:
+        for name in (VARIABLE, ORDER):
+            environment.pop(name, None)
+            if name in before_conftests:
+                environment[name] = before_conftests[name]
+    return environment
 
 
 class EarlierRuns(NamedTuple):
@@ -174,7 +172,7 @@ def start(
         facts = HostFacts(
             host.cpus,
             available_ram() if settings.ram_per_worker else None,
-            slot_of_outer_run(host.outer),
+            slot_of_outer_run(host.environment),
         )
         gpus = probes.gpus if no_gpu_tests else others.joined(probes.gpus)
 
@@ -218,14 +216,14 @@ def start(
 def _probed(settings: Settings, host: Host) -> tuple[Probes, Loading | None]:
     """What NVML and Ollama say, after its models were loaded where that is wanted."""
     if not settings.ollama_preload:
-        return probe(settings, host.simulate, host.outer), None
+        return probe(settings, host.simulate, host.environment), None
     from pytest_gpushare.planning import startup
 
     startup.check(settings)
-    probes = probe(settings, host.simulate, host.outer)
+    probes = probe(settings, host.simulate, host.environment)
     if host.simulate:
         return probes, None
-    return startup.load_first(settings, probes, host.outer)
+    return startup.load_first(settings, probes, host.environment)
 
 
 def _check_answer(ollama: OllamaFacts) -> None:
@@ -276,18 +274,18 @@ def _no_room(plan: Plan) -> str:
     )
 
 
-def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> ActiveRun:
+def start_in_process(config: pytest.Config, environment: Mapping[str, str]) -> ActiveRun:
     """Place this process, which runs the tests itself.
 
     Called before the first conftest, as CUDA reads its visibility once.
     """
-    options = config.known_args_namespace
+    options = options_of(config)
     if not has_xdist(options) and options.gpu_share:
         raise SettingsError(
             "--gpu-share sizes the workers of pytest-xdist, which is not loaded: install "
             "pytest-xdist, or drop -p no:xdist"
         )
-    facts = _start(config, options, Request(in_process=True), 1, outer)
+    facts = _start(config, options, Request(in_process=True), 1, environment)
     is_up = cuda_is_up(facts.gpus.own_process_has_context)
     unplaced = "CUDA is up in this process already" if is_up else ""
     run = ActiveRun(facts, _run_options(config, options, unplaced), config=config)
@@ -297,7 +295,9 @@ def start_in_process(config: pytest.Config, outer: Mapping[str, str]) -> ActiveR
     return run
 
 
-def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> ActiveRun | str | None:
+def start_workers(
+    config: pytest.Config, before_conftests: Mapping[str, str] | None
+) -> ActiveRun | str | None:
     """Plan, and write the number of workers into xdist's option.
 
     None where no test is run; a sentence where the run is left as the user has set it up.
@@ -306,15 +306,20 @@ def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> ActiveRun 
     if not runs_tests(options):
         return None
     own_workers = keeps_own_workers(options)
-    if own_workers and not local_workers(options.tx):
-        why = "the workers of --tx are on other hosts: no GPU is assigned to them"
+    if own_workers:
+        distribute(options)
+    named = TxWorkers(options)
+    if own_workers and not named.local:
+        where = "have devices of your own" if named.with_devices else "are on other hosts"
+        why = f"the workers of --tx {where}: no GPU is assigned to them"
         return f"{why}, and no report is written" if options.gpu_share_report else why
     request, cpus = request_for(config)
-    facts = _start(config, options, request, cpus, outer)
+    environment = environment_for_plan(before_conftests)
+    facts = _start(config, options, request, cpus, environment)
     unplaced = ""
     if request.in_process:
         unplaced = "the plugin was loaded too late to place this process: load it with -p"
-    if options.dist == "each":
+    if runs_each_test_everywhere(options):
         note = (
             f"--dist=each: every test runs on each of the {facts.plan.workers} workers: "
             "use --dist=load to share them out"
@@ -322,16 +327,20 @@ def start_workers(config: pytest.Config, outer: Mapping[str, str]) -> ActiveRun 
         facts = facts._replace(notes=(*facts.notes, note))
     run = ActiveRun(facts, _run_options(config, options, unplaced), config=config)
     if not own_workers:
-        options.numprocesses = run.plan.workers
+        set_number(options, run.plan.workers)
     return run
 
 
 def _start(
-    config: pytest.Config, options: Any, request: Request, cpus: int, outer: Mapping[str, str]
+    config: pytest.Config,
+    options: Any,
+    request: Request,
+    cpus: int,
+    environment: Mapping[str, str],
 ) -> StartFacts:
     _report_files(config, options)
     settings = _settings(config)
-    host = Host(tuple(options.gpu_share_simulate or ()), cpus, outer)
+    host = Host(tuple(options.gpu_share_simulate or ()), cpus, environment)
     earlier = EarlierRuns(
         recall_ollama_sizes(config) if settings.ollama_models else {},
         recall_contexts(config),

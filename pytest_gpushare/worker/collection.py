@@ -14,7 +14,7 @@ from pytest_gpushare.scheduler.needs import Declared, Told
 from pytest_gpushare.scheduler.queue import IN_ORDER
 
 if TYPE_CHECKING:
-    from pytest_gpushare.config.kinds import Alias
+    from pytest_gpushare.config.settings import Alias
     from pytest_gpushare.scheduler.needs import Patterns, Wanted
 
 
@@ -34,13 +34,13 @@ class Reader:
 
     @cached_property
     def _aliases(self) -> Sequence[Alias]:
-        from pytest_gpushare.config.kinds import Alias
+        from pytest_gpushare.config.settings import Alias
 
         return [Alias(*alias) for alias in self._message["aliases"]]
 
     @cached_property
     def _rules(self) -> Patterns[int]:
-        from pytest_gpushare.config.kinds import VramRule
+        from pytest_gpushare.config.settings import VramRule
         from pytest_gpushare.scheduler.needs import rules_of
 
         return rules_of([VramRule(*rule) for rule in self._message["rules"]])

@@ -31,7 +31,6 @@ from typing import Any
 import pytest
 from simulator import Device, Machine
 
-from pytest_gpushare.config.kinds import parse
 from pytest_gpushare.config.options import BY_KEY, JSON_SECTION, OPTIONS, PRESETS
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.errors import SettingsError
@@ -470,7 +469,7 @@ def test_default_preset_is_the_defaults() -> None:
     """What the reference says of `conservative`."""
     for key, value in PRESETS["conservative"].items():
         option = BY_KEY[key]
-        assert parse(option, value, "preset") == parse(option, option.default, "default")
+        assert option.read(value, "preset") == option.read(option.default, "default")
 
 
 def test_links_of_pages_for_github() -> None:

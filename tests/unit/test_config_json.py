@@ -88,7 +88,6 @@ def test_encodings(encode: Callable[[str], bytes], tmp_path: Path) -> None:
     ("body", "key", "expected"),
     [
         ('"safety_buffer_mb": 1.5', "safety_buffer", 3 * MB // 2),
-        ('"safety_buffer_mb": "1.5"', "safety_buffer", 3 * MB // 2),
         ('"safety_buffer_mb": "2GB"', "safety_buffer", 2 * GB),
         ('"safety_buffer_mb": 2e3', "safety_buffer", 2000 * MB),
         ('"safety_buffer_mb": 0', "safety_buffer", 0),
@@ -101,7 +100,6 @@ def test_encodings(encode: Callable[[str], bytes], tmp_path: Path) -> None:
         ('"ollama_gpu": 0', "ollama_gpu", ("0",)),
         ('"ollama_gpu": [0, "GPU-1234"]', "ollama_gpu", ("0", "GPU-1234")),
         ('"ollama_gpu": "none"', "ollama_gpu", ("none",)),
-        ('"enable_ollama_detection": "false"', "enable_ollama_detection", False),
         ('"ollama_host": "gpu-box:80"', "ollama_host", "gpu-box:80"),
         ('"vram": {"test_a.py": "8GB"}', "vram", (("test_a.py", 8 * GB),)),
         ('"vram": ["test_a.py = 8GB"]', "vram", (("test_a.py", 8 * GB),)),
@@ -115,6 +113,7 @@ def test_accepted(body: str, key: str, expected: object, tmp_path: Path) -> None
     assert getattr(settings_of(section(body), tmp_path), key) == expected
 
 
+BARE = "; write it without quotes"
 SIZE = "allowed is a number of MB from 0 to 1073741824, or a size such as 512MB or 4.5GB"
 ONES = "1" * 57 + "..."
 REFUSED = {
@@ -128,6 +127,17 @@ REFUSED = {
     section('"safety_buffer_mb": -Infinity'): f": safety_buffer_mb = -Infinity: {SIZE}",
     section('"safety_buffer_mb": true'): f": safety_buffer_mb = true: {SIZE}",
     section('"safety_buffer_mb": null'): f": safety_buffer_mb = null: {SIZE}",
+    section('"safety_buffer_mb": "1.5"'): f": safety_buffer_mb = '1.5': {SIZE}{BARE}",
+    section('"max_workers_per_gb": "0.25"'): (
+        f": max_workers_per_gb = '0.25': allowed is a number from 0 to 1000{BARE}"
+    ),
+    section('"cpu_workers": "2"'): (
+        f": cpu_workers = '2': allowed is auto, or a whole number from 0 to 1024{BARE}"
+    ),
+    section('"ollama_timeout_s": "1"'): (
+        f": ollama_timeout_s = '1': allowed is a number from 0.01 to 60 seconds{BARE}"
+    ),
+    section('"cap_vram": "yes"'): f": cap_vram = 'yes': allowed is true or false{BARE}",
     section('"safety_buffer_mb": ""'): f": safety_buffer_mb = '': {SIZE}",
     section('"safety_buffer_mb": "much"'): f": safety_buffer_mb = 'much': {SIZE}",
     section('"safety_buffer_mb": "-1GB"'): f": safety_buffer_mb = '-1GB': {SIZE}",
@@ -186,11 +196,11 @@ REFUSED = {
     section('"a\\nb": 1'): f", section {JSON_SECTION}: unknown key 'a\\nb': the nearest ",
     section('"gpu_share_preset": "packed"'): "the nearest known one is preset",
     section('"preset": "packed", "preset": "packed"'): (
-        ": the key 'preset' stands there twice: keep one"
+        ": the key 'preset' occurs twice: keep one"
     ),
-    section('"x\\ny": 1, "x\\ny": 1'): ": the key 'x\\ny' stands there twice: keep one",
+    section('"x\\ny": 1, "x\\ny": 1'): ": the key 'x\\ny' occurs twice: keep one",
     f'{{"{JSON_SECTION}": {{}}, "{JSON_SECTION}": {{}}}}': (
-        f": the key '{JSON_SECTION}' stands there twice: keep one"
+        f": the key '{JSON_SECTION}' occurs twice: keep one"
     ),
     f'{{"{JSON_SECTION}": []}}': f": {JSON_SECTION} is a list: allowed is an object of settings",
     f'{{"{JSON_SECTION}": null}}': f": {JSON_SECTION} is null: allowed is an object of settings",
@@ -198,6 +208,9 @@ REFUSED = {
     f'{{"{JSON_SECTION}": NaN}}': f": {JSON_SECTION} is a number: allowed is an object of settings",
     f'{{"{JSON_SECTION}": "x"}}': f": {JSON_SECTION} is a text: allowed is an object of settings",
     f'{{"{JSON_SECTION}": true}}': f": {JSON_SECTION} is true or false: allowed is an object",
+    "[]": ": is a list: allowed is an object with a section ",
+    "null": ": is null: allowed is an object with a section ",
+    "3": ": is a number: allowed is an object with a section ",
     "[" * 100_000: ": is nested too deeply: settings are one flat section",
     section(f'"preset": {"[" * 800}{"]" * 800}'): ": preset = [[...]]: allowed is one or ",
 }
@@ -220,7 +233,7 @@ def test_refused(content: str, tmp_path: Path) -> None:
 )
 def test_no_text(content: bytes, tmp_path: Path) -> None:
     """Bytes that no encoding of JSON has are told with their position."""
-    with pytest.raises(SettingsError, match=rf"^{JSON_FILE}: (is no text in UTF-8|broken JSON)"):
+    with pytest.raises(SettingsError, match=rf"^{JSON_FILE}: (is not UTF-8 text|broken JSON)"):
         settings_of(content, tmp_path)
 
 
@@ -228,8 +241,6 @@ def test_no_text(content: bytes, tmp_path: Path) -> None:
     ("content", "hint"),
     [
         ("{}", "add it, or name another file"),
-        ("[]", "add it, or name another file"),
-        ("3", "add it, or name another file"),
         ('{"gpu_resource_managment": {}}', "the nearest to it is 'gpu_resource_managment'"),
         ('{"safety_buffer_mb": 1}', f"stand at the top level: put them under {JSON_SECTION}"),
     ],
@@ -255,14 +266,15 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_no_regular_file(tmp_path: Path) -> None:
-    """A directory or a named pipe is refused without being opened, and passed by if unnamed."""
+    """A directory or a named pipe is refused without being opened, whether or not it was named."""
     (tmp_path / "directory").mkdir()
     os.mkfifo(tmp_path / "pipe")
     began = time.monotonic()
     for name, kind in (("directory", "a directory"), ("pipe", "not a regular file")):
-        assert read_section(tmp_path / name, name, required=False) is None
         with pytest.raises(SettingsError, match=rf"^{name}: is {kind}: name a JSON file$"):
             read_section(tmp_path / name, name, required=True)
+        with pytest.raises(SettingsError, match=rf"^{name}: is {kind}: rename it, or name "):
+            read_section(tmp_path / name, name, required=False)
     assert time.monotonic() - began < 1
 
 

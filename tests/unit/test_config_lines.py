@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_gpushare.config.kinds import parse, parse_aliases, parse_rules
 from pytest_gpushare.config.options import BY_KEY
+from pytest_gpushare.config.settings import parse_aliases, parse_rules
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.units import GB, MB
 
@@ -43,18 +43,18 @@ def test_the_lines_of_the_documentation() -> None:
         ("serial", "is not MARKER = meaning"),
         ("2d = exclusive", "is not MARKER = meaning"),
         ("a(n = vram={n}GB", "is not MARKER = meaning"),
-        ("serial =", "nothing is no meaning"),
-        ("serial = alone", "alone is no meaning"),
-        ("serial = exclusive=yes", "exclusive=yes is no meaning"),
-        ("big = vram", "vram is no meaning"),
+        ("serial =", "nothing is not a meaning"),
+        ("serial = alone", "alone is not a meaning"),
+        ("serial = exclusive=yes", "exclusive=yes is not a meaning"),
+        ("big = vram", "vram is not a meaning"),
         ("big = vram=12", "vram=12 cannot be read"),
         ("big = vram=muchGB", "vram=muchGB cannot be read"),
         ("big = vram=0GB", "vram=0GB cannot be read"),
         ("two = devices=0", "devices=0 cannot be read"),
         ("two = devices=65", "devices=65 cannot be read"),
-        ("big(n) = vram={m}GB", "{m} is no parameter of the marker"),
+        ("big(n) = vram={m}GB", "{m} is not a parameter of the marker"),
         ("big(n, n) = vram={n}GB", "names a parameter twice"),
-        ("big = vram=1GB vram=2GB", "says one thing twice"),
+        ("big = vram=1GB vram=2GB", "names a meaning twice"),
         ("odd = cpu, devices=2", "means a CPU test and a need of the GPU"),
     ],
 )
@@ -62,7 +62,7 @@ def test_a_wrong_meaning(line: str, problem: str) -> None:
     """The message names file, key and line, and says what is allowed."""
     raw = f"serial2 = exclusive\n{line}\n"
     with pytest.raises(SettingsError) as caught:
-        parse(BY_KEY["markers"], raw, "pytest.ini", "gpu_share_markers")
+        BY_KEY["markers"].read(raw, "pytest.ini", written="gpu_share_markers")
     assert str(caught.value) == (
         f"pytest.ini: gpu_share_markers, line '{line.strip()}': {problem}: {MEANINGS}"
     )
@@ -73,16 +73,16 @@ def test_a_wrong_meaning(line: str, problem: str) -> None:
     [
         ("tests/test_llm.py", "is not PATTERN = SIZE"),
         ("= 8GB", "is not PATTERN = SIZE"),
-        ("tests/test_llm.py = 8", "8 is no size with a unit"),
-        ("tests/test_llm.py =", "nothing is no size with a unit"),
-        ("tests/test_llm.py = big", "big is no size with a unit"),
-        ("tests/test_llm.py = 0MB", "0MB is no size with a unit"),
+        ("tests/test_llm.py = 8", "8 is not a size with a unit"),
+        ("tests/test_llm.py =", "nothing is not a size with a unit"),
+        ("tests/test_llm.py = big", "big is not a size with a unit"),
+        ("tests/test_llm.py = 0MB", "0MB is not a size with a unit"),
     ],
 )
 def test_a_wrong_rule(line: str, problem: str) -> None:
     """The same for needs by node id."""
     with pytest.raises(SettingsError) as caught:
-        parse(BY_KEY["vram"], ["a.py = 1GB", line], "pyproject.toml", "gpu_share_vram")
+        BY_KEY["vram"].read(["a.py = 1GB", line], "pyproject.toml", written="gpu_share_vram")
     assert str(caught.value) == f"pyproject.toml: gpu_share_vram, line '{line}': {problem}: {SIZES}"
 
 
@@ -90,17 +90,17 @@ def test_no_lines_at_all() -> None:
     """What is no text, list or object of texts is refused as any wrong value."""
     for raw in (3, [3], True, None):
         with pytest.raises(SettingsError, match=r"^pytest.ini: vram = .*: allowed are lines"):
-            parse(BY_KEY["vram"], raw, "pytest.ini")
+            BY_KEY["vram"].read(raw, "pytest.ini")
     with pytest.raises(SettingsError, match="more than 1000 lines"):
-        parse(BY_KEY["vram"], "a = 1GB\n" * 1001, "pytest.ini")
+        BY_KEY["vram"].read("a = 1GB\n" * 1001, "pytest.ini")
     with pytest.raises(SettingsError, match="more than 500 characters"):
-        parse(BY_KEY["vram"], "a" * 501 + " = 1GB", "pytest.ini")
+        BY_KEY["vram"].read("a" * 501 + " = 1GB", "pytest.ini")
 
 
 def test_a_marker_has_one_line() -> None:
     """Two lines for one marker contradict each other, sooner or later."""
-    with pytest.raises(SettingsError, match="'serial = cpu': the marker stands there twice"):
-        parse(BY_KEY["markers"], "serial = exclusive\nserial = cpu", "pytest.ini")
+    with pytest.raises(SettingsError, match="'serial = cpu': the marker occurs twice"):
+        BY_KEY["markers"].read("serial = exclusive\nserial = cpu", "pytest.ini")
 
 
 def test_sizes_of_rules() -> None:
@@ -116,4 +116,4 @@ def test_sizes_of_rules() -> None:
 def test_a_wrong_name_of_the_marker(raw: object) -> None:
     """The marker's name is a Python name."""
     with pytest.raises(SettingsError, match="allowed is the name of a marker"):
-        parse(BY_KEY["marker"], raw, "pytest.ini")
+        BY_KEY["marker"].read(raw, "pytest.ini")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from fractions import Fraction
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_gpushare.config.kinds import default_of, parse
+from pytest_gpushare.config import kinds
 from pytest_gpushare.config.options import BY_KEY, JSON_SECTION, OPTIONS, PRESETS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, load
@@ -34,7 +35,8 @@ def written(
 ) -> Written:
     """What a user wrote in each place, keys without their prefix; a section becomes a file."""
     if section is not None:
-        text = json.dumps({JSON_SECTION: section})
+        typed = {key: as_json(value) for key, value in section.items()}
+        text = json.dumps({JSON_SECTION: typed})
         (root / "performance_config.json").write_text(text, encoding="utf-8")
     return Written(
         flags=flags or {},
@@ -45,6 +47,11 @@ def written(
         ini_directory=root,
         invocation_directory=root,
     )
+
+
+def as_json(value: object) -> object:
+    """A number as JSON writes it, without quotes."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[0-9.]+", value) else value
 
 
 def test_defaults() -> None:
@@ -67,7 +74,7 @@ def test_defaults() -> None:
     }
     assert {name: getattr(found, name) for name in expected} == expected
     assert [getattr(found, option.attribute) for option in OPTIONS] == [
-        default_of(option.key) for option in OPTIONS
+        option.default_value() for option in OPTIONS
     ]
     assert found.origins == {option.key: "default" for option in OPTIONS}
 
@@ -75,7 +82,7 @@ def test_defaults() -> None:
 def test_conservative_is_the_default() -> None:
     """The preset and the defaults cannot drift apart."""
     for key, value in PRESETS["conservative"].items():
-        assert parse(BY_KEY[key], value, "preset") == default_of(key)
+        assert BY_KEY[key].read(value, "preset") == BY_KEY[key].default_value()
 
 
 LEVELS = ("json", "ini", "override")
@@ -191,34 +198,39 @@ def test_precedence_as_told(places: dict[str, dict[str, Any]]) -> None:
                 raw, origin = PRESETS[preset][key], f"preset {preset}"
             if key in places.get(level, {}):
                 raw, origin = places[level][key], ORIGINS[level]
-        assert getattr(found, BY_KEY[key].attribute) == parse(BY_KEY[key], raw, "")
+        assert getattr(found, BY_KEY[key].attribute) == BY_KEY[key].read(raw, "")
         assert found.origins[key] == origin
 
 
 def test_same_value_at_every_level(tmp_path: Path) -> None:
     """Each option that a JSON file may have means the same in JSON, ini file and after -o."""
-    samples: dict[str, object] = {
-        "size": "1.5GB",
-        "number": "0.75",
-        "integer": "3",
-        "text": "gpu-box:80",
-        "words": "0",
-        "names": "a-model:7b",
-        "marker": "cuda",
-        "aliases": "serial = exclusive\nmulti_gpu = devices=2",
-        "rules": "test_a.py = 8GB",
+    samples: dict[type[kinds.Kind], tuple[str, object]] = {
+        kinds.Size: ("1.5GB", "1.5GB"),
+        kinds.Number: ("0.75", 0.75),
+        kinds.Integer: ("3", 3),
+        kinds.Text: ("gpu-box:80", "gpu-box:80"),
+        kinds.Devices: ("0", 0),
+        kinds.Names: ("a-model:7b", "a-model:7b"),
+        kinds.MarkerName: ("cuda", "cuda"),
+        kinds.Aliases: ("serial = exclusive", ["serial = exclusive"]),
+        kinds.Rules: ("test_a.py = 8GB", {"test_a.py": "8GB"}),
     }
     for option in OPTIONS:
         if not option.in_json:
             continue
-        if option.kind == "boolean":
-            raw: object = "false" if option.default == "true" else "true"
+        if isinstance(option.kind, kinds.Boolean):
+            raw: tuple[str, object] = ("false", False) if option.default == "true" else ("1", True)
+        elif option.kind.choices:
+            raw = option.kind.choices[-1], option.kind.choices[-1]
         else:
-            raw = option.choices[-1] if option.choices else samples[option.kind]
-        levels = [at_levels(tmp_path, {"json": {}, level: {option.key: raw}}) for level in LEVELS]
+            raw = samples[type(option.kind)]
+        levels = [
+            at_levels(tmp_path, {"json": {}, level: {option.key: raw[level == "json"]}})
+            for level in LEVELS
+        ]
         values = [getattr(found, option.attribute) for found in levels]
-        assert values == [parse(option, raw, "")] * 3
-        assert values[0] != default_of(option.key)
+        assert values == [option.read(raw[0], "")] * 3
+        assert values[0] != option.default_value()
 
 
 def test_named_file_is_relative_to_where_it_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from pytest_gpushare.config.kinds import parse, written_as
 from pytest_gpushare.config.options import BY_KEY, OPTIONS
 from pytest_gpushare.config.sources import Written, load
 
@@ -28,7 +27,7 @@ HERE = Path("/nowhere")
 )
 def test_written_as(key: str, written: str, shown: str) -> None:
     option = BY_KEY[key]
-    assert written_as(option, parse(option, written, "here")) == shown
+    assert option.kind.write(option.read(written, "here")) == shown
 
 
 def test_defaults_can_be_written_again() -> None:
@@ -36,6 +35,6 @@ def test_defaults_can_be_written_again() -> None:
     settings = load(Written({}, {}, {}, "", HERE, HERE, HERE))
     for option in OPTIONS:
         value = getattr(settings, option.attribute)
-        shown = written_as(option, value)
+        shown = option.kind.write(value)
         if shown:
-            assert parse(option, shown, "here") == value, option.key
+            assert option.read(shown, "here") == value, option.key

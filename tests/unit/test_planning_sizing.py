@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpushare.config.kinds import default_of
 from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import SettingsError
@@ -23,7 +22,7 @@ from pytest_gpushare.planning.plan import Limit, Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.units import GB, MB
 
-DEFAULTS = Settings(**{option.attribute: default_of(option.key) for option in OPTIONS})  # type: ignore[arg-type]
+DEFAULTS = Settings(**{option.attribute: option.default_value() for option in OPTIONS})  # type: ignore[arg-type]
 SILENT = OllamaFacts(asked=True)
 
 

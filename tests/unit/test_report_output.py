@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpushare.config.settings import report_files
+from pytest_gpushare.config.sources import report_files
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.report.github import escaped, step_summary, workflow_commands
 from pytest_gpushare.report.output import write_reports, write_whole

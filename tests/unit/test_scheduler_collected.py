@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpushare.config.kinds import parse_rules
+from pytest_gpushare.config.settings import parse_rules
 from pytest_gpushare.dispatch.suite import Crew, Suite, group_of, plain_id, weigh
 from pytest_gpushare.scheduler.needs import Declared, Told, read, spread, squeezed, written
 from pytest_gpushare.units import GB

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpushare.config.kinds import parse_aliases, parse_rules
+from pytest_gpushare.config.settings import parse_aliases, parse_rules
 from pytest_gpushare.scheduler.needs import (
     Declared,
     Mark,
