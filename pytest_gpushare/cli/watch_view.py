@@ -359,7 +359,7 @@ def _ollama_rows(ollama: OllamaFacts) -> Iterator[Row]:
     none = "" if ollama.models else ": no model in VRAM"
     yield [Piece(f"{who} at {ollama.address}{away}{none}", "bold")]
     for model in ollama.models:
-        spilled = model.size_vram < model.size
+        spilled = model.is_spilled
         yield [Piece(f"  {placed(model)}", "bold red" if spilled else "")]
 
 

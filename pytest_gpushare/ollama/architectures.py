@@ -15,6 +15,7 @@ from pytest_gpushare.text import printable
 MOST_LAYERS = 1024
 _MOST_HEADS = 8192
 _MOST_LENGTH = 2**20
+_MOST_EXPERTS = 4096
 _MOST_CONTEXT = 2**27
 _MOST_VOCABULARY = 2**24
 
@@ -89,6 +90,16 @@ class Shape(NamedTuple):
     """Bytes of recurrent state for each sequence; 0 for a plain transformer."""
     is_embedding: bool
     """Whether it turns texts into vectors, and so gets larger batches."""
+    feed_forward: int = 0
+    """Elements of the widest feed-forward layer, of all the experts that compute at once
+    together; 0 where the file does not say."""
+    experts: int = 0
+    """Experts that compute at once; 0 where there are none."""
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The windows of its layers, each once; empty where every layer sees the whole context."""
+        return tuple(sorted({layer.window for layer in self.layers if layer.window}))
 
 
 class _Metadata:
@@ -127,6 +138,16 @@ class _Metadata:
         value = self._info.get(name)
         if not isinstance(value, (list, tuple)):
             return None if value is None else self._checked(name, value, 0, MOST_LAYERS)
+        return self._flags(name, value, layers)
+
+    def flags(self, key: str, layers: int) -> list[bool] | None:
+        """A truth value for each layer; None where the file has no such list."""
+        name = f"{self.architecture}.{key}"
+        value = self._info.get(name)
+        return self._flags(name, value, layers) if isinstance(value, (list, tuple)) else None
+
+    @staticmethod
+    def _flags(name: str, value: Sequence[object], layers: int) -> list[bool]:
         if not value or not all(type(entry) in (bool, int) for entry in value):
             raise ShapeUnknownError(f"{name} is no list of truth values")
         return [bool(value[layer % len(value)]) for layer in range(layers)]
@@ -164,7 +185,16 @@ def shape_of(info: Mapping[str, object]) -> Shape:
         vocabulary=_vocabulary(data, info),
         state=_state(data, _recurrent_layers(data, layers), embedding),
         is_embedding=is_embedding or no_cache,
+        feed_forward=_feed_forward(data, count),
+        experts=data.number("expert_used_count", _MOST_EXPERTS, 0),
     )
+
+
+def _feed_forward(data: _Metadata, count: int) -> int:
+    experts = data.number("expert_used_count", _MOST_EXPERTS, 0)
+    widest = max(data.each("feed_forward_length", count, _MOST_LENGTH, default=0))
+    each = data.number("expert_feed_forward_length", _MOST_LENGTH, 0)
+    return experts * (each or widest) if experts else widest
 
 
 def _layers(data: _Metadata, count: int, embedding: int) -> list[Layer | None]:
@@ -203,6 +233,9 @@ def _keeps(data: _Metadata, count: int) -> Callable[[int], bool]:
     interval = data.number("full_attention_interval", MOST_LAYERS, interval) or 1
     shared = data.number("attention.shared_kv_layers", MOST_LAYERS, 0)
     first = min(_CACHING_LAYERS.get(data.architecture, count), max(0, count - shared))
+    recurrent = data.flags("attention.recurrent_layers", count)
+    if recurrent is not None:
+        return lambda layer: layer < first and not recurrent[layer]
     return lambda layer: layer < first and (layer + 1) % interval == 0
 
 

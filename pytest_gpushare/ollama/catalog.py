@@ -8,9 +8,11 @@ megabytes.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from pytest_gpushare.gpu.host import is_own_address
 from pytest_gpushare.ollama.address import Address
@@ -22,7 +24,13 @@ from pytest_gpushare.ollama.client import (
     UnreachableError,
     connect,
 )
-from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts, full_name
+from pytest_gpushare.ollama.models import (
+    LoadedModel,
+    ModelFacts,
+    OllamaFacts,
+    Tensors,
+    full_name,
+)
 from pytest_gpushare.text import printable
 from pytest_gpushare.units import MB, MOST_VRAM
 
@@ -30,6 +38,9 @@ _MOST_MODELS = 256
 
 
 _MOST_CONTEXT = 2**27
+
+
+NOTHING_LISTENS = "nothing listens there"
 
 
 def unanswered(address: Address, problem: str) -> OllamaFacts:
@@ -59,31 +70,32 @@ def ask(
         finally:
             connection.close()
     except Exception as error:
-        return unanswered(address, line(f"cannot be asked: {type(error).__name__}: {error}", 200))
+        reason = f"cannot be asked: {type(error).__name__}: {error}"
+        return unanswered(address, printable(reason, 200))
 
 
 def _ask(
     connection: Connection, address: Address, deadline: float, timeout: float, on_this_host: bool
 ) -> OllamaFacts:
     version: str | None = None
-    models: tuple[LoadedModel, ...] = ()
+    answer = Loaded()
     problem = ""
     reachable = answered = False
     try:
-        answer, peer = _get(connection, "/api/version", deadline)
+        given, peer = _get(connection, "/api/version", deadline)
         # A name that this machine has in its hosts file is known by where it leads.
         on_this_host = on_this_host or (peer is not None and is_own_address(peer))
-        version = _version(answer)
+        version = _version(given)
         reachable = True
-        models = loaded_models(connection, deadline)
+        answer = loaded_models(connection, deadline)
         answered = True
     except NonsenseError as odd:
-        reachable, problem = True, line(f"reachable but answers nonsense: {odd}", 200)
+        reachable, problem = True, printable(f"reachable but answers nonsense: {odd}", 200)
     except TimeoutError:
         problem = f"no answer within {timeout:g} s"
     except UnreachableError as error:
         reason = str(error)
-        problem = line(f"cannot be reached: {reason}", 200) if reason else "nothing listens there"
+        problem = f"cannot be reached: {printable(reason, 180)}" if reason else NOTHING_LISTENS
     if problem and address.problem:
         problem = f"{problem} ({address.problem})"
     return OllamaFacts(
@@ -91,15 +103,24 @@ def _ask(
         asked=True,
         answered=answered,
         version=version,
-        models=models,
+        models=answer.models,
+        odd=answer.odd,
         problem=problem,
         reachable=reachable,
         on_this_host=on_this_host,
     )
 
 
-def loaded_models(connection: Connection, deadline: float) -> tuple[LoadedModel, ...]:
-    """The models that the server holds now, none of which is believed unchecked.
+class Loaded(NamedTuple):
+    """The checked answer of `/api/ps`."""
+
+    models: tuple[LoadedModel, ...] = ()
+    odd: tuple[str, ...] = ()
+    """Entries that make no sense, one phrase each; they are left out."""
+
+
+def loaded_models(connection: Connection, deadline: float) -> Loaded:
+    """The models that the server holds now, as far as the answer makes sense.
 
     Raises `TimeoutError`, `UnreachableError` or `NonsenseError`.
     """
@@ -116,14 +137,22 @@ def _version(answer: object) -> str | None:
     version = answer.get("version") if isinstance(answer, dict) else None
     if not isinstance(version, str):
         raise NonsenseError("/api/version gives no version")
-    return line(version, 40)
+    return printable(version, 40)
 
 
-def _models(answer: object) -> tuple[LoadedModel, ...]:
-    models = answer.get("models") if isinstance(answer, dict) else None
-    if not isinstance(models, list) or len(models) > _MOST_MODELS:
+def _models(answer: object) -> Loaded:
+    entries = answer.get("models") if isinstance(answer, dict) else None
+    if not isinstance(entries, list) or len(entries) > _MOST_MODELS:
         raise NonsenseError("/api/ps gives no list of models")
-    return tuple(_model(model) for model in models)
+    models, odd = [], []
+    for entry in entries:
+        try:
+            models.append(_model(entry))
+        except NonsenseError as error:
+            odd.append(str(error))
+    if odd and not models:
+        raise NonsenseError(odd[0])
+    return Loaded(tuple(models), tuple(dict.fromkeys(odd)))
 
 
 def _model(model: object) -> LoadedModel:
@@ -133,14 +162,19 @@ def _model(model: object) -> LoadedModel:
     name = model.get("name") or model.get("model")
     if not isinstance(name, str):
         raise NonsenseError("/api/ps gives a model without a name")
+    size = _size(model, "size")
+    on_gpu = _size(model, "size_vram") if model.get("size_vram") is not None else None
     digest, context = model.get("digest"), model.get("context_length")
+    expires = model.get("expires_at")
     return LoadedModel(
-        line(name, 120),
-        _size(model, "size"),
-        _size(model, "size_vram"),
-        digest=line(digest, 80) if isinstance(digest, str) else "",
+        printable(name, 120),
+        size,
+        # More than all of it cannot be on GPUs: how much is there is unknown.
+        on_gpu if on_gpu is None or on_gpu <= size else None,
+        digest=printable(digest, 80) if isinstance(digest, str) else "",
         # Came in 0.10. What it was loaded with decides nothing that could not do without.
         context=context if type(context) is int and 0 < context < _MOST_CONTEXT else None,
+        expires_at=printable(expires, 40) if isinstance(expires, str) else "",
     )
 
 
@@ -155,12 +189,7 @@ def _shown(value: object) -> str:
     """A value that makes no sense, short and harmless."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
-    return "null" if value is None else line(json.dumps(value), 30)
-
-
-def line(text: str, most: int) -> str:
-    """A text from outside, fit to be printed on one line of a terminal."""
-    return printable(text, most)
+    return "null" if value is None else printable(json.dumps(value), 30)
 
 
 _MOST_VERBOSE = 64 * MB
@@ -172,6 +201,8 @@ _PER_LAYER = (
     "attention.head_count",
     "attention.head_count_kv",
     "attention.sliding_window_pattern",
+    "attention.recurrent_layers",
+    "feed_forward_length",
 )
 
 
@@ -199,9 +230,9 @@ def ask_models(
     except TimeoutError:
         problem = "no answer in time: raise gpu_share_ollama_timeout_s"
     except (NonsenseError, UnreachableError) as error:
-        problem = line(str(error) or "nothing listens there", 200)
+        problem = printable(str(error) or NOTHING_LISTENS, 200)
     except Exception as error:
-        problem = line(f"{type(error).__name__}: {error}", 200)
+        problem = printable(f"{type(error).__name__}: {error}", 200)
     return tuple(found.get(name) or ModelFacts(name, problem=problem) for name in names)
 
 
@@ -221,14 +252,16 @@ def _model_facts(
     connection: Connection, name: str, tag: Mapping[str, object] | None, deadline: float
 ) -> ModelFacts:
     if tag is None:
-        return ModelFacts(name, problem=f"the server does not have it: ollama pull {name}")
+        return ModelFacts(
+            name, problem=f"the server does not have it: ollama pull {name}", is_missing=True
+        )
     size, digest, details = tag.get("size"), tag.get("digest"), tag.get("details")
     parameters = details.get("parameter_size") if isinstance(details, dict) else None
     listed = ModelFacts(
         name,
-        digest=line(digest, 80) if isinstance(digest, str) else "",
+        digest=printable(digest, 80) if isinstance(digest, str) else "",
         file_bytes=size if type(size) is int and 0 < size < _MOST_BYTES else None,
-        parameter_size=line(parameters, 40) if isinstance(parameters, str) else "",
+        parameter_size=printable(parameters, 40) if isinstance(parameters, str) else "",
     )
     if tag.get("remote_host") or tag.get("remote_model"):
         return listed._replace(is_remote=True)
@@ -237,7 +270,7 @@ def _model_facts(
     except StatusError as error:
         return listed._replace(problem=str(error))
     except NonsenseError as error:
-        return listed._replace(problem=line(str(error), 200))
+        return listed._replace(problem=printable(str(error), 200))
 
 
 def _with_metadata(connection: Connection, model: ModelFacts, deadline: float) -> ModelFacts:
@@ -250,7 +283,9 @@ def _with_metadata(connection: Connection, model: ModelFacts, deadline: float) -
     info = answer.get("model_info")
     if not isinstance(info, dict) or not info:
         raise NonsenseError("/api/show gives no metadata")
-    return model._replace(num_ctx=num_ctx, info=_relevant(info))
+    return model._replace(
+        num_ctx=num_ctx, info=_relevant(info), tensors=tensors_of(answer.get("tensors"))
+    )
 
 
 def _show(
@@ -284,6 +319,51 @@ def _relevant(info: Mapping[str, object]) -> dict[str, object]:
     if isinstance(tokens, list):
         kept["tokenizer.ggml.tokens"] = len(tokens)
     return kept
+
+
+_EMBEDDINGS, _OUTPUT = "token_embd.weight", "output.weight"
+_MOST_TENSORS = 65_536
+_MOST_DIMENSIONS = 8
+
+# Elements and bytes of a block, by the type of a tensor, as ggml packs them.
+_TENSOR_TYPES = {
+    "F64": (1, 8), "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2),
+    "I8": (1, 1), "I16": (1, 2), "I32": (1, 4), "I64": (1, 8),
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24),
+    "Q8_0": (32, 34), "Q8_1": (32, 36), "MXFP4": (32, 17), "IQ4_NL": (32, 18),
+    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176),
+    "Q6_K": (256, 210), "Q8_K": (256, 292),
+    "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74),
+    "IQ2_S": (256, 82), "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_XS": (256, 136),
+    "TQ1_0": (256, 54), "TQ2_0": (256, 66),
+}  # fmt: skip
+
+
+def tensors_of(listed: object) -> Tensors | None:
+    """The sum of the tensors; None where one is of an unknown type or makes no sense."""
+    if not isinstance(listed, list) or not 0 < len(listed) <= _MOST_TENSORS:
+        return None
+    sizes: dict[str, int] = {}
+    for number, tensor in enumerate(listed):
+        size = _tensor_bytes(tensor) if isinstance(tensor, dict) else None
+        if size is None:
+            return None
+        name = tensor.get("name")
+        # Two of one name would be a file that no engine loads.
+        sizes[name if isinstance(name, str) and name not in sizes else f" {number}"] = size
+    embeddings = sizes.pop(_EMBEDDINGS, 0) if _OUTPUT in sizes else 0
+    return Tensors(len(sizes), sum(sizes.values()), embeddings)
+
+
+def _tensor_bytes(tensor: Mapping[str, object]) -> int | None:
+    packing, shape = _TENSOR_TYPES.get(str(tensor.get("type")).upper()), tensor.get("shape")
+    if packing is None or not isinstance(shape, list) or not 0 < len(shape) <= _MOST_DIMENSIONS:
+        return None
+    if not all(type(length) is int and 0 < length < 2**32 for length in shape):
+        return None
+    elements, size = packing
+    total = math.prod(shape) // elements * size
+    return total if total < _MOST_BYTES else None
 
 
 def _num_ctx(parameters: object) -> int | None:

@@ -113,7 +113,7 @@ class History:
             self._begin(at, models)
             return changes
         since, self.answered_at = self.answered_at, at
-        found = {model.name: model for model in models}
+        found = {model.name: _unmoved(model) for model in models}
         gone = [model for name, model in self._now.items() if name not in found]
         changes += [self._unloaded(at, since, model) for model in gone]
         for model in found.values():
@@ -123,7 +123,7 @@ class History:
 
     def _begin(self, at: float, models: Iterable[LoadedModel]) -> None:
         self.answered_at = at
-        self._now = {model.name: model for model in models}
+        self._now = {model.name: _unmoved(model) for model in models}
         for model in self._now.values():
             self._keep(Life(model, from_the_start=True, spilled_before=model.is_spilled))
 
@@ -153,6 +153,11 @@ class History:
         if len(self.lives) < MOST_LIVES:
             self.lives[life.model.name] = life
         return life
+
+
+def _unmoved(model: LoadedModel) -> LoadedModel:
+    """The model without the moment of its end, which every request moves."""
+    return model._replace(expires_at="")
 
 
 def differences(before: LoadedModel, now: LoadedModel) -> Mapping[str, tuple[object, object]]:

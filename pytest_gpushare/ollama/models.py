@@ -1,4 +1,4 @@
-"""ollama.models."""
+"""The models of an Ollama server, and what the server answered, as values."""
 
 from __future__ import annotations
 
@@ -13,24 +13,43 @@ class LoadedModel(NamedTuple):
 
     name: str
     size: int
-    """Bytes in all."""
-    size_vram: int
-    """Bytes on GPUs; less than `size` where part of the model is on the CPU (a spill)."""
+    """Bytes in all; they include the token embeddings only where part of it is on the CPU."""
+    size_vram: int | None
+    """Bytes on GPUs; less than `size` where part of the model is on the CPU (a spill). None
+    where the server does not report them, or reports more than `size`."""
     digest: str = ""
-    """The digest of its manifest; empty where the server tells none."""
+    """The digest of its manifest; empty where the server does not report one."""
     context: int | None = None
     """Tokens of context that it was loaded with; None before Ollama 0.10."""
+    expires_at: str = ""
+    """When it will be unloaded, as the server writes it; empty where it does not."""
+
+    @property
+    def on_gpu(self) -> int:
+        """Bytes that are on GPUs for certain: 0 where that is unknown."""
+        return self.size_vram or 0
 
     @property
     def is_spilled(self) -> bool:
-        """Whether part of it is on the CPU."""
-        return self.size_vram < self.size
+        """Whether part of it is known to be on the CPU."""
+        return self.size_vram is not None and self.size_vram < self.size
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of it is on GPUs, as the server says; where it says that more than all
-        of it is there, nobody knows."""
+        """Whether all of it is on GPUs, as the server says."""
         return self.size_vram == self.size > 0
+
+
+class Tensors(NamedTuple):
+    """The tensors of a model's file, summed up."""
+
+    number: int
+    """How many go to the GPU where the whole model does."""
+    size: int
+    """Their bytes."""
+    in_host_ram: int = 0
+    """Bytes of the token embeddings, where they stay in host RAM: they do where the model has
+    an output tensor of its own."""
 
 
 class ModelFacts(NamedTuple):
@@ -47,14 +66,18 @@ class ModelFacts(NamedTuple):
     """Tokens of context that its own settings ask for; None where they do not."""
     info: Mapping[str, object] | None = None
     """The metadata of its file; None where there are none."""
+    tensors: Tensors | None = None
+    """The sizes of its tensors; None where the server does not list them."""
     is_remote: bool = False
     """Whether it runs in the cloud, so that it needs no VRAM here."""
     problem: str = ""
     """Why there are no metadata."""
+    is_missing: bool = False
+    """Whether the server does not have it."""
 
 
 class OllamaFacts(NamedTuple):
-    """What the Ollama server said, or why it said nothing."""
+    """What the Ollama server answered, or why it did not."""
 
     address: str = ""
     """host:port as messages name it; empty where nobody was asked."""
@@ -75,11 +98,13 @@ class OllamaFacts(NamedTuple):
     """Where it is called, for whoever asks more later; None where nobody was asked."""
     relied_on: tuple[ModelFacts, ...] = ()
     """What it says of the models that the user named."""
+    odd: tuple[str, ...] = ()
+    """Entries of `/api/ps` that make no sense, one phrase each; they are left out."""
 
     @property
     def vram(self) -> int:
-        """Bytes of VRAM that its models hold, as the server says."""
-        return sum(model.size_vram for model in self.models)
+        """Bytes of VRAM that its models hold, as far as the server reports them."""
+        return sum(model.on_gpu for model in self.models)
 
 
 def full_name(name: str) -> str:

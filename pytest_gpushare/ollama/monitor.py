@@ -72,7 +72,7 @@ class Question:
         try:
             connection = connect(self._address, self._opened)
             try:
-                self.models = loaded_models(connection, self._deadline)
+                self.models = loaded_models(connection, self._deadline).models
             finally:
                 connection.close()
         except TimeoutError:
@@ -216,7 +216,7 @@ class Neighbour:
         shown = sum(size for size in seen if size is not None)
         if not any(size is not None for size in seen):
             shown = sum(device.used for device in held)
-        told = sum(model.size_vram for model in self.history.models)
+        told = sum(model.on_gpu for model in self.history.models)
         self.doubted = {}
         if held and shown < told // 2:
             self.doubted = {m.name: shown for m in self.history.models if m.is_whole}

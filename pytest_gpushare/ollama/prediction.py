@@ -1,21 +1,24 @@
-"""What a model will take on the GPU when Ollama loads it: predicted from what Ollama says of it.
+"""What a model takes on the GPU: predicted from its metadata, or measured in earlier runs.
 
-weights + KV cache + compute buffers + a CUDA context. The cache is exact, as llama.cpp
-allocates it; the weights are the whole file, of which Ollama may leave the token embeddings
-in host RAM; the buffers are what the graph needs at most.
+weights + KV cache + compute buffers + what its process takes beyond them. The first three are
+those of the engine that Ollama runs since 0.30; older servers reserve more for the buffers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.gpu.devices import Device
 from pytest_gpushare.ollama.architectures import Shape, ShapeUnknownError, shape_of
-from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts, full_name
-from pytest_gpushare.units import GB, MB, MOST_VRAM
+from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
+from pytest_gpushare.text import printable
+from pytest_gpushare.units import GB, MB, MOST_VRAM, format_gb
 
 MARGIN = 1024 * MB
 """Bytes that Ollama from 0.30 on wants to stay free on a device when it loads a model there."""
@@ -23,19 +26,23 @@ MARGIN = 1024 * MB
 SHARE = (4, 5)
 """Of a device's free VRAM, what a model may take where Ollama has several devices to choose."""
 
-CUDA_CONTEXT = 512 * MB
-"""Bytes that the process of a model takes beside its buffers: CUDA context and libraries."""
+OVERHEAD = 512 * MB
+"""Bytes that the process of a model takes beyond weights, cache and buffers, until they were
+measured: CUDA context, libraries and their pools."""
 
 _CELLS = 256
 """The number of cells of a cache is a multiple of this."""
 _BLOCKS = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
 """Elements of a block of a KV cache and its bytes, by the cache's type."""
 
+_SMALLEST_IN_TABLE = 7
 _TABLE = ((10, 8192 * MB), (16, 12288 * MB))
 _LARGEST = 18432 * MB
+"""The founding write-up's reservations: 7B, 14B, and 34B or more."""
+_PER_BILLION, _BASE = 7 * GB // 10, GB
+"""For models below 7B: bytes for each billion parameters, and beside them."""
 _EMBEDDING = 2048 * MB
 _EMBEDDING_NAMES = ("embed", "minilm", "bge")
-"""The founding write-up's reservations: 7B, 14B, and 34B or more."""
 
 _PARAMETERS = re.compile(
     r"(?:^|[^a-z0-9.])(?:([0-9]{1,3})x)?([0-9]{1,4}(?:\.[0-9]{1,3})?)([bm])(?![a-z0-9])", re.ASCII
@@ -53,6 +60,9 @@ class Server(NamedTuple):
     parallel: int = 1
     """Requests at once per model."""
     kv_cache_type: str = "f16"
+    overhead: int | None = None
+    """Bytes that the process of a model takes beyond its buffers, as an earlier run measured
+    them; None: not measured."""
 
     def key(self, digest: str, context: int) -> str:
         """Under what the size of a loaded model is kept for later runs."""
@@ -60,9 +70,18 @@ class Server(NamedTuple):
 
     @property
     def runs_llama_server(self) -> bool:
-        """Whether it is 0.30 or newer; builds without a version are taken to be."""
+        """Whether it is 0.30 or newer."""
+        return self._is_since(30)
+
+    @property
+    def limits_logits(self) -> bool:
+        """Whether it reserves no buffer for the logits of every token of a batch."""
+        return self._is_since(33)
+
+    def _is_since(self, minor: int) -> bool:
+        """Whether its version is 0.`minor` or newer; builds without a version are."""
         numbers = [int(part) for part in re.findall(r"[0-9]{1,6}", self.version or "")[:2]]
-        return len(numbers) < 2 or numbers == [0, 0] or numbers >= [0, 30]
+        return len(numbers) < 2 or numbers == [0, 0] or numbers >= [0, minor]
 
 
 class Prediction(NamedTuple):
@@ -73,37 +92,49 @@ class Prediction(NamedTuple):
     graph: int
     context: int
     """Tokens of context for each request."""
-    cuda_context: int = CUDA_CONTEXT
+    overhead: int = OVERHEAD
+    """What its process takes beyond the first three."""
+    has_window: bool = False
+    """Whether a layer has a sliding window: what the server reports as `size_vram` leaves out
+    one of its two caches then."""
 
     @property
     def buffers(self) -> int:
-        """Bytes that `/api/ps` will tell as `size_vram`: the CUDA context is not among them."""
+        """Bytes that `/api/ps` will report as `size_vram` where no layer has a window."""
         return self.weights + self.kv_cache + self.graph
 
     @property
     def vram(self) -> int:
         """Bytes by which a device's free VRAM will shrink."""
-        return self.buffers + self.cuda_context
+        return self.buffers + self.overhead
 
 
 def predict(model: ModelFacts, server: Server) -> Prediction:
     """The prediction for one model. Raises `ShapeUnknownError` where its metadata do not do."""
-    if model.info is None:
-        raise ShapeUnknownError(model.problem or "/api/show gives no metadata")
-    if model.file_bytes is None:
-        raise ShapeUnknownError("/api/tags gives no size")
-    shape = shape_of(model.info)
+    shape, weights = _checked(model)
     context = context_of(model.num_ctx, server, shape.trained_context)
     batch = batch_of(shape, context, server)
     found = Prediction(
-        weights=model.file_bytes,
+        weights=weights,
         kv_cache=kv_cache_bytes(shape, context, server.parallel, server.kv_cache_type, batch),
-        graph=graph_bytes(shape, context * server.parallel, batch, server),
+        graph=graph_bytes(shape, context, batch, server),
         context=context,
+        overhead=OVERHEAD if server.overhead is None else server.overhead,
+        has_window=bool(shape.windows),
     )
     if found.vram >= MOST_VRAM:
         raise ShapeUnknownError("its metadata would need more VRAM than any GPU has")
     return found
+
+
+def _checked(model: ModelFacts) -> tuple[Shape, int]:
+    """The shape, and the bytes of the weights."""
+    if model.info is None:
+        raise ShapeUnknownError(model.problem or "/api/show gives no metadata")
+    if model.tensors is None and model.file_bytes is None:
+        raise ShapeUnknownError("/api/tags gives no size")
+    weights = model.tensors.size if model.tensors is not None else model.file_bytes or 0
+    return shape_of(model.info), weights
 
 
 def context_of(num_ctx: int | None, server: Server, trained: int | None = None) -> int:
@@ -152,12 +183,22 @@ def _row(elements: int, cache_type: str) -> int:
     return -(-elements // each) * size
 
 
-def graph_bytes(shape: Shape, tokens: int, batch: int, server: Server) -> int:
-    """Bytes of the compute buffers at most: of the logits or of the attention, whichever is more.
+def graph_bytes(shape: Shape, context: int, batch: int, server: Server) -> int:
+    """Bytes of the compute buffers, for requests of `context` tokens each.
 
-    From 0.30 on, and with a quantized cache, attention is computed in one piece ("flash
-    attention") and only its mask grows with the context.
+    Measured on 0.33, to the byte: the widest feed-forward layer decides, and the mask of the
+    attention grows with the context. Before, a server reserves the logits of a whole batch, and
+    without "flash attention" (before 0.30, with an f16 cache) the attention of all heads.
     """
+    if server.limits_logits and shape.feed_forward and not shape.is_embedding:
+        wide = 3 * shape.feed_forward + (4 + shape.experts) * shape.embedding_length
+        mask = 2 * batch * context
+        for window in shape.windows:
+            # Layers with a window have a mask of their own, and one more copy of their input.
+            mask += 2 * batch * min(_padded(context), _padded(window + batch))
+            wide += shape.embedding_length
+        return 4 * batch * wide + mask
+    tokens = context * server.parallel
     logits = 4 * batch * (shape.vocabulary + shape.embedding_length)
     if shape.is_embedding:
         logits = 4 * batch * shape.embedding_length
@@ -168,16 +209,68 @@ def graph_bytes(shape: Shape, tokens: int, batch: int, server: Server) -> int:
     return max(logits, attention)
 
 
+def arithmetic(model: ModelFacts, server: Server) -> Iterator[str]:
+    """Each part of the prediction with what it is made from, one line each.
+
+    Raises `ShapeUnknownError` as `predict` does.
+    """
+    found = predict(model, server)
+    shape, _ = _checked(model)
+    batch = batch_of(shape, found.context, server)
+    yield f"weights {format_gb(found.weights)}: {_weights_source(model)}"
+    rows = Counter(
+        (min(_padded(found.context), _padded(layer.window + batch)) if layer.window
+         else _padded(found.context), layer.keys + layer.values)
+        for layer in shape.layers
+    )  # fmt: skip
+    elements, size = _BLOCKS[server.kv_cache_type]
+    each = " + ".join(
+        f"{count} layers × {cells} tokens × {row} elements" for (cells, row), count in rows.items()
+    )
+    times = f", {server.parallel} requests at once" if server.parallel > 1 else ""
+    if each:
+        yield (
+            f"KV cache {format_gb(found.kv_cache)}: {each}, {size / elements:g} bytes each "
+            f"({server.kv_cache_type}){times}"
+        )
+    since = "0.33" if server.limits_logits else "0.30" if server.runs_llama_server else "old"
+    yield (
+        f"buffers {format_gb(found.graph)}: {batch} tokens at once, feed-forward "
+        f"{shape.feed_forward or 'unknown'}, embedding {shape.embedding_length} (the formula of "
+        f"{f'Ollama {since} and newer' if since != 'old' else 'Ollama before 0.30'})"
+    )
+    source = "assumed; the first load measures it"
+    if server.overhead is not None:
+        source = "measured in an earlier run"
+    yield f"process {format_gb(found.overhead)}: CUDA context and libraries, {source}"
+
+
+def _weights_source(model: ModelFacts) -> str:
+    tensors = model.tensors
+    if tensors is None:
+        return "the whole file, as /api/tags has it"
+    rest = ""
+    if tensors.in_host_ram:
+        rest = f"; the token embeddings, {format_gb(tensors.in_host_ram)}, stay in host RAM"
+    return f"{tensors.number} tensors of /api/show{rest}"
+
+
 def by_name(name: str, parameter_size: str = "", file_bytes: int | None = None) -> int:
-    """Bytes by the size in a model's name, as the founding write-up has them: 7B 8192 MB,
-    14B 12288 MB, more 18432 MB. Models for embeddings, which rarely name a size, get 2048 MB.
-    Never less than a file and 2 GB beside it, where it is known."""
+    """Bytes by the size in a model's name.
+
+    From 7B on as the founding write-up has them: 7B 8192 MB, 14B 12288 MB, more 18432 MB.
+    Below 7B 0.7 GB for each billion parameters and 1 GB. Models for embeddings, which rarely
+    name a size, get 2048 MB. Never less than a file and 2 GB, where the file is known.
+    """
     billions = _billions(name.rpartition(":")[2]) or _billions(name) or _billions(parameter_size)
-    listed = next((size for most, size in _TABLE if billions <= most), _LARGEST)
     if not billions:
         embeds = any(word in name.lower() for word in _EMBEDDING_NAMES)
         listed = _EMBEDDING if embeds else _TABLE[1][1]
-    return max(listed, (file_bytes or 0) + 2 * GB if file_bytes else 0)
+    elif billions < _SMALLEST_IN_TABLE:
+        listed = int(billions * _PER_BILLION) + _BASE
+    else:
+        listed = next((size for most, size in _TABLE if billions <= most), _LARGEST)
+    return max(listed, file_bytes + 2 * GB if file_bytes else 0)
 
 
 def _billions(text: str) -> float:
@@ -189,151 +282,155 @@ def _billions(text: str) -> float:
     return count if found[3] == "b" else count / 1000
 
 
-class Source(str, Enum):
-    """Where a figure comes from, in the words of the output."""
-
-    LOADED = "loaded"
-    SEEN = "seen in an earlier run"
-    PREDICTED = "predicted"
-    NAME = "by the size in its name"
-    CLOUD = "runs in the cloud"
+_FORMAT = 2
+_MOST_ENTRIES = 64
+_MOST_OVERHEAD = 4 * GB
 
 
-@dataclass(frozen=True)
-class ModelNeed:
-    """What one model needs."""
+class Sighting(NamedTuple):
+    """A model that an earlier run saw wholly on the GPU."""
 
     name: str
     vram: int
-    """Bytes that have to be free, or held by it, so that it is wholly on the GPU."""
-    source: Source
-    reason: str = ""
-    """Why there is nothing better than its name to go by."""
-    prediction: Prediction | None = None
-    """What was predicted, whether or not something better was found."""
-    missing: int = 0
-    """Bytes of a loaded model that are not on the GPU."""
-
-    @property
-    def difference(self) -> int | None:
-        """Bytes by which the model takes more than predicted; None where one is not known."""
-        if self.prediction is None or self.source not in (Source.LOADED, Source.SEEN):
-            return None
-        if self.source is Source.LOADED:
-            return self.vram - self.prediction.buffers
-        return self.vram - self.prediction.vram
+    """Bytes that its process held."""
+    context: int
+    """Tokens of context that it was loaded with."""
+    date: str = ""
+    """When, as YYYY-MM-DD."""
 
 
-@dataclass(frozen=True)
-class Demand:
-    """What all the models together need."""
+class KnownSizes(NamedTuple):
+    """What earlier runs measured of Ollama on this host."""
 
-    needs: tuple[ModelNeed, ...] = ()
-    asked: bool = True
-    """Whether the server could be asked; if not, the figures are whole reservations."""
+    models: Mapping[str, Sighting] = MappingProxyType({})
+    """Under the keys of `Server.key`."""
+    overheads: Mapping[str, int] = MappingProxyType({})
+    """Under the keys of `overhead_key`: bytes that a model's process takes beyond its buffers."""
 
-    @property
-    def pending(self) -> int:
-        """Bytes that models still have to be given: those not loaded, and what is missing."""
-        return sum(
-            need.missing if need.source is Source.LOADED else need.vram for need in self.needs
-        )
-
-    @property
-    def margin(self) -> int:
-        """Bytes that have to stay free beside a model when it is loaded."""
-        return MARGIN if self.asked else 0
-
-    def room(self, choices: int) -> int:
-        """Bytes that must be free on a device, beside what Ollama holds there already.
-
-        Where Ollama has several devices to choose from it takes no more than 80 % of what is
-        free on one, so that so much more must be free.
-        """
-        least = self.pending + self.margin
-        if choices < 2 or not self.asked:
-            return least
-        return max(least, -(-self.pending * SHARE[1] // SHARE[0]))
-
-    def document(self) -> list[dict[str, object]]:
-        """The needs in builtin types, for reports; sizes in bytes."""
-        return [
-            {
-                "name": need.name,
-                "vram_bytes": need.vram,
-                "source": need.source.value,
-                "predicted_bytes": need.prediction.vram if need.prediction else None,
-                "difference_bytes": need.difference,
-                "reason": need.reason,
-            }
-            for need in self.needs
-        ]
+    def document(self) -> dict[str, object]:
+        """The sizes in builtin types, as `known_sizes` reads them."""
+        return {
+            "version": _FORMAT,
+            "models": {key: list(model) for key, model in self.models.items()},
+            "processes": dict(self.overheads),
+        }
 
 
-def demand_of(
-    names: Sequence[str], ollama: OllamaFacts, server: Server, seen: Mapping[str, int]
-) -> Demand:
-    """What the named models need, and what is loaded beside them.
-
-    `seen` has the sizes of earlier runs in bytes, under the keys of `Server.key`.
-    """
-    if not ollama.answered:
-        return Demand(
-            tuple(_by_name(name, "Ollama cannot be asked") for name in names), asked=False
-        )
-    told = {full_name(model.name): model for model in ollama.relied_on}
-    loaded = {full_name(model.name): model for model in ollama.models}
-    digests = {model.digest for model in ollama.models} - {""}
-    needs = [_loaded(model, told.get(name), server) for name, model in loaded.items()]
-    if not ollama.on_this_host:
-        # What is loaded elsewhere is not resident here, so that room for all of it is kept.
-        needs = [replace(need, missing=need.vram) for need in needs]
-    for name, written in {full_name(written): written for written in names}.items():
-        model = told.get(name, ModelFacts(written, problem="it was not asked for"))
-        if name not in loaded and model.digest not in digests:
-            needs.append(_need(model, server, seen))
-    return Demand(tuple(needs))
+def overhead_key(device_name: str, version: str | None) -> str:
+    """Under what the overhead of a process is kept: model of device and version of the server."""
+    return f"{device_name[:80]}, Ollama {(version or 'unknown')[:40]}"
 
 
-def _loaded(model: LoadedModel, told: ModelFacts | None, server: Server) -> ModelNeed:
-    """What it holds; one that the run relies on wants what it lacks, too, when it is reloaded."""
-    if told is None:
-        return ModelNeed(model.name, model.size_vram, Source.LOADED)
-    # Predicted for the context that it has, so that the two figures can be compared.
-    as_loaded = server._replace(context=model.context or server.context)
-    return ModelNeed(
-        model.name,
-        max(model.size, model.size_vram),
-        Source.LOADED,
-        prediction=_prediction(told._replace(num_ctx=None), as_loaded),
-        missing=max(0, model.size - model.size_vram),
+NOTHING_KNOWN = KnownSizes()
+"""Where no earlier run measured anything."""
+
+
+def known_sizes(document: object) -> KnownSizes:
+    """The sizes that a document of `KnownSizes` holds; what makes no sense is left out."""
+    if not isinstance(document, dict) or document.get("version") != _FORMAT:
+        return KnownSizes()
+    models, processes = document.get("models"), document.get("processes")
+    return KnownSizes(
+        {
+            key: Sighting(printable(entry[0], 120), *entry[1:])
+            for key, entry in (models.items() if isinstance(models, dict) else ())
+            if _is_sighting(entry)
+        },
+        {
+            key: size
+            for key, size in (processes.items() if isinstance(processes, dict) else ())
+            if type(size) is int and 0 <= size <= _MOST_OVERHEAD
+        },
     )
 
 
-def _prediction(model: ModelFacts, server: Server) -> Prediction | None:
+def _is_sighting(entry: object) -> bool:
+    if not isinstance(entry, list) or len(entry) != 4:
+        return False
+    name, vram, context, date = entry
+    return (
+        isinstance(name, str)
+        and all(type(size) is int and 0 < size < MOST_VRAM for size in (vram, context))
+        and isinstance(date, str)
+        and re.fullmatch(r"20[0-9]{2}-[0-9]{2}-[0-9]{2}", date) is not None
+    )
+
+
+def with_sightings(
+    known: KnownSizes,
+    seen: Sequence[tuple[LoadedModel, int | None]],
+    ollama: OllamaFacts,
+    devices: Sequence[Device],
+    settings: Settings,
+) -> KnownSizes:
+    """What is known after a run that saw these models, each with the bytes of its process."""
+    models, overheads = dict(known.models), dict(known.overheads)
+    names = {device.name for device in devices}
+    key = overhead_key(next(iter(names), ""), ollama.version)
+    at_start = used_by(ollama.models, devices)
+    for model, used in seen:
+        if used is None and model.name in {each.name for each in ollama.models}:
+            used = at_start
+        overhead = measured_overhead(model, used, ollama.relied_on)
+        if overhead is not None and len(names) == 1:
+            overheads.pop(key, None)
+            overheads[key] = overhead
+        found = sighting(model, used, settings, ollama.relied_on, overheads.get(key, OVERHEAD))
+        if found is not None:
+            models.pop(found[0], None)
+            models[found[0]] = found[1]
+    newest = list(models.items())[-_MOST_ENTRIES:], list(overheads.items())[-_MOST_ENTRIES:]
+    return KnownSizes(dict(newest[0]), dict(newest[1]))
+
+
+def sighting(
+    model: LoadedModel,
+    used: int | None,
+    settings: Settings,
+    relied_on: Sequence[ModelFacts],
+    overhead: int = OVERHEAD,
+) -> tuple[str, Sighting] | None:
+    """Key and size of a loaded model; None where what is seen does not say what it needs.
+
+    `used` are the bytes of its process as NVML reports them; without them what the server says
+    and the overhead of a process. A model that is partly on the CPU would need more than is
+    seen, and a server that could not read its runner's log reports the size of the file.
+    """
+    if not model.digest or not model.context or not model.is_whole:
+        return None
+    if model.size in {m.file_bytes for m in relied_on if m.digest == model.digest}:
+        return None
+    vram = used if used is not None and used >= model.size else model.size + overhead
+    server = Server(
+        0, parallel=settings.ollama_parallel, kv_cache_type=settings.ollama_kv_cache_type
+    )
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    key = server.key(model.digest, model.context)
+    return key, Sighting(model.name, vram, model.context, today)
+
+
+def measured_overhead(
+    model: LoadedModel, used: int | None, relied_on: Sequence[ModelFacts]
+) -> int | None:
+    """Bytes of a model's process beyond its buffers; None where that cannot be measured.
+
+    `size_vram` leaves out a cache where layers have a window, so that only a model whose
+    metadata are known to have none says what a process takes.
+    """
+    info = next((m.info for m in relied_on if m.digest == model.digest and m.info), None)
+    if used is None or info is None or not model.is_whole or not model.digest:
+        return None
     try:
-        return predict(model, server)
+        if shape_of(info).windows:
+            return None
     except ShapeUnknownError:
         return None
+    return used - model.size if 0 <= used - model.size <= _MOST_OVERHEAD else None
 
 
-def _need(model: ModelFacts, server: Server, seen: Mapping[str, int]) -> ModelNeed:
-    if model.is_remote:
-        return ModelNeed(model.name, 0, Source.CLOUD)
-    reason, prediction = "", None
-    try:
-        prediction = predict(model, server)
-    except ShapeUnknownError as error:
-        reason = str(error)
-    context = prediction.context if prediction else context_of(model.num_ctx, server)
-    known = seen.get(server.key(model.digest, context)) if model.digest else None
-    if known is not None:
-        return ModelNeed(model.name, known, Source.SEEN, prediction=prediction)
-    if prediction is None:
-        return _by_name(model.name, reason, model)
-    return ModelNeed(model.name, prediction.vram, Source.PREDICTED, prediction=prediction)
-
-
-def _by_name(name: str, reason: str, model: ModelFacts | None = None) -> ModelNeed:
-    size = by_name(name, model.parameter_size, model.file_bytes) if model else by_name(name)
-    return ModelNeed(name, size, Source.NAME, reason)
+def used_by(models: Sequence[LoadedModel], devices: Sequence[Device]) -> int | None:
+    """Bytes that NVML reports for the process of the only loaded model; None where it does not."""
+    sizes = [p.used for d in devices for p in d.processes or () if p.is_ollama]
+    if len(models) != 1 or not sizes or None in sizes:
+        return None
+    return sum(size for size in sizes if size is not None)

@@ -24,7 +24,7 @@ from pytest_gpushare.ollama.client import (
 )
 from pytest_gpushare.ollama.messages import placed
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts, full_name
-from pytest_gpushare.ollama.prediction import CUDA_CONTEXT, MARGIN
+from pytest_gpushare.ollama.prediction import MARGIN, OVERHEAD
 from pytest_gpushare.text import printable
 from pytest_gpushare.units import format_gb
 
@@ -152,7 +152,7 @@ def ask(
     """What is loaded now. Raises as `set_keep_alive` does."""
     connection = connect(server, opened)
     with contextlib.closing(connection):
-        return loaded_models(connection, deadline or time.monotonic() + ASK_LIMIT)
+        return loaded_models(connection, deadline or time.monotonic() + ASK_LIMIT).models
 
 
 def _post(
@@ -227,7 +227,7 @@ def _room(free: int | None) -> str:
 
 
 def _does_not_fit(model: LoadedModel, free: int | None) -> str:
-    needs = format_gb(model.size + CUDA_CONTEXT + MARGIN)
+    needs = format_gb(model.size + OVERHEAD + MARGIN)
     return f"it does not fit: {placed(model)}; it needs {needs}{_room(free)}"
 
 

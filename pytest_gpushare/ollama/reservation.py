@@ -1,17 +1,42 @@
-"""Where the reservation is held, and how much of it Ollama holds already."""
+"""How much VRAM is kept for Ollama, on which devices, and how much it holds there already."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from enum import Enum
+from typing import NamedTuple
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.gpu.devices import Device, GpuFacts
-from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.ollama.architectures import ShapeUnknownError
+from pytest_gpushare.ollama.models import (
+    LoadedModel,
+    ModelFacts,
+    OllamaFacts,
+    full_name,
+)
+from pytest_gpushare.ollama.prediction import (
+    MARGIN,
+    NOTHING_KNOWN,
+    OVERHEAD,
+    SHARE,
+    KnownSizes,
+    Prediction,
+    Server,
+    arithmetic,
+    by_name,
+    context_of,
+    overhead_key,
+    predict,
+)
+from pytest_gpushare.units import MB, format_gb
 
-if TYPE_CHECKING:
-    from pytest_gpushare.ollama.prediction import Demand, Server
+_SHORT_CONTEXT = 8192
+_STEP = 500 * MB
+_RECENT = 14
+"""Days for which a model that was seen counts as one that is in use."""
 
 
 def devices_of_ollama(setting: Sequence[str], gpus: GpuFacts) -> tuple[Device, ...] | None:
@@ -65,7 +90,11 @@ def resident_bytes(
         return {}
     candidates = gpus.all_devices if known is None else known
     told = {d.uuid: min(_by_process(d), d.used) for d in candidates if _by_process(d)}
-    left = max(0, ollama.vram - sum(told.values())) if ollama.answered else 0
+    claimed = ollama.vram if ollama.answered else 0
+    if claimed > sum(device.total for device in candidates):
+        # More than these devices have: such a server is not believed.
+        claimed = 0
+    left = max(0, claimed - sum(told.values()))
     result = dict(told)
     split = [d for d in candidates if d.uuid not in told and _lists_ollama(d)]
     used, shared = sum(d.used for d in split) or 1, left
@@ -94,6 +123,199 @@ def _named(name: str, devices: Sequence[Device]) -> Device:
     return matches[0]
 
 
+class Source(str, Enum):
+    """Where a figure comes from, in the words of the output."""
+
+    LOADED = "loaded"
+    SEEN = "seen in an earlier run"
+    PREDICTED = "predicted"
+    NAME = "by the size in its name"
+    CLOUD = "runs in the cloud"
+
+
+class ModelNeed(NamedTuple):
+    """What one model needs."""
+
+    name: str
+    vram: int
+    """Bytes that have to be free, or held by it, so that it is wholly on the GPU."""
+    source: Source
+    reason: str = ""
+    """Why there is nothing better than its name to go by."""
+    prediction: Prediction | None = None
+    """What was predicted, whether or not something better was found."""
+    missing: int = 0
+    """Bytes of a loaded model that are not on the GPU."""
+    arithmetic: tuple[str, ...] = ()
+    """How each part of the prediction was computed, one line each."""
+    smaller: tuple[str, ...] = ()
+    """Ways to a smaller need where much of it is context, one phrase each."""
+
+    @property
+    def difference(self) -> int | None:
+        """Bytes by which the model takes more than predicted; None where one is not known."""
+        if self.prediction is None or self.source not in (Source.LOADED, Source.SEEN):
+            return None
+        if self.source is Source.LOADED:
+            return self.vram - self.prediction.buffers
+        return self.vram - self.prediction.vram
+
+
+class Demand(NamedTuple):
+    """What all the models together need."""
+
+    needs: tuple[ModelNeed, ...] = ()
+    asked: bool = True
+    """Whether the server could be asked; if not, the figures are whole reservations."""
+
+    @property
+    def pending(self) -> int:
+        """Bytes that models still have to be given: those not loaded, and what is missing."""
+        return sum(
+            need.missing if need.source is Source.LOADED else need.vram for need in self.needs
+        )
+
+    @property
+    def margin(self) -> int:
+        """Bytes that have to stay free beside a model when it is loaded."""
+        return MARGIN if self.asked else 0
+
+    def free_needed(self, choices: int) -> int:
+        """Bytes that must be free on a device, beside what Ollama holds there already.
+
+        Where Ollama has several devices to choose from it takes no more than 80 % of what is
+        free on one, so that so much more must be free.
+        """
+        least = self.pending + self.margin
+        if choices < 2 or not self.asked:
+            return least
+        return max(least, -(-self.pending * SHARE[1] // SHARE[0]))
+
+    def document(self) -> list[dict[str, object]]:
+        """The needs in builtin types, for reports; sizes in bytes."""
+        return [
+            {
+                "name": need.name,
+                "vram_bytes": need.vram,
+                "source": need.source.value,
+                "predicted_bytes": need.prediction.vram if need.prediction else None,
+                "difference_bytes": need.difference,
+                "reason": need.reason,
+            }
+            for need in self.needs
+        ]
+
+
+def demand_of(
+    names: Sequence[str], ollama: OllamaFacts, server: Server, sizes: KnownSizes
+) -> Demand:
+    """What the named models need, and what is loaded beside them."""
+    if not ollama.answered:
+        return Demand(
+            tuple(_by_name(ModelFacts(name), "Ollama cannot be asked") for name in names),
+            asked=False,
+        )
+    facts = {full_name(model.name): model for model in ollama.relied_on}
+    loaded = {full_name(model.name): model for model in ollama.models}
+    digests = {model.digest: model for model in ollama.relied_on if model.digest}
+    needs = [
+        _loaded(model, facts.get(name) or digests.get(model.digest), server, sizes)
+        for name, model in loaded.items()
+    ]
+    if not ollama.on_this_host:
+        # What is loaded elsewhere is not resident here, so that VRAM for all of it is kept.
+        needs = [need._replace(missing=need.vram) for need in needs]
+    loaded_digests = {model.digest for model in ollama.models}
+    for name, written in {full_name(written): written for written in names}.items():
+        model = facts.get(name, ModelFacts(written, problem="it was not asked for"))
+        # Two names of one file share one process, which is listed under the first of them.
+        if name not in loaded and (not model.digest or model.digest not in loaded_digests):
+            needs.append(need_of(model, server, sizes))
+    return Demand(tuple(needs))
+
+
+def _loaded(
+    model: LoadedModel, facts: ModelFacts | None, server: Server, sizes: KnownSizes
+) -> ModelNeed:
+    """What it holds; one that the run relies on wants what it lacks, too, when it is reloaded.
+
+    `size` of a model that is partly on the CPU is not what it needs on the GPU: the token
+    embeddings are in it, and other buffers. So that is sizes or predicted.
+    """
+    if facts is None:
+        return ModelNeed(model.name, model.on_gpu, Source.LOADED)
+    # Predicted for the context that it has, so that the two figures can be compared.
+    as_loaded = server._replace(context=model.context or server.context)
+    whole = need_of(facts._replace(num_ctx=None), as_loaded, sizes)
+    if not model.is_spilled:
+        held = model.size if model.size_vram is None else model.on_gpu
+        least = whole.prediction.buffers if whole.prediction and whole.prediction.has_window else 0
+        return whole._replace(name=model.name, vram=max(held, least), source=Source.LOADED)
+    overhead = OVERHEAD if server.overhead is None else server.overhead
+    needed = whole.vram
+    if whole.source is Source.NAME:
+        needed = model.size + overhead
+    held = model.on_gpu + overhead if model.on_gpu else 0
+    return whole._replace(
+        name=model.name,
+        vram=needed - overhead,
+        source=Source.LOADED,
+        reason="",
+        missing=max(0, needed - held),
+    )
+
+
+def need_of(model: ModelFacts, server: Server, sizes: KnownSizes) -> ModelNeed:
+    """What a model that is not loaded needs: as it was seen, else predicted, else by its name."""
+    if model.is_remote:
+        return ModelNeed(model.name, 0, Source.CLOUD)
+    reason, prediction, lines = "", None, tuple[str, ...]()
+    try:
+        prediction = predict(model, server)
+        lines = tuple(arithmetic(model, server))
+    except ShapeUnknownError as error:
+        reason = str(error)
+    context = prediction.context if prediction else context_of(model.num_ctx, server)
+    seen = sizes.models.get(server.key(model.digest, context)) if model.digest else None
+    if seen is None and prediction is None:
+        return _by_name(model, reason)
+    found = ModelNeed(
+        model.name,
+        0,
+        Source.PREDICTED if seen is None else Source.SEEN,
+        prediction=prediction,
+        arithmetic=lines,
+        smaller=() if prediction is None else _smaller(model, server, prediction),
+    )
+    if prediction is None:
+        return found._replace(vram=seen.vram if seen else 0)
+    if seen is None:
+        return found._replace(vram=prediction.vram)
+    # With a window the server reports too little, and NVML may not have been asked.
+    least = prediction.vram if prediction.has_window else 0
+    return found._replace(vram=max(seen.vram, least))
+
+
+def _smaller(model: ModelFacts, server: Server, found: Prediction) -> tuple[str, ...]:
+    """What a smaller context or cache would need, where the context costs a good part."""
+    if found.context <= _SHORT_CONTEXT or found.kv_cache < found.buffers // 5:
+        return ()
+    short = predict(model._replace(num_ctx=_SHORT_CONTEXT), server)
+    ways = [
+        f"{format_gb(short.vram)} at {_SHORT_CONTEXT} tokens (PARAMETER num_ctx in the model, or "
+        "OLLAMA_CONTEXT_LENGTH of the server)"
+    ]
+    if server.kv_cache_type == "f16":
+        packed = predict(model, server._replace(kv_cache_type="q8_0"))
+        ways.append(f"{format_gb(packed.vram)} with OLLAMA_KV_CACHE_TYPE=q8_0")
+    return tuple(ways)
+
+
+def _by_name(model: ModelFacts, reason: str) -> ModelNeed:
+    size = by_name(model.name, model.parameter_size, model.file_bytes)
+    return ModelNeed(model.name, size, Source.NAME, reason)
+
+
 class Reservation(NamedTuple):
     """What is kept for Ollama."""
 
@@ -111,45 +333,79 @@ def reserve(
     ollama: OllamaFacts,
     known: Sequence[Device] | None,
     resident: Mapping[str, int],
-    seen: Mapping[str, int],
+    sizes: KnownSizes,
 ) -> Reservation:
     """The reservation on each device that Ollama uses, or may use while that is unknown.
 
-    `known` has the devices that it uses, `resident` the bytes that it holds on each, `seen`
-    the sizes of its models in earlier runs.
+    `known` has the devices that it uses, `resident` the bytes that it holds on each.
     """
     demand = None
     if settings.ollama_models:
-        # Only here: a run that names no model does not pay for the import.
-        from pytest_gpushare.ollama.prediction import demand_of
-
-        demand = demand_of(settings.ollama_models, ollama, server_of(settings, gpus, ollama), seen)
+        server = server_of(settings, gpus, ollama, sizes)
+        demand = demand_of(settings.ollama_models, ollama, server, sizes)
     if is_released(settings, gpus, ollama):
         return Reservation({}, demand, is_released=True)
     may_use = gpus.all_devices if known is None else known
     if settings.ollama_vram_reservation is not None:
         fixed = int(settings.ollama_vram_reservation)
         return Reservation({device.uuid: fixed for device in may_use}, demand)
-    more = demand.room(len(may_use)) if demand else 0
+    more = demand.free_needed(len(may_use)) if demand else 0
     held = resident if ollama.answered else {}
     return Reservation({d.uuid: held.get(d.uuid, 0) + more for d in may_use}, demand)
 
 
-def server_of(settings: Settings, gpus: GpuFacts, ollama: OllamaFacts) -> Server:
+def server_of(
+    settings: Settings, gpus: GpuFacts, ollama: OllamaFacts, sizes: KnownSizes = NOTHING_KNOWN
+) -> Server:
     """How the server is set up, from its answers and the settings.
 
     Its context goes by the VRAM of all its devices: those that the user named, else every one.
     """
-    from pytest_gpushare.ollama.prediction import Server
-
     named = [d for d in gpus.all_devices if any(is_named(d, n) for n in settings.ollama_gpu)]
+    devices = named or list(gpus.all_devices)
+    keys = {overhead_key(device.name, ollama.version) for device in devices}
+    overheads = [sizes.overheads.get(key) for key in keys]
+    known = [size for size in overheads if size is not None]
     return Server(
-        total_vram=sum(device.total for device in named or gpus.all_devices),
+        total_vram=sum(device.total for device in devices),
         version=ollama.version,
         context=settings.ollama_context,
         parallel=settings.ollama_parallel,
         kv_cache_type=settings.ollama_kv_cache_type,
+        overhead=max(known) if known and len(known) == len(overheads) else None,
     )
+
+
+def seen_larger(
+    settings: Settings, gpus: GpuFacts, ollama: OllamaFacts, sizes: KnownSizes
+) -> tuple[str, ...]:
+    """A sentence on the largest model that recent runs saw and the reservation does not hold;
+    none where it holds them all, or follows the models that are named."""
+    reservation = settings.ollama_vram_reservation
+    if not reservation or not ollama.asked or is_released(settings, gpus, ollama):
+        return ()
+    named = {full_name(name) for name in settings.ollama_models}
+    there = {full_name(model.name) for model in ollama.models}
+    since = time.strftime("%Y-%m-%d", time.gmtime(time.time() - _RECENT * 86400))
+    recent = [
+        model
+        for model in sizes.models.values()
+        if model.date >= since and full_name(model.name) not in named | there
+    ]
+    largest = max(recent, key=lambda model: model.vram, default=None)
+    if largest is None or largest.vram <= reservation:
+        return ()
+    needed = -(-(largest.vram + MARGIN) // _STEP) * _STEP
+    text = (
+        f"Ollama's {largest.name} held {format_gb(largest.vram)} of VRAM in an earlier run, at "
+        f"{largest.context} tokens, more than the {format_gb(int(reservation))} reserved for it: "
+    )
+    if needed > max((device.total for device in gpus.all_devices), default=0):
+        return (
+            f"{text}no device here holds it with 1.0 GB free beside it: use a smaller context "
+            "(OLLAMA_CONTEXT_LENGTH)",
+        )
+    return (f"{text}gpu_share_ollama_vram_reservation_mb = {needed // MB} would hold it",)
 
 
 def is_released(settings: Settings, gpus: GpuFacts, ollama: OllamaFacts) -> bool:

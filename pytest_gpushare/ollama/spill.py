@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pytest_gpushare.gpu.attribution import Held
 from pytest_gpushare.ollama.models import LoadedModel
-from pytest_gpushare.ollama.prediction import CUDA_CONTEXT, MARGIN, SHARE
+from pytest_gpushare.ollama.prediction import MARGIN, OVERHEAD, SHARE
 from pytest_gpushare.units import GB, MB
 
 _STEP_MB = 500
@@ -134,7 +134,7 @@ def judge(
     that Ollama may use, from before the load to after it. Between two looks much may happen:
     how much was free when Ollama decided follows from how much it put on the GPU.
     """
-    missing = model.size - model.size_vram
+    missing = model.size - model.on_gpu
     scenes = [Scene.of(held) for held in window if held]
     if not scenes:
         return Spill(at, model, Cause.UNKNOWN, missing, None, {}, None, None)
@@ -142,9 +142,9 @@ def judge(
     context = context_of([model, *beside], window[-1])
     # Taken by all but Ollama, as it decided; too much by a layer at most.
     taken = sum(h.total for h in promise.start.values())
-    taken -= model.size_vram + devices * (context + MARGIN)
-    taken -= sum(other.size_vram + context for other in beside)
-    slack = model.size // 10 + CUDA_CONTEXT
+    taken -= model.on_gpu + devices * (context + MARGIN)
+    taken -= sum(other.on_gpu + context for other in beside)
+    slack = model.size // 10 + OVERHEAD
     was_seen = max(scene.beside_ollama for scene in scenes) >= taken - slack
     # Where so much was never held, how much Ollama found free says nothing.
     least = taken - slack if was_seen else 0
@@ -200,10 +200,10 @@ def _holders(
 
 def context_of(loaded: Sequence[LoadedModel], held: Mapping[str, Held]) -> int:
     """Bytes that a runner takes beside its model: contexts and pools, which only NVML sees."""
-    seen = sum(h.ollama for h in held.values()) - sum(each.size_vram for each in loaded)
+    seen = sum(h.ollama for h in held.values()) - sum(each.on_gpu for each in loaded)
     context = -(-seen // len(loaded))
     # Or it is a runner on its way out, the VRAM of which comes back late.
-    return context if 0 < context <= _MOST_CONTEXT else CUDA_CONTEXT
+    return context if 0 < context <= _MOST_CONTEXT else OVERHEAD
 
 
 def required_free(
@@ -218,7 +218,7 @@ def required_free(
     least = alone + MARGIN
     if beside or devices > 1:
         least = max(least, -(-alone * SHARE[1] // SHARE[0]))
-    return least + sum(each.size_vram + context for each in beside)
+    return least + sum(each.on_gpu + context for each in beside)
 
 
 class Scene(NamedTuple):

@@ -10,7 +10,7 @@ from pytest_gpushare.gpu.devices import ComputeMode, Device
 from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
-    from pytest_gpushare.ollama.prediction import Demand
+    from pytest_gpushare.ollama.reservation import Demand
 
 
 class Limit(str, Enum):

@@ -8,14 +8,14 @@ Ollama holds already is not reserved a second time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from types import MappingProxyType
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, HostFacts
 from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.reservation import devices_of_ollama, reserve, resident_bytes
 from pytest_gpushare.planning.plan import DevicePlan, Limit, Plan, Request, Slot
 from pytest_gpushare.units import GB
@@ -27,16 +27,16 @@ def make_plan(
     ollama: OllamaFacts,
     host: HostFacts,
     request: Request,
-    seen: Mapping[str, int] = MappingProxyType({}),
+    sizes: KnownSizes = NOTHING_KNOWN,
 ) -> Plan:
     """The plan for this run. Same input, same plan.
 
-    `seen` has the sizes of Ollama's models in earlier runs, in bytes. Raises `SettingsError`
-    where `ollama_gpu` names no device of this host.
+    `sizes` are those that earlier runs measured of Ollama. Raises `SettingsError` where
+    `ollama_gpu` names no device of this host.
     """
     known = devices_of_ollama(settings.ollama_gpu, gpus)
     resident = resident_bytes(known, gpus, ollama)
-    kept = reserve(settings, gpus, ollama, known, resident, seen)
+    kept = reserve(settings, gpus, ollama, known, resident, sizes)
     devices = [
         size_device(
             device,

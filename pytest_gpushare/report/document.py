@@ -318,7 +318,7 @@ def ollama_document(ollama: OllamaFacts) -> dict[str, Any] | None:
                 "name": model.name,
                 "size_bytes": model.size,
                 "size_vram_bytes": model.size_vram,
-                "spilled": model.size_vram < model.size,
+                "spilled": model.is_spilled,
             }
             for model in ollama.models
         ],

@@ -27,7 +27,7 @@ from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.units import MB, format_gb, format_number, plural
 
 if TYPE_CHECKING:
-    from pytest_gpushare.ollama.prediction import Demand, ModelNeed
+    from pytest_gpushare.ollama.reservation import Demand, ModelNeed
     from pytest_gpushare.session.run import ActiveRun
 
 
@@ -56,7 +56,11 @@ def _server(run: ActiveRun) -> Text:
     models = ", ".join(placed(model) for model in ollama.models)
     spilled = any(model.is_spilled for model in ollama.models)
     where = _found(run, ollama) + _elsewhere(run)
-    return Text(f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}", spilled)
+    odd = f"; left out: {'; '.join(ollama.odd)}" if ollama.odd else ""
+    return Text(
+        f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}{odd}",
+        problem=spilled or bool(odd),
+    )
 
 
 def what_stands(run: ActiveRun) -> str:
@@ -108,8 +112,22 @@ def _demand(run: ActiveRun, demand: Demand, verbosity: int) -> Iterator[Text]:
             f"gpu_share_ollama_vram_reservation_mb = {short // MB} would hold its models",
             problem=True,
         )
+    yield from _smaller(run, demand, bool(short))
     if verbosity >= 1:
-        yield from (Text(f"  {text}") for need in demand.needs for text in _parts(need))
+        yield from (Text(f"  {text}") for need in demand.needs for text in _parts(need, verbosity))
+
+
+def _smaller(run: ActiveRun, demand: Demand, short: bool) -> Iterator[Text]:
+    """The way to a smaller need where the reservation, or the devices, do not hold it."""
+    if not demand.asked or not (short or not run.plan.slots):
+        return
+    for need in demand.needs:
+        if need.smaller and need.prediction is not None:
+            yield Text(
+                f"  VRAM of {need.name} at its {need.prediction.context} tokens: "
+                f"{format_gb(need.vram)}; {', '.join(need.smaller)}",
+                problem=True,
+            )
 
 
 def _shortage(run: ActiveRun, demand: Demand) -> int:
@@ -122,15 +140,17 @@ def _shortage(run: ActiveRun, demand: Demand) -> int:
     return -(-wanted // MB) * MB if least < wanted else 0
 
 
-def _parts(need: ModelNeed) -> Iterator[str]:
+def _parts(need: ModelNeed, verbosity: int) -> Iterator[str]:
     prediction = need.prediction
     if prediction is None:
         return
     yield (
         f"VRAM of {need.name} as predicted: weights {format_gb(prediction.weights)}, KV cache "
         f"{format_gb(prediction.kv_cache)} for {prediction.context} tokens, buffers "
-        f"{format_gb(prediction.graph)}, CUDA context {format_gb(prediction.cuda_context)}"
+        f"{format_gb(prediction.graph)}, its process {format_gb(prediction.overhead)}"
     )
+    if verbosity >= 2:
+        yield from (f"VRAM of {need.name}: {line}" for line in need.arithmetic)
     if need.difference is not None:
         more = "more" if need.difference >= 0 else "less"
         yield (

@@ -205,7 +205,7 @@ def _spilled_before(life: Life) -> Word:
         )
     return Word(
         f"Ollama had a part of {model.name} on the CPU before the tests began "
-        f"({format_gb(model.size_vram)} of {format_gb(model.size)} on the GPU): a loaded model is "
+        f"({format_gb(model.on_gpu)} of {format_gb(model.size)} on the GPU): a loaded model is "
         f"never moved; free VRAM, then reload it (ollama stop {model.name})",
         is_problem=True,
     )

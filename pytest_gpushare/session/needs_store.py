@@ -12,15 +12,15 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpushare.compat.pytest_options import options_of
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.gpu.devices import Device, GpuFacts
-from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
-from pytest_gpushare.ollama.prediction import CUDA_CONTEXT, Server
+from pytest_gpushare.gpu.devices import GpuFacts
+from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.ollama.prediction import KnownSizes, known_sizes, with_sightings
 from pytest_gpushare.text import read_regular, write_whole
 from pytest_gpushare.units import MB, MOST_VRAM, format_gb
 
@@ -354,16 +354,15 @@ def keep_context(config: pytest.Config, name: str, size: object) -> None:
         _store(config, CONTEXTS_KEY, {**before, name: size})
 
 
-OLLAMA_SIZES_KEY = "gpushare/ollama"
-"""Key of `Server.key` -> bytes of VRAM, in pytest's cache."""
+OLLAMA_KEY = "gpushare/ollama"
+"""In pytest's cache: what was measured of Ollama's models and of their processes."""
 
-_MOST_ENTRIES = 64
 _MOST_STORED_BYTES = 256 * 1024
 
 
-def recall_ollama_sizes(config: pytest.Config) -> dict[str, int]:
-    """The sizes that earlier runs saw, in bytes; what makes no sense is left out."""
-    return _sensible_sizes(stored(config, OLLAMA_SIZES_KEY))
+def recall_ollama(config: pytest.Config) -> KnownSizes:
+    """What earlier runs measured of Ollama; what makes no sense is left out."""
+    return known_sizes(stored(config, OLLAMA_KEY))
 
 
 class ModelSizes:
@@ -384,63 +383,15 @@ class ModelSizes:
 
     def keep(self, config: pytest.Config) -> None:
         """Write the sizes for later runs; the newest counts, as a new Ollama may differ."""
-        at_start = used_by(self._ollama.models, self._gpus.all_devices)
-        found = (
-            sighting(
-                model,
-                at_start if used is None and model in self._ollama.models else used,
-                self._settings,
-                self._ollama.relied_on,
-            )
-            for model, used in list(self._seen.values())
+        if not self._seen:
+            return
+        before = recall_ollama(config)
+        after = with_sightings(
+            before,
+            list(self._seen.values()),
+            self._ollama,
+            self._gpus.all_devices,
+            self._settings,
         )
-        _add(config, dict(pair for pair in found if pair is not None))
-
-
-def _add(config: pytest.Config, seen: Mapping[str, int]) -> None:
-    if not seen:
-        return
-    before = recall_ollama_sizes(config)
-    after = {**{key: size for key, size in before.items() if key not in seen}, **seen}
-    after = dict(list(after.items())[-_MOST_ENTRIES:])
-    if after != before:
-        _store(config, OLLAMA_SIZES_KEY, after)
-
-
-def sighting(
-    model: LoadedModel, used: int | None, settings: Settings, relied_on: Sequence[ModelFacts]
-) -> tuple[str, int] | None:
-    """(key, bytes) of a loaded model; None where what is seen does not tell what it needs.
-
-    `used` are the bytes of its process as NVML tells them; without them what the server says
-    and a CUDA context. A model that is partly on the CPU would need more than is seen, and a
-    server that could not read its runner's log tells the size of the file.
-    """
-    file_sizes = {m.file_bytes for m in relied_on if m.digest == model.digest}
-    if not model.digest or not model.context or not 0 < model.size <= model.size_vram:
-        return None
-    if model.size in file_sizes:
-        return None
-    vram = used if used is not None and used >= model.size_vram else model.size_vram + CUDA_CONTEXT
-    server = Server(
-        0, parallel=settings.ollama_parallel, kv_cache_type=settings.ollama_kv_cache_type
-    )
-    return server.key(model.digest, model.context), vram
-
-
-def used_by(models: Sequence[LoadedModel], devices: Sequence[Device]) -> int | None:
-    """Bytes that NVML tells for the process of the only loaded model; None where it does not."""
-    sizes = [p.used for d in devices for p in d.processes or () if p.is_ollama]
-    if len(models) != 1 or not sizes or None in sizes:
-        return None
-    return sum(size for size in sizes if size is not None)
-
-
-def _sensible_sizes(found: object) -> dict[str, int]:
-    if not isinstance(found, dict):
-        return {}
-    return {
-        key: size
-        for key, size in found.items()
-        if isinstance(key, str) and type(size) is int and 0 < size < MOST_VRAM
-    }
+        if after != before:
+            _store(config, OLLAMA_KEY, after.document())

@@ -32,7 +32,8 @@ from pytest_gpushare.gpu.host import available_ram
 from pytest_gpushare.gpu.sampler import LiveVram
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.ollama.models import OllamaFacts
-from pytest_gpushare.ollama.reservation import unexpected
+from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
+from pytest_gpushare.ollama.reservation import seen_larger, unexpected
 from pytest_gpushare.place import entered
 from pytest_gpushare.planning.placement import (
     ORDER,
@@ -49,7 +50,7 @@ from pytest_gpushare.scheduler.needs import means_cpu
 from pytest_gpushare.session.needs_store import (
     may_have_needs,
     recall_contexts,
-    recall_ollama_sizes,
+    recall_ollama,
 )
 from pytest_gpushare.session.run import ActiveRun, RunOptions, StartFacts
 from pytest_gpushare.session.tests import Observer
@@ -139,8 +140,8 @@ def environment_for_plan(before_conftests: Mapping[str, str] | None) -> dict[str
 class EarlierRuns(NamedTuple):
     """What earlier runs measured."""
 
-    model_sizes: Mapping[str, int] = {}
-    """Bytes of Ollama's models, by `Server.key`."""
+    model_sizes: KnownSizes = NOTHING_KNOWN
+    """Of Ollama's models and their processes."""
     contexts: Mapping[str, int] = {}
     """Device name -> bytes of a CUDA context."""
     has_needs: bool = False
@@ -198,7 +199,11 @@ def start(
         replan,
         live,
         close,
-        notes=(*gpus.problems, *_unexpected(settings, gpus)),
+        notes=(
+            *gpus.problems,
+            *_unexpected(settings, gpus),
+            *seen_larger(settings, gpus, probes.ollama, earlier.model_sizes),
+        ),
         contexts=earlier.contexts,
         has_needs=earlier.has_needs and bool(plan.slots) and not gpus.simulated,
     )
@@ -342,7 +347,7 @@ def _start(
     settings = _settings(config)
     host = Host(tuple(options.gpu_share_simulate or ()), cpus, environment)
     earlier = EarlierRuns(
-        recall_ollama_sizes(config) if settings.ollama_models else {},
+        recall_ollama(config) if settings.enable_ollama_detection else NOTHING_KNOWN,
         recall_contexts(config),
         may_have_needs(settings, config),
     )

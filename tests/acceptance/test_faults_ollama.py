@@ -7,10 +7,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
-from simulator import Machine
+from simulator import Device, Machine
 from simulator.ollama import FAULTS, FaultyServer, OllamaServer
 
 from .conftest import Project, clean_environment, closed_port
@@ -41,6 +42,7 @@ grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 print(json.dumps({"answers": answers, "grown_kb": grown}))
 """
 
+WITHOUT_SIZE_VRAM = Path(__file__).parents[1] / "unit" / "answers" / "ps_without_size_vram.json"
 LIMIT = 0.4
 NO_HTTP = "/api/version gives no HTTP answer: "
 NOTHING_IN_TIME = r"no answer within 0\.4 s"
@@ -261,3 +263,36 @@ def test_run_with_odd_port(project: Project, machine: Machine) -> None:
         r"\('x' is no port: 80 is used\); its VRAM reservation stands",
         result.said[3],
     )
+
+
+def test_what_can_be_understood(project: Project, machine_with: Callable[..., Machine]) -> None:
+    """A model without `size_vram`, and one that makes no sense: the others count all the same."""
+    machine_with(Device(total="24GB", used="12GB"))
+    listed = json.loads(WITHOUT_SIZE_VRAM.read_text(encoding="utf-8"))
+    more = {"name": "more", "size": 1 << 30, "size_vram": 1 << 49}
+    listed["models"] += [{"name": "odd", "size": "much", "size_vram": 1}, more]
+    with OllamaServer(None, {}) as server:
+        server.answers["/api/ps"] = json.dumps(listed).encode()
+        result = project.pytest("--gpu-share", OLLAMA_HOST=server.host)
+    assert (result.code, result.passed, result.workers) == (0, 4, 2)
+    assert result.said[2] == (
+        "  VRAM: Ollama reservation 12.0 GB (10.06 GB of it resident), safety buffer 1.0 GB, "
+        "usable for tests 9.06 GB"
+    )
+    assert result.said[3] == (
+        f"  Ollama 0.33.0 at {server.host}: qwen2.5:14b 10.06 GB, 100 % on GPU, embed:latest 0.56 "
+        "GB, how much of it on GPU is unknown, more 1.0 GB, how much of it on GPU is unknown; left "
+        'out: /api/ps gives a model whose size is "much"'
+    )
+
+
+def test_a_model_without_size_vram_alone(
+    project: Project, machine_with: Callable[..., Machine]
+) -> None:
+    """Nobody knows what of it is resident: the reservation stands, and the run goes on."""
+    machine_with(Device(total="24GB", used="2GB"))
+    with OllamaServer(None, {}) as server:
+        server.answers["/api/ps"] = b'{"models": [{"name": "m", "size": 1073741824}]}'
+        result = project.pytest("--gpu-share", OLLAMA_HOST=server.host)
+    assert (result.code, result.passed) == (0, 4)
+    assert result.said[2] == RESERVED

@@ -62,7 +62,7 @@ def test_seen_in_an_earlier_run(
     assert (loaded.code, loaded.passed, loaded.err) == (0, 4, "")
     check_lines(loaded, golden, "models_loaded")
     kept = json.loads((project.path / ".pytest_cache/v/gpushare/ollama").read_text())
-    assert len(kept) == 1
+    assert len(kept["models"]) == len(kept["processes"]) == 1
     server.unload("qwen2.5:14b")
     again = remembering(project, "-v", *AUTO, *models("qwen2.5:14b"))
     assert (again.code, again.passed, again.err) == (0, 4, "")
@@ -189,3 +189,96 @@ def test_slow_answers_cost_the_limit_alone(
         "  VRAM for qwen2.5:14b: 12.0 GB by the size in its name: no answer in time: raise "
         "gpu_share_ollama_timeout_s"
     )
+
+
+def test_arithmetic(project: Project, machine: Machine, ollama_with: OllamaWith) -> None:
+    """-vv shows what each part of a prediction is made from."""
+    model = Model("qwen2.5:14b", size="10.8GB", embeddings="400MB")
+    ollama_with({"qwen2.5:14b": model})
+    result = project.pytest("--gpu-share", "-vv", *AUTO, *models("qwen2.5:14b"))
+    said = [line.strip() for line in result.said if line.startswith("  VRAM of qwen2.5:14b: ")]
+    assert said == [
+        "VRAM of qwen2.5:14b: weights 10.05 GB: 7 tensors of /api/show; the token embeddings, "
+        "0.39 GB, stay in host RAM",
+        "VRAM of qwen2.5:14b: KV cache 0.75 GB: 48 layers × 4096 tokens × 2048 elements, 2 bytes "
+        "each (f16)",
+        "VRAM of qwen2.5:14b: buffers 0.12 GB: 512 tokens at once, feed-forward 13824, embedding "
+        "5120 (the formula of Ollama 0.33 and newer)",
+        "VRAM of qwen2.5:14b: process 0.5 GB: CUDA context and libraries, assumed; the first load "
+        "measures it",
+    ]
+
+
+def test_measured_process(project: Project, machine: Machine, ollama_with: OllamaWith) -> None:
+    """What a process takes beyond its model is measured with one model and counts for others."""
+    server = ollama_with({**QWEN, "small": "1GB"}, load="qwen2.5:14b", context="700MB")
+    assert remembering(project, *AUTO, *models("qwen2.5:14b")).code == 0
+    server.unload("qwen2.5:14b")
+    result = remembering(project, "-vv", *AUTO, *models("small"))
+    assert result.code == 0
+    assert (
+        "  VRAM of small: process 0.68 GB: CUDA context and libraries, measured in an earlier run"
+    ) in result.said
+
+
+def test_model_that_nobody_named(
+    project: Project, machine: Machine, ollama_with: OllamaWith
+) -> None:
+    """A model that earlier runs saw, larger than what is reserved for it, is one line."""
+    server = ollama_with({"other:14b": "14.7GB"}, load="other:14b", context="500MB")
+    first = remembering(project)
+    assert (first.code, [line for line in first.said if "earlier run" in line]) == (0, [])
+    resident = remembering(project)
+    assert [line for line in resident.said if "earlier run" in line] == []
+    server.unload("other:14b")
+    second = remembering(project)
+    assert [line for line in second.said if "earlier run" in line] == [
+        "  Ollama's other:14b held 15.19 GB of VRAM in an earlier run, at 4096 tokens, more than "
+        "the 12.0 GB reserved for it: gpu_share_ollama_vram_reservation_mb = 17000 would hold it"
+    ]
+    enough = remembering(project, "-o", "gpu_share_ollama_vram_reservation_mb=17000")
+    assert [line for line in enough.said if "earlier run" in line] == []
+
+
+def test_context_is_what_costs(project: Project, machine: Machine, ollama_with: OllamaWith) -> None:
+    """14B at the 32,768 tokens that a server of 24 GB chooses: the ways to a smaller need."""
+    ollama_with(QWEN, context_length=0)
+    limit = ("-o", "gpu_share_ollama_timeout_s=5")
+    result = project.pytest("--gpu-share", *limit, *models("qwen2.5:14b"))
+    assert result.code == 0
+    assert (
+        "  VRAM of qwen2.5:14b at its 32768 tokens: 16.85 GB; 12.3 GB at 8192 tokens (PARAMETER "
+        "num_ctx in the model, or OLLAMA_CONTEXT_LENGTH of the server), 14.04 GB with "
+        "OLLAMA_KV_CACHE_TYPE=q8_0"
+    ) in result.said
+
+
+def test_small_model_that_is_missing(
+    project: Project, machine: Machine, ollama_with: OllamaWith
+) -> None:
+    """0.7 GB for each billion and 1 GB; that it is missing is said once."""
+    ollama_with(QWEN)
+    result = project.pytest("--gpu-share", *AUTO, *models("nosuch:1b"))
+    assert result.code == 0
+    assert result.said[2].startswith("  VRAM: Ollama reservation 2.7 GB, ")
+    assert [line for line in result.said if "ollama pull" in line] == [
+        "  VRAM for nosuch:1b: 1.7 GB by the size in its name: the server does not have it: "
+        "ollama pull nosuch:1b"
+    ]
+
+
+def test_spilled_model_needs_what_is_predicted(
+    project: Project, machine_with: Callable[..., Machine], ollama_with: OllamaWith
+) -> None:
+    """Its size has the embeddings in it, which stay in host RAM: not all of it is missing."""
+    machine = machine_with(Device(total="24GB", used="14GB"))
+    model = Model("qwen2.5:14b", size="10.8GB", embeddings="1GB", weights="10GB", graph="0.05GB")
+    server = ollama_with({"qwen2.5:14b": model}, load="qwen2.5:14b")
+    entry = server.ps()[0]
+    assert entry["size"] == model.need(4096) + (1 << 30)
+    assert 0 < entry["size_vram"] < model.need(4096)
+    machine.set_used(0, "2GB")
+    result = project.pytest("--gpu-share", *AUTO, *models("qwen2.5:14b"))
+    need = 10 + 0.75 + 0.125 + 1.0
+    kept = float(result.said[2].split("reservation ")[1].split(" GB")[0])
+    assert abs(kept - need) < 0.02, result.said

@@ -77,9 +77,11 @@ def test_every_partial_load_is_a_spill() -> None:
 
 
 def test_more_than_its_size() -> None:
-    """Where Ollama says that more than all of a model is on the GPU nobody knows."""
-    odd = LoadedModel("m:14b", 10 * GB, 11 * GB, "d1", 4096)
-    assert told(History([]).look(2.0, [odd])) == ["Ollama loaded m:14b 10.0 GB, 11.0 GB on GPU"]
+    """Where Ollama does not say, or says more than all, how much is on the GPU is unknown."""
+    odd = LoadedModel("m:14b", 10 * GB, None, "d1", 4096)
+    assert told(History([]).look(2.0, [odd])) == [
+        "Ollama loaded m:14b 10.0 GB, how much of it on GPU is unknown"
+    ]
     assert kinds(History([PART]).look(2.0, [odd])) == ["reloaded"]
 
 

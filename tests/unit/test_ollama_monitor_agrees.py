@@ -22,7 +22,7 @@ from simulator.sizes import to_bytes
 from pytest_gpushare.gpu.attribution import Held
 from pytest_gpushare.ollama.history import SPILLED, History
 from pytest_gpushare.ollama.models import LoadedModel
-from pytest_gpushare.ollama.prediction import CUDA_CONTEXT
+from pytest_gpushare.ollama.prediction import OVERHEAD
 from pytest_gpushare.ollama.spill import Cause, Promise, Spill, judge
 from pytest_gpushare.units import GB, MB
 
@@ -111,14 +111,16 @@ class World(NamedTuple):
     def models(self) -> tuple[LoadedModel, ...]:
         """What `/api/ps` would say."""
         return tuple(
-            LoadedModel(e.model.full_name, e.need, e.placement.vram, e.model.digest, e.key[0])
+            LoadedModel(e.model.full_name, e.size, e.placement.vram, e.model.digest, e.key[0])
             for e in self.ollama.loaded()
         )
 
     def load(self, name: str, context: int, num_gpu: int = -1) -> None:
         try:
             entry = self.ollama.acquire(
-                MODELS[name], context=context, num_gpu=num_gpu, keep_alive=3600
+                MODELS[name],
+                options={"num_ctx": context, "num_gpu": num_gpu},
+                keep_alive=3600,
             )
         except LoadError:
             return
@@ -157,7 +159,7 @@ def take(step: tuple[str, str, int], here: World) -> None:
     elif what == "num_gpu":
         here.load(name, 4096, value)
     elif what == "unload":
-        here.ollama.unload(MODELS[name].full_name)
+        here.ollama.unload(MODELS[name])
     elif what == "others":
         vram.others = min(value + 2 * GB, vram.others + TOTAL - vram.used)
     else:
@@ -201,7 +203,7 @@ def check(spill: Spill, here: World) -> None:
     if spill.is_ours:
         assert tests
     if spill.cause is Cause.SIZE:
-        rooms = [Room("GPU-0", spill.room - max(here.context, CUDA_CONTEXT))]
+        rooms = [Room("GPU-0", spill.room - max(here.context, OVERHEAD))]
         alone = place_alone(spill.model.size, 48, rooms, MARGIN)
         assert alone.vram < spill.model.size
     if spill.setting is not None and spill.setting.key == "ollama_vram_reservation_mb":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +13,22 @@ from hypothesis import strategies as st
 
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess
 from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
-from pytest_gpushare.ollama.prediction import CUDA_CONTEXT, MARGIN, Server, Source, predict
-from pytest_gpushare.ollama.reservation import unexpected
+from pytest_gpushare.ollama.prediction import (
+    MARGIN,
+    OVERHEAD,
+    KnownSizes,
+    Server,
+    Sighting,
+    by_name,
+    overhead_key,
+    predict,
+)
+from pytest_gpushare.ollama.reservation import Source, seen_larger, unexpected
 from pytest_gpushare.planning.plan import Plan
-from pytest_gpushare.units import GB, MB
+from pytest_gpushare.units import GB, MB, format_gb
 
 from .real_models import BY_NAME
-from .test_planning_sizing import device, plan
+from .test_planning_sizing import DEFAULTS, device, plan
 
 AUTO: dict[str, Any] = {
     "ollama_vram_reservation": None,
@@ -86,7 +97,99 @@ def test_what_spilled_wants_all_of_it() -> None:
     """When it is loaded again it should find room for what is on the CPU now."""
     loaded = LoadedModel("qwen2.5:14b", 10 * GB, 4 * GB, FACTS.digest, 4096)
     result = plan(device(12), ollama=answering(loaded), **AUTO)
-    assert result.devices[0].outstanding == 6 * GB + MARGIN
+    # Its size has the token embeddings in it, so that the prediction counts.
+    assert result.devices[0].outstanding == NEED.buffers - 4 * GB + MARGIN
+    in_ram = loaded._replace(size_vram=0)
+    result = plan(device(12), ollama=answering(in_ram), **AUTO)
+    assert result.devices[0].outstanding == NEED.vram + MARGIN
+
+
+def test_what_spilled_without_metadata() -> None:
+    """Nothing but its size says what it needs; the process comes on top where it has none yet."""
+    loaded = LoadedModel("qwen2.5:14b", 10 * GB, 0, FACTS.digest, 4096)
+    result = plan(device(12), ollama=answering(loaded, told=FACTS._replace(info=None)), **AUTO)
+    assert result.devices[0].outstanding == 10 * GB + OVERHEAD + MARGIN
+
+
+def test_overhead_that_was_measured() -> None:
+    """Under the model of the device and the server's version, and under no other."""
+    name = device(22).name
+    for version, expected in (("0.33.0", NEED.buffers + 700 * MB), ("0.34.0", NEED.vram)):
+        sizes = KnownSizes(overheads={overhead_key(name, version): 700 * MB})
+        result = plan(device(22), ollama=answering(), sizes=sizes, **AUTO)
+        assert kept(result) == [expected + MARGIN]
+
+
+def test_window_is_never_below_the_prediction() -> None:
+    """The server leaves out one of two caches: what it said in an earlier run is too little."""
+    facts = FACTS._replace(info=BY_NAME["gemma3:12b"].info)
+    need = predict(facts, Server(24 * GB, "0.33.0", 4096))
+    assert need.has_window
+    for seen, expected in ((need.vram - GB, need.vram), (need.vram + GB, need.vram + GB)):
+        key = Server(0).key(FACTS.digest, 4096)
+        sizes = KnownSizes({key: Sighting("m", seen, 4096)})
+        result = plan(device(22), ollama=answering(told=facts), sizes=sizes, **AUTO)
+        assert kept(result) == [expected + MARGIN]
+
+
+def test_ways_to_a_smaller_need() -> None:
+    """14B at 32,768 tokens: the cache is a good part of it; at 4096 it is not."""
+    long = plan(device(22), ollama=answering(), **{**AUTO, "ollama_context": None})
+    assert long.demand is not None
+    assert long.demand.needs[0].smaller == (
+        "10.98 GB at 8192 tokens (PARAMETER num_ctx in the model, or OLLAMA_CONTEXT_LENGTH of the "
+        "server)",
+        "12.67 GB with OLLAMA_KV_CACHE_TYPE=q8_0",
+    )
+    short = plan(device(22), ollama=answering(), **AUTO)
+    assert short.demand is not None
+    assert short.demand.needs[0].smaller == ()
+
+
+TODAY = time.strftime("%Y-%m-%d", time.gmtime())
+SEEN_14B = Sighting("qwen2.5:14b", 15 * GB, 32768, TODAY)
+
+
+@pytest.mark.parametrize(
+    ("reservation", "sighting", "ollama", "text"),
+    [
+        (12 * GB, SEEN_14B, answering(), "reservation_mb = 16500 would hold it"),
+        (8 * GB, SEEN_14B._replace(vram=24 * GB), answering(), "use a smaller context"),
+        (16 * GB, SEEN_14B, answering(), None),
+        (12 * GB, SEEN_14B._replace(date="2026-01-01"), answering(), None),
+        (12 * GB, SEEN_14B, answering(LoadedModel("qwen2.5:14b", GB, GB)), None),
+        (None, SEEN_14B, answering(), None),
+        (12 * GB, SEEN_14B, OllamaFacts(), None),
+    ],
+)
+def test_seen_larger_than_reserved(
+    reservation: int | None, sighting: Sighting, ollama: OllamaFacts, text: str | None
+) -> None:
+    """One sentence where a recent run saw more than is reserved, and it is not loaded now."""
+    settings = replace(DEFAULTS, ollama_vram_reservation=reservation)
+    gpus = GpuFacts((device(22),), (device(22),))
+    found = seen_larger(settings, gpus, ollama, KnownSizes({"k": sighting}))
+    assert len(found) == (text is not None)
+    for sentence in found:
+        assert text is not None
+        assert text in sentence
+        assert f"qwen2.5:14b held {format_gb(sighting.vram)} of VRAM" in sentence
+
+
+def test_more_than_the_devices_have() -> None:
+    """A server that claims more VRAM than there is holds nothing that can be trusted."""
+    claims = LoadedModel("m", 2**49, 2**49)
+    result = plan(device(12), ollama=OllamaFacts(asked=True, answered=True, models=(claims,)))
+    assert result.devices[0].resident == 0
+
+
+def test_unknown_part_on_the_gpu() -> None:
+    """The reservation stands where neither the server nor NVML says what a model holds."""
+    silent = LoadedModel("m", 2 * GB, None)
+    ollama = OllamaFacts(asked=True, answered=True, models=(silent,))
+    assert plan(device(12), ollama=ollama).devices[0].resident == 0
+    runner = GpuProcess(7, 3 * GB, is_ollama=True)
+    assert plan(device(12, processes=(runner,)), ollama=ollama).devices[0].resident == 3 * GB
 
 
 def test_models_that_nobody_named() -> None:
@@ -119,8 +222,8 @@ def test_nvml_tells_more_than_the_server() -> None:
 def test_what_was_seen_wins() -> None:
     """A size from an earlier run, at the same context and settings, and only then."""
     server = Server(0, kv_cache_type="f16")
-    seen = {server.key(FACTS.digest, 4096): 11 * GB}
-    result = plan(device(22), ollama=answering(), seen=seen, **AUTO)
+    seen = KnownSizes({server.key(FACTS.digest, 4096): Sighting("m", 11 * GB, 4096)})
+    result = plan(device(22), ollama=answering(), sizes=seen, **AUTO)
     assert kept(result) == [11 * GB + MARGIN]
     assert result.demand is not None
     assert result.demand.needs[0].difference == 11 * GB - NEED.vram
@@ -129,7 +232,7 @@ def test_what_was_seen_wins() -> None:
         {"ollama_parallel": 2},
         {"ollama_kv_cache_type": "q8_0"},
     ):
-        result = plan(device(22), ollama=answering(), seen=seen, **{**AUTO, **other})
+        result = plan(device(22), ollama=answering(), sizes=seen, **{**AUTO, **other})
         assert sources(result) == [("qwen2.5:14b", Source.PREDICTED)]
 
 
@@ -139,7 +242,7 @@ def test_difference_of_a_loaded_model() -> None:
     settings = {**AUTO, "ollama_context": 32768}
     result = plan(device(12), ollama=answering(loaded), **settings)
     assert result.demand is not None
-    assert result.demand.needs[0].difference == 10 * GB - (NEED.vram - CUDA_CONTEXT)
+    assert result.demand.needs[0].difference == 10 * GB - (NEED.vram - OVERHEAD)
 
 
 def test_cloud_models_need_nothing() -> None:
@@ -170,7 +273,7 @@ def test_without_an_answer(asked: bool) -> None:
     """The founding write-up's table, whose figures are whole reservations."""
     settings = {**AUTO, "ollama_models": ("qwen2.5:14b", "nomic-embed-text:137m")}
     result = plan(device(22), device(22, index=1), ollama=OllamaFacts(asked=asked), **settings)
-    assert kept(result) == [(12288 + 8192) * MB] * 2
+    assert kept(result) == [12288 * MB + by_name("nomic-embed-text:137m")] * 2
 
 
 def test_elsewhere() -> None:

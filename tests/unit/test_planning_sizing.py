@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
-from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -17,6 +15,7 @@ from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, HostFacts
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.reservation import resident_bytes
 from pytest_gpushare.planning.plan import Limit, Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
@@ -46,13 +45,13 @@ def plan(
     request: Request = Request(),  # noqa: B008 - frozen
     cpus: int = 64,
     ram: int | None = None,
-    seen: Mapping[str, int] = MappingProxyType({}),
+    sizes: KnownSizes = NOTHING_KNOWN,
     **settings: Any,
 ) -> Plan:
     """The plan for these devices, the rest at its default."""
     facts = GpuFacts(devices, devices, absence="" if devices else "NVML finds no device")
     host = HostFacts(cpus, ram)
-    return make_plan(replace(DEFAULTS, **settings), facts, ollama, host, request, seen)
+    return make_plan(replace(DEFAULTS, **settings), facts, ollama, host, request, sizes)
 
 
 def slots(result: Plan) -> list[tuple[str, float]]:

@@ -261,7 +261,9 @@ def _version(server: OllamaFacts) -> Iterator[Finding]:
 
 def _model(model: LoadedModel) -> Finding:
     size = format_gb(model.size)
-    if model.size_vram >= model.size:
+    if model.size_vram is None:
+        return ok(f"{model.name}: {size}; Ollama does not say how much of it is on the GPU")
+    if not model.is_spilled:
         return ok(f"{model.name}: {size}, all of it on the GPU")
     part = 100 * model.size_vram // model.size
     where = f"{part} % on the GPU, the rest" if model.size_vram else "all of it"

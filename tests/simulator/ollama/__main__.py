@@ -30,7 +30,7 @@ def main() -> int:
     for name in Settings.__dataclass_fields__:
         default = getattr(defaults, name)
         kind = type(default) if isinstance(default, float) else str
-        if name in ("context_length", "parallel", "max_loaded"):
+        if name in ("context_length", "parallel", "max_loaded", "max_queue"):
             kind = int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default)
     options = parser.parse_args()

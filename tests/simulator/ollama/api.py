@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import select
 import socket
@@ -9,20 +10,21 @@ import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+from ..sizes import to_bytes
 from .durations import moment, seconds
 from .models import full_name
 from .runner import as_tuple
-from .scheduler import LoadAbortedError, LoadError
+from .scheduler import BusyError, LoadAbortedError, LoadError
 
 if TYPE_CHECKING:
     from .scheduler import Loaded
     from .server import OllamaServer
 
 
-_PATHS = (
-    "/", "/api/version", "/api/ps", "/api/tags", "/api/show", "/api/generate", "/api/embed",
-)  # fmt: skip
+_GETS = ("/", "/api/version", "/api/ps", "/api/tags")
+_POSTS = ("/api/show", "/api/generate", "/api/chat", "/api/embed", "/v1/chat/completions")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send_json({"error": str(error)}, error.status)
         except LoadAbortedError:
             self.close_connection = True
+        except BusyError as error:
+            self._send_json({"error": str(error)}, 503)
         except LoadError as error:
             self._send_json({"error": str(error)}, 500)
         except (BrokenPipeError, ConnectionResetError):
@@ -114,17 +118,13 @@ class Handler(BaseHTTPRequestHandler):
             self._send_json(model.show(verbose=bool(request.get("verbose"))))
         elif path == "/api/generate" and post:
             self._generate(_object(body))
+        elif path == "/api/chat" and post:
+            self._generate(_object(body), chat=True)
+        elif path == "/v1/chat/completions" and post:
+            self._complete(_object(body))
         elif path == "/api/embed" and post:
             self._embed(_object(body))
-        elif path in (
-            "/",
-            "/api/embed",
-            "/api/version",
-            "/api/ps",
-            "/api/tags",
-            "/api/show",
-            "/api/generate",
-        ):
+        elif path in (*_GETS, *_POSTS):
             self._send(405, b"405 method not allowed", "text/plain")
         else:
             self._send(404, b"404 page not found", "text/plain")
@@ -134,23 +134,40 @@ class Handler(BaseHTTPRequestHandler):
         shown = {
             "name": model.full_name,
             "model": model.full_name,
-            "size": entry.need,
+            "size": entry.size,
             "digest": model.digest,
             "details": model.details(),
             "expires_at": entry.expires_at,
-            "size_vram": entry.placement.vram,
+            "size_vram": entry.placement.vram or to_bytes(self.ollama.scheduler.settings.cpu_bytes),
             "context_length": entry.key[0],
         }
         if (0, 0, 0) < as_tuple(self.ollama.version) < (0, 10, 0):
             del shown["context_length"]
         return shown
 
-    def _generate(self, request: dict[str, Any]) -> None:
+    def _complete(self, request: dict[str, Any]) -> None:
+        """OpenAI's path: `options` in the body are ignored, so that no context can be set."""
+        model = self.ollama.models.get(full_name(str(request.get("model"))))
+        if model is None:
+            text = f"model '{request.get('model')}' not found"
+            self._send_json({"error": {"message": text, "type": "not_found_error"}}, 404)
+            return
+        scheduler = self.ollama.scheduler
+        entry = scheduler.acquire(model, aborted=self._client_is_gone)
+        time.sleep(scheduler.settings.generate_delay)
+        scheduler.release(entry)
+        message = {"role": "assistant", "content": "Simulated answer."}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        self._send_json(
+            {"object": "chat.completion", "model": request["model"], "choices": [choice]}
+        )
+
+    def _generate(self, request: dict[str, Any], *, chat: bool = False) -> None:
         began = time.monotonic_ns()
         model = self._model(request.get("model"))
         if model.embeds:
             raise ApiError(400, f'"{model.full_name}" does not support generate')
-        prompt = request.get("prompt") or ""
+        prompt = request.get("messages" if chat else "prompt") or ""
         options = request.get("options") or {}
         try:
             given = request.get("keep_alive")
@@ -159,13 +176,12 @@ class Handler(BaseHTTPRequestHandler):
             raise ApiError(400, str(error)) from None
         scheduler = self.ollama.scheduler
         if keep_alive == 0 and not prompt:
-            scheduler.unload(model.full_name)
+            scheduler.unload(model)
             self._send_generated(request, model.full_name, [], "unload", began)
             return
         entry = scheduler.acquire(
             model,
-            context=int(options.get("num_ctx", 0)),
-            num_gpu=int(options.get("num_gpu", -1)),
+            options=options,
             keep_alive=keep_alive,
             aborted=self._client_is_gone,
         )
@@ -211,10 +227,11 @@ class Handler(BaseHTTPRequestHandler):
         return model
 
     def _host_is_local(self) -> bool:
+        """The Host check: addresses, this host's name and names that lead nowhere else; names
+        of /etc/hosts are foreign to it. A foreign Origin is refused alike."""
+        origin = urlsplit(self.headers.get("Origin", "")).hostname
         host = self.headers.get("Host", "").rsplit(":", 1)[0].strip("[]").lower()
-        if host in ("", "localhost", "127.0.0.1", "::1", "0.0.0.0"):
-            return True
-        return host.endswith((".localhost", ".local", ".internal"))
+        return all(_is_local(name) for name in (host, origin or ""))
 
     def _client_is_gone(self) -> bool:
         readable, _, _ = select.select([self.connection], [], [], 0)
@@ -232,11 +249,21 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
+def _is_local(name: str) -> bool:
+    if name in ("", "localhost", socket.gethostname().lower()):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name.endswith((".localhost", ".local", ".internal"))
+    return True
+
+
 def _object(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body)
     except ValueError:
-        raise ApiError(400, "invalid JSON in the request body") from None
+        raise ApiError(400, "unexpected EOF") from None
     if not isinstance(value, dict):
         raise ApiError(400, "json: cannot unmarshal into an object")
     return value

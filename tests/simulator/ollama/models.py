@@ -12,6 +12,8 @@ from ..sizes import Size, to_bytes
 DEFAULT_CONTEXT = 4096
 """Tokens of context for which `Model.size` is meant."""
 
+BLOBS = "/usr/share/ollama/.ollama/models/blobs"
+
 MODIFIED_AT = "2026-08-01T10:00:00.123456789+02:00"
 
 
@@ -21,8 +23,15 @@ class Model:
 
     name: without a tag, ``:latest`` is meant.
     size: bytes of VRAM that it needs at a context of 4096 tokens and one parallel request.
-    weights: bytes of the file; by default `size` less the KV cache and the graph.
+    weights: bytes of the tensors that go to the GPU; by default `size` less the KV cache and
+        the graph.
+    embeddings: bytes of the token embeddings, which stay in host RAM; in the file beside the
+        weights, and part of the size that the server reports once a part is on the CPU.
     graph: bytes of the compute buffers.
+    feed_forward: elements of the widest feed-forward layer.
+    copy_of: another model of which this is a copy (`ollama cp`): one manifest, one blob.
+    made_from: another model from which this was created with settings of its own: another
+        manifest, the same blob. Models of one blob share one process.
     layers, heads, kv_heads, key_length, value_length, embedding_length, trained_context:
         the shape, from which the KV cache follows; the defaults are qwen2.5:14b's, but for
         a model that is no larger than four such KV caches, where they are a toy's. `kv_heads`
@@ -36,7 +45,11 @@ class Model:
     name: str
     size: Size
     weights: Size | None = None
+    embeddings: Size = 0
     graph: Size = 0
+    feed_forward: int = 13824
+    copy_of: str = ""
+    made_from: str = ""
     architecture: str = "qwen2"
     layers: int | None = None
     heads: int = 40
@@ -55,7 +68,7 @@ class Model:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.file_bytes <= 0:
+        if self.weight_bytes <= 0:
             raise ValueError(f"{self.name}: nothing of its size is left to the weights")
 
     @property
@@ -66,7 +79,12 @@ class Model:
     @property
     def digest(self) -> str:
         """A digest like the one of a real manifest: 64 hexadecimal digits."""
-        return hashlib.sha256(self.full_name.encode()).hexdigest()
+        return _hash(full_name(self.copy_of or self.name))
+
+    @property
+    def blob(self) -> str:
+        """The digest of its file; models of one file share one process."""
+        return _hash(full_name(self.made_from or self.copy_of or self.name) + " blob")
 
     @property
     def shape(self) -> tuple[int, int | Sequence[int]]:
@@ -77,7 +95,12 @@ class Model:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the model's file, which are those of its weights."""
+        """Bytes of the model's file."""
+        return self.weight_bytes + to_bytes(self.embeddings)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the tensors that go to the GPU."""
         if self.weights is not None:
             return to_bytes(self.weights)
         return to_bytes(self.size) - self.kv_bytes(DEFAULT_CONTEXT) - to_bytes(self.graph)
@@ -98,6 +121,17 @@ class Model:
         else:
             fixed = to_bytes(self.weights) + to_bytes(self.graph)
         return fixed + self.kv_bytes(context) * parallel
+
+    def tensors(self) -> list[dict[str, Any]]:
+        """The tensors of its file: the output, the embeddings where they are apart, the rest."""
+        sizes = {"output.weight": 1, "token_embd.weight": to_bytes(self.embeddings)}
+        left = self.weight_bytes - 1
+        for layer in range(self.shape[0]):
+            sizes[f"blk.{layer}.ffn_up.weight"] = each = min(left, 2**31)
+            left -= each
+        return [
+            {"name": name, "type": "I8", "shape": [size]} for name, size in sizes.items() if size
+        ]
 
     def details(self) -> dict[str, Any]:
         """The `details` of /api/tags, /api/ps and /api/show."""
@@ -136,6 +170,7 @@ class Model:
             f"{a}.attention.key_length": self.key_length,
             f"{a}.attention.value_length": self.value_length,
             f"{a}.embedding_length": self.embedding_length,
+            f"{a}.feed_forward_length": self.feed_forward,
             f"{a}.context_length": self.trained_context,
             "tokenizer.ggml.tokens": ["a", "b"] * 76032,
         }
@@ -146,14 +181,19 @@ class Model:
         if not verbose:
             info = {k: None if isinstance(v, (list, tuple)) else v for k, v in info.items()}
         return {
-            "modelfile": f"FROM {self.full_name}",
+            "modelfile": f"# Modelfile\nFROM {BLOBS}/sha256-{self.blob}\n",
             "parameters": f'num_ctx    {self.num_ctx}\nstop    "x"' if self.num_ctx else "",
             "template": "{{ .Prompt }}",
             "details": self.details(),
             "model_info": info,
+            "tensors": self.tensors(),
             "capabilities": ["completion"],
             "modified_at": MODIFIED_AT,
         }
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def full_name(name: str) -> str:

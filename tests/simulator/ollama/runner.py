@@ -11,8 +11,7 @@ from pathlib import Path
 
 from ..build import build_ollama
 from ..store import start_time
-
-BLOBS = "/usr/share/ollama/.ollama/models/blobs"
+from .models import BLOBS
 
 
 class Processes:
@@ -38,9 +37,9 @@ class Processes:
         """The PID of ``ollama serve``."""
         return self._server.pid
 
-    def start(self, digest: str, port: int) -> int:
-        """Start a runner for the model with that digest; return its PID."""
-        arguments = ["--model", f"{BLOBS}/sha256-{digest}", "--port", str(port)]
+    def start(self, blob: str, port: int) -> int:
+        """Start a runner for the model in that blob; return its PID."""
+        arguments = ["--model", f"{BLOBS}/sha256-{blob}", "--port", str(port)]
         if self._old:
             program = ["/usr/local/bin/ollama", "runner"]
         else:

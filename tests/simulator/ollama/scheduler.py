@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 from ..hardware import OutOfMemoryError
 from ..machine import Machine
@@ -17,9 +19,17 @@ from .placement import Placement, Room, forced, place_alone, place_beside
 from .runner import Processes
 from .settings import Settings
 
+RELOADING = ("num_gpu", "num_batch", "num_thread", "main_gpu")
+"""Options beside the context for which a loaded model is loaded anew; without them a model that
+was loaded with some is, too."""
+
 
 class LoadError(RuntimeError):
     """A model could not be loaded; HTTP status 500."""
+
+
+class BusyError(RuntimeError):
+    """Too many requests wait for a load; HTTP status 503."""
 
 
 class LoadAbortedError(LoadError):
@@ -31,7 +41,7 @@ class Loaded:
     """A model that is loaded. `key` is what a request must match to use it as it is."""
 
     model: Model
-    key: tuple[int, int]  # context in tokens, num_gpu
+    key: tuple[int, tuple[tuple[str, Any], ...]]  # context in tokens, other options that count
     need: int
     placement: Placement
     pid: int
@@ -39,6 +49,13 @@ class Loaded:
     busy: int = 1
     deadline: float = 0.0  # time.monotonic() when it expires, once idle
     expires_at: str = field(default_factory=lambda: moment(time.time_ns()))
+
+    @property
+    def size(self) -> int:
+        """Bytes in all, as the server reports them: with the embeddings once a part is on the
+        CPU."""
+        whole = self.placement.vram >= self.need
+        return self.need if whole else self.need + to_bytes(self.model.embeddings)
 
 
 class Scheduler:
@@ -51,6 +68,7 @@ class Scheduler:
         self._loading = threading.Lock()
         self._changed = threading.Condition()
         self._loaded: dict[str, Loaded] = {}
+        self._pending = 0
         self._port = 40000
         self._closed = False
         self._expirer = threading.Thread(target=self._expire, name="ollama-expire", daemon=True)
@@ -61,37 +79,60 @@ class Scheduler:
         with self._changed:
             for entry in list(self._loaded.values()):
                 if not self._processes.is_alive(entry.pid):
-                    del self._loaded[entry.model.full_name]
+                    del self._loaded[entry.model.blob]
             return sorted(self._loaded.values(), key=lambda entry: -entry.deadline)
 
     def acquire(
         self,
         model: Model,
         *,
-        context: int = 0,
-        num_gpu: int = -1,
+        options: Mapping[str, Any] = MappingProxyType({}),
         keep_alive: float | None = None,
         aborted: Callable[[], bool] = lambda: False,
     ) -> Loaded:
         """Return the model, loaded so; it stays until `release`. Others may have to leave."""
-        wanted = context or model.num_ctx or self.settings.context_length
+        wanted = int(options.get("num_ctx", 0)) or model.num_ctx or self.settings.context_length
         wanted = wanted or self._context_by_vram()
-        key = (min(wanted, model.trained_context), num_gpu)
-        with self._loading:
-            self.loaded()
+        # What of a request's options makes a loaded model another one, as measured.
+        others = {k: options[k] for k in RELOADING if options.get(k) is not None}
+        if others.get("num_gpu", -1) == -1:
+            others.pop("num_gpu", None)
+        key = (min(wanted, model.trained_context), tuple(sorted(others.items())))
+        found = self._use(model, key, keep_alive)
+        if found is not None:
+            return found
+        with self._changed:
+            if self._pending >= self.settings.max_queue:
+                raise BusyError("server busy, please try again.  maximum pending requests exceeded")
+            self._pending += 1
+        try:
+            with self._loading:
+                found = self._use(model, key, keep_alive)
+                if found is not None:
+                    return found
+                with self._changed:
+                    entry = self._loaded.get(model.blob)
+                    while entry is not None and entry.busy:
+                        self._changed.wait()
+                if entry is not None:
+                    self.unload(model)
+                if keep_alive is None:
+                    keep_alive = seconds(self.settings.keep_alive)
+                return self._load(model, key, keep_alive, aborted)
+        finally:
             with self._changed:
-                entry = self._loaded.get(model.full_name)
-                if entry is not None and entry.key == key:
-                    entry.busy += 1
-                    entry.keep_alive = entry.keep_alive if keep_alive is None else keep_alive
-                    return entry
-                while entry is not None and entry.busy:
-                    self._changed.wait()
-            if entry is not None:
-                self.unload(model.full_name)
-            if keep_alive is None:
-                keep_alive = seconds(self.settings.keep_alive)
-            return self._load(model, key, keep_alive, aborted)
+                self._pending -= 1
+
+    def _use(self, model: Model, key: Any, keep_alive: float | None) -> Loaded | None:
+        """The model as it is loaded, busy with one more request; None where it is not so."""
+        self.loaded()
+        with self._changed:
+            entry = self._loaded.get(model.blob)
+            if entry is None or entry.key != key:
+                return None
+            entry.busy += 1
+            entry.keep_alive = entry.keep_alive if keep_alive is None else keep_alive
+            return entry
 
     def release(self, entry: Loaded) -> None:
         """End a request; the keep-alive starts anew."""
@@ -101,12 +142,12 @@ class Scheduler:
             entry.expires_at = moment(time.time_ns(), entry.keep_alive)
             self._changed.notify_all()
         if entry.keep_alive == 0 and not entry.busy:
-            self.unload(entry.model.full_name)
+            self.unload(entry.model)
 
-    def unload(self, name: str) -> None:
+    def unload(self, model: Model) -> None:
         """Drop a model from the list and end its runner."""
         with self._changed:
-            entry = self._loaded.pop(name, None)
+            entry = self._loaded.pop(model.blob, None)
             self._changed.notify_all()
         if entry is None:
             return
@@ -146,12 +187,12 @@ class Scheduler:
         return 262144 if total >= 47 << 30 else 32768 if total >= 23 << 30 else 4096
 
     def _load(
-        self, model: Model, key: tuple[int, int], keep_alive: float, aborted: Callable[[], bool]
+        self, model: Model, key: Any, keep_alive: float, aborted: Callable[[], bool]
     ) -> Loaded:
         need = model.need(key[0], self.settings.parallel)
-        placement = self._make_room(model, need, key[1])
+        placement = self._make_room(model, need, int(dict(key[1]).get("num_gpu", -1)))
         self._port += 1
-        pid = self._processes.start(model.digest, self._port)
+        pid = self._processes.start(model.blob, self._port)
         try:
             self._fill(pid, placement)
             until = time.monotonic() + self.settings.load_delay
@@ -164,7 +205,7 @@ class Scheduler:
             raise
         entry = Loaded(model, key, need, placement, pid, keep_alive)
         with self._changed:
-            self._loaded[model.full_name] = entry
+            self._loaded[model.blob] = entry
         return entry
 
     def _make_room(self, model: Model, need: int, num_gpu: int) -> Placement:
@@ -197,7 +238,7 @@ class Scheduler:
             return
         leaving = min(idle, key=lambda entry: entry.deadline)
         wanted = sum(room.free for room in self._rooms()) + leaving.placement.vram
-        self.unload(leaving.model.full_name)
+        self.unload(leaving.model)
         deadline = time.monotonic() + 5  # Ollama waits as long for the VRAM to come back
         while sum(room.free for room in self._rooms()) < wanted and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -219,9 +260,9 @@ class Scheduler:
                     return
                 now = time.monotonic()
                 idle = [entry for entry in self._loaded.values() if not entry.busy]
-                due = [entry.model.full_name for entry in idle if entry.deadline <= now]
+                due = [entry.model for entry in idle if entry.deadline <= now]
                 if not due:
                     soonest = min((entry.deadline for entry in idle), default=now + 3600)
                     self._changed.wait(min(soonest - now, 3600))
-            for name in due:
-                self.unload(name)
+            for model in due:
+                self.unload(model)

@@ -17,6 +17,8 @@ class Settings:
     context: bytes that a runner takes on each device beside the model.
     parallel: requests at once per model; the KV cache is that many times as large.
     max_loaded: models per GPU.
+    max_queue: requests that may wait for a load.
+    cpu_bytes: bytes that `/api/ps` reports as `size_vram` of a model without a layer on the GPU.
     margin: bytes that must stay free on a device at load.
     visible: CUDA_VISIBLE_DEVICES of the server; None: every device.
     load_delay, generate_delay: seconds that loading, and answering a prompt, takes.
@@ -29,6 +31,8 @@ class Settings:
     context: Size = 0
     parallel: int = 1
     max_loaded: int = 3
+    max_queue: int = 512
+    cpu_bytes: Size = 0
     margin: Size = MARGIN
     visible: str | None = None
     load_delay: float = 0.0
