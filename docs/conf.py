@@ -11,7 +11,7 @@ author = "The pytest-gpushare developers"
 copyright = f"2026, {author}"
 release = importlib.metadata.version("pytest-gpushare")
 
-extensions = ["myst_parser", "gpushare_reference"]
+extensions = ["myst_parser", "sphinx_design", "gpushare_reference"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "examples"]
