@@ -12,13 +12,16 @@ from .scene import PYTEST, scene
 def main() -> None:
     """Print the ratio of wall times, this installation first."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("python", help="the interpreter in whose environment the other one is")
+    parser.add_argument(
+        "python",
+        nargs="?",
+        default=sys.executable,
+        help="the interpreter in whose environment the other one is; this one shows the noise",
+    )
     parser.add_argument("--pairs", type=int, default=40)
     options = parser.parse_args()
     this = (*PYTEST, "--gpu-share")
     other = (options.python, *this[1:])
-    if options.python == sys.executable:
-        sys.exit("name another interpreter than this one")
     print(HEAD)
     with scene() as here:
         result = compare(this, other, here.path, here.environment, options.pairs)

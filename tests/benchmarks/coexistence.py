@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 
-from .scene import PYTEST, Scene, scene
+from .scene import LIMIT, PYTEST, Scene, scene
 
 SUITE = """
 import time, gpusim, pytest
@@ -54,9 +54,13 @@ def _once(here: Scene, moment: float) -> tuple[bool, bool, bool]:
     thread = threading.Thread(target=load)
     thread.start()
     done = subprocess.run(
-        (*PYTEST, "--gpu-share"), cwd=here.path, env=here.environment, capture_output=True
+        (*PYTEST, "--gpu-share"),
+        cwd=here.path,
+        env=here.environment,
+        capture_output=True,
+        timeout=LIMIT,
     )
-    thread.join()
+    thread.join(LIMIT)
     (model,) = here.ollama.ps()
     whole = model["size_vram"] == model["size"]
     return done.returncode != 0, not whole, held[0] > 2 * 2**30

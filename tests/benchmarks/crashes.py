@@ -15,7 +15,7 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 
-from .scene import PYTEST, Scene, scene
+from .scene import LIMIT, PYTEST, Scene, scene
 
 SUITE = """
 import os, pathlib, time
@@ -72,8 +72,14 @@ def _once(here: Scene, dice: random.Random) -> tuple[bool, int, dict[str, set[st
 
     thread = threading.Thread(target=kill)
     thread.start()
-    subprocess.run((*PYTEST, *ARGUMENTS), cwd=here.path, env=here.environment, capture_output=True)
-    thread.join()
+    subprocess.run(
+        (*PYTEST, *ARGUMENTS),
+        cwd=here.path,
+        env=here.environment,
+        capture_output=True,
+        timeout=LIMIT,
+    )
+    thread.join(LIMIT)
     cases = ElementTree.parse(here.path / "results.xml").iter("testcase")
     results = {case.get("name") for case in cases}
     devices: dict[str, set[str]] = {}

@@ -15,7 +15,7 @@ from pytest_gpushare.planning.startup import Others
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start import Host, start
 
-from .scene import scene
+from .scene import LIMIT, scene
 
 # In a process of its own: the simulated library has to be there before it starts.
 _WATCH = "import sys; from tests.benchmarks.guard import watch; watch(float(sys.argv[1]))"
@@ -51,7 +51,7 @@ def main() -> None:
     with scene() as at:
         at.ollama.load("qwen2.5:14b")
         command = [sys.executable, "-c", _WATCH, str(options.seconds)]
-        subprocess.run(command, env=at.environment, check=True)
+        subprocess.run(command, env=at.environment, check=True, timeout=options.seconds + LIMIT)
 
 
 if __name__ == "__main__":

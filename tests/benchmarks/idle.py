@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .pairs import HEAD, compare
-from .scene import PYTEST, scene
+from .scene import LIMIT, PYTEST, scene
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +31,10 @@ def main() -> None:
         imports = [
             float(
                 subprocess.check_output(
-                    [sys.executable, "-c", _IMPORT], env=here.environment, text=True
+                    [sys.executable, "-c", _IMPORT],
+                    env=here.environment,
+                    text=True,
+                    timeout=LIMIT,
                 )
             )
             for _ in range(20)
@@ -43,6 +46,7 @@ def main() -> None:
             env=here.environment,
             capture_output=True,
             text=True,
+            timeout=LIMIT,
         ).stderr
         imported = {line.rpartition("|")[2].strip() for line in trace.splitlines()}
         if "pytest_gpushare.config.options" not in imported:

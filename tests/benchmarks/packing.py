@@ -1,10 +1,11 @@
 """How well tests with needs are packed: a workload on the simulated device, beside what others do.
 
-    python -m tests.benchmarks.packing WORKLOAD.json [--runs 5] [--timing DIRECTORY]
+    python -m tests.benchmarks.packing [WORKLOAD.json] [--runs 5] [--timing DIRECTORY]
 
-WORKLOAD.json is a list of [GB, seconds]. Eight workers, one device of 24 GB, nothing kept for
-Ollama, no safety buffer, contexts free of charge. Each test holds its VRAM while it sleeps; the
-makespan is that from the first start to the last end. Compared are
+WORKLOAD.json is a list of [GB, seconds]; without it, a random workload of 40 tests is run. Eight
+workers, one device of 24 GB, nothing kept for Ollama, no safety buffer, contexts free of charge.
+Each test holds its VRAM while it sleeps; the makespan is that from the first start to the last
+end. Compared are
 
 - this plugin, with durations of an earlier run and without;
 - xdist alone, with 8 workers and with 2;
@@ -28,6 +29,7 @@ from typing import NamedTuple
 
 from pytest_gpushare.scheduler.packing import Bin, lower_bound
 
+from .packing_scale import random_workload
 from .scene import Scene, scene
 
 GIB, WORKERS = 24, 8
@@ -118,11 +120,13 @@ def of_ctest(here: Scene, workload: list[tuple[float, float]]) -> list[str]:
 def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workload", type=Path)
+    parser.add_argument("workload", type=Path, nargs="?")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--timing", type=Path, help="where pytest-timing 0.4 is installed")
     options = parser.parse_args()
-    workload = [(gb, seconds) for gb, seconds in json.loads(options.workload.read_text())]
+    workload = random_workload(0)
+    if options.workload is not None:
+        workload = [(gb, seconds) for gb, seconds in json.loads(options.workload.read_text())]
     bound = lower_bound(
         [int(gb * 1024) for gb, _ in workload], [s for _, s in workload], [Bin(GIB * 1024, WORKERS)]
     )

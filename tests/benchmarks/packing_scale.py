@@ -9,6 +9,7 @@ the lower bound, with known durations and without. WORKLOAD.json is a list of [G
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -83,8 +84,17 @@ def dispatched(count: int, *, known: bool, different: bool) -> float:
     return spent - count * clock_cost()
 
 
+def random_workload(seed: int) -> list[tuple[float, float]]:
+    """40 tests as (GB, seconds)."""
+    draw = Random(seed)
+    return [(draw.choice(LIKE_IT), draw.uniform(0.25, 1.95)) for _ in range(40)]
+
+
 def main() -> None:
     """Measure and print."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("workload", type=Path, nargs="?", help="a list of [GB, seconds]")
+    path = parser.parse_args().workload
     print("| tests | needs | durations | µs of CPU per test |")
     print("| --- | --- | --- | --- |")
     for count in (1_000, 10_000, 100_000):
@@ -95,20 +105,14 @@ def main() -> None:
                 f"| {'known' if known else 'unknown'} | {spent / count * 1e6:.1f} |",
                 flush=True,
             )
-    workloads = {
-        f"random {seed}": [(draw.choice(LIKE_IT), draw.uniform(0.25, 1.95)) for _ in range(40)]
-        for seed in range(40)
-        if (draw := Random(seed))
-    }
+    workloads = {f"random {seed}": random_workload(seed) for seed in range(40)}
     print("\n| workload | durations | makespan ÷ bound: median | largest |")
     print("| --- | --- | --- | --- |")
-    if len(sys.argv) > 1:
-        own = [(size, seconds) for size, seconds in json.loads(Path(sys.argv[1]).read_text())]
+    if path is not None:
+        own = [(size, seconds) for size, seconds in json.loads(path.read_text())]
         for known in (True, False):
             found = makespan_by_bound(own, known=known)
-            print(
-                f"| {Path(sys.argv[1]).name} | {'known' if known else 'unknown'} | {found:.3f} | |"
-            )
+            print(f"| {path.name} | {'known' if known else 'unknown'} | {found:.3f} | |")
     for known in (True, False):
         ratios = [makespan_by_bound(pairs, known=known) for pairs in workloads.values()]
         print(

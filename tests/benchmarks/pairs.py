@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+LIMIT = 300.0
+"""Seconds that one command may take."""
+
 # Student's t for a two-sided 95 % interval, by degrees of freedom; the nearest lower one counts.
 _T_95 = {1: 12.71, 2: 4.30, 4: 2.78, 9: 2.26, 19: 2.09, 29: 2.05, 39: 2.02, 99: 1.98}
 
@@ -75,7 +78,9 @@ def compare(
 def seconds(command: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> float:
     """Wall time of one command; stops the benchmark where it fails."""
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=cwd, env=dict(environment), capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=cwd, env=dict(environment), capture_output=True, text=True, timeout=LIMIT
+    )
     took = time.perf_counter() - started
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")

@@ -1,6 +1,6 @@
 """CPU and GPU tests in one pool: against `-n 2` for all, and what the dispatch itself costs.
 
-    python tests/benchmarks/pool.py [pairs]
+    python -m tests.benchmarks.pool [--pairs 5]
 
 The founding case: 400 CPU tests of 0.05 s and 20 GPU tests of 0.5 s and 4 GB on one device of
 24 GB with Ollama's reservation. The cost: 3,000 tests that do nothing, on two CPU workers and an
@@ -9,6 +9,7 @@ idle GPU worker, against xdist's own `-n 2`; and marked tests that do nothing.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from scene import PYTEST, Scene, scene
+from .scene import LIMIT, PYTEST, Scene, scene
 
 MIXED = """
 import time
@@ -84,6 +85,7 @@ def run(where: Scene, *arguments: str) -> Spent:
         env=where.environment,
         capture_output=True,
         text=True,
+        timeout=LIMIT,
     )
     if done.returncode:
         sys.exit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
@@ -145,7 +147,14 @@ def cost(pairs: int) -> None:
               f"({unmarked / 3:.2f} ms per test on two CPU workers)")  # fmt: skip
 
 
+def main() -> None:
+    """Measure both and print a line for each result."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--pairs", type=int, default=5)
+    pairs = parser.parse_args().pairs
+    founding_case(pairs)
+    cost(pairs)
+
+
 if __name__ == "__main__":
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    founding_case(count)
-    cost(count)
+    main()

@@ -1,7 +1,7 @@
 """Random suites, run by stock pytest, by stock xdist, and by the plugin's own dispatch.
 
 `python -m tests.benchmarks.random_suites 200 --first 1000`: about 4 seconds for each suite.
-The test suite runs three of them, or as many as GPUSHARE_RANDOM_SUITES says.
+The test suite runs ten of them, or as many as GPUSHARE_RANDOM_SUITES says.
 """
 
 from __future__ import annotations

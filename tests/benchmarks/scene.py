@@ -15,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from simulator import Device, Machine, build
 from simulator.ollama import OllamaServer
 
+LIMIT = 300.0
+"""Seconds that one command of a benchmark may take, beyond what it is asked to take."""
+
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 TRIVIAL = "import pytest\n@pytest.mark.parametrize('i', range(10))\ndef test_nothing(i): pass\n"
 

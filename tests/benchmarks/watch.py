@@ -16,7 +16,7 @@ from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.session.sampling import Sampler, rows_for
 from pytest_gpushare.session.workers import Workers
 
-from .scene import scene
+from .scene import LIMIT, scene
 
 # In a process of its own: the simulated library has to be there before it starts.
 _SAMPLE = """
@@ -51,7 +51,7 @@ def sample(seconds: float, workers: int) -> None:
     watch.stop()
     live.close()
     for child in children:
-        child.communicate(b"\\n")
+        child.communicate(b"\n", timeout=LIMIT)
     rows = sum(len(watched.series) for watched in watch.devices.values())
     print(json.dumps({"watch": watch.cpu_time, "reader": reader.cpu_time, "rows": rows}))
 
@@ -101,6 +101,7 @@ def main() -> None:
                     [sys.executable, "-c", _SAMPLE, str(seconds), str(workers)],
                     env=here.environment,
                     text=True,
+                    timeout=seconds + LIMIT,
                 )
             )
         shares = [100 * told[name] / seconds for name in ("watch", "reader")]
