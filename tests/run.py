@@ -6,27 +6,40 @@ and a C compiler, for the simulated NVML. Ends with pytest's exit code.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 3 * 3600.0
+"""Seconds for the whole suite, also with `--pdb`; each test has a limit of its own."""
+
 sys.path.insert(0, str(ROOT / "docs" / "examples"))
 
 from own_venv import own_venv  # noqa: E402 - its folder is on the path only now
 
 
 def main(arguments: list[str]) -> int:
-    """Run pytest with *arguments*, by default on as many workers as there are CPUs."""
+    """Run pytest with *arguments*, by default on more workers than there are CPUs."""
     pyproject = ROOT / "pyproject.toml"
     groups = [f"{pyproject}:{name}" for name in ("test", "browser")]
     requirements = ["--editable", str(ROOT), *(f"--group={group}" for group in groups)]
     python = own_venv(ROOT / ".venv-tests", requirements, [pyproject])
-    command = [str(python), "-m", "pytest", "-n", "auto", *arguments]
+    command = [str(python), "-m", "pytest", *distribution(), *arguments]
     try:
-        return subprocess.run(command, cwd=ROOT).returncode
+        return subprocess.run(command, cwd=ROOT, timeout=LIMIT).returncode
+    except subprocess.TimeoutExpired:
+        print(f"the tests were ended after {LIMIT:g} seconds", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 2
+
+
+def distribution() -> list[str]:
+    """The options of pytest-xdist: half as many workers again as CPUs, since tests often wait."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ["-n", str(cpus + (cpus + 1) // 2), "--dist", "loadgroup"]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,11 @@ _REMOVED = re.compile(
     re.I,
 )
 
-# A cache would stay in the project; the others, which come with our own tests, cost a second.
-_PLUGINS_LEFT_OUT = [
-    part for name in ("cacheprovider", "hypothesispytest", "anyio") for part in ("-p", f"no:{name}")
-]
+# A cache would stay in the project.
+_ALWAYS_LEFT_OUT = ("cacheprovider", "hypothesispytest", "anyio")
+
+# They come with our own tests, and take a sixth of the time of a short run.
+_LEFT_OUT = ("platformdirs", "pytest_cov", "rerunfailures", "timeout")
 
 TRIVIAL = """
     import pytest
@@ -122,11 +123,16 @@ class Project:
         )
         return Result(done.returncode, done.stdout, done.stderr)
 
-    def pytest(self, *arguments: str, **environment: str | None) -> Result:
-        """Run `pytest` with these arguments."""
-        return self.command(
-            [sys.executable, "-m", "pytest", *_PLUGINS_LEFT_OUT, *arguments], **environment
-        )
+    def pytest(
+        self, *arguments: str, beside: Collection[str] = (), **environment: str | None
+    ) -> Result:
+        """Run `pytest` with these arguments, and with the plugins *beside* it that are installed.
+
+        They are named as by `-p`: "pytest_cov", "rerunfailures", "timeout".
+        """
+        left_out = [*_ALWAYS_LEFT_OUT, *(name for name in _LEFT_OUT if name not in beside)]
+        options = [part for name in left_out for part in ("-p", f"no:{name}")]
+        return self.command([sys.executable, "-m", "pytest", *options, *arguments], **environment)
 
     def with_frameworks(self) -> None:
         """Put stand-ins of torch, CuPy and JAX on the path; the machine must be there."""

@@ -346,7 +346,7 @@ def test_with_pytest_cov(asking: list[str], project: Project, machine: Machine) 
     if asking == ["ini"]:
         project.file("pytest.ini", "[pytest]\ngpu_share = true\n")
     arguments = {"ini": [], "-n0": ["--gpu-share", "-n0"]}.get(asking[0], asking)
-    result = project.pytest(*arguments, "--cov=covered")
+    result = project.pytest(*arguments, "--cov=covered", beside=["pytest_cov"])
     assert (result.code, result.passed) == (0, 1), result.out + result.err
     assert re.search(r"covered\.py +2 +0 +100%", result.out)
 

@@ -218,6 +218,10 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, nvml_library: Path) -> Calla
     return asked
 
 
+# Each worker of xdist would ask for the whole matrix anew.
+TOGETHER = pytest.mark.xdist_group("nvml-matrix")
+
+
 @pytest.fixture(scope="module")
 def answers(mixed: Callable[..., Any]) -> dict[tuple[str, int], dict[str, Any]]:
     """What is found when each function gives each code; under "usual" what is without."""
@@ -229,6 +233,7 @@ def answers(mixed: Callable[..., Any]) -> dict[tuple[str, int], dict[str, Any]]:
     return {key: {**answer, "usual": usual} for key, answer in zip(_matrix(), found, strict=True)}
 
 
+@TOGETHER
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("function", EFFECTS)
 def test_matrix(function: str, code: int, answers: dict[tuple[str, int], dict[str, Any]]) -> None:
@@ -236,6 +241,7 @@ def test_matrix(function: str, code: int, answers: dict[tuple[str, int], dict[st
     EFFECTS[function][1](answers[function, code], code)
 
 
+@TOGETHER
 def test_usual_answer(answers: dict[tuple[str, int], dict[str, Any]]) -> None:
     """What the matrix is compared with is a whole answer."""
     usual = answers["nvmlShutdown", 1]["usual"]

@@ -92,6 +92,10 @@ def ask(project: Project, cases: list[tuple[str, float]], **environment: str) ->
     return json.loads(result.out)
 
 
+# Each worker of xdist would ask all of them anew.
+TOGETHER = pytest.mark.xdist_group("ollama-faults")
+
+
 @pytest.fixture(scope="module")
 def answers(
     faulty: dict[str, FaultyServer], tmp_path_factory: pytest.TempPathFactory
@@ -111,6 +115,7 @@ def test_every_fault_is_known() -> None:
     assert set(PROBLEMS) == set(FAULTS)
 
 
+@TOGETHER
 @pytest.mark.parametrize("mode", PROBLEMS)
 def test_fault(mode: str, answers: dict[str, Any], faulty: dict[str, FaultyServer]) -> None:
     """Nothing is believed, the reason is told, and it takes no longer than the limit."""
@@ -124,6 +129,7 @@ def test_fault(mode: str, answers: dict[str, Any], faulty: dict[str, FaultyServe
     assert faulty[mode].connections > 0
 
 
+@TOGETHER
 def test_redirects_are_not_followed(
     answers: dict[str, Any], faulty: dict[str, FaultyServer]
 ) -> None:
@@ -132,12 +138,14 @@ def test_redirects_are_not_followed(
     assert faulty["redirect"].redirects == 0
 
 
+@TOGETHER
 def test_nothing_listens(answers: dict[str, Any]) -> None:
     """A closed port is no server, and no mystery."""
     found = answers["closed"]
     assert (found["problem"], found["reachable"]) == ("nothing listens there", False)
 
 
+@TOGETHER
 def test_bounded_memory(answers: dict[str, Any]) -> None:
     """Endless answers and gzip bombs of 512 MB are not taken in."""
     assert answers["process"]["grown_kb"] < 150_000

@@ -393,7 +393,7 @@ def test_timeout_counts_each_attempt(project: Project, two: Machine) -> None:
     """pytest-timeout gives each attempt its time, and none of it goes by in waiting."""
     pytest.importorskip("pytest_timeout", reason="pytest-timeout is not installed here")
     shared(project, TIMED, NEIGHBOURS)
-    result = project.pytest(*UNCAPPED)
+    result = project.pytest(*UNCAPPED, beside=["timeout"])
     assert (result.code, result.passed) == (0, 2), result.out
     assert heard(project)["test_timed"]["attempts"] == 2
 
@@ -417,9 +417,11 @@ RERUN = """
 
 def test_reruns(project: Project, two: Machine) -> None:
     """pytest-rerunfailures sees one failure, of the attempt alone, and runs on as ever."""
-    pytest.importorskip("pytest_rerunfailures", reason="pytest-rerunfailures is not there")
+    pytest.importorskip("pytest_rerunfailures", reason="pytest-rerunfailures is not installed")
     shared(project, RERUN)
-    result = project.pytest(*UNCAPPED, "--reruns=1", "--junitxml=junit.xml")
+    result = project.pytest(
+        *UNCAPPED, "--reruns=1", "--junitxml=junit.xml", beside=["rerunfailures"]
+    )
     assert result.code == 0, result.out
     assert "2 passed, 1 rerun" in result.out
     assert 'tests="2"' in (project.path / "junit.xml").read_text()

@@ -85,8 +85,10 @@ LIAR = (
 
     @pytest.mark.gpu(vram="4GB")
     def test_liar():
-        held = take(13 * GB)
-        pathlib.Path("held").touch()
+        try:
+            held = take(13 * GB)
+        finally:
+            pathlib.Path("held").touch()
         time.sleep(2)
 
     @pytest.mark.gpu(vram="5GB")

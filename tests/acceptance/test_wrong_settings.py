@@ -277,6 +277,11 @@ REFUSED |= {
 }
 
 
+# Each worker of xdist would run all the cases anew.
+TOGETHER_REFUSED = pytest.mark.xdist_group("refused-settings")
+TOGETHER_ACCEPTED = pytest.mark.xdist_group("accepted-settings")
+
+
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     """How each of the wrong cases ended."""
@@ -285,6 +290,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     )
 
 
+@TOGETHER_REFUSED
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str, refused: dict[str, Ended]) -> None:
     """File, key, what was found and what is allowed; nothing else, and no test is run."""
@@ -374,6 +380,7 @@ def _table(key: str) -> int:
     return list(BY_KEY).index(key)
 
 
+@TOGETHER_ACCEPTED
 @pytest.mark.parametrize("name", RIGHT)
 def test_files(name: str, accepted: dict[str, Ended]) -> None:
     """Every configuration file that pytest reads, typed or quoted."""
@@ -390,6 +397,7 @@ def test_files(name: str, accepted: dict[str, Ended]) -> None:
     assert not any(line.startswith("  Ollama") for line in lines)
 
 
+@TOGETHER_ACCEPTED
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name: str, accepted: dict[str, Ended]) -> None:
     """Several presets, in each place where they can be named."""
@@ -400,6 +408,7 @@ def test_presets(name: str, accepted: dict[str, Ended]) -> None:
     ) in ended.out.splitlines()
 
 
+@TOGETHER_ACCEPTED
 @pytest.mark.parametrize("name", ["not asked", "asked not to"])
 def test_unasked(name: str, accepted: dict[str, Ended]) -> None:
     """Nothing is read, so nothing is wrong; pytest's own warning on the unknown key stays."""

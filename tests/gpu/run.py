@@ -77,12 +77,22 @@ def _check(selection: list[str]) -> tuple[int, list[dict[str, Any]]]:
         path = Path(directory, "results.jsonl")
         command = [sys.executable, "-m", "pytest", "tests/gpu", *plugin_arguments()]
         done = subprocess.run(
-            [*command, "-p", "no:cacheprovider", "--tb=short", "-q", *selection],
+            [
+                *command,
+                "-p",
+                "no:cacheprovider",
+                "-o",
+                "timeout=900",
+                "--tb=short",
+                "-q",
+                *selection,
+            ],
             cwd=ROOT,
             env=environment(GPUSHARE_GPU_RESULTS=str(path)),
             # The tables alone go to the standard output.
             stdout=sys.stderr,
             check=False,
+            timeout=2 * 3600,
         )
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return done.returncode, [json.loads(line) for line in lines]
@@ -101,7 +111,9 @@ def _table(results: list[dict[str, Any]]) -> str:
 def _time(pairs: int) -> bool:
     """Print what asking costs; in a process of its own, as the commands it times may fail."""
     command = [sys.executable, str(ROOT / "tests" / "gpu" / "timing.py"), "--pairs", str(pairs)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=False)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, encoding="utf-8", check=False, timeout=2 * 3600
+    )
     print(f"\n{done.stdout}", flush=True)
     return done.returncode == 0
 
