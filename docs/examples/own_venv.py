@@ -17,6 +17,9 @@ from pathlib import Path
 
 OLDEST = (3, 10)
 
+LIMIT = 1800.0
+"""Seconds that an installation may take, over a slow line."""
+
 
 def own_venv(directory: Path, requirements: Sequence[str], made_from: Sequence[Path]) -> Path:
     """Return the Python of a venv in *directory* that has the *requirements*.
@@ -43,7 +46,7 @@ def own_venv(directory: Path, requirements: Sequence[str], made_from: Sequence[P
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     # Dependency groups came with pip 25.1.
     for arguments in (["--upgrade", "pip>=25.1"], requirements):
-        done = subprocess.run([*pip, *arguments], stdin=subprocess.DEVNULL)
+        done = subprocess.run([*pip, *arguments], stdin=subprocess.DEVNULL, timeout=LIMIT)
         if done.returncode:
             sys.exit(f"pip install {' '.join(arguments)} failed")
     stamp.write_text(wanted)

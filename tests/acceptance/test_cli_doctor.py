@@ -303,6 +303,7 @@ def environment_without(path: Path, pattern: str) -> Path:
         [sys.executable, "-m", "venv", "--without-pip", str(path)],
         check=True,
         env=clean_environment(),
+        timeout=120,
     )
     own = sysconfig.get_path("purelib", vars={"base": str(path), "platbase": str(path)})
     for entry in Path(sysconfig.get_path("purelib")).iterdir():

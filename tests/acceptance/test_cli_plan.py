@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from simulator import Device, Machine
+from simulator.child import child_process
 
 from .conftest import Project, Result
 
@@ -175,7 +176,7 @@ def test_in_process(project: Project, machine: Machine) -> None:
 
 def test_closed_pipe(project: Project) -> None:
     """A reader that goes away, as `head` does, is no error."""
-    with subprocess.Popen(
+    with child_process(
         [*COMMAND, "plan", "--simulate", "24GB"],
         cwd=project.path,
         env=project.environment,

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from simulator import Machine
+from simulator.child import child_process
 
 from .conftest import Project
 
@@ -51,7 +52,7 @@ def watched(project: Project, tmp_path: Path) -> Project:
 def running(project: Project, *workers: str) -> Iterator[subprocess.Popen[bytes]]:
     """A session in which each of these workers holds VRAM."""
     project.write(test_project=HOLDING)
-    with subprocess.Popen(
+    with child_process(
         [sys.executable, "-m", "pytest", "--gpu-share", "-q", f"-n{len(workers)}"],
         cwd=project.path,
         env=project.environment,
@@ -141,7 +142,7 @@ def test_piped_until_ctrl_c(
 ) -> None:
     """A line of JSON for each picture, at once; two seconds between two questions to Ollama."""
     server = ollama_with({"qwen2.5:14b": "10.8GB"})
-    with subprocess.Popen(
+    with child_process(
         [*COMMAND, "--json", "--interval", "0.2"],
         cwd=watched.path,
         env=watched.environment,
@@ -196,7 +197,7 @@ def in_terminal(project: Project, *arguments: str, until: Callable[[str], bool])
     """Run watch on a terminal until its output is so, then press Ctrl-C."""
     outer, inner = pty.openpty()
     environment = {**project.environment, "LINES": "24", "PYTHONIOENCODING": "utf-8"}
-    with subprocess.Popen(
+    with child_process(
         [*COMMAND, *arguments],
         cwd=project.path,
         env=environment,

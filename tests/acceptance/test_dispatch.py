@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from simulator import Machine
+from simulator.child import child_process
 
 from .conftest import Project
 
@@ -267,7 +268,7 @@ def test_interrupt(project: Project, machine: Machine) -> None:
     """Ctrl-C ends the run at once; no process and no VRAM stay behind."""
     project.write(test_project=WAITING)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--gpu-share"]
-    with subprocess.Popen(
+    with child_process(
         command,
         cwd=project.path,
         env={**project.environment, "SECONDS": "60"},
@@ -323,11 +324,12 @@ NEIGHBOURS = """
 
 
 def test_beside_other_plugins(project: Project, machine: Machine) -> None:
-    """Reruns, time-outs and a random order go on as ever, through GPU workers too."""
-    for name in ("pytest_rerunfailures", "pytest_timeout", "pytest_randomly"):
+    """Reruns and time-outs go on as ever, through GPU workers too; and a random order."""
+    for name in ("pytest_rerunfailures", "pytest_timeout"):
         pytest.importorskip(name, reason=f"{name} is not installed here")
     project.write(test_project=NEIGHBOURS)
-    result = project.pytest(*BESIDE, "--reruns", "1", "-p", "randomly", "--timeout-method=signal")
+    others = ["rerunfailures", "timeout"]
+    result = project.pytest(*BESIDE, "--reruns=1", "--timeout-method=signal", beside=others)
     assert (result.code, result.passed) == (1, 5), result.out
     assert "1 failed, 5 passed, 1 rerun" in result.out
     assert "Timeout" in result.out

@@ -15,6 +15,7 @@ from collections import Counter
 
 import pytest
 from simulator import Machine
+from simulator.child import child_process
 
 from .conftest import Project, Result
 
@@ -296,7 +297,7 @@ def test_interrupted_in_a_teardown(kind: str, project: Project, machine: Machine
     """After Ctrl-C the test before is reported as what it was, once."""
     deadly(project, kind, "time.sleep(60)", follow=True)
     command = [sys.executable, "-m", "pytest", *ours(kind), "--junitxml=junit.xml"]
-    with subprocess.Popen(
+    with child_process(
         command, cwd=project.path, env=project.environment, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     ) as process:  # fmt: skip

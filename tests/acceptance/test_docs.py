@@ -389,6 +389,7 @@ def check_plans(block: Block, project: Project, page: str) -> None:
         capture_output=True,
         encoding="utf-8",
         check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     headlines = re.findall(r"^HEADLINE gpu-share: (.*)", done.stdout, re.MULTILINE)

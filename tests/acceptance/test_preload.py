@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from simulator import Device, Machine
+from simulator.child import child_process
 from simulator.ollama import FaultyServer, Model, OllamaServer
 
 from .conftest import TRIVIAL, Project
@@ -172,7 +173,7 @@ def test_interrupt(project: Project, server: OllamaServer) -> None:
     """Ctrl-C is heard while a model is being loaded, which ends the load."""
     server.scheduler.settings = type(server.scheduler.settings)(load_delay=60.0)
     command = [sys.executable, "-m", "pytest", *ON, "-o", f"{MODELS}{QWEN}"]
-    with subprocess.Popen(
+    with child_process(
         command,
         cwd=project.path,
         env=project.environment,
@@ -217,7 +218,7 @@ def test_progress_line(project: Project, server: OllamaServer) -> None:
     project.write(test_project=TRIVIAL)
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "pytest", *ON, "-o", f"{MODELS}small:1b"]
-    with subprocess.Popen(
+    with child_process(
         command, cwd=project.path, env=project.environment, stdout=subprocess.DEVNULL, stderr=slave
     ) as process:
         os.close(slave)

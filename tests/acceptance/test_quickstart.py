@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "docs" / "examples" / "quickstart" / "run.py"
 
 
+@pytest.mark.timeout(400)
 def test_quickstart() -> None:
     """Before: tests fail and the model spills; after: all pass and it is wholly on the GPU."""
     done = subprocess.run(

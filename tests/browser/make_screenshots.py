@@ -65,9 +65,12 @@ def run(directory: Path, report: Path) -> None:
         later.start()
         command = [sys.executable, "-m", "pytest", *LEFT_OUT, "--gpu-share"]
         done = subprocess.run(
-            [*command, "--gpu-share-report", str(report)], cwd=project, env=environment
+            [*command, "--gpu-share-report", str(report)],
+            cwd=project,
+            env=environment,
+            timeout=300,
         )
-        later.join()
+        later.join(60)
     if done.returncode != 1 or not report.exists():
         sys.exit(f"pytest ended with {done.returncode}; the report: {report.exists()}")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.benchmarks.pairs import HEAD, compare
+from tests.benchmarks.pairs import HEAD, LIMIT, compare
 from tests.gpu.card import environment, plugin_arguments
 
 TRIVIAL = "import pytest\n@pytest.mark.parametrize('i', range(10))\ndef test_nothing(i): pass\n"
@@ -39,7 +39,9 @@ def rows(pairs: int) -> list[str]:
 
 
 def _workers(command: list[str], path: Path, around: dict[str, str]) -> tuple[int, str]:
-    done = subprocess.run(command, cwd=path, env=around, capture_output=True, encoding="utf-8")
+    done = subprocess.run(
+        command, cwd=path, env=around, capture_output=True, encoding="utf-8", timeout=LIMIT
+    )
     created = re.search(r"created: (\d+)/\d+ workers?", done.stdout)
     if created is None:
         sys.exit(f"no workers were started:\n{done.stdout}{done.stderr}")

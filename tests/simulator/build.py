@@ -97,6 +97,6 @@ def _run(arguments: list[str]) -> None:
             " install gcc or clang, or set CC"
         )
     command = [*compiler, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stdout}{done.stderr}")

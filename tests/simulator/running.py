@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from .build import build
+from .child import child_process
 from .machine import Machine
 
 _HIDDEN = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "OLLAMA_HOST")
@@ -34,9 +36,9 @@ def environment(
 
 def start(
     machine: Machine, code: str, *, variant: str = "full", env: Mapping[str, str] | None = None
-) -> subprocess.Popen[str]:
-    """Start Python on *code*, with pipes for its input and output."""
-    return subprocess.Popen(
+) -> AbstractContextManager[subprocess.Popen[str]]:
+    """Run Python on *code* beside a block, with pipes for its input and output."""
+    return child_process(
         [sys.executable, "-c", code],
         env=environment(machine, variant, env),
         stdin=subprocess.PIPE,
@@ -59,11 +61,7 @@ def run(
     Raises RuntimeError with the error output if it fails; *timeout* is in seconds.
     """
     with start(machine, code, variant=variant, env=env) as process:
-        try:
-            output, errors = process.communicate(timeout=timeout)
-        except BaseException:
-            process.kill()
-            raise
+        output, errors = process.communicate(timeout=timeout)
     if process.returncode:
         raise RuntimeError(f"exit code {process.returncode}\n{errors}")
     return json.loads(output)

@@ -57,7 +57,7 @@ def test_many_who_ask_at_once_cost_one_reading() -> None:
         thread.start()
     card.hangs.set()
     for thread in threads:
-        thread.join()
+        thread.join(30)
     assert (found, card.read) == ([1] * 8, 1)
     vram.close()
 

@@ -183,7 +183,7 @@ def test_hanging_up_from_another_thread() -> None:
             with pytest.raises(TimeoutError):
                 connection.get("/", time.monotonic() + 10)
         connection.close()
-        stop.join()
+        stop.join(10)
         assert server.connections == 1
 
 

@@ -150,7 +150,8 @@ def test_a_model_being_loaded_is_absent(scene: Scene) -> None:
     thread.start()
     time.sleep(0.25)
     assert scene.told() == []
-    thread.join()
+    thread.join(30)
+    assert not thread.is_alive()
     wait_for(lambda: bool(scene.record.events("ollama-loaded")))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from simulator.child import child_process
 
 from pytest_gpushare.gpu.host import ancestors, identity, is_same_process
 from pytest_gpushare.session.registry import HELLO, SessionRecord, folder, sessions
@@ -31,7 +32,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+    with child_process([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         yield process
         process.kill()
 
@@ -83,7 +84,7 @@ def test_from_start_to_stop(child: subprocess.Popen[bytes]) -> None:
     assert [worker.id for worker in session.workers] == ["gw9", "gw10"]
     assert (session.workers[1].device, session.workers[1].slot) == ("GPU-0", 5)
     child.kill()
-    child.wait()
+    child.wait(30)
     assert [worker.id for worker in sessions()[0].workers] == ["gw9"]
     service.stop()
     assert list(folder().iterdir()) == []
@@ -107,7 +108,7 @@ def test_zombie_is_dead() -> None:
     known = identity(process.pid)
     wait_for(lambda: identity(process.pid) is None)
     assert known is None or is_same_process(process.pid, known) is False
-    process.wait()
+    process.wait(30)
 
 
 def test_another_boot_and_another_container() -> None:

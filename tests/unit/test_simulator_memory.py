@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,12 +32,13 @@ sys.stdin.readline()
 """
 
 
-def hold(machine: Machine, size: str) -> subprocess.Popen[str]:
-    """Start a process that holds *size* until it is told, or killed."""
-    process = start(machine, HOLD.format(size=size))
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
+@contextmanager
+def hold(machine: Machine, size: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds *size* until it is told, or killed."""
+    with start(machine, HOLD.format(size=size)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
 
 
 @pytest.fixture
@@ -118,13 +121,13 @@ def test_the_dead_lose_everything(machine: Machine) -> None:
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet reaped
         assert machine.snapshot()[0].used == 2 * GIB
-        process.communicate()
+        process.communicate(timeout=30)
 
 
 def test_nvml_frees_what_the_dead_held(machine: Machine) -> None:
     """The C library does so too, with no Python near."""
     with hold(machine, "3GB") as process:
-        process.communicate("\n")
+        process.communicate("\n", timeout=30)
     code = (
         "import json, pynvml as n; n.nvmlInit(); d = n.nvmlDeviceGetHandleByIndex(0);"
         "print(json.dumps([n.nvmlDeviceGetMemoryInfo(d).used,"
@@ -137,7 +140,7 @@ def test_vram_may_come_back_late(tmp_path: Path) -> None:
     """For a while it is used, and nobody's."""
     machine = Machine.create(tmp_path / "state", [Device(used=0)], late_free=0.2)
     with hold(machine, "3GB") as process:
-        process.communicate("\n")
+        process.communicate("\n", timeout=30)
     state = machine.snapshot()[0]
     assert (state.used, state.processes) == (3 * GIB + 600 * MIB, ())
     deadline = time.monotonic() + 5
@@ -162,18 +165,19 @@ for _ in range(150):
         held[:random.randint(0, len(held))] = []
 print(refused)
 """
-    processes = [start(machine, code) for _ in range(8)]
-    for process in processes:
-        assert process.stdout is not None
-        process.stdout.readline()
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    time.sleep(random.uniform(0.005, 0.05))
-    for process in processes[:2]:
-        process.send_signal(signal.SIGKILL)
-    refused = [int(process.communicate()[0] or 0) for process in processes]
+    with ExitStack() as stack:
+        processes = [stack.enter_context(start(machine, code)) for _ in range(8)]
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        time.sleep(random.uniform(0.005, 0.05))
+        for process in processes[:2]:
+            process.send_signal(signal.SIGKILL)
+        refused = [int(process.communicate(timeout=60)[0] or 0) for process in processes]
     state = machine.snapshot()[0]
     assert state.used == 0
     assert 3 * GIB < state.peak_used <= 4 * GIB
@@ -354,7 +358,11 @@ def test_env_composes_with_what_is_there(
     assert env["PYTHONPATH"].endswith(":/opt/python")
     code = "import json, gpusim, simulator; print(json.dumps(gpusim.__name__))"
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, check=True
+        [sys.executable, "-c", code],
+        env={**os.environ, **env},
+        capture_output=True,
+        check=True,
+        timeout=30,
     )
     assert json.loads(done.stdout) == "gpusim"
 

@@ -208,7 +208,7 @@ def test_a_delay_holds_up_nobody_else(machine: Machine) -> None:
         began = time.monotonic()
         machine.release(machine.allocate(0, 1))
         assert time.monotonic() - began < 0.2
-        process.communicate()
+        process.communicate(timeout=30)
         assert time.monotonic() - began >= 0.25
 
 
@@ -289,7 +289,7 @@ def test_builds_are_cached_and_may_race(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", code, str(tmp_path)]
     builders = [subprocess.Popen(command, env=env) for _ in range(2)]
-    assert [builder.wait() for builder in builders] == [0, 0]
+    assert [builder.wait(120) for builder in builders] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["libnvidia-ml.so.1"]
     before = (tmp_path / "libnvidia-ml.so.1").stat().st_mtime_ns
     assert build(tmp_path).stat().st_mtime_ns == before

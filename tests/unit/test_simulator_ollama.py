@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 from simulator import Device, Machine
+from simulator.child import child_process
 from simulator.ollama import FAULTS, FaultyServer, Model, OllamaError, OllamaServer
 from simulator.ollama.durations import FOREVER, moment, seconds
 from simulator.ollama.placement import Room, forced, place_alone, place_beside
@@ -52,7 +53,7 @@ def eventually(condition: Callable[[], object], within: float = 5.0) -> None:
 def test_plain_answers(machine: Machine) -> None:
     """Version, list and root, as the real one words them."""
     with OllamaServer(machine, {"m": "5GB"}, version="0.31.2") as server:
-        with urllib.request.urlopen(server.url) as answer:
+        with urllib.request.urlopen(server.url, timeout=30) as answer:
             assert answer.read() == b"Ollama is running"
         assert server.request("/api/version") == {"version": "0.31.2"}
         assert server.request("/api/ps") == {"models": []}
@@ -112,7 +113,7 @@ def test_generate(machine: Machine) -> None:
         request = urllib.request.Request(
             server.url + "/api/generate", json.dumps({"model": "m", "prompt": "Hello"}).encode()
         )
-        with urllib.request.urlopen(request) as stream:
+        with urllib.request.urlopen(request, timeout=30) as stream:
             lines = [json.loads(line) for line in stream]
         assert [line["done"] for line in lines] == [False, False, False, True]
         assert generate(keep_alive=0)["done_reason"] == "unload"
@@ -142,7 +143,7 @@ def test_errors(machine: Machine, path: str, body: object, status: int, text: st
 def test_foreign_host_headers_are_refused(machine: Machine) -> None:
     """With an empty 403, as a server on loopback does."""
     with OllamaServer(machine, {}) as server:
-        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
         connection.request("GET", "/api/ps", headers={"Host": "example.com"})
         answer = connection.getresponse()
         assert (answer.status, answer.read()) == (403, b"")
@@ -255,7 +256,7 @@ def test_busy_models_are_waited_for(machine: Machine) -> None:
         server.load("b")
         assert time.monotonic() - began > 0.15
         assert [entry["name"] for entry in server.ps()] == ["b:latest"]
-        client.join()
+        client.join(30)
 
 
 def test_several_gpus(tmp_path: Path) -> None:
@@ -334,7 +335,7 @@ def test_a_model_that_is_loading_is_not_listed(machine: Machine) -> None:
     """Its VRAM is taken already; a client that goes away aborts the load."""
     with OllamaServer(machine, {"m": "5GB"}, load_delay=5) as server:
         body = json.dumps({"model": "m"}).encode()
-        with socket.create_connection(("127.0.0.1", server.port)) as client:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
             head = f"POST /api/generate HTTP/1.1\r\nHost: x.local\r\nContent-Length: {len(body)}"
             client.sendall(head.encode() + b"\r\n\r\n" + body)
             eventually(lambda: machine.snapshot()[0].used == 7 * GIB)
@@ -398,7 +399,7 @@ def test_as_a_program(machine: Machine) -> None:
     """It prints its address, and nothing outlives it, not even when it is killed."""
     command = [sys.executable, "-m", "simulator.ollama", "--models", '{"m": "5GB"}', "--load", "m"]
     for how in (signal.SIGTERM, signal.SIGKILL):
-        with subprocess.Popen(
+        with child_process(
             [*command, "--keep-alive", "1h"],
             env=environment(machine),
             stdout=subprocess.PIPE,
@@ -406,11 +407,12 @@ def test_as_a_program(machine: Machine) -> None:
         ) as process:
             assert process.stdout is not None
             url = process.stdout.readline().strip()
-            with urllib.request.urlopen(f"{url}/api/ps") as answer:
+            with urllib.request.urlopen(f"{url}/api/ps", timeout=30) as answer:
                 assert json.load(answer)["models"][0]["name"] == "m:latest"
             ((runner, used),) = machine.snapshot()[0].processes
             assert used == 5 * GIB
             process.send_signal(how)
+            process.wait(30)
         assert process.returncode == (0 if how == signal.SIGTERM else -signal.SIGKILL)
         eventually(lambda pid=runner: start_time(pid) is None)  # type: ignore[misc]
         assert machine.snapshot()[0].used == 2 * GIB

@@ -30,6 +30,8 @@ from own_venv import own_venv  # noqa: E402 - its folder is on the path only now
 
 MODEL, MODEL_SIZE = "qwen2.5:14b", "10.8GB"
 GB = 1024**3
+LIMIT = 600.0
+"""Seconds that one run of pytest may take."""
 
 ASK_NVML = """
 import json, pynvml
@@ -94,7 +96,9 @@ def _venv(wheel: Path | None) -> Path:
 
 def _gpus(python: str) -> list[tuple[str, int]]:
     """(name, bytes of VRAM) of each device that NVML finds; none where there is no NVML."""
-    done = subprocess.run([python, "-c", ASK_NVML], capture_output=True, text=True, cwd=HERE)
+    done = subprocess.run(
+        [python, "-c", ASK_NVML], capture_output=True, text=True, cwd=HERE, timeout=LIMIT
+    )
     return [(name, total) for name, total in json.loads(done.stdout)] if not done.returncode else []
 
 
@@ -192,6 +196,9 @@ def _run(
         encoding="utf-8",
     )
     counts, thread = "no result", None
+    too_long = threading.Timer(LIMIT, process.kill)
+    too_long.daemon = True
+    too_long.start()
     with process:
         for line in process.stdout or ():
             print("  " + line, end="", flush=True)
@@ -201,8 +208,9 @@ def _run(
                 thread.start()
             closing = re.match(r"=+ (.*) in [\d.]+s.* =+$", line)
             counts = closing[1] if closing else counts
+    too_long.cancel()
     if thread is not None:
-        thread.join()
+        thread.join(LIMIT)
     return Outcome(title, process.returncode, counts)
 
 

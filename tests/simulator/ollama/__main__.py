@@ -46,7 +46,8 @@ def main() -> int:
         for name in options.load:
             server.load(name)
         print(server.url, flush=True)
-        server.wait()
+        while not server.wait(60):
+            pass
     except KeyboardInterrupt:
         pass
     finally:

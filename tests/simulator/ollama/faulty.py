@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 Connection = socket.socket
+
+LIMIT = 600.0
+"""Seconds for which a connection is kept that nobody closes."""
 Answer = Callable[["FaultyServer", Connection], None]
 
 BOMB_BYTES = 512 << 20
@@ -85,6 +88,7 @@ class FaultyServer:
 
     def _listen(self, answer: Callable[[Connection], None]) -> int:
         listener = socket.create_server(("127.0.0.1", 0))
+        listener.settimeout(LIMIT)
         self._listeners.append(listener)
         threading.Thread(target=self._accept, args=(listener, answer), daemon=True).start()
         return int(listener.getsockname()[1])
@@ -93,6 +97,8 @@ class FaultyServer:
         while True:
             try:
                 connection, _ = listener.accept()
+            except TimeoutError:
+                continue
             except OSError:
                 return  # closed
             threading.Thread(target=self._serve, args=(connection, answer), daemon=True).start()
@@ -112,6 +118,7 @@ class FaultyServer:
 
     def _faulty(self, connection: Connection) -> None:
         self.connections += 1
+        connection.settimeout(LIMIT)
         FAULTS[self.mode](self, connection)
 
     def _redirected(self, connection: Connection) -> None:
@@ -165,7 +172,7 @@ def _ps(**changes: Any) -> Answer:
 
 def _silent(server: FaultyServer, connection: Connection) -> None:
     server.read_request(connection)
-    server.closed.wait()
+    server.closed.wait(LIMIT)
 
 
 def _drip_header(server: FaultyServer, connection: Connection) -> None:

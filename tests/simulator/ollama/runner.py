@@ -13,6 +13,9 @@ from ..build import build_ollama
 from ..store import start_time
 from .models import BLOBS
 
+LIMIT = 30.0
+"""Seconds that the processes have to end."""
+
 
 class Processes:
     """The process ``ollama serve`` and its children; all end with this process."""
@@ -71,7 +74,12 @@ class Processes:
     def close(self) -> None:
         """End all processes."""
         with self._lock:
-            self._server.communicate()
+            try:
+                self._server.communicate(timeout=LIMIT)
+            except subprocess.TimeoutExpired:
+                self._server.kill()
+                self._server.wait(LIMIT)
+                raise
 
     def _order(self, line: str) -> str:
         with self._lock:

@@ -113,7 +113,7 @@ class Scheduler:
                 with self._changed:
                     entry = self._loaded.get(model.blob)
                     while entry is not None and entry.busy:
-                        self._changed.wait()
+                        self._changed.wait(1.0)
                 if entry is not None:
                     self.unload(model)
                 if keep_alive is None:
@@ -163,7 +163,7 @@ class Scheduler:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._expirer.join()
+        self._expirer.join(60)
 
     # --- inside ---
 
@@ -233,7 +233,7 @@ class Scheduler:
                 idle = [entry for entry in self._loaded.values() if not entry.busy]
                 if idle or not self._loaded:
                     break
-                self._changed.wait()
+                self._changed.wait(1.0)
         if not idle:
             return
         leaving = min(idle, key=lambda entry: entry.deadline)

@@ -124,9 +124,10 @@ class OllamaServer:
         """Return the PIDs that hold the models' VRAM."""
         return [entry.pid for entry in self.scheduler.loaded()]
 
-    def wait(self) -> None:
-        """Block until the server is closed."""
-        self._thread.join()
+    def wait(self, seconds: float) -> bool:
+        """Block until the server is closed, for so long at most; return whether it is."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     # --- through HTTP, as a client would ---
 
