@@ -13,12 +13,14 @@ from typing import Any
 
 from pytest_gpushare.cli.terminal import Piece, Row
 from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, Memory
-from pytest_gpushare.gpu.host import ancestors, identity, sees_every_process
-from pytest_gpushare.gpu.nvml import Nvml
+from pytest_gpushare.gpu.host import identity, sees_every_process
 from pytest_gpushare.gpu.sampler import LiveVram
 from pytest_gpushare.ollama.messages import placed
-from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
+from pytest_gpushare.ollama.reservation import statements
+from pytest_gpushare.planning.startup import host_probe
 from pytest_gpushare.report.document import PLAN_SCHEMA, ollama_document
 from pytest_gpushare.session.registry import PresentSession, PresentWorker, sessions
 from pytest_gpushare.timed import call_within
@@ -67,7 +69,8 @@ class Watcher:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._nvml = Nvml()
+        self._nvml = host_probe()
+        self._attribution = Attribution()
         facts = call_within(_OPEN_PATIENCE, self._open)
         self._facts = facts or GpuFacts(absence=f"NVML did not answer within {_OPEN_PATIENCE:g} s")
         self._live = LiveVram(self._nvml) if facts and facts.all_devices else None
@@ -86,23 +89,33 @@ class Watcher:
         """A snapshot; its VRAM figures are at most `max_age` seconds old unless NVML is slow."""
         self._ask_ollama()
         running = tuple(sessions())
+        workers = {w.pid: str(w.pid) for session in running for w in session.workers}
         memory: Mapping[str, Memory] = {}
         processes: Mapping[str, tuple[GpuProcess, ...] | None] = {}
         if self._live is not None:
             memory = self._live.memory(min(max_age, 0.5)).devices
             processes = self._live.processes(max(max_age, 1.0)).devices
-        owners = {pid: _worker_of(pid, running) for pid in _pids(processes)}
+        usage = self._attribution.usage(
+            memory,
+            {
+                uuid: self._attribution.split(
+                    found if _is_trustworthy(found or ()) else None, workers
+                )
+                for uuid, found in processes.items()
+            },
+            statements(None, self._ollama),
+        )
         return Snapshot(
             at=time.time(),
             devices=tuple(
-                self._seen(device, memory.get(device.uuid), processes.get(device.uuid), owners)
+                self._seen(device, memory.get(device.uuid), usage.get(device.uuid))
                 for device in self._facts.all_devices
             ),
             absence="" if self._facts.all_devices else self._facts.absence,
             driver=self._facts.driver,
             problems=self._facts.problems,
             sessions=running,
-            held=_held(processes, owners, running),
+            held=_held(usage, running),
             ollama=self._ollama,
         )
 
@@ -111,22 +124,13 @@ class Watcher:
         # All devices of the host, those hidden by CUDA_VISIBLE_DEVICES included.
         return self._nvml.read(None, None)
 
-    def _seen(
-        self,
-        device: Device,
-        memory: Memory | None,
-        processes: tuple[GpuProcess, ...] | None,
-        owners: Mapping[int, int | None],
-    ) -> SeenDevice:
+    def _seen(self, device: Device, memory: Memory | None, usage: DeviceUsage | None) -> SeenDevice:
         history = self._history.setdefault(device.uuid, deque(maxlen=HISTORY))
         if memory is not None and memory.total:
             history.append(memory.used / memory.total)
         ollama = tests = others = None
-        if processes is not None and _is_trustworthy(processes):
-            ollama = sum(p.used or 0 for p in processes if p.is_ollama)
-            tests = sum(p.used or 0 for p in processes if owners.get(p.pid) is not None)
-            if memory is not None:
-                others = max(0, memory.used - ollama - tests)
+        if usage is not None and (usage.workers is not None or OLLAMA in usage.neighbours):
+            ollama, tests, others = usage.of(OLLAMA), usage.tests, usage.remainder
         return SeenDevice(device, memory, ollama, tests, others, tuple(history))
 
     def _ask_ollama(self) -> None:
@@ -156,16 +160,6 @@ class Watcher:
             self._ollama = ask_ollama(replace(self._settings, ollama_models=()), os.environ)
 
 
-def _pids(processes: Mapping[str, tuple[GpuProcess, ...] | None]) -> set[int]:
-    return {process.pid for found in processes.values() for process in found or ()}
-
-
-def _worker_of(pid: int, running: tuple[PresentSession, ...]) -> int | None:
-    """PID of the worker that this process is or descends from."""
-    workers = {worker.pid for session in running for worker in session.workers}
-    return next((number for number in ancestors(pid) if number in workers), None)
-
-
 def _is_trustworthy(processes: Sequence[GpuProcess]) -> bool:
     """Whether a process list can be trusted: sizes are given, and the PIDs are this system's.
 
@@ -176,19 +170,15 @@ def _is_trustworthy(processes: Sequence[GpuProcess]) -> bool:
     return all(p.used is not None and identity(p.pid) is not None for p in processes)
 
 
-def _held(
-    processes: Mapping[str, tuple[GpuProcess, ...] | None],
-    owners: Mapping[int, int | None],
-    running: Sequence[PresentSession],
-) -> dict[int, int]:
+def _held(usage: Mapping[str, DeviceUsage], running: Sequence[PresentSession]) -> dict[int, int]:
     held: dict[int, int] = {}
-    for uuid, found in processes.items():
-        if found is None or not _is_trustworthy(found):
+    for uuid, found in usage.items():
+        if found.workers is None:
             continue
         for worker in (worker for session in running for worker in session.workers):
-            own = [p.used or 0 for p in found if owners.get(p.pid) == worker.pid]
-            if own or worker.device == uuid:
-                held[worker.pid] = held.get(worker.pid, 0) + sum(own)
+            own = found.workers.get(str(worker.pid))
+            if own is not None or worker.device == uuid:
+                held[worker.pid] = held.get(worker.pid, 0) + (own or 0)
     return held
 
 

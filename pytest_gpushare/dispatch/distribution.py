@@ -239,7 +239,9 @@ class Own:
             dispatcher,
             suite.nodeids,
             started.links,
-            Readings(started.live, [room.uuid for room in rooms], started.resident),
+            Readings(
+                started.live, [room.uuid for room in rooms], started.resident, started.attribution
+            ),
             {room.uuid: room.context for room in rooms},
             started.tests,
             started.record.note,

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Collection as Numbers
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpushare.gpu.attribution import Attribution, ProcessSplit
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
-from pytest_gpushare.gpu.host import parent_of
 from pytest_gpushare.gpu.sampler import MEMORY_AGE, PROCESSES_AGE, LiveVram
+from pytest_gpushare.ollama.models import OLLAMA
 from pytest_gpushare.scheduler.types import (
     Action,
     Drop,
@@ -77,9 +78,6 @@ class Ticker:
             self._awake.wait()
 
 
-_DEEPEST = 32
-"""Generations between a worker and a process that is taken for its descendant."""
-
 SOONEST = 0.02
 """Seconds between two readings, however fast tests end."""
 
@@ -95,6 +93,7 @@ class Readings:
         live: LiveVram | None,
         devices: Sequence[str],
         resident: Callable[[], Mapping[str, int]] = dict,
+        attribution: Attribution | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`resident` gives UUID -> bytes that Ollama holds, where somebody knows."""
@@ -103,6 +102,7 @@ class Readings:
         self._live = live
         self._devices = devices
         self._resident = resident
+        self._attribution = attribution or Attribution()
         self._clock = clock
         self._reported: dict[str, float] = {}
         self._telling: set[str] = set()
@@ -121,7 +121,7 @@ class Readings:
 
         The same mapping as before as long as nothing was read anew; no answer changes later.
         """
-        if self._live is None:
+        if self._live is None or not self._live.is_answering:
             return {}
         # The processes first: of what a test allocates meanwhile, free must show at least as
         # much as its worker does, or the room would be counted twice.
@@ -142,7 +142,8 @@ class Readings:
         self._found = found = {}
         for uuid in self._devices:
             held = processes.devices.get(uuid)
-            reading = _reading(memory.get(uuid), held, self.workers, resident.get(uuid))
+            split = self._attribution.split(held, self.workers)
+            reading = _reading(memory.get(uuid), split, self.workers, resident.get(uuid))
             found[uuid] = reading._replace(
                 held={**self._absent(uuid, held), **reading.held, **dict.fromkeys(old)}
             )
@@ -160,40 +161,24 @@ class Readings:
 
 def _reading(
     memory: Memory | None,
-    processes: Sequence[GpuProcess] | None,
+    split: ProcessSplit | None,
     workers: Mapping[int, str],
     resident: int | None,
 ) -> Reading:
+    free = None if memory is None else memory.free
+    listed: dict[str, int] = {}
     held: dict[str, int | None] = {}
     others: list[tuple[int, str]] = []
-    ollama = 0
-    for process in processes or ():
-        owner = owner_of(process.pid, workers)
-        if owner is None:
-            ollama += (process.used or 0) if process.is_ollama else 0
-            if not process.is_ollama and process.used:
-                others.append((process.used, f"PID {process.pid} {format_gb(process.used)}"))
-        elif process.used is None or held.get(owner, 0) is None:
-            held[owner] = None
-        else:
-            held[owner] = (held.get(owner) or 0) + process.used
-    told = resident if resident is not None else (ollama or None)
+    if split is not None:
+        listed = {name: size for name, size in split.neighbours.items() if size}
+        ids = set(workers.values())
+        held = {worker: size for worker, size in split.workers.items() if worker in ids}
+        others = [(size, f"PID {p} {format_gb(size)}") for p, size in split.others.items() if size]
+    told = resident if resident is not None else (sum(listed.values()) or None)
     names = [text for _, text in sorted(others, reverse=True)[:_MOST_HOLDERS]]
     if told:
-        names.insert(0, f"Ollama {format_gb(told)}")
-    return Reading(None if memory is None else memory.free, told, held, ", ".join(names))
-
-
-def owner_of(pid: int, workers: Mapping[int, str]) -> str | None:
-    """The worker that this process is, or from which it descends."""
-    at: int | None = pid
-    for _ in range(_DEEPEST):
-        if at is None or at <= 1:
-            break
-        if at in workers:
-            return workers[at]
-        at = parent_of(at)
-    return None
+        names.insert(0, f"{next(iter(listed), OLLAMA)} {format_gb(told)}")
+    return Reading(free, told, held, ", ".join(names))
 
 
 class _Hand:

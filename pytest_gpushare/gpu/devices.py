@@ -18,8 +18,8 @@ class GpuProcess(NamedTuple):
     pid: int
     used: int | None
     """Bytes of VRAM; None where the driver does not tell (WDDM, WSL 2, containers)."""
-    is_ollama: bool = False
-    """Whether it is a runner of an Ollama server."""
+    neighbour: str = ""
+    """The neighbour whose process it is, such as `Ollama`; empty for every other process."""
 
 
 class Memory(NamedTuple):

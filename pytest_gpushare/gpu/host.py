@@ -11,7 +11,6 @@ import sys
 from functools import cache
 from pathlib import Path
 
-_OLLAMA_RUNNERS = ("llama-server", "ollama_llama_server", "ollama-runner")
 _NAMES_OF_THIS_HOST = (
     "localhost",
     "host.docker.internal",
@@ -52,26 +51,6 @@ def command_line(pid: int) -> tuple[str, ...] | None:
 def is_alive(pid: int) -> bool:
     """Whether there is such a process on this host; True where this host does not tell."""
     return not Path("/proc/self").exists() or Path(f"/proc/{pid}").exists()
-
-
-def is_ollama_runner(pid: int) -> bool:
-    """Whether a process is one in which an Ollama server holds a model.
-
-    Since 0.30 that is `llama-server`, a name that stand-alone llama.cpp has too: then the
-    model's path or the parent decides. Before, `ollama runner` or `ollama_llama_server`.
-    """
-    arguments = command_line(pid)
-    if not arguments:
-        return False
-    name = re.split(r"[/\\]", arguments[0])[-1].removesuffix(".exe").lower()
-    if name == "ollama":
-        return True
-    if name not in _OLLAMA_RUNNERS:
-        return False
-    if name != "llama-server" or any(_is_ollama_blob(argument) for argument in arguments):
-        return True
-    parent = parent_of(pid)
-    return parent is not None and "ollama" in (command_line(parent) or ("",))[0].lower()
 
 
 def is_own_address(host: str) -> bool:
@@ -126,10 +105,6 @@ def _default_gateway() -> str | None:
             with contextlib.suppress(ValueError):
                 return str(ipaddress.IPv4Address(int(fields[2], 16).to_bytes(4, "little")))
     return None
-
-
-def _is_ollama_blob(argument: str) -> bool:
-    return re.search(r"[/\\]blobs[/\\]sha256-[0-9a-f]+$", argument) is not None
 
 
 def parent_of(pid: int) -> int | None:

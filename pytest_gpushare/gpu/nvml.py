@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, GpuProcess, Memory
-from pytest_gpushare.gpu.host import is_ollama_runner, unified_memory
+from pytest_gpushare.gpu.host import unified_memory
 from pytest_gpushare.gpu.visibility import visible
+from pytest_gpushare.timed import call_within
 from pytest_gpushare.units import MOST_VRAM
 
 _NOT_SUPPORTED = 3
@@ -36,8 +37,10 @@ _REMEDIES = {
 class Nvml:
     """An open NVML library; `close` it once at the end. Errors at opening are in `absence`."""
 
-    def __init__(self) -> None:
+    def __init__(self, neighbour_of: Callable[[int], str] = lambda _pid: "") -> None:
+        """`neighbour_of` names the neighbour whose process a PID is; empty for any other."""
         self.absence = ""
+        self._neighbour_of = neighbour_of
         self._library: Any = None
         self._handles: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -215,7 +218,7 @@ class Nvml:
                 pid=int(process.pid),
                 # 0 bytes is what containers are told: unknown, not idle.
                 used=int(process.usedGpuMemory) if process.usedGpuMemory else None,
-                is_ollama=is_ollama_runner(int(process.pid)),
+                neighbour=self._neighbour_of(int(process.pid)),
             )
             for process in found
         )
@@ -229,6 +232,32 @@ class Nvml:
             return call()
         except Exception:
             return None
+
+
+_OWN_TIMEOUT = 1.0
+"""Seconds for which a worker waits for the driver at its end."""
+
+
+def own_vram(uuid: str) -> int | None:
+    """Bytes of this process on the device of that UUID; None where the driver gives none in
+    time. The library is opened for a moment only."""
+    return call_within(_OWN_TIMEOUT, lambda: _own_vram(uuid), "nvml")
+
+
+def _own_vram(uuid: str) -> int | None:
+    nvml = Nvml()
+    nvml.open()
+    try:
+        devices = nvml.read(None, None).all_devices
+    finally:
+        nvml.close()
+    sizes = [
+        process.used
+        for device in devices
+        for process in device.processes or ()
+        if device.uuid == uuid and process.pid == os.getpid() and process.used is not None
+    ]
+    return sum(sizes) if sizes else None
 
 
 def reason(error: Exception) -> str:

@@ -1,8 +1,8 @@
-"""Samples of one device over a run of any length, in bounded memory.
+"""Sampler: readings of the devices with a time limit, and the samples of a run.
 
-When the rows are many, older ones are thinned: of each stretch of time the row with the most
-VRAM in use stays, and so does every row that holds the peak of a column. So a picture of the
-run keeps its shape, and its peaks are exact.
+Readings come from one thread, however many threads ask. Samples are kept in bounded memory for
+a run of any length: when the rows are many, older ones are thinned. Of each stretch of time the
+row with the most VRAM in use stays, and so does every row that holds the peak of a column.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
 
+from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, Statement
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 
-PATIENCE = 2.0
-"""Seconds for which anybody waits for NVML; then the last reading has to do."""
+READ_TIMEOUT = 1.0
+"""Seconds that a caller waits for a reading. After one time-out nobody waits until the driver
+has answered."""
 
 MEMORY_AGE, PROCESSES_AGE = 0.05, 1.0
 """Seconds for which a reading counts as fresh."""
@@ -26,99 +28,132 @@ T = TypeVar("T")
 
 
 class Reader(Protocol):
-    """What reads devices: `probe.nvml.Nvml`, once it is open."""
+    """What reads devices, such as an open `gpu.nvml.Nvml`."""
 
     def memory(self) -> dict[str, Memory]:
         """UUID -> VRAM now; a device that cannot be read is left out."""
 
     def processes(self) -> dict[str, tuple[GpuProcess, ...] | None]:
-        """UUID -> who holds VRAM there; None where the driver does not tell."""
+        """UUID -> processes that hold VRAM there; None where the driver lists none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading(Generic[T]):
-    """What was read, and when."""
+    """The answer to one question to the driver, with its time."""
 
     devices: Mapping[str, T]
-    """UUID -> what was read; empty before the first reading."""
+    """UUID -> figure; empty before the first reading."""
     at: float
     """On the monotonic clock; minus infinity before the first reading."""
 
 
-class _Kept(Generic[T]):
+class _Query(Generic[T]):
     """One kind of reading: how it is read, and the last one."""
 
     def __init__(self, read: Callable[[], Mapping[str, T]]) -> None:
         self.read = read
         self.last: Reading[T] = Reading({}, float("-inf"))
-        self.wanted = False
-        self.begun = float("-inf")
+        self.is_wanted = False
+        self.began = float("-inf")
         """When the reading that is under way began."""
 
 
 class LiveVram:
-    """The VRAM of all devices and who holds it, as fresh as asked for."""
+    """The memory and the processes of all devices, as fresh as a caller asks for.
+
+    A driver that hangs delays a run once: after the first time-out `is_answering` is False and
+    callers get the last reading at once, until the call into the driver returns.
+    """
 
     def __init__(self, reader: Reader, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._memory = _Kept(reader.memory)
-        self._processes = _Kept(reader.processes)
+        self._memory = _Query(reader.memory)
+        self._processes = _Query(reader.processes)
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._is_closed = False
+        self._has_timed_out = False
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether the driver has answered the last question in time."""
+        return not self._has_timed_out
 
     def memory(self, max_age: float = MEMORY_AGE) -> Reading[Memory]:
-        """VRAM by device, at most `max_age` seconds old unless NVML is slow."""
+        """Memory by device, at most `max_age` seconds old unless the driver is slow."""
         return self._fresh(self._memory, max_age)
 
     def processes(self, max_age: float = PROCESSES_AGE) -> Reading[tuple[GpuProcess, ...] | None]:
-        """Processes by device, at most `max_age` seconds old unless NVML is slow."""
+        """Processes by device, at most `max_age` seconds old unless the driver is slow."""
         return self._fresh(self._processes, max_age)
 
     def close(self) -> None:
-        """Read nothing more; harmless when called twice."""
+        """End the readings; harmless when called twice."""
         with self._changed:
-            self._closed = True
+            self._is_closed = True
             self._changed.notify_all()
 
-    def _fresh(self, kept: _Kept[T], max_age: float) -> Reading[T]:
+    def _fresh(self, query: _Query[T], max_age: float) -> Reading[T]:
         with self._changed:
             oldest = self._clock() - max_age
-            if kept.last.at >= oldest or self._closed:
-                return kept.last
+            if query.last.at >= oldest or self._is_closed or self._has_timed_out:
+                return query.last
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._serve, name="gpu-share-live", daemon=True
                 )
                 self._thread.start()
-            # A reading that is under way serves all who find it fresh enough.
-            if kept.begun < oldest:
-                kept.wanted = True
+            # A reading that is under way serves all callers for whom it is fresh enough.
+            if query.began < oldest:
+                query.is_wanted = True
                 self._changed.notify_all()
-            self._changed.wait_for(lambda: kept.last.at >= oldest or self._closed, PATIENCE)
-            return kept.last
+            self._has_timed_out = not self._changed.wait_for(
+                lambda: query.last.at >= oldest or self._is_closed or self._has_timed_out,
+                READ_TIMEOUT,
+            )
+            return query.last
 
     def _serve(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._next() is not None)
-                kept = self._next()
-                if self._closed or kept is None:
+                self._changed.wait_for(lambda: self._is_closed or self._next() is not None)
+                query = self._next()
+                if self._is_closed or query is None:
                     return
-                kept.wanted, kept.begun = False, self._clock()
-            # Read without the lock: who is content with an older reading must not wait.
+                query.is_wanted, query.began = False, self._clock()
+            # Read without the lock: callers that accept an older reading must not wait.
             try:
-                devices = kept.read()
+                devices = query.read()
             except Exception:
-                # An answer that says nothing; whoever asked goes on with what it knows.
+                # An empty answer; whoever asked goes on with what it knows.
                 devices = {}
             with self._changed:
-                kept.last = Reading(devices, kept.begun)
+                query.last = Reading(devices, query.began)
+                self._has_timed_out = False
                 self._changed.notify_all()
 
-    def _next(self) -> _Kept[Any] | None:
-        kinds: tuple[_Kept[Any], ...] = (self._memory, self._processes)
-        return next((kept for kept in kinds if kept.wanted), None)
+    def _next(self) -> _Query[Any] | None:
+        queries: tuple[_Query[Any], ...] = (self._memory, self._processes)
+        return next((query for query in queries if query.is_wanted), None)
+
+
+def read_usage(
+    live: LiveVram,
+    attribution: Attribution,
+    workers: Mapping[int, str],
+    statements: Sequence[Statement] = (),
+    *,
+    memory_age: float = MEMORY_AGE,
+    processes_age: float = PROCESSES_AGE,
+) -> dict[str, DeviceUsage]:
+    """UUID -> who holds the VRAM of a device now; a device that cannot be read is left out.
+
+    `workers`: PID -> id. The ages are in seconds, see `LiveVram`.
+    """
+    processes = live.processes(processes_age).devices
+    memory = live.memory(memory_age).devices
+    splits = {uuid: attribution.split(found, workers) for uuid, found in processes.items()}
+    return attribution.usage(memory, splits, statements)
 
 
 MOST_ROWS = 20_000
@@ -131,66 +166,73 @@ _UNKNOWN = -1
 """Stands for None in the arrays."""
 
 
-class Parts(NamedTuple):
-    """Who holds the VRAM that is in use, in bytes; None where nobody can tell."""
-
-    ollama: int | None = None
-    others: int | None = None
-    workers: Mapping[str, int] | None = None
-    """By worker's id; a worker that holds nothing may be left out."""
-
-
 class Series:
-    """The rows of one device: when, how much is in use, and by whom."""
+    """The rows of one device: when, how much is in use, and by whom; None where unknown."""
 
     def __init__(self, most: int = MOST_ROWS, recent: int = RECENT_ROWS) -> None:
         self._most, self._recent = most, recent
         self._gap = 0.25
         self.at = array("d")
         self.used = array("q")
-        self._ollama = array("q")
         self._others = array("q")
+        self._unattributed = array("q")
+        self._neighbours: dict[str, array[int]] = {}
         self._workers: dict[str, array[int]] = {}
 
     def __len__(self) -> int:
         return len(self.at)
 
-    def add(self, at: float, used: int, parts: Parts) -> None:
+    def add(self, at: float, usage: DeviceUsage) -> None:
         """Append a row; `at` in seconds since the run started, later than the last."""
         if len(self.at) >= self._most:
             self._thin()
-        for worker in parts.workers or ():
-            if worker not in self._workers:
-                # Before its first figure nothing was known of it.
-                self._workers[worker] = array("q", [_UNKNOWN]) * len(self.at)
+        # A neighbour without a figure holds nothing where every process has its owner.
+        missing = _UNKNOWN if usage.workers is None else 0
+        self._append(self._neighbours, usage.neighbours, missing)
+        self._append(self._workers, usage.workers or {}, missing)
         self.at.append(at)
-        self.used.append(used)
-        self._ollama.append(_UNKNOWN if parts.ollama is None else parts.ollama)
-        self._others.append(_UNKNOWN if parts.others is None else parts.others)
-        for worker, column in self._workers.items():
-            column.append(_UNKNOWN if parts.workers is None else parts.workers.get(worker, 0))
+        self.used.append(usage.used)
+        self._others.append(_UNKNOWN if usage.others is None else usage.others)
+        self._unattributed.append(usage.unattributed)
 
-    def ollama(self) -> list[int | None]:
-        """Bytes that Ollama held, row by row."""
-        return _told(self._ollama)
+    def _append(
+        self, columns: dict[str, array[int]], sizes: Mapping[str, int], missing: int
+    ) -> None:
+        for name in sizes:
+            if name not in columns:
+                # Before its first figure nothing was known of it.
+                columns[name] = array("q", [_UNKNOWN]) * len(self.at)
+        for name, column in columns.items():
+            column.append(sizes.get(name, missing))
+
+    def neighbour(self, name: str) -> list[int | None]:
+        """Bytes that a neighbour held, row by row."""
+        column = self._neighbours.get(name)
+        if column is None:
+            return [None if others == _UNKNOWN else 0 for others in self._others]
+        return _known(column)
 
     def others(self) -> list[int | None]:
-        """Bytes that neither Ollama nor a worker held, row by row."""
-        return _told(self._others)
+        """Bytes that other processes held, row by row."""
+        return _known(self._others)
+
+    def unattributed(self) -> list[int]:
+        """Bytes that nobody explains, row by row."""
+        return list(self._unattributed)
 
     def workers(self) -> dict[str, list[int | None]]:
         """Worker's id -> the bytes that it and its descendants held, row by row."""
-        return {worker: _told(column) for worker, column in self._workers.items()}
+        return {worker: _known(column) for worker, column in self._workers.items()}
 
     def heights(self, columns: int) -> list[int]:
         """The most bytes in use in each of so many equal stretches of time; gaps are filled."""
         if not self.at or columns < 1:
             return []
-        begun = self.at[0]
-        length = max(self.at[-1] - begun, 1e-9) / columns
+        start = self.at[0]
+        length = max(self.at[-1] - start, 1e-9) / columns
         heights: list[int] = [_UNKNOWN] * columns
         for at, used in zip(self.at, self.used, strict=True):
-            column = min(columns - 1, int((at - begun) / length))
+            column = min(columns - 1, int((at - start) / length))
             heights[column] = max(heights[column], used)
         last = self.used[0]
         for column, height in enumerate(heights):
@@ -209,10 +251,11 @@ class Series:
             kept = self._spaced(old) | peaks
         rows = sorted({row for row in kept if row < old}) + list(range(old, len(self.at)))
         self.at = array("d", [self.at[row] for row in rows])
-        self.used, self._ollama, self._others = (
-            _picked(column, rows) for column in (self.used, self._ollama, self._others)
+        self.used, self._others, self._unattributed = (
+            _picked(column, rows) for column in (self.used, self._others, self._unattributed)
         )
-        self._workers = {w: _picked(column, rows) for w, column in self._workers.items()}
+        for columns in (self._neighbours, self._workers):
+            columns.update({name: _picked(column, rows) for name, column in columns.items()})
 
     def _spaced(self, old: int) -> set[int]:
         """Of the first `old` rows the highest of each stretch of `_gap` seconds."""
@@ -226,12 +269,13 @@ class Series:
 
     def _columns(self) -> Iterator[array[int]]:
         yield self.used
-        yield self._ollama
         yield self._others
+        yield self._unattributed
+        yield from self._neighbours.values()
         yield from self._workers.values()
 
 
-def _told(column: Sequence[int]) -> list[int | None]:
+def _known(column: Sequence[int]) -> list[int | None]:
     return [None if value == _UNKNOWN else value for value in column]
 
 
@@ -241,3 +285,82 @@ def _picked(column: array[int], rows: Sequence[int]) -> array[int]:
 
 def _highest(column: array[int]) -> int:
     return max(range(len(column)), key=column.__getitem__)
+
+
+@dataclass(frozen=True)
+class DevicePeaks:
+    """The most VRAM that was seen in use on one device during a run, in bytes.
+
+    Every figure is a lower bound: memory is sampled five times a second, process lists once.
+    """
+
+    used: int | None = None
+    """In use at one moment, by whomever; None before the first sample."""
+    workers: int | None = None
+    """By the processes of all workers together, in one process list; None where the driver does
+    not attribute processes."""
+    rise: int = 0
+    """What was in use at one moment beyond what neighbours and other processes explain. The
+    tests held so much of it as the workers are known to have held; the rest is unattributed.
+    Printed figures of the tests must not be smaller than this."""
+
+    @property
+    def unattributed(self) -> int:
+        """The part of the rise that no process list attributes to a worker."""
+        return max(0, self.rise - (self.workers or 0))
+
+    @property
+    def is_at_least(self) -> bool:
+        """Whether the tests may well have held more than `workers`: more than 5 % of the rise
+        is unattributed."""
+        return 20 * self.unattributed > self.rise
+
+
+class DeviceSamples:
+    """The samples of one device over a run, and their peaks."""
+
+    def __init__(self, most_rows: int = MOST_ROWS) -> None:
+        self.series = Series(most_rows)
+        self.peaks = DevicePeaks()
+        self._listed: DeviceUsage | None = None
+        """The usage at the last process list."""
+        self._pending: list[DeviceUsage] = []
+        """The samples since then: the next list may explain them."""
+
+    def add(self, at: float, usage: DeviceUsage) -> None:
+        """Keep a sample of the memory; `at` in seconds since the run started."""
+        self.series.add(at, usage)
+        if usage.used > (self.peaks.used or 0) or self.peaks.used is None:
+            self.peaks = replace(self.peaks, used=usage.used)
+        self._pending.append(usage)
+        if len(self._pending) > _MOST_PENDING:
+            self._pending = [max(self._pending, key=lambda sample: sample.unattributed)]
+
+    def listed(self, usage: DeviceUsage | None = None) -> None:
+        """A process list was read, or none will be: the samples since the last one are settled.
+
+        What a neighbour or another process held in either list explains that much of the
+        samples between the two.
+        """
+        lists = [each for each in (self._listed, usage) if each is not None]
+        neighbours = max((sum(each.neighbours.values()) for each in lists), default=0)
+        foreign = max((_foreign(each) for each in lists), default=0)
+        for sample in self._pending:
+            rise = sample.used - max(neighbours, sum(sample.neighbours.values()))
+            rise -= max(foreign, _foreign(sample))
+            if rise > self.peaks.rise:
+                self.peaks = replace(self.peaks, rise=rise)
+        self._pending = []
+        self._listed = usage
+        if usage is not None and usage.tests is not None:
+            workers = max(usage.tests, self.peaks.workers or 0)
+            rise = max(workers, self.peaks.rise)
+            self.peaks = replace(self.peaks, workers=workers, rise=rise)
+
+
+_MOST_PENDING = 1000
+
+
+def _foreign(usage: DeviceUsage) -> int:
+    """Bytes that other processes explain."""
+    return max(0, usage.beside_neighbours - (usage.tests or 0) - usage.unattributed)

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from pytest_gpushare.ollama.address import Address
 
+OLLAMA = "Ollama"
+"""The name of the neighbour, in process lists and messages."""
+
 
 class LoadedModel(NamedTuple):
     """A model that Ollama holds in memory, from its `/api/ps`."""

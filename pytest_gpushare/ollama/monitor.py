@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpushare.events import Record
-from pytest_gpushare.gpu.attribution import Held
+from pytest_gpushare.gpu.attribution import DeviceUsage
 from pytest_gpushare.ollama import history
 from pytest_gpushare.ollama.address import Address
 from pytest_gpushare.ollama.history import Change, History
-from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel
 from pytest_gpushare.text import printable
 from pytest_gpushare.units import GB
 
@@ -100,7 +100,7 @@ _LOADED_PER_SECOND = GB
 EVERY = 1.0
 """Seconds between looks at whose VRAM is whose."""
 
-Look = Callable[[Sequence[LoadedModel], bool], Mapping[str, Held]]
+Look = Callable[[Sequence[LoadedModel], bool], Mapping[str, DeviceUsage]]
 """What is held now, by device, given the models that Ollama has loaded, and whether to tell by
 whom."""
 
@@ -127,7 +127,7 @@ class Neighbour:
         self.is_over = False
         """Whether the last answer was asked for."""
         self._look, self._record, self._saw = look, record, saw
-        self._samples: deque[tuple[float, Mapping[str, Held]]] = deque(maxlen=_MOST_SAMPLES)
+        self._samples: deque[tuple[float, Mapping[str, DeviceUsage]]] = deque(maxlen=_MOST_SAMPLES)
         self._samples.append((0.0, promise.start))
         self._split_at = 0.0
         self._lock = threading.Lock()
@@ -140,7 +140,7 @@ class Neighbour:
     def resident(self) -> Mapping[str, int]:
         """UUID -> bytes that Ollama holds there now."""
         with self._lock:
-            return {uuid: held.ollama for uuid, held in self._samples[-1][1].items()}
+            return {uuid: held.of(OLLAMA) for uuid, held in self._samples[-1][1].items()}
 
     def sample(self, *, by_worker: bool = False) -> None:
         """Look at how much is held, and once a second, or when it matters, by whom."""
@@ -175,7 +175,7 @@ class Neighbour:
     def _learn(self, models: Sequence[LoadedModel]) -> None:
         """What a model takes is known best where it is alone."""
         with self._lock:
-            seen = [held.seen_of_ollama for held in self._samples[-1][1].values()]
+            seen = [held.identified.get(OLLAMA) for held in self._samples[-1][1].values()]
         known = sum(size for size in seen if size is not None)
         for model in models:
             self._saw(model, known if known and len(models) == 1 else None)
@@ -212,7 +212,7 @@ class Neighbour:
         """Ollama may say `100 % GPU` of what it could not see: does NVML show as much?"""
         with self._lock:
             held = self._samples[-1][1].values()
-        seen = [device.seen_of_ollama for device in held]
+        seen = [device.identified.get(OLLAMA) for device in held]
         shown = sum(size for size in seen if size is not None)
         if not any(size is not None for size in seen):
             shown = sum(device.used for device in held)
@@ -236,9 +236,9 @@ class Neighbour:
             held = self._samples[-1][1]
         facts["held"] = {
             uuid: {
-                "ollama_bytes": device.ollama,
+                "ollama_bytes": device.of(OLLAMA),
                 "workers_bytes": None if device.workers is None else dict(device.workers),
-                "others_bytes": device.others,
+                "others_bytes": device.remainder,
                 "free_bytes": device.free,
             }
             for uuid, device in held.items()
@@ -304,6 +304,12 @@ class Guard:
         """Ask once more and end, within the last answer's limit and a little."""
         self._stop.set()
         self._thread.join(self._pace.last_patience + 0.5)
+
+    @property
+    def models(self) -> Sequence[LoadedModel] | None:
+        """The models of the last answer; None before the first one."""
+        book = self._book
+        return None if book is None or book.history.answered_at is None else book.history.models
 
     def resident(self) -> Mapping[str, int]:
         """UUID -> bytes that Ollama holds there now; empty before the first look."""

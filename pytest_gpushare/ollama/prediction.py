@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import Device
 from pytest_gpushare.ollama.architectures import Shape, ShapeUnknownError, shape_of
-from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, ModelFacts, OllamaFacts
 from pytest_gpushare.text import printable
 from pytest_gpushare.units import GB, MB, MOST_VRAM, format_gb
 
@@ -430,7 +430,7 @@ def measured_overhead(
 
 def used_by(models: Sequence[LoadedModel], devices: Sequence[Device]) -> int | None:
     """Bytes that NVML reports for the process of the only loaded model; None where it does not."""
-    sizes = [p.used for d in devices for p in d.processes or () if p.is_ollama]
+    sizes = [p.used for d in devices for p in d.processes or () if p.neighbour == OLLAMA]
     if len(models) != 1 or not sizes or None in sizes:
         return None
     return sum(size for size in sizes if size is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -9,9 +10,12 @@ from typing import NamedTuple
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import SettingsError
+from pytest_gpushare.gpu.attribution import Attribution, Statement
 from pytest_gpushare.gpu.devices import Device, GpuFacts
+from pytest_gpushare.gpu.host import command_line, parent_of
 from pytest_gpushare.ollama.architectures import ShapeUnknownError
 from pytest_gpushare.ollama.models import (
+    OLLAMA,
     LoadedModel,
     ModelFacts,
     OllamaFacts,
@@ -72,7 +76,7 @@ def is_named(device: Device, name: str) -> bool:
 
 
 def _lists_ollama(device: Device) -> bool:
-    return any(process.is_ollama for process in device.processes or ())
+    return any(process.neighbour == OLLAMA for process in device.processes or ())
 
 
 def resident_bytes(
@@ -80,36 +84,45 @@ def resident_bytes(
 ) -> Mapping[str, int]:
     """UUID -> bytes that Ollama holds there; no byte is counted on two devices.
 
-    NVML's figure for its processes is the best one, as `/api/ps` leaves out contexts and
-    pools. Where NVML does not tell, what the server says is laid on the devices that it
-    uses, the fullest first (while they are unknown: on all), and never more than is in use.
-    Of several on which its processes are listed without their sizes, each gets its part: a
-    model may be split over them. A server on another host holds nothing here.
+    See `gpu.attribution.resident_bytes`. A server on another host holds nothing here.
     """
     if ollama.asked and not ollama.on_this_host:
         return {}
-    candidates = gpus.all_devices if known is None else known
-    told = {d.uuid: min(_by_process(d), d.used) for d in candidates if _by_process(d)}
-    claimed = ollama.vram if ollama.answered else 0
-    if claimed > sum(device.total for device in candidates):
-        # More than these devices have: such a server is not believed.
-        claimed = 0
-    left = max(0, claimed - sum(told.values()))
-    result = dict(told)
-    split = [d for d in candidates if d.uuid not in told and _lists_ollama(d)]
-    used, shared = sum(d.used for d in split) or 1, left
-    for device in split if len(split) > 1 else ():
-        result[device.uuid] = min(device.used, shared * device.used // used)
-        left -= result[device.uuid]
-    for device in sorted(candidates, key=lambda d: (-d.used, d.uuid)):
-        more = min(left, device.used - result.get(device.uuid, 0))
-        result[device.uuid] = result.get(device.uuid, 0) + more
-        left -= more
-    return result
+    usage = Attribution(gpus.all_devices, statements(known, ollama)).start
+    return {uuid: found.of(OLLAMA) for uuid, found in usage.items()}
 
 
-def _by_process(device: Device) -> int:
-    return sum(p.used or 0 for p in device.processes or () if p.is_ollama)
+def statements(known: Sequence[Device] | None, ollama: OllamaFacts) -> tuple[Statement, ...]:
+    """What the server says that it holds here; empty where it says nothing."""
+    if not ollama.answered or (ollama.asked and not ollama.on_this_host):
+        return ()
+    devices = None if known is None else tuple(device.uuid for device in known)
+    return (Statement(OLLAMA, ollama.vram, devices),)
+
+
+def neighbour_of(pid: int) -> str:
+    """`Ollama` for a process in which an Ollama server holds a model, else empty.
+
+    Since 0.30 that is `llama-server`, a name that stand-alone llama.cpp has too: then the
+    model's path or the parent decides. Before, `ollama runner` or `ollama_llama_server`.
+    """
+    arguments = command_line(pid)
+    if not arguments:
+        return ""
+    name = re.split(r"[/\\]", arguments[0])[-1].removesuffix(".exe").lower()
+    if name == "ollama":
+        return OLLAMA
+    if name not in _RUNNERS:
+        return ""
+    if name != "llama-server" or any(_BLOB.search(argument) for argument in arguments):
+        return OLLAMA
+    parent = parent_of(pid)
+    is_child = parent is not None and "ollama" in (command_line(parent) or ("",))[0].lower()
+    return OLLAMA if is_child else ""
+
+
+_RUNNERS = ("llama-server", "ollama_llama_server", "ollama-runner")
+_BLOB = re.compile(r"[/\\]blobs[/\\]sha256-[0-9a-f]+$")
 
 
 def _named(name: str, devices: Sequence[Device]) -> Device:
@@ -415,5 +428,5 @@ def is_released(settings: Settings, gpus: GpuFacts, ollama: OllamaFacts) -> bool
     """
     if settings.ollama_unreachable != "release" or not ollama.asked:
         return False
-    holds_vram = any(p.is_ollama for d in gpus.all_devices for p in d.processes or ())
+    holds_vram = any(p.neighbour == OLLAMA for d in gpus.all_devices for p in d.processes or ())
     return not (ollama.answered or ollama.reachable or holds_vram)

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from pytest_gpushare.gpu.attribution import Held
-from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.gpu.attribution import DeviceUsage
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel
 from pytest_gpushare.ollama.prediction import MARGIN, OVERHEAD, SHARE
 from pytest_gpushare.units import GB, MB
 
@@ -22,7 +22,7 @@ _HALF_GB = GB // 2
 class Promise(NamedTuple):
     """What the plan left to Ollama on the devices that it may use; bytes."""
 
-    start: Mapping[str, Held]
+    start: Mapping[str, DeviceUsage]
     """UUID -> who held what when the plan was made."""
     budgets: Mapping[str, int]
     """UUID -> what the tests may hold."""
@@ -56,11 +56,11 @@ def larger_reservation(needed: int, promise: Promise) -> Setting | None:
     """The reservation that keeps so much, rounded up; None where no device has it."""
     megabytes = -(-needed // (_STEP_MB * MB)) * _STEP_MB
     kept = megabytes * MB
-    rooms = [h.free + h.ollama for h in promise.start.values()]
+    rooms = [h.free + h.of(OLLAMA) for h in promise.start.values()]
     if needed > max(rooms, default=0):
         return None
     left = max(
-        held.free - max(0, kept - held.ollama) - promise.safety_buffer
+        held.free - max(0, kept - held.of(OLLAMA)) - promise.safety_buffer
         for held in promise.start.values()
     )
     return Setting("ollama_vram_reservation_mb", str(megabytes), left < promise.needed)
@@ -125,7 +125,7 @@ def judge(
     at: float,
     model: LoadedModel,
     beside: Sequence[LoadedModel],
-    window: Sequence[Mapping[str, Held]],
+    window: Sequence[Mapping[str, DeviceUsage]],
     promise: Promise,
 ) -> Spill:
     """Why `model` landed in part on the CPU.
@@ -149,7 +149,7 @@ def judge(
     # Where so much was never held, how much Ollama found free says nothing.
     least = taken - slack if was_seen else 0
     tests, by_worker, others = _holders(scenes, least, missing)
-    room = sum(h.free + h.ollama for h in promise.start.values())
+    room = sum(h.free + h.of(OLLAMA) for h in promise.start.values())
     required = required_free(model, beside, context, devices)
     if required > room:
         # Ollama would have sent the other models away first.
@@ -198,9 +198,9 @@ def _holders(
     return taken - others, {}, others
 
 
-def context_of(loaded: Sequence[LoadedModel], held: Mapping[str, Held]) -> int:
+def context_of(loaded: Sequence[LoadedModel], held: Mapping[str, DeviceUsage]) -> int:
     """Bytes that a runner takes beside its model: contexts and pools, which only NVML sees."""
-    seen = sum(h.ollama for h in held.values()) - sum(each.on_gpu for each in loaded)
+    seen = sum(h.of(OLLAMA) for h in held.values()) - sum(each.on_gpu for each in loaded)
     context = -(-seen // len(loaded))
     # Or it is a runner on its way out, the VRAM of which comes back late.
     return context if 0 < context <= _MOST_CONTEXT else OVERHEAD
@@ -231,7 +231,7 @@ class Scene(NamedTuple):
     free: int
 
     @staticmethod
-    def of(devices: Mapping[str, Held]) -> Scene:
+    def of(devices: Mapping[str, DeviceUsage]) -> Scene:
         """The sum over devices."""
         by_worker: dict[str, int] = {}
         for held in devices.values():
@@ -240,8 +240,8 @@ class Scene(NamedTuple):
         return Scene(
             tests=_sum([held.tests for held in devices.values()]),
             by_worker=by_worker,
-            others=_sum([held.others for held in devices.values()]),
-            beside_ollama=sum(held.beside_ollama for held in devices.values()),
+            others=_sum([held.remainder for held in devices.values()]),
+            beside_ollama=sum(held.beside_neighbours for held in devices.values()),
             free=sum(held.free for held in devices.values()),
         )
 

@@ -24,6 +24,7 @@ from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.ollama.address import Address, Candidate, candidates
 from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
 from pytest_gpushare.ollama.preload import KeptLoaded, Preloaded, preload, usual_keep_alive
+from pytest_gpushare.ollama.reservation import neighbour_of
 from pytest_gpushare.planning.plan import Limit, Plan, Slot
 from pytest_gpushare.units import format_gb
 
@@ -92,15 +93,24 @@ def probe(
     return Probes(reading.finish(), ollama, reading.close, reading.nvml)
 
 
+def host_probe() -> Nvml:
+    """The probe of this host's devices, not open yet. Every probe of the plugin is made here.
+
+    The devices of another vendor are read by another class with the methods of `Nvml`; the
+    processes of another server are named by another function beside `neighbour_of`.
+    """
+    from pytest_gpushare.gpu.nvml import Nvml
+
+    return Nvml(neighbour_of)
+
+
 class _NvmlReading:
     """NVML being opened and read in the background."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        from pytest_gpushare.gpu.nvml import Nvml
-
         self._environment = environment
         self._visible = environment.get(VARIABLE), environment.get("CUDA_DEVICE_ORDER")
-        self.nvml = Nvml()
+        self.nvml = host_probe()
         self._until = time.monotonic() + NVML_TIMEOUT
         self._answer = _Answer("nvml", self._read)
 

@@ -16,8 +16,9 @@ from typing import Any
 from pytest_gpushare import __version__
 from pytest_gpushare.config.options import OPTIONS, Option
 from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.gpu.sampler import DeviceSamples
 from pytest_gpushare.ollama.address import without_secrets
-from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
 from pytest_gpushare.planning.placement import Surroundings, caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
 from pytest_gpushare.report.advice import hints, leaks
@@ -25,7 +26,6 @@ from pytest_gpushare.report.header import header, left_out
 from pytest_gpushare.report.redact import cleaned, cleaner
 from pytest_gpushare.report.summary import usages, verdict
 from pytest_gpushare.session.run import ActiveRun
-from pytest_gpushare.session.sampling import DeviceSamples
 from pytest_gpushare.session.tests import RecordedTest
 from pytest_gpushare.session.workers import Peak, WorkerRecord
 
@@ -143,8 +143,8 @@ def _device(plan: DevicePlan, watched: DeviceSamples | None) -> dict[str, Any]:
         "safety_buffer_bytes": plan.safety_buffer,
         "budget_bytes": plan.budget,
         "workers": plan.workers,
-        "peak_used_bytes": None if watched is None else watched.peak_used,
-        "peak_workers_bytes": None if watched is None else watched.peak_workers or None,
+        "peak_used_bytes": None if watched is None else watched.peaks.used,
+        "peak_workers_bytes": None if watched is None else watched.peaks.workers or None,
     }
 
 
@@ -222,7 +222,7 @@ def _samples(run: ActiveRun) -> dict[str, Any]:
         uuid: {
             "at_s": [round(at, 3) for at in watched.series.at],
             "used_bytes": list(watched.series.used),
-            "ollama_bytes": watched.series.ollama(),
+            "ollama_bytes": watched.series.neighbour(OLLAMA),
             "others_bytes": watched.series.others(),
             "workers_bytes": watched.series.workers(),
         }

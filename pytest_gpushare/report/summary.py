@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_gpushare.gpu.sampler import DeviceSamples
 from pytest_gpushare.ollama.history import Life
 from pytest_gpushare.ollama.messages import placed
 from pytest_gpushare.ollama.models import LoadedModel
@@ -15,7 +16,6 @@ from pytest_gpushare.ollama.monitor import Neighbour
 from pytest_gpushare.planning.plan import DevicePlan
 from pytest_gpushare.report.advice import Leak, hints, leaks
 from pytest_gpushare.session.run import ActiveRun
-from pytest_gpushare.session.sampling import DeviceSamples
 from pytest_gpushare.session.tests import RecordedTest
 from pytest_gpushare.session.workers import WorkerRecord
 from pytest_gpushare.text import printable
@@ -251,9 +251,9 @@ def usages(run: ActiveRun) -> list[Usage]:
     """The devices that were watched."""
     watched = {} if run.sampler is None else run.sampler.devices
     return [
-        Usage(plan, found.peak_used, found.peak_workers, found)
+        Usage(plan, found.peaks.used, found.peaks.workers, found)
         for plan in run.plan.devices
-        if (found := watched.get(plan.device.uuid)) is not None and found.peak_used is not None
+        if (found := watched.get(plan.device.uuid)) is not None and found.peaks.used is not None
     ]
 
 

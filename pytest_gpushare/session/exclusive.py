@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpushare.gpu.attribution import Holding, holding
+from pytest_gpushare.gpu.attribution import Holding
 
 if TYPE_CHECKING:
     from pytest_gpushare.events import Record
-    from pytest_gpushare.gpu.sampler import LiveVram
     from pytest_gpushare.planning.plan import Plan
     from pytest_gpushare.wire import Links
 
@@ -44,14 +43,14 @@ class ExclusiveAccess:
     def __init__(
         self,
         plan: Plan,
-        live: LiveVram | None,
+        holding: Callable[[str, str, Mapping[int, str]], Holding] | None,
         links: Links,
         record: Record,
         *,
         patience: float,
     ) -> None:
         """`patience`: seconds for which the other workers may finish their tests."""
-        self._plan, self._live, self._links, self._record = plan, live, links, record
+        self._plan, self._holding, self._links, self._record = plan, holding, links, record
         self._patience = patience
         self._lock = threading.RLock()
         self._devices: dict[str, frozenset[str]] = {}
@@ -92,9 +91,7 @@ class ExclusiveAccess:
         """Note who holds what at this moment, and say whether the test may run alone."""
         nodeid, own = str(told["nodeid"]), self._devices.get(worker) or self._itself()
         labels = {d.device.uuid: d.device.label for d in self._plan.devices}
-        found = [
-            holding(self._live, uuid, labels.get(uuid, uuid), self._pids) for uuid in sorted(own)
-        ]
+        found = [self._held_on(uuid, labels.get(uuid, uuid)) for uuid in sorted(own)]
         text = "; ".join(each.text(worker) for each in found)
         with self._lock:
             late = self._late(found)
@@ -198,8 +195,13 @@ class ExclusiveAccess:
                 self._links.send(request.worker, "alone", self._go(request))
 
     def _held_by_the_gone(self, devices: frozenset[str]) -> bool:
-        found = [holding(self._live, uuid, uuid, self._pids) for uuid in devices]
-        return self._late(found)
+        return self._late([self._held_on(uuid, uuid) for uuid in devices])
+
+    def _held_on(self, uuid: str, label: str) -> Holding:
+        """Who holds the VRAM of a device now."""
+        if self._holding is None:
+            return Holding(label, None)
+        return self._holding(uuid, label, {pid: worker for worker, pid in self._pids.items()})
 
     def _late(self, found: Iterable[Holding]) -> bool:
         """Whether workers that are gone hold VRAM still."""

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.events import Record
+from pytest_gpushare.gpu.attribution import Attribution, Holding, Statement, holding
 from pytest_gpushare.gpu.devices import GpuFacts
 from pytest_gpushare.gpu.visibility import VARIABLE
-from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
+from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
 from pytest_gpushare.planning.caps import (
     CONTEXT_ALLOWANCE,
     installed,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_gpushare.gpu.sampler import LiveVram
+    from pytest_gpushare.ollama.monitor import Guard
 
 
 def _nothing() -> None:
@@ -144,6 +147,13 @@ class ActiveRun:
 
         self.record = record or Record()
         self.links = Links()
+        self._ollama_devices = devices_of_ollama(self.settings.ollama_gpu, self.gpus)
+        self.attribution = Attribution(
+            self.gpus.all_devices, statements(self._ollama_devices, self.ollama)
+        )
+        """Who holds the VRAM of the devices: the source of every such figure."""
+        self.monitor: Guard | None = None
+        """Follows Ollama; None where no server uses a device of this host."""
         self.workers = Workers(self.plan, self.context_on)
         self.tests = RecordedTests(self.workers)
         self.routing = Routing()
@@ -153,14 +163,21 @@ class ActiveRun:
         services: list[Service] = []
         if self.live is not None and self.plan.devices:
             uuids = [planned.device.uuid for planned in self.plan.devices]
-            self.sampler = Sampler(self.live, uuids, self.workers, self.record, self.resident)
+            self.sampler = Sampler(
+                self.live,
+                self.attribution,
+                uuids,
+                self.workers,
+                self.record,
+                self.statements,
+            )
             services.append(self.sampler)
         if facts.preload_service is not None:
             services.append(facts.preload_service)
         if self.plan.slots and not self.gpus.simulated:
             self.exclusive = ExclusiveAccess(
                 self.plan,
-                self.live,
+                self.holding if self.live is not None else None,
                 self.links,
                 self.record,
                 patience=float(self.settings.pressure_timeout),
@@ -171,7 +188,6 @@ class ActiveRun:
             # `pytest-gpushare watch` finds this session by it; a what-if has nothing to watch.
             services.append(SessionRecord(self.links, config.rootpath))
         self.monitor = monitor_for(self)
-        """Follows Ollama; None where no server uses a device of this host."""
         if self.monitor is not None:
             services.append(self.monitor)
         self.services = Services(services, self.notes.append)
@@ -254,6 +270,25 @@ class ActiveRun:
     def resident(self) -> Mapping[str, int]:
         """UUID -> bytes that Ollama holds now; empty where it is not monitored."""
         return self.monitor.resident() if self.monitor is not None else {}
+
+    def statements(self, loaded: Sequence[LoadedModel] | None = None) -> tuple[Statement, ...]:
+        """What Ollama says that it holds: of these models, or of those in its last answer."""
+        if loaded is None and self.monitor is not None:
+            loaded = self.monitor.models
+        answer = self.ollama
+        if loaded is not None:
+            answer = answer._replace(answered=True, models=tuple(loaded))
+        return statements(self._ollama_devices, answer)
+
+    def holding(self, uuid: str, label: str, workers: Mapping[int, str]) -> Holding:
+        """Who holds the VRAM of a device at this moment; `workers`: PID -> id."""
+        if self.live is None:
+            return Holding(label, None)
+        processes = self.live.processes(0.0).devices.get(uuid)
+        memory = self.live.memory(0.0).devices.get(uuid)
+        resident = self.resident().get(uuid)
+        split = self.attribution.split(processes, workers)
+        return holding(label, memory, split, {OLLAMA: resident} if resident else {})
 
     def has_failed(self) -> bool:
         """Whether `--gpu-share-strict` fails the run, whatever its tests say."""

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from pytest_gpushare.events import Record
-from pytest_gpushare.gpu.attribution import Owners, Teller
+from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, ProcessSplit, Statement
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
-from pytest_gpushare.gpu.sampler import MOST_ROWS, RECENT_ROWS, Parts, Reading, Series
+from pytest_gpushare.gpu.sampler import MOST_ROWS, RECENT_ROWS, DeviceSamples, Reading
 from pytest_gpushare.session.workers import Workers
 
 INTERVAL = 0.2
@@ -38,18 +38,6 @@ class Vram(Protocol):
         """Processes by device."""
 
 
-class DeviceSamples:
-    """One device while it is watched; sizes in bytes."""
-
-    def __init__(self, owners: Owners, most_rows: int) -> None:
-        self.series = Series(most_rows)
-        self.teller = Teller(owners)
-        self.parts = Parts()
-        self.peak_used: int | None = None
-        self.peak_workers: int | None = None
-        """The most that all workers held together; None where NVML does not tell."""
-
-
 def rows_for(devices: int) -> int:
     """The most rows that each of so many devices keeps."""
     return min(MOST_ROWS, max(2 * RECENT_ROWS, _MOST_ROWS_OF_ALL // max(1, devices)))
@@ -61,17 +49,18 @@ class Sampler:
     def __init__(
         self,
         live: Vram,
+        attribution: Attribution,
         devices: Sequence[str],
         workers: Workers,
         record: Record,
-        resident: Callable[[], Mapping[str, int]] = dict,
+        statements: Callable[[], Sequence[Statement]] = tuple,
     ) -> None:
-        """`resident`: UUID -> bytes of Ollama by its own word, where NVML tells nothing."""
-        self._resident = resident
+        """`statements`: what neighbours say of themselves, where NVML does not identify them."""
+        self._statements, self._attribution = statements, attribution
+        self._splits: dict[str, ProcessSplit | None] = {}
         self._live, self._workers, self._record, self._clock = live, workers, record, record.clock
-        self._owners = Owners()
         most = rows_for(len(devices))
-        self.devices = {uuid: DeviceSamples(self._owners, most) for uuid in devices}
+        self.devices = {uuid: DeviceSamples(most) for uuid in devices}
         self.cpu_time = 0.0
         """Seconds of CPU time of the sampling thread."""
         self._last_processes = float("-inf")
@@ -112,64 +101,66 @@ class Sampler:
         with self._lock:
             since = self._clock() - self._last_processes
             if not workers:
-                self._forget_parts()
+                self._forget_processes()
             elif processes or since >= PROCESSES_INTERVAL:
                 self._read_processes(workers)
             reading = self._live.memory(INTERVAL / 2)
             if reading.at <= self._last_memory:
-                # NVML hangs: what it said before is no news.
+                # The driver hangs: its last answer is not a new sample.
                 return
             self._last_memory = reading.at
             at = self._record.since_start(reading.at)
-            for uuid, watched in self.devices.items():
-                memory = reading.devices.get(uuid)
-                if memory is not None:
-                    watched.series.add(at, memory.used, self._parts(uuid, memory.used, watched))
-                    watched.peak_used = max(memory.used, watched.peak_used or 0)
+            for uuid, usage in self._usage(reading.devices).items():
+                self.devices[uuid].add(at, usage)
+
+    def _usage(self, memory: Mapping[str, Memory]) -> Mapping[str, DeviceUsage]:
+        watched = {uuid: now for uuid, now in memory.items() if uuid in self.devices}
+        return self._attribution.usage(watched, self._splits, self._statements())
 
     def _read_processes(self, workers: Mapping[int, str]) -> None:
         self._last_processes = self._clock()
         before = self._live.memory(0.0).devices
         reading = self._live.processes(0.0)
         if reading.at < self._last_processes - PROCESSES_INTERVAL:
-            self._forget_parts()
+            self._forget_processes()
             return
-        after = self._live.memory(0.0).devices
-        at = self._record.since_start(reading.at)
+        # The higher of both: what processes give back meanwhile must not shrink the others.
+        memory = {
+            uuid: max(now, before.get(uuid, now), key=lambda each: each.used)
+            for uuid, now in self._live.memory(0.0).devices.items()
+        }
+        self._splits = {
+            uuid: self._attribution.split(found, workers)
+            for uuid, found in reading.devices.items()
+            if uuid in memory
+        }
+        usage = self._usage(memory)
         held: dict[str, int] = {}
-        known = False
-        for uuid, watched in self.devices.items():
-            # What a process takes between two readings must not be called another's.
-            used = [m.used for m in (before.get(uuid), after.get(uuid)) if m is not None]
-            found = reading.devices.get(uuid) if used else None
-            watched.parts = watched.teller.parts(min(used, default=0), found, workers)
-            if watched.parts.workers is None:
-                continue
-            known = True
-            for worker, size in watched.parts.workers.items():
+        for uuid, device in self.devices.items():
+            found = usage.get(uuid)
+            device.listed(found)
+            for worker, size in ((found and found.workers) or {}).items():
                 held[worker] = held.get(worker, 0) + size
-            total = sum(watched.parts.workers.values())
-            watched.peak_workers = max(total, watched.peak_workers or 0)
-        if known:
-            self._tell(at, held, set(workers.values()))
-        self._owners.forget_all_but(
+        at = self._record.since_start(reading.at)
+        self._note_readings(at, held, usage, set(workers.values()))
+        self._attribution.forget_all_but(
             {process.pid for found in reading.devices.values() for process in found or ()}
         )
 
-    def _tell(self, at: float, held: Mapping[str, int], present: set[str]) -> None:
+    def _note_readings(
+        self,
+        at: float,
+        held: Mapping[str, int],
+        usage: Mapping[str, DeviceUsage],
+        present: set[str],
+    ) -> None:
         for member in self._workers:
-            # Only where the own device tells by process is 0 a figure.
-            watched = self.devices.get(member.device or "")
-            if watched is None or watched.parts.workers is None or member.id not in present:
-                continue
-            self._workers.read(member, at, held.get(member.id, 0))
+            # 0 is a figure only where the worker's own device attributes processes.
+            found = usage.get(member.device or "")
+            if found is not None and found.workers is not None and member.id in present:
+                self._workers.read(member, at, held.get(member.id, 0))
 
-    def _parts(self, uuid: str, used: int, watched: DeviceSamples) -> Parts:
-        if watched.parts.ollama is not None:
-            return watched.parts
-        said = self._resident().get(uuid)
-        return Parts(None if said is None else min(said, used))
-
-    def _forget_parts(self) -> None:
-        for watched in self.devices.values():
-            watched.parts = Parts()
+    def _forget_processes(self) -> None:
+        self._splits = {}
+        for device in self.devices.values():
+            device.listed(None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -309,23 +308,10 @@ def measured_context(device: str) -> int | None:
     counted = _counted_by_frameworks()
     if counted is None:
         return None
-    from pytest_gpushare.gpu.nvml import Nvml
+    from pytest_gpushare.gpu.nvml import own_vram
 
-    nvml = Nvml()
-    nvml.open()
-    try:
-        devices = nvml.read(None, None).all_devices
-    finally:
-        nvml.close()
-    own = [
-        process.used
-        for found in devices
-        if found.uuid == device
-        for process in found.processes or ()
-        if process.pid == os.getpid() and process.used is not None
-    ]
-    context = sum(own) - counted
-    return context if own and context > 0 else None
+    own = own_vram(device)
+    return own - counted if own is not None and own > counted else None
 
 
 def _counted_by_frameworks(modules: Mapping[str, Any] = sys.modules) -> int | None:

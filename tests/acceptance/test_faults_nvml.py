@@ -352,7 +352,7 @@ def test_process_lists(
     answer, pid = devices_of(tmp_path, nvml_library, [device], hold=[0, "1GB"])
     (found,) = answer["devices"]
     known = None if expected == "unknown bytes" else 1624 << 20
-    listed = [{"pid": pid + offset, "used": known, "is_ollama": False}]
+    listed = [{"pid": pid + offset, "used": known, "neighbour": ""}]
     assert found["processes"] == (None if expected is None else listed)
     assert answer["own_process_has_context"] is (expected in ("own", "unknown bytes"))
     assert found["used"] >> 20 == 2048 + 1624

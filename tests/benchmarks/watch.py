@@ -11,8 +11,10 @@ import tracemalloc
 from typing import Any
 
 from pytest_gpushare.events import Record
-from pytest_gpushare.gpu.sampler import LiveVram, Parts, Series
+from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage
+from pytest_gpushare.gpu.sampler import LiveVram, Series
 from pytest_gpushare.planning.plan import Plan, Request
+from pytest_gpushare.planning.startup import host_probe
 from pytest_gpushare.session.sampling import Sampler, rows_for
 from pytest_gpushare.session.workers import Workers
 
@@ -30,10 +32,8 @@ def sample(seconds: float, workers: int) -> None:
     """Sampler every device for so long, beside so many workers that hold VRAM."""
     from simulator import Machine
 
-    from pytest_gpushare.gpu.nvml import Nvml
-
     machine = Machine.open()
-    nvml = Nvml()
+    nvml = host_probe()
     nvml.open()
     devices = nvml.read(None, None).all_devices
     present = Workers(Plan((), 0, (), (), (), Request()), lambda _device: 0)
@@ -45,7 +45,9 @@ def sample(seconds: float, workers: int) -> None:
         present.came_up(f"gw{number}", child.pid)
     reader = _Timed(nvml)
     live = LiveVram(reader)  # type: ignore[arg-type]
-    watch = Sampler(live, [device.uuid for device in devices], present, Record())
+    watch = Sampler(
+        live, Attribution(devices), [device.uuid for device in devices], present, Record()
+    )
     watch.start()
     time.sleep(seconds)
     watch.stop()
@@ -81,7 +83,7 @@ def memory_of_a_day(devices: int, workers: int) -> tuple[int, int]:
     all_series = [Series(rows_for(devices)) for _ in range(devices)]
     for at in range(24 * 3600 * 5):
         for series in all_series:
-            series.add(at / 5, at % 1000, Parts(1, 2, held))
+            series.add(at / 5, DeviceUsage(2000, at % 1000, 0, {"Ollama": 1}, held, 2))
     found = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return found

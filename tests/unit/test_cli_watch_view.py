@@ -21,6 +21,7 @@ from pytest_gpushare.cli.watch_view import (
     sparkline,
 )
 from pytest_gpushare.gpu.devices import Device, GpuProcess, Memory
+from pytest_gpushare.gpu.nvml import Nvml
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.session.registry import PresentSession, PresentWorker
 from pytest_gpushare.units import GB
@@ -168,7 +169,7 @@ def test_watcher_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     from pytest_gpushare.config.sources import Written, load
 
     monkeypatch.setattr(module, "_OPEN_PATIENCE", 0.05)
-    monkeypatch.setattr(module.Nvml, "open", lambda _: time.sleep(5))
+    monkeypatch.setattr(Nvml, "open", lambda _: time.sleep(5))
     here = Path("/nowhere")
     off = {"gpu_share_enable_ollama_detection": "false"}
     watcher = Watcher(load(Written({}, {}, off, "", here, here, here)))

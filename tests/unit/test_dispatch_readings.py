@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pytest_gpushare.dispatch.executor import Readings, Ticker, owner_of
+from pytest_gpushare.dispatch.executor import Readings, Ticker
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.sampler import LiveVram
 from pytest_gpushare.units import GB
@@ -35,7 +35,7 @@ def test_who_holds_what() -> None:
     nvml = Nvml(
         GpuProcess(os.getpid(), 2 * GB),
         GpuProcess(2**22 + 1, GB),
-        GpuProcess(2**22 + 2, 10 * GB, is_ollama=True),
+        GpuProcess(2**22 + 2, 10 * GB, neighbour="Ollama"),
     )
     live = LiveVram(nvml)
     readings = Readings(live, ["GPU-0", "GPU-1"])
@@ -113,12 +113,6 @@ def test_who_is_not_in_the_list_holds_nothing() -> None:
 def test_nobody_to_ask() -> None:
     """Under a what-if there is nothing to read."""
     assert Readings(None, ["GPU-0"]).now() == {}
-
-
-def test_owner() -> None:
-    """A process that is gone belongs to nobody."""
-    assert owner_of(os.getpid(), {os.getpid(): "gw1"}) == "gw1"
-    assert owner_of(2**22 + 5, {os.getpid(): "gw1"}) is None
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -73,7 +73,7 @@ def test_a_reader_that_fails_says_nothing_and_is_asked_again() -> None:
 
 
 def test_a_reader_that_hangs_is_waited_for_with_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "PATIENCE", 0.05)
+    monkeypatch.setattr(live, "READ_TIMEOUT", 0.05)
     card = Card()
     vram = LiveVram(card)
     first = vram.memory(0)

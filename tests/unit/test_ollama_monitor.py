@@ -14,7 +14,7 @@ from simulator import Device, Machine
 from simulator.ollama import FAULTS, FaultyServer, OllamaServer
 
 from pytest_gpushare.events import Record
-from pytest_gpushare.gpu.attribution import Held
+from pytest_gpushare.gpu.attribution import DeviceUsage
 from pytest_gpushare.ollama import preload as kept_loaded
 from pytest_gpushare.ollama.address import parse_address
 from pytest_gpushare.ollama.models import LoadedModel
@@ -25,7 +25,7 @@ from pytest_gpushare.units import GB
 
 QUICK = Pace(every=0.05, longest=0.2, patience=0.4, last_patience=0.5, sample=0.02)
 MODEL = LoadedModel("m:latest", GB, GB, "0" * 64, 4096)
-IDLE = {"GPU-0": Held(24 * GB, 3 * GB, 21 * GB, GB, {}, None)}
+IDLE = {"GPU-0": DeviceUsage(24 * GB, 3 * GB, 21 * GB, {"Ollama": GB}, {})}
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -61,13 +61,19 @@ class Scene:
     def serve(self, port: int = 0) -> OllamaServer:
         return OllamaServer(self.machine, {"qwen2.5:14b": "10.8GB"}, port=port)
 
-    def held(self) -> Mapping[str, Held]:
+    def held(self) -> Mapping[str, DeviceUsage]:
         (device,) = self.machine.snapshot()
         own = dict(device.processes).get(os.getpid(), 0)
         ollama = sum(size for pid, size in device.processes if pid != os.getpid())
         return {
-            "GPU-0": Held(
-                device.total, device.used, device.free, ollama, {"gw0": own}, ollama or None
+            "GPU-0": DeviceUsage(
+                device.total,
+                device.used,
+                device.free,
+                {"Ollama": ollama},
+                {"gw0": own},
+                0,
+                {"Ollama": ollama} if ollama else {},
             )
         }
 

@@ -19,7 +19,7 @@ from simulator.ollama.placement import MARGIN, Room, place_alone, place_beside
 from simulator.ollama.scheduler import LoadError, Scheduler
 from simulator.sizes import to_bytes
 
-from pytest_gpushare.gpu.attribution import Held
+from pytest_gpushare.gpu.attribution import DeviceUsage
 from pytest_gpushare.ollama.history import SPILLED, History
 from pytest_gpushare.ollama.models import LoadedModel
 from pytest_gpushare.ollama.prediction import OVERHEAD
@@ -72,11 +72,17 @@ class Vram:
         self.runners[pid] = self.runners.get(pid, 0) + size
         return pid
 
-    def held(self) -> dict[str, Held]:
+    def held(self) -> dict[str, DeviceUsage]:
         ollama = sum(self.runners.values())
         return {
-            "GPU-0": Held(
-                TOTAL, self.used, TOTAL - self.used, ollama, dict(self.tests), ollama or None
+            "GPU-0": DeviceUsage(
+                TOTAL,
+                self.used,
+                TOTAL - self.used,
+                {"Ollama": ollama},
+                dict(self.tests),
+                0,
+                {"Ollama": ollama} if ollama else {},
             )
         }
 

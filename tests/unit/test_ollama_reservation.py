@@ -188,7 +188,7 @@ def test_unknown_part_on_the_gpu() -> None:
     silent = LoadedModel("m", 2 * GB, None)
     ollama = OllamaFacts(asked=True, answered=True, models=(silent,))
     assert plan(device(12), ollama=ollama).devices[0].resident == 0
-    runner = GpuProcess(7, 3 * GB, is_ollama=True)
+    runner = GpuProcess(7, 3 * GB, neighbour="Ollama")
     assert plan(device(12, processes=(runner,)), ollama=ollama).devices[0].resident == 3 * GB
 
 
@@ -212,7 +212,7 @@ def test_names_of_the_same_model(written: str) -> None:
 
 def test_nvml_tells_more_than_the_server() -> None:
     """A process holds its context, too: it is resident, and not kept twice."""
-    runner = GpuProcess(7, 11 * GB, is_ollama=True)
+    runner = GpuProcess(7, 11 * GB, neighbour="Ollama")
     loaded = LoadedModel("qwen2.5:14b", 10 * GB, 10 * GB, FACTS.digest, 4096)
     result = plan(device(12, processes=(runner,)), ollama=answering(loaded), **AUTO)
     assert kept(result) == [11 * GB + MARGIN]
@@ -287,7 +287,7 @@ def test_elsewhere() -> None:
 
 SILENT = OllamaFacts(asked=True, problem="nothing listens there")
 NONSENSE = OllamaFacts(asked=True, reachable=True, problem="reachable but answers nonsense")
-RUNNER = GpuProcess(7, None, is_ollama=True)
+RUNNER = GpuProcess(7, None, neighbour="Ollama")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,10 @@ def test_released_only_where_no_server_is(
 
 def test_process_list_beside_the_setting() -> None:
     """Where its process is, room is kept, whatever the setting says; and the user is told."""
-    devices = device(23), device(12, index=1, processes=(GpuProcess(7, 9 * GB, is_ollama=True),))
+    devices = (
+        device(23),
+        device(12, index=1, processes=(GpuProcess(7, 9 * GB, neighbour="Ollama"),)),
+    )
     assert kept(plan(*devices, ollama_gpu=("0",))) == [12 * GB, 12 * GB]
     facts = GpuFacts(devices, devices)
     assert unexpected(("0",), facts) == (devices[1],)
@@ -324,7 +327,7 @@ def test_process_list_beside_the_setting() -> None:
 @pytest.mark.parametrize("told", [True, False])
 def test_split_over_devices(told: bool) -> None:
     """A model on two devices is resident on each, whether or not NVML tells how much."""
-    runner = GpuProcess(7, 8 * GB if told else None, is_ollama=True)
+    runner = GpuProcess(7, 8 * GB if told else None, neighbour="Ollama")
     pair = device(15, processes=(runner,)), device(15, index=1, processes=(runner,))
     loaded = LoadedModel("m", 16 * GB, 16 * GB)
     ollama = OllamaFacts(asked=True, answered=True, models=(loaded,))
@@ -334,7 +337,7 @@ def test_split_over_devices(told: bool) -> None:
 
 def test_split_by_what_is_used() -> None:
     """Without sizes the fuller device is taken to hold more."""
-    runner = GpuProcess(7, None, is_ollama=True)
+    runner = GpuProcess(7, None, neighbour="Ollama")
     pair = device(12, processes=(runner,)), device(18, index=1, processes=(runner,))
     ollama = OllamaFacts(asked=True, answered=True, models=(LoadedModel("m", 9 * GB, 9 * GB),))
     result = plan(*pair, ollama=ollama)
@@ -347,7 +350,7 @@ def test_split_never_counts_a_byte_twice(
     one: int, other: int, held: int, first: bool, second: bool
 ) -> None:
     """Nor more than is in use."""
-    runner = (GpuProcess(7, None, is_ollama=True),)
+    runner = (GpuProcess(7, None, neighbour="Ollama"),)
     pair: tuple[Device, ...] = (
         device(24 - one, processes=runner if first else ()),
         device(24 - other, index=1, processes=runner if second else ()),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from pytest_gpushare.gpu.attribution import Held
+from pytest_gpushare.gpu.attribution import DeviceUsage
 from pytest_gpushare.ollama.messages import held as in_words
 from pytest_gpushare.ollama.messages import spilled, why
 from pytest_gpushare.ollama.models import LoadedModel
@@ -19,28 +19,28 @@ RESERVATION = 12 * GB
 
 def device(
     tests: Mapping[str, float] | None = None, others: float = 2, ollama: float = 0, total: int = 24
-) -> Held:
+) -> DeviceUsage:
     """24 GB of VRAM and who holds how many GB of them; `tests` None: the driver does not tell."""
     used = int((others + ollama + sum((tests or {}).values())) * GB)
     by_worker = {worker: int(size * GB) for worker, size in (tests or {}).items()}
-    return Held(total * GB, used, total * GB - used, int(ollama * GB), by_worker)
+    return DeviceUsage(total * GB, used, total * GB - used, {"Ollama": int(ollama * GB)}, by_worker)
 
 
-def untold(held: Held) -> Held:
+def untold(held: DeviceUsage) -> DeviceUsage:
     return held._replace(workers=None)
 
 
 def promise(
-    reservation: int = RESERVATION, start: Held | None = None, needed: int = 3 * GB
+    reservation: int = RESERVATION, start: DeviceUsage | None = None, needed: int = 3 * GB
 ) -> Promise:
     """The plan's own arithmetic for a device with 22 GB free."""
     start = device()
-    budget = max(0, start.free - max(0, reservation - start.ollama) - GB)
+    budget = max(0, start.free - max(0, reservation - start.of("Ollama")) - GB)
     return Promise({"GPU-0": start}, {"GPU-0": budget}, reservation, GB, 3 * GB)
 
 
 def judged(
-    *looks: Held,
+    *looks: DeviceUsage,
     model: LoadedModel = MODEL,
     kept: Promise | None = None,
     beside: tuple[LoadedModel, ...] = (),
@@ -57,7 +57,9 @@ def test_reservation_too_small() -> None:
     """The tests kept to their 17 GB; the model needs 10 + 0.5 + 1 GB, rounded up to 500 MB."""
     kept = promise(4 * GB)
     full = device({"gw0": 7, "gw1": 7})
-    spill = judged(device(), full, full._replace(ollama=6 * GB, free=2 * GB), kept=kept)
+    spill = judged(
+        device(), full, full._replace(neighbours={"Ollama": 6 * GB}, free=2 * GB), kept=kept
+    )
     assert (spill.cause, spill.is_ours) == (Cause.RESERVATION, True)
     assert spill.setting == Setting("ollama_vram_reservation_mb", "12000")
     assert spilled(spill) == (

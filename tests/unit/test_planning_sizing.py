@@ -94,7 +94,7 @@ def test_resident_on_unknown_devices_is_counted_once() -> None:
 
 def test_process_list_tells_the_device() -> None:
     """A runner in NVML's list settles where the reservation is held, and how much is resident."""
-    runner = GpuProcess(7, int(11 * GB), is_ollama=True)
+    runner = GpuProcess(7, int(11 * GB), neighbour="Ollama")
     result = plan(device(23), device(12, index=1, processes=(runner,)), ollama=holding(10.8))
     assert [d.reservation // GB for d in result.devices] == [0, 12]
     assert [d.resident // GB for d in result.devices] == [0, 11]
@@ -102,7 +102,7 @@ def test_process_list_tells_the_device() -> None:
 
 def test_process_list_without_an_answer() -> None:
     """With detection off, the process list alone tells what is resident."""
-    runner = GpuProcess(7, int(10 * GB), is_ollama=True)
+    runner = GpuProcess(7, int(10 * GB), neighbour="Ollama")
     result = plan(device(12, processes=(runner,)), ollama=OllamaFacts())
     assert result.devices[0].outstanding == 2 * GB
 
@@ -301,7 +301,7 @@ def test_what_is_resident_is_never_counted_twice(
 ) -> None:
     """Over all devices no more is resident than Ollama holds, and on none more than is used."""
     told = data.draw(st.integers(0, fleet[0].used))
-    runner = GpuProcess(1, told or None, is_ollama=True)
+    runner = GpuProcess(1, told or None, neighbour="Ollama")
     fleet = (replace(fleet[0], processes=(runner,)), *fleet[1:]) if known else fleet
     facts = GpuFacts(fleet, fleet)
     ollama = OllamaFacts(asked=True, answered=True, models=(LoadedModel("m", held, held),))

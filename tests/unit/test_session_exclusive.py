@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_gpushare.events import Record
-from pytest_gpushare.gpu.attribution import Holding, holding, sums
+from pytest_gpushare.gpu.attribution import Attribution, Holding, holding
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.units import GB
@@ -224,23 +224,25 @@ def test_the_gate_keeps_tests_back() -> None:
 
 
 def test_who_held_what() -> None:
-    """Children count as their worker; what nobody knows is said to be unknown."""
-    found = sums(
+    """Children count as their worker; what nobody knows is reported as unknown."""
+    memory = Memory(24 * GB, 20 * GB, 4 * GB)
+    split = Attribution().split(
         [
-            GpuProcess(1, 4 * GB, is_ollama=True),
+            GpuProcess(1, 4 * GB, neighbour="Ollama"),
             GpuProcess(10, 2 * GB),
             GpuProcess(99, 1 * GB),
             GpuProcess(98, None),
         ],
-        {"gw0": 10},
+        {10: "gw0"},
     )
+    here = holding("GPU 0", memory, split)
+    found = here.by
     assert found == {"Ollama": 4 * GB, "gw0": 2 * GB, "other processes": 1 * GB}
-    here = Holding("GPU 0", Memory(24 * GB, 20 * GB, 4 * GB), found)
     assert here.text("gw0") == (
         "GPU 0 had 4.0 GB of 24.0 GB free: held by Ollama 4.0 GB, gw0 (its own worker) 2.0 GB, "
         "other processes 1.0 GB"
     )
     assert here._replace(by={}).text() == (
-        "GPU 0 had 4.0 GB of 24.0 GB free; who held the rest the driver does not tell"
+        "GPU 0 had 4.0 GB of 24.0 GB free; the driver does not attribute the rest to processes"
     )
-    assert holding(None, "A", "GPU 0", {}).text() == "what GPU 0 had free is unknown"
+    assert Holding("GPU 0", None).text() == "what GPU 0 had free is unknown"

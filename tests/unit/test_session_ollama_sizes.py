@@ -89,7 +89,7 @@ def test_size_of_the_file() -> None:
 
 def test_used_by_the_only_model() -> None:
     """NVML tells processes, not models: one model alone can be told."""
-    runner, silent = (GpuProcess(7, used, is_ollama=True) for used in (3 * GB, None))
+    runner, silent = (GpuProcess(7, used, neighbour="Ollama") for used in (3 * GB, None))
     both = device(12, processes=(runner,)), device(12, index=1, processes=(runner,))
     assert used_by([MODEL], both) == 6 * GB
     assert used_by([MODEL, MODEL], both) is None

@@ -8,6 +8,7 @@ import tracemalloc
 
 import pytest
 
+from pytest_gpushare.gpu.attribution import Attribution
 from pytest_gpushare.gpu.sampler import LiveVram
 from pytest_gpushare.session.sampling import Sampler
 from pytest_gpushare.session.tests import PhaseReport, RecordedTest, RecordedTests
@@ -218,11 +219,11 @@ def test_what_comes_back_is_no_leak() -> None:
 
 def test_a_reader_that_hangs_adds_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a watch that is stopped stays stopped, however NVML is."""
-    monkeypatch.setattr("pytest_gpushare.gpu.sampler.PATIENCE", 0.05)
+    monkeypatch.setattr("pytest_gpushare.gpu.sampler.READ_TIMEOUT", 0.05)
     monkeypatch.setattr("pytest_gpushare.session.sampling.INTERVAL", 0.01)
     run, library = Scene(), Library()
     live = LiveVram(library)
-    watch = Sampler(live, ["GPU-0"], run.active.workers, run.active.record)
+    watch = Sampler(live, Attribution(), ["GPU-0"], run.active.workers, run.active.record)
     watch.start()
     series = watch.devices["GPU-0"].series
     until = time.monotonic() + 10

@@ -24,7 +24,7 @@ from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.placement import culprit
 from pytest_gpushare.planning.plan import Request
-from pytest_gpushare.planning.startup import Others, check
+from pytest_gpushare.planning.startup import Others, check, host_probe
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start import Host, start
 from pytest_gpushare.timed import call_within
@@ -257,9 +257,7 @@ def _ask_patiently(run: ActiveRun) -> OllamaFacts | None:
 
 
 def _nvml_versions() -> NvmlVersions:
-    from pytest_gpushare.gpu.nvml import Nvml
-
-    nvml = Nvml()
+    nvml = host_probe()
     nvml.open()
     try:
         return NvmlVersions(*nvml.versions())
