@@ -141,7 +141,6 @@ class Watcher:
         if busy or time.monotonic() - self._asked_at < OLLAMA_EVERY:
             return
         first = self._asking is None
-        self._asked_at = time.monotonic()
         self._asking = threading.Thread(target=self._ask, name="gpu-share-ollama", daemon=True)
         self._asking.start()
         if first:
@@ -151,13 +150,17 @@ class Watcher:
         from pytest_gpushare.ollama.catalog import ask
         from pytest_gpushare.planning.startup import ask_ollama
 
-        known = self._ollama
-        if known.answered and known.server is not None:
-            again = ask(known.server, float(self._settings.ollama_timeout))
-            self._ollama = again._replace(server=known.server, found_by=known.found_by)
-        else:
-            # Every address that may be Ollama's; asking for models by name takes more than GETs.
-            self._ollama = ask_ollama(replace(self._settings, ollama_models=()), os.environ)
+        try:
+            known = self._ollama
+            if known.answered and known.server is not None:
+                again = ask(known.server, float(self._settings.ollama_timeout))
+                self._ollama = again._replace(server=known.server, found_by=known.found_by)
+            else:
+                # Every address that may be Ollama's; asking for models by name takes more GETs.
+                self._ollama = ask_ollama(replace(self._settings, ollama_models=()), os.environ)
+        finally:
+            # Counted from the end: the first round also imports the client.
+            self._asked_at = time.monotonic()
 
 
 def _is_trustworthy(processes: Sequence[GpuProcess]) -> bool:
