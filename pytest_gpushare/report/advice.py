@@ -1,148 +1,503 @@
-"""Settings that would have served this run better, computed from what it measured.
+"""Advice: what to change, for the terminal, the page, the step summary, doctor and watch.
 
-Each is tried with the real sizing rule before it is told. What NVML told a second apart are
-lower bounds: they may call for more room, never for less.
+Every suggestion of a setting is planned again before it is offered, and offered only where the
+plan gives what the suggestion promises. Where no change helps, the facts are stated instead.
+Peaks that NVML shows once a second are lower bounds: they may call for more VRAM, never for less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from pytest_gpushare.config.options import INI_PREFIX
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.planning.plan import Limit, Plan
+from pytest_gpushare.gpu.devices import GpuFacts
+from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.ollama.prediction import CUDA_CONTEXT, MARGIN
+from pytest_gpushare.ollama.reservation import devices_of_ollama
+from pytest_gpushare.planning.plan import Limit, Plan, shortage
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import RecordedTest
-from pytest_gpushare.session.workers import LEAST_BY_NVML, WorkerRecord
-from pytest_gpushare.units import GB, format_gb, format_number, plural
-
-MARGIN = Fraction(115, 100)
-"""What a worker is given beyond the highest peak that was counted."""
+from pytest_gpushare.session.workers import Peak, WorkerRecord
+from pytest_gpushare.text import printable
+from pytest_gpushare.units import GB, MB, format_gb, format_number, plural
 
 _STEP = GB // 2
+_HEADROOM = Fraction(115, 100)
+"""What a worker is given beyond the highest peak that was counted."""
+_LEAST_RESERVATION = 2 * GB
+"""Bytes below which no model of use and its CUDA context fit."""
+_OVER = Fraction(105, 100)
+"""A test counts as over its need from here on: figures of one moment are read one by one."""
 _WORTH_SAVING, _WORTH_PART = 5.0, 0.1
 """Seconds, and the part of the tests' time, below which nobody would change a setting."""
+_MOST_TESTS = 3
+"""Tests that are named, of each kind."""
+
+_UNITS = {
+    "ollama_vram_reservation": ("ollama_vram_reservation_mb", MB),
+    "min_vram_per_worker": ("min_vram_per_worker_gb", GB),
+}
 
 
-class Hint(NamedTuple):
-    """One sentence, with what to type."""
+class Advice(NamedTuple):
+    """One suggestion: why, what to change, and what that gives."""
 
-    text: str
+    why: str
+    gives: str
+    changes: Mapping[str, object] = {}
+    """Attribute of `Settings` -> its value; empty where the change is no setting."""
+    action: str = ""
+    """What to do instead of changing a setting, or as well."""
+    workers: int = 0
+    """GPU workers that the plan has with the changes, at least."""
+    slot: int = 0
+    """Bytes of VRAM that each of them has, at least."""
+
+    @property
+    def settings(self) -> str:
+        """`gpu_share_min_vram_per_worker_gb=5.5`, several with blanks between."""
+        return " ".join(f"{INI_PREFIX}{key}={value}" for key, value in _written(self.changes))
+
+    @property
+    def text(self) -> str:
+        """The suggestion as one sentence, its settings as options of pytest."""
+        options = " ".join(f"-o {setting}" for setting in self.settings.split(" ") if setting)
+        change = " and ".join(filter(None, [self.action, options]))
+        return f"{self.why}: {change} {self.gives}".strip()
 
 
-def hints(run: ActiveRun) -> list[Hint]:
-    """What to change; nothing where nothing is known to be better."""
-    plan = run.plan
-    if not plan.slots or plan.request.in_process or plan.limited_by == (Limit.HOOK,):
+class Assessment(NamedTuple):
+    """What lacked, and what to change."""
+
+    shortages: tuple[str, ...] = ()
+    """What lack of VRAM caused, one sentence each."""
+    advice: tuple[Advice, ...] = ()
+    """The best first."""
+    needs: tuple[Advice, ...] = ()
+    """Tests whose declared needs are too small."""
+
+
+class Case(NamedTuple):
+    """A plan, and what is known of those who share the devices."""
+
+    settings: Settings
+    gpus: GpuFacts
+    ollama: OllamaFacts
+    plan: Plan
+    replan: Callable[[Settings], Plan] | None
+    models: int = 0
+    """Bytes that Ollama needs at least for the models that are named or were seen."""
+    need: int = 0
+    """Bytes of the largest need of a test that is known; 0: none is."""
+
+    def planned(self, changes: Mapping[str, object]) -> Plan | None:
+        """The plan with these changes."""
+        if self.replan is None:
+            return None
+        changed: Settings = replace(self.settings, **changes)  # type: ignore[arg-type]
+        return self.replan(changed)
+
+    @property
+    def least_slot(self) -> int:
+        """Bytes that a GPU worker needs for the tests of this case."""
+        return max(self.plan.needed, self.need)
+
+
+def case_of(
+    settings: Settings,
+    gpus: GpuFacts,
+    ollama: OllamaFacts,
+    plan: Plan,
+    replan: Callable[[Settings], Plan] | None,
+    *,
+    seen: Iterable[LoadedModel] = (),
+    need: int = 0,
+) -> Case:
+    """The case of a plan; `seen` are models that were loaded during the run."""
+    sizes = [model.size + CUDA_CONTEXT + MARGIN for model in (*ollama.models, *seen)]
+    named = 0
+    if plan.demand is not None:
+        named = sum(each.vram for each in plan.demand.needs) + plan.demand.margin
+    resident = max((device.resident for device in plan.devices), default=0)
+    return Case(settings, gpus, ollama, plan, replan, max([named, resident, *sizes]), need)
+
+
+def assess(run: ActiveRun) -> Assessment:
+    """What lacked in a run, and what to change."""
+    if run.gpus.simulated or run.plan.request.in_process:
+        return Assessment()
+    case = _case_of_run(run)
+    members = [record for record in run.workers if record.role == "gpu"]
+    shortages = [*gpu_tests_without_gpu(run), *_out_of_memory(run), *_over(run, members)]
+    advice: list[Advice] = []
+    if run.plan.limited_by != (Limit.HOOK,):
+        if not run.plan.slots:
+            if any(test.marked for test in run.tests):
+                advice += more_room(case)
+        elif members:
+            advice += idle_devices(case)
+            if not admits_by_needs(run):
+                advice += _larger_slots(case, members) or _more_workers(run, case, members)
+            advice += _too_large(run, case)
+            advice += _cpu_workers(run, case)
+    advice += _skip(run)
+    advice += _beside_others(run, case)
+    return Assessment(tuple(shortages), tuple(advice), tuple(declared_too_small(run)))
+
+
+def admits_by_needs(run: ActiveRun) -> bool:
+    """Whether tests are admitted by needs of their own, so that a slot is no measure."""
+    return run.has_needs or run.tests.has_own_needs
+
+
+# The plan: room for GPU workers.
+
+
+def more_room(case: Case) -> list[Advice]:
+    """Ways to a GPU worker where a device is there and none fits; the best first."""
+    plan = case.plan
+    if plan.slots or not plan.devices or plan.limited_by == (Limit.HOOK,):
         return []
-    members = [member for member in run.workers if member.role == "gpu"]
-    if not members or run.gpus.simulated:
+    if all(device.limited_by is Limit.BY_MODE for device in plan.devices):
         return []
-    found: list[Hint] = []
-    # Where tests have needs of their own, a slot is no measure of what a worker may hold.
-    if not run.has_needs:
-        found = [*_more_room(run, members)] or [*_more_workers(run, members)]
-    return [*found, *_cpu_workers(run)]
+    why = shortage(plan).partition(";")[0]
+    need = case.least_slot
+    found: list[Advice] = idle_devices(case)
+    kept = max((device.reservation for device in plan.devices), default=0)
+    fitting = _reservation_for(case, need)
+    if fitting is not None and fitting < kept and fitting >= max(case.models, _LEAST_RESERVATION):
+        found += _checked(case, why, {"ollama_vram_reservation": Fraction(fitting)}, need)
+    smaller = plan.usable // _STEP * _STEP
+    if case.need <= smaller < plan.needed and smaller:
+        changes = {"min_vram_per_worker": Fraction(smaller)}
+        found += _checked(case, why, changes, smaller, "would be enough for small tests, in")
+    if not found or not case.ollama.answered:
+        found += _no_reservation(case, why, need)
+    return found
 
 
-def _more_room(run: ActiveRun, members: list[WorkerRecord]) -> Iterator[Hint]:
-    """A worker held more than its slot: fewer workers would have been right."""
+def _no_reservation(case: Case, why: str, need: int) -> list[Advice]:
+    """Ollama gives its VRAM up: it is not there, or runs its models on the CPU."""
+    if not any(device.outstanding for device in case.plan.devices):
+        return []
+    action = "start no Ollama here"
+    if case.ollama.answered:
+        action = "let Ollama take a smaller model, a smaller context or the CPU"
+    changes: dict[str, object] = {"ollama_gpu": ("none",)}
+    found = _checked(case, why, changes, need, action=action)
+    free = max(d.device.free - d.safety_buffer for d in case.plan.devices)
+    smaller = free // _STEP * _STEP
+    if not found and smaller >= max(case.need, _STEP):
+        changes["min_vram_per_worker"] = Fraction(smaller)
+        found = _checked(case, why, changes, smaller, action=action)
+    return found
+
+
+def idle_devices(case: Case) -> list[Advice]:
+    """VRAM is reserved on every device, since the one that Ollama uses is unknown."""
+    devices, ollama = case.gpus.all_devices, case.settings.ollama_gpu
+    if len(devices) < 2 or devices_of_ollama(ollama, case.gpus) is not None:
+        return []
+    if not any(device.outstanding for device in case.plan.devices):
+        return []
+    best: tuple[int, int] | None = None
+    for device in devices:
+        plan = case.planned({"ollama_gpu": (device.index,)})
+        if plan is None or not device.index.isdigit():
+            continue
+        gain = len(plan.slots) - len(case.plan.slots)
+        if gain > 0 and (best is None or gain > best[1]):
+            best = int(device.index), gain
+    if best is None:
+        return []
+    why = "Ollama's device is unknown, so VRAM is reserved for it on every GPU"
+    return _checked(
+        case,
+        why,
+        {"ollama_gpu": (str(best[0]),)},
+        case.plan.needed,
+        "(the GPU that it uses) would allow",
+    )
+
+
+def _reservation_for(case: Case, need: int) -> int | None:
+    """The largest reservation, in whole MB, beside which a worker of so many bytes fits."""
+    found = [
+        device.device.free + device.resident - device.safety_buffer - need
+        for device in case.plan.devices
+        if device.device.free - device.safety_buffer >= need and device.most is None
+    ]
+    return max(found) // MB * MB if found else None
+
+
+def _checked(
+    case: Case,
+    why: str,
+    changes: Mapping[str, object],
+    slot: int,
+    gives: str = "would allow",
+    *,
+    action: str = "",
+) -> list[Advice]:
+    """The suggestion, if the plan with it has more GPU workers, each with so many bytes."""
+    plan = case.planned(changes)
+    if plan is None or len(plan.slots) <= len(case.plan.slots):
+        return []
+    if min(each.vram for each in plan.slots) < slot:
+        return []
+    size = format_gb(min(each.vram for each in plan.slots))
+    workers = plural(len(plan.slots), "GPU worker")
+    least = "" if len({each.vram for each in plan.slots}) == 1 else "at least "
+    return [
+        Advice(
+            why,
+            f"{gives} {workers} of {least}{size}",
+            changes,
+            action,
+            len(plan.slots),
+            slot,
+        )
+    ]
+
+
+# The run: what its tests measured.
+
+
+def _case_of_run(run: ActiveRun) -> Case:
+    book = run.monitor.book if run.monitor is not None else None
+    seen = [life.model for life in book.history.lives.values()] if book is not None else []
+    return case_of(
+        run.settings,
+        run.gpus,
+        run.ollama,
+        run.plan,
+        run.replan,
+        seen=seen,
+        need=run.tests.largest_own_need,
+    )
+
+
+def gpu_tests_without_gpu(run: ActiveRun) -> Iterator[str]:
+    """GPU tests that ran on CPU workers since no GPU worker fits."""
+    if run.plan.slots or run.plan.absence:
+        return
+    failed = [t for t in run.tests if t.marked and t.outcome in ("failed", "error")]
+    if failed:
+        tests = plural(len(failed), "GPU test")
+        yield f"{tests} failed on CPU workers, which see no GPU ({shortage(run.plan)})"
+
+
+def _skip(run: ActiveRun) -> list[Advice]:
+    """GPU tests fail for want of a GPU: they can be skipped."""
+    if run.plan.slots or run.settings.without_gpu != "run":
+        return []
+    failed = [t for t in run.tests if t.marked and t.outcome in ("failed", "error")]
+    if not failed:
+        return []
+    changes = {"without_gpu": "skip"}
+    return [Advice(f"{plural(len(failed), 'GPU test')} failed without a GPU",
+                   "would skip such tests", changes)]  # fmt: skip
+
+
+def _out_of_memory(run: ActiveRun) -> Iterator[str]:
+    found = {event.facts["nodeid"] for event in run.record.events("oom")}
+    if found:
+        yield f"{plural(len(found), 'test')} ran out of VRAM"
+
+
+def _over(run: ActiveRun, members: Sequence[WorkerRecord]) -> Iterator[str]:
+    """Workers and tests that held more than all the tests of their device may hold."""
+    budgets = {d.device.uuid: d.budget for d in run.plan.devices}
+    for record in members:
+        peak, budget = record.peak, budgets.get(record.device or "", 0)
+        if peak is not None and peak.size > budget * _OVER:
+            yield (
+                f"{record.id} held {amount(peak)} of VRAM, more than the {format_gb(budget)} that "
+                "all tests of its GPU may hold"
+            )
+
+
+def _larger_slots(case: Case, members: Sequence[WorkerRecord]) -> list[Advice]:
+    """A worker held more than its slot: fewer workers, or a smaller reservation."""
     over = [m for m in members if m.peak is not None and m.peak.size > m.slot]
     worst = max(over, key=lambda m: m.peak.size if m.peak else 0, default=None)
     if worst is None or worst.peak is None:
-        return
+        return []
     need = _rounded(Fraction(worst.peak.size))
-    plan = _planned(run, {"min_vram_per_worker": Fraction(need)})
-    if plan is not None and plan.slots and len(plan.slots) < len(run.plan.slots):
-        yield Hint(
-            f"{worst.id} used {format_gb(worst.peak.size)} of VRAM, more than its slot of "
-            f"{format_gb(worst.slot)}: "
-            f"-o {_option('min_vram_per_worker_gb', need)} would give enough, to "
-            f"{plural(len(plan.slots), 'worker')}"
-        )
+    why = (
+        f"{worst.id} used {amount(worst.peak)} of VRAM, more than its slot of "
+        f"{format_gb(worst.slot)}"
+    )
+    changes: dict[str, object] = {"min_vram_per_worker": Fraction(need)}
+    plan = case.planned(changes)
+    fitting = _reservation_for(case, need)
+    if plan is not None and not plan.slots and fitting is not None:
+        if fitting < max(case.models, _LEAST_RESERVATION):
+            return []
+        changes["ollama_vram_reservation"] = Fraction(fitting)
+        plan = case.planned(changes)
+    if plan is None or not plan.slots or min(s.vram for s in plan.slots) < need:
+        return []
+    if plan.slots == case.plan.slots:
+        return []
+    gives = f"would give enough, to {plural(len(plan.slots), 'worker')}"
+    return [Advice(why, gives, changes, workers=len(plan.slots), slot=need)]
 
 
-def _more_workers(run: ActiveRun, members: list[WorkerRecord]) -> Iterator[Hint]:
+def _more_workers(run: ActiveRun, case: Case, members: Sequence[WorkerRecord]) -> list[Advice]:
     """No worker came near its slot: more would have fitted."""
     peaks = [m.peak for m in members if m.peak is not None]
     if len(peaks) < len(members) or not all(peak.exact for peak in peaks):
-        return
+        return []
     highest = max(peak.size for peak in peaks)
-    need = _rounded(highest * MARGIN)
-    if need >= run.settings.min_vram_per_worker:
-        return
-    best: tuple[int, tuple[str, ...]] = (len(run.plan.slots), ())
-    limits = {"max_workers_per_gb": Fraction(0), "max_workers_per_gpu": 0}
+    need = _rounded(highest * _HEADROOM)
+    if need >= case.settings.min_vram_per_worker:
+        return []
+    best = Advice("", "", workers=len(case.plan.slots))
+    limits: dict[str, object] = {"max_workers_per_gb": Fraction(0), "max_workers_per_gpu": 0}
     for count in range(len(limits) + 1):
         for lifted in combinations(limits, count):
             changes = {"min_vram_per_worker": Fraction(need), **{k: limits[k] for k in lifted}}
-            plan = _planned(run, changes)
-            if plan is not None and len(plan.slots) > best[0]:
-                best = len(plan.slots), (_option("min_vram_per_worker_gb", need),
-                                         *(f"gpu_share_{key}=0" for key in lifted))  # fmt: skip
-    workers, options = best
-    if options and sum(run.tests.counts.values()) >= workers:
-        typed = " ".join(f"-o {option}" for option in options)
-        yield Hint(
-            f"peak per worker was {format_gb(highest)}: {typed} would allow {workers} workers"
-        )
+            plan = case.planned(changes)
+            if plan is not None and len(plan.slots) > best.workers:
+                why = f"peak per worker was {format_gb(highest)}"
+                gives = f"would allow {len(plan.slots)} workers"
+                best = Advice(why, gives, changes, workers=len(plan.slots), slot=need)
+    return [best] if best.changes and sum(run.tests.counts.values()) >= best.workers else []
 
 
-def _cpu_workers(run: ActiveRun) -> Iterator[Hint]:
+def _too_large(run: ActiveRun, case: Case) -> list[Advice]:
+    """The models that the run relies on need much less than is reserved."""
+    fixed = case.settings.ollama_vram_reservation
+    if case.plan.demand is None or not case.plan.demand.asked or fixed is None:
+        return []
+    wanted = -(-case.models // (512 * MB)) * 512 * MB
+    if not wanted or wanted + GB > fixed:
+        return []
+    why = f"Ollama's models need {format_gb(case.models)}, {format_gb(fixed)} are reserved"
+    found = _checked(case, why, {"ollama_vram_reservation": Fraction(wanted)}, case.least_slot)
+    return found if sum(run.tests.counts.values()) >= sum(a.workers for a in found) else []
+
+
+def _cpu_workers(run: ActiveRun, case: Case) -> list[Advice]:
     """Most tests needed no GPU: CPU workers would have taken them."""
-    plan = _planned(run, {"cpu_workers": None})
+    plan = case.planned({"cpu_workers": None})
     if run.plan.cpu_workers or plan is None or not plan.cpu_workers:
-        return
+        return []
     tests = [test for test in run.tests if test.start is not None and test.end is not None]
     unmarked = [test for test in tests if not test.marked]
     touched = {test.nodeid: _touched(test, run) for test in unmarked}
     if not unmarked or None in touched.values():
-        return
-    idle = [test for test in unmarked if touched[test.nodeid] is False]
+        return []
+    idle = {test.nodeid for test in unmarked if touched[test.nodeid] is False}
     rest = len(unmarked) - len(idle)
-    idlers = {test.nodeid for test in idle}
     now = _makespan(tests, len(run.plan.slots), 0, set())
-    saved = now - _makespan(tests, len(plan.slots), plan.cpu_workers, idlers)
+    saved = now - _makespan(tests, len(plan.slots), plan.cpu_workers, idle)
     if saved < max(_WORTH_SAVING, _WORTH_PART * now):
-        return
-    others = f"with the other {rest} marked {run.settings.marker}, " if rest else ""
-    yield Hint(
-        f"{len(idle)} of {len(unmarked)} unmarked tests never touched the GPU: {others}"
-        f"-o gpu_share_cpu_workers=auto would have saved about {_duration(saved)}"
-    )
+        return []
+    others = f"with the other {rest} marked {run.settings.marker}" if rest else ""
+    return [
+        Advice(
+            f"{len(idle)} of {len(unmarked)} unmarked tests never touched the GPU",
+            f"would have saved about {_duration(saved)}",
+            {"cpu_workers": None},
+            others,
+            len(plan.slots),
+        )
+    ]
+
+
+def over_need(run: ActiveRun) -> list[tuple[RecordedTest, int]]:
+    """Tests that held more than the need that is declared for them, the largest first."""
+    found = []
+    for test in run.tests:
+        need, source = run.tests.need_of(test.nodeid)
+        declared = need if need and source in ("marker", "rule") else None
+        if declared and test.peak is not None and test.peak.size > declared * _OVER:
+            found.append((test, declared))
+    return sorted(found, key=lambda entry: -(entry[0].peak.size if entry[0].peak else 0))
+
+
+def declared_too_small(run: ActiveRun) -> Iterator[Advice]:
+    """Tests that held more than their declared needs: what to declare."""
+    for test, need in over_need(run):
+        assert test.peak is not None
+        size = _rounded(Fraction(test.peak.size))
+        fits = size <= run.plan.usable
+        yield Advice(
+            f"{printable(test.nodeid)} held {amount(test.peak)} of VRAM, its need was "
+            f"{format_gb(need)}",
+            "" if fits else f"is needed, and {format_gb(run.plan.usable)} are there for tests",
+            action=f"declare vram={size / GB:g}GB" if fits else f"{size / GB:g} GB",
+        )
+
+
+def _beside_others(run: ActiveRun, case: Case) -> Iterator[Advice]:
+    """Tests that ran out of memory beside others and passed alone: what to declare."""
+    named = {test.nodeid for test, _ in over_need(run)}
+    again = {e.facts["nodeid"]: e.facts["outcome"] for e in run.record.events("oom-retried")}
+    peaks = {test.nodeid: test.peak for test in run.tests if test.nodeid in again}
+    for nodeid in list(again)[:_MOST_TESTS]:
+        peak = peaks.get(nodeid)
+        if nodeid in named or again[nodeid] != "passed" or peak is None:
+            continue
+        size = _rounded(Fraction(peak.size))
+        if size <= case.plan.usable:
+            yield Advice(
+                f"{printable(nodeid)} ran out of VRAM beside others and passed alone",
+                "would keep that much for it from the start",
+                action=f'declare @pytest.mark.{run.settings.marker}(vram="{size / GB:g}GB")',
+            )
+
+
+def amount(peak: Peak) -> str:
+    """`4.1 GB`, or `at least 4.1 GB`."""
+    return f"{'' if peak.exact else 'at least '}{format_gb(peak.size)}"
 
 
 def _touched(test: RecordedTest, run: ActiveRun) -> bool | None:
     """Whether a test used the GPU; None where nobody can tell."""
     if test.touched is not None:
         return test.touched
-    member = run.workers.get(test.worker)
-    if member is None:
+    record = run.workers.get(test.worker)
+    if record is None:
         return None
-    if member.seen is None and member.kept == 0:
+    if record.seen is None and record.kept == 0:
         return False
-    # Frameworks tell only of tests beside which they were up.
+    # Frameworks count only tests during which they were up.
     return False if any(m.counted is not None for m in run.workers) else None
 
 
-def _makespan(tests: list[RecordedTest], gpus: int, cpus: int, idlers: set[str]) -> float:
+def _makespan(tests: list[RecordedTest], gpus: int, cpus: int, idle: set[str]) -> float:
     """Seconds that the tests take, each given to the worker that is free first; GPU tests first."""
     free_gpu, free_cpu = [0.0] * gpus, [0.0] * cpus
-    for test in sorted(tests, key=lambda t: t.nodeid in idlers):
+    for test in sorted(tests, key=lambda t: t.nodeid in idle):
         lanes = free_gpu
-        if test.nodeid in idlers and free_cpu and min(free_cpu) <= min(free_gpu):
+        if test.nodeid in idle and free_cpu and min(free_cpu) <= min(free_gpu):
             lanes = free_cpu
         at = lanes.index(min(lanes))
         lanes[at] += (test.end or 0.0) - (test.start or 0.0)
     return max([*free_gpu, *free_cpu])
 
 
-def _planned(run: ActiveRun, changes: Mapping[str, object]) -> Plan | None:
-    settings: Settings = replace(run.settings, **changes)  # type: ignore[arg-type]
-    return None if run.replan is None else run.replan(settings)
+def _written(changes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, value) as a user writes them."""
+    for attribute, value in changes.items():
+        key, unit = _UNITS.get(attribute, (attribute, 1))
+        if value is None:
+            yield key, "auto"
+        elif isinstance(value, Fraction):
+            number = value / unit
+            yield key, str(int(number)) if number.denominator == 1 else format_number(number)
+        elif isinstance(value, tuple):
+            yield key, ",".join(map(str, value))
+        else:
+            yield key, str(value)
 
 
 def _rounded(size: Fraction) -> int:
@@ -150,51 +505,5 @@ def _rounded(size: Fraction) -> int:
     return int(-(-size // _STEP)) * _STEP
 
 
-def _option(key: str, size: int) -> str:
-    return f"gpu_share_{key}={format_number(Fraction(size, GB))}"
-
-
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
-_MOST_SUSPECTS = 20
-
-
-class Leak(NamedTuple):
-    """What was left, and by which test."""
-
-    size: int
-    """Bytes."""
-    worker: str
-    source: str
-    """`frameworks`: their counters around each test; `nvml`: readings a second apart."""
-    suspects: tuple[str, ...]
-    """Node ids: one where it is known which test it was, else the first of those that may be."""
-    among: int = 1
-    """How many these are."""
-
-
-def leaks(run: ActiveRun) -> list[Leak]:
-    """All leaks, the largest first."""
-    found = [leak for member in run.workers for leak in _of(member, run)]
-    return sorted(found, key=lambda leak: (-leak.size, leak.suspects))
-
-
-def _of(member: WorkerRecord, run: ActiveRun) -> Iterator[Leak]:
-    if member.growths.told:
-        for nodeid, size in member.growths.leaks():
-            yield Leak(size, member.id, "frameworks", (nodeid,))
-        return
-    size = (member.kept or 0) - member.context
-    if size <= LEAST_BY_NVML:
-        return
-    # By readings a second apart nobody can tell what one test left from what the next one took:
-    # any test may have done it that ended after the last reading that was low.
-    suspects = [
-        test.nodeid
-        for test in run.tests
-        if test.worker == member.id and test.end is not None and test.end >= member.low_at
-    ]
-    if suspects:
-        yield Leak(size, member.id, "nvml", tuple(suspects[:_MOST_SUSPECTS]), len(suspects))

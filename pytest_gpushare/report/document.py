@@ -21,12 +21,12 @@ from pytest_gpushare.ollama.address import without_secrets
 from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
 from pytest_gpushare.planning.placement import Surroundings, caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
-from pytest_gpushare.report.advice import hints, leaks
+from pytest_gpushare.report.advice import assess
 from pytest_gpushare.report.header import header, left_out
 from pytest_gpushare.report.redact import cleaned, cleaner
 from pytest_gpushare.report.summary import usages, verdict
 from pytest_gpushare.session.run import ActiveRun
-from pytest_gpushare.session.tests import RecordedTest
+from pytest_gpushare.session.tests import RecordedTest, leaks
 from pytest_gpushare.session.workers import Peak, WorkerRecord
 
 
@@ -57,6 +57,7 @@ _FINISHED = (0, 1, 5)
 
 def document(run: ActiveRun, exit_status: int, summary: Sequence[str]) -> dict[str, Any]:
     """The document, in builtin types; `summary`: the lines that the terminal shows."""
+    assessment = assess(run)
     began = datetime.fromtimestamp(run.record.began_at, timezone.utc)
     whole = {
         "schema": SCHEMA,
@@ -89,7 +90,8 @@ def document(run: ActiveRun, exit_status: int, summary: Sequence[str]) -> dict[s
         ],
         "samples": {"devices": _samples(run)},
         "summary": list(summary),
-        "hints": [hint.text for hint in hints(run)],
+        "hints": [advice.text for advice in (*assessment.needs, *assessment.advice)],
+        "shortages": list(assessment.shortages),
         "leaks": [
             {
                 "nodeid": leak.suspects[0] if leak.among == 1 else None,
@@ -99,7 +101,7 @@ def document(run: ActiveRun, exit_status: int, summary: Sequence[str]) -> dict[s
                 "suspects": list(leak.suspects),
                 "suspects_count": leak.among,
             }
-            for leak in leaks(run)
+            for leak in leaks(run.tests, run.workers)
         ],
         "problems": _problems(run),
     }

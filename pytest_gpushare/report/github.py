@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pytest_gpushare.report.advice import hints, leaks
+from pytest_gpushare.report.advice import assess
 from pytest_gpushare.report.summary import Line, hungriest, leak_in_words, usages
 from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.session.tests import leaks
 from pytest_gpushare.text import append_regular
 from pytest_gpushare.units import format_gb
 
@@ -29,7 +30,8 @@ def step_summary(run: ActiveRun, lines: Sequence[Line]) -> str:
             assert test.peak is not None
             size = f"{'' if test.peak.exact else 'at least '}{format_gb(test.peak.size)}"
             parts.append(f"| {escaped(test.nodeid)} | {size} |")
-    told = [line.text for line in lines if line.problem] + [hint.text for hint in hints(run)]
+    told = [line.text for line in lines if line.problem]
+    told += [advice.text for advice in assess(run).advice]
     if told:
         parts += ["", *(f"- {escaped(text.strip())}" for text in told)]
     return "\n".join([*parts, "", ""])
@@ -46,7 +48,7 @@ def workflow_commands(run: ActiveRun) -> Iterator[str]:
     kind = "error" if spills and run.has_failed() else "warning"
     for text in spills[:_MOST_ANNOTATIONS]:
         yield f"::{kind} title={_property('gpu-share: Ollama')}::{_data(text)}"
-    for leak in leaks(run)[:_MOST_ANNOTATIONS]:
+    for leak in leaks(run.tests, run.workers)[:_MOST_ANNOTATIONS]:
         name = leak.suspects[0] if leak.among == 1 else ""
         file = name.partition("::")[0]
         place = f"file={_property(file)}," if file else ""

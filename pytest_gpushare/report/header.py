@@ -22,6 +22,7 @@ from pytest_gpushare.report.summary import (
     needs_exceeded,
     out_of_memory,
     routing,
+    without_gpu,
 )
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.units import MB, format_gb, format_number, plural
@@ -214,6 +215,7 @@ _SUMMARY: tuple[Callable[[ActiveRun], Iterator[Line]], ...] = (
     _overwritten,
     _verdict,
     routing,
+    without_gpu,
     out_of_memory,
     needs_exceeded,
     needs_changed,

@@ -14,6 +14,7 @@ from pytest_gpushare.events import Event
 from pytest_gpushare.report.header import summary
 from pytest_gpushare.report.summary import Line, View
 from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.session.tests import leaks
 from pytest_gpushare.text import write_whole
 
 if TYPE_CHECKING:
@@ -121,9 +122,7 @@ def publish_to_github(run: ActiveRun) -> None:
 
 
 def _note_leaks(run: ActiveRun) -> None:
-    from pytest_gpushare.report.advice import leaks
-
-    found = leaks(run)
+    found = leaks(run.tests, run.workers)
     if not found:
         return
     from pytest_gpushare.report.summary import leak_in_words

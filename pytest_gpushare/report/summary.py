@@ -14,9 +14,16 @@ from pytest_gpushare.ollama.messages import placed
 from pytest_gpushare.ollama.models import LoadedModel
 from pytest_gpushare.ollama.monitor import Neighbour
 from pytest_gpushare.planning.plan import DevicePlan
-from pytest_gpushare.report.advice import Leak, hints, leaks
+from pytest_gpushare.report.advice import (
+    admits_by_needs,
+    amount,
+    assess,
+    declared_too_small,
+    gpu_tests_without_gpu,
+    over_need,
+)
 from pytest_gpushare.session.run import ActiveRun
-from pytest_gpushare.session.tests import RecordedTest
+from pytest_gpushare.session.tests import Leak, RecordedTest, leaks
 from pytest_gpushare.session.workers import WorkerRecord
 from pytest_gpushare.text import printable
 from pytest_gpushare.units import MB, format_gb, plural
@@ -99,8 +106,22 @@ def _sentence(event: Event, again: Event | None) -> str:
 
 def needs_exceeded(run: ActiveRun) -> Iterator[Line]:
     """Tests that took more than they were admitted with: their neighbours pay for it."""
-    texts = [f"{text}: raise it, or let it be learned" for text in _latest(run, "need-exceeded")]
+    declared = list(declared_too_small(run))
+    named = {test.nodeid for test, _ in over_need(run)}
+    others = {
+        event.facts["nodeid"]: event.text
+        for event in run.record.events("need-exceeded")
+        if event.facts["nodeid"] not in named
+    }
+    texts = [advice.text for advice in declared]
+    texts += [f"{text}: raise it, or let it be learned" for text in others.values()]
     yield from _first(texts, "took more VRAM than their needs", problem=True)
+
+
+def without_gpu(run: ActiveRun) -> Iterator[Line]:
+    """GPU tests that failed for want of a GPU."""
+    for text in gpu_tests_without_gpu(run):
+        yield Line(f"gpu-share: {text}", problem=True)
 
 
 def needs_changed(run: ActiveRun) -> Iterator[Line]:
@@ -270,18 +291,16 @@ def usage_lines(run: ActiveRun, view: View) -> Iterator[Line]:
     members = [member for member in run.workers if member.role == "gpu"]
     peaks = [member for member in members if member.peak is not None]
     devices = [use for use in usages(run) if use.grown > WORTH_TELLING]
-    if not devices and not peaks:
-        return
     for use in devices:
         yield _device(use, view, any(m.device == use.plan.device.uuid for m in peaks))
-    if view.verbosity >= 1:
+    if view.verbosity >= 1 and (devices or peaks):
         for member in members:
             yield _worker(member, run)
         for test in hungriest(run):
             yield Line(_test(test, view))
-    yield from _leaks(leaks(run), view)
-    for hint in hints(run):
-        yield Line(f"gpu-share: hint: {hint.text}")
+    yield from _leaks(leaks(run.tests, run.workers), view)
+    for advice in assess(run).advice:
+        yield Line(f"gpu-share: hint: {advice.text}")
 
 
 def _device(use: Usage, view: View, counted: bool) -> Line:
@@ -308,8 +327,8 @@ def _worker(member: WorkerRecord, run: ActiveRun) -> Line:
     if peak is None:
         return Line(f"  {member.id} on {label}: VRAM peak unknown{crashed}")
     least = "" if peak.exact else "at least "
-    if run.has_needs:
-        # Tests are admitted by their needs, which may be more than a slot.
+    if admits_by_needs(run):
+        # A need may be more than a slot.
         return Line(f"  {member.id} on {label}: VRAM peak {least}{format_gb(peak.size)}{crashed}")
     return Line(
         f"  {member.id} on {label}: VRAM peak {least}{_part(peak.size, member.slot)}{crashed}",
@@ -319,8 +338,7 @@ def _worker(member: WorkerRecord, run: ActiveRun) -> Line:
 
 def _test(test: RecordedTest, view: View) -> str:
     assert test.peak is not None
-    least = "" if test.peak.exact else "at least "
-    text = f"  VRAM {least}{format_gb(test.peak.size)}: "
+    text = f"  VRAM {amount(test.peak)}: "
     return text + shortened(test.nodeid, view.columns - len(text))
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
 
 from pytest_gpushare.events import Record
 from pytest_gpushare.planning.placement import NUMBER
-from pytest_gpushare.session.workers import Peak, WorkerRecord, Workers, higher
+from pytest_gpushare.session.workers import LEAST_BY_NVML, Peak, WorkerRecord, Workers, higher
 from pytest_gpushare.wire import ITSELF
 
 MOST_TESTS = 250_000
@@ -22,6 +22,7 @@ MOST_TESTS = 250_000
 
 _MOST_BYTES = 2**50
 _LONGEST = 500
+_OWN_NEEDS = ("marker", "rule", "learned")
 _OUTCOMES = ("passed", "failed", "skipped")
 """Of a report. Plugins that run tests again have words of their own for one that will be."""
 _RANKS = ("passed", "xpassed", "xfailed", "skipped", "failed", "error", "crashed")
@@ -199,6 +200,17 @@ class RecordedTests:
         with self._lock:
             self._remarks.setdefault(nodeid, []).append(text)
 
+    @property
+    def has_own_needs(self) -> bool:
+        """Whether a test was admitted by another need than its worker's slot."""
+        return any(source in _OWN_NEEDS for _, source in list(self._needs.values()))
+
+    @property
+    def largest_own_need(self) -> int:
+        """Bytes of the largest such need; 0: there is none."""
+        needs = list(self._needs.values())
+        return max((size for size, source in needs if source in _OWN_NEEDS), default=0)
+
     def need_of(self, nodeid: str) -> tuple[int | None, str | None]:
         """The need and its source; None where no need was looked at."""
         return self._needs.get(nodeid, (None, None))
@@ -258,6 +270,49 @@ def _outcome(report: PhaseReport) -> str:
 
 def _bytes(value: object) -> int | None:
     return value if type(value) is int and 0 <= value < _MOST_BYTES else None
+
+
+_MOST_SUSPECTS = 20
+
+
+class Leak(NamedTuple):
+    """What was left, and by which test."""
+
+    size: int
+    """Bytes."""
+    worker: str
+    source: str
+    """`frameworks`: their counters around each test; `nvml`: readings a second apart."""
+    suspects: tuple[str, ...]
+    """Node ids: one where it is known which test it was, else the first of those that may be."""
+    among: int = 1
+    """How many these are."""
+
+
+def leaks(tests: Iterable[RecordedTest], workers: Iterable[WorkerRecord]) -> list[Leak]:
+    """All leaks, the largest first."""
+    known = list(tests)
+    found = [leak for member in workers for leak in _of(member, known)]
+    return sorted(found, key=lambda leak: (-leak.size, leak.suspects))
+
+
+def _of(member: WorkerRecord, tests: Sequence[RecordedTest]) -> Iterator[Leak]:
+    if member.growths.told:
+        for nodeid, size in member.growths.leaks():
+            yield Leak(size, member.id, "frameworks", (nodeid,))
+        return
+    size = (member.kept or 0) - member.context
+    if size <= LEAST_BY_NVML:
+        return
+    # By readings a second apart nobody can tell what one test left from what the next one took:
+    # any test may have done it that ended after the last reading that was low.
+    suspects = [
+        test.nodeid
+        for test in tests
+        if test.worker == member.id and test.end is not None and test.end >= member.low_at
+    ]
+    if suspects:
+        yield Leak(size, member.id, "nvml", tuple(suspects[:_MOST_SUSPECTS]), len(suspects))
 
 
 class Observer:

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 from pytest_gpushare.planning.plan import Limit, Request
-from pytest_gpushare.report.advice import hints
+from pytest_gpushare.report.advice import assess
 from pytest_gpushare.units import GB
 
 from .scene import CONTEXT, Scene
@@ -17,7 +17,7 @@ NO_LIMITS = {"max_workers_per_gb": Fraction(0), "max_workers_per_gpu": 0}
 
 
 def told(run: Scene) -> list[str]:
-    return [hint.text for hint in hints(run.finish())]
+    return [advice.text for advice in assess(run.finish()).advice]
 
 
 def counted(run: Scene, *sizes: float) -> Scene:
@@ -68,15 +68,46 @@ def test_lower_bounds_may_ask_for_more() -> None:
     run = Scene(workers=2)
     run.ran("t::large", 1, 3, holds=5.2)
     assert told(run) == [
-        "gw1 used 5.2 GB of VRAM, more than its slot of 4.5 GB: "
+        "gw1 used at least 5.2 GB of VRAM, more than its slot of 4.5 GB: "
         "-o gpu_share_min_vram_per_worker_gb=5.5 would give enough, to 1 worker"
     ]
 
 
-def test_no_hint_that_could_not_be_followed() -> None:
-    """More than the whole budget; a hook that decides; a run without workers."""
+def test_more_than_the_budget() -> None:
+    """9.86 GB where 9.0 are there for tests: said, with the reservation beside which it fits."""
     run = Scene(workers=2)
-    run.ran("t::larger_than_all", 1, 3, holds=12)
+    run.ran("t::large", 1, 3, holds=9.86)
+    found = assess(run.finish())
+    assert found.shortages == (
+        "gw1 held at least 9.86 GB of VRAM, more than the 9.0 GB that all tests of its GPU may "
+        "hold",
+    )
+    (advice,) = found.advice
+    assert advice.settings == (
+        "gpu_share_min_vram_per_worker_gb=10 gpu_share_ollama_vram_reservation_mb=11264"
+    )
+
+
+def test_declared_needs() -> None:
+    """6 GB in a slot of 4.5 GB as declared is no fault; 9 GB declared as 3 is one, by name."""
+    run = Scene(workers=2)
+    run.active.tests.need("t::declared", 6 * GB, "marker")
+    run.ran("t::declared", 0, 3, holds=5.9)
+    assert assess(run.finish()) == ((), (), ())
+    run = Scene(workers=2)
+    run.active.tests.need("t::liar", 3 * GB, "marker")
+    run.ran("t::liar", 0, 3, holds=8.8)
+    (advice,) = assess(run.finish()).needs
+    assert advice.text == (
+        "t::liar held at least 8.8 GB of VRAM, its need was 3.0 GB: declare vram=9GB"
+    )
+    assert told(run) == []
+
+
+def test_no_hint_that_could_not_be_followed() -> None:
+    """More than a device has; a hook that decides; a run without workers."""
+    run = Scene(workers=2)
+    run.ran("t::larger_than_all", 1, 3, holds=21.5)
     assert told(run) == []
     run = counted(Scene(workers=2), 1.0, 1.0, 1.0, 1.0)
     run.active.plan = replace(run.active.plan, limited_by=(Limit.HOOK,))
@@ -93,8 +124,8 @@ def test_cpu_workers() -> None:
         run.ran(f"t::{at}", at % 2, 3.0, counted={"peak": 4 * GB - CONTEXT, "idle": idle})
     # Two workers took 40 times 3 s: 60 s each. Two GPU tests and 38 others on 8 workers: 15 s.
     assert told(run) == [
-        "38 of 40 unmarked tests never touched the GPU: with the other 2 marked gpu, "
-        "-o gpu_share_cpu_workers=auto would have saved about 45 s"
+        "38 of 40 unmarked tests never touched the GPU: with the other 2 marked gpu "
+        "and -o gpu_share_cpu_workers=auto would have saved about 45 s"
     ]
 
 

@@ -199,9 +199,12 @@ def test_verdict_of_a_run_in_trouble() -> None:
     assert change.details[-1] == "1 test left 0.6 GB behind: see the leaks below"
 
 
-def test_verdict_without_a_hint_points_to_what_happened() -> None:
-    document = {**documents.eventful(), "hints": [], "leaks": []}
-    assert answers(document)[3].answer == "Read what happened"
+def test_verdict_is_never_nothing_where_vram_lacked() -> None:
+    document = {**documents.eventful(), "hints": [], "leaks": [], "problems": []}
+    document["shortages"] = ["29 GPU tests failed on CPU workers, which see no GPU"]
+    change = answers(document)[3]
+    assert (change.state, change.answer) == ("warning", "No setting would have helped")
+    assert change.details == document["shortages"]
 
 
 def test_verdict_where_nobody_can_tell() -> None:

@@ -157,17 +157,18 @@ def _held_at_the_start(ollama: Mapping[str, Any]) -> list[str]:
 def _change(document: Mapping[str, Any]) -> Answer:
     question = "What to change?"
     hints, leaks = texts(document, "hints"), each(document, "leaks")
+    shortages = texts(document, "shortages")
     problems = texts(document, "problems")
     if leaks:
         left = sum(number(leak.get("bytes")) or 0 for leak in leaks)
         hints.append(f"{plural(len(leaks), 'test')} left {size(left)} behind: see the leaks below")
-    if not hints and not problems and any(e.get("kind") == "oom" for e in each(document, "events")):
-        return Answer(question, WARNING, "Read what happened", ["it tells who held the VRAM"])
-    if not hints and not problems:
+    told = [*shortages, *problems, *hints]
+    if shortages and not hints:
+        return Answer(question, WARNING, "No setting would have helped", told)
+    if not told:
         return Answer(question, GOOD, "Nothing", ["no better setting was found"])
-    state = WARNING if leaks or problems else NEUTRAL
-    count = len(hints) + len(problems)
-    return Answer(question, state, plural(count, "suggestion"), [*problems, *hints])
+    state = WARNING if leaks or problems or shortages else NEUTRAL
+    return Answer(question, state, plural(len(hints) + len(problems), "suggestion"), told)
 
 
 def subtitle(document: Mapping[str, Any]) -> str:
