@@ -336,7 +336,7 @@ def _worker(worker: PresentWorker, snapshot: Snapshot) -> str:
     )
     held = snapshot.held.get(worker.pid)
     holds = "unknown" if held is None else format_gb(held)
-    over = ", over its slot" if held is not None and held > worker.slot else ""
+    over = ", over its slot" if worker.is_bounded and (held or 0) > worker.slot else ""
     return f"{worker.id}: {label}, {holds} of {format_gb(worker.slot)}{over}, PID {worker.pid}"
 
 

@@ -252,7 +252,7 @@ class Own:
         started.links.on("wider", self.held_back.amend)
         self._plugins.register(self.held_back, "gpu-share-held-back")
         self._parity = Parity(weighed, crew)
-        started.routing.begin(self._parity)
+        started.routing.begin(self._parity, has_needs=weighed.has_needs)
         self._plugins.register(self._parity, "gpu-share-parity")
         ticker = Ticker(lambda: hand_out.waits, lambda: _nudge(hand_out))
         hand_out.on_wait = ticker.wake

@@ -17,7 +17,7 @@ from pytest_gpushare.config.options import INI_PREFIX
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import GpuFacts
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
-from pytest_gpushare.ollama.prediction import CUDA_CONTEXT, MARGIN
+from pytest_gpushare.ollama.prediction import MARGIN, OVERHEAD
 from pytest_gpushare.ollama.reservation import devices_of_ollama
 from pytest_gpushare.planning.plan import Limit, Plan, shortage
 from pytest_gpushare.session.run import ActiveRun
@@ -119,7 +119,7 @@ def case_of(
     need: int = 0,
 ) -> Case:
     """The case of a plan; `seen` are models that were loaded during the run."""
-    sizes = [model.size + CUDA_CONTEXT + MARGIN for model in (*ollama.models, *seen)]
+    sizes = [model.size + OVERHEAD + MARGIN for model in (*ollama.models, *seen)]
     named = 0
     if plan.demand is not None:
         named = sum(each.vram for each in plan.demand.needs) + plan.demand.margin

@@ -43,6 +43,8 @@ class PresentWorker(NamedTuple):
     """UUID."""
     slot: int
     """Bytes of VRAM; 0 for a CPU worker."""
+    is_bounded: bool = True
+    """Whether its tests may hold no more than the slot: not where they have needs of their own."""
 
 
 class PresentSession(NamedTuple):
@@ -67,6 +69,7 @@ class SessionRecord:
     def __init__(self, links: Links, root: Path) -> None:
         self._root = root
         self._workers: dict[str, dict[str, Any]] = {}
+        self._has_needs = False
         self._changed = threading.Condition()
         self._dirty = self._stopped = False
         self._path: Path | None = None
@@ -86,6 +89,12 @@ class SessionRecord:
             "began": time.time(),
         }
         threading.Thread(target=self._serve, name="gpu-share-presence", daemon=True).start()
+
+    def admits_by_needs(self) -> None:
+        """Tests are admitted by needs of their own from now on."""
+        with self._changed:
+            self._has_needs = self._dirty = True
+            self._changed.notify_all()
 
     def stop(self) -> None:
         """Take the file away."""
@@ -116,9 +125,13 @@ class SessionRecord:
                 if self._stopped or self._path is None:
                     return
                 # Under the lock, so that no file comes back after `stop`.
-                _write(self._path, {**self._head, "workers": list(self._workers.values())})
+                _write(self._path, self._document())
                 self._dirty = False
                 self._changed.wait_for(lambda: self._dirty or self._stopped)
+
+    def _document(self) -> dict[str, Any]:
+        workers = list(self._workers.values())
+        return {**self._head, "has_needs": self._has_needs, "workers": workers}
 
     def _sweep(self) -> None:
         with contextlib.suppress(Exception):
@@ -156,6 +169,7 @@ def _session(path: Path, document: Mapping[str, Any]) -> PresentSession | None:
                     role=str(worker["role"])[:20],
                     device=worker["device"],
                     slot=int(worker["slot"]),
+                    is_bounded=document.get("has_needs") is not True,
                 )
                 for worker in document["workers"]
                 if worker["identity"] and is_same_process(worker["pid"], worker["identity"])

@@ -105,13 +105,17 @@ class CollectionDifferences(Protocol):
 class Routing:
     """The plugin's own dispatch, once all workers have collected."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_needs: Callable[[], object]) -> None:
+        """`on_needs` is called once it is known that tests have needs of their own."""
+        self._on_needs = on_needs
         self.differences: CollectionDifferences | None = None
         """None where xdist's scheduler distributes the tests."""
 
-    def begin(self, differences: CollectionDifferences) -> None:
+    def begin(self, differences: CollectionDifferences, *, has_needs: bool) -> None:
         """The plugin's own scheduler distributes the tests."""
         self.differences = differences
+        if has_needs:
+            self._on_needs()
 
 
 class ActiveRun:
@@ -156,11 +160,11 @@ class ActiveRun:
         """Follows Ollama; None where no server uses a device of this host."""
         self.workers = Workers(self.plan, self.context_on)
         self.tests = RecordedTests(self.workers)
-        self.routing = Routing()
         self.model_sizes = ModelSizes(self.settings, self.gpus, self.ollama)
         self.exclusive: ExclusiveAccess | None = None
         self.sampler: Sampler | None = None
         services: list[Service] = []
+        on_needs: Callable[[], object] = _nothing
         if self.live is not None and self.plan.devices:
             uuids = [planned.device.uuid for planned in self.plan.devices]
             self.sampler = Sampler(
@@ -186,7 +190,10 @@ class ActiveRun:
                 services.append(NeedsRecorder(self, config))
         if config is not None and not self.gpus.simulated:
             # `pytest-gpushare watch` finds this session by it; a what-if has nothing to watch.
-            services.append(SessionRecord(self.links, config.rootpath))
+            present = SessionRecord(self.links, config.rootpath)
+            services.append(present)
+            on_needs = present.admits_by_needs
+        self.routing = Routing(on_needs)
         self.monitor = monitor_for(self)
         if self.monitor is not None:
             services.append(self.monitor)

@@ -237,6 +237,33 @@ def test_ollama_spilled_and_old(
     assert "free VRAM" in report.fix("no-room")
 
 
+@pytest.mark.parametrize(
+    ("total", "free", "least", "reservation"),
+    [
+        ("10GB", "9.5GB", "3.0", 5632),
+        ("12GB", "11.5GB", "5.0", 5632),
+        ("8GB", "7.5GB", "3.0", 3584),
+    ],
+)
+def test_a_smaller_reservation(
+    total: str,
+    used: str,
+    least: str,
+    reservation: int,
+    project: Project,
+    machine_with: MachineWith,
+    ollama_with: OllamaWith,
+) -> None:
+    """What doctor says for a small card is what gives a GPU worker there."""
+    machine_with(Device(total=total, used=used))
+    ollama_with({})
+    project.file("pytest.ini", f"[pytest]\ngpu_share_min_vram_per_worker_gb = {least}\n")
+    way = doctor(project).fix("no-room").split(";")[0]
+    assert way == f"gpu_share_ollama_vram_reservation_mb = {reservation}"
+    result = project.pytest("--gpu-share", "-o", way.replace(" ", ""))
+    assert result.said[0].startswith("gpu-share: 1 GPU worker "), result.out
+
+
 def test_which_device_ollama_uses(
     project: Project, machine_with: MachineWith, ollama_with: OllamaWith
 ) -> None:

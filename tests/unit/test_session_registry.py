@@ -83,6 +83,9 @@ def test_from_start_to_stop(child: subprocess.Popen[bytes]) -> None:
     assert (session.pid, session.root) == (os.getpid(), str(HERE))
     assert [worker.id for worker in session.workers] == ["gw9", "gw10"]
     assert (session.workers[1].device, session.workers[1].slot) == ("GPU-0", 5)
+    assert session.workers[1].is_bounded
+    service.admits_by_needs()
+    wait_for(lambda: not sessions()[0].workers[1].is_bounded)
     child.kill()
     child.wait(30)
     assert [worker.id for worker in sessions()[0].workers] == ["gw9"]

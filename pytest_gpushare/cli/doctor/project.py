@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 
 from pytest_gpushare.cli.doctor import Finding, broken, look, ok
@@ -13,9 +12,9 @@ from pytest_gpushare.config.options import JSON_FILE, OPTIONS
 from pytest_gpushare.planning.caps import installed
 from pytest_gpushare.planning.placement import caps_of
 from pytest_gpushare.planning.plan import Limit, shortage
+from pytest_gpushare.report.advice import case_of, more_room
 from pytest_gpushare.report.document import in_words
 from pytest_gpushare.report.header import header
-from pytest_gpushare.units import GB, format_number
 
 _OLDEST = {"pytest": (8, 0), "pytest-xdist": (3, 6, 1), "nvidia-ml-py": (12, 535), "httpx": (0, 27)}
 _NEEDS = {
@@ -228,20 +227,13 @@ def plan(found: Examined) -> Iterator[Finding]:
 
 
 def _make_room(found: Examined) -> str:
-    """Settings with which one worker would fit on the best device."""
-    best = max(found.started.plan.devices, key=lambda planned: planned.budget)
-    need = found.settings.min_vram_per_worker
-    ways = []
-    missing = need - best.budget
-    if best.outstanding >= missing:
-        left = int((best.reservation - missing) // 2**20)
-        ways.append(f"gpu_share_ollama_vram_reservation_mb = {left}")
-    if best.budget >= GB // 2:
-        least = Fraction(best.budget * 100 // GB, 100)
-        ways.append(f"gpu_share_min_vram_per_worker_gb = {format_number(least)}")
-    if best.reservation:
-        ways.append("gpu_share_preset = no-ollama where there is no Ollama")
-    return "; or ".join([*ways, "free VRAM on the device"])
+    """Changes with which a GPU worker would fit; each was planned again."""
+    run = found.started
+    ways = [
+        " and ".join(filter(None, [advice.action, *advice.settings.split(" ")]))
+        for advice in more_room(case_of(run.settings, run.gpus, run.ollama, run.plan, run.replan))
+    ]
+    return "; or ".join([*(way.replace("=", " = ", 1) for way in ways), "free VRAM on the device"])
 
 
 def files(found: Examined) -> Iterator[Finding]:
