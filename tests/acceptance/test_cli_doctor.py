@@ -238,12 +238,8 @@ def test_ollama_spilled_and_old(
 
 
 @pytest.mark.parametrize(
-    ("total", "free", "least", "reservation"),
-    [
-        ("10GB", "9.5GB", "3.0", 5632),
-        ("12GB", "11.5GB", "5.0", 5632),
-        ("8GB", "7.5GB", "3.0", 3584),
-    ],
+    ("total", "used", "least", "reservation"),
+    [("10GB", "0.5GB", "3.0", 5632), ("12GB", "0.5GB", "5.0", 5632), ("8GB", "0.5GB", "3.0", 3584)],
 )
 def test_a_smaller_reservation(
     total: str,

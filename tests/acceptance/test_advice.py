@@ -1,0 +1,111 @@
+"""What a run advises: it helps where it is followed, and no lack of VRAM goes unsaid."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from simulator import Device, Machine
+
+from .conftest import Project
+
+NO_OLLAMA = {"OLLAMA_HOST": "127.0.0.1:9"}
+REPORTS = ("--gpu-share-report=r.json", "--gpu-share-report=r.html")
+
+
+def page(project: Project) -> str:
+    text = (project.path / "r.html").read_text(encoding="utf-8")
+    return re.sub(r"<[^>]+>", " ", text.partition("<main>")[2])
+
+
+def test_gpu_tests_on_cpu_workers(project: Project, machine_with: Callable[..., Machine]) -> None:
+    """They fail for want of VRAM: said why, with a reservation that gives them a GPU worker."""
+    machine_with(Device(total="10GB", used="0.5GB"))
+    project.write(
+        test_project="""
+            import os
+            import pytest
+
+            @pytest.mark.gpu
+            @pytest.mark.parametrize("i", range(4))
+            def test_gpu(i):
+                assert os.environ["CUDA_VISIBLE_DEVICES"]
+        """
+    )
+    result = project.pytest("--gpu-share", "-n2", *REPORTS, **NO_OLLAMA)
+    assert result.code == 1
+    why = (
+        "4 GPU tests failed on CPU workers, which see no GPU (insufficient VRAM per worker: "
+        "0.0 GB usable, 3.0 GB needed; gpu_share_min_vram_per_worker_gb)"
+    )
+    assert f"gpu-share: {why}" in result.said
+    hints = [line.partition("hint: ")[2] for line in result.said if "hint: " in line]
+    assert "-o gpu_share_ollama_vram_reservation_mb=5632" in hints[0]
+    assert "-o gpu_share_without_gpu=skip would skip such tests" in hints[-1]
+    report = json.loads((project.path / "r.json").read_text(encoding="utf-8"))
+    assert report["shortages"] == [why]
+    assert report["hints"] == hints
+    assert "4 GPU tests failed on CPU workers" in page(project)
+    assert "no better setting was found" not in page(project)
+    options = re.findall(r"-o (\S+)", hints[0])
+    again = project.pytest("--gpu-share", "-n2", *(f"-o{o}" for o in options), **NO_OLLAMA)
+    assert again.said[0].startswith("gpu-share: 1 GPU worker × 3.0 GB"), again.out
+    assert again.passed == 4
+    skipped = project.pytest("--gpu-share", "-o", "gpu_share_without_gpu=skip", **NO_OLLAMA)
+    assert skipped.code == 0, skipped.out
+
+
+def test_idle_device(project: Project, machine_with: Callable[..., Machine]) -> None:
+    """A second GPU is idle as nobody knows which one Ollama uses: saying so gives it work."""
+    machine_with(Device(total="16GB", used="12GB"), Device(total="12GB", used="0.5GB"))
+    project.write(test_project="import pytest\n\n@pytest.mark.gpu\ndef test_gpu(): pass\n")
+    result = project.pytest("--gpu-share", **NO_OLLAMA)
+    (hint,) = (line for line in result.said if "gpu_share_ollama_gpu=0" in line)
+    assert "Ollama's device is unknown" in hint
+    again = project.pytest("--gpu-share", "-o", "gpu_share_ollama_gpu=0", **NO_OLLAMA)
+    assert again.said[0].startswith("gpu-share: 2 GPU workers "), again.out
+
+
+def test_more_than_declared(project: Project, machine: Machine) -> None:
+    """A test that declares 3 GB and holds 9 is named; one that holds its 6 GB is not."""
+    project.write(
+        test_project="""
+            import time
+            import gpusim
+            import pytest
+
+            @pytest.mark.gpu(vram="3GB")
+            def test_liar():
+                held = gpusim.alloc("8GB")
+                time.sleep(2.5)
+                held.free()
+
+            @pytest.mark.gpu(vram="6GB")
+            def test_honest():
+                held = gpusim.alloc("5GB")
+                time.sleep(2.5)
+                held.free()
+        """
+    )
+    result = project.pytest("--gpu-share", *REPORTS, **NO_OLLAMA)
+    assert result.code == 0, result.out
+    (line,) = (line for line in result.said if "its need was" in line)
+    assert re.fullmatch(
+        r"gpu-share: test_project.py::test_liar held at least 8\.\d+ GB of VRAM, its need was "
+        r"3.0 GB: declare vram=9GB",
+        line,
+    )
+    assert "test_honest" not in "\n".join(result.said)
+
+
+def test_step_summary(project: Project, machine_with: Callable[..., Machine]) -> None:
+    """The job's page has the same advice."""
+    machine_with(Device(total="10GB", used="0.5GB"))
+    project.write(test_project="import pytest\n\n@pytest.mark.gpu\ndef test_gpu(): assert 0\n")
+    summary = Path(project.path / "summary.md")
+    project.pytest("--gpu-share", GITHUB_STEP_SUMMARY=str(summary), **NO_OLLAMA)
+    text = summary.read_text(encoding="utf-8").replace("&#95;", "_")
+    assert "reservation_mb=5632" in text
+    assert "1 GPU test failed on CPU workers" in text
