@@ -13,7 +13,7 @@ import pytest
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, HostFacts
-from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.report.advice import Advice, Case, assess, case_of, more_room
@@ -53,7 +53,7 @@ def random_machine(seed: int) -> RandomMachine:
             resident = int(r.uniform(0.1, 0.6) * total)
             models.append(LoadedModel(f"m{index}:7b", resident, resident, f"{index:064d}", 4096))
             hidden = r.random() < 0.5
-            processes = None if hidden else (GpuProcess(5, resident + 512 * MB, is_ollama=True),)
+            processes = None if hidden else (GpuProcess(5, resident + 512 * MB, OLLAMA),)
             resident += 512 * MB
         others = int(r.uniform(0, 0.5) * (total - resident))
         used = resident + others
