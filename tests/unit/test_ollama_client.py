@@ -175,9 +175,9 @@ def test_what_drips_over_tls(start: bytes, tls: ssl.SSLContext, trusted: None) -
 
 def test_hanging_up_from_another_thread() -> None:
     """It ends a request under way at once, and there is no next one."""
-    with FaultyServer("drip-header") as server, in_time(2):
+    with FaultyServer("drip-header") as server, in_time(5):
         connection = Connection(parse_address(server.host))
-        stop = threading.Timer(0.3, connection.hang_up)
+        stop = threading.Timer(1.0, connection.hang_up)
         stop.start()
         for _ in range(2):
             with pytest.raises(TimeoutError):
