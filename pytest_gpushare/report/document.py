@@ -16,7 +16,7 @@ from typing import Any
 from pytest_gpushare import __version__
 from pytest_gpushare.config.options import OPTIONS, Option
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.gpu.sampler import DeviceSamples
+from pytest_gpushare.gpu.sampler import DevicePeaks, DeviceSamples
 from pytest_gpushare.ollama.address import without_secrets
 from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
 from pytest_gpushare.planning.placement import Surroundings, caps_of
@@ -57,7 +57,7 @@ _FINISHED = (0, 1, 5)
 
 def document(run: ActiveRun, exit_status: int, summary: Sequence[str]) -> dict[str, Any]:
     """The document, in builtin types; `summary`: the lines that the terminal shows."""
-    assessment = assess(run)
+    assessment, needs = assess(run), _largest_needs(run)
     began = datetime.fromtimestamp(run.record.began_at, timezone.utc)
     whole = {
         "schema": SCHEMA,
@@ -76,7 +76,7 @@ def document(run: ActiveRun, exit_status: int, summary: Sequence[str]) -> dict[s
         },
         "plan": _plan(run),
         "devices": _devices(run),
-        "workers": [_worker(member) for member in run.workers],
+        "workers": [_worker(member, needs) for member in run.workers],
         "tests": [_test(test, run) for test in run.tests],
         "ollama": _ollama(run),
         "events": [
@@ -145,17 +145,29 @@ def _device(plan: DevicePlan, watched: DeviceSamples | None) -> dict[str, Any]:
         "safety_buffer_bytes": plan.safety_buffer,
         "budget_bytes": plan.budget,
         "workers": plan.workers,
-        "peak_used_bytes": None if watched is None else watched.peaks.used,
-        "peak_workers_bytes": None if watched is None else watched.peaks.workers or None,
+        **_peaks(None if watched is None else watched.peaks),
     }
 
 
-def _worker(member: WorkerRecord) -> dict[str, Any]:
+def _peaks(peaks: DevicePeaks | None) -> dict[str, int | None]:
+    peaks = peaks or DevicePeaks()
+    # Where the driver attributes nothing, nobody knows whose the rise was.
+    is_known = peaks.workers is not None
+    return {
+        "peak_used_bytes": peaks.used,
+        "peak_workers_bytes": peaks.workers or None,
+        "peak_tests_bytes": peaks.rise or None if is_known else None,
+        "peak_unattributed_bytes": peaks.unattributed if is_known else None,
+    }
+
+
+def _worker(member: WorkerRecord, needs: Mapping[str, int]) -> dict[str, Any]:
     return {
         "id": member.id,
         "role": member.role,
         "device": member.device,
         "slot_bytes": member.slot,
+        "need_bytes": needs.get(member.id),
         "pid": member.pid,
         "started_s": _seconds(member.started),
         "ended_s": _seconds(member.ended),
@@ -184,10 +196,20 @@ def _test(test: RecordedTest, run: ActiveRun) -> dict[str, Any]:
     }
 
 
+def _largest_needs(run: ActiveRun) -> dict[str, int]:
+    """Worker -> the largest need of a test that it ran; workers without such tests left out."""
+    found: dict[str, int] = {}
+    for test in run.tests:
+        need, source = run.tests.need_of(test.nodeid)
+        if need and source != "slot":
+            found[test.worker] = max(need, found.get(test.worker, 0))
+    return found
+
+
 def _peak(peak: Peak | None) -> dict[str, Any]:
     if peak is None:
-        return {"peak_bytes": None, "peak_source": None}
-    return {"peak_bytes": peak.size, "peak_source": peak.source}
+        return {"peak_bytes": None, "peak_source": None, "peak_exact": None}
+    return {"peak_bytes": peak.size, "peak_source": peak.source, "peak_exact": peak.exact}
 
 
 def _ollama(run: ActiveRun) -> Mapping[str, Any] | None:

@@ -75,7 +75,7 @@ def _table(run: ActiveRun) -> Iterator[str]:
             f"{plan.device.label} {plan.device.name}",
             "unknown" if use is None else format_gb(use.peak_used),
             format_gb(plan.device.total),
-            "unknown" if use is None or not use.peak_workers else format_gb(use.peak_workers),
+            (use.tests if use is not None else "") or "unknown",
             format_gb(plan.budget),
             str(plan.workers),
         ]

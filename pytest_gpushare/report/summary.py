@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpushare.gpu.sampler import DeviceSamples
+from pytest_gpushare.gpu.sampler import DevicePeaks, DeviceSamples
 from pytest_gpushare.ollama.history import Life
 from pytest_gpushare.ollama.messages import placed
 from pytest_gpushare.ollama.models import LoadedModel
@@ -253,26 +253,39 @@ _SHORTEST_ID = 20
 
 
 class Usage(NamedTuple):
-    """What one device has been through."""
+    """The peaks of one device against its plan."""
 
     plan: DevicePlan
-    peak_used: int
-    """Bytes in use at most, by whomever."""
-    peak_workers: int | None
-    """Bytes that the workers held together at most; None where NVML does not tell."""
+    peaks: DevicePeaks
     watched: DeviceSamples
+
+    @property
+    def peak_used(self) -> int:
+        """Bytes in use at most, counting every process."""
+        return self.peaks.used or 0
 
     @property
     def grown(self) -> int:
         """Bytes by which the device was fuller than at the start, at most."""
         return max(0, self.peak_used - self.plan.device.used)
 
+    @property
+    def tests(self) -> str:
+        """`5.2 GB`, `at least 7.4 GB (3.9 GB of it unattributed)`; empty where unknown."""
+        peaks = self.peaks
+        if peaks.workers is None or not peaks.rise:
+            return ""
+        if not peaks.is_at_least:
+            return format_gb(peaks.rise)
+        part = f" ({format_gb(peaks.unattributed)} of it unattributed)"
+        return f"at least {format_gb(peaks.rise)}{part}"
+
 
 def usages(run: ActiveRun) -> list[Usage]:
     """The devices that were watched."""
     watched = {} if run.sampler is None else run.sampler.devices
     return [
-        Usage(plan, found.peaks.used, found.peaks.workers, found)
+        Usage(plan, found.peaks, found)
         for plan in run.plan.devices
         if (found := watched.get(plan.device.uuid)) is not None and found.peaks.used is not None
     ]
@@ -306,11 +319,15 @@ def usage_lines(run: ActiveRun, view: View) -> Iterator[Line]:
 def _device(use: Usage, view: View, counted: bool) -> Line:
     plan = use.plan
     text = f"gpu-share: {plan.device.label} VRAM peak {_part(use.peak_used, plan.device.total)}"
-    if use.peak_workers:
-        text += f", tests {_part(use.peak_workers, plan.budget)}"
+    peaks = use.peaks
+    if use.tests:
+        least = "at least " if peaks.is_at_least else ""
+        text += f", tests {least}{_part(peaks.rise, plan.budget)}"
+        if peaks.is_at_least:
+            text += f" ({format_gb(peaks.unattributed)} unattributed)"
     elif not counted and plan.workers:
         text += f" (up {format_gb(use.grown)}, by whom is unknown)"
-    over = use.peak_workers is not None and plan.budget < use.peak_workers
+    over = peaks.workers is not None and plan.budget < peaks.rise
     room = view.columns - len(text) - 1
     if room >= _NARROWEST:
         heights = use.watched.series.heights(min(room, _WIDEST))

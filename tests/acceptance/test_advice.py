@@ -109,3 +109,35 @@ def test_step_summary(project: Project, machine_with: Callable[..., Machine]) ->
     text = summary.read_text(encoding="utf-8").replace("&#95;", "_")
     assert "reservation_mb=5632" in text
     assert "1 GPU test failed on CPU workers" in text
+
+
+def test_share_of_the_tests(project: Project, machine: Machine) -> None:
+    """What rose between two process lists is the tests' too, unattributed where it must be."""
+    project.write(
+        test_project="""
+            import time
+            import gpusim
+            import pytest
+
+            @pytest.mark.parametrize("i", range(12))
+            def test_short(i):
+                held = gpusim.alloc("3GB")
+                time.sleep(0.3)
+                held.free()
+                time.sleep(0.2)
+        """
+    )
+    result = project.pytest("--gpu-share", *REPORTS, **NO_OLLAMA)
+    assert result.code == 0, result.out
+    report = json.loads((project.path / "r.json").read_text(encoding="utf-8"))
+    (device,) = report["devices"]
+    rise = device["peak_used_bytes"] - device["used_at_start_bytes"]
+    # Nobody else took anything: all of the rise is the tests'.
+    assert device["peak_tests_bytes"] >= 0.99 * rise
+    workers = device["peak_workers_bytes"] or 0
+    assert device["peak_unattributed_bytes"] == device["peak_tests_bytes"] - workers
+    (line,) = (line for line in result.said if "VRAM peak" in line)
+    held = float(re.search(r"tests (?:at least )?([\d.]+) of 9.0 GB", line)[1])  # type: ignore[index]
+    assert held * 2**30 >= 0.99 * rise - 2**28
+    assert ("unattributed" in line) is (workers < 0.95 * device["peak_tests_bytes"])
+    assert sum(test["peak_exact"] is True for test in report["tests"]) == 0

@@ -80,7 +80,7 @@ def simulated() -> Document:
     document["run"]["simulated"] = True
     document["samples"]["devices"] = {}
     for device in document["devices"]:
-        device.update(peak_used_bytes=None, peak_workers_bytes=None)
+        device.update(peak_used_bytes=None, peak_workers_bytes=None, peak_tests_bytes=None)
     for worker in document["workers"]:
         worker.update(device=None, peak_bytes=None, peak_source=None)
     for test in document["tests"]:
@@ -114,7 +114,7 @@ def untold() -> Document:
             worker: [None for _ in samples["at_s"]] for worker in samples["workers_bytes"]
         }
     for device in document["devices"]:
-        device["peak_workers_bytes"] = None
+        device["peak_workers_bytes"] = device["peak_tests_bytes"] = None
     for worker in document["workers"]:
         worker.update(peak_bytes=None, peak_source=None)
     for test in document["tests"]:
@@ -397,6 +397,7 @@ class _Run:
     def _device(self, number: int, uuid: str, samples: dict[str, Any]) -> dict[str, Any]:
         total, resident = 24 * GB, self._ollama_bytes(0.0, number) or 0
         start = samples["used_bytes"][0]
+        held = max(map(sum, zip(*samples["workers_bytes"].values(), strict=True)), default=None)
         return {
             "uuid": uuid,
             "name": "NVIDIA GeForce RTX 3090 Ti",
@@ -410,9 +411,9 @@ class _Run:
             "budget_bytes": self.budget,
             "workers": self.shape.workers,
             "peak_used_bytes": max(samples["used_bytes"]),
-            "peak_workers_bytes": max(
-                map(sum, zip(*samples["workers_bytes"].values(), strict=True)), default=None
-            ),
+            "peak_workers_bytes": held,
+            "peak_tests_bytes": held,
+            "peak_unattributed_bytes": None if held is None else 0,
         }
 
     def _ollama(self) -> dict[str, Any] | None:

@@ -231,7 +231,7 @@ def test_peak_in_the_safety_buffer_is_a_warning() -> None:
 
 def test_budget_overrun_is_a_warning() -> None:
     document = documents.small()
-    document["devices"][0]["peak_workers_bytes"] = 10 * GB
+    document["devices"][0]["peak_tests_bytes"] = 10 * GB
     assert answers(document)[1].state == "warning"
 
 

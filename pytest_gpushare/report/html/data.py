@@ -301,6 +301,7 @@ def _tests(
         "notes": [visible("\n".join(map(str, test.get("notes") or ()))) for test in tests],
         **{name: [number(test.get(name)) for test in tests] for name in _FIGURES},
         **{name: [_word(test.get(name)) for test in tests] for name in _WORDS},
+        "least": [test.get("peak_exact") is False for test in tests],
     }
     return {
         "count": len(tests),

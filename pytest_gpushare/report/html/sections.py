@@ -20,11 +20,12 @@ from pytest_gpushare.report.html.markup import (
     pairs,
     size,
     tag,
+    tests_peak,
 )
 from pytest_gpushare.report.html.verdict import Answer, answers, outcome, subtitle
 from pytest_gpushare.units import plural
 
-_NAMES = {"ollama": "Ollama", "others": "others", "rest": "not told apart"}
+_NAMES = {"ollama": "Ollama", "others": "others", "rest": "unattributed"}
 
 # Samples before and after the fullest one, to tell apart who held what.
 _AROUND = 20
@@ -68,7 +69,7 @@ def _meter(document: Mapping[str, Any], device: Mapping[str, Any]) -> Markup:
                 ("of it resident", size(device.get("resident_bytes"))),
                 ("safety buffer", size(device.get("safety_buffer_bytes"))),
                 ("budget of tests", size(device.get("budget_bytes"))),
-                ("most held by tests", size(device.get("peak_workers_bytes"))),
+                ("most held by tests", tests_peak(device)),
             ]
         ),
         cls="device",

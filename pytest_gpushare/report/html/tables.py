@@ -99,20 +99,24 @@ def workers(document: Mapping[str, Any]) -> Markup:
     for worker, colour in zip(found, colours(found), strict=True):
         kind = "cpu" if colour is None else f"worker-{colour}"
         slot, peak = number(worker.get("slot_bytes")), number(worker.get("peak_bytes"))
-        share = meter([Part(kind, "peak", peak)], slot) if slot and peak is not None else Markup("")
+        allowed = max(slot or 0, number(worker.get("need_bytes")) or 0)
+        share = Markup("")
+        if allowed and peak is not None:
+            share = meter([Part(kind, "peak", peak)], allowed)
+        least = "at least " if worker.get("peak_exact") is False else ""
         device = worker.get("device")
         rows.append(
             [
                 tag("span", tag("i", cls=f"swatch {kind}"), str(worker.get("id"))),
                 str(names.get(device, device or "CPU")),
                 size(slot) if slot else "–",
-                tag("b", size(peak), data_bytes=peak) if slot else "–",
-                tag("span", share, percent(peak, slot) if slot and peak is not None else ""),
+                tag("b", least, size(peak), data_bytes=peak) if slot else "–",
+                tag("span", share, percent(peak, allowed) if allowed and peak is not None else ""),
                 str(worker.get("peak_source") or ("–" if not slot else UNKNOWN)),
                 "crashed" if worker.get("crashed") else span(_lived(worker)),
             ]
         )
-    heads = ["worker", "where", "slot", "peak", "peak of slot", "measured by", "ran"]
+    heads = ["worker", "where", "slot", "peak", "peak of slot or need", "measured by", "ran"]
     return tag("section", tag("h2", "Workers"), _table("Workers", heads, rows), id="workers")
 
 

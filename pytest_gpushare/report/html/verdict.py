@@ -14,6 +14,7 @@ from pytest_gpushare.report.html.markup import (
     percent,
     size,
     span,
+    tests_peak,
     texts,
 )
 from pytest_gpushare.units import plural
@@ -119,11 +120,11 @@ def _how_near(document: Mapping[str, Any]) -> Answer:
     details = [f"{size(peak)} of {size(total)} at the peak{where}"]
     if peak > total - buffer and buffer:
         details.append(f"{size(peak - (total - buffer))} into the safety buffer of {size(buffer)}")
-    held, budget = number(nearest.get("peak_workers_bytes")), nearest.get("budget_bytes")
+    held, budget = number(nearest.get("peak_tests_bytes")), nearest.get("budget_bytes")
     if held is None:
         details.append(f"what tests held of their budget of {size(budget)} is unknown")
     else:
-        details.append(f"tests held at most {size(held)} of their budget of {size(budget)}")
+        details.append(f"tests held {tests_peak(nearest)} of their budget of {size(budget)}")
         if (number(budget) or held) < held and state == GOOD:
             state = WARNING
     answer = failed or f"{percent(peak, total)} full"

@@ -59,7 +59,7 @@ function writeStart(cell, tests, test, jump) {
 
 function writePeak(cell, tests, test) {
   const peak = tests.peak[test];
-  cell.append(element("b", peak === null ? (tests.need[test] === null ? "–" : UNKNOWN) : size(peak)));
+  cell.append(element("b", peak === null ? (tests.need[test] === null ? "–" : UNKNOWN) : tests.peakText(test)));
   if (peak === null) return;
   cell.dataset.bytes = peak;
   cell.title = `${peak} bytes, measured by ${tests.peakSource[test] ?? UNKNOWN}`;

@@ -14,6 +14,7 @@ class Tests {
     for (const name of ["need", "peak", "left"]) this[name] = column(held[`${name}_bytes`], held.count);
     this.needSource = column(held.need_source, held.count);
     this.peakSource = column(held.peak_source, held.count);
+    this.least = column(held.least, held.count);
     this.waited = column(held.waited_s, held.count);
     this.attempts = column(held.attempts, held.count);
     this.mostPeak = reduceMost(this.peak);
@@ -64,6 +65,11 @@ class Tests {
     return this.workers[this.worker[test]]?.id ?? UNKNOWN;
   }
 
+  // A lower bound is shown as one.
+  peakText(test) {
+    return `${this.least[test] ? "at least " : ""}${size(this.peak[test])}`;
+  }
+
   // For the box beside the pointer.
   lines(test) {
     const lines = [
@@ -72,7 +78,7 @@ class Tests {
     ];
     const from = (source) => (source ? ` (${source})` : "");
     if (this.need[test] !== null) lines.push([null, `need${from(this.needSource[test])}`, size(this.need[test])]);
-    lines.push([null, `peak${from(this.peakSource[test])}`, size(this.peak[test])]);
+    lines.push([null, `peak${from(this.peakSource[test])}`, this.peakText(test)]);
     if (this.left[test]) lines.push([null, "left behind", size(this.left[test])]);
     if (this.waited[test]) lines.push([null, "waited for VRAM", span(this.waited[test])]);
     if (this.attempts[test] > 1) lines.push([null, "attempts", String(this.attempts[test])]);

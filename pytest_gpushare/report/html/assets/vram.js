@@ -97,7 +97,7 @@ function vramPlot(timeline, device, height) {
 }
 
 function describe(timeline, part, values) {
-  const names = { ollama: "Ollama", others: "others", rest: "not told apart", worker: part.name };
+  const names = { ollama: "Ollama", others: "others", rest: "unattributed", worker: part.name };
   const worker = timeline.data.workers.find((other) => other.id === part.name);
   const colour = part.kind === "worker" ? workerClass(worker) : part.kind;
   return { name: names[part.kind], colour, swatch: colour, held: values };
@@ -126,7 +126,7 @@ function seen(chart, times) {
 }
 
 // How the plan divides the device, from the ground: what others had, the budget of tests, the
-// safety buffer, and what is kept for Ollama. Where Ollama is not told apart from the others,
+// safety buffer, and what is kept for Ollama. Where nobody knows which part is Ollama's,
 // only what it does not hold yet hangs from the ceiling.
 function planned(device, toldApart) {
   const { total, budget, reservation, used_at_start: start } = device;
