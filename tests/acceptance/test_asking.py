@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 
 import pytest
-from simulator import Machine
+from simulator import Device, Machine
+from simulator.ollama import OllamaServer
 
-from .conftest import SHOW_PLACE, Project
+from .conftest import SHOW_PLACE, Project, closed_port
 
 TWO = (
     "gpu-share: 2 GPU workers × 4.5 GB = 9.0 GB "
@@ -304,6 +306,128 @@ def test_tx_with_devices_of_its_own(project: Project, machine: Machine) -> None:
     assert sorted(project.places().values()) == [f"gpu {uuid}", f"gpu {uuid}", "unset 7"]
     one = project.pytest("--gpu-share", "--dist=load", f"--tx={own}", "--tx=popen")
     assert one.said[0].startswith("gpu-share: 1 GPU worker × 9.0 GB = 9.0 GB (limited by -n 1")
+
+
+def test_tx_without_dist(project: Project, machine: Machine) -> None:
+    """`--tx` alone starts its workers under --gpu-share, as `-n` does."""
+    project.write(test_project=SHOW_PLACE)
+    result = project.pytest("--gpu-share", "--tx", "2*popen")
+    assert (result.code, result.passed, result.workers) == (0, 8, 2), result.out
+    assert result.said[0].startswith("gpu-share: 2 GPU workers × 4.5 GB = 9.0 GB")
+    uuid = machine.snapshot()[0].uuid
+    assert set(project.places().values()) == {f"gpu {uuid}"}
+
+
+def test_tx_with_devices_alone(project: Project, machine: Machine) -> None:
+    """Workers on this host with devices of the user's are not called workers of other hosts."""
+    own = "2*chdir=.//popen//env:CUDA_VISIBLE_DEVICES=7"
+    result = project.pytest("--gpu-share", "--tx", own, "--dist=load")
+    assert (result.code, result.passed) == (0, 4), result.out
+    assert result.said == [
+        "gpu-share: the workers of --tx have devices of your own: no GPU is assigned to them"
+    ]
+
+
+SETS_VARIABLES = """
+    import os
+    import pytest
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_load_initial_conftests():
+        os.environ.update({variables!r})
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["-n0"]])
+def test_variables_that_a_plugin_sets(
+    arguments: list[str],
+    project: Project,
+    machine_with: Callable[..., Machine],
+    ollama_with: Callable[..., OllamaServer],
+) -> None:
+    """As pytest-env does from the ini file, before conftests are loaded: they count."""
+    machine_with(Device(total="24GB", used="2GB"), Device(total="24GB", used="2GB"))
+    server = ollama_with({"qwen2.5:14b": "10GB"}, load="qwen2.5:14b")
+    variables = {"OLLAMA_HOST": server.host, "CUDA_VISIBLE_DEVICES": "1"}
+    project.write(sets=SETS_VARIABLES.format(variables=variables))
+    nowhere = f"127.0.0.1:{closed_port()}"
+    result = project.pytest("-p", "sets", "--gpu-share", *arguments, OLLAMA_HOST=nowhere)
+    assert (result.code, result.passed) == (0, 4), result.out
+    assert f"at {server.host}: qwen2.5:14b" in result.out
+    assert [line[:7] for line in result.said if line.startswith("  GPU ")] == ["  GPU 1"]
+
+
+@pytest.mark.parametrize("value", ["", "1", "GPU-none"])
+def test_conftest_that_changes_what_its_process_sees(
+    value: str, project: Project, machine_with: Callable[..., Machine]
+) -> None:
+    """The plan goes by what was set before: a conftest means its own process."""
+    machine_with(Device(total="24GB", used="2GB"), Device(total="24GB", used="2GB"))
+    plain = project.pytest("--gpu-share")
+    project.write(conftest=f"import os\nos.environ['CUDA_VISIBLE_DEVICES'] = {value!r}\n")
+    changed = project.pytest("--gpu-share")
+    assert (changed.code, changed.passed, changed.workers) == (0, 4, plain.workers), changed.out
+    assert changed.said[:3] == plain.said[:3]
+    assert plain.workers == 4
+
+
+def test_conftest_that_names_the_server(
+    project: Project, machine: Machine, ollama_with: Callable[..., OllamaServer]
+) -> None:
+    """The tests ask the server that a conftest names: so does the plan."""
+    server = ollama_with({"qwen2.5:14b": "10GB"}, load="qwen2.5:14b")
+    project.write(conftest=f"import os\nos.environ['OLLAMA_HOST'] = {server.host!r}\n")
+    result = project.pytest("--gpu-share", OLLAMA_HOST=f"127.0.0.1:{closed_port()}")
+    assert f"at {server.host}: qwen2.5:14b" in result.out
+
+
+@pytest.mark.parametrize("word", ["gpu", "gpu_auto", "GPU-AUTO", "gpuauto"])
+def test_almost_gpu_auto(word: str, project: Project) -> None:
+    """The nearest word is named."""
+    result = project.pytest("-n", word)
+    assert result.code == 4
+    assert f"'{word}' is not a number of workers: did you mean gpu-auto?" in result.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        (["--gpu-share-report=r.json"], "--gpu-share-report has no effect"),
+        (["--gpu-share-strict"], "--gpu-share-strict has no effect"),
+        (["--gpu-share-preset", "packed"], "--gpu-share-preset has no effect"),
+        (["--gpu-share-config=gone.json"], "--gpu-share-config has no effect"),
+        (
+            ["--gpu-share-strict", "--gpu-share-report=r.json"],
+            "--gpu-share-report and --gpu-share-strict have no effect",
+        ),
+    ],
+)
+def test_options_without_the_switch(typed: list[str], text: str, project: Project) -> None:
+    """One warning where they are typed; nothing where they stand in addopts."""
+    result = project.pytest(*typed)
+    assert (result.code, result.passed) == (0, 4)
+    assert "1 warning" in result.out
+    assert f"{text} without --gpu-share or -n gpu-auto" in result.out
+    strict = project.pytest(*typed, "-W", "error")
+    assert strict.code == 4
+    assert strict.err.startswith(f"ERROR: {text} without --gpu-share or -n gpu-auto")
+    for silent in (["--no-gpu-share"], ["--collect-only", "-q"]):
+        assert "effect" not in project.pytest(*typed, *silent).out
+    project.file("pytest.ini", f"[pytest]\naddopts = {' '.join(typed)}\n")
+    result = project.pytest()
+    assert (result.code, result.passed, "effect" in result.out) == (0, 4, False)
+
+
+def test_simulation_without_the_switch(project: Project) -> None:
+    """A what-if is not a real run: it does not start. In addopts it waits for the switch."""
+    result = project.pytest("--gpu-share-simulate=24GB")
+    assert (result.code, result.passed) == (4, 0)
+    assert result.err.strip() == (
+        "ERROR: --gpu-share-simulate has no effect without --gpu-share or -n gpu-auto: "
+        "add one of them"
+    )
+    project.file("pytest.ini", "[pytest]\naddopts = --gpu-share-simulate=24GB\n")
+    assert project.pytest().passed == 4
 
 
 NESTED = """

@@ -202,6 +202,39 @@ def test_rival_hook(project: Project, machine: Machine) -> None:
     assert "is 5: changed by " in result.out
 
 
+ASSIGNS = """
+    import pytest
+
+    @pytest.hookimpl({how})
+    def pytest_xdist_setupnodes(config, specs):
+        for spec in specs:
+            spec.env = {{"OMP_NUM_THREADS": "1"}}
+"""
+
+
+@pytest.mark.parametrize("how", ["", "tryfirst=True", "trylast=True"])
+@pytest.mark.parametrize("mark", ["", "@pytest.mark.gpu(vram='2GB')"])
+def test_hook_that_assigns_an_environment(
+    how: str, mark: str, project: Project, machine: Machine
+) -> None:
+    """A conftest that replaces `spec.env` keeps its variables, and the placement stands."""
+    places = SHOW_PLACE.replace("def test", f"{mark}\n    def test")
+    project.write(conftest=ASSIGNS.format(how=how), test_project=places)
+    project.file(
+        "test_variable.py",
+        """
+        import os
+
+        def test_variable():
+            assert os.environ["OMP_NUM_THREADS"] == "1"
+        """,
+    )
+    result = project.pytest("--gpu-share", "-n2", "--gpu-share-strict")
+    assert (result.code, result.passed) == (0, 9), result.out
+    uuid = machine.snapshot()[0].uuid
+    assert set(project.places().values()) == {f"gpu {uuid}"}
+
+
 def test_untouched_placement_is_no_news(project: Project, machine: Machine) -> None:
     """Strict does not fail a run in which nobody changed anything, nor does it say a word."""
     result = project.pytest("--gpu-share", "--gpu-share-strict")
