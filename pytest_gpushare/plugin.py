@@ -257,10 +257,9 @@ class _RunHooks:
         Before the other hooks, so that they see it, and again after them: one may have assigned
         an environment of its own.
         """
-        given = self._run.place(specs)
+        self._run.place(specs)
         result = yield
-        for spec, environment in given:
-            spec.env = {**environment, **(spec.env or {})}
+        self._run.place(specs)
         return result
 
     @pytest.hookimpl(optionalhook=True, wrapper=True)

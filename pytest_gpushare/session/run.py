@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -148,6 +149,7 @@ class ActiveRun:
         self.has_placed_all = False
         """Whether every worker was placed by the plan."""
         self._devices: dict[str, str | None] = {}
+        self._placed: dict[int, Any] = {}
 
         self.record = record or Record()
         self.links = Links()
@@ -227,22 +229,34 @@ class ActiveRun:
         number = (spec.env or {}).get(NUMBER, "")
         return self._message(int(number)) if number.isdigit() else None
 
-    def place(self, specs: Sequence[Any]) -> list[tuple[Any, dict[str, str]]]:
-        """Write each worker's place into the environment of its execnet spec; what was written.
+    def place(self, specs: Sequence[Any]) -> None:
+        """Write each worker's place into the environment of its execnet spec.
 
         Workers of other hosts, and those to which the user gave devices, are left alone. The
-        spec lives on when its worker crashes, so a replacement gets the same place.
+        spec lives on when its worker crashes, so a replacement gets the same place. Called
+        again after hooks that may have changed the specs: what they set wins, what they dropped
+        is written again, and a spec that they added is placed too.
         """
-        placed: list[tuple[Any, dict[str, str]]] = []
+        placed = {id(spec): number for number, spec in self._placed.items()}
+        taken = {placed[id(spec)] for spec in specs if id(spec) in placed}
+        free = (number for number in count() if number not in taken)
+        self.has_placed_all = True
         for spec in specs:
-            if spec.popen and not spec.via and VARIABLE not in spec.env:
-                number = len(placed)
-                environment = worker_environment(self.plan, number, self.around)
-                environment[NUMBER] = str(number)
-                spec.env.update(environment)
-                placed.append((spec, environment))
-        self.has_placed_all = len(placed) == len(specs)
-        return placed
+            theirs = spec.env or {}
+            number = placed.get(id(spec))
+            if number is not None:
+                spec.env = {**self._environment(number), **theirs}
+            elif spec.popen and not spec.via and VARIABLE not in theirs:
+                number = next(free)
+                self._placed[number] = spec
+                spec.env = {**theirs, **self._environment(number)}
+                # xdist makes a new spec, without the environment, of one that has another model.
+                spec.execmodel = spec.execmodel or "main_thread_only"
+            else:
+                self.has_placed_all = False
+
+    def _environment(self, number: int) -> dict[str, str]:
+        return {**worker_environment(self.plan, number, self.around), NUMBER: str(number)}
 
     def joined(self, worker: str, message: Mapping[str, Any]) -> None:
         """A worker with this placement is starting; its device is known from now on."""

@@ -235,6 +235,32 @@ def test_hook_that_assigns_an_environment(
     assert set(project.places().values()) == {f"gpu {uuid}"}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "specs.append(execnet.XSpec('popen//id=added'))",
+        "specs[0] = execnet.XSpec('popen//id=other')",
+        "[spec.env.clear() for spec in specs]",
+        "[setattr(spec, 'env', None) for spec in specs]",
+    ],
+)
+def test_hook_that_changes_the_workers(change: str, project: Project, machine: Machine) -> None:
+    """Whatever a hook does to the specs, each worker on this host has a place."""
+    project.write(
+        conftest=f"""
+            import execnet
+
+            def pytest_xdist_setupnodes(config, specs):
+                {change}
+        """,
+        test_project=SHOW_PLACE.replace("def test", "@pytest.mark.gpu(vram='2GB')\n    def test"),
+    )
+    result = project.pytest("--gpu-share", "-n2")
+    assert (result.code, result.passed) == (0, 8), result.out
+    uuid = machine.snapshot()[0].uuid
+    assert set(project.places().values()) == {f"gpu {uuid}"}
+
+
 def test_untouched_placement_is_no_news(project: Project, machine: Machine) -> None:
     """Strict does not fail a run in which nobody changed anything, nor does it say a word."""
     result = project.pytest("--gpu-share", "--gpu-share-strict")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -171,6 +172,23 @@ REFUSED: dict[str, tuple[Case, str]] = {
         "performance_config.json, section gpu_resource_management: unknown key "
         "'max_workers_per_bg': the nearest known one is max_workers_per_gb",
     ),
+    "JSON list": (
+        Case({"performance_config.json": "[]"}),
+        "performance_config.json: is a list: allowed is an object with a section "
+        '"gpu_resource_management"',
+    ),
+    **{
+        f"JSON, in quotes: {key}": (
+            Case(section(f'"{key}": "{value}"')),
+            f"performance_config.json: {key} = '{value}': {allowed}; write it without quotes",
+        )
+        for key, value, allowed in [
+            ("max_workers_per_gb", "0.25", "allowed is a number from 0 to 1000"),
+            ("safety_buffer_mb", "1024", SIZE),
+            ("max_workers_per_gpu", "2", "allowed is a whole number from 0 to 1024"),
+            ("cap_vram", "yes", SWITCH),
+        ]
+    },
     "flag, preset": (
         Case({}, ("--gpu-share", "--gpu-share-preset", "agressive")),
         f"command line: --gpu-share-preset = 'agressive': {NEAREST}",
@@ -499,3 +517,26 @@ def test_precedence(
         "  GPU setting gpu_share_safety_buffer_mb: from performance_config.json",
         "  GPU setting gpu_share_max_workers_per_gpu: from pytest.ini",
     ]
+
+
+def test_file_that_is_no_file(project: Project) -> None:
+    """A directory, a pipe or a device is refused at once, whether or not it was named."""
+    project.file("test_project.py", "def test_it():\n    pass\n")
+    cases = {"pipe": "is not a regular file: name a JSON file"}
+    os.mkfifo(project.path / "pipe")
+    if Path("/dev/zero").exists():
+        cases["/dev/zero"] = "is not a regular file: name a JSON file"
+    if Path("/proc/kmsg").exists():
+        cases["/proc/kmsg"] = ""
+    for name, problem in cases.items():
+        began = time.monotonic()
+        result = project.pytest("--gpu-share", f"--gpu-share-config={name}")
+        assert result.code == 4
+        assert result.err.startswith(f"ERROR: {name}: {problem}")
+        assert time.monotonic() - began < 20
+    (project.path / "performance_config.json").mkdir()
+    result = project.pytest("--gpu-share")
+    assert (result.code, result.err.strip()) == (
+        4,
+        "ERROR: performance_config.json: is a directory: rename it, or name a JSON file",
+    )
