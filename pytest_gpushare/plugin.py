@@ -22,27 +22,19 @@ from pytest_gpushare.compat.xdist_options import (
     is_in_process,
     set_number,
 )
-from pytest_gpushare.config.options import OPTIONS
+from pytest_gpushare.config.options import OPTIONS, SWITCHES
 
 if TYPE_CHECKING:
-    from typing import ParamSpec, TypeVar
-
     from pytest_gpushare.place import Place
     from pytest_gpushare.report.output import Header
     from pytest_gpushare.session.run import ActiveRun
 
-    P = ParamSpec("P")
-    T = TypeVar("T")
-
 RUN: pytest.StashKey[ActiveRun] = pytest.StashKey()
 """The active run; absent where the plugin is not asked for, and where it leaves the run alone."""
-
 LEFT_OUT: pytest.StashKey[str] = pytest.StashKey()
 """Why a run that asked for the plugin is left as it is."""
-
 BEFORE_CONFTESTS: pytest.StashKey[dict[str, str]] = pytest.StashKey()
 """The environment after the plugins were loaded and before the conftests are."""
-
 _CAPS_AFTER_IMPORT = ("PYTEST_GPUSHARE_TORCH_FRACTION", "PYTEST_GPUSHARE_TENSORFLOW_MB")
 """The variables of the caps that wait for a framework's import; see `worker.plugin`."""
 
@@ -80,39 +72,8 @@ class _Early:
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Register the options of the table; all are unset by default, so that precedence holds."""
     group = parser.getgroup("gpu-share", "GPU workers beside Ollama (pytest-gpushare)")
-    group.addoption(
-        "--gpu-share",
-        action="store_true",
-        default=None,
-        dest="gpu_share",
-        help="size the xdist workers by the VRAM that Ollama and others leave (also: -n gpu-auto)",
-    )
-    group.addoption(
-        "--no-gpu-share",
-        action="store_false",
-        default=None,
-        dest="gpu_share",
-        help="do not, whatever the ini file says; -n gpu-auto then means -n auto",
-    )
-    group.addoption(
-        "--gpu-share-strict",
-        action="store_true",
-        default=False,
-        help="fail the run (exit code 1) where a worker's placement was changed behind the plan, "
-        "or the tests drove a part of a model of Ollama's off the GPU",
-    )
-    group.addoption(
-        "--gpu-share-simulate",
-        action="append",
-        metavar="SPEC",
-        help="a what-if device in place of the real ones, such as 24GB:used=2GB (repeatable)",
-    )
-    group.addoption(
-        "--gpu-share-report",
-        action="append",
-        metavar="FILE",
-        help="write what happened to FILE.json or FILE.html after the tests (repeatable)",
-    )
+    for flag, action, meaning, rest in SWITCHES:
+        group.addoption(flag, action=action, default=None, help=meaning, **rest)
     parser.addini("gpu_share", "size the xdist workers by VRAM (pytest-gpushare)", default=None)
     for option in OPTIONS:
         parser.addini(option.ini, option.meaning, default=None)
@@ -158,8 +119,7 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
 
             before = config.stash.get(BEFORE_CONFTESTS, None)
             _activate(config, _checked(start_workers, config, before))
-        # xdist does not know gpu-auto: with --no-gpu-share it means auto, in a run without
-        # workers 0.
+        # xdist does not know gpu-auto: --no-gpu-share makes it auto, a run without workers 0.
         if asks_for_gpu_auto(config.option):
             set_number(config.option, "auto" if config.option.gpu_share is False else 0)
     return (yield)
@@ -168,9 +128,9 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker; in a worker of an active run begin its part."""
-    # Suites with --strict-markers run without --gpu-share too.
+    # Suites with --strict-markers run without --gpu-share too; a wrong value is reported where
+    # the plugin is asked for.
     marker = "gpu"
-    # A value that makes no sense is reported where the plugin is asked for, and only there.
     with contextlib.suppress(Exception):
         marker = config.getini("gpu_share_marker") or marker
     config.addinivalue_line(
@@ -252,11 +212,8 @@ class _RunHooks:
 
     @pytest.hookimpl(optionalhook=True, wrapper=True, tryfirst=True)
     def pytest_xdist_setupnodes(self, specs: list[Any]) -> Generator[None, Any, Any]:
-        """Give each worker its device; only `spec.env` is there before its first import.
-
-        Before the other hooks, so that they see it, and again after them: one may have assigned
-        an environment of its own.
-        """
+        """Give each worker its device; only `spec.env` is there before its first import."""
+        # Again after the other hooks: one may have assigned an environment of its own.
         self._run.place(specs)
         result = yield
         self._run.place(specs)
@@ -299,11 +256,9 @@ class _RunHooks:
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, Any, Any]:
-        """End what ran beside the tests; under --gpu-share-strict what went wrong fails the run.
-
-        A wrapper, as the workers' processes are there only until xdist's own part of this.
-        """
+        """End what ran beside the tests; under --gpu-share-strict what went wrong fails the run."""
         run = self._run
+        # The workers' processes are there only until xdist's own part of this hook.
         run.look_again()
         try:
             return (yield)
@@ -327,8 +282,9 @@ class _RunHooks:
 def _options_if_asked(early_config: pytest.Config) -> Any | None:
     """The options of a run of tests that asked for the plugin, before conftests are loaded."""
     options = early_options(early_config)
-    asked = options is not None and _is_asked(early_config, options) and runs_tests(options)
-    return options if asked else None
+    if options is None or not runs_tests(options) or not _is_asked(early_config, options):
+        return None
+    return options
 
 
 def _is_asked(config: pytest.Config, options: Any) -> bool:
@@ -355,13 +311,12 @@ def _report_unused_options(config: pytest.Config) -> None:
         if runs_tests(options) and (text := _checked(unused_options, config)):
             try:
                 config.issue_config_time_warning(pytest.PytestConfigWarning(text), stacklevel=2)
-            except pytest.PytestConfigWarning:
-                # Under -W error, without a traceback.
-                raise pytest.UsageError(text) from None
+            except pytest.PytestConfigWarning as error:
+                raise pytest.UsageError(str(error)) from None
 
 
 def _activate(config: pytest.Config, run: ActiveRun | str | None) -> None:
-    """Register the hooks of a run, or those of one that is left as it is, for a reason."""
+    """Register the hooks of a run; of one that is left as it is, for a reason, the header's."""
     if run is None:
         return
     from functools import partial
@@ -370,21 +325,22 @@ def _activate(config: pytest.Config, run: ActiveRun | str | None) -> None:
 
     if isinstance(run, str):
         config.stash[LEFT_OUT] = run
-        config.pluginmanager.register(_HeaderHooks(partial(left_out, run)), "gpu-share-header")
-        return
-    config.stash[RUN] = run
-    config.add_cleanup(run.close)
-    config.add_cleanup(run.end)
-    config.pluginmanager.register(_HeaderHooks(partial(header, run)), "gpu-share-header")
-    config.pluginmanager.register(_RunHooks(run), "gpu-share-run")
+        lines = partial(left_out, run)
+    else:
+        config.stash[RUN] = run
+        config.add_cleanup(run.close)
+        config.add_cleanup(run.end)
+        lines = partial(header, run)
+        config.pluginmanager.register(_RunHooks(run), "gpu-share-run")
+    config.pluginmanager.register(_HeaderHooks(lines), "gpu-share-header")
 
 
-def _checked(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+def _checked(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function; our errors become pytest's, without a traceback (exit code 4)."""
     from pytest_gpushare.errors import GpuShareError
 
     try:
-        return function(*arguments, **named)
+        return function(*arguments)
     except GpuShareError as error:
         raise pytest.UsageError(str(error)) from None
     except KeyboardInterrupt:

@@ -73,6 +73,41 @@ class Option:
         return self.read(self.default, "default")
 
 
+SWITCHES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
+    (
+        "--gpu-share",
+        "store_true",
+        "size the xdist workers by the VRAM that Ollama and others leave (also: -n gpu-auto)",
+        {"dest": "gpu_share"},
+    ),
+    (
+        "--no-gpu-share",
+        "store_false",
+        "do not, whatever the ini file says; -n gpu-auto then means -n auto",
+        {"dest": "gpu_share"},
+    ),
+    (
+        "--gpu-share-strict",
+        "store_true",
+        "fail the run (exit code 1) where a worker's placement was changed behind the plan, "
+        "or the tests drove a part of a model of Ollama's off the GPU",
+        {},
+    ),
+    (
+        "--gpu-share-simulate",
+        "append",
+        "a what-if device in place of the real ones, such as 24GB:used=2GB (repeatable)",
+        {"metavar": "SPEC"},
+    ),
+    (
+        "--gpu-share-report",
+        "append",
+        "write what happened to FILE.json or FILE.html after the tests (repeatable)",
+        {"metavar": "FILE"},
+    ),
+)
+"""Flag, action, help and the rest: the options of the command line that are no settings."""
+
 PRESET_NAMES = ("conservative", "aggressive", "ultra-conservative", "no-ollama", "packed")
 
 _MOST_MB = str(1024**3)
