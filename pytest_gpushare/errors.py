@@ -1,7 +1,7 @@
 """The errors that a user may see, each with the fact, the limit and the remedy.
 
-No room of the house knows pytest; `pytest_gpushare.plugin` turns these into
-`pytest.UsageError`, which pytest prints without a traceback (exit code 4).
+They know nothing of pytest: `pytest_gpushare.plugin` turns them into `pytest.UsageError`, which
+pytest prints without a traceback (exit code 4).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ class GpuShareError(Exception):
 
 
 class SettingsError(GpuShareError):
-    """A setting that cannot be used: says where it stands, what was found, what is allowed."""
+    """A setting that cannot be used: names the place, what was found and what is allowed."""
 
 
 class OllamaUnreachableError(GpuShareError):
@@ -28,7 +28,7 @@ class PreloadError(GpuShareError):
 
 
 class LineError(ValueError):
-    """A line of a setting that cannot be used; a `SettingsError` tells it to the user."""
+    """A line of a setting that cannot be used; becomes a `SettingsError`."""
 
     def __init__(self, line: str, problem: str) -> None:
         super().__init__(line, problem)

@@ -1,4 +1,4 @@
-"""Hooks for other plugins and conftests: more devices, and a last word on the plan."""
+"""Hooks for other plugins and conftests: more devices, and changes of the plan."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 @pytest.hookspec
 def pytest_gpushare_devices(config: pytest.Config) -> Sequence[Device]:  # type: ignore[empty-body]
-    """Devices beside those that NVML knows, such as accelerators of other makers.
+    """More devices than those that NVML lists, such as GPUs of other vendors.
 
     Called once, in the controller, when the run asked for the plugin. A device names the
     environment variable by which its workers see it (`Device.variable`) and what to write
-    there (`Device.visible_as`). Sizes are bytes. All implementations are heard.
+    there (`Device.visible_as`). Sizes are bytes. All implementations are called.
     """
 
 
 @pytest.hookspec(firstresult=True)
 def pytest_gpushare_plan(config: pytest.Config, plan: Plan) -> Plan | None:
-    """A last word on the plan, before any worker starts; None leaves it as it is.
+    """Change the plan before any worker starts; None leaves it as it is.
 
     The first implementation that returns a plan decides. It may take slots away, change
     their sizes, or add slots on devices of the plan; `dataclasses.replace` makes the new one.

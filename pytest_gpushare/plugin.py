@@ -92,7 +92,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
-    """The hooks by which others add devices and have a last word on the plan."""
+    """Register the hooks by which others add devices and change the plan."""
     from pytest_gpushare import hookspecs
 
     pluginmanager.add_hookspecs(hookspecs)
