@@ -121,7 +121,7 @@ class Readings:
 
         The same mapping as before as long as nothing was read anew; no answer changes later.
         """
-        if self._live is None or not self._live.is_answering:
+        if self._live is None:
             return {}
         # The processes first: of what a test allocates meanwhile, free must show at least as
         # much as its worker does, or the room would be counted twice.
@@ -131,6 +131,9 @@ class Readings:
         # be given away twice. One thread reads both, so the younger one began after the other.
         younger = max(0.0, self._clock() - processes.at)
         memory_read = self._live.memory(min(MEMORY_AGE, age, younger))
+        if not self._live.is_answering:
+            # The last figures are of another moment: admission goes on by its accounts.
+            return {}
         memory = memory_read.devices
         resident = self._resident()
         # What a test that is over held would be taken for what the next one has allocated.

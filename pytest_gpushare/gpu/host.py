@@ -8,8 +8,11 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+from pytest_gpushare.units import MOST_VRAM
 
 _NAMES_OF_THIS_HOST = (
     "localhost",
@@ -25,7 +28,7 @@ def available_ram() -> int | None:
     if sys.platform == "win32":
         return _windows_ram()
     free = _meminfo("MemAvailable")
-    limit = _cgroup_room()
+    limit = _cgroup_available()
     if free is None or limit is None:
         return free if limit is None else limit
     return min(free, limit)
@@ -109,9 +112,8 @@ def _default_gateway() -> str | None:
 
 def parent_of(pid: int) -> int | None:
     """The PID of a process's parent; None where this host does not tell."""
-    # The name in field 2 may hold spaces and brackets: count from the last bracket.
-    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
-    return int(fields[1]) if len(fields) > 1 and fields[1].isdigit() else None
+    fields = _stat(pid)
+    return int(fields[1]) if fields is not None and fields[1].isdigit() else None
 
 
 def _meminfo(key: str) -> int | None:
@@ -119,13 +121,40 @@ def _meminfo(key: str) -> int | None:
     return int(match.group(1)) * 1024 if match else None
 
 
-def _cgroup_room() -> int | None:
-    """Bytes that the container may still take (cgroup 2); None where it has no limit."""
-    most = _read(Path("/sys/fs/cgroup/memory.max")).strip()
-    current = _read(Path("/sys/fs/cgroup/memory.current")).strip()
-    if not (most.isdigit() and current.isdigit()):
-        return None
-    return max(0, int(most) - int(current))
+_CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_V2 = ("", "memory.max", "memory.current", "inactive_file")
+_V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _cgroup_available() -> int | None:
+    """Bytes that the control groups of this process let it take; None where none has a limit.
+
+    The least over its group and those above it, for version 2 and version 1.
+    """
+    found = [
+        available for line in _read(_OWN_GROUPS).splitlines() for available in _available_in(line)
+    ]
+    return min(found, default=None)
+
+
+def _available_in(line: str) -> Iterator[int]:
+    """`0::/user.slice` is a group of version 2, `4:memory:/docker/1` one of version 1."""
+    _, _, rest = line.partition(":")
+    controllers, _, group = rest.partition(":")
+    if controllers and "memory" not in controllers.split(","):
+        return
+    mount, limit_file, usage_file, cache_key = _V1 if controllers else _V2
+    # In a container the mount point is the container's own group, whatever its path here.
+    parts = [part for part in group.split("/") if part and part != ".."]
+    for depth in range(len(parts), -1, -1):
+        folder = _CGROUPS / mount / "/".join(parts[:depth])
+        limit, usage = (_read(folder / name).strip() for name in (limit_file, usage_file))
+        if not (limit.isdigit() and usage.isdigit()) or int(limit) >= MOST_VRAM:
+            continue
+        cache = re.search(rf"^{cache_key} ([0-9]{{1,18}})$", _read(folder / "memory.stat"), re.M)
+        # The kernel gives the page cache back before it runs out of memory.
+        used = max(0, int(usage) - (int(cache.group(1)) if cache else 0))
+        yield max(0, int(limit) - used)
 
 
 def _read(path: Path) -> str:
@@ -157,7 +186,6 @@ def _windows_ram() -> int | None:  # pragma: no cover - runs on Windows alone
 
 
 _MOST_STAT_BYTES = 4096
-_MOST_ANCESTORS = 32
 
 
 def identity(pid: int) -> str | None:
@@ -184,17 +212,6 @@ def is_same_process(pid: int, known: str) -> bool | None:
     if here is not None and theirs != here and theirs.split("/")[0] == here.split("/")[0]:
         return None
     return False
-
-
-def ancestors(pid: int) -> list[int]:
-    """The process itself, its parent, and so on, as far as the system tells."""
-    found = [pid]
-    for _ in range(_MOST_ANCESTORS):
-        fields = _stat(found[-1])
-        if fields is None or not fields[1].isdigit() or int(fields[1]) <= 1:
-            break
-        found.append(int(fields[1]))
-    return found
 
 
 def sees_every_process() -> bool:

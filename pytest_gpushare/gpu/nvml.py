@@ -43,6 +43,7 @@ class Nvml:
         self._neighbour_of = neighbour_of
         self._library: Any = None
         self._handles: dict[str, Any] = {}
+        self._totals: dict[str, int] = {}
         self._lock = threading.Lock()
         self._closed = False
 
@@ -87,6 +88,7 @@ class Nvml:
             count = min(int(self._library.nvmlDeviceGetCount()), _MOST_DEVICES)
         except Exception as error:
             return GpuFacts(absence=reason(error))
+        self._handles, self._totals = {}, {}
         devices = [device for index in range(count) for device in self._devices_at(index, problems)]
         seen = visible(devices, outer, order)
         absence = seen.absence
@@ -108,9 +110,10 @@ class Nvml:
         """UUID -> VRAM now, of the devices that were read; one that fails is left out."""
         found = {}
         for uuid, handle in self._handles.items():
-            # A device may be lost in the middle of a run: the others go on.
+            # A device may be lost in the middle of a run, or its figures make no sense: it is
+            # left out of this reading, and the others go on.
             with contextlib.suppress(Exception):
-                found[uuid] = self._memory(handle) or _unified()
+                found[uuid] = _checked(self._memory(handle) or _unified(), self._totals[uuid])
         return found
 
     def processes(self) -> dict[str, tuple[GpuProcess, ...] | None]:
@@ -166,12 +169,12 @@ class Nvml:
         name = self._or_none(lambda: self._library.nvmlDeviceGetName(handle))
         memory = self._memory(handle)
         unified = memory is None
-        total, used, free = memory or _unified()
+        total, used, free = _checked(memory or _unified())
         if not uuid.isprintable() or not 0 < len(uuid) < 97 or "," in uuid:
             raise ValueError("NVML tells no UUID by which CUDA could be given the device")
-        if not 0 <= free <= total < MOST_VRAM or not 0 <= used <= total:
-            raise ValueError(f"NVML tells nonsense: {free} of {total} bytes free, {used} used")
-        self._handles[uuid] = handle
+        if uuid in self._handles:
+            raise ValueError("NVML lists another device under the same UUID before it")
+        self._handles[uuid], self._totals[uuid] = handle, total
         return Device(
             uuid=uuid,
             name=_printable(name) or "unnamed GPU",
@@ -216,8 +219,7 @@ class Nvml:
         return tuple(
             GpuProcess(
                 pid=int(process.pid),
-                # 0 bytes is what containers are told: unknown, not idle.
-                used=int(process.usedGpuMemory) if process.usedGpuMemory else None,
+                used=_process_bytes(process.usedGpuMemory),
                 neighbour=self._neighbour_of(int(process.pid)),
             )
             for process in found
@@ -273,6 +275,22 @@ def reason(error: Exception) -> str:
     if not isinstance(code, int):
         return _printable(error, 200) or type(error).__name__
     return f"{_REMEDIES.get(code, str(error).strip())} (NVML error {code})"
+
+
+def _checked(memory: Memory, known_total: int | None = None) -> Memory:
+    """The figures of a device. Raises `ValueError` for those that cannot be true, such as more
+    in use than the device has; `known_total`: its size when the run started."""
+    total, used, free = memory
+    most = total if known_total is None else min(total, known_total)
+    if not 0 <= free <= most or not 0 <= used <= most or total >= MOST_VRAM:
+        raise ValueError(f"NVML reports impossible figures: {free} of {total} bytes free, "
+                         f"{used} used")  # fmt: skip
+    return memory
+
+
+def _process_bytes(size: object) -> int | None:
+    """Bytes of a process; None where the driver gives no figure: in containers it gives 0."""
+    return size if isinstance(size, int) and 0 < size < MOST_VRAM else None
 
 
 def _unified() -> Memory:

@@ -61,8 +61,9 @@ class _Query(Generic[T]):
 class LiveVram:
     """The memory and the processes of all devices, as fresh as a caller asks for.
 
-    A driver that hangs delays a run once: after the first time-out `is_answering` is False and
-    callers get the last reading at once, until the call into the driver returns.
+    A driver that hangs, or is slow in each call, delays a run once: after the first time-out
+    `is_answering` is False and callers get the last reading at once, until a reading takes less
+    than the time limit again.
     """
 
     def __init__(self, reader: Reader, clock: Callable[[], float] = time.monotonic) -> None:
@@ -76,7 +77,7 @@ class LiveVram:
 
     @property
     def is_answering(self) -> bool:
-        """Whether the driver has answered the last question in time."""
+        """Whether the driver answers in time; while it does not, readings are stale."""
         return not self._has_timed_out
 
     def memory(self, max_age: float = MEMORY_AGE) -> Reading[Memory]:
@@ -96,7 +97,7 @@ class LiveVram:
     def _fresh(self, query: _Query[T], max_age: float) -> Reading[T]:
         with self._changed:
             oldest = self._clock() - max_age
-            if query.last.at >= oldest or self._is_closed or self._has_timed_out:
+            if query.last.at >= oldest or self._is_closed:
                 return query.last
             if self._thread is None:
                 self._thread = threading.Thread(
@@ -107,10 +108,12 @@ class LiveVram:
             if query.began < oldest:
                 query.is_wanted = True
                 self._changed.notify_all()
-            self._has_timed_out = not self._changed.wait_for(
-                lambda: query.last.at >= oldest or self._is_closed or self._has_timed_out,
-                READ_TIMEOUT,
-            )
+            if not self._has_timed_out:
+                self._has_timed_out = not self._changed.wait_for(
+                    lambda: query.last.at >= oldest or self._is_closed or self._has_timed_out,
+                    READ_TIMEOUT,
+                )
+                self._changed.notify_all()
             return query.last
 
     def _serve(self) -> None:
@@ -122,6 +125,7 @@ class LiveVram:
                     return
                 query.is_wanted, query.began = False, self._clock()
             # Read without the lock: callers that accept an older reading must not wait.
+            start = time.monotonic()
             try:
                 devices = query.read()
             except Exception:
@@ -129,7 +133,7 @@ class LiveVram:
                 devices = {}
             with self._changed:
                 query.last = Reading(devices, query.began)
-                self._has_timed_out = False
+                self._has_timed_out &= time.monotonic() - start >= READ_TIMEOUT
                 self._changed.notify_all()
 
     def _next(self) -> _Query[Any] | None:

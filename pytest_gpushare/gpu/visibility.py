@@ -10,7 +10,8 @@ from pytest_gpushare.gpu.devices import Device
 from pytest_gpushare.text import printable
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
-_INTEGER = re.compile(r"[+-]?[0-9]+")
+_ORDINAL = re.compile(r"([+-]?)([0-9]+)")
+"""The start of an entry that CUDA reads as an integer, as C's `strtoul` does."""
 
 
 class Visible(NamedTuple):
@@ -61,9 +62,13 @@ def visible(devices: Sequence[Device], value: str | None, order: str | None = No
 
 def _named(gpus: Mapping[str, Sequence[Device]], entry: str) -> Device | None:
     """The device that an entry means; of a GPU that is cut into MIG instances, its first one."""
-    if _INTEGER.fullmatch(entry):
-        # Compared as text: Python converts no integer of more than 4300 digits.
-        return next(iter(gpus.get(entry.removeprefix("+").lstrip("0") or "0", ())), None)
+    ordinal = _ORDINAL.match(entry)
+    if ordinal is not None:
+        # What follows the digits counts for nothing: "1gpu2" is 1. Compared as text, since
+        # Python converts no integer of more than 4300 digits.
+        sign, digits = ordinal.group(1), ordinal.group(2).lstrip("0") or "0"
+        number = digits if digits == "0" else sign.replace("+", "") + digits
+        return next(iter(gpus.get(number, ())), None)
     if not entry.upper().startswith(("GPU-", "MIG-")) or len(entry) < 5:
         return None
     start = entry.lower()
@@ -101,5 +106,5 @@ def _short(text: str) -> str:
 
 def _order_matters(devices: Sequence[Device], value: str, order: str | None) -> bool:
     """Whether integers may mean other devices to CUDA (fastest first) than to NVML."""
-    integers = any(_INTEGER.fullmatch(entry.strip()) for entry in value.split(","))
+    integers = any(_ORDINAL.match(entry.strip()) for entry in value.split(","))
     return integers and order != "PCI_BUS_ID" and _are_mixed(devices)

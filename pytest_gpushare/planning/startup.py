@@ -5,16 +5,14 @@ Daemon threads, because neither a DNS look-up nor a call into a stuck driver can
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import GpuShareError, PreloadError, SettingsError
@@ -26,6 +24,7 @@ from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
 from pytest_gpushare.ollama.preload import KeptLoaded, Preloaded, preload, usual_keep_alive
 from pytest_gpushare.ollama.reservation import neighbour_of
 from pytest_gpushare.planning.plan import Limit, Plan, Slot
+from pytest_gpushare.timed import TimedCall, call_within
 from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
@@ -33,10 +32,10 @@ if TYPE_CHECKING:
     from pytest_gpushare.ollama.client import Connection
 
 
-NVML_TIMEOUT = 10.0
-"""Seconds that NVML may take to open and to tell its devices; 1.5 s has been seen."""
+NVML_TIMEOUT = 2.5
+"""Seconds that NVML may take to open and to list the devices; 1.5 s has been seen."""
 
-_CLOSE_TIMEOUT = 1.0
+_CLOSE_TIMEOUT = 0.5
 """Seconds that NVML may take to shut down; the end of the process does the same."""
 
 _GRACE = 0.02
@@ -45,25 +44,10 @@ _GRACE = 0.02
 T = TypeVar("T")
 
 
-class _Answer(Generic[T]):
-    """A call that runs in a daemon thread."""
-
-    def __init__(self, name: str, call: Callable[[], T]) -> None:
-        self._call = call
-        self._value: T | None = None
-        self._thread = threading.Thread(target=self._run, name=f"gpu-share-{name}", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        # A probe that was left behind may fail when its library is closed under it; nobody
-        # waits for it any more, and pytest would report an exception in a thread.
-        with contextlib.suppress(Exception):
-            self._value = self._call()
-
-    def wait(self, until: float) -> T | None:
-        """The answer, or None where there is none at `until` (on the monotonic clock)."""
-        self._thread.join(max(0.0, until - time.monotonic()))
-        return self._value
+def _until(end: float, call: TimedCall[T]) -> T | None:
+    """The result of a call; None where there is none at `end` (on the monotonic clock)."""
+    call.wait(end - time.monotonic())
+    return call.value
 
 
 class Probes(NamedTuple):
@@ -111,8 +95,8 @@ class _NvmlReading:
         self._environment = environment
         self._visible = environment.get(VARIABLE), environment.get("CUDA_DEVICE_ORDER")
         self.nvml = host_probe()
-        self._until = time.monotonic() + NVML_TIMEOUT
-        self._answer = _Answer("nvml", self._read)
+        self._end = time.monotonic() + NVML_TIMEOUT
+        self._call = TimedCall(self._read, "nvml")
 
     def _read(self) -> GpuFacts:
         from pytest_gpushare.gpu.nvml import reason
@@ -121,12 +105,14 @@ class _NvmlReading:
             self.nvml.open()
             return self.nvml.read(*self._visible)
         except Exception as error:
-            # Or it would be told as a time-out, which it is not.
+            # Or it would be reported as a time-out, which it is not.
             return GpuFacts(absence=reason(error))
 
     def finish(self) -> GpuFacts:
-        facts = self._answer.wait(self._until)
-        facts = facts or GpuFacts(absence=f"NVML did not answer within {NVML_TIMEOUT:g} s")
+        facts = _until(self._end, self._call) or GpuFacts(
+            absence=f"NVML did not answer within {NVML_TIMEOUT:g} s: check nvidia-smi; "
+            "persistence mode makes it start faster"
+        )
         given = self._environment.get("NVIDIA_VISIBLE_DEVICES")
         if facts.all_devices or given not in ("void", "none"):
             return facts
@@ -134,7 +120,9 @@ class _NvmlReading:
         return facts._replace(absence=f"{facts.absence}; {hidden}")
 
     def close(self) -> None:
-        _Answer("nvml-close", self.nvml.close).wait(time.monotonic() + _CLOSE_TIMEOUT)
+        # A driver that hangs already is not waited for once more.
+        limit = _CLOSE_TIMEOUT if self._call.is_over else 0.0
+        call_within(limit, self.nvml.close, "nvml-close")
 
 
 def ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFacts:
@@ -184,16 +172,16 @@ def _nobody(facts: Sequence[OllamaFacts]) -> OllamaFacts:
 class _OllamaAsking:
     """One address being asked in the background."""
 
-    def __init__(self, place: Candidate, until: float, ask: Callable[[Any], OllamaFacts]) -> None:
-        self._place, self._until = place, until
+    def __init__(self, place: Candidate, end: float, ask: Callable[[Any], OllamaFacts]) -> None:
+        self._place, self._end = place, end
         self._connections: list[Connection] = []
-        self._answer = _Answer("ollama", lambda: ask(self._connections.append))
+        self._call = TimedCall(lambda: ask(self._connections.append), "ollama")
 
     def finish(self, limit: float) -> OllamaFacts:
         """What it said in time, or that it said nothing."""
         from pytest_gpushare.ollama.catalog import unanswered
 
-        facts = self._answer.wait(self._until + _GRACE)
+        facts = _until(self._end + _GRACE, self._call)
         facts = facts or unanswered(self._place.address, f"no answer within {limit:g} s")
         return facts._replace(found_by=self._place.found_by, server=self._place.address)
 
@@ -206,8 +194,8 @@ def _ask_models(address: Address, settings: Settings, until: float) -> tuple[Mod
     from pytest_gpushare.ollama.catalog import ask_models
 
     names, connections = settings.ollama_models, list[Any]()
-    answer = _Answer("ollama", lambda: ask_models(address, names, until, connections.append))
-    models = answer.wait(until + _GRACE)
+    call = TimedCall(lambda: ask_models(address, names, until, connections.append), "ollama")
+    models = _until(until + _GRACE, call)
     _hang_up(connections)
     problem = "no answer in time: raise gpu_share_ollama_timeout_s"
     return models or tuple(ModelFacts(name, problem=problem) for name in names)

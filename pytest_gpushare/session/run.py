@@ -307,6 +307,8 @@ class ActiveRun:
             return Holding(label, None)
         processes = self.live.processes(0.0).devices.get(uuid)
         memory = self.live.memory(0.0).devices.get(uuid)
+        if not self.live.is_answering:
+            return Holding(label, None)
         resident = self.resident().get(uuid)
         split = self.attribution.split(processes, workers)
         return holding(label, memory, split, {OLLAMA: resident} if resident else {})

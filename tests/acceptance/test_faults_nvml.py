@@ -282,10 +282,10 @@ def test_hang(mixed: Callable[..., Any]) -> None:
     began = time.monotonic()
     *stuck, closing = mixed(cases=cases, limit=0.5)["answers"]
     for answer in stuck:
-        assert (answer["absence"], indices(answer)) == ("NVML did not answer within 0.5 s", [])
+        assert (answer["absence"], indices(answer)) == (too_late(0.5), [])
         assert 0.5 <= answer["took"] < 2.5
     assert indices(closing) == ["0", "1.0", "1.3", "2"]
-    assert closing["took"] < 3
+    assert closing["took"] < 2.5
     # The process itself ends without waiting for what is stuck.
     assert time.monotonic() - began < 60
 
@@ -397,9 +397,9 @@ def test_nonsense_figures(tmp_path: Path, nvml_library: Path) -> None:
     assert indices(answer) == ["1"]
     first, third = answer["problems"]
     assert re.fullmatch(
-        r"GPU 0 was left out: NVML tells nonsense: \d+ of \d+ bytes free, .*", first
+        r"GPU 0 was left out: NVML reports impossible figures: \d+ of \d+ bytes free, .*", first
     )
-    assert third.startswith("GPU 2 was left out: NVML tells nonsense: ")
+    assert third.startswith("GPU 2 was left out: NVML reports impossible figures: ")
 
 
 @pytest.mark.parametrize("uuid", ["GPU-a,GPU-b", "GPU-\x1b[31m"])
@@ -512,17 +512,101 @@ def test_run_with_unified_memory(project: Project, machine_with: Callable[..., M
     )
 
 
-def test_run_with_a_stuck_driver(project: Project, machine: Machine) -> None:
-    """At the limit the run goes on without GPUs, and its end waits for nothing."""
-    machine.inject("nvmlDeviceGetMemoryInfo*", delay=60)
-    project.write(
-        limit="from pytest_gpushare.planning import startup\nstartup.NVML_TIMEOUT = 0.5\n"
+HANGING_DRIVER = """
+    import os, pathlib, time
+    import pytest
+    from simulator import Machine
+
+    def hang():
+        Machine.open().inject("nvml*", delay=60)
+
+    @pytest.mark.gpu(vram="2GB")
+    @pytest.mark.parametrize("i", range(12))
+    def test_gpu(i):
+        if i == 4 and os.environ["HANGS"] == "middle":
+            hang()
+        time.sleep(0.2)
+
+    @pytest.fixture(scope="session", autouse=True)
+    def end():
+        yield
+        if os.environ["HANGS"] == "end":
+            hang()
+"""
+
+
+@pytest.mark.parametrize("hangs", ["start", "middle", "end"])
+def test_run_with_a_driver_that_hangs(hangs: str, project: Project, machine: Machine) -> None:
+    """Every call hangs from some moment on: the run has its result at most 3 s later."""
+    project.write(test_project=HANGING_DRIVER)
+    arguments = ("--gpu-share", "-o", "gpu_share_cpu_workers=1", "-o", "gpu_share_marker=gpu")
+    took = {}
+    for name in ("never", hangs):
+        if name == "start":
+            machine.inject("nvml*", delay=60)
+        began = time.monotonic()
+        result = project.pytest(*arguments, HANGS=name, PYTEST_XDIST_AUTO_NUM_WORKERS="3")
+        took[name] = time.monotonic() - began
+        assert (result.code, result.passed, result.err) == (0, 12, ""), result.out
+    assert took[hangs] - took["never"] < 3, took
+    if hangs == "start":
+        assert result.said[0] == (f"gpu-share: 3 CPU workers (no GPU: {too_late(2.5)})")
+
+
+def too_late(seconds: float) -> str:
+    """What is said of a driver that does not answer at the start."""
+    return (
+        f"NVML did not answer within {seconds:g} s: check nvidia-smi; persistence mode makes it "
+        "start faster"
     )
-    began = time.monotonic()
-    result = project.pytest("--gpu-share", "-p", "limit", PYTEST_XDIST_AUTO_NUM_WORKERS="2")
+
+
+def test_run_with_impossible_figures_in_the_middle(project: Project, machine: Machine) -> None:
+    """2**64 - 1 and more than the device has are readings that are left out, not believed."""
+    project.write(
+        test_project="""
+        import mmap, time
+        import pytest
+        from simulator import Machine
+        from simulator.layout import State
+
+        def test_a():
+            time.sleep(0.5)
+            path = Machine.open().path
+            for foreign, total in ((50 << 30, 24 << 30), ((1 << 64) - 1, 24 << 30), (0, 1 << 63)):
+                with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+                    state = State.from_buffer_copy(memory)
+                    device = state.devices[0]
+                    before, size = device.foreign, device.total
+                    device.foreign, device.total = foreign, total
+                    memory[:] = bytes(state)
+                time.sleep(0.5)
+                with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+                    state = State.from_buffer_copy(memory)
+                    state.devices[0].foreign, state.devices[0].total = before, size
+                    memory[:] = bytes(state)
+        """
+    )
+    result = project.pytest("--gpu-share", "-W", "error", "--gpu-share-report=report.json")
+    assert (result.code, result.passed, result.err) == (0, 1, "")
+    (device,) = json.loads((project.path / "report.json").read_text())["devices"]
+    assert device["peak_used_bytes"] == 2 << 30
+    assert "VRAM peak 2.0 of 24.0 GB" in result.out
+
+
+def test_two_devices_with_one_uuid(project: Project, machine_with: Callable[..., Machine]) -> None:
+    """CUDA can show a worker only one of them: the other is left out, not handed out twice."""
+    machine = machine_with(WHOLE, WHOLE)
+    with machine.path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        state = State.from_buffer_copy(memory)
+        state.devices[1].uuid = state.devices[0].uuid
+        memory[:] = bytes(state)
+    result = project.pytest("--gpu-share", PYTEST_XDIST_AUTO_NUM_WORKERS="8")
     assert (result.code, result.passed, result.err) == (0, 4, "")
-    assert result.said == [on_cpu("NVML did not answer within 0.5 s")]
-    assert time.monotonic() - began < 50
+    assert result.said[0] == TWO
+    assert (
+        "GPU 1 was left out: NVML lists another device under the same UUID before it" in result.out
+    )
 
 
 def test_run_inside_outer_visibility(

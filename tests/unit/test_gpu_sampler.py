@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
 from pytest_gpushare.gpu import sampler as live
+from pytest_gpushare.gpu.attribution import DeviceUsage
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
-from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.gpu.sampler import DeviceSamples, LiveVram
 
 
 class Card:
@@ -83,3 +85,86 @@ def test_a_reader_that_hangs_is_waited_for_with_a_limit(monkeypatch: pytest.Monk
     vram.close()
     # Closed: the last reading is all that there is.
     assert vram.memory(0).devices.keys() == {"GPU-0"}
+
+
+def test_a_driver_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it answers in time again; meanwhile it is known not to answer."""
+    monkeypatch.setattr(live, "READ_TIMEOUT", 0.2)
+    card = Card()
+    vram = LiveVram(card)
+    first = vram.memory(0)
+    card.hangs.clear()
+    began = time.monotonic()
+    for _ in range(20):
+        assert vram.memory(0) == first
+        assert vram.processes(0).devices == {}
+    assert 0.2 <= time.monotonic() - began < 0.4
+    assert not vram.is_answering
+    card.hangs.set()
+    # The answer to the question that hung is late: it does not show that the next one will be
+    # answered in time.
+    until = time.monotonic() + 10
+    while not vram.is_answering and time.monotonic() < until:
+        vram.memory(0)
+        time.sleep(0.01)
+    assert vram.is_answering
+    assert vram.memory(0).devices["GPU-0"].used > 1
+    vram.close()
+
+
+def test_a_driver_that_is_slow_in_each_call_costs_one_time_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its figures go on to be read, in the background."""
+    monkeypatch.setattr(live, "READ_TIMEOUT", 0.1)
+    card = Card()
+    read = card.memory
+    monkeypatch.setattr(card, "memory", lambda: (time.sleep(0.2), read())[1])
+    vram = LiveVram(card)
+    began = time.monotonic()
+    while time.monotonic() - began < 1:
+        vram.memory(0)
+        time.sleep(0.01)
+    assert card.read >= 3
+    assert not vram.is_answering
+    vram.close()
+
+
+def reading(workers: dict[str, int] | None, used: int, **more: int) -> DeviceUsage:
+    """A device on which other processes hold 20 bytes and Ollama 30."""
+    held = sum((workers or {}).values())
+    ollama, others = more.get("ollama", 30), more.get("others", 20)
+    rise = max(0, used - ollama - others - held)
+    return DeviceUsage(1000, used, 1000 - used, {"Ollama": ollama}, workers, rise)
+
+
+def test_peaks_of_tests_are_never_below_the_rise_that_nobody_explains() -> None:
+    """A test that held much between two process lists: what it held is at least reported."""
+    samples = DeviceSamples()
+    samples.listed(reading({"gw0": 100}, 150))
+    samples.add(0.2, reading({"gw0": 100}, 150))
+    samples.add(0.4, reading({"gw0": 100}, 650))
+    samples.add(0.6, reading({"gw0": 100}, 150))
+    samples.listed(reading({"gw0": 120}, 170))
+    peaks = samples.peaks
+    assert (peaks.used, peaks.workers, peaks.rise, peaks.unattributed) == (650, 120, 600, 480)
+    assert peaks.is_at_least
+    assert samples.series.unattributed() == [0, 500, 0]
+
+
+def test_what_a_neighbour_or_another_process_took_is_not_laid_to_the_tests() -> None:
+    """They are seen in the next process list, which explains the samples before it."""
+    samples = DeviceSamples()
+    samples.listed(reading({"gw0": 100}, 150))
+    samples.add(0.2, reading({"gw0": 100}, 550))
+    samples.listed(reading({"gw0": 100}, 550, ollama=330, others=120))
+    assert (samples.peaks.workers, samples.peaks.rise) == (100, 100)
+    assert not samples.peaks.is_at_least
+
+
+def test_without_process_lists_the_whole_rise_is_unattributed() -> None:
+    samples = DeviceSamples()
+    samples.add(0.2, reading(None, 150))
+    samples.listed(None)
+    assert (samples.peaks.workers, samples.peaks.unattributed) == (None, 100)
+    assert samples.peaks.is_at_least

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from simulator.child import child_process
 
-from pytest_gpushare.gpu.host import ancestors, identity, is_same_process
+from pytest_gpushare.gpu.host import identity, is_same_process
 from pytest_gpushare.session.registry import HELLO, SessionRecord, folder, sessions
 from pytest_gpushare.wire import Links
 
@@ -178,9 +178,3 @@ def test_temporary_directory_that_cannot_be_used(
     service.start()
     service.stop()
     assert sessions() == []
-
-
-def test_ancestors(child: subprocess.Popen[bytes]) -> None:
-    """From a process up to those that started it."""
-    assert ancestors(child.pid)[:2] == [child.pid, os.getpid()]
-    assert ancestors(2**22 + 1) == [2**22 + 1]
