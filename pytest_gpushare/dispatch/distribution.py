@@ -213,7 +213,7 @@ class Own:
         if not self.has_gpu(node):
             return Worker(node.gateway.id)
         slot = plan.slots[int(node.gateway.spec.env[NUMBER])]
-        return Worker(node.gateway.id, self._started.seen_by(slot), slot.vram)
+        return Worker(node.gateway.id, self._started.seen_by(slot), slot.unknown_need)
 
     def begin(self, suite: Suite, crew: Crew) -> HandOut | None:
         """What hands the tests out; None where xdist's scheduler does as well."""
@@ -225,13 +225,14 @@ class Own:
         from pytest_gpushare.scheduler.dispatcher import Dispatcher
 
         weighed = weigh(suite, crew, started.settings, dist, self._learned)
-        if not (weighed.has_needs or crew.on_cpu):
+        packs = "packed" in started.settings.presets
+        if not (weighed.has_needs or crew.on_cpu or packs):
             return None
         if started.plan.request.fixed and not any(job.marked for job in weighed.jobs):
             # Workers of --tx that got no slot: nobody chose CPU workers, and nothing is to route.
             return None
         suite.is_closed = True
-        if weighed.has_needs:
+        if weighed.has_needs or packs:
             remember_needs(self._config)
         rooms = self._rooms()
         dispatcher = Dispatcher(weighed.jobs, rooms, self._policy())

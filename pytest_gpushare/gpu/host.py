@@ -8,8 +8,10 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from pytest_gpushare.units import MOST_VRAM
@@ -43,6 +45,46 @@ def unified_memory() -> tuple[int, int] | None:
     if total is None or free is None:
         return None
     return total, min(total, free + (_meminfo("SwapFree") or 0))
+
+
+_DISTRIBUTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "torch": ("torch", ("torch",)),
+    "JAX": ("jax", ("jax",)),
+    "CuPy": ("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy")),
+    "TensorFlow": ("tensorflow", ("tensorflow", "tensorflow-cpu", "tf-nightly")),
+}
+
+
+def installed_frameworks() -> dict[str, str]:
+    """Framework -> version, of those that this Python can import."""
+    return {
+        name: version
+        for name, (module, distributions) in _DISTRIBUTIONS.items()
+        if _is_there(module) and (version := _first(distributions)) is not None
+    }
+
+
+def _is_there(module: str) -> bool:
+    # Looking for a module that is not there is far cheaper than looking for its metadata.
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _first(distributions: tuple[str, ...]) -> str | None:
+    for distribution in distributions:
+        try:
+            return metadata.version(distribution)
+        except Exception:
+            # Not installed, or its metadata is broken: either way nothing is known of it.
+            continue
+    return None
+
+
+def mps_is_running(outer: Mapping[str, str]) -> bool:
+    """Whether the control daemon of CUDA MPS has its pipe where clients look for it."""
+    return Path(outer.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"), "control").exists()
 
 
 def command_line(pid: int) -> tuple[str, ...] | None:

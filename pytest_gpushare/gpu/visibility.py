@@ -1,13 +1,16 @@
-"""CUDA_VISIBLE_DEVICES, read as CUDA reads it. Pure: names in, positions out."""
+"""CUDA_VISIBLE_DEVICES: which devices it shows, as CUDA reads it, and who has changed it."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from pytest_gpushare.gpu.devices import Device
-from pytest_gpushare.text import printable
+from pytest_gpushare.text import printable, read_regular
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 _ORDINAL = re.compile(r"([+-]?)([0-9]+)")
@@ -108,3 +111,80 @@ def _order_matters(devices: Sequence[Device], value: str, order: str | None) -> 
     """Whether integers may mean other devices to CUDA (fastest first) than to NVML."""
     integers = any(_ORDINAL.match(entry.strip()) for entry in value.split(","))
     return integers and order != "PCI_BUS_ID" and _are_mixed(devices)
+
+
+def set_variables(wanted: Mapping[str, str]) -> Callable[[], None]:
+    """Set environment variables of this process; the result undoes that."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    return lambda: _restore(before)
+
+
+def cuda_is_up(own_process_has_context: bool) -> bool:
+    """Whether CUDA was initialised in this process, so that its visibility is settled.
+
+    Asks no framework to load: what is not imported has not initialised anything.
+    """
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    is_initialized = getattr(cuda, "is_initialized", None)
+    return own_process_has_context or bool(is_initialized and is_initialized())
+
+
+def _restore(before: Mapping[str, str | None]) -> None:
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+_MOST_BYTES = 1024 * 1024
+_MOST_FILES = 2000
+
+
+def difference(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """What a process sees against what it was given: `NAME was A, is B`; empty where equal."""
+    changes = [
+        f"{name} was {text or 'empty'}, is {_shown(found.get(name))}"
+        for name, text in wanted.items()
+        if found.get(name) != text
+    ]
+    return "; ".join(changes)
+
+
+def culprit(names: Iterable[str], files: Iterable[str | None]) -> str:
+    """`conftest.py:12`: the first line that writes one of the variables; empty where none does."""
+    writes = re.compile(
+        rf"^(?!\s*#).*\b({'|'.join(map(re.escape, names))})\b[\"']?\s*[\],=)].*", re.M
+    )
+    for name in list(dict.fromkeys(file for file in files if file))[:_MOST_FILES]:
+        text = _text(Path(name))
+        for match in writes.finditer(text):
+            line = match.group()
+            if "env" in line and not _reads(line):
+                return f"{_relative(name)}:{text.count(chr(10), 0, match.start()) + 1}"
+    return ""
+
+
+def _reads(line: str) -> bool:
+    """Whether a line only asks for the variable."""
+    return re.search(r"environ(\.get\(|\[[^\]]*\](?!\s*=[^=]))|getenv", line) is not None
+
+
+def _shown(text: str | None) -> str:
+    return "unset" if text is None else text[:200] or "empty"
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_regular(path, _MOST_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _relative(name: str) -> str:
+    try:
+        return str(Path(name).relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return name

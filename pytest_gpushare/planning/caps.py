@@ -9,50 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from importlib import metadata
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.units import MB, format_gb
 
 if TYPE_CHECKING:
     from pytest_gpushare.planning.plan import Slot
-
-
-_DISTRIBUTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "torch": ("torch", ("torch",)),
-    "JAX": ("jax", ("jax",)),
-    "CuPy": ("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy")),
-    "TensorFlow": ("tensorflow", ("tensorflow", "tensorflow-cpu", "tf-nightly")),
-}
-
-
-def installed() -> dict[str, str]:
-    """Framework -> version, of those that this Python can import."""
-    return {
-        name: version
-        for name, (module, distributions) in _DISTRIBUTIONS.items()
-        if _is_there(module) and (version := _first(distributions)) is not None
-    }
-
-
-def _is_there(module: str) -> bool:
-    # Looking for a module that is not there is far cheaper than looking for its metadata.
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def _first(distributions: tuple[str, ...]) -> str | None:
-    for distribution in distributions:
-        try:
-            return metadata.version(distribution)
-        except Exception:
-            # Not installed, or its metadata is broken: either way nothing is known of it.
-            continue
-    return None
 
 
 CONTEXT_ALLOWANCE = 600 * MB
@@ -106,7 +68,7 @@ def caps_for(
     their own: what only the environment can set must let the largest of them through.
 
     `outer` is the environment that it would have without us, `versions` the installed
-    frameworks (see `frameworks.installed`), `context` the allowance in bytes.
+    frameworks (see `gpu.host.installed_frameworks`), `context` the allowance in bytes.
     """
     vram = slot.vram if room is None else room
     cap = cap_of(vram, context)
@@ -166,11 +128,6 @@ def torch_fraction(environment: Mapping[str, str]) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def mps_is_running(outer: Mapping[str, str]) -> bool:
-    """Whether the control daemon of CUDA MPS has its pipe where clients look for it."""
-    return Path(outer.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"), "control").exists()
 
 
 def _torch(cap: _Cap) -> tuple[dict[str, str], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,11 +42,34 @@ class Request(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class NeighbourShare:
+    """What another program on the same devices needs, as planning sees it; bytes by UUID."""
+
+    name: str
+    reservation: Mapping[str, int]
+    """VRAM kept for it, the resident part included; a device without an entry keeps nothing."""
+    resident: Mapping[str, int]
+    """VRAM that it holds already."""
+    is_released: bool = False
+    """Whether nothing is kept because it was not reached."""
+    demand: Demand | None = None
+    """What it needs, model by model; None where no model is named."""
+
+
+@dataclass(frozen=True, slots=True)
 class Slot:
-    """The room of one GPU worker: a device and its VRAM in bytes."""
+    """The share of one GPU worker: a device and its VRAM in bytes."""
 
     device: Device
     vram: int
+    assumed_need: int = 0
+    """What a test of unknown need counts as; 0: the whole slot. Under preset packed it is the
+    slot that the other presets give: an unknown need is no small need."""
+
+    @property
+    def unknown_need(self) -> int:
+        """Bytes that admission reserves for a test of which no need is known."""
+        return self.assumed_need or self.vram
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +78,9 @@ class DevicePlan:
 
     device: Device
     reservation: int
-    """VRAM kept for Ollama on this device; 0 where it does not use it."""
+    """VRAM kept for neighbours on this device; 0 where they do not use it."""
     resident: int
-    """What of it Ollama holds already, so that it is in `used` and not reserved twice."""
+    """What of it the neighbours hold already, so that it is in `used` and not reserved twice."""
     outstanding: int
     safety_buffer: int
     most: int | None
@@ -75,6 +99,8 @@ class DevicePlan:
     """Which of them decided."""
     workers: int
     """Workers that are left after the limits of the whole run."""
+    assumed_need: int = 0
+    """See `Slot.assumed_need`."""
 
     @property
     def slot_vram(self) -> int:

@@ -11,38 +11,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
+from pytest_gpushare.config.options import BY_KEY, PRESETS, merged
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, HostFacts
-from pytest_gpushare.ollama.models import OllamaFacts
-from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
-from pytest_gpushare.ollama.reservation import devices_of_ollama, reserve, resident_bytes
-from pytest_gpushare.planning.plan import DevicePlan, Limit, Plan, Request, Slot
+from pytest_gpushare.planning.plan import DevicePlan, Limit, NeighbourShare, Plan, Request, Slot
 from pytest_gpushare.units import GB
 
 
 def make_plan(
     settings: Settings,
     gpus: GpuFacts,
-    ollama: OllamaFacts,
+    neighbours: Sequence[NeighbourShare],
     host: HostFacts,
     request: Request,
-    sizes: KnownSizes = NOTHING_KNOWN,
 ) -> Plan:
-    """The plan for this run. Same input, same plan.
-
-    `sizes` are those that earlier runs measured of Ollama. Raises `SettingsError` where
-    `ollama_gpu` names no device of this host.
-    """
-    known = devices_of_ollama(settings.ollama_gpu, gpus)
-    resident = resident_bytes(known, gpus, ollama)
-    kept = reserve(settings, gpus, ollama, known, resident, sizes)
+    """The plan for this run. Same input, same plan."""
     devices = [
         size_device(
             device,
             settings,
-            reservation=kept.per_device.get(device.uuid, 0),
-            resident=resident.get(device.uuid, 0),
+            reservation=sum(each.reservation.get(device.uuid, 0) for each in neighbours),
+            # Per neighbour: what one holds beyond its reservation is not the other's.
+            resident=sum(
+                min(each.reservation.get(device.uuid, 0), each.resident.get(device.uuid, 0))
+                for each in neighbours
+            ),
             most=host.outer_slot,
         )
         for device in gpus.devices
@@ -69,8 +64,8 @@ def make_plan(
         request=request,
         absence="" if gpus.devices else gpus.absence,
         needed=-(-settings.min_vram_per_worker // 1),
-        demand=kept.demand,
-        is_released=kept.is_released,
+        demand=next((each.demand for each in neighbours if each.demand), None),
+        is_released=any(each.is_released for each in neighbours),
     )
 
 
@@ -84,7 +79,7 @@ def size_device(
 ) -> DevicePlan:
     """How many workers fit on one device, and which figure decides; no limit of the run yet.
 
-    `reservation` bytes are kept for Ollama there, `resident` of them it holds already. `most`
+    `reservation` bytes are kept for neighbours there, `resident` of them they hold already. `most`
     bounds the budget of a run that lives in a slot of another one, in bytes.
     """
     safety = int(settings.safety_buffer)
@@ -103,6 +98,10 @@ def size_device(
         (Limit.BY_MODE, by_mode),
     ]
     limit, fitting = _smallest([(name, most) for name, most in figures if most is not None])
+    plain, assumed = _without_packed(settings), 0
+    if plain is not settings:
+        other = size_device(device, plain, reservation=reservation, resident=resident, most=most)
+        assumed = budget // max(1, other.fitting)
     return DevicePlan(
         device=device,
         reservation=reservation,
@@ -118,7 +117,26 @@ def size_device(
         fitting=fitting,
         limited_by=limit,
         workers=fitting,
+        assumed_need=assumed,
     )
+
+
+def _without_packed(settings: Settings) -> Settings:
+    """The settings as the other presets have them, the default one below them."""
+    origin = f"preset {_PACKED}"
+    keys = [key for key in PRESETS[_PACKED] if settings.origins.get(key) == origin]
+    if not keys:
+        return settings
+    values = merged(["conservative", *(name for name in settings.presets if name != _PACKED)])
+    changed: dict[str, Any] = {}
+    for key in keys:
+        raw, name = values[key]
+        changed[BY_KEY[key].attribute] = BY_KEY[key].read(raw, f"preset {name}")
+    origins = {key: where for key, where in settings.origins.items() if key not in keys}
+    return replace(settings, **changed, origins=origins)
+
+
+_PACKED = "packed"
 
 
 def _smallest(figures: Sequence[tuple[Limit, int]]) -> tuple[Limit, int]:
@@ -212,7 +230,11 @@ def _deal(devices: Sequence[DevicePlan]) -> tuple[Slot, ...]:
     """The slots, one of each device in turn, so that the first workers lie on all devices."""
     rounds = max((device.workers for device in devices), default=0)
     return tuple(
-        Slot(device.device, device.slot_vram)
+        Slot(
+            device.device,
+            device.slot_vram,
+            max(device.assumed_need, device.slot_vram) if device.assumed_need else 0,
+        )
         for turn in range(rounds)
         for device in devices
         if turn < device.workers

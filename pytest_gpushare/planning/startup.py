@@ -16,14 +16,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import GpuShareError, PreloadError, SettingsError
-from pytest_gpushare.gpu.devices import Device, GpuFacts, simulated
+from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts, simulated
 from pytest_gpushare.gpu.sampler import LiveVram
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.ollama.address import Address, Candidate, candidates
-from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, ModelFacts, OllamaFacts
+from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.preload import KeptLoaded, Preloaded, preload, usual_keep_alive
-from pytest_gpushare.ollama.reservation import neighbour_of
-from pytest_gpushare.planning.plan import Limit, Plan, Slot
+from pytest_gpushare.ollama.reservation import (
+    devices_of_ollama,
+    neighbour_of,
+    reserve,
+    resident_bytes,
+)
+from pytest_gpushare.planning.plan import Limit, NeighbourShare, Plan, Request, Slot
+from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.timed import TimedCall, call_within
 from pytest_gpushare.units import format_gb
 
@@ -75,6 +82,32 @@ def probe(
     reading = _NvmlReading(environment)
     ollama = ask_ollama(settings, environment)
     return Probes(reading.finish(), ollama, reading.close, reading.nvml)
+
+
+def plan_run(
+    settings: Settings,
+    gpus: GpuFacts,
+    ollama: OllamaFacts,
+    host: HostFacts,
+    request: Request,
+    sizes: KnownSizes = NOTHING_KNOWN,
+) -> Plan:
+    """The plan for what was found; `sizes` has what Ollama's models took in earlier runs.
+
+    Raises `SettingsError` where `ollama_gpu` names no device of this host.
+    """
+    return make_plan(settings, gpus, neighbours(settings, gpus, ollama, sizes), host, request)
+
+
+def neighbours(
+    settings: Settings, gpus: GpuFacts, ollama: OllamaFacts, sizes: KnownSizes = NOTHING_KNOWN
+) -> tuple[NeighbourShare, ...]:
+    """The programs that share the devices with the tests: one entry for each server."""
+    known = devices_of_ollama(settings.ollama_gpu, gpus)
+    resident = resident_bytes(known, gpus, ollama)
+    kept = reserve(settings, gpus, ollama, known, resident, sizes)
+    share = NeighbourShare(OLLAMA, kept.per_device, resident, kept.is_released, kept.demand)
+    return (share,)
 
 
 def host_probe() -> Nvml:

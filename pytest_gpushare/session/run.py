@@ -14,13 +14,12 @@ from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Attribution, Holding, Statement, holding
 from pytest_gpushare.gpu.devices import GpuFacts
+from pytest_gpushare.gpu.host import installed_frameworks, mps_is_running
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
 from pytest_gpushare.planning.caps import (
     CONTEXT_ALLOWANCE,
-    installed,
-    mps_is_running,
     without_caps_of_outer_run,
 )
 from pytest_gpushare.planning.placement import (
@@ -326,7 +325,7 @@ class ActiveRun:
         capped = self.settings.cap_vram and bool(self.plan.slots) and not self.gpus.simulated
         return Surroundings(
             outer=without_caps_of_outer_run(os.environ),
-            versions=installed() if capped else {},
+            versions=installed_frameworks() if capped else {},
             mps=capped and mps_is_running(os.environ),
             cap_vram=self.settings.cap_vram,
             by_index=self.settings.device_names == "index",

@@ -30,22 +30,19 @@ from pytest_gpushare.errors import NoRoomError, OllamaUnreachableError, Settings
 from pytest_gpushare.gpu.devices import GpuFacts, HostFacts
 from pytest_gpushare.gpu.host import available_ram
 from pytest_gpushare.gpu.sampler import LiveVram
-from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.gpu.visibility import VARIABLE, cuda_is_up, set_variables
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.reservation import seen_larger, unexpected
 from pytest_gpushare.place import entered
 from pytest_gpushare.planning.placement import (
     ORDER,
-    cuda_is_up,
     place_of,
-    set_variables,
     slot_of_outer_run,
     worker_environment,
 )
 from pytest_gpushare.planning.plan import Limit, Plan, Request, shortage
-from pytest_gpushare.planning.sizing import make_plan
-from pytest_gpushare.planning.startup import Others, Probes, probe
+from pytest_gpushare.planning.startup import Others, Probes, plan_run, probe
 from pytest_gpushare.scheduler.needs import means_cpu
 from pytest_gpushare.session.needs_store import (
     may_have_needs,
@@ -178,7 +175,7 @@ def start(
         gpus = probes.gpus if no_gpu_tests else others.joined(probes.gpus)
 
         def replan(changed: Settings) -> Plan:
-            return make_plan(changed, gpus, probes.ollama, facts, request, earlier.model_sizes)
+            return plan_run(changed, gpus, probes.ollama, facts, request, earlier.model_sizes)
 
         plan = others.revised(replan(settings), host.cpus)
         allowed = settings.fallback_to_cpu_when_constrained or bool(no_gpu_tests)

@@ -62,7 +62,7 @@ class Placed:
     def _compare(self, files: Iterable[str | None]) -> None:
         if self._told or all(os.environ.get(n) == text for n, text in self._wanted.items()):
             return
-        from pytest_gpushare.planning.placement import culprit, difference
+        from pytest_gpushare.gpu.visibility import culprit, difference
 
         self._told = True
         where = culprit(self._wanted, files)

@@ -386,3 +386,39 @@ def test_what_fixtures_keep(scope: str, project: Project, machine: Machine) -> N
     result = project.pytest("--gpu-share")
     assert (result.code, result.passed, result.workers) == (0, 4, 2), result.out
     assert machine.snapshot()[0].oom_count == 0
+
+
+UNKNOWN_NEEDS = """
+    import time
+    import gpusim
+    import pytest
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("i", range(8))
+    def test_unknown(i):
+        start = time.time()
+        with gpusim.alloc("3GB"):
+            time.sleep(0.4)
+        with open("spans.txt", "a") as file:
+            print(start, time.time(), 3, file=file)
+"""
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_packed_takes_an_unknown_need_for_a_slot(
+    marked: bool, project: Project, machine: Machine
+) -> None:
+    """Tests that declare nothing, on the first run: no more at once than without the preset.
+
+    8 workers share 9 GB, but a test may hold the 4.5 GB that a slot would be.
+    """
+    text = UNKNOWN_NEEDS if marked else UNKNOWN_NEEDS.replace("@pytest.mark.gpu\n    ", "")
+    project.write(test_project=text)
+    result = project.pytest(
+        "--gpu-share", "--gpu-share-preset=packed", PYTEST_XDIST_AUTO_NUM_WORKERS="8"
+    )
+    assert (result.code, result.passed, result.workers) == (0, 8, 8), result.out
+    lines = (project.path / "spans.txt").read_text().splitlines()
+    count, size = most_at_once([tuple(map(float, line.split())) for line in lines])
+    assert (count, size) == (2, 6)
+    assert machine.snapshot()[0].oom_count == 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pytest_gpushare.planning.caps import mps_is_running
+from pytest_gpushare.gpu.host import mps_is_running
 
 from .conftest import MB, Project, Result, needs
 

@@ -12,7 +12,7 @@ from pytest_gpushare.gpu.devices import GpuFacts, GpuProcess, HostFacts, Memory
 from pytest_gpushare.gpu.sampler import Reading
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.plan import Plan, Request
-from pytest_gpushare.planning.sizing import make_plan
+from pytest_gpushare.planning.startup import plan_run
 from pytest_gpushare.session.run import ActiveRun, StartFacts
 from pytest_gpushare.session.tests import PhaseReport
 from pytest_gpushare.units import GB
@@ -60,7 +60,7 @@ class Scene:
         chosen = replace(DEFAULTS, **settings)
 
         def planned(changed: Settings) -> Plan:
-            return make_plan(changed, gpus, ollama, host, request or Request())
+            return plan_run(changed, gpus, ollama, host, request or Request())
 
         self.card = Card(self._now, gpus.devices[0].uuid)
         clock = lambda: self._now[0]  # noqa: E731

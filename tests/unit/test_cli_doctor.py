@@ -25,7 +25,7 @@ from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.planning.plan import Request
-from pytest_gpushare.planning.sizing import make_plan
+from pytest_gpushare.planning.startup import plan_run
 from pytest_gpushare.session.run import ActiveRun, StartFacts
 from pytest_gpushare.units import GB
 
@@ -43,7 +43,7 @@ def examined(
     """A healthy machine, but for the changes."""
     here = Path("/nowhere")
     settings = load(Written({}, {}, ini or {}, "pytest.ini", here, here, here))
-    plan = make_plan(settings, gpus, server, HostFacts(8), Request())
+    plan = plan_run(settings, gpus, server, HostFacts(8), Request())
     found = Examined(
         environment={},
         where=Surroundings(system="Linux", python="CPython 3.12"),
@@ -172,13 +172,13 @@ def test_tools_that_break_on_uuids(tool: str, version: str, breaks: bool) -> Non
 def test_caps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which caps hold, and which cannot."""
     versions = {"torch": "2.13.0", "JAX": "0.10.0"}
-    monkeypatch.setattr("pytest_gpushare.session.run.installed", lambda: versions)
+    monkeypatch.setattr("pytest_gpushare.session.run.installed_frameworks", lambda: versions)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     found = list(caps(examined()))
     assert found[0].fact.startswith("torch 2.13.0: 3.9")
     assert found[1].code == "no-cap"
     assert "unset XLA_PYTHON_CLIENT_ALLOCATOR" in found[1].fix
-    monkeypatch.setattr("pytest_gpushare.cli.doctor.project.installed", lambda: versions)
+    monkeypatch.setattr("pytest_gpushare.cli.doctor.project.installed_frameworks", lambda: versions)
     off = list(caps(examined(ini={"gpu_share_cap_vram": "false"})))
     assert [finding.code for finding in off] == ["caps-off"]
 

@@ -14,7 +14,7 @@ from pytest_gpushare.gpu.visibility import visible
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.placement import Surroundings, slot_of_outer_run, worker_environment
 from pytest_gpushare.planning.plan import Plan, Request
-from pytest_gpushare.planning.sizing import make_plan
+from pytest_gpushare.planning.startup import plan_run
 from pytest_gpushare.units import GB
 
 from .test_planning_sizing import DEFAULTS, fleets
@@ -31,7 +31,7 @@ def planned(devices: tuple[Device, ...], seen: tuple[Device, ...], number: int |
         max_workers_per_gpu=0,
     )
     facts = GpuFacts(seen, devices)
-    return make_plan(settings, facts, OllamaFacts(), HostFacts(64), Request(number))
+    return plan_run(settings, facts, OllamaFacts(), HostFacts(64), Request(number))
 
 
 @given(fleets(), st.data(), st.none() | st.integers(1, 40))

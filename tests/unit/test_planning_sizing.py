@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ from hypothesis import strategies as st
 
 from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, HostFacts
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.reservation import resident_bytes
-from pytest_gpushare.planning.plan import Limit, Plan, Request
+from pytest_gpushare.planning.plan import Limit, NeighbourShare, Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
+from pytest_gpushare.planning.startup import plan_run
 from pytest_gpushare.units import GB, MB
 
 DEFAULTS = Settings(**{option.attribute: option.default_value() for option in OPTIONS})  # type: ignore[arg-type]
@@ -51,7 +54,7 @@ def plan(
     """The plan for these devices, the rest at its default."""
     facts = GpuFacts(devices, devices, absence="" if devices else "NVML finds no device")
     host = HostFacts(cpus, ram)
-    return make_plan(replace(DEFAULTS, **settings), facts, ollama, host, request, sizes)
+    return plan_run(replace(DEFAULTS, **settings), facts, ollama, host, request, sizes)
 
 
 def slots(result: Plan) -> list[tuple[str, float]]:
@@ -317,3 +320,46 @@ def test_millions_of_slots_are_trimmed_at_once() -> None:
     pair = device(90_000, total=100_000), device(80_000, total=100_000, index=1)
     result = plan(*pair, request=Request(number=3), max_workers_per_gpu=0, **tiny)
     assert [slot.device.index for slot in result.slots] == ["0", "1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("presets", "free", "number", "workers", "assumed"),
+    [
+        # Conservative would give 2 workers of 4.5 GB.
+        ("packed", 22, 8, 8, 4.5),
+        ("no-ollama, packed", 22, 16, 16, 3.0),
+        ("aggressive, packed", 22, 8, 8, round(10 / 3, 2)),
+        # A later preset wins: nothing is packed.
+        ("packed, aggressive", 22, 8, 3, 0),
+        ("conservative", 22, 8, 2, 0),
+        # The other preset would give no worker: the device's budget.
+        ("packed", 15, 8, 2, 2.0),
+        # One worker has the budget to itself.
+        ("packed", 22, 1, 1, 9.0),
+    ],
+)
+def test_an_unknown_need_is_no_small_need(
+    presets: str, free: int, number: int, workers: int, assumed: float
+) -> None:
+    """Under preset packed a test of unknown need counts as the slot of the other presets."""
+    here = Path.cwd()
+    settings = load(Written({}, {}, {"gpu_share_preset": presets}, "ini", here, here, here))
+    gpus = GpuFacts((device(free),), (device(free),))
+    result = plan_run(settings, gpus, SILENT, HostFacts(64), Request(number))
+    assert len(result.slots) == workers
+    assert {round(slot.assumed_need / GB, 2) for slot in result.slots} == {assumed}
+    (slot, *_) = result.slots
+    assert slot.unknown_need == (slot.assumed_need or slot.vram)
+
+
+def test_two_neighbours() -> None:
+    """Each has its reservation, and what one holds beyond its own is not the other's."""
+    gpus = GpuFacts((device(20),), (device(20),))
+    uuid = gpus.devices[0].uuid
+    shares = [
+        NeighbourShare("Ollama", {uuid: 4 * GB}, {uuid: 2 * GB}),
+        NeighbourShare("another", {uuid: 3 * GB}, {uuid: 9 * GB}),
+    ]
+    (found,) = make_plan(DEFAULTS, gpus, shares, HostFacts(8), Request()).devices
+    assert (found.reservation, found.resident, found.outstanding) == (7 * GB, 5 * GB, 2 * GB)
+    assert found.budget == 17 * GB

@@ -15,7 +15,7 @@ from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, HostFacts
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.planning.plan import Plan, Request
-from pytest_gpushare.planning.sizing import make_plan
+from pytest_gpushare.planning.startup import plan_run
 from pytest_gpushare.report.advice import Advice, Case, assess, case_of, more_room
 from pytest_gpushare.session.run import ActiveRun, StartFacts
 from pytest_gpushare.session.tests import PhaseReport
@@ -38,7 +38,7 @@ class RandomMachine(NamedTuple):
         return load(Written({}, overrides, self.ini, "pytest.ini", HERE, HERE, HERE))
 
     def plan(self, settings: Settings) -> Plan:
-        return make_plan(settings, self.gpus, self.ollama, self.host, self.request)
+        return plan_run(settings, self.gpus, self.ollama, self.host, self.request)
 
 
 def random_machine(seed: int) -> RandomMachine:

@@ -20,9 +20,8 @@ from typing import Any
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.errors import GpuShareError
-from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.gpu.visibility import VARIABLE, culprit
 from pytest_gpushare.ollama.models import OllamaFacts
-from pytest_gpushare.planning.placement import culprit
 from pytest_gpushare.planning.plan import Request
 from pytest_gpushare.planning.startup import Others, check, host_probe
 from pytest_gpushare.session.run import ActiveRun

@@ -9,7 +9,7 @@ from pathlib import Path
 from pytest_gpushare.cli.doctor import Finding, broken, look, ok
 from pytest_gpushare.cli.doctor.examine import Examined, executable
 from pytest_gpushare.config.options import JSON_FILE, OPTIONS
-from pytest_gpushare.planning.caps import installed
+from pytest_gpushare.gpu.host import installed_frameworks
 from pytest_gpushare.planning.placement import caps_of
 from pytest_gpushare.planning.plan import Limit, shortage
 from pytest_gpushare.report.advice import case_of, more_room
@@ -117,7 +117,7 @@ _FIRST_WITH_UUIDS = {"torch": (2, 0), "vllm": (0, 21), "deepspeed": (10**9,)}
 def caps(found: Examined) -> Iterator[Finding]:
     """The cap of each framework in a GPU worker."""
     started = found.started
-    frameworks = started.around.versions or installed()
+    frameworks = started.around.versions or installed_frameworks()
     if not frameworks:
         yield ok("none of torch, JAX, CuPy and TensorFlow is installed: nothing to cap")
     elif not found.settings.cap_vram:
