@@ -1,4 +1,4 @@
-"""What was found out: frozen values in bytes; what could not be found out is None."""
+"""Devices and hosts as frozen values, in bytes; what is unknown is None."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class GpuProcess(NamedTuple):
 
     pid: int
     used: int | None
-    """Bytes of VRAM; None where the driver does not tell (WDDM, WSL 2, containers)."""
+    """Bytes of VRAM; None where the driver gives none (WDDM, WSL 2, containers)."""
     neighbour: str = ""
     """The neighbour whose process it is, such as `Ollama`; empty for every other process."""
 
@@ -49,14 +49,14 @@ class Device:
     total: int
     """Bytes of VRAM."""
     used: int
-    """Bytes in use, by whomever; on memory that is shared with the CPU, by the whole system."""
+    """Bytes in use by all processes; on memory that is shared with the CPU, by the whole system."""
     free: int
-    """Bytes that NVML says are free: decisions are made on this."""
+    """Bytes that NVML reports as free: decisions are made on this."""
     processes: tuple[GpuProcess, ...] | None = None
-    """Who holds VRAM there; None where the driver does not tell."""
+    """Processes that hold VRAM there; None where the driver lists none."""
     compute_mode: ComputeMode = ComputeMode.DEFAULT
     capability: tuple[int, int] = (0, 0)
-    """CUDA compute capability; (0, 0) where the driver does not tell."""
+    """CUDA compute capability; (0, 0) where it is unknown."""
     parent: str = ""
     """UUID of the GPU of which this is a MIG instance; empty for a whole GPU."""
     variable: str = "CUDA_VISIBLE_DEVICES"

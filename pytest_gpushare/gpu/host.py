@@ -1,4 +1,4 @@
-"""The host: available RAM, the command lines of processes, and which addresses are its own."""
+"""The host: available RAM, installed frameworks, processes, and its own addresses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def available_ram() -> int | None:
 def unified_memory() -> tuple[int, int] | None:
     """(total, free) in bytes of memory that CPU and GPU share; None where unknown.
 
-    For devices such as Jetson and DGX Spark, where NVML has no memory of the device to tell.
+    For devices such as Jetson and DGX Spark, where NVML reports no memory of the device.
     """
     total, free = _meminfo("MemTotal"), _meminfo("MemAvailable")
     if total is None or free is None:
@@ -88,13 +88,13 @@ def mps_is_running(outer: Mapping[str, str]) -> bool:
 
 
 def command_line(pid: int) -> tuple[str, ...] | None:
-    """The arguments of a process; None where this host does not tell."""
+    """The arguments of a process; None where they are unknown."""
     raw = _read(Path(f"/proc/{pid}/cmdline"))
     return tuple(raw.rstrip("\0").split("\0")) if raw else None
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is such a process on this host; True where this host does not tell."""
+    """Whether there is such a process on this host; True where that is unknown."""
     return not Path("/proc/self").exists() or Path(f"/proc/{pid}").exists()
 
 
@@ -153,7 +153,7 @@ def _default_gateway() -> str | None:
 
 
 def parent_of(pid: int) -> int | None:
-    """The PID of a process's parent; None where this host does not tell."""
+    """The PID of a process's parent; None where it is unknown."""
     fields = _stat(pid)
     return int(fields[1]) if fields is not None and fields[1].isdigit() else None
 
@@ -231,9 +231,9 @@ _MOST_STAT_BYTES = 4096
 
 
 def identity(pid: int) -> str | None:
-    """What tells a process from every other one that has had or will have its number.
+    """The identity of a process, which no other process with the same PID ever has.
 
-    None where it is dead, or where the system does not tell. On Linux: the boot, the
+    None where it is dead, or where it is unknown. On Linux: the boot, the
     namespace of process numbers, and the process's start time.
     """
     if sys.platform == "win32":
@@ -269,7 +269,7 @@ def sees_every_process() -> bool:
 
 @cache
 def _here() -> str | None:
-    """The boot and the namespace of process numbers; None where the system tells neither."""
+    """The boot and the namespace of process numbers; None where either is unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
@@ -302,8 +302,8 @@ def _windows_identity(pid: int) -> str | None:  # pragma: no cover - runs on Win
     times = [ctypes.c_ulonglong() for _ in range(4)]
     code = ctypes.c_ulong()
     try:
-        told = kernel.GetProcessTimes(ctypes.c_void_p(handle), *map(ctypes.byref, times))
+        found = kernel.GetProcessTimes(ctypes.c_void_p(handle), *map(ctypes.byref, times))
         running = kernel.GetExitCodeProcess(ctypes.c_void_p(handle), ctypes.byref(code))
-        return f"windows/{times[0].value}" if told and running and code.value == 259 else None
+        return f"windows/{times[0].value}" if found and running and code.value == 259 else None
     finally:
         kernel.CloseHandle(ctypes.c_void_p(handle))

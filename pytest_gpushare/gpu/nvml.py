@@ -1,6 +1,6 @@
-"""The devices as NVML tells them, through the real pynvml, opened once and held.
+"""The probe of NVIDIA devices: NVML through pynvml, opened once and held.
 
-Any error of one device leaves out that device and says so; any error of the library is
+An error of one device leaves out that device, with a problem; an error of the library is
 an absence with its reason. pynvml is imported here alone, and only when a probe runs.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, GpuProcess, Memory
 from pytest_gpushare.gpu.host import unified_memory
 from pytest_gpushare.gpu.visibility import visible
+from pytest_gpushare.text import printable
 from pytest_gpushare.timed import call_within
 from pytest_gpushare.units import MOST_VRAM
 
@@ -60,7 +61,7 @@ class Nvml:
             if not self._closed:
                 self._library = pynvml
                 return
-        # Closed while a slow driver was still opening: nobody else will shut it down.
+        # Closed while a slow driver was still opening: shut down here.
         self._shut_down(pynvml)
 
     def close(self) -> None:
@@ -71,13 +72,14 @@ class Nvml:
             self._shut_down(library)
 
     def versions(self) -> tuple[str | None, str | None]:
-        """Versions of the library and of the CUDA that its driver can do; None: not told."""
+        """Versions of the library and of the CUDA that its driver supports; None: unknown."""
         if self._library is None:
             return None, None
         nvml = self._or_none(self._library.nvmlSystemGetNVMLVersion)
         cuda = self._or_none(self._library.nvmlSystemGetCudaDriverVersion)
-        told = isinstance(cuda, int) and cuda > 0
-        return _printable(nvml) or None, f"{cuda // 1000}.{cuda % 1000 // 10}" if told else None
+        is_known = isinstance(cuda, int) and cuda > 0
+        version = f"{cuda // 1000}.{cuda % 1000 // 10}" if is_known else None
+        return _text(nvml) or None, version
 
     def read(self, outer: str | None, order: str | None) -> GpuFacts:
         """The devices now; `outer` is CUDA_VISIBLE_DEVICES and `order` CUDA_DEVICE_ORDER."""
@@ -117,7 +119,7 @@ class Nvml:
         return found
 
     def processes(self) -> dict[str, tuple[GpuProcess, ...] | None]:
-        """UUID -> who holds VRAM there; takes milliseconds under a lock of the driver."""
+        """UUID -> processes that hold VRAM there; takes milliseconds under a lock of the driver."""
         return {uuid: self._processes(handle) for uuid, handle in self._handles.items()}
 
     def _devices_at(self, index: int, problems: list[str]) -> Iterator[Device]:
@@ -137,27 +139,27 @@ class Nvml:
         self, handle: Any, index: int, most: int, problems: list[str]
     ) -> Iterator[Device]:
         """The MIG instances of a GPU; indices may have gaps: go on past an error."""
-        found, odd = 0, []
+        found, left_out = 0, []
         for part in range(most):
             try:
                 instance = self._library.nvmlDeviceGetMigDeviceHandleByIndex(handle, part)
             except Exception as error:
                 if getattr(error, "value", None) not in _NO_INSTANCE:
-                    odd.append(f"GPU {index}: MIG instances were left out: {reason(error)}")
+                    left_out.append(f"GPU {index}: MIG instances were left out: {reason(error)}")
                 continue
             try:
                 device = self._device(instance, f"{index}.{part}", handle)
             except Exception as error:
-                odd.append(f"GPU {index}.{part} was left out: {reason(error)}")
+                left_out.append(f"GPU {index}.{part} was left out: {reason(error)}")
                 continue
             found += 1
             yield device
-        if not found and not odd:
-            odd.append(
+        if not found and not left_out:
+            left_out.append(
                 f"GPU {index} was left out: it is in MIG mode and has no instance: create one, "
                 "or switch MIG off"
             )
-        problems += dict.fromkeys(odd)
+        problems += dict.fromkeys(left_out)
 
     def _has_mig(self, handle: Any) -> bool:
         mode = self._or_none(lambda: self._library.nvmlDeviceGetMigMode(handle))
@@ -171,13 +173,13 @@ class Nvml:
         unified = memory is None
         total, used, free = _checked(memory or _unified())
         if not uuid.isprintable() or not 0 < len(uuid) < 97 or "," in uuid:
-            raise ValueError("NVML tells no UUID by which CUDA could be given the device")
+            raise ValueError("NVML gives no UUID by which CUDA can select it")
         if uuid in self._handles:
             raise ValueError("NVML lists another device under the same UUID before it")
         self._handles[uuid], self._totals[uuid] = handle, total
         return Device(
             uuid=uuid,
-            name=_printable(name) or "unnamed GPU",
+            name=_text(name) or "unnamed GPU",
             index=index,
             total=total,
             used=used,
@@ -273,7 +275,7 @@ def reason(error: Exception) -> str:
             "installed: uninstall it and reinstall nvidia-ml-py"
         )
     if not isinstance(code, int):
-        return _printable(error, 200) or type(error).__name__
+        return _text(error, 200) or type(error).__name__
     return f"{_REMEDIES.get(code, str(error).strip())} (NVML error {code})"
 
 
@@ -301,18 +303,18 @@ def _unified() -> Memory:
     return Memory(total, total - free, free)
 
 
-def _compute_mode(told: object) -> ComputeMode:
+def _compute_mode(mode: object) -> ComputeMode:
     # 1 is EXCLUSIVE_THREAD, which drivers have treated as EXCLUSIVE_PROCESS since CUDA 8.
     return {2: ComputeMode.PROHIBITED, 1: ComputeMode.EXCLUSIVE, 3: ComputeMode.EXCLUSIVE}.get(
-        told if isinstance(told, int) else 0, ComputeMode.DEFAULT
+        mode if isinstance(mode, int) else 0, ComputeMode.DEFAULT
     )
 
 
-def _capability(told: object) -> tuple[int, int]:
-    if isinstance(told, (list, tuple)) and len(told) == 2:
-        return int(told[0]), int(told[1])
+def _capability(found: object) -> tuple[int, int]:
+    if isinstance(found, (list, tuple)) and len(found) == 2:
+        return int(found[0]), int(found[1])
     return 0, 0
 
 
-def _printable(text: object, most: int = 80) -> str:
-    return "".join(c for c in str(text or "")[:most] if c.isprintable())
+def _text(found: object, most: int = 80) -> str:
+    return printable(str(found or ""), most)

@@ -109,11 +109,13 @@ class LiveVram:
                 query.is_wanted = True
                 self._changed.notify_all()
             if not self._has_timed_out:
-                self._has_timed_out = not self._changed.wait_for(
+                in_time = self._changed.wait_for(
                     lambda: query.last.at >= oldest or self._is_closed or self._has_timed_out,
                     READ_TIMEOUT,
                 )
-                self._changed.notify_all()
+                if not in_time:
+                    self._has_timed_out = True
+                    self._changed.notify_all()
             return query.last
 
     def _serve(self) -> None:

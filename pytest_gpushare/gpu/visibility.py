@@ -18,11 +18,11 @@ _ORDINAL = re.compile(r"([+-]?)([0-9]+)")
 
 
 class Visible(NamedTuple):
-    """The devices that are left, in the order that CUDA gives them, and what was odd."""
+    """The devices that are left, in the order that CUDA gives them, and what is wrong."""
 
     devices: tuple[Device, ...]
     problem: str = ""
-    """What is wrong with the variable's value; CUDA says nothing about it."""
+    """What is wrong with the variable's value; CUDA does not report it."""
     absence: str = ""
     """Why no device is left, where none is."""
 

@@ -34,10 +34,10 @@ _MPS = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
 
 
 class Caps(NamedTuple):
-    """The variables that cap one worker, and what is said of each framework."""
+    """The variables that cap one worker, and one description for each framework."""
 
     environment: Mapping[str, str] = {}
-    told: tuple[str, ...] = ()
+    descriptions: tuple[str, ...] = ()
     """`torch 2.13.0: 3.91 GB`, one for each framework that is installed."""
 
 
@@ -60,32 +60,32 @@ def caps_for(
     *,
     context: int = CONTEXT_ALLOWANCE,
     mps: bool = False,
-    room: int | None = None,
+    budget: int | None = None,
 ) -> Caps:
     """The caps of the worker in this slot.
 
-    `room`, the device's budget in bytes, takes the slot's place where tests have needs of
+    `budget`, that of the device in bytes, takes the slot's place where tests have needs of
     their own: what only the environment can set must let the largest of them through.
 
     `outer` is the environment that it would have without us, `versions` the installed
     frameworks (see `gpu.host.installed_frameworks`), `context` the allowance in bytes.
     """
-    vram = slot.vram if room is None else room
+    vram = slot.vram if budget is None else budget
     cap = cap_of(vram, context)
     # Rounded down, so that the fraction never comes to more than the cap.
     fraction = f"{float(Fraction(cap * 10**6 // slot.device.total, 10**6)):.6f}"
     environment: dict[str, str] = {}
-    told: list[str] = []
+    descriptions: list[str] = []
     for name, rule in _RULES.items():
         added, how = rule(_Cap(cap, fraction, outer, versions.get(name, "")))
         environment.update(added)
         if name in versions:
-            told.append(f"{name} {versions[name]}: {how}")
+            descriptions.append(f"{name} {versions[name]}: {how}")
     if mps and _MPS not in outer:
         # The worker's device is its only one, so its number is 0 there.
         environment[_MPS] = f"0={vram // MB}M"
-        told.append(f"CUDA MPS: {format_gb(vram)}")
-    return Caps(environment, tuple(told))
+        descriptions.append(f"CUDA MPS: {format_gb(vram)}")
+    return Caps(environment, tuple(descriptions))
 
 
 def cap_of(vram: int, context: int) -> int:
@@ -118,7 +118,7 @@ def without_caps_of_outer_run(outer: Mapping[str, str]) -> dict[str, str]:
 
 def torch_fraction(environment: Mapping[str, str]) -> float | None:
     """The share of its device at which a run has capped torch in the process with this
-    environment; None where it has not: the user's own cap is nobody else's to change."""
+    environment; None where it has not: the user's own cap stays."""
     ours = environment.get(MARK, "").split(",")
     text = environment.get(TORCH_HOOK, "") if TORCH_HOOK in ours else ""
     if _TORCH in ours:

@@ -52,7 +52,7 @@ class Surroundings(NamedTuple):
     """A what-if names devices that do not exist: no visibility, no caps."""
     contexts: Mapping[str, int] = {}
     """Device name -> bytes of a CUDA context, where that was measured."""
-    rooms: Mapping[str, int] = {}
+    budgets: Mapping[str, int] = {}
     """UUID -> the device's budget in bytes, where tests have needs of their own; else empty."""
 
 
@@ -85,7 +85,7 @@ def caps_of(slot: Slot, around: Surroundings) -> Caps:
         around.versions,
         context=context,
         mps=around.mps,
-        room=around.rooms.get(slot.device.uuid),
+        budget=around.budgets.get(slot.device.uuid),
     )
 
 
@@ -112,7 +112,7 @@ def visibility(plan: Plan, device: Device | None, around: Surroundings) -> dict[
 
 def seen(plan: Plan, device: Device, around: Surroundings) -> tuple[Device, ...]:
     """What a worker on this device sees: its own device first, the others only if they may be."""
-    # A process of CUDA can use one MIG instance, and no GPU beside it.
+    # A process of CUDA can use one MIG instance, and no GPU besides it.
     if not around.see_all or _is_instance(device):
         return (device,)
     others = (planned.device for planned in plan.devices)
@@ -136,28 +136,28 @@ NUMBER = "PYTEST_GPUSHARE_NUMBER"
 
 def place_of(plan: Plan, number: int) -> Place:
     """The place of the worker of this number, from 0."""
-    told = {
+    document = {
         "gpu_workers": len(plan.slots),
         "cpu_workers": plan.cpu_workers,
         "limited_by": [limit.value for limit in plan.limited_by],
         "slots": [[slot.device.uuid, slot.vram] for slot in plan.slots],
     }
     if number >= len(plan.slots):
-        return Place("cpu", plan=told)
+        return Place("cpu", plan=document)
     slot = plan.slots[number]
     device = slot.device
-    return Place("gpu", device.uuid, device.name, device.index, slot.vram, told)
+    return Place("gpu", device.uuid, device.name, device.index, slot.vram, document)
 
 
 def message_to(plan: Plan, number: int, around: Surroundings) -> dict[str, Any]:
-    """What a worker is told, in the builtin types that execnet carries."""
+    """The placement of a worker, in the builtin types that execnet carries."""
     slot = plan.slots[number] if number < len(plan.slots) else None
     own = {} if around.simulated else visibility(plan, slot.device if slot else None, around)
     return {"place": vars(place_of(plan, number)), "visible": own}
 
 
 def message_of_tests(settings: Settings, plan: Plan, around: Surroundings) -> dict[str, Any]:
-    """What a worker must know to tell which of its tests are GPU tests."""
+    """What a worker must know to find its GPU tests."""
     return {
         "marker": settings.marker,
         "aliases": [tuple(alias) for alias in settings.markers],

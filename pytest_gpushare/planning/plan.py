@@ -1,4 +1,4 @@
-"""What a plan is made from and what it says, every figure with its reason."""
+"""The plan: slots, CPU workers, and the reason for each figure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Limit(str, Enum):
-    """A figure that can decide the number of workers, in the order in which ties are told."""
+    """A figure that can decide the number of workers, in the order in which ties are resolved."""
 
     BY_NEED = "min_vram_per_worker_gb"
     BY_SCALE = "max_workers_per_gb"

@@ -1,9 +1,9 @@
 """The sizing rule: from facts and settings to a plan, in exact arithmetic.
 
 Per device: budget = max(0, free - outstanding reservation - safety buffer), divided by
-need, by scale and by cap; over all devices: limited by what xdist was told, by RAM, and
-by CPUs where nobody gave a number. The rule is the founding write-up's, except that what
-Ollama holds already is not reserved a second time.
+need, by scale and by cap; over all devices: limited by xdist's options, by RAM, and
+by CPUs where no number was given. The rule is the founding write-up's, except that what
+neighbours hold already is not reserved a second time.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _smallest(figures: Sequence[tuple[Limit, int]]) -> tuple[Limit, int]:
 
 
 def _by_compute_mode(device: Device) -> int | None:
-    """Processes that the compute mode lets in beside those that hold a context there now."""
+    """Processes that the compute mode lets in besides those that hold a context there now."""
     if device.compute_mode is ComputeMode.DEFAULT:
         return None
     return int(device.compute_mode is ComputeMode.EXCLUSIVE and not device.processes)
@@ -174,7 +174,7 @@ def _trim(devices: Sequence[DevicePlan], most: int) -> list[DevicePlan]:
     """Take slots away evenly, the smallest first, until `most` are left.
 
     Each time from a device with the most slots; of those from the one whose slots are
-    smallest, since its remaining workers gain by the room. Equal ones go by UUID, last first.
+    smallest, since its remaining workers gain most. Equal ones go by UUID, last first.
     """
     # No device keeps more than all may have: millions of tiny slots must not go one by one.
     left = [replace(device, workers=min(device.workers, most)) for device in devices]
@@ -188,7 +188,7 @@ def _trim(devices: Sequence[DevicePlan], most: int) -> list[DevicePlan]:
 
 
 def _keep_best(devices: Sequence[DevicePlan]) -> list[DevicePlan]:
-    """One slot on the device with the largest budget; none where no device has room."""
+    """One slot on the device with the largest budget; none where none fits."""
     fitting = [device for device in devices if device.fitting]
     best = min(fitting, key=lambda d: (-d.budget, d.device.uuid), default=None)
     return [replace(device, workers=int(device is best)) for device in devices]
@@ -214,7 +214,7 @@ def _cpu_workers(
     ram_limit: int | None,
     host: HostFacts,
 ) -> int:
-    """Workers without a slot: beside GPU workers those asked for, else the fall-back's."""
+    """Workers without a slot: with GPU workers those asked for, else the fall-back's."""
     if request.fixed and request.number is not None:
         return request.number - gpu_workers
     number = request.number if request.number is not None else max(1, host.cpus)

@@ -1,6 +1,7 @@
-"""Both probes at the same time, each with a limit; a probe that hangs is left behind.
+"""The start of a run: asks the devices and the neighbours at the same time, and plans.
 
-Daemon threads, because neither a DNS look-up nor a call into a stuck driver can be cancelled.
+Each question has a time limit; a call that hangs is left behind in a daemon thread, since
+neither a DNS look-up nor a call into a stuck driver can be cancelled.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def host_probe() -> Nvml:
     """The probe of this host's devices, not open yet. Every probe of the plugin is made here.
 
     The devices of another vendor are read by another class with the methods of `Nvml`; the
-    processes of another server are named by another function beside `neighbour_of`.
+    processes of another server are named by another function next to `neighbour_of`.
     """
     from pytest_gpushare.gpu.nvml import Nvml
 
@@ -189,7 +190,7 @@ def ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFact
 
 
 def _nobody(facts: Sequence[OllamaFacts]) -> OllamaFacts:
-    """None of the addresses gave an answer: what is told of them together."""
+    """None of the addresses gave an answer: one report for all."""
     if len(facts) == 1:
         return facts[0]
     reachable = [each for each in facts if each.reachable]
@@ -211,7 +212,7 @@ class _OllamaAsking:
         self._call = TimedCall(lambda: ask(self._connections.append), "ollama")
 
     def finish(self, limit: float) -> OllamaFacts:
-        """What it said in time, or that it said nothing."""
+        """The answer in time, or a report that there is none."""
         from pytest_gpushare.ollama.catalog import unanswered
 
         facts = _until(self._end + _GRACE, self._call)
@@ -248,15 +249,15 @@ _PLAN = "a pytest_gpushare_plan hook"
 _FIRM = (Limit.NUMBER, Limit.MAXPROCESSES)
 
 
-class Others(NamedTuple):
+class PlanHooks(NamedTuple):
     """The answers of the two hooks."""
 
     devices: Callable[[], Iterable[Device]] = tuple
     """Devices that NVML does not know."""
-    last_word: Callable[[Plan], Plan | None] = lambda plan: plan
+    revise: Callable[[Plan], Plan | None] = lambda plan: plan
     """Another plan in place of the one that was made; None leaves it."""
 
-    def joined(self, gpus: GpuFacts) -> GpuFacts:
+    def with_devices(self, gpus: GpuFacts) -> GpuFacts:
         """The devices of NVML and of the hook. Raises `GpuShareError` for what is no device."""
         more = tuple(self.devices())
         names = {device.uuid for device in gpus.all_devices}
@@ -276,11 +277,11 @@ class Others(NamedTuple):
         )
 
     def revised(self, plan: Plan, cpus: int) -> Plan:
-        """The plan after the hook's last word; without slots its workers are CPU workers.
+        """The plan as the hook leaves it; without slots its workers are CPU workers.
 
         Raises `GpuShareError` for a plan that promises what is not there.
         """
-        given = self.last_word(plan)
+        given = self.revise(plan)
         if given is None or given is plan:
             return plan
         if not isinstance(given, Plan):
@@ -342,7 +343,7 @@ class Loading(NamedTuple):
 
     kept: KeptLoaded | None = None
     """The service that keeps those which we loaded; None where there are none."""
-    told: tuple[str, ...] = ()
+    sentences: tuple[str, ...] = ()
     """A sentence on each model that was loaded."""
     problems: tuple[str, ...] = ()
 
@@ -415,7 +416,7 @@ def _failure(done: Preloaded) -> str:
 
 
 def _free_vram(probes: Probes) -> Callable[[], int | None]:
-    """Tells the bytes that are free on the roomiest device; None where NVML does not."""
+    """A function that gives the most bytes free on one device; None where they are unknown."""
     if probes.nvml is None or not probes.gpus.all_devices:
         return lambda: None
     live = LiveVram(probes.nvml)

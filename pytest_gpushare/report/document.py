@@ -377,7 +377,7 @@ def _workers(plan: Plan, around: Surroundings) -> list[dict[str, Any]]:
             "role": "gpu",
             "device": slot.device.uuid,
             "slot_bytes": slot.vram,
-            "caps": list(caps_of(slot, around).told),
+            "caps": list(caps_of(slot, around).descriptions),
         }
         for number, slot in enumerate(plan.slots)
     ]

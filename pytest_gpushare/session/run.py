@@ -332,7 +332,7 @@ class ActiveRun:
             see_all=self.settings.visible_devices == "all",
             simulated=self.gpus.simulated,
             contexts=self.contexts,
-            rooms={d.device.uuid: d.budget for d in self.plan.devices} if self.has_needs else {},
+            budgets={d.device.uuid: d.budget for d in self.plan.devices} if self.has_needs else {},
         )
 
     def _message(self, number: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from pytest_gpushare.planning.placement import (
     worker_environment,
 )
 from pytest_gpushare.planning.plan import Limit, Plan, Request, shortage
-from pytest_gpushare.planning.startup import Others, Probes, plan_run, probe
+from pytest_gpushare.planning.startup import PlanHooks, Probes, plan_run, probe
 from pytest_gpushare.scheduler.needs import means_cpu
 from pytest_gpushare.session.needs_store import (
     may_have_needs,
@@ -149,7 +149,7 @@ def start(
     settings: Settings,
     request: Request,
     host: Host,
-    others: Others,
+    hooks: PlanHooks,
     earlier: EarlierRuns | None = None,
     *,
     no_gpu_tests: str = "",
@@ -172,12 +172,12 @@ def start(
             available_ram() if settings.ram_per_worker else None,
             slot_of_outer_run(host.environment),
         )
-        gpus = probes.gpus if no_gpu_tests else others.joined(probes.gpus)
+        gpus = probes.gpus if no_gpu_tests else hooks.with_devices(probes.gpus)
 
         def replan(changed: Settings) -> Plan:
             return plan_run(changed, gpus, probes.ollama, facts, request, earlier.model_sizes)
 
-        plan = others.revised(replan(settings), host.cpus)
+        plan = hooks.revised(replan(settings), host.cpus)
         allowed = settings.fallback_to_cpu_when_constrained or bool(no_gpu_tests)
         if not plan.slots and not allowed:
             raise NoRoomError(_no_room(plan))
@@ -208,7 +208,7 @@ def start(
         return found
     return found._replace(
         notes=(*found.notes, *loading.problems),
-        preloaded=loading.told,
+        preloaded=loading.sentences,
         preload_service=loading.kept,
         # Also where the run ends before its services began.
         close=close if loading.kept is None else _both(loading.undo, close),
@@ -353,7 +353,7 @@ def _start(
         settings,
         request,
         host,
-        _others(config),
+        _plan_hooks(config),
         earlier,
         no_gpu_tests=f"-m {expression!r} selects no GPU test"
         if excludes_gpu_tests(expression, settings)
@@ -382,11 +382,11 @@ def _settings(config: pytest.Config) -> Settings:
     return settings
 
 
-def _others(config: pytest.Config) -> Others:
+def _plan_hooks(config: pytest.Config) -> PlanHooks:
     hook = config.hook
-    return Others(
+    return PlanHooks(
         devices=lambda: chain.from_iterable(hook.pytest_gpushare_devices(config=config)),
-        last_word=lambda plan: hook.pytest_gpushare_plan(config=config, plan=plan),
+        revise=lambda plan: hook.pytest_gpushare_plan(config=config, plan=plan),
     )
 
 

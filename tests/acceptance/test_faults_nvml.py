@@ -34,7 +34,7 @@ from simulator import Machine
 
 def plain(value):
     if dataclasses.is_dataclass(value):
-        return {name: plain(each) for name, each in vars(value).items()}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if hasattr(value, "_asdict"):
         return {name: plain(each) for name, each in value._asdict().items()}
     return [plain(each) for each in value] if isinstance(value, tuple) else value
@@ -408,7 +408,7 @@ def test_nonsense_uuid(uuid: str, tmp_path: Path, nvml_library: Path) -> None:
     answer, _ = devices_of(tmp_path, nvml_library, [Device(uuid=uuid), WHOLE])
     assert indices(answer) == ["1"]
     assert answer["problems"] == [
-        "GPU 0 was left out: NVML tells no UUID by which CUDA could be given the device"
+        "GPU 0 was left out: NVML gives no UUID by which CUDA can select it"
     ]
 
 
@@ -591,7 +591,6 @@ def test_run_with_impossible_figures_in_the_middle(project: Project, machine: Ma
     assert (result.code, result.passed, result.err) == (0, 1, "")
     (device,) = json.loads((project.path / "report.json").read_text())["devices"]
     assert device["peak_used_bytes"] == 2 << 30
-    assert "VRAM peak 2.0 of 24.0 GB" in result.out
 
 
 def test_two_devices_with_one_uuid(project: Project, machine_with: Callable[..., Machine]) -> None:

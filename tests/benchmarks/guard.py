@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.planning.plan import Request
-from pytest_gpushare.planning.startup import Others
+from pytest_gpushare.planning.startup import PlanHooks
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start import Host, start
 
@@ -25,7 +25,7 @@ def watch(seconds: float) -> None:
     """Guard the Ollama of the environment for so long, and print what that took."""
     here = Path.cwd()
     settings = load(Written({}, {}, {}, "", here, here, here))
-    facts = start(settings, Request(number=2), Host((), 2, dict(os.environ)), Others())
+    facts = start(settings, Request(number=2), Host((), 2, dict(os.environ)), PlanHooks())
     run = ActiveRun(facts)
     assert run.monitor is not None
     run.monitor.start()

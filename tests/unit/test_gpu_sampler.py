@@ -112,6 +112,34 @@ def test_a_driver_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPatch)
     vram.close()
 
 
+def test_all_threads_wait_for_the_same_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time-out ends the waiting of every other thread, and none begins it again."""
+    monkeypatch.setattr(live, "READ_TIMEOUT", 0.3)
+    card = Card()
+    vram = LiveVram(card)
+    vram.memory(0)
+    card.hangs.clear()
+    took: list[float] = []
+
+    def ask() -> None:
+        time.sleep(0.1 * len(took))
+        began = time.monotonic()
+        for _ in range(5):
+            vram.memory(0)
+            vram.processes(0)
+        took.append(time.monotonic() - began)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    assert max(took) < 0.5
+    card.hangs.set()
+    vram.close()
+
+
 def test_a_driver_that_is_slow_in_each_call_costs_one_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -31,7 +31,7 @@ def test_everything_is_capped() -> None:
         "CUPY_GPU_MEMORY_LIMIT": str(4008 * MB),
         "PYTEST_GPUSHARE_TENSORFLOW_MB": "4008",
     }
-    assert caps().told == (
+    assert caps().descriptions == (
         "torch 2.10.0: 3.91 GB",
         "JAX 0.10.2: 3.91 GB",
         "CuPy 14.0.0: 3.91 GB",
@@ -54,7 +54,7 @@ def test_torch_fraction_of_the_user_stands() -> None:
     """A cap that the user chose is not replaced by ours."""
     result = caps({"PYTORCH_CUDA_ALLOC_CONF": "per_process_memory_fraction:0.5"})
     assert "PYTORCH_ALLOC_CONF" not in result.environment
-    assert result.told[0] == "torch 2.10.0: the cap that the environment sets"
+    assert result.descriptions[0] == "torch 2.10.0: the cap that the environment sets"
 
 
 @pytest.mark.parametrize("version", ["1.13.1", "2.9.1+cu130", "2.0.0"])
@@ -63,7 +63,7 @@ def test_older_torch_is_capped_by_a_call(version: str) -> None:
     result = caps_for(SLOT, {}, {"torch": version})
     assert "PYTORCH_ALLOC_CONF" not in result.environment
     assert result.environment["PYTEST_GPUSHARE_TORCH_FRACTION"] == FRACTION
-    assert result.told == (f"torch {version}: 3.91 GB, set when CUDA is first used",)
+    assert result.descriptions == (f"torch {version}: 3.91 GB, set when CUDA is first used",)
 
 
 def test_no_torch_no_key() -> None:
@@ -83,7 +83,7 @@ def test_jax_allocators_without_a_cap(allocator: str) -> None:
     """Where nothing holds, that is what is said."""
     result = caps({"XLA_PYTHON_CLIENT_ALLOCATOR": allocator})
     assert not [key for key in result.environment if key.startswith("XLA")]
-    assert result.told[1] == f"JAX 0.10.2: no cap (allocator {allocator})"
+    assert result.descriptions[1] == f"JAX 0.10.2: no cap (allocator {allocator})"
 
 
 def test_older_jax_knows_the_older_name() -> None:
@@ -109,7 +109,7 @@ def test_mps_caps_the_whole_slot() -> None:
     """The MPS limit covers contexts too, so nothing is taken off; by ordinal 0 in the worker."""
     result = caps(mps=True)
     assert result.environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == "0=4608M"
-    assert result.told[-1] == "CUDA MPS: 4.5 GB"
+    assert result.descriptions[-1] == "CUDA MPS: 4.5 GB"
     mine = {"CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=1G"}
     assert "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT" not in caps(mine, mps=True).environment
 

@@ -23,7 +23,7 @@ from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.visibility import VARIABLE, culprit
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.plan import Request
-from pytest_gpushare.planning.startup import Others, check, host_probe
+from pytest_gpushare.planning.startup import PlanHooks, check, host_probe
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start import Host, start
 from pytest_gpushare.timed import call_within
@@ -230,11 +230,11 @@ def _start(settings: Settings, request: Request, host: Host) -> tuple[ActiveRun,
     try:
         if settings.ollama_preload:
             check(settings)
-        facts = start(lenient, request, host, Others())
+        facts = start(lenient, request, host, PlanHooks())
     except GpuShareError as refused:
         error = str(refused)
         sure = replace(lenient, ollama_unreachable="reserve", ollama_gpu=("auto",))
-        facts = start(sure, request, host, Others())
+        facts = start(sure, request, host, PlanHooks())
     facts.close()
     return ActiveRun(facts), error
 

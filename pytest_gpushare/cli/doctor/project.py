@@ -131,7 +131,7 @@ def caps(found: Examined) -> Iterator[Finding]:
         names = ", ".join(f"{name} {version}" for name, version in frameworks.items())
         yield ok(f"{names}: no GPU worker to cap")
     else:
-        for text in caps_of(started.plan.slots[0], started.around).told:
+        for text in caps_of(started.plan.slots[0], started.around).descriptions:
             yield _cap(text)
 
 
