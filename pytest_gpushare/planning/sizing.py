@@ -123,17 +123,21 @@ def size_device(
 
 def _without_packed(settings: Settings) -> Settings:
     """The settings as the other presets have them, the default one below them."""
-    origin = f"preset {_PACKED}"
-    keys = [key for key in PRESETS[_PACKED] if settings.origins.get(key) == origin]
-    if not keys:
+    if _PACKED not in settings.presets:
         return settings
     values = merged(["conservative", *(name for name in settings.presets if name != _PACKED)])
     changed: dict[str, Any] = {}
-    for key in keys:
-        raw, name = values[key]
-        changed[BY_KEY[key].attribute] = BY_KEY[key].read(raw, f"preset {name}")
-    origins = {key: where for key, where in settings.origins.items() if key not in keys}
-    return replace(settings, **changed, origins=origins)
+    for key, text in PRESETS[_PACKED].items():
+        option, origin = BY_KEY[key], f"preset {_PACKED}"
+        # A value that was changed since the settings were read is the user's, too.
+        is_packed = getattr(settings, option.attribute) == option.read(text, origin)
+        if settings.origins.get(key) == origin and is_packed:
+            raw, name = values[key]
+            changed[option.attribute] = option.read(raw, f"preset {name}")
+    if not changed:
+        return settings
+    presets = tuple(name for name in settings.presets if name != _PACKED)
+    return replace(settings, **changed, presets=presets)
 
 
 _PACKED = "packed"

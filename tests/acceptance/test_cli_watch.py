@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulator import Machine
+from simulator import Device, Machine
 from simulator.child import child_process
 
 from .conftest import Project
@@ -220,3 +220,27 @@ def in_terminal(project: Project, *arguments: str, until: Callable[[str], bool])
         os.close(outer)
         assert pressed, text
         return text, process.wait(60)
+
+
+@pytest.mark.parametrize("processes", ["none", "hidden-memory"])
+def test_ollama_that_nvml_does_not_show_has_one_figure(
+    processes: Any,
+    project: Project,
+    machine_with: Callable[..., Machine],
+    ollama_with: Callable[..., Any],
+) -> None:
+    """In a container or under WSL 2: plan, samples and `watch` have what the server reports."""
+    machine = machine_with(Device(total="24GB", used="2GB", processes=processes))
+    ollama_with({"qwen2.5:14b": "10GB"}, load="qwen2.5:14b", machine=machine)
+    project.write(test_project="import time\n\ndef test_a():\n    time.sleep(1.5)\n")
+    result = project.pytest("--gpu-share", "-n", "1", "--gpu-share-report=report.json")
+    assert (result.code, result.passed, result.err) == (0, 1, "")
+    report = json.loads((project.path / "report.json").read_text())
+    (device,) = report["devices"]
+    samples = report["samples"]["devices"][device["uuid"]]
+    resident = device["resident_bytes"]
+    assert 10 * 2**30 <= resident < 11 * 2**30
+    assert set(samples["ollama_bytes"]) == {resident}
+    watched = project.command([*COMMAND, "--once", "--json"])
+    (seen,) = json.loads(watched.out)["devices"]
+    assert seen["ollama_bytes"] == resident

@@ -134,7 +134,8 @@ def test_all_threads_wait_for_the_same_time_limit(monkeypatch: pytest.MonkeyPatc
         thread.start()
         time.sleep(0.05)
     for thread in threads:
-        thread.join()
+        thread.join(10)
+    assert len(took) == 4
     assert max(took) < 0.5
     card.hangs.set()
     vram.close()
