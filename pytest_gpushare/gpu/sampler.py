@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, Statement
-from pytest_gpushare.gpu.devices import GpuProcess, Memory
+from pytest_gpushare.gpu.devices import GpuFacts, GpuProcess, Memory
 
 READ_TIMEOUT = 1.0
 """Seconds that a caller waits for a reading. After one time-out nobody waits until the driver
@@ -35,6 +35,23 @@ class Reader(Protocol):
 
     def processes(self) -> dict[str, tuple[GpuProcess, ...] | None]:
         """UUID -> processes that hold VRAM there; None where the driver lists none."""
+
+
+class Probe(Reader, Protocol):
+    """The devices of one vendor's driver; `gpu.nvml.Nvml` is the one for NVIDIA."""
+
+    def open(self) -> None:
+        """Load the driver's library; an error is kept for `read`."""
+
+    def read(self, outer: str | None, order: str | None) -> GpuFacts:
+        """The devices now, or why there are none; `outer` is the variable by which the user
+        selects devices, `order` the one that says how its numbers count."""
+
+    def versions(self) -> tuple[str | None, str | None]:
+        """Versions of the library, and of the runtime that its driver supports."""
+
+    def close(self) -> None:
+        """Release the library; harmless when called twice."""
 
 
 @dataclass(frozen=True, slots=True)

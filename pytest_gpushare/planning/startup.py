@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import GpuShareError, PreloadError, SettingsError
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts, simulated
-from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.gpu.sampler import LiveVram, Probe
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.ollama.address import Address, Candidate, candidates
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, ModelFacts, OllamaFacts
@@ -36,7 +36,6 @@ from pytest_gpushare.timed import TimedCall, call_within
 from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
-    from pytest_gpushare.gpu.nvml import Nvml
     from pytest_gpushare.ollama.client import Connection
 
 
@@ -64,9 +63,9 @@ class Probes(NamedTuple):
     gpus: GpuFacts
     ollama: OllamaFacts
     close: Callable[[], None]
-    """Releases NVML; harmless when called twice."""
-    nvml: Nvml | None = None
-    """The open library, for readings during the run; None under a what-if."""
+    """Releases the probe; harmless when called twice."""
+    nvml: Probe | None = None
+    """The open probe, for readings during the run; None under a what-if."""
 
 
 def probe(
@@ -111,11 +110,12 @@ def neighbours(
     return (share,)
 
 
-def host_probe() -> Nvml:
+def host_probe() -> Probe:
     """The probe of this host's devices, not open yet. Every probe of the plugin is made here.
 
-    The devices of another vendor are read by another class with the methods of `Nvml`; the
-    processes of another server are named by another function next to `neighbour_of`.
+    Another vendor's devices are read by another class with the methods of `Probe`; another
+    server has a function like `neighbour_of`, which names its processes, and an entry in
+    `neighbours`.
     """
     from pytest_gpushare.gpu.nvml import Nvml
 
