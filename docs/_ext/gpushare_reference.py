@@ -1,7 +1,7 @@
 """The reference of options and presets, made from the tables that the plugin itself uses.
 
-`options` and `presets` return MyST text; the directives `gpu-share-options` and
-`gpu-share-presets` put it into a page.
+`table`, `options` and `presets` return MyST text; the directives `gpu-share-table`,
+`gpu-share-options` and `gpu-share-presets` put it into a page.
 """
 
 from __future__ import annotations
@@ -14,6 +14,16 @@ from pytest_gpushare.config.options import OPTIONS, PRESETS, Option
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
+
+
+def table() -> str:
+    """A table with a row for each option: its key, default and meaning."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    rows += [
+        f"| {{confval}}`{option.ini}` | {_default(option)} | {_sentence(option.meaning)} |"
+        for option in OPTIONS
+    ]
+    return "\n".join(rows) + "\n"
 
 
 def options() -> str:
@@ -43,12 +53,15 @@ def _entry(option: Option) -> str:
         repeated = ", repeatable" if option.repeatable else ""
         command = f"`{option.flag} {option.metavar}`{repeated}, or {command}"
     fields.append(f"- command line: {command}")
-    default = f"`{option.default}`" if option.default else "unset"
     return (
         f"````{{confval}} {option.ini}\n"
-        f":default: {default}\n\n"
+        f":default: {_default(option)}\n\n"
         f"{_sentence(option.meaning)}.\n\n" + "\n".join(fields) + "\n````\n"
     )
+
+
+def _default(option: Option) -> str:
+    return f"`{option.default}`" if option.default else "unset"
 
 
 def _sentence(text: str) -> str:
@@ -56,7 +69,7 @@ def _sentence(text: str) -> str:
 
 
 def setup(app: Sphinx) -> dict[str, object]:
-    """Register the two directives."""
+    """Register the three directives."""
     from sphinx.util.docutils import SphinxDirective
 
     def directive(make):
@@ -69,6 +82,7 @@ def setup(app: Sphinx) -> dict[str, object]:
 
         return Generated
 
+    app.add_directive("gpu-share-table", directive(table))
     app.add_directive("gpu-share-options", directive(options))
     app.add_directive("gpu-share-presets", directive(presets))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

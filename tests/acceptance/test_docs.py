@@ -427,13 +427,15 @@ def test_reference_lists_every_option(project: Project) -> None:
     finally:
         sys.path.pop(0)
     page = PAGES["docs/reference/options.md"].read_text(encoding="utf-8")
+    assert "{gpu-share-table}" in page
     assert "{gpu-share-options}" in page
     assert "{gpu-share-presets}" in page
     text = page + gpushare_reference.options() + gpushare_reference.presets()
     text += PAGES["docs/reference/command-line.md"].read_text(encoding="utf-8")
     for option in OPTIONS:
         assert f"{{confval}} {option.ini}" in text
-        assert option.meaning[1:] in text
+        assert option.meaning[1:] in gpushare_reference.options()
+        assert f"| {{confval}}`{option.ini}` |" in gpushare_reference.table()
     assert all(f"`{name}`" in text for name in PRESETS)
     helped = project.pytest("--help").out
     for name in re.findall(r"^ +(--(?:no-)?gpu-share[\w-]*)", helped, re.MULTILINE):
