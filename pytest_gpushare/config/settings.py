@@ -88,7 +88,7 @@ class Settings:
     cpu_workers: int | None
     """CPU workers beside the GPU workers; None: the CPUs that GPU workers leave."""
     without_gpu: str
-    """`run`, `skip` or `fail`: what a GPU test does when no GPU can be had."""
+    """`run`, `skip` or `fail`: what a GPU test does without a GPU."""
     empty_caches: str
     """`when-needed`, `always` or `never`."""
     pressure_timeout: Fraction

@@ -312,8 +312,9 @@ def start_workers(
         distribute(options)
     named = TxWorkers(options)
     if own_workers and not named.local:
-        where = "have devices of your own" if named.with_devices else "are on other hosts"
-        why = f"the workers of --tx {where}: no GPU is assigned to them"
+        why = "the workers of --tx are on other hosts: no GPU is assigned to them"
+        if named.with_devices:
+            why = "the workers of --tx have devices of your own: no GPU is assigned to them"
         return f"{why}, and no report is written" if options.gpu_share_report else why
     request, cpus = request_for(config)
     environment = environment_for_plan(before_conftests)
