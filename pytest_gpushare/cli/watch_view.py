@@ -17,12 +17,14 @@ from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, Memory
 from pytest_gpushare.gpu.host import identity, sees_every_process
 from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.leases.records import SessionWorker
 from pytest_gpushare.ollama.messages import placed
 from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
 from pytest_gpushare.ollama.reservation import statements
+from pytest_gpushare.planning.leasing import directory_of
 from pytest_gpushare.planning.startup import host_probe
 from pytest_gpushare.report.document import PLAN_SCHEMA, ollama_document
-from pytest_gpushare.session.registry import PresentSession, PresentWorker, sessions
+from pytest_gpushare.session.registry import RunningSession, sessions
 from pytest_gpushare.timed import call_within
 from pytest_gpushare.units import format_gb, plural
 
@@ -58,7 +60,7 @@ class Snapshot:
     absence: str
     driver: str | None
     problems: tuple[str, ...]
-    sessions: tuple[PresentSession, ...]
+    sessions: tuple[RunningSession, ...]
     held: Mapping[int, int]
     """PID of a worker -> bytes held by it and its descendants; absent where unknown."""
     ollama: OllamaFacts
@@ -88,7 +90,7 @@ class Watcher:
     def snapshot(self, max_age: float) -> Snapshot:
         """A snapshot; its VRAM figures are at most `max_age` seconds old unless NVML is slow."""
         self._ask_ollama()
-        running = tuple(sessions())
+        running = tuple(sessions(directory_of(self._settings)))
         workers = {w.pid: str(w.pid) for session in running for w in session.workers}
         memory: Mapping[str, Memory] = {}
         processes: Mapping[str, tuple[GpuProcess, ...] | None] = {}
@@ -173,7 +175,7 @@ def _is_trustworthy(processes: Sequence[GpuProcess]) -> bool:
     return all(p.used is not None and identity(p.pid) is not None for p in processes)
 
 
-def _held(usage: Mapping[str, DeviceUsage], running: Sequence[PresentSession]) -> dict[int, int]:
+def _held(usage: Mapping[str, DeviceUsage], running: Sequence[RunningSession]) -> dict[int, int]:
     held: dict[int, int] = {}
     for uuid, found in usage.items():
         if found.workers is None:
@@ -206,7 +208,7 @@ def rows(snapshot: Snapshot, width: int, *, unicode: bool = True) -> Iterator[Ro
         yield [Piece(problem, "yellow")]
     yield [Piece("")]
     if not snapshot.sessions:
-        yield [Piece("no session of yours runs under the plugin")]
+        yield [Piece("no session runs under the plugin")]
     for session in snapshot.sessions:
         yield [Piece(_session(session, snapshot.at), "bold")]
         for worker in session.workers:
@@ -320,14 +322,22 @@ def _holders(seen: SeenDevice) -> str:
     )
 
 
-def _session(session: PresentSession, now: float) -> str:
+def _session(session: RunningSession, now: float) -> str:
     age = max(0, int(now - session.began))
     since = f"{age // 3600}:{age % 3600 // 60:02}:{age % 60:02}"
     what = plural(len(session.workers), "worker") if session.workers else "no worker yet"
-    return f"session {session.pid} in {_home(session.root)}: {what}, {since}"
+    owner = f" of {session.owner}" if session.owner else ""
+    parts = [what, since]
+    if session.is_waiting:
+        parts.append("waits for VRAM")
+    if session.leases:
+        parts.append(f"leases {format_gb(sum(session.leases.values()))}")
+    if session.total:
+        parts.append(f"{session.done:,} of {session.total:,} tests done")
+    return f"session {session.pid}{owner} in {_home(session.root)}: {', '.join(parts)}"
 
 
-def _worker(worker: PresentWorker, snapshot: Snapshot) -> str:
+def _worker(worker: SessionWorker, snapshot: Snapshot) -> str:
     if worker.role != "gpu":
         return f"{worker.id}: CPU, no GPU"
     label = next(
@@ -371,11 +381,16 @@ def _device_document(seen: SeenDevice) -> dict[str, Any]:
     }
 
 
-def _session_document(session: PresentSession, snapshot: Snapshot) -> dict[str, Any]:
+def _session_document(session: RunningSession, snapshot: Snapshot) -> dict[str, Any]:
     return {
         "pid": session.pid,
         "root": session.root,
         "age_s": round(max(0.0, snapshot.at - session.began), 3),
+        "owner": session.owner,
+        "leased_bytes": dict(session.leases),
+        "waiting": session.is_waiting,
+        "tests_done": session.done,
+        "tests": session.total or None,
         "workers": [
             {
                 "id": worker.id,

@@ -288,6 +288,28 @@ OPTIONS: tuple[Option, ...] = (
         field="pressure_timeout",
     ),
     Option(
+        "leases",
+        lambda: kinds.Text(),
+        "auto",
+        "the directory in which the sessions of this host publish the VRAM that they lease; auto: "
+        "one that all users share; off: lease nothing, and ignore the leases of others",
+    ),
+    Option(
+        "wait",
+        lambda: kinds.Number(high="604800", unit="s", auto=True),
+        "auto",
+        "seconds that the start waits for VRAM; auto: 300 for VRAM that other sessions lease, "
+        "again while they make progress, and 0 for VRAM that other programs hold",
+        flag="--gpu-share-wait",
+        metavar="SECONDS",
+    ),
+    Option(
+        "report_names",
+        lambda: kinds.Boolean(),
+        "false",
+        "name the sessions of other users in reports",
+    ),
+    Option(
         "cap_vram",
         lambda: kinds.Boolean(),
         "true",

@@ -93,6 +93,12 @@ class Settings:
     """`when-needed`, `always` or `never`."""
     pressure_timeout: Fraction
     """Seconds that GPU tests wait for VRAM which others took."""
+    leases: str
+    """Directory of the ledger between sessions, as the user wrote it; or `auto`, or `off`."""
+    wait: Fraction | None
+    """Seconds that the start waits for VRAM; None: it depends on who holds it."""
+    report_names: bool
+    """Whether reports name the sessions of other users."""
     cap_vram: bool
     """Whether the frameworks of GPU workers are capped at their slots."""
     visible_devices: str

@@ -239,21 +239,9 @@ def identity(pid: int) -> str | None:
     if sys.platform == "win32":
         return _windows_identity(pid)
     fields = _stat(pid)
-    if fields is None or fields[0] in ("Z", "X") or _here() is None:
+    if fields is None or fields[0] in ("Z", "X") or pid_space() is None:
         return None
-    return f"{_here()}/{fields[19]}"
-
-
-def is_same_process(pid: int, known: str) -> bool | None:
-    """Whether the process with this identity lives; None where it cannot be seen from here."""
-    now = identity(pid)
-    if now == known:
-        return True
-    here, theirs = _here(), known.rpartition("/")[0]
-    # Another container on the same machine: its numbers mean nothing here.
-    if here is not None and theirs != here and theirs.split("/")[0] == here.split("/")[0]:
-        return None
-    return False
+    return f"{pid_space()}/{fields[19]}"
 
 
 def sees_every_process() -> bool:
@@ -268,7 +256,7 @@ def sees_every_process() -> bool:
 
 
 @cache
-def _here() -> str | None:
+def pid_space() -> str | None:
     """The boot and the namespace of process numbers; None where either is unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.gpu.devices import ComputeMode, Device
@@ -39,6 +40,15 @@ class Request(NamedTuple):
     """`-n 0` or `--pdb`: no workers, the process itself is placed."""
     fixed: bool = False
     """`--tx` lists the workers: those beyond the slots are there too, and see no GPU."""
+
+
+class LeasedByOthers(NamedTuple):
+    """What other sessions claim, by UUID, in bytes."""
+
+    leases: Mapping[str, int] = MappingProxyType({})
+    """What is leased and not yet taken, so that it is still free."""
+    reserved: Mapping[str, int] = MappingProxyType({})
+    """The largest reservation for Ollama that one of them publishes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +111,9 @@ class DevicePlan:
     """Workers that are left after the limits of the whole run."""
     assumed_need: int = 0
     """See `Slot.assumed_need`."""
+    leases: int = 0
+    """What other sessions have leased and not yet taken, and what is kept for those that asked
+    before this one."""
 
     @property
     def slot_vram(self) -> int:

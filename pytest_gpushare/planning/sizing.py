@@ -8,9 +8,10 @@ neighbours hold already is not reserved a second time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any
 
 from pytest_gpushare.config.options import BY_KEY, PRESETS, merged
@@ -26,8 +27,12 @@ def make_plan(
     neighbours: Sequence[NeighbourShare],
     host: HostFacts,
     request: Request,
+    leases: Mapping[str, int] = MappingProxyType({}),
 ) -> Plan:
-    """The plan for this run. Same input, same plan."""
+    """The plan for this run. Same input, same plan.
+
+    `leases` are those of other sessions: UUID -> bytes that they have not yet taken.
+    """
     devices = [
         size_device(
             device,
@@ -39,6 +44,7 @@ def make_plan(
                 for each in neighbours
             ),
             most=host.outer_slot,
+            leases=leases.get(device.uuid, 0),
         )
         for device in gpus.devices
     ]
@@ -76,15 +82,17 @@ def size_device(
     reservation: int,
     resident: int,
     most: int | None = None,
+    leases: int = 0,
 ) -> DevicePlan:
     """How many workers fit on one device, and which figure decides; no limit of the run yet.
 
     `reservation` bytes are kept for neighbours there, `resident` of them they hold already. `most`
-    bounds the budget of a run that lives in a slot of another one, in bytes.
+    bounds the budget of a run that lives in a slot of another one, `leases` are
+    those of other sessions, in bytes.
     """
     safety = int(settings.safety_buffer)
     outstanding = max(0, reservation - resident)
-    budget = max(0, device.free - outstanding - safety)
+    budget = max(0, device.free - outstanding - safety - leases)
     budget = budget if most is None else min(budget, most)
     by_need = int(budget / settings.min_vram_per_worker)
     scale = settings.max_workers_per_gb
@@ -118,6 +126,7 @@ def size_device(
         limited_by=limit,
         workers=fitting,
         assumed_need=assumed,
+        leases=leases,
     )
 
 

@@ -30,7 +30,7 @@ from pytest_gpushare.ollama.reservation import (
     reserve,
     resident_bytes,
 )
-from pytest_gpushare.planning.plan import Limit, NeighbourShare, Plan, Request, Slot
+from pytest_gpushare.planning.plan import LeasedByOthers, Limit, NeighbourShare, Plan, Request, Slot
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.timed import TimedCall, call_within
 from pytest_gpushare.units import format_gb
@@ -91,12 +91,25 @@ def plan_run(
     host: HostFacts,
     request: Request,
     sizes: KnownSizes = NOTHING_KNOWN,
+    others: LeasedByOthers = LeasedByOthers(),  # noqa: B008 - immutable
 ) -> Plan:
     """The plan for what was found; `sizes` has what Ollama's models took in earlier runs.
 
+    `others` is what other sessions claim; of all reservations for Ollama the largest counts.
+
     Raises `SettingsError` where `ollama_gpu` names no device of this host.
     """
-    return make_plan(settings, gpus, neighbours(settings, gpus, ollama, sizes), host, request)
+    shares = [
+        replace(share, reservation=_larger(share.reservation, others.reserved))
+        if share.name == OLLAMA
+        else share
+        for share in neighbours(settings, gpus, ollama, sizes)
+    ]
+    return make_plan(settings, gpus, shares, host, request, others.leases)
+
+
+def _larger(one: Mapping[str, int], other: Mapping[str, int]) -> Mapping[str, int]:
+    return {uuid: max(one.get(uuid, 0), other.get(uuid, 0)) for uuid in {*one, *other}}
 
 
 def neighbours(

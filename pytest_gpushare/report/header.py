@@ -233,6 +233,7 @@ def _lines(run: ActiveRun, verbosity: int) -> Iterator[Line]:
     for device in plan.devices:
         yield Line(_device(device))
         yield Line(_vram(device, several=len(plan.devices) > 1))
+    yield from (Line(f"  {text}") for text in run.leases)
     yield from (Line(*line) for line in ollama_lines(run, verbosity))
     if verbosity >= 1:
         yield from (Line(text) for text in _workers(run))
@@ -331,10 +332,11 @@ def _arithmetic(run: ActiveRun) -> Iterator[str]:
     for device in plan.devices:
         label = device.device.label
         bound = "" if device.most is None else f", at most this run's slot {format_gb(device.most)}"
+        leases = f" - leases of others {format_gb(device.leases)}" if device.leases else ""
         yield (
             f"  {label} budget: available VRAM {format_gb(device.device.free)} "
             f"- outstanding reservation {format_gb(device.outstanding)} "
-            f"- safety buffer {format_gb(device.safety_buffer)}{bound} "
+            f"- safety buffer {format_gb(device.safety_buffer)}{leases}{bound} "
             f"= {format_gb(device.budget)}"
         )
         budget = _plain(device.budget)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_gpushare.gpu.sampler import LiveVram
+    from pytest_gpushare.leases.lessee import Lessee
     from pytest_gpushare.ollama.monitor import Guard
 
 
@@ -72,6 +73,10 @@ class StartFacts(NamedTuple):
     """Keeps the preloaded models loaded."""
     contexts: Mapping[str, int] = {}
     """Device name -> bytes of a CUDA context, as earlier runs measured it."""
+    lessee: Lessee | None = None
+    """What this session leases; None where it takes no part in the ledger."""
+    leases: tuple[str, ...] = ()
+    """One sentence for each device and session that has leased VRAM there."""
     has_needs: bool = False
     """Whether tests may have needs of their own, so that no slot may cap them."""
 
@@ -189,11 +194,15 @@ class ActiveRun:
             )
             if config is not None:
                 services.append(NeedsRecorder(self, config))
-        if config is not None and not self.gpus.simulated:
-            # `pytest-gpushare watch` finds this session by it; a what-if has nothing to watch.
-            present = SessionRecord(self.links, config.rootpath)
-            services.append(present)
-            on_needs = present.admits_by_needs
+        self.leases = facts.leases
+        """One sentence for each device and session that has leased VRAM there."""
+        self._lease: SessionRecord | None = None
+        if facts.lessee is not None:
+            self._lease = SessionRecord(
+                facts.lessee, self.plan, self.workers, self.tests, self.links
+            )
+            services.append(self._lease)
+            on_needs = self._lease.admits_by_needs
         self.routing = Routing(on_needs)
         self.monitor = monitor_for(self)
         if self.monitor is not None:
@@ -343,7 +352,8 @@ class ActiveRun:
             "needs": self.has_needs,
         }
         tests = message_of_tests(self.settings, self.plan, self.around)
-        return {**message, "memory": memory, "tests": tests}
+        lease = self._lease.path if self._lease is not None else ""
+        return {**message, "memory": memory, "tests": tests, "lease": lease}
 
     def _note_test(self, worker: str, measured: Any) -> None:
         record = self.workers.get(worker)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -35,14 +35,15 @@ from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.reservation import seen_larger, unexpected
 from pytest_gpushare.place import entered
+from pytest_gpushare.planning.leasing import Agreed, Terms, agree, lease_plan
 from pytest_gpushare.planning.placement import (
     ORDER,
     place_of,
     slot_of_outer_run,
     worker_environment,
 )
-from pytest_gpushare.planning.plan import Limit, Plan, Request, shortage
-from pytest_gpushare.planning.startup import PlanHooks, Probes, plan_run, probe
+from pytest_gpushare.planning.plan import LeasedByOthers, Limit, Plan, Request, shortage
+from pytest_gpushare.planning.startup import PlanHooks, Probes, ask_ollama, plan_run, probe
 from pytest_gpushare.scheduler.needs import means_cpu
 from pytest_gpushare.session.needs_store import (
     may_have_needs,
@@ -153,14 +154,18 @@ def start(
     earlier: EarlierRuns | None = None,
     *,
     no_gpu_tests: str = "",
+    terms: Terms | None = None,
 ) -> StartFacts:
     """Probe and plan; `no_gpu_tests` says why no test of this run can be a GPU test.
+
+    `terms` are those on which it shares the devices with other sessions; None: it takes no part.
 
     Raises `NoRoomError` where nothing fits and the fall-back is switched off,
     `OllamaUnreachableError` where Ollama has to answer and does not, and `SettingsError` for
     settings that do not fit this host.
     """
     earlier = earlier or EarlierRuns()
+    agreed: Agreed | None = None
     probes, loading = _probed(settings, host)
     if no_gpu_tests:
         probes = probes._replace(gpus=GpuFacts(absence=no_gpu_tests))
@@ -173,25 +178,49 @@ def start(
             slot_of_outer_run(host.environment),
         )
         gpus = probes.gpus if no_gpu_tests else hooks.with_devices(probes.gpus)
+        live = LiveVram(probes.nvml) if probes.nvml is not None and gpus.all_devices else None
+        ollama = _AskedAgain(settings, host, probes.ollama)
+
+        def make(gpus: GpuFacts, leased: LeasedByOthers, changed: Settings = settings) -> Plan:
+            return plan_run(
+                changed, gpus, ollama.facts, facts, request, earlier.model_sizes, leased
+            )
+
+        if terms is None or gpus.simulated:
+            nobody = LeasedByOthers()
+            agreed = Agreed(gpus, nobody, make(gpus, nobody))
+        else:
+            terms = terms._replace(
+                shares_devices=not no_gpu_tests and facts.outer_slot is None,
+                in_process=request.in_process,
+                refresh=ollama.ask if probes.ollama.answered else None,
+            )
+            agreed = agree(settings, gpus, live, make, terms)
+        gpus = agreed.gpus
 
         def replan(changed: Settings) -> Plan:
-            return plan_run(changed, gpus, probes.ollama, facts, request, earlier.model_sizes)
+            return make(agreed.gpus, agreed.others, changed)
 
-        plan = hooks.revised(replan(settings), host.cpus)
+        plan = hooks.revised(agreed.plan, host.cpus)
+        if plan is not agreed.plan and agreed.lessee is not None:
+            lease_plan(agreed.lessee, plan)
         allowed = settings.fallback_to_cpu_when_constrained or bool(no_gpu_tests)
         if not plan.slots and not allowed:
-            raise NoRoomError(_no_room(plan))
+            raise NoRoomError(_no_room(plan, agreed.notes))
     except BaseException:
+        if agreed is not None and agreed.lessee is not None:
+            agreed.lessee.close()
         probes.close()
         if loading is not None:
             loading.undo()
         raise
-    live = LiveVram(probes.nvml) if probes.nvml is not None and gpus.all_devices else None
     close = probes.close if live is None else _both(live.close, probes.close)
+    if agreed.lessee is not None:
+        close = _both(agreed.lessee.close, close)
     found = StartFacts(
         settings,
         gpus,
-        probes.ollama,
+        ollama.facts,
         plan,
         replan,
         live,
@@ -200,7 +229,10 @@ def start(
             *gpus.problems,
             *_unexpected(settings, gpus),
             *seen_larger(settings, gpus, probes.ollama, earlier.model_sizes),
+            *agreed.notes,
         ),
+        lessee=agreed.lessee,
+        leases=agreed.leases,
         contexts=earlier.contexts,
         has_needs=earlier.has_needs and bool(plan.slots) and not gpus.simulated,
     )
@@ -226,6 +258,20 @@ def _probed(settings: Settings, host: Host) -> tuple[Probes, Loading | None]:
     if host.simulate:
         return probes, None
     return startup.load_first(settings, probes, host.environment)
+
+
+class _AskedAgain:
+    """What Ollama said last."""
+
+    def __init__(self, settings: Settings, host: Host, facts: OllamaFacts) -> None:
+        self._settings, self._host = settings, host
+        self.facts = facts
+
+    def ask(self) -> None:
+        """Ask it again; one that gives no answer now holds what it held."""
+        again = ask_ollama(self._settings, self._host.environment)
+        if again.answered:
+            self.facts = again
 
 
 def _check_answer(ollama: OllamaFacts) -> None:
@@ -254,7 +300,7 @@ def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[],
     return both
 
 
-def _no_room(plan: Plan) -> str:
+def _no_room(plan: Plan, notes: Sequence[str]) -> str:
     off = "gpu_share_fallback_to_cpu_when_constrained is false"
     if plan.absence:
         return (
@@ -268,9 +314,10 @@ def _no_room(plan: Plan) -> str:
         )
     if plan.limited_by == (Limit.HOOK,):
         return f"gpu-share: {shortage(plan)}; {off}: change the hook, or set it to true"
+    who = f" ({'; '.join(notes)})" if notes else ""
     return (
         f"gpu-share: a GPU worker needs {format_gb(plan.needed)} of VRAM, "
-        f"{format_gb(plan.usable)} are left; {off}: lower gpu_share_min_vram_per_worker_gb or "
+        f"{format_gb(plan.usable)} are left{who}; {off}: lower gpu_share_min_vram_per_worker_gb or "
         "gpu_share_ollama_vram_reservation_mb, free VRAM, or set it to true to run the tests "
         "on the CPU"
     )
@@ -356,6 +403,7 @@ def _start(
         host,
         _plan_hooks(config),
         earlier,
+        terms=Terms(config.rootpath, only_asks=_only_asks(config)),
         no_gpu_tests=f"-m {expression!r} selects no GPU test"
         if excludes_gpu_tests(expression, settings)
         else "",
@@ -374,13 +422,17 @@ def _report_files(config: pytest.Config, options: Any) -> tuple[Path, ...]:
 def _settings(config: pytest.Config) -> Settings:
     """The settings of a run; one that only asks what would happen loads no model."""
     settings = load(gather(config))
-    plugins = config.pluginmanager.get_plugins() if settings.ollama_preload else ()
-    if any(getattr(plugin, "gpu_share_only_asks", False) for plugin in plugins):
+    if settings.ollama_preload and _only_asks(config):
         from pytest_gpushare.planning.startup import check
 
         check(settings)
         return replace(settings, ollama_preload=False)
     return settings
+
+
+def _only_asks(config: pytest.Config) -> bool:
+    plugins = config.pluginmanager.get_plugins()
+    return any(getattr(plugin, "gpu_share_only_asks", False) for plugin in plugins)
 
 
 def _plan_hooks(config: pytest.Config) -> PlanHooks:

@@ -92,6 +92,8 @@ class RecordedTests:
         self._remarks: dict[str, list[str]] = {}
         self.counts: Counter[str] = Counter()
         """Outcome -> tests."""
+        self.total = 0
+        """Tests that were collected; 0 while that is unknown."""
 
     def __iter__(self) -> Iterator[RecordedTest]:
         with self._lock:
@@ -322,6 +324,16 @@ class Observer:
         self._workers, self._record, self._marker = workers, record, marker
         self._began = record.began_at
         self._passed, self._other = tests.passed, tests.reported
+        self._tests = tests
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """The process itself has collected its tests; where there are workers, none."""
+        self._tests.total = max(self._tests.total, len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        """A worker has collected its tests."""
+        self._tests.total = max(self._tests.total, len(ids))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:

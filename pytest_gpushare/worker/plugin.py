@@ -80,6 +80,10 @@ def begin(config: pytest.Config, message: Mapping[str, Any]) -> None:
     keep_log_file(config)
     channel = message["channel"]
     link = Link(channel.send)
+    if message.get("lease"):
+        from pytest_gpushare.worker.lifetime import live_with
+
+        live_with(config, message["lease"], link)
     channel.setcallback(link.receive, endmarker=("closed", None))
     config.pluginmanager.register(Placed(message, link), "gpu-share-placed")
     follow(config, message["tests"], link)

@@ -92,7 +92,8 @@ class Project:
 
     def __init__(self, path: Path, environment: Mapping[str, str]) -> None:
         self.path = path
-        self.environment = dict(environment)
+        # Every project is on a host of its own: no other run's leases may shine into it.
+        self.environment = {"PYTEST_GPUSHARE_LEASES": f"{path}-leases", **environment}
         self.write(test_project=TRIVIAL)
 
     def write(self, **modules: str) -> None:

@@ -75,7 +75,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def presence(project: Project) -> list[Path]:
-    return sorted(Path(project.environment["TMPDIR"]).glob("pytest-gpushare*/*"))
+    return sorted(Path(project.environment["PYTEST_GPUSHARE_LEASES"]).glob("s-*"))
 
 
 def picture(project: Project) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def test_running_session(
     assert re.sub(r"127.0.0.1:\d+", "HOST", out).splitlines() == [
         "GPU 0: 16.77 GB of 24.0 GB used, 7.23 GB free; "
         "Ollama 10.8 GB, tests 3.97 GB, others 2.0 GB",
-        "session N in HERE: 2 workers, TIME",
+        "session N in HERE: 2 workers, TIME, leases 9.0 GB, 0 of 2 tests done",
         "gw0: GPU 0, 1.99 GB of 4.5 GB, PID N (session N)",
         "gw1: GPU 0, 1.99 GB of 4.5 GB, PID N (session N)",
         "Ollama 0.33.0 at HOST",
@@ -118,13 +118,15 @@ def test_running_session(
 
 
 def test_killed_session(watched: Project, machine: Machine) -> None:
-    """SIGKILL leaves a file behind; it is not believed, and the next one to look removes it."""
+    """SIGKILL leaves a record behind; it is not believed, and the next session removes it."""
     with running(watched, "gw0") as session:
         assert len(picture(watched)["sessions"]) == 1
         os.killpg(session.pid, signal.SIGKILL)
         session.wait(60)
-        assert [path.name for path in presence(watched)] == [f"{session.pid}.json"]
+        assert [path.name.split("-")[1] for path in presence(watched)] == [str(session.pid)]
         assert picture(watched)["sessions"] == []
+    watched.write(test_project="def test_nothing():\n    pass\n")
+    watched.pytest("--gpu-share", "-n1")
     assert presence(watched) == []
 
 

@@ -23,15 +23,15 @@ from pytest_gpushare.cli.watch_view import (
 from pytest_gpushare.gpu.devices import Device, GpuProcess, Memory
 from pytest_gpushare.gpu.nvml import Nvml
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
-from pytest_gpushare.session.registry import PresentSession, PresentWorker
+from pytest_gpushare.session.registry import RunningSession, SessionWorker
 from pytest_gpushare.units import GB
 
 CARD = Device("GPU-0", "RTX 3090 Ti", "0", 24 * GB, 12 * GB, 12 * GB)
 SEEN = SeenDevice(CARD, Memory(24 * GB, 12 * GB, 12 * GB), 6 * GB, 4 * GB, 2 * GB, (0.0, 0.5, 1.0))
 WORKERS = (
-    PresentWorker("gw0", 11, "gpu", "GPU-0", 3 * GB),
-    PresentWorker("gw1", 12, "gpu", "GPU-0", 3 * GB),
-    PresentWorker("gw2", 13, "cpu", None, 0),
+    SessionWorker("gw0", 11, "gpu", "GPU-0", 3 * GB),
+    SessionWorker("gw1", 12, "gpu", "GPU-0", 3 * GB),
+    SessionWorker("gw2", 13, "cpu", None, 0),
 )
 SNAPSHOT = Snapshot(
     at=1_000_000_000.0,
@@ -39,7 +39,7 @@ SNAPSHOT = Snapshot(
     absence="",
     driver="580",
     problems=("GPU 1 was left out: it is lost",),
-    sessions=(PresentSession(10, "/p", 1_000_000_000.0 - 3725, WORKERS),),
+    sessions=(RunningSession(10, "/p", 1_000_000_000.0 - 3725, WORKERS),),
     held={11: 4 * GB},
     ollama=OllamaFacts(
         "h:1", True, True, "0.33.0", (LoadedModel("m", 8 * GB, 6 * GB),), reachable=True
@@ -111,7 +111,7 @@ def test_nothing_is_known() -> None:
         "  no reading: the device does not answer",
         "  holders unknown",
         "",
-        "no session of yours runs under the plugin",
+        "no session runs under the plugin",
         "",
         "Ollama is not asked",
     ]

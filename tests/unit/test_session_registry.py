@@ -1,47 +1,60 @@
-"""The files of running sessions: they never lie, and nobody else can plant them."""
+"""This session's record while it runs, and the sessions that `watch` shows."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from simulator.child import child_process
 
-from pytest_gpushare.gpu.host import identity, is_same_process
-from pytest_gpushare.session.registry import HELLO, SessionRecord, folder, sessions
+from pytest_gpushare.events import Record
+from pytest_gpushare.gpu.devices import Device
+from pytest_gpushare.leases.ledger import Ledger
+from pytest_gpushare.leases.lessee import Lessee
+from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
+from pytest_gpushare.planning.plan import Limit, Plan, Request, Slot
+from pytest_gpushare.session import registry
+from pytest_gpushare.session.registry import SessionRecord, sessions
+from pytest_gpushare.session.tests import RecordedTests
+from pytest_gpushare.session.workers import Workers
 from pytest_gpushare.wire import Links
 
-pytestmark = pytest.mark.skipif(identity(os.getpid()) is None, reason="no /proc here")
+GPU = Device("GPU-0", "RTX", "0", 24, 2, 22)
+PLAN = Plan((Slot(GPU, 5), Slot(GPU, 5)), 1, (Limit.BY_CAP,), (), (), Request())
 
-HERE = Path("/project")
 
+class Running:
+    """A session with two GPU workers and a CPU worker."""
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.workers = Workers(PLAN, lambda _: 0)
+        self.tests = RecordedTests(self.workers)
+        self.links = Links()
+        record = LeaseRecord(os.getpid(), root="/project", began=5.0)
+        self.lessee = Lessee(Ledger(directory), record, {"GPU-0": 24}, None)
+        self.lessee.change(devices={"GPU-0": DeviceLease(10)})
+        self.service = SessionRecord(self.lessee, PLAN, self.workers, self.tests, self.links)
+        for number in range(3):
+            self.workers.join(f"gw{number}", number, 0.0)
+            self.workers.came_up(f"gw{number}", 100 + number)
+        self.service.start()
+        wait_for(lambda: len(self.shown().workers) == 3)
+
+    def shown(self) -> registry.RunningSession:
+        (found,) = sessions(self.directory)
+        return found
 
 
 @pytest.fixture
-def child() -> Iterator[subprocess.Popen[bytes]]:
-    with child_process([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        yield process
-        process.kill()
-
-
-def present(links: Links) -> SessionRecord:
-    service = SessionRecord(links, HERE)
-    service.start()
-    wait_for(lambda: bool(sessions()))
-    return service
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    monkeypatch.setattr(registry, "INTERVAL", 0.01)
+    made = Running(tmp_path / "leases")
+    yield made
+    made.service.stop()
+    made.lessee.close()
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -51,130 +64,54 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def write(document: object, name: str = "1.json") -> Path:
-    folder().mkdir(mode=0o700, exist_ok=True)
-    path = folder() / name
-    path.write_text(document if isinstance(document, str) else json.dumps(document))
-    return path
+def test_from_start_to_stop(running: Running) -> None:
+    shown = running.shown()
+    assert (shown.pid, shown.root, shown.owner) == (os.getpid(), "/project", "")
+    assert [worker.id for worker in shown.workers] == ["gw0", "gw1", "gw2"]
+    assert (shown.workers[0].device, shown.workers[0].slot) == ("GPU-0", 5)
+    assert shown.leases == {"GPU-0": 10}
+    assert shown.workers[0].is_bounded
+    running.service.admits_by_needs()
+    running.tests.total = 7
+    running.tests.counts["passed"] = 3
+    wait_for(lambda: not running.shown().workers[0].is_bounded)
+    assert (running.shown().done, running.shown().total) == (3, 7)
+    running.service.stop()
+    assert sessions(running.directory) == []
 
 
-def valid(**changes: Any) -> dict[str, Any]:
-    pid = os.getpid()
-    return {
-        "schema": 1,
-        "pid": pid,
-        "identity": identity(pid),
-        "root": "/p",
-        "began": 1.0,
-        "workers": [],
-        **changes,
-    }
+def test_slots_are_given_back_as_workers_end(running: Running) -> None:
+    """That of a crashed worker is kept for the one that replaces it."""
+    running.workers.leave("gw0", 1.0, crashed=True)
+    running.workers.leave("gw2", 1.0, crashed=False)
+    wait_for(lambda: len(running.shown().workers) == 1)
+    assert running.shown().leases == {"GPU-0": 10}
+    running.workers.leave("gw1", 2.0, crashed=False)
+    wait_for(lambda: running.shown().leases == {"GPU-0": 5})
 
 
-def test_from_start_to_stop(child: subprocess.Popen[bytes]) -> None:
-    """A worker appears when it has said hello, and goes when it dies."""
-    run = Links()
-    service = present(run)
-    who = {"pid": child.pid, "role": "gpu", "device": "GPU-0", "vram": 5}
-    run.receive("gw10", (HELLO, who))
-    run.receive("gw9", (HELLO, {**who, "pid": os.getpid()}))
-    wait_for(lambda: len(sessions()[0].workers) == 2)
-    (session,) = sessions()
-    assert (session.pid, session.root) == (os.getpid(), str(HERE))
-    assert [worker.id for worker in session.workers] == ["gw9", "gw10"]
-    assert (session.workers[1].device, session.workers[1].slot) == ("GPU-0", 5)
-    assert session.workers[1].is_bounded
-    service.admits_by_needs()
-    wait_for(lambda: not sessions()[0].workers[1].is_bounded)
-    child.kill()
-    child.wait(30)
-    assert [worker.id for worker in sessions()[0].workers] == ["gw9"]
-    service.stop()
-    assert list(folder().iterdir()) == []
-    run.receive("gw11", (HELLO, who))
-    time.sleep(0.05)
-    assert list(folder().iterdir()) == []
+def test_removed_record_comes_back_and_workers_are_told(running: Running) -> None:
+    sent: list[object] = []
+    running.links.attach("gw0", sent.append)
+    (path,) = running.directory.glob("s-*")
+    path.unlink()
+    wait_for(lambda: bool(sent))
+    (again,) = running.directory.glob("s-*")
+    assert sent == [("lease", str(again))]
+    assert running.shown().leases == {"GPU-0": 10}
 
 
-def test_number_used_again(child: subprocess.Popen[bytes]) -> None:
-    """A process of the same number that started at another time is not the session."""
-    own = str(identity(child.pid))
-    earlier = f"{own.rpartition('/')[0]}/1"
-    path = write(valid(pid=child.pid, identity=earlier))
-    assert sessions() == []
-    assert not path.exists()
+def test_no_directory(tmp_path: Path) -> None:
+    assert sessions(tmp_path / "nowhere") == []
 
 
-def test_zombie_is_dead() -> None:
-    """A process that nobody has waited for holds nothing any more."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    known = identity(process.pid)
-    wait_for(lambda: identity(process.pid) is None)
-    assert known is None or is_same_process(process.pid, known) is False
-    process.wait(30)
-
-
-def test_another_boot_and_another_container() -> None:
-    """The file of an earlier boot is removed; that of another container is left alone."""
-    boot, space, start = str(identity(os.getpid())).split("/")
-    gone = write(valid(identity=f"another-boot/{space}/{start}"), "1.json")
-    elsewhere = write(valid(identity=f"{boot}/pid:[1]/{start}"), "2.json")
-    assert sessions() == []
-    assert (gone.exists(), elsewhere.exists()) == (False, True)
-
-
-@pytest.mark.parametrize(
-    "document",
-    [
-        "",
-        "{",
-        "[" * 5000,
-        "null",
-        {},
-        valid(schema=2),
-        valid(pid="1"),
-        valid(pid=True),
-        valid(identity=None),
-        valid(workers=3),
-        valid(workers=[{}]),
-        valid(workers=["x"]),
-        valid(began="soon"),
-        json.dumps(valid(root="x" * 70_000)),
-    ],
-    ids=range(14),
-)
-def test_broken_files_say_nothing(document: object) -> None:
-    """Of another version, cut off, or planted: nothing is shown and nothing fails."""
-    write(document)
-    write(valid(), "2.json")
-    assert [session.root for session in sessions()] == ["/p"]
-
-
-def test_folder_of_somebody_else(own_folder: Path) -> None:
-    """A link, or a folder that others can write to, is neither read nor written."""
-    real = own_folder / "real"
-    real.mkdir(mode=0o700)
-    folder().symlink_to(real)
-    service = SessionRecord(Links(), HERE)
-    service.start()
-    assert (list(real.iterdir()), sessions()) == ([], [])
-    folder().unlink()
-    folder().mkdir()
-    folder().chmod(0o777)
-    service = SessionRecord(Links(), HERE)
-    service.start()
-    service.stop()
-    assert (list(folder().iterdir()), sessions()) == ([], [])
-
-
-def test_temporary_directory_that_cannot_be_used(
-    monkeypatch: pytest.MonkeyPatch, own_folder: Path
-) -> None:
-    """The session goes on unseen."""
-    file = own_folder / "file"
-    file.touch()
-    monkeypatch.setattr(tempfile, "tempdir", str(file))
-    service = SessionRecord(Links(), HERE)
-    service.start()
-    service.stop()
-    assert sessions() == []
+def test_record_of_another_process(tmp_path: Path) -> None:
+    """Damaged ones are not shown."""
+    ledger = Ledger(tmp_path / "leases")
+    record = LeaseRecord(7, began=Record().began_at)
+    with ledger.gate():
+        ledger.publish(record)
+    (path,) = (tmp_path / "leases").glob("s-*")
+    assert sessions(tmp_path / "leases")[0].pid == 7
+    path.write_bytes(b"\0" * 4096)
+    assert sessions(tmp_path / "leases") == []

@@ -1,0 +1,178 @@
+"""What the sessions of a host claim of each device: pure arithmetic over their records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from pytest_gpushare.gpu.devices import GpuProcess
+from pytest_gpushare.leases.ledger import LiveSession
+from pytest_gpushare.units import format_gb
+
+TICKET_LIFE = 5.0
+"""Seconds for which a ticket counts after it was renewed: a stopped session blocks nobody."""
+
+
+class Waiting(NamedTuple):
+    """A session that asked earlier."""
+
+    ticket: int
+    want: int
+    """Bytes."""
+
+
+class Holder(NamedTuple):
+    """A session that has leased VRAM of a device."""
+
+    session: LiveSession
+    lease: int
+    """Bytes, never more than the device has."""
+    held: int | None
+    """What its processes hold of it; None where no PID can be compared."""
+
+    @property
+    def unclaimed(self) -> int:
+        """Bytes that it may still take."""
+        return max(0, self.lease - (self.held or 0))
+
+
+class DeviceClaims(NamedTuple):
+    """What the other sessions claim of one device."""
+
+    holders: tuple[Holder, ...] = ()
+    waiting: tuple[Waiting, ...] = ()
+    """The oldest ticket first."""
+    reserved: int = 0
+    """The largest reservation for Ollama that one of them publishes."""
+    spare: int = 0
+    """What they would give back to one that waits."""
+
+    @property
+    def leased(self) -> int:
+        """Bytes that they have leased and not yet taken."""
+        return sum(holder.unclaimed for holder in self.holders)
+
+    def ahead(self, room: int, ticket: int = 0) -> int:
+        """Bytes of the room that are kept for those who asked before.
+
+        `ticket` is the own one, 0 for whoever has none yet. One that cannot be satisfied now,
+        not even with what the others would give back, keeps nothing.
+        """
+        kept = 0
+        for waiting in self.waiting:
+            if ticket and waiting.ticket >= ticket:
+                break
+            if waiting.want <= room + self.spare - kept:
+                kept += waiting.want
+        return kept
+
+
+NOTHING = DeviceClaims()
+
+Processes = Mapping[str, Sequence[GpuProcess] | None]
+"""UUID -> who holds VRAM there; None, or missing, where the driver does not tell."""
+
+
+def claims_of(
+    sessions: Iterable[LiveSession],
+    totals: Mapping[str, int],
+    processes: Processes,
+    *,
+    space: str,
+    now: float,
+    ancestors: Callable[[int], Sequence[int]],
+) -> Mapping[str, DeviceClaims]:
+    """UUID -> what these sessions claim, for each device in `totals`.
+
+    `space` is where the reader's PIDs hold: only sessions of the same place can be found in
+    the list of processes. `ancestors` gives a process and those that started it.
+    """
+    known = [session for session in sessions if session.record is not None]
+    owners = {
+        pid: session.name
+        for session in known
+        if space and session.record is not None and session.record.space == space
+        for pid in session.record.pids
+    }
+    return {
+        uuid: _claims_on(uuid, total, known, _held(processes.get(uuid), owners, ancestors), now)
+        for uuid, total in totals.items()
+    }
+
+
+def _claims_on(
+    uuid: str,
+    total: int,
+    sessions: Sequence[LiveSession],
+    held: Mapping[str, int] | None,
+    now: float,
+) -> DeviceClaims:
+    holders, waiting = [], []
+    reserved = spare = 0
+    for session in sessions:
+        record = session.record
+        if record is None or uuid not in record.devices:
+            continue
+        share = record.lease(uuid)
+        reserved = max(reserved, min(share.reserved, total))
+        spare += min(share.spare, share.lease, total)
+        if share.lease:
+            found = None if held is None else held.get(session.name, 0)
+            holders.append(Holder(session, min(share.lease, total), found))
+        if record.ticket and share.want and abs(now - record.renewed) <= TICKET_LIFE:
+            waiting.append(Waiting(record.ticket, share.want))
+    return DeviceClaims(tuple(holders), tuple(sorted(waiting)), reserved, spare)
+
+
+def _held(
+    processes: Sequence[GpuProcess] | None,
+    owners: Mapping[int, str],
+    ancestors: Callable[[int], Sequence[int]],
+) -> Mapping[str, int] | None:
+    """Session -> bytes that it and its descendants hold; None where that cannot be told."""
+    if processes is None or any(process.used is None for process in processes):
+        return None
+    found: dict[str, int] = {}
+    for process in processes:
+        line = ancestors(process.pid)
+        if not line:
+            # The driver's PIDs are those of another namespace: none of them can be compared.
+            return None
+        owner = next((owners[pid] for pid in line if pid in owners), None)
+        if owner is not None:
+            found[owner] = found.get(owner, 0) + (process.used or 0)
+    return found
+
+
+def names_device(sessions: Iterable[LiveSession], uuids: Iterable[str]) -> bool:
+    """Whether one of the sessions claims, or waits for, one of these devices."""
+    wanted = set(uuids)
+    return any(s.record is not None and wanted & s.record.devices.keys() for s in sessions)
+
+
+class Naming(NamedTuple):
+    """How other sessions are named to the user."""
+
+    shows_everybody: bool = True
+    """Whether sessions of other users are named, too."""
+
+    def session(self, session: LiveSession) -> str:
+        """`pid 1234, ci, in /srv/a`."""
+        if session.record is None:
+            return f"{session.name} of {session.owner}"
+        if session.is_mine:
+            return f"pid {session.record.pid}, {session.owner}, in {session.record.root}"
+        if not self.shows_everybody:
+            return "another user"
+        root = session.record.root.replace("\\", "/").rstrip("/").rpartition("/")[2]
+        return f"pid {session.record.pid}, {session.owner}, in {root}"
+
+    def holder(self, holder: Holder, wall_clock: float) -> str:
+        """`pid 1234, ci, in /srv/a: 9.0 GB for 3 min, 412 of 1,000 tests done`."""
+        record = holder.session.record
+        text = f"{self.session(holder.session)}: {format_gb(holder.lease)}"
+        if record is None:
+            return text
+        minutes = max(0, int((wall_clock - record.began) / 60))
+        text += f" for {minutes} min" if minutes else ""
+        return text + (f", {record.done:,} of {record.total:,} tests done" if record.total else "")

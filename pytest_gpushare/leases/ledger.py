@@ -1,0 +1,429 @@
+"""The ledger: a directory in which every session of this host keeps one locked record.
+
+A record counts while a process of its session holds the lock on it, so the kernel removes the
+claims of a session that is killed. Whoever reads, decides and writes holds the lock on the
+file `gate` meanwhile. Nothing in the directory is trusted: links are not followed, only regular
+files are read, and whose record it is says the owner of the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from pytest_gpushare.leases import locks
+from pytest_gpushare.leases.records import (
+    SIZE,
+    LeaseRecord,
+    UnreadableError,
+    from_bytes,
+    to_bytes,
+)
+from pytest_gpushare.text import one_line
+
+VARIABLE = "PYTEST_GPUSHARE_LEASES"
+"""The environment variable with the directory that `auto` means."""
+
+GATE_LIMIT = 2.0
+"""Seconds that anybody waits for the gate."""
+
+GATE_REST = 60.0
+"""Seconds for which the gate is left alone after it was waited for in vain."""
+
+MOST_ENTRIES = 1024
+"""Entries of the directory that are read."""
+
+_MEETING_PLACE = Path("/tmp/pytest-gpushare-leases")
+"""Not the directory for temporary files: that may be each user's, or each session's."""
+
+_GATE = "gate"
+_PREFIX, _SUFFIX = "s-", ".json"
+_NETWORK = (
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre"),
+    *("fuse.sshfs", "fuse.glusterfs"),
+)
+
+_HAS_DIR_FD = os.open in os.supports_dir_fd
+
+
+class LedgerError(Exception):
+    """The ledger cannot be used; its text is one line for the user."""
+
+
+class GateError(LedgerError):
+    """Somebody held the gate for too long."""
+
+
+class LiveSession(NamedTuple):
+    """A session whose record is locked."""
+
+    name: str
+    """The name of the record's file."""
+    uid: int | None
+    """The owner of the file; None where files have no owner."""
+    record: LeaseRecord | None
+    """None where it could not be understood."""
+    problem: str = ""
+    """Why not."""
+
+    @property
+    def owner(self) -> str:
+        """The name of the user."""
+        if self.uid is None:
+            return (self.record.user if self.record else "") or "?"
+        return user_name(self.uid)
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether it is a session of the user who reads it."""
+        return self.uid is None or self.uid == _own_uid()
+
+
+def user_name(uid: int) -> str:
+    """The name of a user of this host, else `uid 1001`."""
+    try:
+        import pwd
+
+        return one_line(pwd.getpwuid(uid).pw_name, 40)
+    except (ImportError, KeyError):
+        return f"uid {uid}"
+
+
+def _own_uid() -> int | None:
+    return os.getuid() if hasattr(os, "getuid") else None
+
+
+def default_directory() -> Path:
+    """Where all users and containers of a host meet, unless the environment names a directory."""
+    given = os.environ.get(VARIABLE, "").strip()
+    if given:
+        return Path(given).expanduser().absolute()
+    if sys.platform == "win32":
+        return Path(os.environ.get("PROGRAMDATA") or "C:/ProgramData", "pytest-gpushare", "leases")
+    return _MEETING_PLACE
+
+
+class Ledger:
+    """The view of one session: its own record, and those of the others. Threads may share it."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        is_reader: bool = False,
+    ) -> None:
+        """Open the directory, and create it where it is missing, unless it is only to be read.
+
+        Raises `LedgerError`.
+        """
+        self.directory = directory
+        self._clock = clock
+        self._thread_lock = threading.RLock()
+        self._shut_until = float("-inf")
+        self._own: int | None = None
+        self._own_name = ""
+        self._directory = _open_directory(directory, create=not is_reader)
+        _ALL.add(self)
+
+    @property
+    def record_path(self) -> Path | None:
+        """The file of this session's record; None where it has none."""
+        return self.directory / self._own_name if self._own is not None else None
+
+    @contextlib.contextmanager
+    def gate(self) -> Iterator[None]:
+        """Hold the gate. Raises `GateError` after `GATE_LIMIT` seconds, `LedgerError`."""
+        if not self._thread_lock.acquire(timeout=GATE_LIMIT):
+            raise GateError(f"another thread holds the gate of {self.directory}")
+        try:
+            descriptor = self._enter_gate()
+            try:
+                yield
+            finally:
+                locks.close(descriptor)
+        finally:
+            self._thread_lock.release()
+
+    def others(self) -> list[LiveSession]:
+        """The sessions that are alive, but this one; to be called while the gate is held.
+
+        Removes what dead sessions of this user left.
+        """
+        return list(self._live(may_remove=True))
+
+    def look(self) -> list[LiveSession]:
+        """The sessions that are alive, without the gate: for whoever only shows them."""
+        return list(self._live(may_remove=False))
+
+    def publish(self, record: LeaseRecord) -> None:
+        """Write this session's record; to be called while the gate is held.
+
+        A record that somebody removed is created again. Raises `LedgerError`.
+        """
+        try:
+            content = to_bytes(record)
+            if self._own is not None and os.fstat(self._own).st_nlink == 0:
+                self._drop()
+            if self._own is None:
+                self._create(content)
+            else:
+                os.lseek(self._own, 0, os.SEEK_SET)
+                os.write(self._own, content)
+        except UnreadableError as error:
+            raise LedgerError(str(error)) from None
+        except OSError as error:
+            raise LedgerError(f"{self.directory} cannot be written: {_words(error)}") from None
+
+    def is_lost(self) -> bool:
+        """Whether somebody has removed this session's record."""
+        with self._thread_lock, contextlib.suppress(OSError):
+            return self._own is not None and os.fstat(self._own).st_nlink == 0
+        return False
+
+    def leave(self) -> None:
+        """Remove this session's record; harmless when called twice."""
+        with self._thread_lock:
+            if self._own is not None:
+                with contextlib.suppress(OSError):
+                    if os.fstat(self._own).st_nlink:
+                        self._unlink(self._own_name)
+                self._drop()
+
+    def close(self) -> None:
+        """Leave, and close the directory."""
+        self.leave()
+        with self._thread_lock:
+            self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        self._drop()
+        descriptor, self._directory = self._directory, None
+        if descriptor is not None:
+            locks.close(descriptor)
+
+    def _drop(self) -> None:
+        own, self._own = self._own, None
+        if own is not None:
+            locks.close(own)
+
+    def _create(self, content: bytes) -> None:
+        name = f"{_PREFIX}{os.getpid()}-{os.urandom(6).hex()}{_SUFFIX}"
+        descriptor = self._open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            _make_readable(descriptor)
+            if not locks.lock_within(GATE_LIMIT, descriptor, shared=True):
+                raise OSError(errno.EAGAIN, "its record is locked by somebody else")
+            if os.write(descriptor, content) != SIZE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except BaseException:
+            locks.close(descriptor)
+            with contextlib.suppress(OSError):
+                self._unlink(name)
+            raise
+        self._own, self._own_name = descriptor, name
+
+    # --- the gate ---
+
+    def _enter_gate(self) -> int:
+        began = self._clock()
+        if began < self._shut_until:
+            raise GateError(self._held())
+        try:
+            while True:
+                descriptor = self._open_gate()
+                try:
+                    left = began + GATE_LIMIT - self._clock()
+                    if not locks.lock_within(max(0.0, left), descriptor):
+                        self._shut_until = self._clock() + GATE_REST
+                        raise GateError(self._held())
+                    # One that somebody removed meanwhile would let two in.
+                    if self._is_the_gate(descriptor):
+                        return descriptor
+                except BaseException:
+                    locks.close(descriptor)
+                    raise
+                locks.close(descriptor)
+        except OSError as error:
+            where = self.directory / _GATE
+            raise LedgerError(f"{where} cannot be locked: {_words(error)}") from None
+
+    def _held(self) -> str:
+        return f"{self.directory / _GATE} was held by another process for {GATE_LIMIT:g} s"
+
+    def _open_gate(self) -> int:
+        # Read-only first: with fs.protected_regular nobody may open another user's file with
+        # O_CREAT in a directory such as /tmp.
+        try:
+            descriptor = self._open(_GATE, os.O_RDONLY)
+        except FileNotFoundError:
+            try:
+                descriptor = self._open(_GATE, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                _make_readable(descriptor)
+            except FileExistsError:
+                descriptor = self._open(_GATE, os.O_RDONLY)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            locks.close(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file")
+        return descriptor
+
+    def _is_the_gate(self, descriptor: int) -> bool:
+        try:
+            there = self._stat(_GATE)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(descriptor), there)
+
+    # --- the others ---
+
+    def _live(self, *, may_remove: bool) -> Iterator[LiveSession]:
+        for name in self._names():
+            if name == self._own_name and self._own is not None:
+                continue
+            # A file that vanishes, or may not be read, is no session.
+            with contextlib.suppress(OSError):
+                session = self._read(name, may_remove=may_remove)
+                if session is not None:
+                    yield session
+
+    def _names(self) -> list[str]:
+        try:
+            with os.scandir(self._place()) as entries:
+                first = zip(range(MOST_ENTRIES), entries, strict=False)
+                return [entry.name for _, entry in first if _is_record(entry.name)]
+        except OSError:
+            return []
+
+    def _read(self, name: str, *, may_remove: bool) -> LiveSession | None:
+        descriptor = self._open(name, os.O_RDONLY)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                return None
+            uid = status.st_uid if hasattr(os, "getuid") else None
+            if locks.try_exclusive(descriptor):
+                locks.unlock(descriptor)
+                if may_remove and uid == _own_uid():
+                    self._unlink(name)
+                return None
+            content = os.read(descriptor, SIZE)
+        finally:
+            locks.close(descriptor)
+        try:
+            return LiveSession(name, uid, from_bytes(content))
+        except UnreadableError as error:
+            return LiveSession(name, uid, None, str(error))
+
+    # --- relative to the directory that was opened ---
+
+    def _place(self) -> int | Path:
+        if self._directory is not None:
+            return self._directory
+        if _HAS_DIR_FD:
+            raise OSError(errno.EBADF, "the ledger is closed")
+        return self.directory
+
+    def _open(self, name: str, flags: int) -> int:
+        place = self._place()
+        if isinstance(place, int):
+            return os.open(name, flags | locks.OPEN_FLAGS, 0o644, dir_fd=place)
+        return os.open(place / name, flags | locks.OPEN_FLAGS, 0o644)
+
+    def _stat(self, name: str) -> os.stat_result:
+        place = self._place()
+        if isinstance(place, int):
+            return os.stat(name, dir_fd=place, follow_symlinks=False)
+        return (place / name).lstat()
+
+    def _unlink(self, name: str) -> None:
+        place = self._place()
+        if isinstance(place, int):
+            os.unlink(name, dir_fd=place)
+        else:
+            (place / name).unlink()
+
+
+_ALL: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """In a child that was forked: its copies of the descriptors would keep the locks."""
+    for ledger in list(_ALL):
+        ledger._close_descriptors()
+        ledger._thread_lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _open_directory(directory: Path, *, create: bool) -> int | None:
+    """The descriptor of the directory; None on systems that open no directories."""
+    try:
+        if create:
+            _create_directory(directory)
+        if not _HAS_DIR_FD:
+            if not directory.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            return None
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | locks.OPEN_FLAGS)
+    except OSError as error:
+        raise LedgerError(f"{directory} cannot be opened: {_words(error)}") from None
+    kind = _file_system(os.fstat(descriptor).st_dev)
+    if kind in _NETWORK:
+        locks.close(descriptor)
+        raise LedgerError(f"{directory} is on a network file system ({kind})")
+    return descriptor
+
+
+def _create_directory(directory: Path) -> None:
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir()
+    except FileExistsError:
+        # Its creator may have been killed before it set the mode.
+        status = directory.lstat()
+        is_bare = stat.S_ISDIR(status.st_mode) and not status.st_mode & stat.S_ISVTX
+        if not is_bare or status.st_uid != _own_uid() or directory != _MEETING_PLACE:
+            return
+    if hasattr(os, "getuid"):
+        # Everybody may add a record, and nobody may remove another's.
+        directory.chmod(0o1777)
+
+
+def _file_system(device: int) -> str:
+    """The kind of the file system with this device number; empty where that is unknown."""
+    try:
+        number = f"{os.major(device)}:{os.minor(device)}"
+        with open("/proc/self/mountinfo", "rb") as file:  # noqa: PTH123 - Path costs twice as much
+            lines = file.read(1 << 20).decode("utf-8", "replace").splitlines()
+    except (OSError, AttributeError):
+        return ""
+    for line in lines:
+        fields, _, rest = line.partition(" - ")
+        if fields.split()[2:3] == [number]:
+            return rest.split(" ", 1)[0]
+    return ""
+
+
+def _make_readable(descriptor: int) -> None:
+    """Whatever the umask is: the others must be able to read it, and not to write."""
+    if hasattr(os, "fchmod"):
+        os.fchmod(descriptor, 0o644)
+
+
+def _is_record(name: str) -> bool:
+    return name.startswith(_PREFIX) and name.endswith(_SUFFIX) and len(name) < 100
+
+
+def _words(error: OSError) -> str:
+    return one_line(error.strerror or str(error), 200)

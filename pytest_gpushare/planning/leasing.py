@@ -1,0 +1,348 @@
+"""The plan and the leases of a session, made while no other session can change its own."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, Memory
+from pytest_gpushare.gpu.host import pid_space
+from pytest_gpushare.leases.claims import Naming
+from pytest_gpushare.leases.ledger import Ledger, LedgerError, default_directory
+from pytest_gpushare.leases.lessee import Lessee, View, WaitingLine, Wish
+from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
+from pytest_gpushare.planning.plan import LeasedByOthers, Limit, Plan
+from pytest_gpushare.units import format_gb
+
+if TYPE_CHECKING:
+    from pytest_gpushare.gpu.sampler import LiveVram
+
+_OLLAMA_EVERY = 2.0
+"""Seconds between two requests to Ollama while the session waits."""
+
+OFF = "off"
+AUTO = "auto"
+
+
+def directory_of(settings: Settings) -> Path:
+    """The directory of the ledger; the default one also where nothing is leased."""
+    if settings.leases in ("", AUTO, OFF):
+        return default_directory()
+    return Path(settings.leases).expanduser().absolute()
+
+
+class Terms(NamedTuple):
+    """On what terms a session takes part in the ledger."""
+
+    root: Path
+    shares_devices: bool = True
+    """Whether its plan is to respect leases; False: it is only seen by `watch`."""
+    only_asks: bool = False
+    """Whether nothing is leased: no test will follow."""
+    in_process: bool = False
+    """Whether it leases by the test and not by the run."""
+    refresh: Callable[[], object] | None = None
+    """Asks Ollama again while the session waits; None: it is not asked."""
+
+
+class Agreed(NamedTuple):
+    """What was agreed with the other sessions of the host."""
+
+    gpus: GpuFacts
+    """As they were when the plan was made."""
+    others: LeasedByOthers
+    plan: Plan
+    lessee: Lessee | None = None
+    """None where the ledger cannot be used."""
+    leases: tuple[str, ...] = ()
+    """One sentence for each device and session that has leased VRAM there."""
+    notes: tuple[str, ...] = ()
+    """Problems, one sentence each."""
+
+
+MakePlan = Callable[[GpuFacts, LeasedByOthers], Plan]
+
+
+def agree(
+    settings: Settings, gpus: GpuFacts, live: LiveVram | None, make: MakePlan, terms: Terms
+) -> Agreed:
+    """Make the plan from what other sessions leave, and lease it; wait where that is wanted.
+
+    A fault of the ledger is one note and a plan without leases.
+    """
+    shares = terms.shares_devices and settings.leases != OFF and bool(gpus.devices)
+    nobody = LeasedByOthers()
+    try:
+        ledger = Ledger(directory_of(settings), is_reader=terms.only_asks)
+    except LedgerError as error:
+        notes = (_fault(error),) if shares and not terms.only_asks else ()
+        return Agreed(gpus, nobody, make(gpus, nobody), notes=notes)
+    record = LeaseRecord(
+        os.getpid(),
+        pid_space() or "",
+        str(terms.root),
+        _user(),
+        time.time(),
+        models=settings.ollama_models,
+    )
+    totals = {device.uuid: device.total for device in gpus.devices} if shares else {}
+    lessee = Lessee(ledger, record, totals, None if live is None else _Live(live))
+    if not shares:
+        return Agreed(gpus, nobody, make(gpus, nobody), None if terms.only_asks else lessee)
+    negotiation = _Negotiation(settings, gpus, make, terms.refresh)
+    try:
+        if terms.only_asks:
+            return negotiation.only_asked(lessee)
+        return negotiation.leased(lessee, in_process=terms.in_process)
+    except LedgerError as error:
+        lessee.close()
+        return Agreed(gpus, nobody, make(gpus, nobody), notes=(_fault(error),))
+    except BaseException:
+        lessee.close()
+        raise
+
+
+def _fault(error: LedgerError) -> str:
+    return (
+        f"no VRAM is leased: {error}: other sessions on this host do not see what this one uses "
+        "(gpu_share_leases)"
+    )
+
+
+def _user() -> str:
+    with contextlib.suppress(Exception):
+        return getpass.getuser()
+    return ""
+
+
+class _Live:
+    """NVML within its time limits; a reading that came too late is none."""
+
+    def __init__(self, live: LiveVram) -> None:
+        self._live = live
+
+    def memory(self) -> Mapping[str, Memory]:
+        asked = time.monotonic()
+        reading = self._live.memory(0.0)
+        return reading.devices if reading.at >= asked else {}
+
+    def processes(self) -> Mapping[str, tuple[GpuProcess, ...] | None]:
+        asked = time.monotonic()
+        reading = self._live.processes(0.0)
+        return reading.devices if reading.at >= asked else {}
+
+
+class _Negotiation:
+    """The plan and the leases of one session, decided inside the gate."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        gpus: GpuFacts,
+        make: MakePlan,
+        refresh: Callable[[], object] | None,
+    ) -> None:
+        self._settings, self._gpus, self._make = settings, gpus, make
+        self._refresh, self._refreshed = refresh, 0.0
+        self._own: Mapping[str, int] | None = None
+        self._naming = Naming()
+        self._line = WaitingLine()
+        self.now, self.others = gpus, LeasedByOthers()
+        self.plan: Plan | None = None
+
+    def only_asked(self, lessee: Lessee) -> Agreed:
+        """The plan of a run that is not to start: what it would be now."""
+        with lessee.ledger.gate():
+            view = lessee.view()
+        self.decide(view)
+        lessee.close()
+        return self._agreed(view, None, ())
+
+    def leased(self, lessee: Lessee, *, in_process: bool) -> Agreed:
+        """The plan and its leases, after the wait for them."""
+        try:
+            wait = None if self._settings.wait is None else float(self._settings.wait)
+            outcome = lessee.claim(self.decide, wait, self._report)
+        finally:
+            self._line.clear()
+        if in_process:
+            # The tests lease what they need, one by one.
+            lessee.shrink({})
+        notes = [_unreadable(session.name, session.owner, session.problem)
+                 for session in outcome.view.sessions if session.record is None]  # fmt: skip
+        if not outcome.is_granted and outcome.waited >= 1:
+            who = "; ".join(self._holders(outcome.view)) or "other programs hold it"
+            notes.append(f"waited {outcome.waited:.0f} s for VRAM: {who}")
+        elif not outcome.is_granted and any(c.holders for c in outcome.view.claims.values()):
+            notes.append(f"VRAM is leased: {'; '.join(self._holders(outcome.view))}")
+        return self._agreed(outcome.view, lessee, notes)
+
+    def decide(self, view: View) -> Wish:
+        """The plan as of this view, and what it leases."""
+        self.now = _updated(self._gpus, view)
+        claims = view.claims
+        if not any(claim.holders or claim.waiting or claim.reserved for claim in claims.values()):
+            self.others = LeasedByOthers()
+            self.plan = self._make(self.now, self.others)
+            return self._wish(self.plan, is_explained=False)
+        if self._own is None:
+            alone = self._make(self.now, LeasedByOthers())
+            self._own = {planned.device.uuid: planned.reservation for planned in alone.devices}
+        reserved = {uuid: claim.reserved for uuid, claim in claims.items()}
+        leased = {uuid: claim.leased for uuid, claim in claims.items()}
+        self.others = LeasedByOthers(leased, reserved)
+        plan = self._make(self.now, self.others)
+        # Who asked earlier comes first: its part of the budget is not to be had either.
+        kept = {
+            planned.device.uuid: claims[planned.device.uuid].ahead(planned.budget, view.ticket)
+            for planned in plan.devices
+            if planned.device.uuid in claims
+        }
+        if any(kept.values()):
+            more = {uuid: size + kept.get(uuid, 0) for uuid, size in leased.items()}
+            self.others = LeasedByOthers(more, reserved)
+            plan = self._make(self.now, self.others)
+        self.plan = plan
+        explained = not plan.slots and self._fits_alone(view, reserved)
+        return self._wish(plan, is_explained=explained)
+
+    def _wish(self, plan: Plan, *, is_explained: bool) -> Wish:
+        slots = slots_by_device(plan)
+        # A device that lets no process in is not waited for.
+        waits = not plan.slots
+        return Wish(
+            {
+                planned.device.uuid: DeviceLease(
+                    slots[planned.device.uuid],
+                    plan.needed if waits and planned.limited_by is Limit.BY_NEED else 0,
+                    planned.reservation
+                    if self._own is None
+                    else self._own.get(planned.device.uuid, 0),
+                )
+                for planned in plan.devices
+            },
+            is_explained,
+        )
+
+    def _fits_alone(self, view: View, reserved: Mapping[str, int]) -> bool:
+        """Whether there were a GPU worker if the other sessions had leased nothing."""
+        devices = tuple(
+            _freed(device, sum(h.held or 0 for h in view.claims[device.uuid].holders))
+            if device.uuid in view.claims
+            else device
+            for device in self.now.devices
+        )
+        gpus = self.now._replace(devices=devices)
+        return bool(self._make(gpus, LeasedByOthers({}, reserved)).slots)
+
+    def _report(self, view: View, waited: float) -> None:
+        needed = format_gb(self.plan.needed) if self.plan is not None else "VRAM"
+        who = "; ".join(self._holders(view)) or "other programs hold the VRAM"
+        text = f"gpu-share: waiting for {needed} of VRAM for a GPU worker, {waited:.0f} s: {who}"
+        if not any(share.spare for share in self._shares(view)) and any(
+            claim.holders for claim in view.claims.values()
+        ):
+            text += (
+                " (sessions share a GPU where their tests declare their needs: "
+                "gpu_share_preset = packed)"
+            )
+        self._line.show(text)
+        if self._refresh is not None and waited - self._refreshed >= _OLLAMA_EVERY:
+            # Its models come and go meanwhile: what it held at the start holds no longer.
+            self._refreshed = waited
+            self._refresh()
+
+    def _shares(self, view: View) -> list[DeviceLease]:
+        records = (session.record for session in view.sessions if session.record is not None)
+        return [share for record in records for share in record.devices.values()]
+
+    def _holders(self, view: View) -> list[str]:
+        now, found = time.time(), {}
+        for claim in view.claims.values():
+            for holder in claim.holders:
+                found[holder.session.name, holder.lease] = self._naming.holder(holder, now)
+        return list(found.values())
+
+    def _agreed(self, view: View, lessee: Lessee | None, notes: Sequence[str]) -> Agreed:
+        assert self.plan is not None
+        labels = {device.uuid: device.label for device in self.now.devices}
+        leases = tuple(
+            f"{labels[uuid]}: {format_gb(holder.lease)} of VRAM are leased by "
+            f"{self._naming.session(holder.session)}"
+            for uuid, claim in view.claims.items()
+            for holder in claim.holders
+        )
+        over = [
+            f"{labels[uuid]}: {holder.session.owner} claims {format_gb(holder.lease)} of VRAM, "
+            f"more than is left there"
+            for uuid, claim in view.claims.items()
+            for holder in claim.holders
+            if view.memory is not None
+            and uuid in view.memory
+            and holder.unclaimed > view.memory[uuid].free
+        ]
+        return Agreed(
+            self.now, self.others, self.plan, lessee, leases, (*notes, *dict.fromkeys(over))
+        )
+
+
+def _unreadable(name: str, owner: str, problem: str) -> str:
+    return f"the lease {name} of {owner} is not understood: {problem}: it claims nothing"
+
+
+def _updated(gpus: GpuFacts, view: View) -> GpuFacts:
+    """The devices with the VRAM that was read inside the gate."""
+    if view.memory is None:
+        return gpus
+    memory = view.memory
+
+    def now(device: Device) -> Device:
+        found = memory.get(device.uuid)
+        if found is None:
+            return device
+        processes = view.processes.get(device.uuid, device.processes)
+        return replace(
+            device,
+            total=found.total,
+            used=min(found.used, found.total),
+            free=min(found.free, found.total),
+            processes=processes,
+        )
+
+    return gpus._replace(
+        devices=tuple(map(now, gpus.devices)), all_devices=tuple(map(now, gpus.all_devices))
+    )
+
+
+def _freed(device: Device, size: int) -> Device:
+    size = min(size, device.used)
+    return replace(device, used=device.used - size, free=min(device.total, device.free + size))
+
+
+def slots_by_device(plan: Plan) -> Counter[str]:
+    """UUID -> the bytes of all slots of a device."""
+    sizes: Counter[str] = Counter()
+    for slot in plan.slots:
+        sizes[slot.device.uuid] += slot.vram
+    return sizes
+
+
+def lease_plan(lessee: Lessee, plan: Plan) -> None:
+    """Lease the slots of a plan that a hook changed; it has the last word."""
+    slots = slots_by_device(plan)
+    lessee.change(
+        devices={
+            planned.device.uuid: lessee.record.lease(planned.device.uuid)._replace(
+                lease=slots[planned.device.uuid], want=0
+            )
+            for planned in plan.devices
+        }
+    )

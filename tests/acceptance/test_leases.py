@@ -1,0 +1,261 @@
+"""Several sessions on one host share its device: no test is lost because of another session."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from acceptance.conftest import Project
+from simulator import Machine
+
+LARGE_TESTS = """
+    import time
+    import gpusim, pytest
+
+    @pytest.mark.parametrize("i", range(4))
+    def test_large(i):
+        with gpusim.alloc("4.7GB"):
+            time.sleep(0.15)
+"""
+
+DECLARED = """
+    import time
+    import gpusim, pytest
+
+    @pytest.mark.parametrize("i", range(4))
+    @pytest.mark.gpu(vram="6GB")
+    def test_declared(i):
+        with gpusim.alloc("4.7GB"):
+            time.sleep(0.15)
+"""
+
+SLEEPER = """
+    import pathlib, time
+    import gpusim
+
+    def test_sleeps():
+        with gpusim.alloc("4GB"):
+            pathlib.Path("sleeps").write_text("")
+            time.sleep(60)
+"""
+
+NO_OLLAMA = ("-o", "gpu_share_preset=no-ollama", "-o", "gpu_share_min_vram_per_worker_gb=5.5")
+
+
+class Session:
+    """A run of pytest in the background."""
+
+    def __init__(self, process: subprocess.Popen[str], path: Path) -> None:
+        self.process, self.path = process, path
+
+    def finish(self, seconds: float = 90) -> str:
+        """Wait for its end; returns all that it wrote."""
+        try:
+            self.process.wait(seconds)
+        finally:
+            self.kill()
+        return self.path.read_text(encoding="utf-8")
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(10)
+
+
+@pytest.fixture
+def start(project: Project, tmp_path: Path) -> Iterator[Callable[..., Session]]:
+    """Start a session on the project's machine, in a project of its own."""
+    with ExitStack() as stack:
+        count = 0
+
+        def begin(module: str, *arguments: str, **environment: str) -> Session:
+            nonlocal count
+            count += 1
+            directory = tmp_path / f"worktree{count}"
+            directory.mkdir()
+            merged = {**project.environment, **environment}
+            own = Project(directory, merged)
+            own.environment["PYTEST_GPUSHARE_LEASES"] = merged["PYTEST_GPUSHARE_LEASES"]
+            own.write(test_project=module)
+            path = tmp_path / f"output{count}.txt"
+            with path.open("w", encoding="utf-8") as output:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--gpu-share",
+                     "-p", "no:hypothesispytest", *arguments],
+                    cwd=directory,
+                    env=own.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )  # fmt: skip
+            session = Session(process, path)
+            stack.callback(session.kill)
+            return session
+
+        yield begin
+
+
+def passed(output: str) -> int:
+    match = re.search(r"(\d+) passed", output)
+    return int(match.group(1)) if match else 0
+
+
+def leases_directory(project: Project) -> Path:
+    return Path(project.environment["PYTEST_GPUSHARE_LEASES"])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def records(project: Project) -> list[dict[str, object]]:
+    found = []
+    for path in sorted(leases_directory(project).glob("s-*.json")):
+        text = path.read_text(encoding="ascii").strip()
+        if text:
+            found.append(json.loads(text))
+    return found
+
+
+@pytest.mark.parametrize("module", [LARGE_TESTS, DECLARED], ids=["undeclared", "declared"])
+def test_two_sessions(
+    start: Callable[..., Session], machine: Machine, project: Project, module: str
+) -> None:
+    """Both sessions pass all their tests: the second waits for what the first has leased."""
+    options = ("-o", "gpu_share_preset=no-ollama")
+    first = start(module, *options)
+    wait_for(lambda: len(records(project)) == 1)
+    second = start(module, *options)
+    outputs = [first.finish(), second.finish()]
+    assert [passed(output) for output in outputs] == [4, 4], "\n".join(outputs)
+    assert "waiting for 3.0 GB of VRAM for a GPU worker" in outputs[1]
+    assert f"pid {first.process.pid}, " in outputs[1]
+    assert list(leases_directory(project).glob("s-*")) == []
+
+
+def test_without_leases_they_collide(start: Callable[..., Session], machine: Machine) -> None:
+    """The same two sessions with leases off: this is what the leases are for."""
+    options = ("-o", "gpu_share_preset=no-ollama", "-o", "gpu_share_leases=off")
+    module = LARGE_TESTS.replace("4.7GB", "10GB").replace("range(4)", "range(2)")
+    module = module.replace("0.15", "4")
+    both = [start(module, *options, "-n2"), start(module, *options, "-n2")]
+    assert sum(passed(session.finish()) for session in both) < 4
+
+
+def test_slots_come_back(start: Callable[..., Session], machine: Machine, project: Project) -> None:
+    """A second session takes the slots of workers that have ended, beside the first one."""
+    first = start(SLEEPER, *NO_OLLAMA, "-n3")
+    wait_for((first.path.parent / "worktree1" / "sleeps").exists)
+    output = start(LARGE_TESTS, *NO_OLLAMA, "-n1").finish()
+    assert passed(output) == 4
+    assert "1 GPU worker × 14.0 GB" in output
+    assert re.search(r"GPU 0: 7\.0 GB of VRAM are leased by pid \d+, \w+, in .*worktree1", output)
+    first.kill()
+
+
+def test_explicit_wait_is_a_limit(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    """With `--gpu-share-wait` the session falls back when the time is over, naming who holds."""
+    first = start(SLEEPER, *NO_OLLAMA, "-n1")
+    wait_for(lambda: bool(records(project)))
+    began = time.monotonic()
+    output = start(
+        "def test_nothing():\n    pass\n", "--gpu-share-wait=1", *NO_OLLAMA, "-n1"
+    ).finish()
+    assert time.monotonic() - began < 20
+    assert re.search(r"waited 1 s for VRAM: pid \d+, \w+, in .*worktree1: \d+\.\d+ GB", output)
+    assert "CPU worker" in output
+    assert passed(output) == 1
+    refused = start(
+        "def test_nothing():\n    pass\n",
+        "--gpu-share-wait=0.2",
+        "-n1",
+        "-o",
+        "gpu_share_fallback_to_cpu_when_constrained=false",
+        *NO_OLLAMA,
+    )
+    output = refused.finish()
+    assert refused.process.returncode == 4
+    assert "worktree1" in output
+    first.kill()
+
+
+def test_killed_holder(start: Callable[..., Session], machine: Machine, project: Project) -> None:
+    """The waiter starts within 2 s after the holder was killed, and not before its VRAM is back."""
+    first = start(SLEEPER, *NO_OLLAMA, "-n1")
+    marker = first.path.parent / "worktree1" / "sleeps"
+    wait_for(marker.exists)
+    second = start(LARGE_TESTS, *NO_OLLAMA)
+    wait_for(lambda: any(record["ticket"] for record in records(project)))
+    time.sleep(0.3)
+    os.kill(first.process.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    wait_for(lambda: any(_leases(record) for record in records(project)
+                         if record["pid"] == second.process.pid), 10)  # fmt: skip
+    assert time.monotonic() - killed < 2
+    used = machine.snapshot()[0].used
+    assert used <= 2 * 1024**3 + 700 * 1024**2
+    assert passed(second.finish()) == 4
+
+
+def _leases(record: dict[str, object]) -> bool:
+    devices = record["devices"]
+    assert isinstance(devices, dict)
+    return any(share[0] for share in devices.values())
+
+
+@pytest.mark.parametrize("fault", ["file", "fifo", "link"])
+def test_directory_that_is_none(
+    start: Callable[..., Session], machine: Machine, project: Project, fault: str
+) -> None:
+    """One line says that nothing is leased, and the tests run."""
+    path = leases_directory(project)
+    if fault == "file":
+        path.write_text("")
+    elif fault == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/nowhere")
+    output = start(LARGE_TESTS, "-o", "gpu_share_preset=no-ollama").finish()
+    assert output.count("no VRAM is leased: ") == 1
+    assert passed(output) == 4
+
+
+def test_nothing_is_leased(project: Project, machine: Machine) -> None:
+    """A run that only collects leaves no trace, and `plan` does not either."""
+    project.pytest("--gpu-share", "--collect-only")
+    project.command([sys.executable, "-m", "pytest_gpushare", "plan"])
+    assert not leases_directory(project).exists()
+
+
+def test_record_of_a_run(start: Callable[..., Session], machine: Machine, project: Project) -> None:
+    """The record names the leases, the workers and the tests; nobody else can write it."""
+    start(SLEEPER, "-o", "gpu_share_preset=no-ollama", "-n1")
+    wait_for(lambda: any(record["workers"] and record["total"] for record in records(project)))
+    (record,) = records(project)
+    (path,) = leases_directory(project).glob("s-*")
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert path.stat().st_size == 4096
+    assert leases_directory(project).stat().st_mode & 0o7777 == 0o1777
+    assert (record["done"], record["total"]) == (0, 1)
+    uuid = machine.snapshot()[0].uuid
+    devices = record["devices"]
+    assert isinstance(devices, dict)
+    assert devices[uuid][0] == 21 * 1024**3
+    output = project.command([sys.executable, "-m", "pytest_gpushare", "watch", "--once"]).out
+    assert "leases 21.0 GB, 0 of 1 tests done" in output

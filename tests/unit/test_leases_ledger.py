@@ -1,0 +1,383 @@
+"""The ledger against other processes, killed and stopped ones, and a hostile directory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from simulator.child import child_process
+
+from pytest_gpushare.leases import ledger as ledgers
+from pytest_gpushare.leases import locks
+from pytest_gpushare.leases.ledger import GateError, Ledger, LedgerError, LiveSession
+from pytest_gpushare.leases.records import SIZE, DeviceLease, LeaseRecord
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="for POSIX systems")
+
+RECORD = LeaseRecord(os.getpid(), devices={"GPU-0": DeviceLease(5)})
+
+HOLDER = """
+    import os, sys, time
+    from pathlib import Path
+    from pytest_gpushare.leases.ledger import Ledger
+    from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
+    ledger = Ledger(Path(sys.argv[1]))
+    with ledger.gate():
+        ledger.publish(LeaseRecord(os.getpid(), devices={"GPU-0": DeviceLease(7)}))
+        if "gate" in sys.argv:
+            print("held", flush=True)
+            time.sleep(60)
+"""
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "leases"
+
+
+@pytest.fixture
+def run_child() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start a process that holds a record, and wait until it does."""
+    with ExitStack() as stack:
+
+        def start(code: str, *arguments: str) -> subprocess.Popen[bytes]:
+            text = textwrap.dedent(HOLDER) + textwrap.dedent(code)
+            process = stack.enter_context(
+                child_process(
+                    [sys.executable, "-c", text, *arguments],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                )
+            )
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"held\n"
+            return process
+
+        yield start
+
+
+HELD = """
+print("held", flush=True)
+input()
+"""
+
+
+def others(ledger: Ledger) -> list[LiveSession]:
+    with ledger.gate():
+        return ledger.others()
+
+
+def publish(ledger: Ledger, record: LeaseRecord = RECORD) -> None:
+    with ledger.gate():
+        ledger.publish(record)
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob("s-*"))
+
+
+def test_sees_others_and_not_itself(directory: Path) -> None:
+    one, two = Ledger(directory), Ledger(directory)
+    publish(one)
+    assert others(one) == []
+    (found,) = others(two)
+    assert found.record == RECORD
+    assert found.is_mine
+    one.leave()
+    one.leave()
+    assert others(two) == []
+    assert files(directory) == []
+
+
+def test_modes_whatever_the_umask(directory: Path) -> None:
+    """Everybody can take part, nobody can write what another one wrote."""
+    for umask in (0o022, 0o077, 0o000):
+        place = directory.with_name(f"leases{umask}")
+        before = os.umask(umask)
+        try:
+            ledger = Ledger(place)
+            publish(ledger)
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(place.stat().st_mode) == 0o1777
+        assert {stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()} == {0o644}
+        assert len(files(place)) == 1
+
+
+def test_killed_holder_is_gone_at_once(
+    directory: Path, run_child: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    ledger = Ledger(directory)
+    child = run_child(HELD, str(directory))
+    (found,) = others(ledger)
+    assert found.record is not None
+    assert found.record.pid == child.pid
+    child.kill()
+    child.wait(30)
+    assert others(ledger) == []
+    assert files(directory) == []
+
+
+def test_lives_until_the_last_process_of_the_session_is_gone(
+    directory: Path, run_child: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    """A worker holds the record, too: it may still allocate when its controller was killed."""
+    ledger = Ledger(directory)
+    child = run_child(HELD, str(directory))
+    (name,) = files(directory)
+    give_up = locks.keep_alive(directory / name)
+    child.kill()
+    child.wait(30)
+    assert len(others(ledger)) == 1
+    give_up()
+    give_up()
+    assert others(ledger) == []
+
+
+def test_forked_child_does_not_keep_the_lease(
+    directory: Path, run_child: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    ledger = Ledger(directory)
+    code = """
+        import signal
+        if os.fork() == 0:
+            signal.alarm(30)
+            print("held", flush=True)
+            time.sleep(30)
+        os.wait()
+    """
+    child = run_child(code, str(directory))
+    assert len(others(ledger)) == 1
+    child.kill()
+    child.wait(30)
+    assert others(ledger) == []
+
+
+def test_stopped_holder_of_the_gate(
+    directory: Path,
+    run_child: Callable[..., subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is waited for once, then left alone for a while."""
+    monkeypatch.setattr(ledgers, "GATE_LIMIT", 0.3)
+    child = run_child("", str(directory), "gate")
+    os.kill(child.pid, signal.SIGSTOP)
+    ledger = Ledger(directory)
+    began = time.monotonic()
+    with pytest.raises(GateError, match=r"held by another process for 0\.3 s"):
+        others(ledger)
+    assert 0.2 < time.monotonic() - began < 2
+    began = time.monotonic()
+    with pytest.raises(GateError):
+        others(ledger)
+    assert time.monotonic() - began < 0.2
+    assert len(ledger.look()) == 1
+
+
+def test_removed_gate_lets_no_two_in(directory: Path) -> None:
+    one, two = Ledger(directory), Ledger(directory)
+    with one.gate():
+        (directory / "gate").unlink()
+        with two.gate():
+            assert (directory / "gate").exists()
+    with one.gate():
+        assert locks.try_exclusive(os.open(directory / "gate", os.O_RDONLY)) is False
+
+
+def test_gate_that_was_replaced_while_it_was_waited_for(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock that was had is on a file that is not the gate any more: try again."""
+    ledger = Ledger(directory)
+    lock = locks.lock_within
+    removed = []
+
+    def remove_once(seconds: float, descriptor: int, *, shared: bool = False) -> bool:
+        if not removed:
+            removed.append(1)
+            (directory / "gate").unlink()
+        return lock(seconds, descriptor, shared=shared)
+
+    monkeypatch.setattr(locks, "lock_within", remove_once)
+    with ledger.gate():
+        descriptor = os.open(directory / "gate", os.O_RDONLY)
+        assert locks.try_exclusive(descriptor) is False
+        os.close(descriptor)
+
+
+def test_removed_record_is_published_again(directory: Path) -> None:
+    one, two = Ledger(directory), Ledger(directory)
+    publish(one)
+    assert not one.is_lost()
+    (directory / files(directory)[0]).unlink()
+    assert one.is_lost()
+    assert others(two) == []
+    publish(one)
+    assert not one.is_lost()
+    assert len(others(two)) == 1
+
+
+def test_removed_directory(directory: Path) -> None:
+    """It was cleaned away in the middle: an error, and no hang."""
+    ledger = Ledger(directory)
+    publish(ledger)
+    for path in directory.iterdir():
+        path.unlink()
+    directory.rmdir()
+    with pytest.raises(LedgerError):
+        publish(ledger)
+    ledger.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * SIZE, os.urandom(SIZE), b"{}", b'{"v":9}'])
+def test_records_that_cannot_be_understood(directory: Path, content: bytes) -> None:
+    """Alive, so it is named; it claims nothing."""
+    ledger = Ledger(directory)
+    path = directory / "s-1-x.json"
+    path.write_bytes(content)
+    descriptor = os.open(path, os.O_RDONLY)
+    assert locks.try_shared(descriptor)
+    (found,) = others(ledger)
+    assert found.record is None
+    assert found.problem
+    os.close(descriptor)
+    assert others(ledger) == []
+    assert not path.exists()
+
+
+def test_planted_entries(directory: Path, tmp_path: Path) -> None:
+    """No link is followed, and nothing but a regular file is read or removed."""
+    ledger = Ledger(directory)
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    (directory / "s-1-link.json").symlink_to(secret)
+    os.mkfifo(directory / "s-2-fifo.json")
+    (directory / "s-3-directory.json").mkdir()
+    (directory / "something").write_text("")
+    publish(ledger)
+    assert others(ledger) == []
+    assert secret.exists()
+    assert len(list(directory.iterdir())) == 6
+
+
+@pytest.mark.parametrize("kind", ["file", "fifo", "link", "missing parent that is a file"])
+def test_no_directory(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "leases"
+    if kind == "file":
+        path.write_text("")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link":
+        (tmp_path / "real").mkdir()
+        path.symlink_to(tmp_path / "real")
+    else:
+        path.write_text("")
+        path = path / "below"
+    with pytest.raises(LedgerError, match="cannot be opened"):
+        Ledger(path)
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "directory"])
+def test_gate_that_is_none(directory: Path, tmp_path: Path, kind: str) -> None:
+    ledger = Ledger(directory)
+    gate = directory / "gate"
+    if kind == "link":
+        gate.symlink_to(tmp_path / "x")
+    elif kind == "fifo":
+        os.mkfifo(gate)
+    else:
+        gate.mkdir()
+    with pytest.raises(LedgerError, match="cannot be locked"), ledger.gate():
+        pass
+
+
+def test_full_disk(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No record remains; one that was published before is written in place."""
+    one, two = Ledger(directory), Ledger(directory)
+    publish(two)
+    write = os.write
+    monkeypatch.setattr(ledgers.os, "write", lambda descriptor, text: write(descriptor, text[:99]))
+    with pytest.raises(LedgerError, match="No space left"):
+        publish(one)
+    assert len(files(directory)) == 1
+
+
+def test_network_file_system(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledgers, "_file_system", lambda _: "nfs4")
+    with pytest.raises(LedgerError, match="network file system"):
+        Ledger(directory)
+
+
+def test_kind_of_file_system() -> None:
+    assert ledgers._file_system(Path("/proc").stat().st_dev) == "proc"
+    assert ledgers._file_system(12345) == ""
+
+
+@pytest.fixture
+def public(tmp_path: Path) -> Iterator[Path]:
+    """A directory that every user can reach; pytest's own is its user's alone."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as path:
+        Path(path).chmod(0o755)
+        yield Path(path, "leases")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs two users, so root")
+def test_two_users(public: Path) -> None:
+    """Each sees the other; neither can write the other's record, nor remove it."""
+    directory = public
+    ledger = Ledger(directory)
+    publish(ledger)
+    code = """
+        (mine,) = [p for p in Path(sys.argv[1]).glob("s-*") if p.stat().st_uid == 0]
+        with ledger.gate():
+            seen = ledger.others()
+        assert [s.uid for s in seen] == [0], seen
+        for attempt in (lambda: mine.open("r+"), mine.unlink):
+            try:
+                attempt()
+            except PermissionError:
+                continue
+            raise SystemExit("could write")
+        print("held", flush=True)
+        input()
+    """
+    user = "import os\nos.setgid(65534)\nos.setuid(65534)\n"
+    text = textwrap.dedent(HOLDER).replace("ledger = ", user + "ledger = ")
+    command = [sys.executable, "-c", text + textwrap.dedent(code), str(directory)]
+    with child_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"held\n"
+        (found,) = others(ledger)
+        assert (found.uid, found.is_mine) == (65534, False)
+        child.kill()
+        child.wait(30)
+    # A dead record of another user is ignored, and left for its owner.
+    assert others(ledger) == []
+
+
+def test_reads_so_many_entries(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledgers, "MOST_ENTRIES", 5)
+    ledger = Ledger(directory)
+    for number in range(20):
+        (directory / f"s-{number}-x.json").write_bytes(b"")
+    others(ledger)
+    assert 15 <= len(files(directory)) < 20
+
+
+def test_default_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv(ledgers.VARIABLE, raising=False)
+    assert ledgers.default_directory() == Path("/tmp/pytest-gpushare-leases")
+    monkeypatch.setenv(ledgers.VARIABLE, str(tmp_path))
+    assert ledgers.default_directory() == tmp_path

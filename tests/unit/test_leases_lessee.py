@@ -1,0 +1,248 @@
+"""Waiting for a lease: first come, first served, with limits, and without hoarding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from pytest_gpushare.gpu.devices import GpuProcess, Memory
+from pytest_gpushare.leases import lessee as lessees
+from pytest_gpushare.leases.ledger import Ledger, LedgerError
+from pytest_gpushare.leases.lessee import Lessee, Outcome, View, WaitingLine, Wish
+from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
+
+TOTAL = 10
+
+
+class Clock:
+    """A clock that only sleeping moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.events: list[tuple[float, object]] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def at(self, moment: float, action: object) -> None:
+        self.events.append((1000.0 + moment, action))
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for event in [event for event in self.events if event[0] <= self.now]:
+            self.events.remove(event)
+            event[1]()  # type: ignore[operator]
+
+
+class Readings:
+    """NVML with a device of which nothing is used."""
+
+    def __init__(self) -> None:
+        self.lists = 0
+
+    def memory(self) -> Mapping[str, Memory]:
+        return {"GPU-0": Memory(TOTAL, 0, TOTAL)}
+
+    def processes(self) -> Mapping[str, tuple[GpuProcess, ...] | None]:
+        self.lists += 1
+        return {"GPU-0": ()}
+
+
+class World:
+    """Sessions with one clock and one ledger."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.clock, self.pids = directory, Clock(), 0
+        self.lessees: list[Lessee] = []
+
+    def lessee(self, readings: Readings | None = None) -> Lessee:
+        self.pids += 1
+        found = Lessee(
+            Ledger(self.directory, clock=self.clock),
+            LeaseRecord(self.pids),
+            {"GPU-0": TOTAL},
+            readings,
+            clock=self.clock,
+            sleep=self.clock.sleep,
+        )
+        self.lessees.append(found)
+        return found
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path / "leases")
+    with ExitStack() as stack:
+        stack.callback(lambda: [lessee.close() for lessee in made.lessees])
+        yield made
+
+
+def wanting(size: int, total: int = TOTAL) -> lessees.Decide:
+    def decide(view: View) -> Wish:
+        claims = view.claims["GPU-0"]
+        room = total - claims.leased
+        room -= claims.ahead(room, view.ticket)
+        fits = size <= room
+        return Wish(
+            {"GPU-0": DeviceLease(size if fits else 0, 0 if fits else size)},
+            is_explained=size <= total,
+        )
+
+    return decide
+
+
+def claim(lessee: Lessee, size: int, wait: float | None = None) -> Outcome:
+    return lessee.claim(wanting(size), wait, lambda *_: None)
+
+
+def test_alone_and_beside_another(world: World) -> None:
+    readings = Readings()
+    one, two = world.lessee(readings), world.lessee(readings)
+    assert claim(one, 6).is_granted
+    assert readings.lists == 0
+    assert claim(two, 4).is_granted
+    assert readings.lists == 1
+    assert claim(world.lessee(), 1, wait=0.0).is_granted is False
+
+
+def test_waits_until_a_lease_is_given_back(world: World) -> None:
+    one, two = world.lessee(), world.lessee()
+    claim(one, 10)
+    world.clock.at(50.0, lambda: one.shrink({"GPU-0": 4}))
+    outcome = claim(two, 6)
+    assert outcome.is_granted
+    assert 50 <= outcome.waited < 50.5
+    assert two.record.ticket == 0
+
+
+def test_default_limit_starts_again_with_progress(world: World) -> None:
+    one, two = world.lessee(), world.lessee()
+    claim(one, 10)
+    world.clock.at(200.0, lambda: one.change(done=1))
+    world.clock.at(450.0, lambda: one.change(done=2))
+    outcome = claim(two, 6)
+    assert not outcome.is_granted
+    assert 749 < outcome.waited < 752
+
+
+def test_explicit_limit_is_hard(world: World) -> None:
+    one, two = world.lessee(), world.lessee()
+    claim(one, 10)
+    world.clock.at(5.0, lambda: one.change(done=1))
+    outcome = claim(two, 6, wait=7.0)
+    assert not outcome.is_granted
+    assert 7 <= outcome.waited < 7.5
+    assert two.record.lease("GPU-0").want == 0
+
+
+def test_foreign_vram_is_not_waited_for_by_default(world: World) -> None:
+    outcome = world.lessee().claim(wanting(6, total=3), None, lambda *_: None)
+    assert (outcome.is_granted, outcome.waited) == (False, 0.0)
+
+
+def test_first_come_first_served(world: World) -> None:
+    """A later one that would fit does not overtake one that could be satisfied."""
+    holder, first, second = world.lessee(), world.lessee(), world.lessee()
+    claim(holder, 8)
+    results = []
+
+    def second_tries() -> None:
+        results.append(("second", claim(second, 2, wait=0.0).is_granted))
+
+    def frees() -> None:
+        holder.shrink({"GPU-0": 4})
+        second_tries()
+
+    world.clock.at(1.0, frees)
+    outcome = claim(first, 6)
+    results.append(("first", outcome.is_granted))
+    assert results == [("second", False), ("first", True)]
+
+
+def test_stopped_waiter_blocks_nobody_after_5_s(world: World) -> None:
+    stopped, other = world.lessee(), world.lessee()
+    share = {"GPU-0": DeviceLease(0, 9)}
+    stopped.change(devices=share, ticket=1, renewed=world.clock.now)
+    outcome = claim(other, 6)
+    assert outcome.is_granted
+    assert 5 <= outcome.waited < 6
+
+
+def test_hopeless_ticket_blocks_nobody(world: World) -> None:
+    fixed, hopeless, small = world.lessee(), world.lessee(), world.lessee()
+    claim(fixed, 6)
+    hopeless.change(devices={"GPU-0": DeviceLease(0, 9)}, ticket=1, renewed=world.clock.now)
+    assert claim(small, 3, wait=0.0).is_granted
+
+
+def test_interrupted_waiter_leaves(world: World) -> None:
+    one, two = world.lessee(), world.lessee()
+    claim(one, 10)
+
+    def interrupt(view: View, waited: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        two.claim(wanting(6), None, interrupt)
+    with one.ledger.gate():
+        assert one.ledger.others() == []
+
+
+def test_twenty_waiters_in_their_order(world: World) -> None:
+    """Each polls less often the more are before it; no ticket expires meanwhile."""
+    one = world.lessee()
+    claim(one, 10)
+    waiter = world.lessee()
+    for number in range(20):
+        world.lessee().change(
+            devices={"GPU-0": DeviceLease(0, 10)}, ticket=number + 1, renewed=world.clock.now
+        )
+    pauses: list[float] = []
+    before = world.clock.now
+
+    def report(view: View, waited: float) -> None:
+        pauses.append(waited)
+        if waited > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        waiter.claim(wanting(6), None, report)
+    assert world.clock.now - before < 4.5
+    assert max(b - a for a, b in pairwise(pauses)) <= 1.0
+
+
+def test_ledger_that_fails_is_an_error_and_no_hang(world: World) -> None:
+    one = world.lessee()
+    one.ledger.close()
+    with pytest.raises(LedgerError):
+        claim(one, 1)
+    assert one.change(done=1) is False
+    assert one.problem
+
+
+def test_larger_reservation_of_the_two_readings(world: World) -> None:
+    """What was given back between the readings is not counted as free and as held."""
+
+    class Changing(Readings):
+        def memory(self) -> Mapping[str, Memory]:
+            free = 9 if self.lists else 3
+            return {"GPU-0": Memory(TOTAL, TOTAL - free, free)}
+
+    claim(world.lessee(), 2)
+    view = world.lessee(Changing()).view()
+    assert view.memory == {"GPU-0": Memory(TOTAL, 7, 3)}
+
+
+def test_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """One at the start, and one a minute."""
+    clock = Clock()
+    line = WaitingLine(clock=clock)
+    for second in range(130):
+        clock.now = 1000.0 + second
+        line.show(f"waiting {second} s")
+    line.clear()
+    assert capsys.readouterr().err == "waiting 0 s\nwaiting 60 s\nwaiting 120 s\n"
