@@ -35,8 +35,6 @@ LEFT_OUT: pytest.StashKey[str] = pytest.StashKey()
 """Why a run that asked for the plugin is left as it is."""
 BEFORE_CONFTESTS: pytest.StashKey[dict[str, str]] = pytest.StashKey()
 """The environment after the plugins were loaded and before the conftests are."""
-PLACED = "gpushare_place"
-"""The key of workerinput with the worker's place; unlike the environment, not inherited."""
 _CAPS_AFTER_IMPORT = ("PYTEST_GPUSHARE_TORCH_FRACTION", "PYTEST_GPUSHARE_TENSORFLOW_MB")
 """The variables of the caps that wait for a framework's import; see `worker.plugin`."""
 
@@ -140,10 +138,13 @@ def pytest_configure(config: pytest.Config) -> None:
         f"{marker}(vram=..., devices=..., exclusive=..., "
         "required=...): a test that needs a GPU (pytest-gpushare)",
     )
-    if message := getattr(config, "workerinput", {}).get(PLACED):
-        from pytest_gpushare.worker import plugin as worker_plugin
+    if hasattr(config, "workerinput"):
+        from pytest_gpushare import wire
 
-        _checked(worker_plugin.begin, config, message)
+        if message := config.workerinput.get(wire.PLACED):
+            from pytest_gpushare.worker import plugin as worker_plugin
+
+            _checked(worker_plugin.begin, config, message)
 
 
 @pytest.fixture(scope="session")
@@ -234,8 +235,10 @@ class _RunHooks:
         """Send each worker its place, and open a channel to it."""
         run = self._run
         if message := run.message_to(node.gateway.spec):
+            from pytest_gpushare import wire
+
             channel = run.links.open(node.gateway.newchannel(), node.gateway.id)
-            node.workerinput[PLACED] = {**message, "channel": channel}
+            node.workerinput[wire.PLACED] = {**message, "channel": channel}
             run.joined(node.gateway.id, message)
 
     @pytest.hookimpl(optionalhook=True)

@@ -15,6 +15,9 @@ GB = 1024**3
 MOST_VRAM = 2**50
 """The largest size in bytes that is believed of a device, a model or a test (1 PiB)."""
 
+_IN_MB = Fraction(GB, 10)
+"""Bytes below which a size is shown in MB."""
+
 _FACTORS = {"B": 1, "K": 1024, "M": MB, "G": GB, "T": 1024**4}
 # ASCII alone: without regard to case, K is also the sign of Kelvin, which is no unit of ours.
 _SIZE = re.compile(
@@ -38,7 +41,10 @@ def parse_size(text: str, unit: str) -> Fraction:
 
 
 def format_gb(size: int | Fraction) -> str:
-    """`4.5 GB`, `3.33 GB`, `12.0 GB`: one decimal where that is exact, else two."""
+    """`4.5 GB`, `3.33 GB`, `12.0 GB`: one decimal where that is exact, else two; `51 MB` below
+    0.1 GB."""
+    if 0 < size < _IN_MB:
+        return f"{max(1, round(Fraction(size) / MB))} MB"
     text = f"{float(Fraction(size) / GB):.2f}"
     return f"{text[:-1] if text.endswith('0') else text} GB"
 

@@ -89,6 +89,9 @@ MORE = "gpushare_more"
 """The attribute of a report behind which a wider teardown may follow."""
 
 
+PLACED = "gpushare_place"
+"""The key of workerinput with the worker's place; unlike the environment, not inherited."""
+
 CONTEXT = "gpushare_context"
 """The key of workeroutput with [name of the device, bytes of a CUDA context]."""
 

@@ -52,7 +52,6 @@ class Option:
     @property
     def kind(self) -> kinds.Kind:
         """The type of the option."""
-        # A name of this module, as the functions in the table look it up when they are called.
         global kinds
         from pytest_gpushare.config import kinds
 

@@ -284,8 +284,26 @@ def _with_metadata(connection: Connection, model: ModelFacts, deadline: float) -
     if not isinstance(info, dict) or not info:
         raise NonsenseError("/api/show gives no metadata")
     return model._replace(
-        num_ctx=num_ctx, info=_relevant(info), tensors=tensors_of(answer.get("tensors"))
+        num_ctx=num_ctx,
+        info=_relevant(info),
+        tensors=tensors_of(answer.get("tensors")),
+        blob=_blob(answer),
     )
+
+
+def blob_of(connection: Connection, name: str, deadline: float) -> str:
+    """The digest of a model's file, by `/api/show`; empty where the answer does not say.
+
+    Raises `TimeoutError`, `UnreachableError` or `NonsenseError`.
+    """
+    return _blob(_show(connection, name, False, deadline))
+
+
+def _blob(answer: Mapping[str, object]) -> str:
+    text = answer.get("modelfile")
+    text = text[:65536] if isinstance(text, str) else ""
+    found = re.search(r"^FROM [^\n]*sha256[-:]([0-9a-f]{64})\s*$", text, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _show(

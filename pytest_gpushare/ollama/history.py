@@ -21,6 +21,9 @@ FORGIVEN = 1
 """Answers that may fail to come before a server that was there counts as unreachable: during an
 unload `/api/ps` may block for seconds."""
 
+STALE = 60.0
+"""Seconds after the last answer for which nothing can be claimed any more."""
+
 MOST_LIVES = 256
 """Models of which the life is kept; a server that invents new names must not fill the memory."""
 
@@ -72,6 +75,8 @@ class History:
         self.silences: list[tuple[float, float | None]] = []
         """From when to when the server was unreachable after it had been heard."""
         self._now: dict[str, LoadedModel] = {}
+        self.ended_at: float | None = None
+        """When the last question was over; None while more will be asked."""
         self._failures = 0
         self._silent = models is None
         if models is not None:
@@ -97,6 +102,18 @@ class History:
         self._silent = True
         self.silences.append((self.answered_at, None))
         return [Change(at, UNREACHABLE, problem=problem, since=self.answered_at)]
+
+    def end(self, at: float) -> None:
+        """Nothing more will be asked."""
+        self.ended_at = at
+
+    @property
+    def last_known(self) -> float | None:
+        """Up to when the answers reach, where they do not reach to the end of the run."""
+        if self.answered_at is None or self.ended_at is None:
+            return None
+        is_stale = self._failures > 0 or self.ended_at - self.answered_at > STALE
+        return self.answered_at if is_stale else None
 
     def look(self, at: float, models: Iterable[LoadedModel]) -> list[Change]:
         """What has changed with this answer."""

@@ -8,6 +8,7 @@ from pytest_gpushare.config.options import INI_PREFIX
 from pytest_gpushare.ollama import history
 from pytest_gpushare.ollama.history import Change, differences
 from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.ollama.prediction import MARGIN, OVERHEAD
 from pytest_gpushare.ollama.spill import Cause, Setting, Spill
 from pytest_gpushare.units import format_gb
 
@@ -20,7 +21,29 @@ def placed(model: LoadedModel) -> str:
     if not model.size_vram:
         return f"{model.name} {size}, on the CPU, not on GPU"
     # Rounded down, so that only a model that is wholly there is called 100 %.
-    return f"{model.name} {size}, {100 * model.size_vram // model.size} % on GPU"
+    part = f"{100 * model.size_vram // model.size} % on GPU"
+    # Buffers are on the GPU also where no layer is.
+    return f"{model.name} {size}, {part}{', perhaps no layer' if has_no_layer(model) else ''}"
+
+
+_BUFFERS = 10
+"""Per cent of a model that may be on the GPU though no layer of it is."""
+
+
+def has_no_layer(model: LoadedModel) -> bool:
+    """Whether what is on the GPU is so little that it may be buffers alone."""
+    return model.is_spilled and 100 * model.on_gpu < _BUFFERS * model.size
+
+
+def uses_no_gpu(model: LoadedModel, free: int | None) -> bool:
+    """Whether a model is in RAM though there was VRAM for all of it."""
+    return has_no_layer(model) and free is not None and free > model.size + MARGIN + OVERHEAD
+
+
+NO_GPU = (
+    "the server uses no GPU, or num_gpu or a setting keeps the model off it (its log says which "
+    "devices it found; CUDA_VISIBLE_DEVICES may hide them from it)"
+)
 
 
 _MOST_WORKERS = 8

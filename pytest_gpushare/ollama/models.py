@@ -75,6 +75,8 @@ class ModelFacts(NamedTuple):
     """Whether it runs in the cloud, so that it needs no VRAM here."""
     problem: str = ""
     """Why there are no metadata."""
+    blob: str = ""
+    """The digest of its file; models of one file share one process. Empty where unknown."""
     is_missing: bool = False
     """Whether the server does not have it."""
 

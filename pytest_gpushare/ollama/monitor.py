@@ -171,6 +171,7 @@ class Neighbour:
     def end(self) -> None:
         """Nothing more will be asked."""
         self.is_over = True
+        self.history.end(self._record.now())
 
     def _learn(self, models: Sequence[LoadedModel]) -> None:
         """What a model takes is known best where it is alone."""
@@ -375,4 +376,7 @@ class Guard:
             last.wait(until - time.monotonic())
             book.sample()
             self._take(book)
+        if self._question is not None and self._question is not self._heard:
+            # It may still come: but nothing is claimed of what nobody waited for.
+            book.silence(self._question.problem, certain=False)
         book.end()

@@ -7,7 +7,6 @@ neither a DNS look-up nor a call into a stuck driver can be cancelled.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,9 +20,10 @@ from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts, simulated
 from pytest_gpushare.gpu.sampler import LiveVram, Probe
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.ollama.address import Address, Candidate, candidates
-from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, ModelFacts, OllamaFacts
+from pytest_gpushare.ollama.keep_alive import KeptLoaded, OwnModel
+from pytest_gpushare.ollama.models import OLLAMA, ModelFacts, OllamaFacts
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
-from pytest_gpushare.ollama.preload import KeptLoaded, Preloaded, preload, usual_keep_alive
+from pytest_gpushare.ollama.preload import Preloaded, ProgressLine, ollama_pids, preload, vram_of
 from pytest_gpushare.ollama.reservation import (
     devices_of_ollama,
     neighbour_of,
@@ -361,7 +361,7 @@ class Loading(NamedTuple):
     problems: tuple[str, ...] = ()
 
     def undo(self) -> None:
-        """Give the models their usual keep-alive."""
+        """Give the models the keep-alive that the server itself gives."""
         if self.kept is not None:
             self.kept.stop()
 
@@ -381,43 +381,50 @@ def check(settings: Settings) -> None:
 
 
 def load_first(
-    settings: Settings, probes: Probes, environment: Mapping[str, str]
+    settings: Settings,
+    probes: Probes,
+    environment: Mapping[str, str],
+    sizes: KnownSizes = NOTHING_KNOWN,
 ) -> tuple[Probes, Loading]:
     """Load what is missing, and probe anew, so that the plan knows it as resident.
 
     Raises `PreloadError` where a model is missing that must not be. `probes` are closed.
     """
-    ours: list[LoadedModel] = []
+    ours: list[OwnModel] = []
     server = probes.ollama.server
-    usual = usual_keep_alive(environment)
-    progress = _Progress()
+    progress = ProgressLine()
     try:
         done = preload(
-            settings.ollama_models, probes.ollama, _free_vram(probes), progress.show, ours
+            settings.ollama_models,
+            probes.ollama,
+            vram_of(settings, probes.gpus, probes.ollama, _live(probes), environment, sizes),
+            progress.show,
+            ours,
         )
     except BaseException:
-        # Ctrl-C above all: what was loaded until then is not to stay for an hour.
+        # Ctrl-C above all: what was loaded until then stays as long as the server keeps it.
         if server is not None and ours:
-            KeptLoaded(server, ours, usual).stop()
+            KeptLoaded(server, ours).stop()
         raise
     finally:
         progress.clear()
-    kept = KeptLoaded(server, ours, usual) if server is not None and ours else None
     problems = tuple(
         f"{problem.model} was not preloaded: {problem.text}" for problem in done.problems
     )
-    loading = Loading(kept, done.told, problems)
     if problems and settings.ollama_preload_failed == "fail":
-        loading.undo()
+        if server is not None:
+            KeptLoaded(server, done.ours).stop()
         raise PreloadError(_failure(done))
-    if not ours:
-        return probes, loading
+    if server is None or not done.ours:
+        return probes, Loading(None, done.events, problems)
     probes.close()
     try:
-        return probe(settings, (), environment), loading
+        probes = probe(settings, (), environment)
     except BaseException:
-        loading.undo()
+        KeptLoaded(server, done.ours).stop()
         raise
+    kept = KeptLoaded(server, done.ours, ollama_pids(_live(probes)))
+    return probes, Loading(kept, done.events, problems)
 
 
 def _failure(done: Preloaded) -> str:
@@ -428,32 +435,8 @@ def _failure(done: Preloaded) -> str:
     )
 
 
-def _free_vram(probes: Probes) -> Callable[[], int | None]:
-    """A function that gives the most bytes free on one device; None where they are unknown."""
+def _live(probes: Probes) -> LiveVram | None:
+    """Readings of the devices; None where there is no NVML, or no device."""
     if probes.nvml is None or not probes.gpus.all_devices:
-        return lambda: None
-    live = LiveVram(probes.nvml)
-    return lambda: max((m.free for m in live.memory(0.0).devices.values()), default=None)
-
-
-class _Progress:
-    """A line that is written over; a log, which would keep every one of them, gets none."""
-
-    def __init__(self) -> None:
-        stream = sys.stderr
-        self._stream = stream if stream is not None and stream.isatty() else None
-        self._width = 0
-
-    def show(self, text: str) -> None:
-        """What is going on."""
-        if self._stream is not None:
-            line = f"gpu-share: {text}"
-            self._stream.write(f"\r{line.ljust(self._width)}")
-            self._stream.flush()
-            self._width = len(line)
-
-    def clear(self) -> None:
-        """Leave the line empty."""
-        if self._stream is not None and self._width:
-            self._stream.write(f"\r{' ' * self._width}\r")
-            self._stream.flush()
+        return None
+    return LiveVram(probes.nvml)

@@ -193,6 +193,8 @@ def _verdict(run: ActiveRun) -> Iterator[Line]:
     if run.monitor is not None and run.monitor.problem:
         text = f"gpu-share: the guard of Ollama's VRAM has failed: {run.monitor.problem}"
         yield Line(text, problem=True)
+    for text in run.kept_loaded.given_up if run.kept_loaded is not None else ():
+        yield Line(f"gpu-share: {text}")
     book = run.monitor.book if run.monitor is not None else None
     if book is None:
         return

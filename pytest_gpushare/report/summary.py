@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.gpu.sampler import DevicePeaks, DeviceSamples
 from pytest_gpushare.ollama.history import Life
-from pytest_gpushare.ollama.messages import placed
+from pytest_gpushare.ollama.messages import NO_GPU, placed, uses_no_gpu
 from pytest_gpushare.ollama.models import LoadedModel
 from pytest_gpushare.ollama.monitor import Neighbour
 from pytest_gpushare.planning.plan import DevicePlan
@@ -169,7 +169,7 @@ def _on(life: Life, book: Neighbour) -> Word:
     if spills:
         return _spilled(spills, life, book)
     if life.spilled_before:
-        return _spilled_before(life)
+        return _spilled_before(life, book)
     if model.name in book.doubted:
         return Word(
             f"Ollama says that {placed(model)}, but NVML shows "
@@ -177,24 +177,30 @@ def _on(life: Life, book: Neighbour) -> Word:
             is_problem=True,
         )
     if not model.is_whole:
-        return Word(
-            f"Ollama held {placed(model)}: that is more than its size, so nobody "
-            "knows whether all of it is there"
-        )
+        return Word(f"Ollama held {placed(model)}")
     where = f"on the GPU ({format_gb(model.size)}, 100 %)"
     return Word(f"Ollama kept {model.name} {where} {_how_long(life, book)}")
 
 
 def _how_long(life: Life, book: Neighbour) -> str:
-    """`throughout; loaded 3 s into the run`, or what can be said for certain."""
-    words = "whenever it answered" if book.history.silences else "throughout"
+    """`throughout`, or what was seen: between two answers it may have come and gone."""
+    history = book.history
+    words = "throughout"
+    if history.silences or life.loads > (not life.from_the_start):
+        words = "whenever Ollama was asked"
     if life.gone_at is not None:
         words = f"until it was unloaded {life.gone_at:.0f} s into the run"
-    if life.loads > 1:
-        return f"{words}; loaded {life.loads} times"
-    if life.loads and not life.from_the_start and life.gone_at is None:
-        return f"{words}; loaded {life.loaded_at:.0f} s into the run"
-    return f"{words}; reloaded once" if life.loads and life.from_the_start else words
+    elif history.last_known is not None:
+        words = f"until Ollama answered last, {history.last_known:.0f} s into the run"
+    if life.from_the_start:
+        return f"{words}; loaded again {_times(life.loads)}" if life.loads else words
+    times = f"{_times(life.loads)}, first " if life.loads > 1 else ""
+    return f"{words}; loaded {times}{life.loaded_at:.0f} s into the run"
+
+
+def _times(count: int) -> str:
+    """Changes of which some may have been missed between two answers."""
+    return "at least once" if count == 1 else f"at least {count} times"
 
 
 def _spilled(spills: list[Spill], life: Life, book: Neighbour) -> Word:
@@ -217,22 +223,44 @@ def _spilled(spills: list[Spill], life: Life, book: Neighbour) -> Word:
     return Word(text, tuple(details), is_problem=True, is_ours=any(s.is_ours for s in spills))
 
 
-def _spilled_before(life: Life) -> Word:
+def _spilled_before(life: Life, book: Neighbour) -> Word:
     model: LoadedModel = life.model
     if life.loads and model.is_whole:
         return Word(
             f"Ollama has all of {model.name} on the GPU ({format_gb(model.size)}, 100 %) since a "
             "reload; before the tests a part of it was on the CPU"
         )
+    free = max((held.free for held in book.promise.start.values()), default=None)
+    if uses_no_gpu(model, free):
+        return Word(
+            f"Ollama had {model.name} ({format_gb(model.size)}) in RAM before the tests began, "
+            f"though {format_gb(free or 0)} of VRAM were free: {NO_GPU}",
+            is_problem=True,
+        )
+    what = "a part of" if model.on_gpu else "all of"
+    text = (
+        f"Ollama had {what} {model.name} on the CPU before the tests began "
+        f"({format_gb(model.on_gpu)} of {format_gb(model.size)} on the GPU)"
+    )
+    if life.gone_at is not None:
+        return Word(f"{text}, and unloaded it {life.gone_at:.0f} s into the run", is_problem=True)
     return Word(
-        f"Ollama had a part of {model.name} on the CPU before the tests began "
-        f"({format_gb(model.on_gpu)} of {format_gb(model.size)} on the GPU): a loaded model is "
-        f"never moved; free VRAM, then reload it (ollama stop {model.name})",
+        f"{text}: a loaded model is never moved; free VRAM, then reload it (ollama stop "
+        f"{model.name})",
         is_problem=True,
     )
 
 
 def _silences(book: Neighbour) -> Iterator[Word]:
+    history = book.history
+    if history.last_known is not None and not (
+        history.silences and history.silences[-1][1] is None
+    ):
+        yield Word(
+            f"Ollama did not answer from {history.last_known:.0f} s into the run to its end: what "
+            "happened to its VRAM then is unknown",
+            is_problem=True,
+        )
     for since, until in book.history.silences:
         end = "to its end" if until is None else f"to {until:.0f} s"
         yield Word(

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from pytest_gpushare.gpu.sampler import LiveVram
     from pytest_gpushare.leases.lessee import Lessee
+    from pytest_gpushare.ollama.keep_alive import KeptLoaded
     from pytest_gpushare.ollama.monitor import Guard
 
 
@@ -69,7 +70,7 @@ class StartFacts(NamedTuple):
     """Problems that the user should know of, one sentence each."""
     preloaded: tuple[str, ...] = ()
     """One sentence for each model that was loaded before the run."""
-    preload_service: Service | None = None
+    preload_service: KeptLoaded | None = None
     """Keeps the preloaded models loaded."""
     contexts: Mapping[str, int] = {}
     """Device name -> bytes of a CUDA context, as earlier runs measured it."""
@@ -182,8 +183,10 @@ class ActiveRun:
                 self.statements,
             )
             services.append(self.sampler)
-        if facts.preload_service is not None:
-            services.append(facts.preload_service)
+        self.kept_loaded = facts.preload_service
+        """What keeps the models that this run loaded; None where it loaded none."""
+        if self.kept_loaded is not None:
+            services.append(self.kept_loaded)
         if self.plan.slots and not self.gpus.simulated:
             self.exclusive = ExclusiveAccess(
                 self.plan,

@@ -166,7 +166,7 @@ def start(
     """
     earlier = earlier or EarlierRuns()
     agreed: Agreed | None = None
-    probes, loading = _probed(settings, host)
+    probes, loading = _probed(settings, host, earlier)
     if no_gpu_tests:
         probes = probes._replace(gpus=GpuFacts(absence=no_gpu_tests))
     try:
@@ -247,7 +247,7 @@ def start(
     )
 
 
-def _probed(settings: Settings, host: Host) -> tuple[Probes, Loading | None]:
+def _probed(settings: Settings, host: Host, earlier: EarlierRuns) -> tuple[Probes, Loading | None]:
     """What NVML and Ollama say, after its models were loaded where that is wanted."""
     if not settings.ollama_preload:
         return probe(settings, host.simulate, host.environment), None
@@ -257,7 +257,7 @@ def _probed(settings: Settings, host: Host) -> tuple[Probes, Loading | None]:
     probes = probe(settings, host.simulate, host.environment)
     if host.simulate:
         return probes, None
-    return startup.load_first(settings, probes, host.environment)
+    return startup.load_first(settings, probes, host.environment, earlier.model_sizes)
 
 
 class _AskedAgain:

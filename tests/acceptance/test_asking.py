@@ -430,40 +430,6 @@ def test_simulation_without_the_switch(project: Project) -> None:
     assert project.pytest().passed == 4
 
 
-IDLE = {
-    "",
-    ".compat",
-    ".compat.pytest_options",
-    ".compat.xdist_options",
-    ".config",
-    ".config.options",
-    ".hookspecs",
-    ".plugin",
-}
-"""The modules that an idle run imports: the names and the help of options, and the hooks."""
-
-
-@pytest.mark.parametrize("arguments", [[], ["-n2"], ["--no-gpu-share"], ["--help"]])
-def test_idle_runs_import_names_alone(arguments: list[str], project: Project) -> None:
-    """Neither in the controller nor in a worker anything else is imported."""
-    project.write(
-        conftest="""
-            import sys
-
-            def pytest_unconfigure(config):
-                names = [name for name in sys.modules if name.startswith("pytest_gpushare")]
-                names += {"pynvml", "httpx"} & set(sys.modules)
-                ours = ",".join(name.removeprefix("pytest_gpushare") for name in names)
-                with open("imported", "a") as file:
-                    print(ours, file=file)
-        """
-    )
-    assert project.pytest(*arguments).code == 0
-    lines = (project.path / "imported").read_text().splitlines()
-    assert {frozenset(line.split(",")) for line in lines} == {frozenset(IDLE)}
-    assert len(lines) == (3 if arguments == ["-n2"] else 1)
-
-
 NESTED = """
     import os, subprocess, sys
     pytest_plugins = ["pytester"]

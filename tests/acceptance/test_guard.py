@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 from simulator import Device, Machine
@@ -205,3 +207,131 @@ def test_not_guarded(project: Project, neighbour: OllamaServer) -> None:
         assert result.code == 0, result.out
         asked = [request.path for request in neighbour.requests]
         assert asked in ([], ["/api/version", "/api/ps"]), options
+
+
+# --- what a verdict claims ---
+
+STOP = """
+    import os, pathlib, signal, time
+
+    def test_it():
+        time.sleep({before})
+        pid = int(pathlib.Path("server.pid").read_text())
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep({after})
+"""
+
+
+@pytest.fixture
+def process_with(project: Project) -> Iterator[Callable[..., int]]:
+    """Start an Ollama as a process of its own, which can be stopped; returns its PID."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> int:
+        command = [sys.executable, "-m", "simulator.ollama", *arguments]
+        process = subprocess.Popen(
+            command, env=project.environment, stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout is not None
+        project.environment["OLLAMA_HOST"] = process.stdout.readline().strip()
+        (project.path / "server.pid").write_text(str(process.pid))
+        return process.pid
+
+    yield start
+    for process in started:
+        process.kill()  # stopped or not; its runners end with it
+        process.communicate(timeout=30)
+
+
+def test_server_that_stopped_answering(
+    project: Project, machine: Machine, process_with: Callable[..., int]
+) -> None:
+    """The verdict ends with the last answer: nobody knows what came after it."""
+    process_with("--models", '{"qwen2.5:14b": "10.8GB"}', "--load", "qwen2.5:14b")
+    project.write(test_project=STOP.format(before=3, after=4))
+    result = project.pytest("--gpu-share", "-n1")
+    assert (result.code, result.passed) == (0, 1), result.out + result.err
+    said = [line for line in result.said if line.startswith("gpu-share: Ollama")]
+    assert len(said) == 2
+    assert re.fullmatch(
+        r"gpu-share: Ollama kept qwen2\.5:14b on the GPU \(10\.8 GB, 100 %\) until Ollama answered "
+        r"last, [2-4] s into the run",
+        said[0],
+    )
+    assert re.fullmatch(
+        r"gpu-share: Ollama did not answer from [2-4] s into the run to its end: what happened to "
+        r"its VRAM then is unknown",
+        said[1],
+    )
+
+
+def test_server_that_never_answered_again(
+    project: Project, machine: Machine, process_with: Callable[..., int]
+) -> None:
+    """After the question at the start: kept is what was seen then, and no more."""
+    process_with("--models", '{"qwen2.5:14b": "10.8GB"}', "--load", "qwen2.5:14b")
+    project.write(test_project=STOP.format(before=0, after=2.5))
+    result = project.pytest("--gpu-share", "-n1")
+    assert (result.code, result.passed) == (0, 1), result.out + result.err
+    assert "until Ollama answered last, 0 s into the run" in result.out
+    assert "throughout" not in result.out
+
+
+def test_loads_of_two_models_in_turn(
+    project: Project, machine_with: Callable[..., Machine], ollama_with: OllamaWith
+) -> None:
+    """A server that keeps one model: neither was there throughout, and more loads may have been."""
+    machine_with(Device(total="24GB", used="2GB"))
+    server = ollama_with({"tiny-a": "1GB", "tiny-b": "1GB"}, load="tiny-b", max_loaded=1)
+    project.write(
+        test_project="""
+            import os, time, urllib.request
+
+            def test_it():
+                for number in range(6):
+                    body = b'{"model": "tiny-%s", "stream": false}' % b"ab"[number % 2 :][:1]
+                    url = f"http://{os.environ['OLLAMA_HOST']}/api/generate"
+                    urllib.request.urlopen(url, data=body, timeout=60).read()
+                    time.sleep(1.1)
+        """
+    )
+    result = project.pytest("--gpu-share", "-n1")
+    assert (result.code, result.passed) == (0, 1), result.out + result.err
+    said = [line for line in result.said if line.startswith("gpu-share: Ollama kept")]
+    assert len(said) == 2, said
+    assert not [line for line in said if "throughout" in line]
+    assert all("at least" in line or "until it was unloaded" in line for line in said)
+    assert server.ps()[0]["name"] == "tiny-b:latest"
+
+
+def test_server_without_a_gpu(
+    project: Project, machine_with: Callable[..., Machine], ollama_with: OllamaWith
+) -> None:
+    """Every model in RAM while VRAM is free: that is what is said, not how to make room."""
+    machine_with(Device(total="24GB", used="2GB"))
+    ollama_with({"m": "1GB"}, load="m", visible="", cpu_bytes="40MB")
+    result = project.pytest("--gpu-share")
+    assert result.said[3].endswith(": m:latest 1.0 GB, 3 % on GPU, perhaps no layer")
+    (said,) = [line for line in result.said if line.startswith("gpu-share: Ollama had")]
+    assert said.startswith(
+        "gpu-share: Ollama had m:latest (1.0 GB) in RAM before the tests began, though 22.0 GB of "
+        "VRAM were free: the server uses no GPU, or num_gpu"
+    )
+    assert "reload it" not in result.out
+
+
+def test_a_spilled_model_that_was_unloaded(
+    project: Project, machine_with: Callable[..., Machine], ollama_with: OllamaWith
+) -> None:
+    """Nobody can reload what is not there: no advice to do so."""
+    machine = machine_with(Device(total="24GB", used="18GB"))
+    server = ollama_with({"qwen2.5:14b": "10.8GB"}, load="qwen2.5:14b", keep_alive="1s")
+    assert server.spilled() == ["qwen2.5:14b"]
+    server.load("qwen2.5:14b", keep_alive="4s")
+    machine.set_used(0, "18GB")
+    project.write(test_project="import time\ndef test_it(): time.sleep(6)")
+    result = project.pytest("--gpu-share", "-n1")
+    (said,) = [line for line in result.said if line.startswith("gpu-share: Ollama had")]
+    assert re.search(r"and unloaded it \d s into the run$", said)
+    assert "reload it" not in result.out

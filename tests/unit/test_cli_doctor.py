@@ -128,6 +128,24 @@ def server(**changes: Any) -> OllamaFacts:
         (
             server(models=(LoadedModel("m", GB, 0),)),
             {},
+            "ollama-without-gpu",
+            "CUDA_VISIBLE_DEVICES",
+        ),
+        (
+            SILENT._replace(problem="no answer within 0.5 s"),
+            {},
+            "ollama-hangs",
+            "restart it",
+        ),
+        (
+            SILENT._replace(reachable=True, problem="/api/version gives status 403"),
+            {},
+            "ollama-host-check",
+            "IP address",
+        ),
+        (
+            server(models=(LoadedModel("m", 40 * GB, 20 * GB),)),
+            {},
             "ollama-spilled",
             "ollama stop m",
         ),

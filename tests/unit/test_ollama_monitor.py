@@ -15,11 +15,10 @@ from simulator.ollama import FAULTS, FaultyServer, OllamaServer
 
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import DeviceUsage
-from pytest_gpushare.ollama import preload as kept_loaded
 from pytest_gpushare.ollama.address import parse_address
+from pytest_gpushare.ollama.keep_alive import KeptLoaded, OwnModel
 from pytest_gpushare.ollama.models import LoadedModel
 from pytest_gpushare.ollama.monitor import Guard, Neighbour, Pace
-from pytest_gpushare.ollama.preload import KeptLoaded, usual_keep_alive
 from pytest_gpushare.ollama.spill import Promise
 from pytest_gpushare.units import GB
 
@@ -281,7 +280,8 @@ def test_keep_alive_is_given_back_to_ours_alone() -> None:
         server.load("changed", keep_alive="1h", num_ctx=8192)
         server.unload("gone")
         before = {entry["name"]: entry["expires_at"] for entry in server.ps()}
-        kept = KeptLoaded(parse_address(server.host), ours, "5m")
+        owned = [OwnModel(model, keep_alive=300.0, is_prolonged=True) for model in ours]
+        kept = KeptLoaded(parse_address(server.host), owned)
         kept.start()
         kept.stop()
         kept.stop()
@@ -291,37 +291,26 @@ def test_keep_alive_is_given_back_to_ours_alone() -> None:
     assert after["ours:latest"] < before["ours:latest"]
 
 
-def test_keep_alive_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that lasts longer than Ollama was told keeps its models all the same."""
-    monkeypatch.setattr(kept_loaded, "RENEW", 0.05)
+def test_keep_alive_is_renewed() -> None:
+    """A run that lasts longer than the server keeps models keeps its own all the same."""
     with OllamaServer(None, {"m": "1GB"}) as server:
-        server.load("m", keep_alive="20m")
+        server.load("m", keep_alive="3s")
         (entry,) = server.ps()
-        ours = LoadedModel(entry["name"], entry["size"], entry["size_vram"], entry["digest"], 4096)
-        kept = KeptLoaded(parse_address(server.host), [ours], "5m")
+        model = LoadedModel(entry["name"], entry["size"], entry["size_vram"], entry["digest"], 4096)
+        kept = KeptLoaded(parse_address(server.host), [OwnModel(model, keep_alive=3.0)], every=1.0)
         kept.start()
-
-        def asked() -> list[object]:
-            bodies = [r.json() for r in server.requests if r.path == "/api/generate"]
-            return [body.get("keep_alive") for body in bodies]
-
-        wait_for(lambda: asked().count("1h") > 1)
+        time.sleep(4.5)
+        assert [entry["name"] for entry in server.ps()] == ["m:latest"]
         kept.stop()
-        assert asked()[-1] == "5m"
+        bodies = [r.json() for r in server.requests if r.path == "/api/generate"][1:]
+        assert {body["keep_alive"] for body in bodies} == {"3s"}
+        assert kept.given_up == []
 
 
 def test_keep_alive_beside_a_server_that_hangs() -> None:
     """The end of the run waits for 3 seconds, and no longer."""
     with FaultyServer("silent") as server:
-        kept = KeptLoaded(parse_address(server.host), [MODEL])
+        kept = KeptLoaded(parse_address(server.host), [OwnModel(MODEL, is_prolonged=True)])
         began = time.monotonic()
         kept.stop()
         assert time.monotonic() - began < 5
-
-
-def test_usual_keep_alive() -> None:
-    """As the server takes the variable; nonsense is as good as none."""
-    given = ["", "10m", "1h30m", "-1", "0", "'24h'", "soon", "5x"]
-    assert [usual_keep_alive({"OLLAMA_KEEP_ALIVE": text}) for text in given] == [
-        "5m", "10m", "1h30m", -1, 0, "24h", "5m", "5m",
-    ]  # fmt: skip

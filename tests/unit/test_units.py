@@ -102,7 +102,10 @@ def test_a_hundred_times_029() -> None:
         (10 * GB // 3, "3.33 GB"),
         (12 * GB, "12.0 GB"),
         (Fraction(GB, 10), "0.1 GB"),
-        (1, "0.0 GB"),
+        (1, "1 MB"),
+        (51 * MB, "51 MB"),
+        (102 * MB, "102 MB"),
+        (103 * MB, "0.1 GB"),
     ],
 )
 def test_format_gb(size: int | Fraction, text: str) -> None:

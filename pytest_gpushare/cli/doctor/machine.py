@@ -10,6 +10,7 @@ from pytest_gpushare.cli.doctor.examine import Examined, Surroundings
 from pytest_gpushare.cli.doctor.project import release
 from pytest_gpushare.gpu.devices import ComputeMode, Device
 from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.ollama.messages import NO_GPU, uses_no_gpu
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama
 from pytest_gpushare.report.header import ollama_lines, what_stands
@@ -194,8 +195,9 @@ def ollama(found: Examined) -> Iterator[Finding]:
     yield from _version(server)
     if not server.models:
         yield ok("no model is loaded")
+    free = max((device.free for device in found.started.gpus.all_devices), default=None)
     for model in server.models:
-        yield _model(model)
+        yield _model(model, free)
     yield from _needs(found)
     yield from _device(found, server)
 
@@ -224,6 +226,21 @@ def _silent(found: Examined, server: OllamaFacts, by: str) -> Finding:
         )
     if "is no port" in server.problem:
         return look("ollama-address", fact, "correct the port, as in OLLAMA_HOST=127.0.0.1:11434")
+    if "status 403" in server.problem:
+        return look(
+            "ollama-host-check",
+            f"{fact}. Ollama's Host check refuses names that it does not know, such as those of "
+            "/etc/hosts or of a Compose service",
+            "call it by its IP address, or by a name in .local or .internal: "
+            "gpu_share_ollama_host = ADDRESS:PORT; or let it listen on 0.0.0.0",
+        )
+    if server.problem.startswith("no answer within"):
+        return look(
+            "ollama-hangs",
+            f"{fact}. Something accepts connections there and does not answer, or the address "
+            "leads nowhere",
+            "raise gpu_share_ollama_timeout_s; where that does not help, restart it",
+        )
     if server.reachable:
         return look(
             "ollama-nonsense",
@@ -259,12 +276,18 @@ def _version(server: OllamaFacts) -> Iterator[Finding]:
         )
 
 
-def _model(model: LoadedModel) -> Finding:
+def _model(model: LoadedModel, free: int | None) -> Finding:
     size = format_gb(model.size)
     if model.size_vram is None:
         return ok(f"{model.name}: {size}; Ollama does not say how much of it is on the GPU")
     if not model.is_spilled:
         return ok(f"{model.name}: {size}, all of it on the GPU")
+    if uses_no_gpu(model, free):
+        return look(
+            "ollama-without-gpu",
+            f"{model.name}: {size}, in RAM though {format_gb(free or 0)} of VRAM are free",
+            NO_GPU,
+        )
     part = 100 * model.size_vram // model.size
     where = f"{part} % on the GPU, the rest" if model.size_vram else "all of it"
     return look(

@@ -1,0 +1,255 @@
+"""How long the server keeps the models that this run loaded, and the requests that change it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from typing import NamedTuple
+
+from pytest_gpushare.ollama.address import Address
+from pytest_gpushare.ollama.catalog import loaded_models
+from pytest_gpushare.ollama.client import (
+    Connection,
+    NonsenseError,
+    StatusError,
+    UnreachableError,
+    connect,
+)
+from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.timed import TimedCall
+
+ASK_LIMIT = 5.0
+"""Seconds for a question."""
+
+SHORT = "10m"
+"""Keep-alive of a model that the server itself would unload at once."""
+
+SHORTEST = 15.0
+"""Seconds; a server that keeps models for less gets a keep-alive of ours while the run lives."""
+
+LOOK_EVERY = 60.0
+"""Seconds between looks at how long the server keeps our models."""
+
+RESTORE_LIMIT = 3.0
+"""Seconds that the end of the run waits for it."""
+
+_DEFAULT = "5m"
+_FOREVER = 365 * 86400.0
+
+
+class OwnModel(NamedTuple):
+    """A model that this run loaded."""
+
+    model: LoadedModel
+    """As it was right after."""
+    pid: int | None = None
+    """Its process; None where NVML does not show it."""
+    keep_alive: float | None = None
+    """Seconds for which the server itself keeps it; infinite where it never unloads it, 0 where
+    it unloads at once. None where that is unknown."""
+    is_prolonged: bool = False
+    """Whether it was loaded with a keep-alive of ours, since the server's own is too short."""
+
+
+def request(
+    server: Address,
+    name: str,
+    keep_alive: str | int | None,
+    deadline: float,
+    opened: Callable[[Connection], object],
+) -> None:
+    """Load a model, or keep a loaded one for so long; nothing is generated.
+
+    None: for as long as the server itself keeps it. 0 unloads it. Raises `TimeoutError`,
+    `UnreachableError` or `NonsenseError`.
+    """
+    body: dict[str, object] = {"model": name}
+    if keep_alive is not None:
+        body["keep_alive"] = keep_alive
+    try:
+        _post(server, "/api/generate", {**body, "stream": False}, deadline, opened)
+    except StatusError as error:
+        if error.status != 400:
+            raise
+        # Models that only embed cannot generate; they are loaded by embedding nothing.
+        _post(server, "/api/embed", {**body, "input": ""}, deadline, opened)
+
+
+def ask(
+    server: Address,
+    deadline: float | None = None,
+    opened: Callable[[Connection], object] = lambda _: None,
+) -> tuple[LoadedModel, ...]:
+    """What is loaded now. Raises as `request` does."""
+    with contextlib.closing(connect(server, opened)) as connection:
+        return loaded_models(connection, deadline or time.monotonic() + ASK_LIMIT).models
+
+
+def _post(
+    server: Address,
+    path: str,
+    body: dict[str, object],
+    deadline: float,
+    opened: Callable[[Connection], object],
+) -> None:
+    with contextlib.closing(connect(server, opened)) as connection:
+        connection.post(path, json.dumps(body).encode(), deadline)
+
+
+@contextlib.contextmanager
+def hanging_up() -> Iterator[Callable[[Connection], None]]:
+    """Hang up the connections that were opened, also at Ctrl-C: that ends a load."""
+    connections: list[Connection] = []
+    try:
+        yield connections.append
+    finally:
+        for connection in connections:
+            connection.hang_up()
+
+
+def seconds_left(model: LoadedModel, now: float) -> float | None:
+    """Seconds until the server unloads a model; None where it does not say, and negative while a
+    request runs. `now` is a Unix time."""
+    match = re.fullmatch(
+        r"(\d{4,6}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", model.expires_at
+    )
+    if match is None:
+        return None
+    if len(match[1]) > 19:
+        return float("inf")
+    try:
+        zone = "+00:00" if match[3] == "Z" else match[3]
+        at = datetime.fromisoformat(f"{match[1]}{zone}").astimezone(timezone.utc)
+    except (ValueError, OverflowError):
+        return None
+    left = at.timestamp() + float(match[2] or 0) - now
+    return float("inf") if left > _FOREVER else left
+
+
+class KeptLoaded:
+    """The service that keeps the models that this run loaded from running out.
+
+    A renewal is a request, and a request without options reloads a model that was loaded with
+    some. So it is sent only for a model that would run out before the next look, and that is
+    still the one that was loaded: digest, context, size and process. It asks for no more than
+    the server's own keep-alive, so that nothing stays longer when the run ends, however it ends.
+    """
+
+    def __init__(
+        self,
+        server: Address,
+        ours: Sequence[OwnModel],
+        pids: Callable[[], frozenset[int] | None] = lambda: None,
+        every: float = LOOK_EVERY,
+    ) -> None:
+        """`pids` are Ollama's processes that hold VRAM, `every` the seconds between looks."""
+        self._server, self._pids, self._every = server, pids, every
+        self._kept = list(ours)
+        self._expected: dict[str, float] = {}
+        """Name -> the Unix time at which it runs out, as it was seen after our last request."""
+        now = time.time()
+        for each in ours:
+            left = seconds_left(each.model, now)
+            if left is not None:
+                self._expected[each.model.name] = now + left
+        self.given_up: list[str] = []
+        """A sentence on each model that is not kept any more."""
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._is_restored = False
+
+    def start(self) -> None:
+        """Look from now on."""
+        threading.Thread(target=self._watch, name="gpu-share-keep", daemon=True).start()
+
+    def stop(self) -> None:
+        """Restore a keep-alive that is not the server's own; harmless when called twice."""
+        self._stop.set()
+        with self._lock:
+            if self._is_restored:
+                return
+            self._is_restored = True
+        prolonged = [each for each in self._kept if each.is_prolonged]
+        if not prolonged:
+            return
+        until = time.monotonic() + RESTORE_LIMIT
+        with hanging_up() as opened:
+            TimedCall(lambda: self._restore(prolonged, until, opened), "restore").wait(
+                RESTORE_LIMIT
+            )
+
+    def _watch(self) -> None:
+        shortest = min(
+            (each.keep_alive or 0 for each in self._kept if not each.is_prolonged),
+            default=self._every,
+        )
+        every = max(1.0, min(self._every, shortest / 3))
+        while self._kept and not self._stop.wait(every):
+            # A server that is gone, or busy, is asked again at the next look.
+            with contextlib.suppress(TimeoutError, UnreachableError, NonsenseError):
+                self._look(every, lambda _: None)
+
+    def _look(self, every: float, opened: Callable[[Connection], object]) -> None:
+        until = time.monotonic() + ASK_LIMIT
+        there = {model.name: model for model in ask(self._server, until, opened)}
+        for ours in list(self._kept):
+            now = there.get(ours.model.name)
+            why = self._not_ours(ours, now)
+            if why:
+                self._kept.remove(ours)
+                self.given_up.append(f"{ours.model.name} was not kept loaded any more: {why}")
+                continue
+            assert now is not None
+            left = seconds_left(now, time.time())
+            # In the past while a request runs: the end of that request renews it.
+            if left is not None and 0 <= left < 2 * every and not self._stop.is_set():
+                self._renew(ours, opened)
+
+    def _not_ours(self, ours: OwnModel, now: LoadedModel | None) -> str:
+        """Why a model is not to be touched any more; empty where it is as we loaded it."""
+        before = ours.model
+        if now is None:
+            return "it was unloaded"
+        if (now.digest, now.context, now.size) != (before.digest, before.context, before.size):
+            return "somebody loaded it with other settings"
+        pids = self._pids()
+        if ours.pid is not None and pids is not None:
+            return "" if ours.pid in pids else "somebody reloaded it"
+        # Without processes to compare, somebody's request may have reloaded it unseen.
+        left, expected = seconds_left(now, time.time()), self._expected.get(before.name)
+        if left is None or expected is None or left == expected == float("inf"):
+            return ""
+        if abs(time.time() + left - expected) > 2.0:
+            return "somebody used it, and whether it was reloaded cannot be seen here"
+        return ""
+
+    def _renew(self, ours: OwnModel, opened: Callable[[Connection], object]) -> None:
+        keep_alive = SHORT if ours.is_prolonged else _duration(ours.keep_alive)
+        deadline = time.monotonic() + 60.0
+        request(self._server, ours.model.name, keep_alive, deadline, opened)
+        for model in ask(self._server, None, opened):
+            left = seconds_left(model, time.time())
+            if model.name == ours.model.name and left is not None:
+                self._expected[model.name] = time.time() + left
+
+    def _restore(
+        self, prolonged: Sequence[OwnModel], until: float, opened: Callable[[Connection], object]
+    ) -> None:
+        with contextlib.suppress(TimeoutError, UnreachableError, NonsenseError):
+            there = {model.name: model for model in ask(self._server, until, opened)}
+            for ours in prolonged:
+                if not self._not_ours(ours, there.get(ours.model.name)):
+                    own = _duration(ours.keep_alive)
+                    request(self._server, ours.model.name, own, until, opened)
+
+
+def _duration(seconds: float | None) -> str | int:
+    """A keep-alive as the server reads it; Ollama's default where it is unknown."""
+    if seconds is None:
+        return _DEFAULT
+    return f"{round(seconds)}s" if round(seconds) else 0
