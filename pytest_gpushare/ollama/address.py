@@ -50,9 +50,9 @@ def parse_address(text: str) -> Address:
         default_port = DEFAULT_PORT
     else:
         default_port = {"http": 80, "https": 443}.get(scheme.lower(), DEFAULT_PORT)
-    authority, slash, path = rest.partition("/")
-    # Names and passwords are not part of Ollama's grammar, and must never be shown or sent.
-    authority = authority.rpartition("@")[2]
+    # Names and passwords are not part of Ollama's grammar, and must never be shown or sent. A
+    # password may contain a slash, so that all before the last @ goes, wherever it is.
+    authority, slash, path = rest.rpartition("@")[2].partition("/")
     host, port_text = _split(authority)
     problem = ""
     port = default_port

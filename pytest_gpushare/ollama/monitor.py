@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from pytest_gpushare.ollama.address import Address
 from pytest_gpushare.ollama.history import Change, History
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel
 from pytest_gpushare.text import printable
+from pytest_gpushare.timed import TimedCall
 from pytest_gpushare.units import GB
 
 if TYPE_CHECKING:
@@ -36,8 +38,7 @@ class Question:
         self._address = address
         self._deadline = time.monotonic() + patience
         self._connection: Connection | None = None
-        self._thread = threading.Thread(target=self._ask, name="gpu-share-ollama", daemon=True)
-        self._thread.start()
+        self._call = TimedCall(self._ask, "ollama")
 
     @property
     def is_over(self) -> bool:
@@ -47,34 +48,25 @@ class Question:
     @property
     def is_gone(self) -> bool:
         """Whether its thread has ended, so that the next question overlaps with nothing."""
-        return not self._thread.is_alive()
+        return self._call.is_over
 
     def wait(self, seconds: float) -> None:
         """Wait for the answer, at most for so many seconds."""
-        self._thread.join(max(0.0, seconds))
+        self._call.wait(seconds)
 
     def hang_up(self) -> None:
-        """Want no answer any more: nothing waits for its end."""
+        """End the request: its answer is not wanted any more."""
         if self._connection is not None and not self.is_gone:
             self._connection.hang_up()
 
     def _ask(self) -> None:
-        try:
-            self._exchange()
-        except Exception as error:
-            self.problem = _line(f"cannot be asked: {type(error).__name__}: {error}")
-
-    def _exchange(self) -> None:
-        # Imported here, where it delays nobody: the workers are being started meanwhile.
+        # Imported here, where it delays nothing: the workers are being started meanwhile.
         from pytest_gpushare.ollama.catalog import loaded_models
         from pytest_gpushare.ollama.client import NonsenseError, UnreachableError, connect
 
         try:
-            connection = connect(self._address, self._opened)
-            try:
+            with contextlib.closing(connect(self._address, self._opened)) as connection:
                 self.models = loaded_models(connection, self._deadline).models
-            finally:
-                connection.close()
         except TimeoutError:
             pass
         except UnreachableError as error:
@@ -82,6 +74,8 @@ class Question:
             self.problem = _line(f"cannot be reached: {error}") if str(error) else "nothing listens"
         except NonsenseError as odd:
             self.problem = _line(f"answers nonsense: {odd}")
+        except Exception as error:
+            self.problem = _line(f"cannot be asked: {type(error).__name__}: {error}")
 
     def _opened(self, connection: Connection) -> None:
         self._connection = connection

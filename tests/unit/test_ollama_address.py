@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from simulator.ollama import FaultyServer
 
 from pytest_gpushare.gpu.host import is_own_address
-from pytest_gpushare.ollama.address import parse_address
+from pytest_gpushare.ollama.address import parse_address, without_secrets
 from pytest_gpushare.ollama.catalog import ask
 
 DEFAULT = "http://127.0.0.1:11434"
@@ -57,6 +57,8 @@ ADDRESSES = {
     "localhost:011434": "http://localhost:11434",
     "user:secret@gpu-box:1234": "http://gpu-box:1234",
     "https://user:secret@gpu-box/x": "https://gpu-box:443/x",
+    "http://user:secret/rest@gpu-box": "http://gpu-box:80",
+    "user:sec/ret:8@gpu-box:1234/x": "http://gpu-box:1234/x",
 }
 
 
@@ -167,3 +169,16 @@ def test_https() -> None:
         found = ask(parse_address(f"https://{server.host}"), 5)
     assert not found.answered
     assert found.problem.startswith("cannot be reached: ")
+
+
+@pytest.mark.parametrize("scheme", ["", "http://", "https://", "x://"])
+@given(
+    st.text("abc/:?#[]@ '\"", max_size=8).map(lambda text: f"s3cr3t{text}"),
+    st.sampled_from(["gpu-box", "[::1]", "127.0.0.1:80", "h:port/x", ""]),
+)
+def test_a_password_is_never_shown(scheme: str, password: str, host: str) -> None:
+    """Whatever is in it: not as host, port, path or problem, nor in what is called."""
+    text = f"{scheme}user:{password}@{host}"
+    found = parse_address(text)
+    assert "s3cr3t" not in repr(found)
+    assert "s3cr3t" not in found.shown + found.url + without_secrets(text)
