@@ -308,11 +308,14 @@ def _of(member: WorkerRecord, tests: Sequence[RecordedTest]) -> Iterator[Leak]:
         return
     # By readings a second apart nobody can tell what one test left from what the next one took:
     # any test may have done it that ended after the last reading that was low.
-    suspects = [
-        test.nodeid
+    candidates = [
+        test
         for test in tests
         if test.worker == member.id and test.end is not None and test.end >= member.low_at
     ]
+    # A test that was skipped did nothing, where others ran.
+    ran = [test for test in candidates if test.outcome != "skipped"]
+    suspects = [test.nodeid for test in ran or candidates]
     if suspects:
         yield Leak(size, member.id, "nvml", tuple(suspects[:_MOST_SUSPECTS]), len(suspects))
 
