@@ -141,3 +141,30 @@ def test_share_of_the_tests(project: Project, machine: Machine) -> None:
     assert held * 2**30 >= 0.99 * rise - 2**28
     assert ("unattributed" in line) is (workers < 0.95 * device["peak_tests_bytes"])
     assert sum(test["peak_exact"] is True for test in report["tests"]) == 0
+
+
+def test_one_figure_of_ollama(
+    project: Project,
+    machine_with: Callable[..., Machine],
+    ollama_with: Callable[..., object],
+) -> None:
+    """Where NVML lists foreign PIDs, the header, the samples and the page go by `/api/ps`."""
+    machine_with(Device(total="24GB", used="1GB", pid_offset=1_000_000))
+    ollama_with({"qwen2.5:14b": "10.8GB"}, load="qwen2.5:14b")
+    project.write(test_project="import time\n\ndef test_a(): time.sleep(1.5)\n")
+    result = project.pytest("--gpu-share", "-n1", *REPORTS)
+    assert result.code == 0, result.out
+    report = json.loads((project.path / "r.json").read_text(encoding="utf-8"))
+    (device,), (samples,) = report["devices"], report["samples"]["devices"].values()
+    resident = device["resident_bytes"]
+    assert abs(resident - 10.8 * 2**30) < 2**28
+    known = [size for size in samples["ollama_bytes"] if size is not None]
+    assert len(known) > len(samples["at_s"]) / 2
+    assert all(abs(size - resident) < 2**28 for size in known)
+    bar = re.search(r'aria-label="([^"]* of 24.0 GB)"', (project.path / "r.html").read_text())
+    assert bar is not None
+    held = re.search(r"Ollama ([\d.]+) GB", bar[1])
+    assert held is not None, bar[1]
+    assert abs(float(held[1]) * 2**30 - resident) < 2**28, bar[1]
+    others = re.search(r"others ([\d.]+) GB", bar[1])
+    assert others is None or float(others[1]) < 2, bar[1]
