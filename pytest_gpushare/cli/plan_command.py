@@ -18,8 +18,7 @@ import pytest
 
 from pytest_gpushare.cli.terminal import OK, REFUSED, Piece, Row, show, show_json
 from pytest_gpushare.errors import GpuShareError
-from pytest_gpushare.report.header import header, left_out
-from pytest_gpushare.report.summary import Line
+from pytest_gpushare.report.header import Line, header, left_out
 
 if TYPE_CHECKING:
     import pytest

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
@@ -16,18 +16,19 @@ from typing import Any
 from pytest_gpushare import __version__
 from pytest_gpushare.config.options import OPTIONS, Option
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.gpu.sampler import DevicePeaks, DeviceSamples
+from pytest_gpushare.gpu.sampler import DevicePeaks
 from pytest_gpushare.ollama.address import without_secrets
-from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.planning.placement import Surroundings, caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
-from pytest_gpushare.report.advice import assess
-from pytest_gpushare.report.header import header, left_out
-from pytest_gpushare.report.redact import cleaned, cleaner
-from pytest_gpushare.report.summary import usages, verdict
+from pytest_gpushare.report.advice import amount, assess
+from pytest_gpushare.report.header import Line, header, left_out
+from pytest_gpushare.report.summary import hungriest, leak_in_words, usages, verdict
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import RecordedTest, leaks
 from pytest_gpushare.session.workers import Peak, WorkerRecord
+from pytest_gpushare.text import redacted, redactor
+from pytest_gpushare.units import format_gb
 
 
 def in_force(settings: Settings) -> dict[str, dict[str, str]]:
@@ -105,48 +106,83 @@ def document(run: ActiveRun, exit_status: int, summary: Sequence[str]) -> dict[s
         ],
         "problems": _problems(run),
     }
-    result: dict[str, Any] = cleaned(whole, cleaner())
+    result: dict[str, Any] = redacted(whole, redactor())
     return result
 
 
 def _plan(run: ActiveRun) -> dict[str, Any]:
-    plan, settings = run.plan, run.settings
+    """The plan, for the report and for `plan --json`."""
+    plan = run.plan
     return {
         "gpu_workers": len(plan.slots),
         "cpu_workers": plan.cpu_workers,
+        "in_process": plan.request.in_process,
         "limited_by": [limit.value for limit in plan.limited_by],
-        "presets": list(settings.presets),
+        "limits": {limit.value: most for limit, most in plan.limits},
+        "presets": list(run.settings.presets),
         "absence": plan.absence,
+        "shortage": "" if plan.slots else shortage(plan),
         "needed_bytes": plan.needed,
         "ollama_needs": None if plan.demand is None else plan.demand.document(),
-        "settings": in_force(settings),
+        "settings": in_force(run.settings),
     }
 
 
-def _devices(run: ActiveRun) -> list[dict[str, Any]]:
-    seen = {use.plan.device.uuid: use for use in usages(run)}
-    return [
-        _device(plan, seen[plan.device.uuid].watched if plan.device.uuid in seen else None)
-        for plan in run.plan.devices
-    ]
-
-
-def _device(plan: DevicePlan, watched: DeviceSamples | None) -> dict[str, Any]:
-    device = plan.device
+def _device(planned: DevicePlan, when: str = "") -> dict[str, Any]:
+    """A device of the plan; `when` stands in the names of what may change."""
+    device = planned.device
     return {
         "uuid": device.uuid,
         "name": device.name,
         "index": device.index,
         "total_bytes": device.total,
-        "used_at_start_bytes": device.used,
-        "free_at_start_bytes": device.free,
-        "reservation_bytes": plan.reservation,
-        "resident_bytes": plan.resident,
-        "safety_buffer_bytes": plan.safety_buffer,
-        "budget_bytes": plan.budget,
-        "workers": plan.workers,
-        **_peaks(None if watched is None else watched.peaks),
+        f"used{when}_bytes": device.used,
+        f"free{when}_bytes": device.free,
+        "unified": device.unified,
+        "reservation_bytes": planned.reservation,
+        "resident_bytes": planned.resident,
+        "outstanding_bytes": planned.outstanding,
+        "safety_buffer_bytes": planned.safety_buffer,
+        "budget_bytes": planned.budget,
+        "workers": planned.workers,
+        "slot_bytes": planned.slot_vram or None,
+        "limited_by": planned.limited_by.value,
     }
+
+
+def ollama_document(ollama: OllamaFacts) -> dict[str, Any] | None:
+    """What the server answered; None where it was not asked."""
+    if not ollama.asked:
+        return None
+    return {
+        "address": ollama.address,
+        "version": ollama.version,
+        "found_by": ollama.found_by,
+        "answered": ollama.answered,
+        "on_this_host": ollama.on_this_host,
+        "problem": ollama.problem,
+        "models": _models(ollama.models),
+    }
+
+
+def _models(models: Iterable[LoadedModel]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": model.name,
+            "size_bytes": model.size,
+            "size_vram_bytes": model.size_vram,
+            "spilled": model.is_spilled,
+        }
+        for model in models
+    ]
+
+
+def _devices(run: ActiveRun) -> list[dict[str, Any]]:
+    watched = {use.plan.device.uuid: use.peaks for use in usages(run)}
+    return [
+        {**_device(plan, "_at_start"), **_peaks(watched.get(plan.device.uuid))}
+        for plan in run.plan.devices
+    ]
 
 
 def _peaks(peaks: DevicePeaks | None) -> dict[str, int | None]:
@@ -213,27 +249,18 @@ def _peak(peak: Peak | None) -> dict[str, Any]:
 
 
 def _ollama(run: ActiveRun) -> Mapping[str, Any] | None:
-    ollama = run.ollama
-    if not ollama.asked:
+    """What the server answered, and what became of its models."""
+    found = ollama_document(run.ollama)
+    if found is None:
         return None
     book = run.monitor.book if run.monitor is not None else None
     words = verdict(book) if book is not None else []
-    models = ollama.models if book is None else book.history.models
+    if book is not None:
+        found["answered"] |= book.history.answered_at is not None
+        found["models"] = _models(book.history.models)
+    found["found_by"] = found["found_by"] or run.settings.origins.get("ollama_host", "default")
     return {
-        "address": ollama.address,
-        "version": ollama.version,
-        "answered": ollama.answered or (book is not None and book.history.answered_at is not None),
-        "found_by": ollama.found_by or run.settings.origins.get("ollama_host", "default"),
-        "problem": ollama.problem,
-        "models": [
-            {
-                "name": model.name,
-                "size_bytes": model.size,
-                "size_vram_bytes": model.size_vram,
-                "spilled": model.is_spilled,
-            }
-            for model in models
-        ],
+        **found,
         "verdict": ["; ".join((word.text, *word.details)) for word in words],
         "spilled_under_tests": any(word.is_ours for word in words),
     }
@@ -293,80 +320,23 @@ def left_out_document(reason: str) -> dict[str, Any]:
 
 def plan_document(run: ActiveRun) -> dict[str, Any]:
     """What `plan --json` prints."""
-    document: dict[str, Any] = cleaned(_plan_document(run), cleaner())
+    document: dict[str, Any] = redacted(_plan_document(run), redactor())
     return document
 
 
 def _plan_document(run: ActiveRun) -> dict[str, Any]:
     lines = [line.text for line in header(run, 0)]
     head = {"schema": PLAN_SCHEMA, "generator": generator()}
-    plan = run.plan
     return {
         **head,
         "simulated": run.gpus.simulated,
         "driver": run.gpus.driver,
-        "plan": {
-            "gpu_workers": len(plan.slots),
-            "cpu_workers": plan.cpu_workers,
-            "in_process": plan.request.in_process,
-            "limited_by": [limit.value for limit in plan.limited_by],
-            "limits": {limit.value: most for limit, most in plan.limits},
-            "presets": list(run.settings.presets),
-            "absence": plan.absence,
-            "shortage": "" if plan.slots else shortage(plan),
-            "needed_bytes": plan.needed,
-            "ollama_needs": None if plan.demand is None else plan.demand.document(),
-            "settings": in_force(run.settings),
-        },
-        "devices": [_planned_device(device) for device in plan.devices],
-        "workers": _workers(plan, run.around),
+        "plan": _plan(run),
+        "devices": [_device(device) for device in run.plan.devices],
+        "workers": _workers(run.plan, run.around),
         "ollama": ollama_document(run.ollama),
         "problems": list(run.notes),
         "lines": lines,
-    }
-
-
-def ollama_document(ollama: OllamaFacts) -> dict[str, Any] | None:
-    """What the server said; None where nobody was asked."""
-    if not ollama.asked:
-        return None
-    return {
-        "address": ollama.address,
-        "version": ollama.version,
-        "found_by": ollama.found_by,
-        "answered": ollama.answered,
-        "on_this_host": ollama.on_this_host,
-        "problem": ollama.problem,
-        "models": [
-            {
-                "name": model.name,
-                "size_bytes": model.size,
-                "size_vram_bytes": model.size_vram,
-                "spilled": model.is_spilled,
-            }
-            for model in ollama.models
-        ],
-    }
-
-
-def _planned_device(planned: DevicePlan) -> dict[str, Any]:
-    device = planned.device
-    return {
-        "uuid": device.uuid,
-        "name": device.name,
-        "index": device.index,
-        "total_bytes": device.total,
-        "used_bytes": device.used,
-        "free_bytes": device.free,
-        "unified": device.unified,
-        "reservation_bytes": planned.reservation,
-        "resident_bytes": planned.resident,
-        "outstanding_bytes": planned.outstanding,
-        "safety_buffer_bytes": planned.safety_buffer,
-        "budget_bytes": planned.budget,
-        "workers": planned.workers,
-        "slot_bytes": planned.slot_vram or None,
-        "limited_by": planned.limited_by.value,
     }
 
 
@@ -386,3 +356,75 @@ def _workers(plan: Plan, around: Surroundings) -> list[dict[str, Any]]:
         for number in range(len(gpu), len(gpu) + plan.cpu_workers)
     ]
     return gpu + cpu
+
+
+_MOST_ANNOTATIONS = 10
+"""GitHub shows ten of a kind for each step."""
+_LONGEST = 300
+_HARMLESS = frozenset(" .,:/%()=")
+
+
+def step_summary(run: ActiveRun, lines: Sequence[Line]) -> str:
+    """Markdown: the devices, the hungriest tests, and every problem; user-made text escaped."""
+    parts = ["### gpu-share", "", *_table(run)]
+    tests = hungriest(run)
+    if tests:
+        parts += ["", "| test | VRAM |", "|---|---|"]
+        for test in tests:
+            assert test.peak is not None
+            parts.append(f"| {escaped(test.nodeid)} | {amount(test.peak)} |")
+    told = [line.text for line in lines if line.problem]
+    told += [advice.text for advice in assess(run).advice]
+    if told:
+        parts += ["", *(f"- {escaped(text.strip())}" for text in told)]
+    return "\n".join([*parts, "", ""])
+
+
+def workflow_commands(run: ActiveRun) -> Iterator[str]:
+    """The workflow commands for spills and leaks; errors where they fail the run."""
+    spills = [event.text for event in run.record.events("ollama-spilled")]
+    kind = "error" if spills and run.has_failed() else "warning"
+    for text in spills[:_MOST_ANNOTATIONS]:
+        yield f"::{kind} title={_property('gpu-share: Ollama')}::{_data(text)}"
+    for leak in leaks(run.tests, run.workers)[:_MOST_ANNOTATIONS]:
+        name = leak.suspects[0] if leak.among == 1 else ""
+        file = name.partition("::")[0]
+        place = f"file={_property(file)}," if file else ""
+        title = _property("gpu-share: VRAM left behind")
+        yield f"::warning {place}title={title}::{_data(leak_in_words(leak))}"
+
+
+def escaped(text: str) -> str:
+    """A text that Markdown and HTML take as it is: every sign that means something is a number."""
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return "".join(
+        c if c.isalnum() or c in _HARMLESS else f"&#{ord(c)};" if c.isprintable() else " "
+        for c in text
+    )
+
+
+def _table(run: ActiveRun) -> Iterator[str]:
+    yield "| device | VRAM peak | of | tests, peak | usable for tests | GPU workers |"
+    yield "|---|---|---|---|---|---|"
+    seen = {use.plan.device.uuid: use for use in usages(run)}
+    for plan in run.plan.devices:
+        use = seen.get(plan.device.uuid)
+        cells = [
+            f"{plan.device.label} {plan.device.name}",
+            "unknown" if use is None else format_gb(use.peak_used),
+            format_gb(plan.device.total),
+            (use.tests if use is not None else "") or "unknown",
+            format_gb(plan.budget),
+            str(plan.workers),
+        ]
+        yield f"| {' | '.join(escaped(cell) for cell in cells)} |"
+    if not run.plan.devices:
+        yield f"| {escaped(run.plan.absence or 'no GPU')} | | | | | |"
+
+
+def _data(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")

@@ -5,7 +5,7 @@ Each line has a word that `grep "VRAM\\|GPU\\|workers"` finds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,15 +15,6 @@ from pytest_gpushare.ollama.messages import placed
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.placement import caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Limit, Plan, shortage
-from pytest_gpushare.report.summary import (
-    Line,
-    View,
-    needs_changed,
-    needs_exceeded,
-    out_of_memory,
-    routing,
-    without_gpu,
-)
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.units import MB, format_gb, format_number, plural
 
@@ -32,14 +23,22 @@ if TYPE_CHECKING:
     from pytest_gpushare.session.run import ActiveRun
 
 
-class Text(NamedTuple):
-    """A line, and whether it is one that `-q` must not swallow."""
+class Line(NamedTuple):
+    """A line of output and whether it is one that `-q` must not swallow."""
 
     text: str
     problem: bool = False
 
 
-def ollama_lines(run: ActiveRun, verbosity: int) -> Iterator[Text]:
+class View(NamedTuple):
+    """How much of it is wanted, and how wide the terminal is."""
+
+    verbosity: int = 0
+    """Below 0: problems only; 1 and more: details."""
+    columns: int = 80
+
+
+def ollama_lines(run: ActiveRun, verbosity: int) -> Iterator[Line]:
     """The server and its models; what the models need, where some are named."""
     # Where there is no device, a server that is not there either is no news.
     if run.ollama.asked and (run.plan.devices or run.ollama.reachable):
@@ -48,17 +47,17 @@ def ollama_lines(run: ActiveRun, verbosity: int) -> Iterator[Text]:
         yield from _demand(run, run.plan.demand, verbosity)
 
 
-def _server(run: ActiveRun) -> Text:
+def _server(run: ActiveRun) -> Line:
     ollama = run.ollama
     who = f"Ollama {ollama.version}" if ollama.version else "Ollama"
     if not ollama.answered:
         text = f"  {who} at {ollama.address}: {ollama.problem}; {what_stands(run)}"
-        return Text(text, problem=ollama.reachable)
+        return Line(text, problem=ollama.reachable)
     models = ", ".join(placed(model) for model in ollama.models)
     spilled = any(model.is_spilled for model in ollama.models)
     where = _found(run, ollama) + _elsewhere(run)
     odd = f"; left out: {'; '.join(ollama.odd)}" if ollama.odd else ""
-    return Text(
+    return Line(
         f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}{odd}",
         problem=spilled or bool(odd),
     )
@@ -94,37 +93,37 @@ def _elsewhere(run: ActiveRun) -> str:
     )
 
 
-def _demand(run: ActiveRun, demand: Demand, verbosity: int) -> Iterator[Text]:
+def _demand(run: ActiveRun, demand: Demand, verbosity: int) -> Iterator[Line]:
     follows = run.settings.ollama_vram_reservation is None
     if demand.asked and (follows or verbosity >= 1):
         each = ", ".join(f"{n.name} {format_gb(n.vram)} ({n.source.value})" for n in demand.needs)
         margin = format_gb(demand.margin)
-        yield Text(f"  VRAM that Ollama needs: {each}; {margin} to stay free when it loads")
+        yield Line(f"  VRAM that Ollama needs: {each}; {margin} to stay free when it loads")
     for need in demand.needs:
         # Without an answer all are taken by name, as the line above has said.
         if need.reason and demand.asked:
             name, size = need.name, format_gb(need.vram)
             text = f"  VRAM for {name}: {size} by the size in its name: {need.reason}"
-            yield Text(text, problem=True)
+            yield Line(text, problem=True)
     short = 0 if follows else _shortage(run, demand)
     if short:
-        yield Text(
+        yield Line(
             f"  VRAM that Ollama needs is more than is reserved: "
             f"gpu_share_ollama_vram_reservation_mb = {short // MB} would hold its models",
             problem=True,
         )
     yield from _smaller(run, demand, bool(short))
     if verbosity >= 1:
-        yield from (Text(f"  {text}") for need in demand.needs for text in _parts(need, verbosity))
+        yield from (Line(f"  {text}") for need in demand.needs for text in _parts(need, verbosity))
 
 
-def _smaller(run: ActiveRun, demand: Demand, short: bool) -> Iterator[Text]:
+def _smaller(run: ActiveRun, demand: Demand, short: bool) -> Iterator[Line]:
     """The way to a smaller need where the reservation, or the devices, do not hold it."""
     if not demand.asked or not (short or not run.plan.slots):
         return
     for need in demand.needs:
         if need.smaller and need.prediction is not None:
-            yield Text(
+            yield Line(
                 f"  VRAM of {need.name} at its {need.prediction.context} tokens: "
                 f"{format_gb(need.vram)}; {', '.join(need.smaller)}",
                 problem=True,
@@ -173,58 +172,6 @@ def header(run: ActiveRun, verbosity: int) -> list[Line]:
     return [_alone(line) for line in lines if line.problem]
 
 
-def summary(run: ActiveRun, view: View) -> list[Line]:
-    """The lines after the tests: what they used, and problems that showed while they ran."""
-    from pytest_gpushare.report.summary import usage_lines
-
-    lines = [line for part in _SUMMARY for line in part(run)]
-    lines += usage_lines(run, view)
-    return [line for line in lines if line.problem or view.verbosity >= 0]
-
-
-def _overwritten(run: ActiveRun) -> Iterator[Line]:
-    kind = " (an error under --gpu-share-strict)" if run.strict else ""
-    for worker, how in sorted(run.overwritten.items()):
-        text = f"gpu-share: {worker} does not see the GPU that it was given: {how}{kind}"
-        yield Line(text, problem=True)
-
-
-def _verdict(run: ActiveRun) -> Iterator[Line]:
-    if run.monitor is not None and run.monitor.problem:
-        text = f"gpu-share: the guard of Ollama's VRAM has failed: {run.monitor.problem}"
-        yield Line(text, problem=True)
-    for text in run.kept_loaded.given_up if run.kept_loaded is not None else ():
-        yield Line(f"gpu-share: {text}")
-    book = run.monitor.book if run.monitor is not None else None
-    if book is None:
-        return
-    from pytest_gpushare.report.summary import verdict
-
-    for word in verdict(book):
-        fails = word.is_ours and run.strict
-        kind = " (an error under --gpu-share-strict)" if fails else ""
-        yield Line(f"gpu-share: {word.text}{kind}", word.is_problem)
-        for detail in word.details:
-            yield Line(f"  {detail}", word.is_problem)
-
-
-def _unwritten(run: ActiveRun) -> Iterator[Line]:
-    for text in run.unwritten:
-        yield Line(f"gpu-share: {text}", problem=True)
-
-
-_SUMMARY: tuple[Callable[[ActiveRun], Iterator[Line]], ...] = (
-    _overwritten,
-    _verdict,
-    routing,
-    without_gpu,
-    out_of_memory,
-    needs_exceeded,
-    needs_changed,
-    _unwritten,
-)
-
-
 def _lines(run: ActiveRun, verbosity: int) -> Iterator[Line]:
     plan = run.plan
     if run.gpus.simulated:
@@ -236,7 +183,7 @@ def _lines(run: ActiveRun, verbosity: int) -> Iterator[Line]:
         yield Line(_device(device))
         yield Line(_vram(device, several=len(plan.devices) > 1))
     yield from (Line(f"  {text}") for text in run.leases)
-    yield from (Line(*line) for line in ollama_lines(run, verbosity))
+    yield from ollama_lines(run, verbosity)
     if verbosity >= 1:
         yield from (Line(text) for text in _workers(run))
     if verbosity >= 2:

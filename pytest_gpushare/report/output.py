@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.events import Event
-from pytest_gpushare.report.header import summary
-from pytest_gpushare.report.summary import Line, View
+from pytest_gpushare.report.header import Line, View
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import leaks
-from pytest_gpushare.text import write_whole
+from pytest_gpushare.text import append_regular, redactor, write_whole
 
 if TYPE_CHECKING:
     import pytest
@@ -84,7 +83,7 @@ def print_summary(run: ActiveRun, reporter: pytest.TerminalReporter) -> None:
     """What the tests used, and what went wrong, in red where it fails the run."""
     failed = run.has_failed()
     _annotate(run, reporter)
-    for line in summary(run, _view(reporter.config)):
+    for line in _summary(run, _view(reporter.config)):
         marks = {"red": failed, "yellow": not failed} if line.problem else {}
         reporter.write_line(encodable(line.text), **marks)
 
@@ -98,7 +97,7 @@ def publish(run: ActiveRun, config: pytest.Config, exit_status: int) -> None:
     from pytest_gpushare.report.document import document
 
     try:
-        lines = [line.text for line in summary(run, _view(config))]
+        lines = [line.text for line in _summary(run, _view(config))]
         whole = document(run, exit_status, lines)
         run.unwritten += write_reports(whole, run.reports)
     except Exception as error:
@@ -111,12 +110,11 @@ def publish_to_github(run: ActiveRun) -> None:
     path = os.environ.get(SUMMARY)
     if not path:
         return
-    from pytest_gpushare.report.github import append, step_summary
-    from pytest_gpushare.report.redact import cleaner
+    from pytest_gpushare.report.document import step_summary
 
     try:
-        lines = summary(run, _WIDE)
-        append(path, cleaner()(step_summary(run, lines)))
+        lines = _summary(run, _WIDE)
+        append_regular(Path(path), redactor()(step_summary(run, lines)))
     except Exception as error:
         run.unwritten.append(f"no table in {SUMMARY}: {why(error)}")
 
@@ -135,12 +133,18 @@ def _note_leaks(run: ActiveRun) -> None:
 def _annotate(run: ActiveRun, reporter: pytest.TerminalReporter) -> None:
     if os.environ.get(ACTIONS) != "true":
         return
-    from pytest_gpushare.report.github import workflow_commands
-    from pytest_gpushare.report.redact import cleaner
+    from pytest_gpushare.report.document import workflow_commands
 
-    clean = cleaner()
+    clean = redactor()
     for text in workflow_commands(run):
         reporter.write_line(encodable(clean(text)))
+
+
+def _summary(run: ActiveRun, view: View) -> list[Line]:
+    # Nothing of it is needed before the tests, where every import delays the start.
+    from pytest_gpushare.report.summary import summary
+
+    return summary(run, view)
 
 
 def _view(config: pytest.Config) -> View:
@@ -166,7 +170,7 @@ def log_header(header: Header, config: pytest.Config) -> None:
 def log_summary(run: ActiveRun, config: pytest.Config) -> None:
     """The lines after the tests, at default verbosity, to the same logger."""
     logger = logging.getLogger(LOGGER)
-    for line in summary(run, View(max(0, _verbosity(config)), _WIDE.columns)):
+    for line in _summary(run, View(max(0, _verbosity(config)), _WIDE.columns)):
         _log(logger, line)
 
 

@@ -5,7 +5,7 @@ A run that took no VRAM has nothing to say here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.gpu.sampler import DevicePeaks, DeviceSamples
@@ -22,6 +22,7 @@ from pytest_gpushare.report.advice import (
     gpu_tests_without_gpu,
     over_need,
 )
+from pytest_gpushare.report.header import Line, View
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import Leak, RecordedTest, leaks
 from pytest_gpushare.session.workers import WorkerRecord
@@ -32,21 +33,6 @@ if TYPE_CHECKING:
     from pytest_gpushare.events import Event
     from pytest_gpushare.ollama.spill import Spill
     from pytest_gpushare.session.run import ActiveRun
-
-
-class Line(NamedTuple):
-    """A line of output and whether it is one that `-q` must not swallow."""
-
-    text: str
-    problem: bool = False
-
-
-class View(NamedTuple):
-    """How much of it is wanted, and how wide the terminal is."""
-
-    verbosity: int = 0
-    """Below 0: problems only; 1 and more: details."""
-    columns: int = 80
 
 
 _MOST_NAMES = 3
@@ -430,3 +416,51 @@ def shortened(nodeid: str, room: int) -> str:
 def _part(size: int, of: int) -> str:
     """`7.2 of 9.0 GB`."""
     return f"{format_gb(size).removesuffix(' GB')} of {format_gb(of)}"
+
+
+def _overwritten(run: ActiveRun) -> Iterator[Line]:
+    kind = " (an error under --gpu-share-strict)" if run.strict else ""
+    for worker, how in sorted(run.overwritten.items()):
+        text = f"gpu-share: {worker} does not see the GPU that it was given: {how}{kind}"
+        yield Line(text, problem=True)
+
+
+def _verdict(run: ActiveRun) -> Iterator[Line]:
+    if run.monitor is not None and run.monitor.problem:
+        text = f"gpu-share: the monitor of Ollama's VRAM has failed: {run.monitor.problem}"
+        yield Line(text, problem=True)
+    for text in run.kept_loaded.given_up if run.kept_loaded is not None else ():
+        yield Line(f"gpu-share: {text}")
+    book = run.monitor.book if run.monitor is not None else None
+    if book is None:
+        return
+    for word in verdict(book):
+        fails = word.is_ours and run.strict
+        kind = " (an error under --gpu-share-strict)" if fails else ""
+        yield Line(f"gpu-share: {word.text}{kind}", word.is_problem)
+        for detail in word.details:
+            yield Line(f"  {detail}", word.is_problem)
+
+
+def _unwritten(run: ActiveRun) -> Iterator[Line]:
+    for text in run.unwritten:
+        yield Line(f"gpu-share: {text}", problem=True)
+
+
+_SUMMARY: tuple[Callable[[ActiveRun], Iterator[Line]], ...] = (
+    _overwritten,
+    _verdict,
+    routing,
+    without_gpu,
+    out_of_memory,
+    needs_exceeded,
+    needs_changed,
+    _unwritten,
+)
+
+
+def summary(run: ActiveRun, view: View) -> list[Line]:
+    """The lines after the tests: what they used, and problems that showed while they ran."""
+    lines = [line for part in _SUMMARY for line in part(run)]
+    lines += usage_lines(run, view)
+    return [line for line in lines if line.problem or view.verbosity >= 0]

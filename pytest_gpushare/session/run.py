@@ -34,8 +34,7 @@ from pytest_gpushare.planning.plan import Plan, Slot
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.session.needs_store import ModelSizes, NeedsRecorder
 from pytest_gpushare.session.registry import SessionRecord
-from pytest_gpushare.session.sampling import Sampler
-from pytest_gpushare.session.services import Service, Services, monitor_for
+from pytest_gpushare.session.services import Sampler, Service, Services, monitor_for
 from pytest_gpushare.session.tests import RecordedTests
 from pytest_gpushare.session.workers import Workers
 from pytest_gpushare.wire import Links

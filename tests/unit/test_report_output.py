@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from pytest_gpushare.config.sources import report_files
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.report.github import escaped, step_summary, workflow_commands
+from pytest_gpushare.report.document import escaped, step_summary, workflow_commands
+from pytest_gpushare.report.header import Line
 from pytest_gpushare.report.output import write_reports, write_whole
-from pytest_gpushare.report.redact import cleaned, cleaner
-from pytest_gpushare.report.summary import Line
+from pytest_gpushare.text import redacted, redactor
 from pytest_gpushare.units import GB
 
 from .scene import Scene
@@ -56,9 +56,9 @@ SECRETS = {
     ],
 )
 def test_secrets_are_taken_out(text: str, shown: str) -> None:
-    clean = cleaner(SECRETS, "/home/ada")
+    clean = redactor(SECRETS, "/home/ada")
     assert clean(text) == shown
-    assert cleaned({"a": [{text: text}], "n": [1, None], "f": 0.5}, clean) == {
+    assert redacted({"a": [{text: text}], "n": [1, None], "f": 0.5}, clean) == {
         "a": [{shown: shown}],
         "n": [1, None],
         "f": 0.5,

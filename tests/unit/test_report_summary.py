@@ -12,9 +12,9 @@ from pytest_gpushare.events import Record
 from pytest_gpushare.ollama.models import LoadedModel
 from pytest_gpushare.ollama.monitor import Neighbour
 from pytest_gpushare.ollama.spill import Promise
-from pytest_gpushare.report.header import summary
+from pytest_gpushare.report.header import View
 from pytest_gpushare.report.output import in_encoding
-from pytest_gpushare.report.summary import View, shortened, sparkline, verdict
+from pytest_gpushare.report.summary import shortened, sparkline, summary, verdict
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import leaks
 from pytest_gpushare.units import GB

@@ -14,7 +14,7 @@ from pytest_gpushare.cli.doctor.machine import devices, driver, ollama, visibili
 from pytest_gpushare.cli.doctor.project import caps, files, packages, plan, settings, tools
 from pytest_gpushare.cli.terminal import FOUND, OK, Piece, Row, show, show_json, terminal_width
 from pytest_gpushare.report.document import PLAN_SCHEMA, generator
-from pytest_gpushare.report.redact import cleaner
+from pytest_gpushare.text import redactor
 from pytest_gpushare.units import plural
 
 PAGE = "how-to/doctor"
@@ -49,7 +49,7 @@ def print_findings(options: argparse.Namespace) -> int:
 
 def sections_of(found: Examined) -> list[Section]:
     """The findings of all checks; a check that raises becomes a finding and stops no other."""
-    result, clean = [], cleaner(found.environment)
+    result, clean = [], redactor(found.environment)
     for title, checks in _SECTIONS:
         findings: list[Finding] = []
         for check in checks:
