@@ -188,11 +188,11 @@ def _devices(run: ActiveRun) -> list[dict[str, Any]]:
 def _peaks(peaks: DevicePeaks | None) -> dict[str, int | None]:
     peaks = peaks or DevicePeaks()
     # Where the driver attributes nothing, nobody knows whose the rise was.
-    is_known = peaks.workers is not None
+    is_known = bool(peaks.workers)
     return {
         "peak_used_bytes": peaks.used,
         "peak_workers_bytes": peaks.workers or None,
-        "peak_tests_bytes": peaks.rise or None if is_known else None,
+        "peak_tests_bytes": peaks.rise if is_known else None,
         "peak_unattributed_bytes": peaks.unattributed if is_known else None,
     }
 

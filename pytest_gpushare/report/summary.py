@@ -290,10 +290,15 @@ class Usage(NamedTuple):
         return max(0, self.peak_used - self.plan.device.used)
 
     @property
+    def is_attributed(self) -> bool:
+        """Whether the driver attributed anything to workers: else the rise may be anybody's."""
+        return bool(self.peaks.workers)
+
+    @property
     def tests(self) -> str:
         """`5.2 GB`, `at least 7.4 GB (3.9 GB of it unattributed)`; empty where unknown."""
         peaks = self.peaks
-        if peaks.workers is None or not peaks.rise:
+        if not self.is_attributed:
             return ""
         if not peaks.is_at_least:
             return format_gb(peaks.rise)
@@ -340,14 +345,14 @@ def _device(use: Usage, view: View, counted: bool) -> Line:
     plan = use.plan
     text = f"gpu-share: {plan.device.label} VRAM peak {_part(use.peak_used, plan.device.total)}"
     peaks = use.peaks
-    if use.tests:
+    if use.is_attributed:
         least = "at least " if peaks.is_at_least else ""
         text += f", tests {least}{_part(peaks.rise, plan.budget)}"
         if peaks.is_at_least:
             text += f" ({format_gb(peaks.unattributed)} unattributed)"
     elif not counted and plan.workers:
         text += f" (up {format_gb(use.grown)}, by whom is unknown)"
-    over = peaks.workers is not None and plan.budget < peaks.rise
+    over = use.is_attributed and plan.budget < peaks.rise
     room = view.columns - len(text) - 1
     if room >= _NARROWEST:
         heights = use.watched.series.heights(min(room, _WIDEST))
