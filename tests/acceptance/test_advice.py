@@ -53,7 +53,7 @@ def test_gpu_tests_on_cpu_workers(project: Project, machine_with: Callable[..., 
     again = project.pytest("--gpu-share", "-n2", *(f"-o{o}" for o in options), **NO_OLLAMA)
     assert again.said[0].startswith("gpu-share: 1 GPU worker × 3.0 GB"), again.out
     assert again.passed == 4
-    skipped = project.pytest("--gpu-share", "-o", "gpu_share_without_gpu=skip", **NO_OLLAMA)
+    skipped = project.pytest("--gpu-share", "-n1", "-ogpu_share_without_gpu=skip", **NO_OLLAMA)
     assert skipped.code == 0, skipped.out
 
 
