@@ -293,7 +293,7 @@ def gpu_tests_without_gpu(run: ActiveRun) -> Iterator[str]:
 
 
 def _skip(run: ActiveRun) -> list[Advice]:
-    """GPU tests fail for want of a GPU: they can be skipped."""
+    """GPU tests fail for lack of a GPU: they can be skipped."""
     if run.plan.slots or run.settings.without_gpu != "run":
         return []
     failed = [t for t in run.tests if t.marked and t.outcome in ("failed", "error")]

@@ -23,7 +23,7 @@ from pytest_gpushare.planning.placement import Surroundings, caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
 from pytest_gpushare.report.advice import amount, assess
 from pytest_gpushare.report.header import Line, header, left_out
-from pytest_gpushare.report.summary import hungriest, leak_in_words, usages, verdict
+from pytest_gpushare.report.summary import highest_peaks, leak_in_words, usages, verdict
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import RecordedTest, leaks
 from pytest_gpushare.session.workers import Peak, WorkerRecord
@@ -365,9 +365,9 @@ _HARMLESS = frozenset(" .,:/%()=")
 
 
 def step_summary(run: ActiveRun, lines: Sequence[Line]) -> str:
-    """Markdown: the devices, the hungriest tests, and every problem; user-made text escaped."""
+    """Markdown: the devices, the highest peaks of tests, and every problem; text is escaped."""
     parts = ["### gpu-share", "", *_table(run)]
-    tests = hungriest(run)
+    tests = highest_peaks(run)
     if tests:
         parts += ["", "| test | VRAM |", "|---|---|"]
         for test in tests:

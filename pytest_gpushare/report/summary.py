@@ -49,7 +49,7 @@ def routing(run: ActiveRun) -> Iterator[Line]:
         more = f", and {len(lost) - len(names)} more" if len(lost) > len(names) else ""
         kind = " (an error under --gpu-share-strict)" if run.strict else ""
         yield Line(
-            "gpu-share: skipped on CPU workers for want of a GPU: "
+            "gpu-share: skipped on CPU workers for lack of a GPU: "
             f"{plural(len(lost), 'test')}; mark with {marker} what needs one: "
             f"{', '.join(names)}{more}{kind}",
             problem=True,
@@ -76,7 +76,7 @@ MOST = 10
 
 
 def out_of_memory(run: ActiveRun) -> Iterator[Line]:
-    """Each test that ran out of memory: beside whom, and how it went alone."""
+    """Each test that ran out of memory: who held VRAM then, and how it went alone."""
     again = {event.facts["nodeid"]: event for event in run.record.events("oom-retried")}
     found = run.record.events("oom")
     texts = [_sentence(event, again.get(event.facts["nodeid"])) for event in found]
@@ -105,7 +105,7 @@ def needs_exceeded(run: ActiveRun) -> Iterator[Line]:
 
 
 def without_gpu(run: ActiveRun) -> Iterator[Line]:
-    """GPU tests that failed for want of a GPU."""
+    """GPU tests that failed for lack of a GPU."""
     for text in gpu_tests_without_gpu(run):
         yield Line(f"gpu-share: {text}", problem=True)
 
@@ -114,7 +114,7 @@ def needs_changed(run: ActiveRun) -> Iterator[Line]:
     """Tests that took another amount than the one by which they are packed."""
     # Elsewhere nothing is admitted by what was learned, and nobody has to know.
     if "packed" in run.settings.presets:
-        texts = [f"{text}: learned anew" for text in _latest(run, "need-changed")]
+        texts = [f"{text}: learned again" for text in _latest(run, "need-changed")]
         yield from _first(texts, "took other VRAM than when they last ran", problem=False)
 
 
@@ -265,7 +265,7 @@ def _silences(book: Neighbour) -> Iterator[Word]:
 WORTH_TELLING = 64 * MB
 """Bytes by which a device fills without anybody's tests: desktops do that all the time."""
 
-HUNGRIEST = 5
+MOST_PEAKS = 5
 _MOST_LEAKS = 3
 _NARROWEST, _WIDEST = 8, 40
 _BARS = "▁▂▃▄▅▆▇█"
@@ -316,14 +316,14 @@ def usages(run: ActiveRun) -> list[Usage]:
     ]
 
 
-def hungriest(run: ActiveRun, most: int = HUNGRIEST) -> list[RecordedTest]:
+def highest_peaks(run: ActiveRun, most: int = MOST_PEAKS) -> list[RecordedTest]:
     """The tests that used the most VRAM, those alone of which that is known."""
     known = [test for test in run.tests if test.peak is not None]
     return sorted(known, key=lambda t: (-t.peak.size if t.peak else 0, t.nodeid))[:most]
 
 
 def usage_lines(run: ActiveRun, view: View) -> Iterator[Line]:
-    """Devices, leaks and hints; from -v also workers and the hungriest tests; nothing at -q."""
+    """Devices, leaks and hints; from -v also workers and the highest peaks; nothing at -q."""
     if view.verbosity < 0:
         return
     members = [member for member in run.workers if member.role == "gpu"]
@@ -334,7 +334,7 @@ def usage_lines(run: ActiveRun, view: View) -> Iterator[Line]:
     if view.verbosity >= 1 and (devices or peaks):
         for member in members:
             yield _worker(member, run)
-        for test in hungriest(run):
+        for test in highest_peaks(run):
             yield Line(_test(test, view))
     yield from _leaks(leaks(run.tests, run.workers), view)
     for advice in assess(run).advice:
@@ -351,7 +351,7 @@ def _device(use: Usage, view: View, counted: bool) -> Line:
         if peaks.is_at_least:
             text += f" ({format_gb(peaks.unattributed)} unattributed)"
     elif not counted and plan.workers:
-        text += f" (up {format_gb(use.grown)}, by whom is unknown)"
+        text += f" (up {format_gb(use.grown)}, by which process is unknown)"
     over = use.is_attributed and plan.budget < peaks.rise
     room = view.columns - len(text) - 1
     if room >= _NARROWEST:

@@ -3,7 +3,7 @@
 Workers say that a test of theirs ran out of memory (`oom`). If others of ours share the
 device, these are asked to rest between two tests (`pause`, answered by `quiet`), and the
 worker gets the device to itself (`alone`) until the end of that test (`alone-over`). Nobody is
-interrupted, nothing is dispatched anew, and who dies in the middle is waited for no longer.
+interrupted, nothing is dispatched again, and who dies in the middle is waited for no longer.
 """
 
 from __future__ import annotations

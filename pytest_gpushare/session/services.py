@@ -258,7 +258,7 @@ def _open_book(run: ActiveRun, live: LiveVram, known: Sequence[Device] | None) -
             budgets[slot.device.uuid] += slot.vram
 
     def look(loaded: Sequence[LoadedModel], by_worker: bool) -> Mapping[str, DeviceUsage]:
-        """`by_worker` reads the process lists anew, which takes milliseconds; older ones are of
+        """`by_worker` reads the process lists again, which takes milliseconds; older ones are of
         another moment than the memory and would mix up workers and others."""
         usage = read_usage(
             live,

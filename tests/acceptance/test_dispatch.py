@@ -199,7 +199,7 @@ def test_no_test_is_lost(project: Project, machine: Machine) -> None:
 
 
 def test_lost_in_a_fixture(project: Project, machine: Machine) -> None:
-    """A test that skips itself on a CPU worker for want of a GPU is told, an error under strict."""
+    """A test that skips itself on a CPU worker for lack of a GPU is told, an error under strict."""
     (project.path / "test_project.py").unlink()
     text = SKIPPING.replace(
         "def test_no_network():", "def test_fixture(cuda): pass\n\n    def test_no_network():"
@@ -208,7 +208,7 @@ def test_lost_in_a_fixture(project: Project, machine: Machine) -> None:
     result = project.pytest(*BESIDE, "--gpu-share-strict", "-k", "fixture")
     assert result.code == 1, result.out
     assert (
-        "gpu-share: skipped on CPU workers for want of a GPU: 1 test; mark with gpu what needs "
+        "gpu-share: skipped on CPU workers for lack of a GPU: 1 test; mark with gpu what needs "
         "one: test_skips.py::test_fixture (CUDA is not available) "
         "(an error under --gpu-share-strict)"
     ) in result.out

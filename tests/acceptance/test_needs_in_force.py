@@ -74,8 +74,8 @@ def test_learned(project: Project, two: Machine) -> None:
     kept_on = kept["test_project.py::test_changes"][2]
     text = "test_project.py::test_changes took 4.0 GB of VRAM, 2.0 GB when it last ran"
     assert changed == [f"{text} ({kept_on})"]
-    assert f"gpu-share: {text} ({kept_on}): learned anew" in second.out.splitlines()
-    assert "learned anew" not in first.out
+    assert f"gpu-share: {text} ({kept_on}): learned again" in second.out.splitlines()
+    assert "learned again" not in first.out
 
 
 LIAR = (

@@ -286,7 +286,7 @@ def test_nvml_tells_nothing_by_process(
     result = project.pytest("--gpu-share", "-n1", "-v", "--gpu-share-report=r.json", COLUMNS="78")
     assert result.code == 0
     assert result.said[-2:] == [
-        "gpu-share: GPU 0 VRAM peak 3.59 of 24.0 GB (up 1.59 GB, by whom is unknown)",
+        "gpu-share: GPU 0 VRAM peak 3.59 of 24.0 GB (up 1.59 GB, by which process is unknown)",
         "  gw0 on GPU 0: VRAM peak unknown",
     ]
     told = read(project.path / "r.json")

@@ -89,7 +89,7 @@ def test_script_and_python_write_figures_alike(opened: Open) -> None:
 
 
 def test_table_sorts(opened: Open) -> None:
-    """By pointer and by keyboard, both ways; the hungriest first from the start."""
+    """By pointer and by keyboard, both ways; the highest_peaks first from the start."""
     document = documents.eventful()
     here = opened(document)
     assert here.names() == ordered(document, "peak_bytes", down=True)

@@ -31,9 +31,7 @@ LATER = {
     "gpu",
     "ollama",
     "planning",
-    "report",
     "scheduler",
-    "session",
     "worker",
 }
 """Packages that are still being reworded."""

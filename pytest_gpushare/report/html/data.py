@@ -34,7 +34,7 @@ def holders(
     total: float | None,
     workers: Sequence[Mapping[str, Any]],
 ) -> Holders:
-    """The samples at these indices, of which the times are known, told apart as far as can be.
+    """The samples at these indices, of which the times are known, attributed as far as can be.
 
     What no part accounts for is a part `rest`, unless it stays below a hundredth of *total*:
     figures of one moment are read one after another.
