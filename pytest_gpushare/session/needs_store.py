@@ -119,14 +119,14 @@ class NeedsRecorder:
             self._keep(device, nodeid, size, None, exact=False)
 
     def took(self, nodeid: str, seconds: float, device: str = "") -> None:
-        """How long a test took that no framework told of; without a device: on the CPU."""
+        """How long a test took that no framework measured; without a device: on the CPU."""
         self._keep(device, nodeid, None, seconds, exact=False)
 
     def _before_of(self, device: str, nodeid: str) -> Learned | None:
         return self._found.get(device, {}).get(nodeid) or self.learned(device).get(nodeid)
 
     def _look_up(self) -> None:
-        """Take from the journal what no worker's frameworks have told of the tests that passed."""
+        """Take what the workers' frameworks did not measure of the tests that passed."""
         for test in self._run.tests:
             if test.outcome != "passed" or test.start is None or test.end is None:
                 continue
@@ -309,7 +309,7 @@ def stored(config: pytest.Config, key: str) -> object:
 def _store(config: pytest.Config, key: str, value: object) -> None:
     """Set the value of a key in pytest's cache, where there is one.
 
-    Not by the cache itself: it would wait for ever where the file is a FIFO.
+    Not by the cache itself: it would wait without a limit where the file is a FIFO.
     """
     cache = getattr(config, "cache", None)
     if cache is None:

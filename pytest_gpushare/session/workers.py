@@ -107,7 +107,7 @@ class WorkerRecord:
     counted: Peak | None = None
     """The highest peak of its tests by the frameworks' counters."""
     seen: Peak | None = None
-    """The highest figure that NVML told of it and its descendants."""
+    """The highest figure of NVML for it and its descendants."""
     growths: LeftVram = field(default_factory=LeftVram)
     readings: list[tuple[float, int]] = field(default_factory=list)
     """(seconds, bytes) by NVML since the end of the last test that was reported."""
