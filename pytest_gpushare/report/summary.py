@@ -164,12 +164,6 @@ def _on(life: Life, book: Neighbour) -> Word:
         )
     if not model.is_whole:
         return Word(f"Ollama held {placed(model)}")
-    if book.history.failures and not book.history.answered_at:
-        return Word(
-            f"Ollama had {model.name} on the GPU ({format_gb(model.size)}) before the tests, but "
-            "did not answer while they ran: whether it stayed there is unknown",
-            is_problem=True,
-        )
     where = f"on the GPU ({format_gb(model.size)}, 100 %)"
     return Word(f"Ollama kept {model.name} {where} {_how_long(life, book)}")
 

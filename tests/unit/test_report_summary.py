@@ -8,13 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pytest_gpushare.events import Record
-from pytest_gpushare.ollama.models import LoadedModel
-from pytest_gpushare.ollama.monitor import Neighbour
-from pytest_gpushare.ollama.spill import Promise
 from pytest_gpushare.report.header import View
 from pytest_gpushare.report.output import in_encoding
-from pytest_gpushare.report.summary import shortened, sparkline, summary, verdict
+from pytest_gpushare.report.summary import shortened, sparkline, summary
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import leaks
 from pytest_gpushare.units import GB
@@ -125,22 +121,6 @@ def test_shortened_keeps_the_end() -> None:
     assert shortened("test_a.py::test_x", 40) == "test_a.py::test_x"
     assert shortened("a" * 50 + "::test_x", 30) == "..." + "a" * 19 + "::test_x"
     assert shortened("test_\x1b[31m", 40) == "test_?[31m"
-
-
-def test_a_server_that_never_answered_in_the_run() -> None:
-    """The state before the tests is not called the state throughout."""
-    model = LoadedModel("qwen2.5:14b", 10 * GB, 10 * GB)
-    promise = Promise({}, {}, 12 * GB, GB, 3 * GB)
-    book = Neighbour((model,), promise, lambda _models, _by_worker: {}, Record())
-    (word,) = verdict(book)
-    assert word.text == "Ollama kept qwen2.5:14b on the GPU (10.0 GB, 100 %) throughout"
-    book.silence("no answer within 2 s", certain=False)
-    (word,) = verdict(book)
-    assert (word.text, word.is_problem) == (
-        "Ollama had qwen2.5:14b on the GPU (10.0 GB) before the tests, but did not answer while "
-        "they ran: whether it stayed there is unknown",
-        True,
-    )
 
 
 def test_a_skipped_test_is_no_suspect() -> None:
