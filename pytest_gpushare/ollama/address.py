@@ -129,6 +129,6 @@ def _to_try(written: str) -> tuple[Candidate, ...]:
         names[gateway] = "the WSL gateway"
     found = [Candidate(parse_address(written), VARIABLE)] if written.strip() else []
     found += [Candidate(parse_address(host), how) for host, how in names.items()]
-    # The first of two that are the same place tells how it was found.
+    # Of two with the same address the first says how it was found.
     places = {(c.address.scheme, c.address.host, c.address.port): c for c in reversed(found)}
     return tuple(candidate for candidate in found if candidate in places.values())

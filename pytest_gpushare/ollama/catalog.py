@@ -128,7 +128,7 @@ def loaded_models(connection: Connection, deadline: float) -> Loaded:
 
 
 def _get(connection: Connection, path: str, deadline: float) -> tuple[object, str | None]:
-    """The decoded answer, and the address that gave it where the connection tells."""
+    """The decoded answer, and the address that gave it, where the connection knows it."""
     answer = connection.get(path, deadline)
     return answer.decoded(), answer.peer
 

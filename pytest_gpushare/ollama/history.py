@@ -1,7 +1,7 @@
 """What happened to Ollama's models, from one answer of `/api/ps` to the next.
 
-Ollama decides where a model lies when it loads it, and never moves it: so whatever differs
-between two answers is a load. `expires_at` is not looked at, as it is past while a request
+Ollama places a model when it loads it, and never moves it: so whatever differs between two
+answers is a load. `expires_at` is not looked at, as it is past while a request
 runs. From Ollama 0.30 on a model that is being loaded is in no answer.
 """
 
@@ -51,7 +51,7 @@ class Life:
     model: LoadedModel
     """As it was seen last."""
     from_the_start: bool
-    """Whether it was there when the run began, or when the server was first heard."""
+    """Whether it was there when the run began, or when the server first answered."""
     spilled_before: bool
     """Whether a part of it was on the CPU then."""
     loaded_at: float | None = None
@@ -73,7 +73,7 @@ class History:
         self.answered_at: float | None = None
         """When the last answer came."""
         self.silences: list[tuple[float, float | None]] = []
-        """From when to when the server was unreachable after it had been heard."""
+        """From when to when the server was unreachable after it had answered."""
         self._now: dict[str, LoadedModel] = {}
         self.ended_at: float | None = None
         """When the last question was over; None while more will be asked."""
@@ -126,7 +126,7 @@ class History:
             if self.silences:
                 self.silences[-1] = (self.silences[-1][0], at)
         if self.answered_at is None:
-            # Nobody knows when these were loaded: they are as good as there from the start.
+            # When these were loaded is unknown: they count as there from the start.
             self._begin(at, models)
             return changes
         since, self.answered_at = self.answered_at, at

@@ -1,4 +1,4 @@
-"""What is said of changes to Ollama's models: one sentence for a person each."""
+"""The sentences on what happened to Ollama's models, one for each change."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _workers(by_worker: Mapping[str, int]) -> str:
 
 
 def _changed(before: LoadedModel, now: LoadedModel) -> str:
-    """`; context 4096, now 8192`: what a request asked for that made it load anew."""
+    """`; context 4096, now 8192`: what a request asked for that made it reload."""
     changed = differences(before, now)
     parts = []
     if "context" in changed and before.context and now.context:

@@ -85,7 +85,7 @@ class OllamaFacts(NamedTuple):
     """What the Ollama server answered, or why it did not."""
 
     address: str = ""
-    """host:port as messages name it; empty where nobody was asked."""
+    """host:port as messages name it; empty where no server was asked."""
     asked: bool = False
     answered: bool = False
     """Whether `/api/ps` gave a list of models that makes sense."""
@@ -100,7 +100,7 @@ class OllamaFacts(NamedTuple):
     found_by: str = ""
     """How its address was found: the setting or variable that names it, or what was tried."""
     server: Address | None = None
-    """Where it is called, for whoever asks more later; None where nobody was asked."""
+    """Where it is called, for later questions; None where no server was asked."""
     relied_on: tuple[ModelFacts, ...] = ()
     """What it says of the models that the user named."""
     odd: tuple[str, ...] = ()

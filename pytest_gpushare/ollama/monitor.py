@@ -1,4 +1,4 @@
-"""What is known of Ollama while the run lasts: its models, and who held what when they loaded."""
+"""Ollama during a run: its models, and who held VRAM when they were loaded."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ EVERY = 1.0
 """Seconds between looks at whose VRAM is whose."""
 
 Look = Callable[[Sequence[LoadedModel], bool], Mapping[str, DeviceUsage]]
-"""What is held now, by device, given the models that Ollama has loaded, and whether to tell by
+"""What is held now, by device, given the models that Ollama has loaded, and whether by
 whom."""
 
 
@@ -110,8 +110,8 @@ class Neighbour:
         record: Record,
         saw: Callable[[LoadedModel, int | None], None] = lambda _model, _used: None,
     ) -> None:
-        """`models` are those at the start, None where the server did not answer; `saw` is told
-        what a loaded model takes, in bytes of its process where NVML tells them."""
+        """`models` are those at the start, None where the server did not answer; `saw` gets
+        what a loaded model takes, in bytes of its process where NVML reports them."""
         self.history = History(models)
         self.promise = promise
         self.spills: list[Spill] = []
@@ -128,7 +128,7 @@ class Neighbour:
 
     @property
     def is_worth_asking(self) -> bool:
-        """Whether the server was heard when it was asked last."""
+        """Whether the server answered when it was asked last."""
         return self.history.answered_at is not None and not self.history.failures
 
     def resident(self) -> Mapping[str, int]:
@@ -148,7 +148,7 @@ class Neighbour:
                 self._samples.append((now, held))
 
     def answer(self, models: Sequence[LoadedModel]) -> None:
-        """The server has told its models."""
+        """The server has answered with its models."""
         changes = self.history.look(self._record.now(), models)
         if changes:
             self.sample(by_worker=True)
@@ -158,7 +158,7 @@ class Neighbour:
         self._doubt()
 
     def silence(self, problem: str, *, certain: bool) -> None:
-        """The server has not told anything."""
+        """The server has not answered."""
         for change in self.history.fail(self._record.now(), problem, certain=certain):
             self._note(change)
 
@@ -176,7 +176,7 @@ class Neighbour:
             self._saw(model, known if known and len(models) == 1 else None)
 
     def _note(self, change: Change) -> None:
-        # In most runs Ollama changes nothing: no start pays for the words.
+        # Imported here: in most runs Ollama changes nothing.
         from pytest_gpushare.ollama import messages
 
         facts = self._facts(change)
@@ -204,7 +204,7 @@ class Neighbour:
         return judge(change.at, model, beside, window, self.promise)
 
     def _doubt(self) -> None:
-        """Ollama may say `100 % GPU` of what it could not see: does NVML show as much?"""
+        """Ollama may report `100 % GPU` of what it could not see: does NVML show as much?"""
         with self._lock:
             held = self._samples[-1][1].values()
         seen = [device.identified.get(OLLAMA) for device in held]
@@ -250,7 +250,7 @@ class Pace(NamedTuple):
     often: int = 1800
     """An hour's worth."""
     most: int = 10_000
-    """Questions of one run; then nobody is asked any more."""
+    """Questions of one run; then no more are asked."""
     longest: float = 30.0
     """Between questions to a server that does not answer."""
     patience: float = 5.0
@@ -267,12 +267,12 @@ class Pace(NamedTuple):
 
 
 class Guard:
-    """The service that asks, from before the first test to after the last."""
+    """The service that asks, from before the first test until after the last."""
 
     def __init__(
         self, address: Address, open_book: Callable[[], Neighbour], pace: Pace | None = None
     ) -> None:
-        """`open_book` makes what the answers are told to; it is called in the guard's thread."""
+        """`open_book` makes what receives the answers; it is called in the guard's thread."""
         self.asked = 0
         """Questions so far."""
         self.problem = ""
@@ -282,8 +282,8 @@ class Guard:
         self._stop = threading.Event()
         self._question: Question | None = None
         """The one that is open."""
-        self._heard: Question | None = None
-        """The last one whose outcome was told."""
+        self._handled: Question | None = None
+        """The last one whose outcome was handed on."""
         self._thread = threading.Thread(target=self._run, name="gpu-share-guard", daemon=True)
 
     @property
@@ -345,8 +345,8 @@ class Guard:
         question = self._question
         if question is None or not question.is_over:
             return
-        if question is not self._heard:
-            self._heard = question
+        if question is not self._handled:
+            self._handled = question
             question.hang_up()
             if question.models is not None:
                 book.answer(question.models)
@@ -357,11 +357,11 @@ class Guard:
             self._question = None
 
     def _finish(self, book: Neighbour) -> None:
-        """The last word: what Ollama holds now that the tests are over."""
+        """The last question: what Ollama holds now that the tests are over."""
         until = time.monotonic() + self._pace.last_patience
         book.sample()
         if self._question is not None:
-            # Who did not answer before is not waited for: the end of the run is near.
+            # A server that did not answer before is not waited for.
             if book.is_worth_asking:
                 self._question.wait(until - time.monotonic())
             self._take(book)
@@ -370,7 +370,7 @@ class Guard:
             last.wait(until - time.monotonic())
             book.sample()
             self._take(book)
-        if self._question is not None and self._question is not self._heard:
-            # It may still come: but nothing is claimed of what nobody waited for.
+        if self._question is not None and self._question is not self._handled:
+            # It may still come, but the end of the run does not wait for it.
             book.silence(self._question.problem, certain=False)
         book.end()

@@ -227,10 +227,10 @@ class _Loader:
         try:
             own = self._loaded(name, of)
         except (TimeoutError, UnreachableError, NonsenseError) as error:
-            room = _room(free) if getattr(error, "status", 500) >= 500 else ""
+            room = _free_text(free) if getattr(error, "status", 500) >= 500 else ""
             return f"{_reason(error)}{room}"
         if own is None:
-            return f"it was gone as soon as it was loaded{_room(free)}"
+            return f"it was gone as soon as it was loaded{_free_text(free)}"
         model = own.model
         if model.is_spilled:
             return f"{_does_not_fit(model, free)}; {self._unload(model)}"
@@ -316,14 +316,14 @@ def _reason(error: Exception) -> str:
     return text or "nothing listens there any more"
 
 
-def _room(free: int | None) -> str:
+def _free_text(free: int | None) -> str:
     return "" if free is None else f"; {format_gb(free)} of VRAM were free"
 
 
 def _does_not_fit(model: LoadedModel, free: int | None) -> str:
     if free is not None and uses_no_gpu(model, free):
         return f"Ollama put it into RAM, though {format_gb(free)} of VRAM were free: {NO_GPU}"
-    return f"it does not fit wholly on the GPU: {placed(model)}{_room(free)}"
+    return f"it does not fit wholly on the GPU: {placed(model)}{_free_text(free)}"
 
 
 def vram_of(

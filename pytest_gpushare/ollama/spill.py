@@ -1,4 +1,4 @@
-"""Why a part of a model landed on the CPU, and the setting that would have prevented it.
+"""Why a part of a model went to the CPU, and the setting that would have prevented it.
 
 Ollama asks for free VRAM when it loads a model, and for nothing later. So the question is what
 was held at that moment, by whom, and whether the plan had promised it to Ollama.
@@ -79,13 +79,13 @@ class Cause(str, Enum):
     OTHERS = "others"
     """Another process took what was reserved."""
     DOUBT = "tests or others"
-    """One of the two; the driver does not tell which."""
+    """One of the two; the driver does not show which."""
     SIZE = "size"
     """It would not have fitted without any tests either."""
     OPTIONS = "options"
-    """There was room: somebody set `num_gpu`, or the server limits itself."""
+    """There was VRAM: a request set `num_gpu`, or the server's settings limit it."""
     UNKNOWN = "unknown"
-    """Nobody could tell what was held."""
+    """What was held is unknown."""
 
 
 OURS = frozenset({Cause.RESERVATION, Cause.TESTS, Cause.DOUBT})
@@ -100,9 +100,9 @@ class Spill(NamedTuple):
     model: LoadedModel
     cause: Cause
     missing: int
-    """What did not find its place on the GPU."""
+    """What is not on the GPU."""
     tests: int | None
-    """The most that the tests held while it was loaded; None where nobody tells."""
+    """The most that the tests held while it was loaded; None where that is unknown."""
     by_worker: Mapping[str, int]
     others: int | None
     free: int | None
@@ -128,7 +128,7 @@ def judge(
     window: Sequence[Mapping[str, DeviceUsage]],
     promise: Promise,
 ) -> Spill:
-    """Why `model` landed in part on the CPU.
+    """Why a part of `model` went to the CPU.
 
     `beside` are the other models that were loaded then, `window` what was held on the devices
     that Ollama may use, from before the load to after it. Between two looks much may happen:
@@ -146,13 +146,13 @@ def judge(
     taken -= sum(other.on_gpu + context for other in beside)
     slack = model.size // 10 + OVERHEAD
     was_seen = max(scene.beside_ollama for scene in scenes) >= taken - slack
-    # Where so much was never held, how much Ollama found free says nothing.
+    # Where so much was never held, what Ollama found free says nothing.
     least = taken - slack if was_seen else 0
     tests, by_worker, others = _holders(scenes, least, missing)
     room = sum(h.free + h.of(OLLAMA) for h in promise.start.values())
     required = required_free(model, beside, context, devices)
     if required > room:
-        # Ollama would have sent the other models away first.
+        # Ollama would have unloaded the other models first.
         required = required_free(model, (), context, devices)
     spill = Spill(
         at, model, Cause.UNKNOWN, missing, tests, by_worker, others,
@@ -185,12 +185,12 @@ def judge(
 def _holders(
     scenes: Sequence[Scene], taken: int, missing: int
 ) -> tuple[int | None, Mapping[str, int], int | None]:
-    """What the tests held in all, by worker, and the others; None where nobody tells."""
-    told = [scene for scene in scenes if scene.tests is not None and scene.others is not None]
-    if not told:
+    """What the tests held in all, by worker, and the others; None where that is unknown."""
+    known = [scene for scene in scenes if scene.tests is not None and scene.others is not None]
+    if not known:
         return None, {}, None
-    fullest = max(told, key=lambda scene: scene.tests or 0)
-    others = max(scene.others or 0 for scene in told)
+    fullest = max(known, key=lambda scene: scene.tests or 0)
+    others = max(scene.others or 0 for scene in known)
     tests = fullest.tests or 0
     if tests >= missing or taken - others <= tests:
         return tests, fullest.by_worker, others

@@ -223,9 +223,8 @@ def _spilled_before(life: Life, book: Neighbour) -> Word:
             f"though {format_gb(free or 0)} of VRAM were free: {NO_GPU}",
             is_problem=True,
         )
-    what = "a part of" if model.on_gpu else "all of"
     text = (
-        f"Ollama had {what} {model.name} on the CPU before the tests began "
+        f"Ollama had a part of {model.name} on the CPU before the tests began "
         f"({format_gb(model.on_gpu)} of {format_gb(model.size)} on the GPU)"
     )
     if life.gone_at is not None:
