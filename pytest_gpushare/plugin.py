@@ -223,12 +223,9 @@ class _RunHooks:
     def pytest_xdist_make_scheduler(self, config: pytest.Config) -> Generator[None, Any, Any]:
         """Schedule GPU tests by VRAM, where there is something to route; else as xdist does."""
         stock = yield
-        from functools import partial
-
         from pytest_gpushare.dispatch.distribution import scheduler_for
-        from pytest_gpushare.worker.runner import report_lost
 
-        return scheduler_for(self._run, config, stock, partial(report_lost, config))
+        return scheduler_for(self._run, config, stock)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:

@@ -85,10 +85,6 @@ def _call(handler: Handler, worker: str, payload: Any) -> None:
         handler(worker, payload)
 
 
-MORE = "gpushare_more"
-"""The attribute of a report behind which a wider teardown may follow."""
-
-
 PLACED = "gpushare_place"
 """The key of workerinput with the worker's place; unlike the environment, not inherited."""
 

@@ -1,7 +1,23 @@
-"""One attempt at a test, ended so that another can follow within the same protocol.
+"""What pytest's items do not say in public: their fixtures, and what one attempt left behind.
 
-pytest has no public way to do that. What is used of it beside hooks is what pytest-rerunfailures
-has used for years; where it is missing, nothing happens and the first attempt stands.
+A test that is run once more ends its first attempt so that the second can follow within the same
+protocol.
+
+pytest has no public way to do that. Private names that are used, as pytest-rerunfailures has used
+them for years:
+
+- `Session._setupstate` (since 2.4) with `teardown_exact` and `stack`: what is set up. Without it
+  the test is not run again.
+- `item._initrequest` (since 2.3): a new request for fixtures. Without it the old one is used.
+- `item._instance`, `item._obj` (since 8.2 and 2.3): the instance of the test's class. Without them
+  the second attempt sees the first one's.
+- `item._excinfo` (since 2.0): the errors of a unittest test. Without it such a test that runs out
+  of memory is not recognised.
+- `item._fixtureinfo` with `name2fixturedefs`, `FixtureDef.cached_result` (since 2.3): the fixtures
+  of a test. Without them tests that share fixtures of a class or module are not kept together, and
+  such a fixture that ran out of memory keeps its error.
+- `item.callspec._arg2scope` (since 3.0): the scopes of its parameters. Without it the values of a
+  parametrised fixture of a class or module may be set up more often.
 """
 
 from __future__ import annotations
@@ -11,20 +27,16 @@ from typing import Any
 import pytest
 
 
-class _StandIn(pytest.Item):
-    """What comes after the attempt: shares everything with it but the function."""
-
-    def runtest(self) -> None:
-        """Never run."""
-
-
 def end_function(item: pytest.Item) -> None:
     """Tear down what belongs to the test function alone; raises what the teardown raises.
 
-    Fixtures of its class, module and session live on, but for those that failed.
+    Fixtures of its class, module and session live on, but for those that failed. No hook is
+    called: where this raises, the test's own teardown is still to come.
     """
-    following = _StandIn.from_parent(_lowest_sound_parent(item), name=item.name)
-    item.ihook.pytest_runtest_teardown(item=item, nextitem=following)
+    state: Any = getattr(item.session, "_setupstate", None)
+    if state is None:
+        raise RuntimeError("this pytest does not show what is set up")
+    state.teardown_exact(_lowest_sound_parent(item))
     _forget_failed_fixtures(item)
     if (found := excinfos(item)) is not None:
         found.clear()
@@ -79,3 +91,20 @@ def _forget_failed_fixtures(item: pytest.Item) -> None:
                 # Finished as at the end of its scope, and not only emptied: pytest 9.1 and
                 # newer insist on that before the next set-up.
                 definition.finish(getattr(item, "_request", None))
+
+
+def fixtures_of(item: pytest.Item) -> Any:
+    """What knows the fixtures of a test, the same object for all of one function; None: unknown."""
+    info = getattr(item, "_fixtureinfo", None)
+    return info if hasattr(info, "name2fixturedefs") else None
+
+
+def fixture_scopes(fixtures: Any) -> set[str]:
+    """The scopes of the fixtures of a test, as `fixtures_of` gives them."""
+    return {str(found[-1].scope) for found in fixtures.name2fixturedefs.values() if found}
+
+
+def parameter_scopes(item: pytest.Item) -> set[str]:
+    """The scopes for which the parameters of a test have one value."""
+    scopes = getattr(getattr(item, "callspec", None), "_arg2scope", {})
+    return {str(scope.value) for scope in scopes.values()}

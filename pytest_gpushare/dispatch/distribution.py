@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpushare.dispatch.reports import HeldBackReports
-from pytest_gpushare.dispatch.suite import Crew, Suite
+from pytest_gpushare.compat.xdist_controller import collection_difference, is_ending, wake
+from pytest_gpushare.dispatch.reports import report_difference, report_lost
+from pytest_gpushare.dispatch.suite import KindsOfWorkers, Suite
 from pytest_gpushare.planning.placement import NUMBER
-from pytest_gpushare.scheduler.needs import Told, read
+from pytest_gpushare.scheduler.needs import CollectedTests, read
 from pytest_gpushare.session.needs_store import LearnedNeeds, remember_needs
 from pytest_gpushare.session.run import ActiveRun
 
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_gpushare.dispatch.executor import HandOut
-    from pytest_gpushare.dispatch.suite import Crew, Learned, Parity, Suite
+    from pytest_gpushare.dispatch.executor import Executor
+    from pytest_gpushare.dispatch.suite import KindsOfWorkers, Learned, Parity, Suite
     from pytest_gpushare.scheduler.types import Policy, Room, Worker
     from pytest_gpushare.wire import Links
 
 
-_SILENT = Told(0, (), (), ())
+_NOTHING = CollectedTests(0, (), (), ())
 
 
 class GpuShareScheduling:
@@ -31,66 +33,74 @@ class GpuShareScheduling:
     are needs. Until then xdist's scheduler hears all that is said; after that only one does.
     """
 
-    def __init__(self, stock: Any, links: Links, own: Own, most_deaths: int | None) -> None:
+    def __init__(self, stock: Any, links: Links, own: OwnDispatch, most_deaths: int | None) -> None:
         """`stock` is what xdist would use; of workers that die xdist replaces `most_deaths`."""
         self._stock = stock
         self._own = own
         self._most_deaths = most_deaths
         self._deaths = 0
         self._nodes: dict[Any, list[str] | None] = {}
-        self._told: dict[str, Told] = {}
+        self._collected: dict[str, CollectedTests] = {}
+        self._has_loop: set[str] = set()
+        """The workers that can run tests as the dispatcher needs it."""
+        self._differs = False
+        """Whether workers of one kind collected different tests, so that nothing is run."""
         self._suite = Suite()
-        self._hand_out: HandOut | None = None
+        self._executor: Executor | None = None
         self._decided = False
         self._due = False
-        links.on("collected", self._hear)
+        links.on("collected", self._on_collected)
 
     def __getattr__(self, name: str) -> Any:
         """What is not in the protocol: pytest-rerunfailures wants `config` when a worker dies."""
         return getattr(self._stock, name)
 
-    def _hear(self, worker: str, message: Mapping[str, Any]) -> None:
-        self._told[worker] = read(message)
+    def _on_collected(self, worker: str, message: Mapping[str, Any]) -> None:
+        self._collected[worker] = read(message)
+        if message.get("loop"):
+            self._has_loop.add(worker)
 
     @property
     def nodes(self) -> list[Any]:
         """The workers that are there."""
         # xdist's loadscope drops workers for which there is no work.
-        return list(self._stock.nodes if self._hand_out is None else self._nodes)
+        return list(self._stock.nodes if self._executor is None else self._nodes)
 
     @property
     def collection_is_completed(self) -> bool:
         """Whether all workers of the start, or their replacements, have collected."""
-        return self._hand_out is not None or bool(self._stock.collection_is_completed)
+        return self._executor is not None or bool(self._stock.collection_is_completed)
 
     @property
     def tests_finished(self) -> bool:
         """Whether the workers may be told to end; xdist asks after everything that happens."""
-        if self._hand_out is None:
+        if self._differs:
+            return True
+        if self._executor is None:
             return bool(self._stock.tests_finished)
         if self._due:
-            # Only now is all told that came with the event, such as that a test comes again.
+            # Only now all is known that came with the event, such as that a test comes again.
             self._due = False
-            self._hand_out.step()
-        return self._hand_out.is_done
+            self._executor.step()
+        return self._executor.is_done
 
     @property
     def has_pending(self) -> bool:
         """Whether tests are left that have not had their outcome."""
-        if self._hand_out is None:
+        if self._executor is None:
             return bool(self._stock.has_pending)
-        return not self._hand_out.is_done
+        return not self._executor.is_done
 
     def add_node(self, node: Any) -> None:
         """A worker is up, and collects."""
         self._nodes[node] = None
-        if self._hand_out is None:
+        if self._executor is None:
             self._stock.add_node(node)
 
     def add_node_collection(self, node: Any, collection: Sequence[str]) -> None:
         """A worker has collected these tests."""
         self._nodes[node] = list(collection)
-        if self._hand_out is None:
+        if self._executor is None:
             self._stock.add_node_collection(node, collection)
 
     def schedule(self) -> None:
@@ -98,11 +108,11 @@ class GpuShareScheduling:
         if not self._decided:
             self._decided = True
             self._decide()
-        elif self._hand_out is None:
+        elif self._executor is None:
             self._stock.schedule()
         else:
-            self._join(self._hand_out)
-            self._hand_out.step()
+            self._join(self._executor)
+            self._executor.step()
 
     def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
         """A worker has done a test."""
@@ -110,61 +120,64 @@ class GpuShareScheduling:
 
     def mark_test_pending(self, item: str) -> None:
         """Another plugin wants a test to run once more."""
-        if self._hand_out is None:
+        if self._executor is None:
             self._stock.mark_test_pending(item)
             return
         number = self._suite.number(item)
         if number is not None:
-            self._hand_out.again(number)
+            self._executor.again(number)
             self._due = True
 
     def remove_pending_tests_from_node(self, node: Any, indices: Sequence[int]) -> None:
-        """Tests were taken back from a worker; with none of them, a nudge of our own."""
-        if self._hand_out is None:
+        """Tests were taken back from a worker; under our own dispatch, words to the dispatcher."""
+        if self._executor is None:
             self._stock.remove_pending_tests_from_node(node, indices)
         else:
-            self._hand_out.step()
+            self._executor.hear(node.gateway.id, indices)
 
     def remove_node(self, node: Any) -> str | None:
         """A worker has ended or died; returns the test in which it died."""
         has_died = not hasattr(node, "workeroutput")
         self._deaths += has_died
         self._nodes.pop(node, None)
-        if self._hand_out is None:
+        if self._executor is None:
             return self._stock.remove_node(node)  # type: ignore[no-any-return]
         replaced = has_died and (self._most_deaths is None or self._deaths <= self._most_deaths)
         self._due = True
-        worker, held_back = node.gateway.id, self._own.held_back
-        lost = self._hand_out.leave(worker, replaced=replaced, torn_down=held_back.of(worker))
-        held_back.settle(worker, died_in=lost)
-        return lost if has_died else None
+        # Also where the worker ended in order: a test may have ended it, by `pytest.exit`.
+        return self._executor.leave(node.gateway.id, replaced=replaced)
 
     def _decide(self) -> None:
         collected = [(node, ids) for node, ids in self._nodes.items() if ids is not None]
-        crew = Crew()
+        kinds = KindsOfWorkers()
         for node, ids in collected:
-            told = self._told.get(node.gateway.id, _SILENT)
-            crew.add(self._own.has_gpu(node), self._suite.add(ids), told)
-        self._hand_out = self._own.begin(self._suite, crew)
-        if self._hand_out is None:
+            found = self._collected.get(node.gateway.id, _NOTHING)
+            kinds.add(self._own.has_gpu(node), self._suite.add(ids), found)
+        can_run = all(node.gateway.id in self._has_loop for node, _ in collected)
+        if self._own.is_wanted(kinds, can_run=can_run):
+            self._differs = self._own.report_differences(collected)
+            if self._differs:
+                return
+            self._executor = self._own.begin(self._suite, kinds)
+        if self._executor is None:
             # Called for each test: as if nobody stood in between.
             self.mark_test_complete = self._stock.mark_test_complete  # type: ignore[method-assign]
             self._stock.schedule()
             return
         self.mark_test_complete = self._complete  # type: ignore[method-assign]
-        self._join(self._hand_out)
-        self._hand_out.step()
+        self._join(self._executor)
+        self._executor.step()
 
     def _complete(self, node: Any, item_index: int, duration: float = 0) -> None:
-        assert self._hand_out is not None
-        self._hand_out.done(node.gateway.id, item_index, duration)
+        assert self._executor is not None
+        self._executor.done(node.gateway.id, item_index, duration)
 
-    def _join(self, hand_out: HandOut) -> None:
+    def _join(self, executor: Executor) -> None:
         for node, ids in self._nodes.items():
-            if ids is not None and not hand_out.knows(node.gateway.id):
-                told = self._told.get(node.gateway.id, _SILENT)
+            if ids is not None and not executor.knows(node.gateway.id):
+                found = self._collected.get(node.gateway.id, _NOTHING)
                 collection = self._suite.add(ids)
-                hand_out.join(node, self._own.joins(node, self._suite), collection, told.pid)
+                executor.join(node, self._own.joins(node, self._suite), collection, found.pid)
 
 
 def most_deaths(options: Any) -> int | None:
@@ -175,7 +188,7 @@ def most_deaths(options: Any) -> int | None:
     return options.numprocesses * 4 if options.numprocesses else None
 
 
-class Own:
+class OwnDispatch:
     """Begins the plugin's own dispatch where the design says so."""
 
     def __init__(
@@ -184,26 +197,53 @@ class Own:
         config: pytest.Config,
         learned: Learned,
         report_lost: Callable[[str, str], None],
+        report_difference: Callable[[str, str], None],
     ) -> None:
         self._started = started
         self._config = config
         self._options: Any = config.option
         self._learned = learned
         self._report_lost = report_lost
+        self._report_difference = report_difference
         self._plugins = config.pluginmanager
         self._parity: Parity | None = None
-        self.held_back = HeldBackReports(config.hook.pytest_runtest_logreport)
 
     def has_gpu(self, node: Any) -> bool:
         """Whether a worker was placed on a GPU."""
-        return int(node.gateway.spec.env[NUMBER]) < len(self._started.plan.slots)
+        number = node.gateway.spec.env.get(NUMBER, "")
+        return number.isdigit() and int(number) < len(self._started.plan.slots)
+
+    def is_wanted(self, kinds: KindsOfWorkers, *, can_run: bool) -> bool:
+        """Whether there may be something to decide that xdist's scheduler does not.
+
+        `can_run`: whether all workers can run tests as the dispatcher needs it.
+        """
+        if not (kinds.on_cpu or self._may_have_needs(kinds)):
+            return False
+        if not can_run:
+            self._started.notes.append(
+                "GPU tests are not admitted by their needs: this version of pytest-xdist lacks "
+                "what that takes"
+            )
+        return can_run
+
+    def report_differences(self, collected: Sequence[tuple[Any, Sequence[str]]]) -> bool:
+        """Report, as xdist does, workers of one kind that collected different tests."""
+        first: dict[bool, tuple[Any, Sequence[str]]] = {}
+        found = False
+        for node, ids in collected:
+            other, expected = first.setdefault(self.has_gpu(node), (node, ids))
+            names = other.gateway.id, node.gateway.id
+            if text := collection_difference(expected, ids, *names):
+                found = True
+                self._report_difference(node.gateway.id, text)
+        return found
 
     def joins(self, node: Any, suite: Suite) -> Worker:
         """The worker as the dispatcher knows it."""
         from pytest_gpushare.scheduler.types import Worker
 
         plan, parity = self._started.plan, self._parity
-        self.held_back.join(node)
         if parity is not None:
             parity.worker_up(node.gateway.id, has_gpu=self.has_gpu(node))
         session = self._plugins.get_plugin("session")
@@ -215,18 +255,16 @@ class Own:
         slot = plan.slots[int(node.gateway.spec.env[NUMBER])]
         return Worker(node.gateway.id, self._started.seen_by(slot), slot.unknown_need)
 
-    def begin(self, suite: Suite, crew: Crew) -> HandOut | None:
+    def begin(self, suite: Suite, kinds: KindsOfWorkers) -> Executor | None:
         """What hands the tests out; None where xdist's scheduler does as well."""
         started, dist = self._started, self._options.dist
-        if not (crew.on_cpu or self._may_have_needs(crew)):
-            return None
-        from pytest_gpushare.dispatch.executor import HandOut, Readings, Ticker
+        from pytest_gpushare.dispatch.executor import Executor, Readings, Timer
         from pytest_gpushare.dispatch.suite import Parity, weigh
         from pytest_gpushare.scheduler.dispatcher import Dispatcher
 
-        weighed = weigh(suite, crew, started.settings, dist, self._learned)
+        weighed = weigh(suite, kinds, started.settings, dist, self._learned)
         packs = "packed" in started.settings.presets
-        if not (weighed.has_needs or crew.on_cpu or packs):
+        if not (weighed.has_needs or kinds.on_cpu or packs):
             return None
         if started.plan.request.fixed and not any(job.marked for job in weighed.jobs):
             # Workers of --tx that got no slot: nobody chose CPU workers, and nothing is to route.
@@ -236,7 +274,7 @@ class Own:
             remember_needs(self._config)
         rooms = self._rooms()
         dispatcher = Dispatcher(weighed.jobs, rooms, self._policy())
-        hand_out = HandOut(
+        executor = Executor(
             dispatcher,
             suite.nodeids,
             started.links,
@@ -247,25 +285,23 @@ class Own:
             started.tests,
             started.record.note,
             self._report_lost,
+            lambda: is_ending(self._plugins),
         )
-        started.links.on("test", hand_out.hold)
-        started.links.on("emptied", hand_out.emptied)
-        started.links.on("wider", self.held_back.amend)
-        self._plugins.register(self.held_back, "gpu-share-held-back")
-        self._parity = Parity(weighed, crew)
+        started.links.on("test", executor.hold)
+        self._parity = Parity(weighed, kinds)
         started.routing.begin(self._parity, has_needs=weighed.has_needs)
         self._plugins.register(self._parity, "gpu-share-parity")
-        ticker = Ticker(lambda: hand_out.waits, lambda: _nudge(hand_out))
-        hand_out.on_wait = ticker.wake
-        started.services.add(ticker)
-        return hand_out
+        timer = Timer(executor.due_in, lambda: wake(executor.node()))
+        executor.on_due = timer.look
+        started.services.add(timer)
+        return executor
 
-    def _may_have_needs(self, crew: Crew) -> bool:
+    def _may_have_needs(self, kinds: KindsOfWorkers) -> bool:
         """Whether a closer look is worth loading what it takes: most suites mark nothing."""
         settings = self._started.settings
         if settings.vram or settings.markers or "packed" in settings.presets:
             return True
-        return any(said.asks() for _, told in crew.on_gpu for said in set(told.declared))
+        return any(said.asks() for _, found in kinds.on_gpu for said in set(found.declared))
 
     def _rooms(self) -> list[Room]:
         from pytest_gpushare.scheduler.types import Room
@@ -305,23 +341,18 @@ def scheduler_for(
     started: ActiveRun,
     config: pytest.Config,
     stock: Any,
-    report_lost: Callable[[str, str], None],
 ) -> Any:
-    """The scheduler of this run, given the one that xdist would use.
-
-    `report_lost` reports a test that no worker can run any more, by node id, with the reason.
-    """
+    """The scheduler of this run, given the one that xdist would use."""
     options = config.option
     if not started.plan.slots or options.dist == "each":
         return stock
     if not started.has_placed_all:
         return stock
-    own = Own(started, config, LearnedNeeds(started, config), report_lost)
+    own = OwnDispatch(
+        started,
+        config,
+        LearnedNeeds(started, config),
+        partial(report_lost, config),
+        partial(report_difference, config),
+    )
     return GpuShareScheduling(stock, started.links, own, most_deaths(options))
-
-
-def _nudge(hand_out: HandOut) -> None:
-    """Have xdist call the scheduler in its own thread, by an event that changes nothing."""
-    node = hand_out.node()
-    if node is not None:
-        node.notify_inproc("unscheduled", node=node, indices=[])

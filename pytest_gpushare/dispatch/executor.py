@@ -2,80 +2,81 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Collection as Numbers
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpushare.dispatch.suite import Collection
 from pytest_gpushare.gpu.attribution import Attribution, ProcessSplit
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.sampler import MEMORY_AGE, PROCESSES_AGE, LiveVram
 from pytest_gpushare.ollama.models import OLLAMA
 from pytest_gpushare.scheduler.types import (
     Action,
+    Admission,
+    Admit,
     Drop,
     EmptyCaches,
-    Instead,
+    Note,
+    Park,
     Reading,
+    Recall,
     Run,
     Shutdown,
-    Tell,
     Worker,
 )
 from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
-    from pytest_gpushare.dispatch.suite import Collection
     from pytest_gpushare.scheduler.dispatcher import Dispatcher
     from pytest_gpushare.session.tests import RecordedTests
     from pytest_gpushare.wire import Links
 
 
 PAUSE = 0.025
-"""Seconds between two nudges."""
+"""Seconds between two steps while tests wait for VRAM."""
 
 
-class Ticker:
-    """A service that calls `nudge` from a thread of its own while `waits` says so.
+class Timer:
+    """A service that has a step done, from a thread of its own, when one is due.
 
-    Where nothing waits the thread sleeps until it is woken: to look forty times a second would
+    Where none is due the thread sleeps until it is woken: to look forty times a second would
     cost 0.6 % of the controller's CPU time in a run of tests that do nothing.
     """
 
-    def __init__(self, waits: Callable[[], bool], nudge: Callable[[], None]) -> None:
-        self._waits = waits
-        self._nudge = nudge
+    def __init__(self, due_in: Callable[[], float | None], wake: Callable[[], None]) -> None:
+        """`due_in`: seconds until a step is due, None while none is; `wake` has it done."""
+        self._due_in = due_in
+        self._wake = wake
         self._stop = threading.Event()
-        self._awake = threading.Event()
-        self._awake.set()
-        self._thread = threading.Thread(target=self._run, name="gpu-share-ticker", daemon=True)
+        self._changed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="gpu-share-timer", daemon=True)
 
     def start(self) -> None:
         """Begin to look."""
         self._thread.start()
 
-    def wake(self) -> None:
-        """Something may wait from now on."""
-        self._awake.set()
+    def look(self) -> None:
+        """A step may be due from now on."""
+        self._changed.set()
 
     def stop(self) -> None:
-        """Nudge no more."""
+        """Wake nobody any more."""
         self._stop.set()
-        self._awake.set()
+        self._changed.set()
         self._thread.join(1.0)
 
     def _run(self) -> None:
-        while not self._stop.wait(PAUSE):
-            # Before the look: who wakes meanwhile must not be overheard.
-            self._awake.clear()
-            if self._stop.is_set():
-                break
-            if self._waits():
-                self._nudge()
-                continue
-            self._awake.wait()
+        while not self._stop.is_set():
+            # Before the look: who sets it meanwhile must not be missed.
+            self._changed.clear()
+            due = self._due_in()
+            if due is None:
+                self._changed.wait()
+            elif not self._stop.wait(max(PAUSE, due)) and self._due_in() == 0.0:
+                self._wake()
 
 
 SOONEST = 0.02
@@ -105,8 +106,8 @@ class Readings:
         self._attribution = attribution or Attribution()
         self._clock = clock
         self._reported: dict[str, float] = {}
-        self._telling: set[str] = set()
-        """UUIDs of devices of which it was told what a worker holds there."""
+        self._naming: set[str] = set()
+        """UUIDs of devices of which the driver has named what a worker holds there."""
         self._last_report = float("-inf")
         self._basis: object = None
         """What the last answer was made of."""
@@ -151,15 +152,15 @@ class Readings:
                 held={**self._absent(uuid, held), **reading.held, **dict.fromkeys(old)}
             )
             if any(reading.held.values()):
-                self._telling.add(uuid)
+                self._naming.add(uuid)
         return found
 
     def _absent(
         self, device: str, processes: Sequence[GpuProcess] | None
     ) -> Mapping[str, int | None]:
         """Who is not in a list that names workers: it has no context there, and holds nothing."""
-        is_told = processes is not None and device in self._telling
-        return dict.fromkeys(self.workers.values(), 0) if is_told else {}
+        is_named = processes is not None and device in self._naming
+        return dict.fromkeys(self.workers.values(), 0) if is_named else {}
 
 
 def _reading(
@@ -177,29 +178,28 @@ def _reading(
         ids = set(workers.values())
         held = {worker: size for worker, size in split.workers.items() if worker in ids}
         others = [(size, f"PID {p} {format_gb(size)}") for p, size in split.others.items() if size]
-    told = resident if resident is not None else (sum(listed.values()) or None)
+    held_by_ollama = resident if resident is not None else (sum(listed.values()) or None)
     names = [text for _, text in sorted(others, reverse=True)[:_MOST_HOLDERS]]
-    if told:
-        names.insert(0, f"{next(iter(listed), OLLAMA)} {format_gb(told)}")
-    return Reading(free, told, held, ", ".join(names))
+    if held_by_ollama:
+        names.insert(0, f"{next(iter(listed), OLLAMA)} {format_gb(held_by_ollama)}")
+    return Reading(free, held_by_ollama, held, ", ".join(names))
 
 
-class _Hand:
-    """A worker, and whether the rest item stands at the end of its queue."""
+class _Member:
+    """A worker, and what it was sent."""
 
     def __init__(self, node: Any, collection: Collection, devices: Sequence[str]) -> None:
         self.node = node
         self.collection = collection
-        self.rest = len(collection.ids)
-        self.rests = False
         self.devices = devices
         self.sent: set[int] = set()
         """Numbers of the tests that it was sent and has not done."""
-        self.gives_up_fixtures = False
+        self.unsent: set[int] = set()
+        """Numbers of the tests that could not be sent: its process has died."""
 
 
-class HandOut:
-    """Sends each worker what the dispatcher says, and tells the dispatcher what came of it."""
+class Executor:
+    """Sends each worker what the dispatcher says, and hands on what came of it."""
 
     def __init__(
         self,
@@ -209,8 +209,9 @@ class HandOut:
         readings: Readings,
         contexts: Mapping[str, int],
         journal: RecordedTests,
-        tell: Callable[..., object],
+        note: Callable[..., object],
         report_lost: Callable[[str, str], None],
+        is_stopping: Callable[[], bool],
     ) -> None:
         """`contexts`: UUID -> bytes of a CUDA context, which no framework counts."""
         self._dispatcher = dispatcher
@@ -219,158 +220,179 @@ class HandOut:
         self._readings = readings
         self._contexts = contexts
         self._journal = journal
-        self._tell = tell
+        self._note = note
         self._report_lost = report_lost
-        self._hands: dict[str, _Hand] = {}
+        self._is_stopping = is_stopping
+        self._members: dict[str, _Member] = {}
         self._held: dict[str, Mapping[str, int]] = {}
-        self._emptied: list[tuple[str, Mapping[str, int]]] = []
-        self.on_wait: Callable[[], object] = lambda: None
-        """Called, in any thread, when a step may do something though no worker says anything."""
+        self._due: float | None = None
+        self.on_due: Callable[[], object] = lambda: None
+        """Called when a step is due at some time though no worker reports anything."""
 
     @property
     def is_done(self) -> bool:
         """Whether every test has had its outcome."""
         return self._dispatcher.is_done
 
-    @property
-    def waits(self) -> bool:
-        """Whether a step may do something though no worker says anything."""
-        return bool(self._emptied) or self._dispatcher.wants_step
+    def due_in(self) -> float | None:
+        """Seconds until a step may do something though no worker reports anything."""
+        due = self._due
+        return None if due is None else max(0.0, due - time.monotonic())
 
     def node(self) -> Any:
         """Any worker that is there, to speak for all; None without workers."""
-        return next((hand.node for hand in self._hands.values()), None)
+        return next((member.node for member in self._members.values()), None)
 
     def join(self, node: Any, worker: Worker, collection: Collection, pid: int) -> None:
         """A worker is ready for tests."""
-        self._hands[worker.id] = _Hand(node, collection, worker.devices)
+        self._members[worker.id] = _Member(node, collection, worker.devices)
         known: Numbers[int] | None = None
         if collection.indices is not None:
             known = collection.indices.keys()
         elif len(collection.ids) < len(self._nodeids):
             known = range(len(collection.ids))
         self._readings.workers[pid] = worker.id
-        self._links.send(worker.id, "pull")
+        self._links.send(worker.id, "dispatch")
         self._dispatcher.worker_up(worker, known)
 
     def knows(self, worker: str) -> bool:
         """Whether this worker has joined."""
-        return worker in self._hands
+        return worker in self._members
 
-    def leave(self, worker: str, *, replaced: bool, torn_down: str | None = None) -> str | None:
-        """A worker is gone; returns the test in which it died, where it died in one.
-
-        `torn_down` is the last test that it has run, if the class, module or session of that one
-        was not torn down yet, as far as is known.
-        """
-        hand = self._hands.pop(worker, None)
-        if hand is None:
+    def leave(self, worker: str, *, replaced: bool) -> str | None:
+        """A worker is gone; returns the test that it had begun and not done."""
+        member = self._members.pop(worker, None)
+        if member is None:
             return None
         self._held.pop(worker, None)
-        began = torn_down is None
-        lost = self._dispatcher.worker_down(worker, replaced=replaced, began=began)
-        if began:
-            # What the dispatcher gave to a worker that xdist had told to end was never sent.
-            return self._nodeids[lost.running] if lost.running in hand.sent else None
-        goes_on = hand.sent or hand.node.shutting_down or hand.gives_up_fixtures
-        return torn_down if goes_on else None
+        lost = self._dispatcher.worker_down(worker, replaced=replaced, unsent=member.unsent)
+        return None if lost.running is None else self._nodeids[lost.running]
 
     def done(self, worker: str, index: int, duration: float) -> None:
-        """A worker has done a test, or its rest item."""
-        hand = self._hands.get(worker)
-        if hand is None or index == hand.rest:
+        """A worker has done a test."""
+        member = self._members.get(worker)
+        if member is None:
             return
-        number = hand.collection.numbers[index]
-        hand.sent.discard(number)
-        if hand.devices:
+        number = member.collection.numbers[index]
+        member.sent.discard(number)
+        if member.devices:
             self._readings.has_reported(worker)
         if self._dispatcher.finished(worker, number, self._held.pop(worker, None), duration):
             self.step()
+
+    def hear(self, worker: str, words: Sequence[Any]) -> None:
+        """A worker says something to the dispatcher."""
+        member = self._members.get(worker)
+        if member is not None and words:
+            kind, payload = words[0], words[1:]
+            if kind == "asked":
+                test = member.collection.numbers[payload[0]]
+                self._dispatcher.asked(worker, test, str(payload[1]))
+            elif kind == "emptied":
+                self._readings.has_reported(worker)
+                self._dispatcher.emptied(worker, self._by_device(worker, payload[0]))
+            elif kind == "returned":
+                numbers = [member.collection.numbers[index] for index in payload[0]]
+                member.sent.difference_update(numbers)
+                self._dispatcher.returned(worker, numbers)
+        self.step()
 
     def again(self, number: int) -> None:
         """Dispatch once more a test that is over."""
         self._dispatcher.again(number)
 
-    def hold(self, worker: str, told: Mapping[str, Any]) -> None:
-        """A worker tells, in any thread, what its frameworks hold after a test."""
-        self._held[worker] = self._by_device(worker, told.get("helds"))
-
-    def emptied(self, worker: str, held: Sequence[int | None] | None) -> None:
-        """A worker tells, in any thread, what they hold now that their caches are empty."""
-        self._emptied.append((worker, self._by_device(worker, held)))
-        self.on_wait()
+    def hold(self, worker: str, message: Mapping[str, Any]) -> None:
+        """Keep, in any thread, what a worker's frameworks hold after a test."""
+        self._held[worker] = self._by_device(worker, message.get("helds"))
 
     def _by_device(self, worker: str, held: Sequence[int | None] | None) -> Mapping[str, int]:
         """UUID -> bytes with the context, from what frameworks count by visible device."""
-        hand = self._hands.get(worker)
-        if hand is None or held is None:
+        member = self._members.get(worker)
+        if member is None or held is None:
             return {}
-        pairs = zip(hand.devices, held, strict=False)
+        pairs = zip(member.devices, held, strict=False)
         return {uuid: size + self._contexts.get(uuid, 0) for uuid, size in pairs if size}
 
     def step(self) -> None:
         """Do what is to be done now."""
         dispatcher = self._dispatcher
-        while self._emptied:
-            worker, held = self._emptied.pop(0)
-            if worker in self._hands:
-                self._hands[worker].gives_up_fixtures = False
-            self._readings.has_reported(worker)
-            dispatcher.emptied(worker, held)
+        # xdist ends a run after a failure under -x, or when no worker may be replaced any more.
+        dispatcher.stop(self._is_stopping())
         readings = self._readings.now() if dispatcher.wants_reading else {}
         for action in dispatcher.step(readings, time.monotonic()):
             self._carry_out(action)
-        if self.waits:
-            self.on_wait()
+        # Kept for the timer's thread, which must not look into the dispatcher.
+        self._due = dispatcher.due_at
+        if self._due is not None:
+            self.on_due()
 
     def _carry_out(self, action: Action) -> None:
-        if isinstance(action, Tell):
-            self._tell(action.kind, action.text, **action.facts)
-            return
-        if isinstance(action, Drop):
+        if isinstance(action, Note):
+            self._note(action.kind, action.text, **action.facts)
+        elif isinstance(action, Drop):
             self._report_lost(self._nodeids[action.test], f"gpu-share: {action.reason}")
-            return
-        hand = self._hands.get(action.worker)
-        # A worker that was told to end, by us or by xdist after a failure, gets nothing more.
-        if hand is None or hand.node.shutting_down:
-            return
-        # One that has died meanwhile: xdist will say so, and what it had comes again.
-        with contextlib.suppress(OSError):
-            if isinstance(action, Run):
-                self._run(hand, action)
-            elif isinstance(action, Instead):
-                index = hand.collection.place(action.test)
-                self._links.send(action.worker, "instead", [index, action.outcome, action.reason])
-                self._send(hand, [action.test], last=True)
-            elif isinstance(action, EmptyCaches):
-                hand.gives_up_fixtures = action.fixtures
-                self._links.send(action.worker, "empty", action.fixtures)
-                # The rest item that it has is over when another one is behind it.
-                hand.node.send_runtest_some([hand.rest])
-            elif isinstance(action, Shutdown):
-                hand.node.shutdown()
+        elif (member := self._members.get(action.worker)) is not None:
+            self._command(action.worker, member, action)
 
-    def _run(self, hand: _Hand, action: Run) -> None:
-        if action.source or action.note:
-            self._tell_of(action)
-        self._send(hand, action.tests, last=action.last)
+    def _command(
+        self,
+        worker: str,
+        member: _Member,
+        action: Run | Admit | Park | EmptyCaches | Recall | Shutdown,
+    ) -> None:
+        if isinstance(action, Run):
+            self._run(worker, member, action)
+        elif isinstance(action, Admit):
+            self._record(action.test, action.admission)
+            admission = action.admission
+            message = {
+                "test": member.collection.place(action.test),
+                "need": admission.need if admission.source else None,
+                "refusal": list(admission.refusal) if admission.refusal else None,
+            }
+            self._send(worker, member, "admit", message, [action.test])
+        elif isinstance(action, Park):
+            self._links.send(worker, "park")
+        elif isinstance(action, EmptyCaches):
+            self._links.send(worker, "empty", action.withdraw)
+        elif isinstance(action, Recall):
+            self._links.send(worker, "recall")
+        elif isinstance(action, Shutdown):
+            member.node.shutdown()
 
-    def _tell_of(self, action: Run) -> None:
-        """A GPU test comes alone: the worker and the report hear how it was admitted."""
-        nodeid, journal = self._nodeids[action.tests[0]], self._journal
-        if action.source:
-            self._links.send(action.worker, "need", [nodeid, action.need])
-            journal.need(nodeid, action.need, action.source)
-        if action.waited:
-            journal.waited(nodeid, action.waited)
-        if action.note:
-            journal.remark(nodeid, action.note)
+    def _run(self, worker: str, member: _Member, action: Run) -> None:
+        place, admissions = member.collection.place, action.admissions
+        for test, admission in admissions.items():
+            self._record(test, admission)
+        found = [admissions.get(test) for test in action.tests]
+        needs = [one.need if one is not None and one.source else None for one in found]
+        message = {
+            "tests": [place(test) for test in action.tests],
+            "needs": needs if admissions else [],
+            "refusals": {
+                place(test): list(one.refusal)
+                for test, one in admissions.items()
+                if one.refusal is not None
+            },
+            "admitted": action.admitted,
+            "ahead": action.ahead,
+        }
+        self._send(worker, member, "run", message, action.tests if action.admitted else ())
 
-    def _send(self, hand: _Hand, tests: Sequence[int], *, last: bool) -> None:
-        indices = [hand.collection.place(test) for test in tests]
-        if last and (indices or not hand.rests):
-            indices.append(hand.rest)
-        if indices:
-            hand.rests = last
-            hand.sent.update(tests)
-            hand.node.send_runtest_some(indices)
+    def _send(
+        self, worker: str, member: _Member, kind: str, message: object, tests: Sequence[int]
+    ) -> None:
+        member.sent.update(tests)
+        if not self._links.send(worker, kind, message):
+            # Its process has died, and xdist will say so: these have not begun.
+            member.unsent.update(tests)
+
+    def _record(self, test: int, admission: Admission) -> None:
+        """Note for the report how a test was admitted."""
+        nodeid, journal = self._nodeids[test], self._journal
+        if admission.source:
+            journal.need(nodeid, admission.need, admission.source)
+        if admission.waited:
+            journal.waited(nodeid, admission.waited)
+        if admission.note:
+            journal.remark(nodeid, admission.note)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.scheduler.needs import Declared, Told, means_cpu, rules_of, wanted
+from pytest_gpushare.scheduler.needs import CollectedTests, Declared, means_cpu, rules_of, wanted
 from pytest_gpushare.scheduler.types import Job
 
 UNKNOWN = -1
@@ -65,16 +65,16 @@ class Suite:
         return self._numbers.get((nodeid, 0))
 
 
-class Crew:
-    """The workers of the start by kind, with what each collected and told."""
+class KindsOfWorkers:
+    """The workers of the start by kind, with what each collected."""
 
     def __init__(self) -> None:
-        self.on_gpu: list[tuple[Collection, Told]] = []
-        self.on_cpu: list[tuple[Collection, Told]] = []
+        self.on_gpu: list[tuple[Collection, CollectedTests]] = []
+        self.on_cpu: list[tuple[Collection, CollectedTests]] = []
 
-    def add(self, has_gpu: bool, collection: Collection, told: Told) -> None:
+    def add(self, has_gpu: bool, collection: Collection, tests: CollectedTests) -> None:
         """A worker has collected."""
-        (self.on_gpu if has_gpu else self.on_cpu).append((collection, told))
+        (self.on_gpu if has_gpu else self.on_cpu).append((collection, tests))
 
 
 class Weighed(NamedTuple):
@@ -99,15 +99,17 @@ Learned: TypeAlias = Callable[[str], "tuple[int | None, float | None]"]
 """Node id -> need in bytes and duration in seconds, as far as earlier runs tell."""
 
 
-def weigh(suite: Suite, crew: Crew, settings: Settings, dist: str, learned: Learned) -> Weighed:
+def weigh(
+    suite: Suite, kinds: KindsOfWorkers, settings: Settings, dist: str, learned: Learned
+) -> Weighed:
     """The jobs of the run, with which the dispatcher begins."""
-    told = _merged(len(suite.nodeids), [*crew.on_gpu, *crew.on_cpu])
-    skipped = _skipped(crew.on_cpu) - _skipped(crew.on_gpu)
-    runs_on_gpu = {number for collection, _ in crew.on_gpu for number in collection.numbers}
+    collected = _merged(len(suite.nodeids), [*kinds.on_gpu, *kinds.on_cpu])
+    skipped = _skipped(kinds.on_cpu) - _skipped(kinds.on_gpu)
+    runs_on_gpu = {number for collection, _ in kinds.on_gpu for number in collection.numbers}
     rules, all_gpu = rules_of(settings.vram), means_cpu(settings.markers)
     jobs, by_skip = [], []
     for number, nodeid in enumerate(suite.nodeids):
-        said, group = told[number]
+        said, group = collected[number]
         plain = plain_id(nodeid, dist)
         need, duration = learned(plain)
         want = wanted(plain, said, rules, learned=need, gpu_unless_marked=all_gpu)
@@ -121,31 +123,33 @@ def weigh(suite: Suite, crew: Crew, settings: Settings, dist: str, learned: Lear
     return Weighed(jobs, by_skip)
 
 
-def _merged(count: int, workers: Iterable[tuple[Collection, Told]]) -> list[tuple[Declared, str]]:
+def _merged(
+    count: int, workers: Iterable[tuple[Collection, CollectedTests]]
+) -> list[tuple[Declared, str]]:
     found: list[tuple[Declared, str] | None] = [None] * count
     done: set[int] = set()
-    for collection, told in workers:
-        # A worker that told nothing must not stand for others that collected the same.
-        if id(collection) in done or not told.declared:
+    for collection, tests in workers:
+        # A worker that sent nothing must not stand for others that collected the same.
+        if id(collection) in done or not tests.declared:
             continue
         done.add(id(collection))
         for number, said, group in zip(
-            collection.numbers, told.declared, told.groups, strict=False
+            collection.numbers, tests.declared, tests.groups, strict=False
         ):
             if found[number] is None:
                 found[number] = (said, group)
     return [one or (Declared(), "") for one in found]
 
 
-def _skipped(workers: Iterable[tuple[Collection, Told]]) -> set[int]:
+def _skipped(workers: Iterable[tuple[Collection, CollectedTests]]) -> set[int]:
     """Tests that markers skip on every worker of a kind that has collected them."""
     skipped: set[int] = set()
     runs: set[int] = set()
-    for collection, told in workers:
-        if not any(told.skips):
+    for collection, tests in workers:
+        if not any(tests.skips):
             runs.update(collection.numbers)
             continue
-        for number, skips in zip(collection.numbers, told.skips, strict=False):
+        for number, skips in zip(collection.numbers, tests.skips, strict=False):
             (skipped if skips else runs).add(number)
     return skipped - runs
 
@@ -184,17 +188,17 @@ class Skip(NamedTuple):
 class Parity:
     """Compares the kinds of worker; a plugin of pytest while the own dispatch lasts."""
 
-    def __init__(self, weighed: Weighed, crew: Crew) -> None:
-        on_gpu = {number for collection, _ in crew.on_gpu for number in collection.numbers}
-        on_cpu = {number for collection, _ in crew.on_cpu for number in collection.numbers}
-        self.has_cpu_workers = bool(crew.on_cpu)
+    def __init__(self, weighed: Weighed, kinds: KindsOfWorkers) -> None:
+        on_gpu = {number for collection, _ in kinds.on_gpu for number in collection.numbers}
+        on_cpu = {number for collection, _ in kinds.on_cpu for number in collection.numbers}
+        self.has_cpu_workers = bool(kinds.on_cpu)
         self.gpu_tests = sum(job.marked for job in weighed.jobs)
         self.tests = len(weighed.jobs)
         self.by_skip = [weighed.jobs[number].nodeid for number in weighed.by_skip]
         """Tests that markers skip without a GPU; they went to GPU workers."""
-        self.only_on_gpu = len(on_gpu - on_cpu) if crew.on_cpu else 0
+        self.only_on_gpu = len(on_gpu - on_cpu) if kinds.on_cpu else 0
         """How many tests only GPU workers collected, and ran."""
-        self.only_on_cpu = len(on_cpu - on_gpu) if crew.on_gpu else 0
+        self.only_on_cpu = len(on_cpu - on_gpu) if kinds.on_gpu else 0
         self._unmarked = {job.nodeid for job in weighed.jobs if not job.marked}
         self._workers: dict[str, bool] = {}
         self._on_cpu: dict[str, tuple[Any, ...]] = {}
@@ -222,7 +226,7 @@ class Parity:
         """Tests that skipped on CPU workers, and that GPU workers would run.
 
         That a test skips in its body or in a fixture shows only when it runs. It counts as lost
-        where its reason speaks of a GPU, unless a GPU worker was told the same at that place.
+        where its reason speaks of a GPU, unless a GPU worker gave the same reason at that place.
         """
         return [
             Skip(nodeid, str(where[2]).removeprefix("Skipped: "))

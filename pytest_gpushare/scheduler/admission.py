@@ -1,213 +1,436 @@
-"""Which test each GPU worker gets at the moment when it is free."""
+"""Which test each GPU worker gets: at once where it fits, else bound to the worker."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pytest_gpushare.scheduler.gpu_pool import GpuSide, GpuWorker
-from pytest_gpushare.scheduler.queue import GROUPED, Order, Unit
-from pytest_gpushare.scheduler.types import Run
+from pytest_gpushare.scheduler.cpu_pool import CpuPool
+from pytest_gpushare.scheduler.fairness import Backfilling
+from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
+from pytest_gpushare.scheduler.queue import GROUPED, USUAL, Order, Unit
+from pytest_gpushare.scheduler.types import (
+    Action,
+    Admission,
+    Admit,
+    Recall,
+    Run,
+    Shutdown,
+)
+
+TRIES = 64
+"""Units that are looked at for one worker: those that it has not collected cost a try each."""
+
+CHAIN = 0.1
+"""Seconds for which tests are expected to last that a worker is sent at once."""
+
+MOST_IN_CHAIN = 64
+
+LONG_HELP = 1.0
+"""From this duration on, in seconds, no GPU test is to wait for a worker that helps out."""
 
 
-def next_on(device: str, side: GpuSide) -> tuple[GpuWorker, Unit] | None:
-    """The free worker and what it would run next; None where nothing waits for the device."""
-    free = side.free[device]
-    if not free:
-        return None
-    claim = side.claims.head(device)
-    if claim is not None and claim.worker is not None and claim.worker.id in free:
-        begun = claim.worker.unit
-        return claim.worker, begun if begun is not None and begun.tests else claim.unit
-    bound: tuple[GpuWorker, Unit] | None = None
-    unbound: list[GpuWorker] = []
-    for it in free.values():
-        if it.unit is None or not it.unit.tests:
-            unbound.append(it)
-        elif bound is None:
-            bound = it, it.unit
-    if len(unbound) > 1:
-        accounts = side.ledgers[device].accounts
-        unbound.sort(key=lambda it: -accounts[it.id].committed)
-    if claim is not None and claim.worker is None:
-        for it in unbound:
-            if side.enters(it, claim.unit):
-                return it, claim.unit
-    if bound is not None:
-        return bound
-    for it in unbound:
-        unit = first_for(it, side)
-        if unit is not None:
-            return it, unit
-    return None
-
-
-def first_for(it: GpuWorker, side: GpuSide) -> Unit | None:
+def first_for(worker: GpuWorker, pool: GpuPool) -> Unit | None:
     """The first pending unit that this worker may ever begin."""
-    pending = side.pending
+    pending = pool.pending
     for unit in pending.again:
-        if side.enters(it, unit):
+        if pool.may_begin(worker, unit):
             return unit
     first: Unit | None = None
     for kind, tree in pending.trees.items():
-        most = it.most.get(kind[0], -1)
+        most = worker.most.get(kind[0], -1)
         rank = tree.first(most)
-        while rank >= 0 and not side.enters(it, pending.units[rank]):
+        while rank >= 0 and not pool.may_begin(worker, pending.units[rank]):
             rank = tree.first(most, rank + 1)
         if rank >= 0 and (first is None or rank < first.rank):
             first = pending.units[rank]
     return first
 
 
-TRIES = 64
-"""Units that are looked at for one worker: those that it has not collected cost a try each."""
+class Admitting:
+    """Opens the gate, answers workers that ask, and serves idle ones."""
 
+    def __init__(self, pool: GpuPool, cpu: CpuPool, backfilling: Backfilling) -> None:
+        self._pool = pool
+        self._cpu = cpu
+        self._backfilling = backfilling
+        self._may_split = pool.policy.dist not in GROUPED
+        self._may_share = self._may_split and any(job.group for job in pool.jobs)
 
-class Filling:
-    """Gives free workers the first tests in the order that may start."""
+    # --- the gate ---
 
-    def __init__(self, side: GpuSide) -> None:
-        self._side = side
-        self._may_split = side.policy.dist not in GROUPED
-        self._may_share = self._may_split and any(job.group for job in side.jobs)
+    def open_gate(self, devices: Iterable[str]) -> list[Action]:
+        """Admit the bound tests that fit now, in the order of binding."""
+        pool = self._pool
+        if not pool.gate:
+            return []
+        changed = set(devices)
+        actions: list[Action] = []
+        for worker in list(pool.gate.values()):
+            test = worker.bound
+            if test is None or changed.isdisjoint(worker.devices) or worker.emptying is not None:
+                continue
+            if self._fits(worker, test) and self._is_there(worker, test):
+                waited = 0.0 if worker.waiting_since is None else pool.at - worker.waiting_since
+                worker.bound, worker.waiting_since = None, None
+                del pool.gate[worker.id]
+                actions.append(Admit(worker.id, test, self._assign(worker, test, waited)))
+                self._backfilling.admitted(worker, [test])
+                pool.note_change(worker.device)
+        return actions
 
-    def fill(self, devices: Iterable[str]) -> list[Run]:
-        """Something to do for each free worker of these devices, where anything fits."""
-        side = self._side
-        free: list[GpuWorker] = []
+    def _fits(self, worker: GpuWorker, test: int) -> bool:
+        pool = self._pool
+        if test in pool.forced:
+            return pool.may_force(worker, test)
+        kind = pool.kind_of(test)
+        need = pool.bytes_for(worker, test)
+        return need <= pool.limit(worker, kind) and self._backfilling.allows(
+            worker, test, need, kind
+        )
+
+    def _unit_fits(self, worker: GpuWorker, unit: Unit) -> bool:
+        return self._fits(worker, unit.tests[0])
+
+    # --- workers that ask ---
+
+    def answer(self, worker: GpuWorker) -> list[Action]:
+        """What follows for a worker that asks for its next test."""
+        question, worker.question = worker.question, ""
+        running = worker.sent[-1] if worker.sent else None
+        # A test that has only begun may last: what it holds is not given back soon.
+        reserves = question == "end" or (running is not None and self._is_short([running]))
+        unit = self._fitting(worker)
+        if unit is not None and reserves:
+            if self._is_there(worker, unit.tests[0]):
+                return [self._begin(worker, unit)]
+            return [self._bind(worker, unit, waits=False, reserved=True)]
+        if unit is None:
+            help_ = self.help(worker)
+            if help_ is not None:
+                return [help_]
+            unit = self._any(worker)
+        if unit is not None:
+            return [self._bind(worker, unit, waits=reserves)]
+        worker.ending = True
+        return [Shutdown(worker.id)]
+
+    def _is_there(self, worker: GpuWorker, test: int) -> bool:
+        """Whether the VRAM for this test is there, also if nothing of the running one comes back.
+
+        VRAM may come back late: then the test waits until it is free.
+        """
+        pool = self._pool
+        if not worker.sent:
+            return True
+        need = pool.bytes_for(worker, test)
+        for device in pool.devices(worker, pool.need(test).devices):
+            ledger = pool.ledgers[device]
+            live = ledger.live(worker.id)
+            if live is not None and need > live - ledger.accounts[worker.id].present:
+                return False
+        return True
+
+    def _fitting(self, worker: GpuWorker) -> Unit | None:
+        """What this worker can begin now."""
+        pool = self._pool
+        if worker.unit is not None and worker.unit.tests:
+            return worker.unit if self._unit_fits(worker, worker.unit) else None
+        overdue = self._backfilling.overdue()
+        if overdue is not None and pool.may_begin(worker, overdue):
+            return overdue if self._unit_fits(worker, overdue) else None
+        unit = self._first(worker)
+        if unit is None and self._may_share:
+            unit = self._share(worker, must_fit=True)
+        return unit
+
+    def _any(self, worker: GpuWorker) -> Unit | None:
+        """What this worker has to do next, though it does not fit yet."""
+        if worker.unit is not None and worker.unit.tests:
+            return worker.unit
+        overdue = self._backfilling.overdue()
+        if overdue is not None and self._pool.may_begin(worker, overdue):
+            return overdue
+        unit = self._soonest(worker) or first_for(worker, self._pool)
+        if unit is None and self._may_share:
+            unit = self._share(worker, must_fit=False)
+        return unit
+
+    def _soonest(self, worker: GpuWorker) -> Unit | None:
+        """The first pending unit in the order of those that will fit first."""
+        pool = self._pool
+        tree = pool.pending.trees.get(USUAL)
+        if tree is None or pool.pending.again or pool.cold:
+            # Without known durations nobody knows what ends soon: the first one it is.
+            return None
+        for limit in self._backfilling.room_to_come(worker):
+            rank = tree.first(limit)
+            for _ in range(TRIES):
+                if rank < 0:
+                    break
+                if pool.may_begin(worker, pool.pending.units[rank]):
+                    return pool.pending.units[rank]
+                rank = tree.first(limit, rank + 1)
+        return None
+
+    def _bind(self, worker: GpuWorker, unit: Unit, *, waits: bool, reserved: bool = False) -> Run:
+        """Give the worker its next test, which waits there until it fits.
+
+        `waits`: it may start as soon as it does; else when the running test is over. `reserved`:
+        it fits already, and takes the place of the running one.
+        """
+        pool = self._pool
+        self._take(worker, unit)
+        since, unit.since, unit.overtaken = unit.since, None, 0
+        worker.bound = worker.latest = unit.next()
+        worker.bound_at, worker.waiting_since = pool.serial, since
+        worker.reserved = reserved
+        if reserved:
+            pool.reserve(worker, worker.bound)
+            self._backfilling.overtaken_by(unit)
+        pool.idle[worker.device].pop(worker.id, None)
+        if waits or not worker.sent:
+            self.enter_gate(worker)
+        return Run(worker.id, (worker.bound,), admitted=False)
+
+    def enter_gate(self, worker: GpuWorker) -> None:
+        """The bound test of this worker may start once it fits."""
+        pool = self._pool
+        if worker.reserved:
+            # It has its place already: before all that wait.
+            worker.reserved = False
+            pool.gate = {worker.id: worker, **pool.gate}
+        else:
+            pool.gate[worker.id] = worker
+        pool.note_change(worker.device)
+
+    # --- idle workers ---
+
+    def fill(self, devices: Iterable[str]) -> list[Action]:
+        """Something to do for each idle worker of these devices, where anything fits."""
+        pool = self._pool
+        idle: list[GpuWorker] = []
         for device in devices:
-            side.filled[device] = side.at
-            free += side.free[device].values()
-        if len(free) > 1:
-            # Who has begun something goes first, then who has a context: a new one costs VRAM.
-            free.sort(key=self._turn)
-        runs: list[Run] = []
+            pool.filled[device] = pool.at
+            idle += pool.idle[device].values()
+        if len(idle) > 1:
+            # Who has begun a group goes first, then who has a context: a new one costs VRAM.
+            idle.sort(
+                key=lambda worker: (
+                    worker.unit is None or not worker.unit.tests,
+                    -self._held(worker),
+                )
+            )
+        actions: list[Action] = []
         failed: dict[str, int] = {}
-        for it in free:
-            if failed and it.unit is None and failed.get(it.device, -1) >= self._held(it):
+        for worker in idle:
+            has_group = worker.unit is not None and bool(worker.unit.tests)
+            if not has_group and failed.get(worker.device, -1) >= self._held(worker):
                 # A worker that holds no less than this one, and may do as much, found nothing.
                 continue
-            unit = self._pick(it)
+            unit = self._fitting(worker)
             if unit is not None:
-                failed.pop(it.device, None)
-                runs.append(self._begin(it, unit))
-            elif it.unit is None and self._stands_for_others(it):
-                failed[it.device] = self._held(it)
-        return runs
+                failed.pop(worker.device, None)
+                actions.append(self._begin(worker, unit))
+                continue
+            overdue = self._backfilling.overdue()
+            if worker.emptied == 2 and pool.gate:
+                # It has made room for one that waits, and may have to end for it.
+                continue
+            if has_group and worker.unit is not None:
+                actions.append(self._bind(worker, worker.unit, waits=True))
+            elif overdue is not None and pool.may_begin(worker, overdue):
+                actions.append(self._bind(worker, overdue, waits=True))
+            elif self._stands_for_others(worker):
+                failed[worker.device] = self._held(worker)
+        return actions
 
-    def _stands_for_others(self, it: GpuWorker) -> bool:
+    def _stands_for_others(self, worker: GpuWorker) -> bool:
         """Whether what it may not start no other idle worker of its device may."""
-        side = self._side
-        is_special = it.left_groups or side.has_several or side.claims.exist
-        return it.collected is None and not is_special
+        return worker.collected is None and not worker.left_groups and not self._pool.has_several
 
-    def _turn(self, it: GpuWorker) -> tuple[bool, int]:
-        return it.unit is None, -self._held(it)
+    def _held(self, worker: GpuWorker) -> int:
+        return self._pool.ledgers[worker.device].accounts[worker.id].committed
 
-    def _held(self, it: GpuWorker) -> int:
-        return self._side.ledgers[it.device].accounts[it.id].committed
+    # --- the choice ---
 
-    def _pick(self, it: GpuWorker) -> Unit | None:
-        if it.unit is not None:
-            return it.unit if self._side.fits(it, it.unit) else None
-        unit = self._claimed(it) if self._side.claims.exist else None
-        unit = unit or self._first(it)
-        return self._share(it) if unit is None and self._may_share else unit
-
-    def _claimed(self, it: GpuWorker) -> Unit | None:
-        """What claims the worker's device, where the worker can serve it now."""
-        side = self._side
-        claim = side.claims.head(it.device)
-        if claim is None or claim.worker not in (None, it):
-            return None
-        unit = claim.unit
-        return unit if side.enters(it, unit) and side.fits(it, unit) else None
-
-    def _first(self, it: GpuWorker) -> Unit | None:
-        """The first unit in the order that fits, and that does not stand in a claim's way."""
-        side = self._side
-        pending = side.pending
+    def _first(self, worker: GpuWorker) -> Unit | None:
+        """The first pending unit in the order that fits, and delays nobody who waits."""
+        pool = self._pool
+        pending = pool.pending
         for unit in pending.again:
-            if side.enters(it, unit) and side.fits(it, unit):
+            if pool.may_begin(worker, unit) and self._unit_fits(worker, unit):
                 return unit
         best = -1
-        plain = it.collected is None
-        sure = side.is_exact and not side.claims.exist
+        plain = worker.collected is None
+        sure = pool.is_exact and not pool.gate
         for kind, tree in pending.trees.items():
-            limit = side.limit(it, kind)
-            rank = self._first_cold(it, tree, limit) if side.cold else tree.first(limit)
+            limit = pool.limit(worker, kind)
+            rank = self._first_cold(worker, tree, limit) if pool.cold else tree.first(limit)
             for _ in range(TRIES):
                 if rank < 0 or (0 <= best < rank):
                     break
                 unit = pending.units[rank]
                 # What fits now is a test that the worker could ever run, if it has collected it.
-                enters = (plain and not unit.key) or side.enters(it, unit)
-                if enters and (sure or side.fits_in(it, unit, kind, limit)):
+                known = (plain and not unit.key) or pool.may_begin(worker, unit)
+                if known and (sure or self._unit_fits(worker, unit)):
                     best = rank
                     break
                 rank = tree.first(limit, rank + 1)
         return pending.units[best] if best >= 0 else None
 
-    def _first_cold(self, it: GpuWorker, tree: Order, limit: int) -> int:
+    def _first_cold(self, worker: GpuWorker, tree: Order, limit: int) -> int:
         """Without known durations: the largest need that leaves room for others.
 
-        That is room for the smallest pending tests on the other free workers.
+        That is room for the smallest pending tests on the other idle workers.
         """
-        side = self._side
-        if tree.front < side.prefix:
+        pool = self._pool
+        if tree.front < pool.prefix:
             rank = tree.first(limit)
-            if rank < side.prefix:
+            if rank < pool.prefix:
                 return rank
-        others = len(side.free[it.device]) - 1
-        spare = others * min(tree.smallest, side.ledgers[it.device].room.budget) if others else 0
+        others = len(pool.idle[worker.device]) - (worker.id in pool.idle[worker.device])
+        spare = (
+            others * min(tree.smallest, pool.ledgers[worker.device].room.budget) if others else 0
+        )
         modest = tree.first(limit - spare)
         return modest if modest >= 0 or not spare else tree.first(limit)
 
-    def _share(self, it: GpuWorker) -> Unit | None:
-        """The second half of what another worker has begun."""
-        side = self._side
+    def _share(self, worker: GpuWorker, *, must_fit: bool) -> Unit | None:
+        """The second half of the group of which another worker has been given a part."""
+        pool = self._pool
         begun = [
             other.unit
-            for other in side.workers.values()
-            if other is not it
+            for other in pool.workers.values()
+            if other is not worker
             and other.unit is not None
             and len(other.unit.tests) > 1
-            and not it.goes_back(other.unit, other.unit.tests[-(len(other.unit.tests) // 2)])
-            and side.enters(it, other.unit)
+            and not worker.goes_back(other.unit, other.unit.tests[-(len(other.unit.tests) // 2)])
+            and pool.may_begin(worker, other.unit)
         ]
         whole = max(begun, key=lambda unit: len(unit.tests), default=None)
         if whole is None:
             return None
         half = len(whole.tests) // 2
         part = Unit(whole.tests[-half:], whole.key)
-        if not it.knows(part.tests[0]) or not side.fits(it, part):
+        if not worker.knows(part.tests[0]) or (must_fit and not self._unit_fits(worker, part)):
             return None
         del whole.tests[-half:]
-        side.pending.back(part)
+        pool.pending.back(part)
         return part
 
-    def _begin(self, it: GpuWorker, unit: Unit) -> Run:
-        side = self._side
-        kind = count, alone = side.kind(unit)
-        if it.unit is not unit:
-            side.pending.take(unit, kind)
-            it.begin(unit)
-        test = unit.next()
-        known = side.need(test)
-        need = known.vram if known.vram is not None else side.bytes_for(it, test)
-        side.serial += 1
-        it.test, it.busy, it.serial, it.emptied = test, True, side.serial, 0
-        it.latest = test
-        devices = side.devices(it, count)
-        if need or alone:
-            for device in devices:
-                side.ledgers[device].start(it.id, need)
-        waited = 0.0 if unit.since is None else side.at - unit.since
-        if alone:
-            side.lonely.add(it.id)
-        side.free[it.device].pop(it.id, None)
-        side.claims.admitted(it, unit, devices)
+    # --- what is sent ---
+
+    def _take(self, worker: GpuWorker, unit: Unit) -> None:
+        pool = self._pool
+        if worker.unit is not unit:
+            pool.pending.take(unit, pool.kind(unit))
+            worker.begin(unit)
+
+    def _begin(self, worker: GpuWorker, unit: Unit) -> Run:
+        """Send the next test of the unit, and more where these are short."""
+        pool = self._pool
+        tests: list[int] = []
+        admissions: dict[int, Admission] = {}
+        seconds = 0.0
+        most = self._most_in_chain(worker)
+        next_unit: Unit | None = unit
+        while next_unit is not None:
+            self._take(worker, next_unit)
+            waited = 0.0 if next_unit.since is None else pool.at - next_unit.since
+            next_unit.since, next_unit.overtaken = None, 0
+            test = next_unit.next()
+            admission = self._assign(worker, test, waited)
+            tests.append(test)
+            if admission != _PLAIN:
+                admissions[test] = admission
+            seconds += pool.expected(test) or CHAIN
+            if seconds >= CHAIN or len(tests) >= most or admission.alone or pool.gate:
+                break
+            next_unit = self._fitting(worker)
+            if next_unit is not None:
+                following = pool.expected(next_unit.tests[0])
+                kind = pool.kind(next_unit)
+                if following is None or seconds + following > CHAIN or kind != USUAL:
+                    next_unit = None
+        self._backfilling.admitted(worker, tests)
+        self._backfilling.overtaken_by(unit)
         if unit.tests and self._may_split:
             # Idle workers may share it.
-            side.stir()
-        unit.since, unit.overtaken = None, 0
-        return Run(it.id, (test,), True, need, known.source if need else "", waited, "", alone)
+            pool.note_change()
+        is_short = seconds < CHAIN
+        worker.deadline = pool.at + 2 * CHAIN if is_short and len(tests) > 1 else None
+        # Early enough that the answer is there in time.
+        ahead = 1 + len(tests) // 4 if is_short else 0
+        return Run(worker.id, tuple(tests), admissions, ahead=ahead)
+
+    def _most_in_chain(self, worker: GpuWorker) -> int:
+        pool = self._pool
+        left = pool.pending.count + (len(worker.unit.tests) if worker.unit is not None else 0)
+        return min(MOST_IN_CHAIN, left // (2 * max(1, len(pool.workers))))
+
+    def _is_short(self, tests: Iterable[int]) -> bool:
+        times = [self._pool.expected(test) for test in tests]
+        known = [time for time in times if time is not None]
+        return len(known) == len(times) and sum(known) < CHAIN
+
+    def _assign(self, worker: GpuWorker, test: int, waited: float) -> Admission:
+        pool = self._pool
+        known, need = pool.need(test), pool.bytes_for(worker, test)
+        note = ""
+        if test in pool.forced:
+            note = f"started without room on its GPU: {pool.forced[test]}"
+        alone = pool.assign(worker, test)
+        worker.latest = test
+        source = known.source if need else ""
+        return Admission(need, source, waited, alone, note, pool.refusals.get(test))
+
+    # --- CPU tests ---
+
+    def help(self, worker: GpuWorker) -> Run | None:
+        """CPU tests for a GPU worker that has nothing to do."""
+        pool, average = self._pool, self._cpu.average
+        if not self._cpu.waits or (worker.unit is not None and worker.unit.tests):
+            return None
+        if pool.pending.count and (average is None or average > LONG_HELP):
+            # A GPU test that could start soon would wait for this worker.
+            return None
+        tests = self._cpu.help(worker)
+        if not tests:
+            return None
+        worker.help_out([pool.jobs[test].group for test in tests])
+        pool.helped.update(tests)
+        worker.sent += tests
+        worker.deadline = None
+        pool.refresh(worker)
+        return Run(worker.id, tuple(tests))
+
+    def help_all(self) -> list[Run]:
+        """CPU tests for the idle GPU workers."""
+        if self._cpu.average is None or not self._cpu.waits:
+            return []
+        idle = [worker for idle in self._pool.idle.values() for worker in idle.values()]
+        return [run for worker in idle if (run := self.help(worker)) is not None]
+
+    # --- short tests that turn out long ---
+
+    def recall(self) -> list[Recall]:
+        """Take back short tests behind one that lasts."""
+        pool = self._pool
+        late = [
+            worker for worker in pool.workers.values()
+            if worker.deadline is not None and worker.deadline <= pool.at and len(worker.sent) > 2
+        ]  # fmt: skip
+        for worker in late:
+            worker.deadline = None
+        return [Recall(worker.id) for worker in late]
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When short tests of some worker should long be over."""
+        found = [
+            worker.deadline for worker in self._pool.workers.values() if worker.deadline is not None
+        ]
+        return min(found, default=None)
+
+
+_PLAIN = Admission()

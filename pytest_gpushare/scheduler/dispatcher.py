@@ -1,34 +1,38 @@
 """Which test goes where and when: events in, actions out. Pure: no clock, no I/O.
 
 The parts: `routing` sends tests to kinds of workers and sorts out what can never run,
-`packing` finds the order, `filling` follows it and admits by the `accounts`, `claims` sees to
-it that nobody starves, `waiting` makes room and bears with others, `cpu_side` fills deep
-queues, and `helping` lets idle GPU workers take from them.
+`packing` finds the order, `admission` follows it by the `accounts`, `fairness` sees to it that
+nobody starves, `pressure` makes room and bears with others, `cpu_pool` fills deep queues.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from pytest_gpushare.scheduler.accounts import Ledger, held_on
-from pytest_gpushare.scheduler.admission import Filling
-from pytest_gpushare.scheduler.cpu_pool import CpuSide, Helping
-from pytest_gpushare.scheduler.fallback import Without
-from pytest_gpushare.scheduler.gpu_pool import GpuSide
-from pytest_gpushare.scheduler.pressure import Waiting
+from pytest_gpushare.scheduler.accounts import Ledger
+from pytest_gpushare.scheduler.admission import Admitting
+from pytest_gpushare.scheduler.cpu_pool import CpuPool
+from pytest_gpushare.scheduler.fairness import Backfilling
+from pytest_gpushare.scheduler.fallback import Fallback
+from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
+from pytest_gpushare.scheduler.pressure import Pressure
 from pytest_gpushare.scheduler.queue import Unit
 from pytest_gpushare.scheduler.routing import ordered, routes
 from pytest_gpushare.scheduler.types import (
     Action,
+    Admit,
     Drop,
     Job,
     Lost,
     Policy,
     Reading,
     Room,
-    Shutdown,
+    Run,
     Worker,
 )
+
+_PASSES = 3
+"""How often in one step what an admission changed is looked at again."""
 
 
 class Dispatcher:
@@ -40,18 +44,20 @@ class Dispatcher:
         policy = policy or Policy()
         self._jobs = jobs
         self._ledgers = {room.uuid: Ledger(room) for room in rooms}
-        self._gpu = GpuSide(jobs, self._ledgers, policy)
-        self._cpu = CpuSide(jobs, policy)
-        self._filling = Filling(self._gpu)
-        self._waiting = Waiting(self._gpu)
-        self._helping = Helping(self._gpu, self._cpu)
-        self._without = Without(self._gpu, self._cpu, self._waiting)
+        self._gpu = GpuPool(jobs, self._ledgers, policy)
+        self._cpu = CpuPool(jobs, policy)
+        self._backfilling = Backfilling(self._gpu)
+        self._admitting = Admitting(self._gpu, self._cpu, self._backfilling)
+        self._pressure = Pressure(self._gpu, self._backfilling)
+        self._fallback = Fallback(self._gpu, self._cpu, self._pressure)
         self._left = len(jobs)
         self._readings: Mapping[str, Reading] = {}
         self._reported: list[str] = []
-        """The devices of which a worker has told what it holds since they were read."""
+        """The devices of which a worker has reported what it holds since they were read."""
+        self._asking: list[GpuWorker] = []
         self._expected = 0
         self._begun = False
+        self._stopping = False
         self._gone = False
         """Whether workers went since it was asked last who can run what."""
 
@@ -61,9 +67,20 @@ class Dispatcher:
         return not self._left
 
     @property
-    def wants_step(self) -> bool:
-        """Whether a step may do something though no event comes: tests wait for VRAM."""
-        return self.wants_reading
+    def due_at(self) -> float | None:
+        """When a step may do something though no event comes; None: not without an event."""
+        if self._waits_for_vram:
+            return float("-inf")
+        return self._admitting.next_deadline
+
+    @property
+    def _waits_for_vram(self) -> bool:
+        gpu = self._gpu
+        if not self._begun or not gpu.is_waited_for:
+            return False
+        return bool(gpu.gate or (gpu.pending.count and not self._stopping)) or any(
+            worker.emptying is not None for worker in gpu.workers.values()
+        )
 
     @property
     def wants_reading(self) -> bool:
@@ -71,12 +88,14 @@ class Dispatcher:
         if not self._begun:
             # What no CPU worker takes may use the GPU, and gets a slot.
             return not self._cpu.knows_all or any(job.marked for job in self._jobs)
-        return self._gpu.is_waited_for and (
-            self._gpu.pending.count > 0
-            or self._without.waits
-            # What a busy worker has begun may be shared.
-            or any(it.is_bound for it in self._gpu.workers.values())
+        gpu = self._gpu
+        return gpu.is_waited_for and (
+            bool(gpu.gate)
+            or gpu.pending.count > 0
+            or any(worker.unit is not None and worker.unit.tests for worker in gpu.workers.values())
         )
+
+    # --- events ---
 
     def worker_up(self, worker: Worker, collected: Collection[int] | None = None) -> None:
         """A worker is ready; `collected` are the tests that it knows, None: all."""
@@ -86,45 +105,55 @@ class Dispatcher:
         else:
             self._cpu.up(worker, collected)
 
-    def worker_down(self, worker: str, *, replaced: bool = False, began: bool = True) -> Lost:
+    def worker_down(
+        self, worker: str, *, replaced: bool = False, unsent: Collection[int] = ()
+    ) -> Lost:
         """A worker has ended or died; `replaced`: another takes its place soon.
 
-        The test that it ran is over, as crashed; the others that it had are dispatched anew,
-        and that one too where it had not begun it.
+        The first of the tests that it had is over, as crashed, unless it is one of `unsent`,
+        which the worker has never heard of; the others are dispatched anew.
         """
         self._expected += replaced
         self._gone = True
-        running: int | None = None
         queued: list[int] = []
+        kept: Unit | None = None
         if worker in self._cpu.workers:
             had = self._cpu.down(worker)
-            running, queued = (had[0], had[1:]) if had and began else (None, had)
-            self._add_cpu(queued)
         elif worker in self._gpu.workers:
-            running, queued = self._gpu_down(worker, began)
+            gpu_worker = self._gpu.workers[worker]
+            had, queued = gpu_worker.sent, [] if gpu_worker.bound is None else [gpu_worker.bound]
+            kept = gpu_worker.unit
+            queued += self._gpu.down(gpu_worker)
+            for device in gpu_worker.devices:
+                self._pressure.released(device, self._ledgers[device].close(worker))
+        else:
+            return Lost()
+        began = bool(had) and had[0] not in unsent
+        running, rest = (had[0], had[1:]) if began else (None, had)
+        lost = Lost(running, (*rest, *queued))
+        while rest and kept is not None and kept.tests and self._jobs[rest[-1]].group == kept.key:
+            kept.put_first(rest.pop())
         self._left -= running is not None
-        return Lost(running, tuple(queued))
+        self._requeue(rest)
+        return lost
 
-    def _gpu_down(self, worker: str, began: bool) -> tuple[int | None, list[int]]:
-        it = self._gpu.workers[worker]
-        helped = self._helping.down(worker)
-        if not began:
-            it.not_begun(bool(helped))
-        queued = self._gpu.down(it)
-        for device in it.devices:
-            self._waiting.released(device, self._ledgers[device].close(worker))
-        running, back = (helped[0], helped[1:]) if helped and began else (it.test, helped)
-        self._add_cpu(back)
-        return running, [*queued, *back]
+    def asked(self, worker: str, test: int, when: str) -> None:
+        """A worker wants to know what follows this test; `when`: at its `start` or `end`.
 
-    def _add_cpu(self, tests: list[int]) -> None:
-        """Unmarked tests that come back, to whoever can run them."""
-        mine = [test for test in tests if self._cpu.could_run(test)]
-        self._cpu.add(mine)
-        for test in tests:
-            if test not in mine:
-                self._gpu.pending.back(Unit([test]))
-                self._gpu.stir()
+        Where more was sent meanwhile, that is the answer.
+        """
+        if worker in self._cpu.workers:
+            self._cpu.asked(worker, test)
+            return
+        gpu_worker = self._gpu.workers.get(worker)
+        if (
+            gpu_worker is not None
+            and gpu_worker.bound is None
+            and gpu_worker.sent[-1:] == [test]
+            and not gpu_worker.ending
+        ):
+            gpu_worker.question = when
+            self._asking.append(gpu_worker)
 
     def finished(
         self,
@@ -140,43 +169,82 @@ class Dispatcher:
         self._left -= 1
         if worker in self._cpu.workers:
             return self._cpu.finished(worker, test, duration) or not self._left
-        it = self._gpu.workers.get(worker)
-        if it is None:
+        gpu = self._gpu
+        gpu_worker = gpu.workers.get(worker)
+        if gpu_worker is None or test not in gpu_worker.sent:
             return True
-        helped = self._helping.finished(worker, test)
-        if helped is False:
-            return False
-        if helped is None and it.test == test:
-            for device in it.devices:
-                ledger = self._ledgers[device]
-                if worker in ledger.running:
-                    given = ledger.stop(worker, held_on(held, device))
-                    self._waiting.released(device, given)
-                    self._reported.append(device)
-        self._gpu.rest(it)
+        if duration is not None and test not in gpu.helped and test not in gpu.refusals:
+            before = gpu.average
+            gpu.average = duration if before is None else before + (duration - before) / 8
+        for device, size in gpu.finish(gpu_worker, test, held).items():
+            self._pressure.released(device, size)
+            self._reported.append(device)
+        if gpu_worker.sent:
+            # What it has next was admitted, or is short: nothing is free for others yet.
+            if not gpu.gate and not any(gpu.idle.values()):
+                return not self._left
+            gpu.note_change(gpu_worker.device)
+            return True
+        if gpu_worker.bound is not None:
+            self._admitting.enter_gate(gpu_worker)
+        gpu.refresh(gpu_worker)
+        gpu.note_change(gpu_worker.device)
         return True
 
     def emptied(self, worker: str, held: Mapping[str, int] | None = None) -> None:
-        """The worker has emptied its caches as `EmptyCaches` asked."""
-        it = self._gpu.workers.get(worker)
-        if it is None:
+        """The worker has done what `EmptyCaches` asked for."""
+        gpu_worker = self._gpu.workers.get(worker)
+        if gpu_worker is None:
             return
-        it.emptying = None
-        for device in it.devices:
-            given = self._ledgers[device].emptied(worker, held_on(held, device))
-            self._waiting.released(device, given)
+        gpu_worker.emptying = None
+        for device in gpu_worker.devices:
+            size = None if held is None else held.get(device)
+            self._pressure.released(device, self._ledgers[device].emptied(worker, size))
             self._reported.append(device)
-        self._gpu.refresh(it)
-        self._gpu.stir()
+        self._gpu.refresh(gpu_worker)
+        self._gpu.note_change()
+
+    def returned(self, worker: str, tests: Collection[int]) -> None:
+        """The worker has given back these tests, which it had not begun."""
+        gpu_worker = self._gpu.workers.get(worker)
+        if gpu_worker is None:
+            return
+        back = [test for test in gpu_worker.sent if test in tests]
+        for test in reversed(back):
+            gpu_worker.sent.remove(test)
+        self._requeue(back)
 
     def again(self, test: int) -> None:
         """Dispatch once more a test that is over."""
         self._left += 1
-        if not self._jobs[test].marked and self._cpu.could_run(test):
-            self._cpu.add([test])
-        else:
-            self._gpu.pending.back(Unit([test]))
-            self._gpu.stir()
+        self._requeue([test])
+
+    def stop(self, stopping: bool = True) -> None:
+        """Say whether the run ends before its tests are done: then nothing more is handed out."""
+        self._stopping = stopping
+
+    def _requeue(self, tests: Iterable[int]) -> None:
+        """Tests that no worker has any more, to whoever can run them."""
+        cpu: list[int] = []
+        units: list[Unit] = []
+        for test in tests:
+            job = self._jobs[test]
+            was_helped = test in self._gpu.helped
+            self._gpu.helped.discard(test)
+            if (was_helped or not job.marked) and self._cpu.could_run(test):
+                cpu.append(test)
+            elif units and job.group and units[-1].key == job.group:
+                units[-1].tests.append(test)
+            else:
+                units.append(Unit([test], job.group))
+        if cpu:
+            self._cpu.add(cpu)
+        for unit in units:
+            self._gpu.pending.back(unit)
+        if units:
+            self._gpu.note_change()
+
+    # --- what is to be done ---
 
     def step(self, readings: Mapping[str, Reading], at: float) -> list[Action]:
         """What is to be done now.
@@ -190,13 +258,15 @@ class Dispatcher:
             self._begin()
         if self._reported or readings is not self._readings:
             self._read(readings)
+        if self._stopping:
+            return self._stop()
         return self._actions()
 
     def _read(self, readings: Mapping[str, Reading]) -> None:
         for device in self._reported if readings is self._readings else readings:
             ledger, reading = self._ledgers.get(device), readings.get(device)
             if ledger is not None and reading is not None and ledger.read(reading):
-                self._gpu.stir(device)
+                self._gpu.note_change(device)
         self._readings = readings
         self._reported.clear()
 
@@ -204,56 +274,84 @@ class Dispatcher:
         self._begun = True
         found = routes(self._jobs, self._gpu, self._cpu)
         self._gpu.pending, self._gpu.cold = ordered(found.gpu, self._jobs, self._gpu)
-        self._without.refuse(found.refused)
+        self._fallback.refuse(found.refused)
         cpu = set(found.cpu)
         for test, reason in found.without.items():
-            if self._without.decide(test, reason):
+            if self._fallback.decide(test, reason):
                 cpu.add(test)
         self._cpu.add(sorted(cpu))
 
     def _actions(self) -> list[Action]:
-        gpu, cpu, waiting, without = self._gpu, self._cpu, self._waiting, self._without
+        gpu, cpu, pressure, fallback = self._gpu, self._cpu, self._pressure, self._fallback
+        admitting = self._admitting
         actions: list[Action] = []
         if self._gone and not self._expected:
             self._gone = False
-            without.orphans()
-        if without.waits:
-            actions += without.report()
-        is_due = gpu.at >= waiting.due_at
+            fallback.orphans()
+        is_due = gpu.at >= pressure.due_at
         if is_due:
-            waiting.stir()
-        stirred = gpu.take_stirred()
-        if stirred:
-            runs = self._filling.fill(stirred)
-            actions += waiting.begun(runs) if waiting.is_blocked else runs
-        actions += waiting.look(stirred, at_all=is_due)
-        if waiting.has_given_up and without.sort_out():
-            actions += without.report()
-        if cpu.workers:
-            actions += cpu.refill()
+            pressure.look_everywhere()
+        changed = gpu.take_changed()
+        looked_at = changed
+        for _ in range(_PASSES):
+            asking, self._asking = self._asking, []
+            if not changed and not asking:
+                break
+            actions += admitting.open_gate(changed)
+            for worker in asking:
+                if worker.question and worker.id in gpu.workers:
+                    actions += admitting.answer(worker)
+            actions += admitting.fill(changed)
+            changed = gpu.take_changed()
+        actions += self._note_begun(actions)
+        actions += pressure.look(looked_at, at_all=is_due)
+        if pressure.has_given_up:
+            actions += fallback.sort_out()
+        actions += admitting.recall()
         if cpu.average is not None:
-            actions += self._helping.begin()
+            actions += admitting.help_all()
         if cpu.workers:
-            actions += cpu.flush()
-        if without.dropped:
+            actions += cpu.refill(more_may_come=self._gpu_tests_may_come)
+        if fallback.dropped:
             actions += self._drop()
-        if not self._left:
-            actions += self._end()
         return actions
 
-    def _drop(self) -> list[Drop]:
-        drops = [Drop(test, reason) for test, reason in self._without.dropped]
-        self._without.dropped.clear()
+    def _note_begun(self, actions: Sequence[Action]) -> list[Action]:
+        notes: list[Action] = []
+        for action in actions:
+            if isinstance(action, Admit):
+                notes += self._pressure.began(action.worker, [action.test])
+            elif isinstance(action, Run) and action.admitted:
+                notes += self._pressure.began(action.worker, action.tests)
+        return notes
+
+    @property
+    def _gpu_tests_may_come(self) -> bool:
+        """Whether tests wait for a GPU that CPU workers may have to run in the end."""
+        gpu = self._gpu
+        return bool(
+            self._cpu.waits
+            or gpu.pending.count
+            or any(
+                worker.bound is not None or (worker.unit is not None and worker.unit.tests)
+                for worker in gpu.workers.values()
+            )
+        )
+
+    def _stop(self) -> list[Action]:
+        """Let the bound tests run that fit; the others are given back, and nothing follows."""
+        gpu = self._gpu
+        actions = self._admitting.open_gate(gpu.ledgers)
+        gpu.changed.clear()
+        self._asking.clear()
+        for worker in list(gpu.gate.values()):
+            busy = any(gpu.ledgers[device].runs_beside(worker.id) for device in worker.devices)
+            if not worker.sent and not busy and worker.emptying is None:
+                actions.append(self._pressure.reclaiming.ask(worker, withdraw=True))
+        return actions
+
+    def _drop(self) -> list[Action]:
+        drops: list[Action] = [Drop(test, reason) for test, reason in self._fallback.dropped]
+        self._fallback.dropped.clear()
         self._left -= len(drops)
         return drops
-
-    def _end(self) -> Iterator[Action]:
-        for gpu_worker in self._gpu.workers.values():
-            if not gpu_worker.ending:
-                gpu_worker.ending = True
-                self._gpu.refresh(gpu_worker)
-                yield Shutdown(gpu_worker.id)
-        for cpu_worker in self._cpu.workers.values():
-            if not cpu_worker.ending:
-                cpu_worker.ending = True
-                yield Shutdown(cpu_worker.worker.id)

@@ -1,168 +1,167 @@
-"""Claims: how a test that was overtaken often enough gets its turn.
+"""Backfilling: which tests may start while another one waits for its admission.
 
-Backfill lets small tests start while a big one waits. After `patience` of them the big one
-has a claim on its devices: from then on only tests start that fit beside it, so it waits for
-no test that was admitted later. Claims on a device are served one after the other.
+A worker that asks for its next test and for which nothing fits gets one all the same: it is
+*bound* to that worker and waits there. Tests that fit may start meanwhile, but only if that
+delays none of those that wait: the one that has waited longest on a device has a reservation
+(EASY backfilling). And a pending test that was overtaken often enough is bound too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from pytest_gpushare.scheduler.queue import Kind, Unit
 
 if TYPE_CHECKING:
-    from pytest_gpushare.scheduler.gpu_pool import GpuSide, GpuWorker
+    from pytest_gpushare.scheduler.accounts import Ledger
+    from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 
 
-@dataclass(eq=False)
-class Claim:
-    """A unit that waits for its devices."""
+class Backfilling:
+    """The tests that wait at the gate, and what may pass them."""
 
-    unit: Unit
-    worker: GpuWorker | None
-    """The worker that it is bound to; None: any on its device."""
-    devices: tuple[str, ...]
-    need: int
-    exclusive: bool
-    serial: int
-    """The number of the last admission before it."""
-
-
-class Claims:
-    """The claims of a run, by device."""
-
-    def __init__(self, side: GpuSide) -> None:
-        self._side = side
-        self._queues: dict[str, list[Claim]] = {}
-        self.exist = False
-        """Whether a test may claim a device: most runs never come to that."""
+    def __init__(self, pool: GpuPool) -> None:
+        self._pool = pool
+        self._ends: dict[str, tuple[float, bool]] = {}
+        """Worker -> when its tests should be over, and whether their durations are known."""
 
     @property
     def patience(self) -> int:
-        """How many tests may overtake one whose turn it is."""
-        return 3 * max(1, len(self._side.workers))
+        """How many tests may overtake one that is first in the order."""
+        return 3 * max(1, len(self._pool.workers))
 
-    def head(self, device: str) -> Claim | None:
-        """The claim that is served next on the device."""
-        queue = self._queues.get(device) if self.exist else None
-        return queue[0] if queue else None
+    def waiting(self, device: str) -> Iterator[GpuWorker]:
+        """The workers whose next test waits for this device, in the order of binding."""
+        for worker in self._pool.gate.values():
+            if worker.bound is not None and device in self._devices_of(worker):
+                yield worker
 
-    def allow(self, it: GpuWorker, unit: Unit, need: int, kind: Kind, device: str) -> bool:
-        """Whether this test may start though others claim the device."""
-        claim = self.head(device)
-        if claim is None or claim.unit is unit or self._is_out_of_reach(claim, device):
-            return True
-        side, ledger = self._side, self._side.ledgers[device]
-        if it.unit is unit and (
-            claim.worker is it or (claim.worker is None and not self._is_served(claim, device))
-        ):
-            # Who is to serve the claim has begun something, and must go on first.
-            return True
-        if claim.exclusive or kind[1] or claim.worker is it:
-            return False
-        left = ledger.room.budget - claim.need
-        free_later = False
-        for name in ledger.accounts:
-            other = side.workers.get(name)
-            if other is None or other is it or other is claim.worker:
+    def head(self, device: str) -> GpuWorker | None:
+        """The worker whose next test has a reservation on this device."""
+        if not self._pool.gate:
+            return None
+        return next(self.waiting(device), None)
+
+    def _devices_of(self, worker: GpuWorker) -> tuple[str, ...]:
+        assert worker.bound is not None
+        return self._pool.devices(worker, self._pool.need(worker.bound).devices)
+
+    def allows(self, worker: GpuWorker, test: int, need: int, kind: Kind) -> bool:
+        """Whether this test may start here, as far as those are concerned that wait."""
+        pool = self._pool
+        return not pool.gate or all(
+            self._allows_on(pool.ledgers[device], worker, test, need, kind[1])
+            for device in pool.devices(worker, kind[0])
+        )
+
+    def _allows_on(
+        self, ledger: Ledger, worker: GpuWorker, test: int, need: int, exclusive: bool
+    ) -> bool:
+        pool = self._pool
+        left = ledger.room.budget
+        running: list[tuple[float, int, bool]] = []
+        for name, account in ledger.accounts.items():
+            other = pool.workers.get(name)
+            if other is None or other is worker:
                 continue
-            later = other.busy and other.serial > claim.serial
-            left -= ledger.accounts[name].committed if later else ledger.floor(name)
-            if not later and not other.ending and self._could_serve(claim, other, device):
-                free_later = True
-        return need <= left and (claim.worker is not None or free_later)
-
-    def admitted(self, it: GpuWorker, unit: Unit, devices: tuple[str, ...]) -> None:
-        """A test was admitted: whoever was overtaken is nearer to a claim."""
-        if unit.claims:
-            self.drop(unit)
-        side = self._side
-        front = side.pending.front()
-        if front is not None and (unit.rank < 0 or front.rank < unit.rank):
-            self._overtaken(front, None)
-        for device in devices:
-            for other in side.free[device].values():
-                begun = other.unit
-                if begun is not None and begun.tests and other is not it:
-                    self._overtaken(begun, other)
-
-    def drop(self, unit: Unit) -> None:
-        """The unit claims nothing any more."""
-        if unit.claims:
-            unit.claims = False
-            self._drop(lambda claim: claim.unit is unit)
-
-    def drop_worker(self, it: GpuWorker) -> None:
-        """The worker is gone: nothing is bound to it any more, or waits for one like it."""
-        others = [other for other in self._side.workers.values() if other.device == it.device]
-
-        def is_over(claim: Claim) -> bool:
-            if claim.worker is not None:
-                return claim.worker is it
-            is_here = claim.devices[0] == it.device
-            return is_here and not any(self._side.could(other, claim.unit) for other in others)
-
-        self._drop(is_over)
-
-    def _drop(self, is_over: Callable[[Claim], bool]) -> None:
-        for device, queue in self._queues.items():
-            for claim in [claim for claim in queue if is_over(claim)]:
-                claim.unit.claims = False
-                queue.remove(claim)
-                self._side.stir(device)
-        self.exist = any(self._queues.values())
-
-    def _overtaken(self, unit: Unit, worker: GpuWorker | None) -> None:
-        unit.overtaken += 1
-        if unit.claims or unit.overtaken < self.patience:
-            return
-        side = self._side
-        kind = side.kind(unit)
-        worker = worker or self._best(unit)
-        if worker is None:
-            return
-        devices = side.devices(worker, kind[0])
-        need = side.bytes_for(worker, unit.tests[0])
-        bound = (
-            worker if worker.unit is unit or kind[0] > 1 or worker.collected is not None else None
-        )
-        claim = Claim(unit, bound, devices, need, kind[1], side.serial)
-        unit.claims = True
-        for device in devices:
-            # In all queues at once, so that two claims never wait for each other.
-            self._queues.setdefault(device, []).append(claim)
-        self.exist = True
-
-    def _best(self, unit: Unit) -> GpuWorker | None:
-        """The worker on the device with the most room for it and the fewest claims."""
-        side = self._side
-        candidates = [it for it in side.workers.values() if side.enters(it, unit)]
-        return max(
-            candidates,
-            key=lambda it: (
-                -len(self._queues.get(it.device, ())),
-                it.unit is None,
-                side.ledgers[it.device].left(it.id),
-            ),
-            default=None,
-        )
-
-    def _is_served(self, claim: Claim, device: str) -> bool:
-        return any(self._could_serve(claim, it, device) for it in self._side.workers.values())
-
-    def _could_serve(self, claim: Claim, it: GpuWorker, device: str) -> bool:
-        if it.device != device or it.is_bound:
+            left -= account.committed
+            if name in ledger.running:
+                over, is_known = self._ends.get(name, (pool.at, False))
+                freed = account.committed - ledger.floor(name)
+                running.append((over, freed, is_known or pool.average is not None))
+        for head in self.waiting(ledger.room.uuid):
+            if head is worker:
+                return need <= left
+            assert head.bound is not None
+            more = pool.bytes_for(head, head.bound) - ledger.accounts[head.id].committed
+            alone = pool.kind_of(head.bound)[1] or head.bound in pool.forced
+            if more <= left and not alone:
+                # It starts as soon as this worker's test is over.
+                left -= more
+                over = pool.at + (pool.expected(head.bound) or 0.0)
+                running.append((over, more, pool.average is not None))
+            elif not self._is_out_of_reach(head, ledger):
+                break
+        else:
+            return need <= left
+        # This one has a reservation: for the time when enough of what runs now is over.
+        if need > left:
             return False
-        return self._side.enters(it, claim.unit)
+        left -= more
+        start = pool.at
+        for over, freed, is_known in sorted(running):
+            if left >= 0 and not alone:
+                break
+            left += freed
+            if is_known:
+                start = max(start, over)
+        if not alone and not exclusive and need <= left:
+            return True
+        seconds = pool.expected(test)
+        return seconds is not None and pool.at + seconds <= start
 
-    def _is_out_of_reach(self, claim: Claim, device: str) -> bool:
+    def admitted(self, worker: GpuWorker, tests: Sequence[int]) -> None:
+        """Tests were admitted: note when they should be over."""
+        pool = self._pool
+        is_known = all(pool.jobs[test].duration is not None for test in tests)
+        seconds = sum(pool.expected(test) or 0.0 for test in tests)
+        self._ends[worker.id] = pool.at + seconds, is_known
+
+    def overtaken_by(self, unit: Unit) -> None:
+        """A test of this unit comes next: if another was first, that is nearer to being bound."""
+        front = self._pool.pending.front()
+        if front is not None and (unit.rank < 0 or front.rank < unit.rank):
+            front.overtaken += 1
+
+    def room_to_come(self, worker: GpuWorker) -> Iterator[int]:
+        """The largest need that may start in this worker, as one test after the other ends.
+
+        Those that wait already are served first. Where durations are unknown, tests count as
+        ending in the order in which they began.
+        """
+        pool, ledger = self._pool, self._pool.ledgers[worker.device]
+        own = ledger.floor(worker.id)
+        left = ledger.room.budget - own
+        ends: list[tuple[float, int]] = []
+        for name, account in ledger.accounts.items():
+            if name == worker.id:
+                continue
+            left -= account.committed
+            if name in ledger.running and name in self._ends:
+                ends.append((self._ends[name][0], account.committed - ledger.floor(name)))
+        heapify(ends)
+        waiting = [other for other in self.waiting(worker.device) if other is not worker]
+        time, freed = pool.at, 0
+        while True:
+            left += freed
+            short = 0
+            for other in list(waiting):
+                assert other.bound is not None
+                more = pool.bytes_for(other, other.bound) - ledger.accounts[other.id].committed
+                if more <= left - short:
+                    left -= more
+                    waiting.remove(other)
+                    heappush(ends, (time + (pool.expected(other.bound) or 0.0), more))
+                else:
+                    short += more
+            yield left - short + own
+            if not ends:
+                return
+            time, freed = heappop(ends)
+
+    def overdue(self) -> Unit | None:
+        """The pending unit that is first in the order and was overtaken often enough."""
+        front = self._pool.pending.front()
+        return front if front is not None and front.overtaken >= self.patience else None
+
+    def _is_out_of_reach(self, head: GpuWorker, ledger: Ledger) -> bool:
         """Whether it would not fit though all our tests were over: others hold the VRAM."""
-        ledger = self._side.ledgers[device]
+        assert head.bound is not None
         if ledger.reading.free is None:
             return False
         # What is set aside beyond what tests will still take is there already, and comes back.
         ours = ledger.committed - ledger.outstanding
-        return ledger.reading.free - ledger.kept + ours < claim.need
+        wanted = self._pool.bytes_for(head, head.bound)
+        return ledger.reading.free - ledger.kept + ours < wanted

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from pytest_gpushare.scheduler.accounts import Ledger
-from pytest_gpushare.scheduler.fairness import Claims
 from pytest_gpushare.scheduler.needs import Need
 from pytest_gpushare.scheduler.queue import IN_ORDER, Kind, Pending, Unit, kind_of
 from pytest_gpushare.scheduler.types import Job, Policy, Room, Worker
 
+UNKNOWN = Need()
+
 
 class GpuWorker:
-    """What a GPU worker is doing."""
+    """A GPU worker, as the dispatcher sees it."""
 
     __slots__ = (
-        "busy", "collected", "device", "devices", "emptied", "emptying", "ending", "helps_in", "id",
-        "last_group", "latest", "left_groups", "most", "own", "serial", "slot", "test", "unit",
+        "bound", "bound_at", "collected", "deadline", "device", "devices", "emptied",
+        "emptying", "ending", "helps_in", "id", "last_group", "latest", "left_groups", "most",
+        "own", "question", "reserved", "sent", "serial", "slot", "unit", "waiting_since",
     )  # fmt: skip
 
     def __init__(
@@ -32,15 +34,26 @@ class GpuWorker:
         budgets = [rooms[device].budget for device in worker.devices]
         self.most = {count: min(budgets[:count]) for count in range(1, len(budgets) + 1)}
         """Number of devices -> the largest need on each that it can ever meet."""
-        self.test: int | None = None
-        """The GPU test that it runs, or the last of the tests that it helps out with."""
+        self.sent: list[int] = []
+        """Tests that were admitted and are not over, in order; it runs the first one."""
+        self.bound: int | None = None
+        """The test that it has next, and that waits for its admission."""
+        self.reserved = False
+        """Whether the bound test takes the place of the one that runs."""
+        self.bound_at = 0
+        """The number of the last admission before it was bound."""
+        self.waiting_since: float | None = None
+        """When the bound test was first found not to fit."""
+        self.question = ""
+        """`start` or `end`: it asked for its next test at that moment of the one that it runs."""
+        self.deadline: float | None = None
+        """When its short tests should long be over."""
         self.latest = -1
-        """The GPU test that it began last."""
+        """The GPU test that it was given last."""
         self.unit: Unit | None = None
-        """What it has begun."""
+        """The group of which it has been given a part, with the tests that follow."""
         self.serial = 0
-        """The number of the admission of its test."""
-        self.busy = False
+        """The number of its latest admission."""
         self.ending = False
         self.emptying: float | None = None
         """Since when it has been emptying its caches."""
@@ -49,39 +62,31 @@ class GpuWorker:
         self.left_groups: set[str] = set()
         self.last_group = ""
         self.helps_in = ""
-        """The group of the last test that it helped out with, where nothing came since."""
+        """The group of the last CPU test that it was given, where nothing came since."""
 
     @property
-    def is_free(self) -> bool:
-        """Whether it can be given something to do."""
-        return not (self.busy or self.ending or self.emptying is not None)
+    def is_between_tests(self) -> bool:
+        """Whether it runs nothing and is not busy otherwise."""
+        return not (self.sent or self.ending or self.emptying is not None)
 
     @property
-    def is_bound(self) -> bool:
-        """Whether it has begun a group that it has to go on with."""
-        return self.unit is not None and bool(self.unit.tests)
+    def is_idle(self) -> bool:
+        """Whether it has nothing to do, and no fixtures of tests that are over."""
+        return self.bound is None and self.is_between_tests
 
     def begin(self, unit: Unit) -> None:
-        """It begins a unit; to the groups that it had before it does not come back."""
+        """Take a unit; the worker does not come back to the groups that it had before it."""
         if self.last_group and self.last_group != unit.key:
             self.left_groups.add(self.last_group)
         self.unit, self.last_group, self.helps_in = unit, unit.key, ""
 
-    def not_begun(self, helps: bool) -> None:
-        """It never began the test that it was given: that is the first of its unit again."""
-        if self.test is not None and not helps:
-            self.unit = self.unit or Unit([])
-            self.unit.tests.insert(0, self.test)
-            self.unit.kind = None
-        self.test = None
-
     def help_out(self, groups: Sequence[str]) -> None:
-        """It helps out with tests of these groups."""
+        """Take CPU tests of these groups."""
         self.left_groups.update(filter(None, [self.last_group, *groups]))
         self.last_group, self.helps_in = "", groups[-1]
 
     def helps_with(self, group: str) -> bool:
-        """Whether it can help out with tests of this group: it sets no fixtures up again."""
+        """Whether it can take CPU tests of this group and set no fixtures up again."""
         known = group in self.left_groups or group == self.last_group
         return not group or not known or group == self.helps_in
 
@@ -95,10 +100,7 @@ class GpuWorker:
         return self.collected is None or test in self.collected
 
 
-UNKNOWN = Need()
-
-
-class GpuSide:
+class GpuPool:
     """What the parts of the dispatcher share that deal with GPU tests."""
 
     def __init__(self, jobs: Sequence[Job], ledgers: dict[str, Ledger], policy: Policy) -> None:
@@ -107,7 +109,6 @@ class GpuSide:
         self.policy = policy
         self.workers: dict[str, GpuWorker] = {}
         self.pending = Pending()
-        self.claims = Claims(self)
         self.has_several = policy.visible_devices == "all" and any(
             job.need is not None and job.need.devices > 1 for job in jobs
         )
@@ -116,6 +117,10 @@ class GpuSide:
         self.largest: Mapping[int, int] = {}
         """Number of devices -> the largest budget that a test on so many can get."""
         self._needs: list[Need] = []
+        self.refusals: dict[int, tuple[str, str]] = {}
+        """Test -> outcome and reason, where it is reported without being run."""
+        self.forced: dict[int, str] = {}
+        """Test that starts though there is no room, as soon as it is alone -> why."""
         self.cold = False
         """Whether durations are unknown, so that the largest modest need comes next."""
         self.is_exact = False
@@ -124,77 +129,91 @@ class GpuSide:
         """How many ranks come before all others, as they need their device alone."""
         self.at = 0.0
         """The time of this step."""
-        self.lonely: set[str] = set()
+        self.exclusive: set[str] = set()
         """The workers that run a test beside which no other may run on its devices."""
-        self.free: dict[str, dict[str, GpuWorker]] = {device: {} for device in ledgers}
-        """Device -> the workers of that device that can be given something to do."""
-        self.stirred: set[str] = set()
+        self.idle: dict[str, dict[str, GpuWorker]] = {device: {} for device in ledgers}
+        """Device -> the idle workers of that device."""
+        self.gate: dict[str, GpuWorker] = {}
+        """The workers whose next test waits for its admission, in the order of binding."""
+        self.changed: set[str] = set()
         """The devices on which something changed, so that what did not fit may fit now."""
         self.filled: dict[str, float] = dict.fromkeys(ledgers, float("-inf"))
-        """Device -> when its free workers were last offered what is pending."""
+        """Device -> when its workers were last offered what is pending."""
+        self.average: float | None = None
+        """Seconds that a test lasted lately."""
+        self.helped: set[int] = set()
+        """The CPU tests that GPU workers were sent."""
 
     def up(self, worker: Worker, collected: Collection[int] | None) -> None:
         """A worker is ready."""
         rooms = {device: self.ledgers[device].room for device in worker.devices}
-        self.workers[worker.id] = it = GpuWorker(worker, collected, rooms)
+        self.workers[worker.id] = gpu_worker = GpuWorker(worker, collected, rooms)
         for device in worker.devices:
             self.ledgers[device].open(worker.id)
         # Its slot may differ from those by which the order was found.
         self.is_exact = False
-        self.refresh(it)
+        self.refresh(gpu_worker)
 
-    def down(self, it: GpuWorker) -> list[int]:
-        """A worker is gone; returns what it had begun and not run, which is pending again."""
-        del self.workers[it.id]
-        self.free[it.device].pop(it.id, None)
-        self.lonely.discard(it.id)
-        self.stir()
-        self.claims.drop_worker(it)
-        if it.unit is None or not it.unit.tests:
+    def down(self, worker: GpuWorker) -> list[int]:
+        """A worker is gone; returns the tests that it had and was not sent, pending again."""
+        del self.workers[worker.id]
+        self.idle[worker.device].pop(worker.id, None)
+        self.gate.pop(worker.id, None)
+        self.exclusive.discard(worker.id)
+        self.note_change()
+        if worker.bound is not None:
+            self.unbind(worker)
+        unit, worker.unit = worker.unit, None
+        if unit is None or not unit.tests:
             return []
-        queued = list(it.unit.tests)
-        self.claims.drop(it.unit)
-        self.pending.back(it.unit)
+        queued = list(unit.tests)
+        self.pending.back(unit)
         return queued
 
-    def rest(self, it: GpuWorker) -> None:
-        """The worker has nothing to do any more, and what it began may be over."""
-        self.lonely.discard(it.id)
-        it.busy, it.test = False, None
-        if it.unit is not None and not it.unit.tests:
-            it.unit = None
-        self.refresh(it)
-        self.stir(it.device)
+    def unbind(self, worker: GpuWorker) -> None:
+        """Put the bound test back: it is the first of its group, or pending by itself."""
+        test, worker.bound, worker.reserved = worker.bound, None, False
+        self.gate.pop(worker.id, None)
+        if test is None:
+            return
+        group = self.jobs[test].group
+        if worker.unit is not None and worker.unit.tests and worker.unit.key == group:
+            worker.unit.put_first(test)
+        else:
+            self.pending.back(Unit([test], group))
+        self.note_change()
+
+    def refresh(self, worker: GpuWorker) -> None:
+        """The worker has become idle, or is not any more."""
+        if worker.is_idle:
+            self.idle[worker.device][worker.id] = worker
+            self.changed.add(worker.device)
+        else:
+            self.idle[worker.device].pop(worker.id, None)
+
+    def note_change(self, device: str = "") -> None:
+        """Something changed on a device, or everywhere."""
+        if device and not self.has_several:
+            self.changed.add(device)
+        else:
+            self.changed.update(self.ledgers)
+
+    def take_changed(self) -> list[str]:
+        """The devices on which something changed since this was asked last."""
+        changed = sorted(self.changed)
+        self.changed.clear()
+        return changed
 
     @property
     def is_waited_for(self) -> bool:
-        """Whether a worker is free, or will be without any test's end."""
-        return any(self.free.values()) or any(
-            it.emptying is not None for it in self.workers.values()
+        """Whether a worker has nothing to run, or asks for what follows."""
+        return (
+            bool(self.gate)
+            or any(self.idle.values())
+            or any(
+                worker.question or worker.emptying is not None for worker in self.workers.values()
+            )
         )
-
-    def refresh(self, it: GpuWorker) -> None:
-        """The worker has become free, or is not any more."""
-        if it.is_free:
-            self.free[it.device][it.id] = it
-            self.stirred.add(it.device)
-        else:
-            self.free[it.device].pop(it.id, None)
-
-    def stir(self, device: str = "") -> None:
-        """Something changed on a device, or everywhere."""
-        if device and not self.has_several:
-            self.stirred.add(device)
-        else:
-            self.stirred.update(self.ledgers)
-
-    def take_stirred(self) -> list[str]:
-        """The devices on which something changed since this was asked last."""
-        stirred = list(self.stirred)
-        if len(stirred) > 1:
-            stirred.sort()
-        self.stirred.clear()
-        return stirred
 
     # --- what is known of a test ---
 
@@ -212,6 +231,15 @@ class GpuSide:
                 if need.vram > most:
                     needs[test] = need._replace(vram=most)
 
+    def refuse(self, test: int, outcome: str, reason: str) -> None:
+        """From now on this test is reported so, and needs nothing for that."""
+        self.refusals[test] = outcome, reason
+        self._needs[test] = Need(0, source="")
+
+    def force(self, test: int, reason: str) -> None:
+        """From now on this test starts as soon as nothing else runs on its devices."""
+        self.forced[test] = reason
+
     def need(self, test: int) -> Need:
         """What is known of its need."""
         return self._needs[test]
@@ -219,84 +247,152 @@ class GpuSide:
     def kind(self, unit: Unit) -> Kind:
         """How many devices its next test wants, and whether alone."""
         if unit.kind is None:
-            unit.kind = kind_of(self.need(unit.tests[0]))
+            unit.kind = self.kind_of(unit.tests[0])
         return unit.kind
 
-    def devices(self, it: GpuWorker, count: int) -> tuple[str, ...]:
-        """The devices that a test uses in this worker."""
-        return it.own if count == 1 else it.devices[:count]
+    def kind_of(self, test: int) -> Kind:
+        """How many devices the test wants, and whether alone."""
+        return kind_of(self.need(test))
 
-    def bytes_for(self, it: GpuWorker, test: int) -> int:
+    def devices(self, worker: GpuWorker, count: int) -> tuple[str, ...]:
+        """The devices that a test uses in this worker."""
+        return worker.own if count == 1 else worker.devices[:count]
+
+    def bytes_for(self, worker: GpuWorker, test: int) -> int:
         """Bytes on each device with which the test is admitted in this worker."""
-        need = self.need(test)
+        need = self._needs[test]
         if need.vram is not None:
             return need.vram
-        return min(it.slot, it.most.get(need.devices, it.slot))
+        return min(worker.slot, worker.most.get(need.devices, worker.slot))
 
-    def could(self, it: GpuWorker, unit: Unit) -> bool:
+    def expected(self, test: int) -> float | None:
+        """Seconds that the test should last; None: nobody knows."""
+        known = self.jobs[test].duration
+        return self.average if known is None else known
+
+    def could(self, worker: GpuWorker, unit: Unit) -> bool:
         """Whether this worker can ever run all tests of the unit."""
-        if it.ending:
+        if worker.ending:
             return False
-        if it.collected is not None and not all(it.knows(test) for test in unit.tests):
+        if worker.collected is not None and not all(worker.knows(test) for test in unit.tests):
             return False
         if unit.wants is None and len(unit.tests) == 1:
-            need = self.need(unit.tests[0])
-            return it.most.get(need.devices, -1) >= (need.vram or 0)
+            test = unit.tests[0]
+            need = self._needs[test]
+            return worker.most.get(need.devices, -1) >= (need.vram or 0) or test in self.forced
         if unit.wants is None:
             wants: dict[int, int] = {}
             for test in unit.tests:
                 need = self.need(test)
                 wants[need.devices] = max(wants.get(need.devices, 0), need.vram or 0)
             unit.wants = wants
-        return all(it.most.get(count, -1) >= vram for count, vram in unit.wants.items())
+        return all(worker.most.get(count, -1) >= vram for count, vram in unit.wants.items())
 
     def anybody_could(self, unit: Unit) -> bool:
         """Whether any worker can ever run all tests of the unit."""
-        return any(self.could(it, unit) for it in self.workers.values())
+        return any(self.could(worker, unit) for worker in self.workers.values())
 
-    def enters(self, it: GpuWorker, unit: Unit) -> bool:
-        """Whether the worker may begin it: it never comes back to a group that it has left."""
-        if unit.key and unit.key in it.left_groups and unit.key != it.last_group:
+    def may_begin(self, worker: GpuWorker, unit: Unit) -> bool:
+        """Whether the worker may begin it: none comes back to a group that it has left."""
+        if unit.key and unit.key in worker.left_groups and unit.key != worker.last_group:
             # Unless nobody else can: a test must not be lost for a fixture's sake.
             for other in self.workers.values():
                 fresh = unit.key not in other.left_groups or other.last_group == unit.key
-                if other is not it and fresh and self.could(other, unit):
+                if other is not worker and fresh and self.could(other, unit):
                     return False
-        return self.could(it, unit)
+        return self.could(worker, unit)
 
     # --- admission ---
 
-    def limit(self, it: GpuWorker, kind: Kind) -> int:
-        """The largest need of this kind that may start in this worker now; -1: none."""
+    def limit(self, worker: GpuWorker, kind: Kind) -> int:
+        """The largest need of this kind that may start in this worker now; -1: none.
+
+        What the worker's own test holds comes back before its next one starts: it counts as free.
+        """
         count, exclusive = kind
-        if count == 1 and not exclusive and not self.lonely:
-            return self.ledgers[it.device].limit(it.id)
-        devices = self.devices(it, count)
+        if count == 1 and not exclusive and not self.exclusive:
+            return self.ledgers[worker.device].limit(worker.id)
+        devices = self.devices(worker, count)
         if len(devices) < count:
             return -1
         most = 1 << 61
         for device in devices:
             ledger = self.ledgers[device]
-            if exclusive and ledger.runs_beside(it.id):
+            if exclusive and ledger.runs_beside(worker.id):
                 return -1
-            if self.lonely and not self.lonely.isdisjoint(ledger.running.keys() - {it.id}):
+            if self.exclusive and not self.exclusive.isdisjoint(
+                ledger.running.keys() - {worker.id}
+            ):
                 return -1
-            limit = ledger.limit(it.id)
+            limit = ledger.limit(worker.id)
             if limit < most:
                 most = limit
         return most
 
-    def fits(self, it: GpuWorker, unit: Unit) -> bool:
-        """Whether the unit's next test may start in this worker now."""
-        kind = self.kind(unit)
-        return self.fits_in(it, unit, kind, self.limit(it, kind))
+    def may_force(self, worker: GpuWorker, test: int) -> bool:
+        """Whether a test for which there is no room may start all the same: it is alone."""
+        return test in self.forced and not any(
+            self.ledgers[device].runs_beside(worker.id) for device in worker.devices
+        )
 
-    def fits_in(self, it: GpuWorker, unit: Unit, kind: Kind, limit: int) -> bool:
-        """The same where the limit for tests of its kind is known."""
-        need = self.bytes_for(it, unit.tests[0])
-        if need > limit:
-            return False
-        if not self.claims.exist:
-            return True
-        allow = self.claims.allow
-        return all(allow(it, unit, need, kind, device) for device in self.devices(it, kind[0]))
+    def assign(self, worker: GpuWorker, test: int) -> bool:
+        """Count a test as running in this worker. Returns whether it is alone on its devices."""
+        count, exclusive = self.kind_of(test)
+        exclusive = exclusive or test in self.forced
+        self.serial += 1
+        worker.serial, worker.emptied = self.serial, 0
+        worker.sent.append(test)
+        need = self.bytes_for(worker, test)
+        if need or exclusive:
+            for device in self.devices(worker, count):
+                ledger = self.ledgers[device]
+                before = ledger.running.get(worker.id)
+                ledger.start(worker.id, need if before is None else max(need, before.need))
+        if exclusive:
+            self.exclusive.add(worker.id)
+        self.idle[worker.device].pop(worker.id, None)
+        return exclusive
+
+    def reserve(self, worker: GpuWorker, test: int) -> None:
+        """Keep room for a test that is to start when the running one of this worker is over."""
+        need = self.bytes_for(worker, test)
+        for device in self.devices(worker, self.need(test).devices):
+            ledger = self.ledgers[device]
+            running = ledger.running.get(worker.id)
+            if running is not None and need > running.need:
+                ledger.start(worker.id, need)
+
+    def finish(
+        self, worker: GpuWorker, test: int, held: Mapping[str, int] | None
+    ) -> dict[str, int]:
+        """A test of the worker is over; returns device -> bytes that should come back.
+
+        `held`: device -> bytes that the worker holds now, as far as it is known.
+        """
+        worker.sent.remove(test)
+        if not worker.sent:
+            worker.deadline = None
+        if test in self.helped:
+            self.helped.discard(test)
+            return {}
+        count, exclusive = self.kind_of(test)
+        exclusive = exclusive or test in self.forced
+        rest = [t for t in worker.sent if t not in self.helped]
+        if len(rest) > 1 and not exclusive and not self.has_several:
+            # In a chain of short tests the largest need stands for all of them.
+            return {}
+        if exclusive:
+            self.exclusive.discard(worker.id)
+            if any(self.kind_of(t)[1] or t in self.forced for t in worker.sent):
+                self.exclusive.add(worker.id)
+        returned: dict[str, int] = {}
+        for device in self.devices(worker, count):
+            ledger = self.ledgers[device]
+            if worker.id not in ledger.running:
+                continue
+            returned[device] = ledger.stop(worker.id, None if held is None else held.get(device))
+            here = [t for t in rest if device in self.devices(worker, self.need(t).devices)]
+            need = max((self.bytes_for(worker, t) for t in here), default=0)
+            if need or (here and worker.id in self.exclusive):
+                ledger.start(worker.id, need)
+        return returned

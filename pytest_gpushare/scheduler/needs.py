@@ -109,7 +109,7 @@ class Declared(NamedTuple):
 
 
 def means_cpu(aliases: Iterable[Alias]) -> bool:
-    """Whether a marker of the suite tells the CPU tests, so that all others are GPU tests."""
+    """Whether a marker of the suite names the CPU tests, so that all others are GPU tests."""
     return any(name == "cpu" for alias in aliases for name, _ in alias.meanings)
 
 
@@ -136,7 +136,7 @@ class Mark(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Markers, rules and what was learned, weighed: what the dispatcher is told of a test."""
+    """Markers, rules and what was learned, weighed: what the dispatcher knows of a test."""
 
     marked: bool
     need: Need | None
@@ -291,7 +291,7 @@ _MOST_TESTS = 10_000_000
 """Beyond that a message is not believed."""
 
 
-class Told(NamedTuple):
+class CollectedTests(NamedTuple):
     """One worker's tests, in its order."""
 
     pid: int
@@ -302,20 +302,20 @@ class Told(NamedTuple):
     """Whether a `skip` or `skipif` marker skips the test in this worker."""
 
 
-def written(told: Told) -> dict[str, Any]:
+def written(tests: CollectedTests) -> dict[str, Any]:
     """The message, in the builtin types that execnet carries."""
     return {
-        "pid": told.pid,
-        "declared": squeezed(tuple(declared) for declared in told.declared),
-        "groups": squeezed(told.groups),
-        "skips": squeezed(told.skips),
+        "pid": tests.pid,
+        "declared": squeezed(tuple(declared) for declared in tests.declared),
+        "groups": squeezed(tests.groups),
+        "skips": squeezed(tests.skips),
     }
 
 
-def read(message: Mapping[str, Any]) -> Told:
+def read(message: Mapping[str, Any]) -> CollectedTests:
     """What the message says. Raises `ValueError`, `TypeError` or `KeyError` for nonsense."""
     values, runs = message["declared"]
-    return Told(
+    return CollectedTests(
         int(message["pid"]),
         spread([Declared(*value) for value in values], runs),
         spread(*message["groups"]),

@@ -162,52 +162,141 @@ def _simulate(
     for rank in range(len(order) - 1, -1, -1):
         piece = order[rank]
         queues.setdefault(needs[piece], []).append((rank, piece))
-    sizes = sorted(queues)
-    room = [b.budget for b in bins]
-    fresh = [b.workers for b in bins]
-    used = [0] * len(bins)
+    pieces = _Pieces(queues, durations)
+    devices = [_Device(b) for b in bins]
     running: list[tuple[float, int, int]] = []
     now = end = 0.0
-    touched = [*range(len(bins))]
-    left = len(order)
-    while left or running:
-        for at in touched:
-            context = bins[at].context
-            while fresh[at] or used[at]:
-                # A worker that has a context already takes less of what is left.
-                free = room[at] + (context if used[at] else 0)
-                need = -1
-                first = left + len(order)
-                for size in sizes:
-                    if size > free:
-                        break
-                    rank = queues[size][-1][0]
-                    if rank < first:
-                        first, need = rank, size
-                if need < 0:
-                    break
-                _, piece = queues[need].pop()
-                if not queues[need]:
-                    del queues[need]
-                    sizes.remove(need)
-                if used[at]:
-                    used[at] -= 1
-                    room[at] += context
-                else:
-                    fresh[at] -= 1
-                room[at] -= need
-                left -= 1
-                over = now + durations[piece]
-                if over >= give_up:
-                    return float("inf")
-                heappush(running, (over, at, need))
-        if not running:
-            # What contexts keep from fitting: one after the other, each alone.
-            return end + sum(durations[p] for queue in queues.values() for _, p in queue)
+    for at, device in enumerate(devices):
+        for over, need in device.fill(pieces, now):
+            heappush(running, (over, at, need))
+            if over >= give_up:
+                return float("inf")
+    while running:
         # One at a time, though others end at the very same moment: in a real run they do not.
         now, at, need = heappop(running)
         end = now
-        touched = [at]
-        room[at] += need - bins[at].context
-        used[at] += 1
-    return end
+        for over, started in devices[at].over(pieces, now, need):
+            if over >= give_up:
+                return float("inf")
+            heappush(running, (over, at, started))
+    # What contexts keep from fitting: one after the other, each alone.
+    return (
+        end
+        + sum(durations[p] for queue in pieces.queues.values() for _, p in queue)
+        + sum(durations[p] for device in devices for _, p in device.bound)
+    )
+
+
+class _Pieces:
+    """The pieces that no worker has, by need."""
+
+    def __init__(
+        self, queues: dict[int, list[tuple[int, int]]], durations: Sequence[float]
+    ) -> None:
+        self.queues = queues
+        self.sizes = sorted(queues)
+        self.durations = durations
+
+    def take(self, size: int) -> int:
+        """The first piece of this need, taken out."""
+        queue = self.queues[size]
+        _, piece = queue.pop()
+        if not queue:
+            del self.queues[size]
+            self.sizes.remove(size)
+        return piece
+
+
+class _Device:
+    """A device as the dispatcher would use it; see `fairness` and `admission`."""
+
+    def __init__(self, device: Bin) -> None:
+        self.room = device.budget
+        self.context = device.context
+        self.fresh = device.workers
+        self.running: list[tuple[float, int]] = []
+        self.bound: list[tuple[int, int]] = []
+        """(need, piece) that wait in their workers, in the order of binding."""
+
+    def fill(self, pieces: _Pieces, now: float) -> list[tuple[float, int]]:
+        """Start what workers can that have nothing yet: (end, need) of each."""
+        started = []
+        while self.fresh:
+            size = self._first(pieces, self.room, now)
+            if size < 0:
+                break
+            self.fresh -= 1
+            started.append(self._start(pieces.take(size), size, size, pieces, now))
+        return started
+
+    def over(self, pieces: _Pieces, now: float, need: int) -> list[tuple[float, int]]:
+        """A worker has ended its piece; start what now can: (end, need) of each."""
+        context = self.context
+        self.running.remove((now, need))
+        self.room += need - context
+        started = []
+        for entry in self.bound[:]:
+            size, piece = entry
+            is_first = entry is self.bound[0]
+            if size <= self.room + context and (
+                is_first or self._delays_nobody(size, pieces.durations[piece], now)
+            ):
+                self.bound.remove(entry)
+                started.append(self._start(piece, size, size - context, pieces, now))
+        if pieces.sizes:
+            size = self._first(pieces, self.room + context, now)
+            if size >= 0:
+                started.append(self._start(pieces.take(size), size, size - context, pieces, now))
+            else:
+                size = self._soonest(pieces)
+                self.bound.append((size, pieces.take(size)))
+        return started + self.fill(pieces, now)
+
+    def _start(
+        self, piece: int, need: int, more: int, pieces: _Pieces, now: float
+    ) -> tuple[float, int]:
+        self.room -= more
+        end = now + pieces.durations[piece], need
+        self.running.append(end)
+        return end
+
+    def _first(self, pieces: _Pieces, most: int, now: float) -> int:
+        """The need of the first piece in the order that may start; -1: none."""
+        best, first = -1, 1 << 62
+        for size in pieces.sizes:
+            if size > most:
+                break
+            rank, piece = pieces.queues[size][-1]
+            if rank < first and (
+                not self.bound or self._delays_nobody(size, pieces.durations[piece], now)
+            ):
+                first, best = rank, size
+        return best
+
+    def _delays_nobody(self, need: int, seconds: float, now: float) -> bool:
+        """Whether the piece that has waited longest could start as early beside this one."""
+        head = self.bound[0][0] - self.context
+        left = self.room
+        start = now
+        for over, size in sorted(self.running):
+            if left >= head:
+                break
+            left += size - self.context
+            start = over
+        return now + seconds <= start or need - self.context <= left - head
+
+    def _soonest(self, pieces: _Pieces) -> int:
+        """The need of the first piece in the order of those that will fit first."""
+        left = self.room - sum(size - self.context for size, _ in self.bound)
+        for _, size in sorted(self.running):
+            left += size - self.context
+            best, first = -1, 1 << 62
+            for need in pieces.sizes:
+                if need > left + self.context:
+                    break
+                rank = pieces.queues[need][-1][0]
+                if rank < first:
+                    first, best = rank, need
+            if best >= 0:
+                return best
+        return min(pieces.sizes, key=lambda size: pieces.queues[size][-1][0])

@@ -4,102 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pytest_gpushare.scheduler.accounts import Ledger
-from pytest_gpushare.scheduler.admission import next_on
-from pytest_gpushare.scheduler.gpu_pool import GpuSide, GpuWorker
+from pytest_gpushare.scheduler.admission import first_for
+from pytest_gpushare.scheduler.fairness import Backfilling
+from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 from pytest_gpushare.scheduler.queue import Unit
-from pytest_gpushare.scheduler.types import Action, EmptyCaches, Run, Shutdown, Tell
+from pytest_gpushare.scheduler.types import Action, EmptyCaches, Note, Shutdown
 from pytest_gpushare.units import MB, format_gb
 
 WORTH_EMPTYING = 64 * MB
 """Bytes below which emptying caches is not worth the time."""
-
-
-class MakingRoom:
-    """Takes from idle workers what they hold, the gentlest way first."""
-
-    def __init__(self, side: GpuSide) -> None:
-        self._side = side
-
-    def is_under_way(self, ledger: Ledger) -> bool:
-        """Whether a worker gives something back at this moment."""
-        workers = self._side.workers
-        for name in ledger.accounts:
-            it = workers.get(name)
-            if it is not None and (it.emptying is not None or it.ending):
-                return True
-        return False
-
-    def make(self, ledger: Ledger, it: GpuWorker, unit: Unit, need: int) -> list[Action]:
-        """Have neighbours empty their caches, give up fixtures or end, as far as it helps."""
-        if self.is_under_way(ledger):
-            return []
-        busy = ledger.runs_beside(it.id)
-        short = need - ledger.left(it.id)
-        asked = self.empty(ledger, it, short, busy)
-        if asked:
-            return asked
-        in_the_way = need - ledger.most(it.id)
-        if busy and in_the_way <= 0:
-            return []
-        if not busy:
-            asked = self._ask(ledger, it, short, busy=False, fixtures=True)
-            if asked:
-                return asked
-        return self._end(ledger, it, unit, in_the_way if busy else short)
-
-    def empty(self, ledger: Ledger, it: GpuWorker, short: int, busy: bool) -> list[Action]:
-        """Have idle neighbours give back what they retain, where that helps."""
-        if self._side.policy.empty_caches == "never":
-            return []
-        return self._ask(ledger, it, short, busy=busy, fixtures=False)
-
-    def _ask(
-        self, ledger: Ledger, it: GpuWorker, short: int, *, busy: bool, fixtures: bool
-    ) -> list[Action]:
-        side = self._side
-        found = [
-            (size, other)
-            for size, name in ledger.retained(WORTH_EMPTYING)
-            if (other := side.workers.get(name)) is not None
-            and other is not it
-            and other.is_free
-            and other.emptied <= fixtures
-        ]
-        if not found or (busy and sum(size for size, _ in found) < short):
-            return []
-        asked: list[Action] = []
-        for size, other in sorted(found, key=lambda pair: -pair[0]):
-            if short <= 0:
-                break
-            short -= size
-            other.emptying, other.emptied = side.at, 1 + fixtures
-            side.refresh(other)
-            asked.append(EmptyCaches(other.id, fixtures))
-        return asked
-
-    def _end(self, ledger: Ledger, it: GpuWorker, unit: Unit, short: int) -> list[Action]:
-        side = self._side
-        idle = [
-            (ledger.accounts[name].committed, other)
-            for name in ledger.accounts
-            if (other := side.workers.get(name)) is not None and other is not it and other.is_free
-        ]
-        actions: list[Action] = []
-        for size, other in sorted(idle, key=lambda pair: -pair[0]):
-            if short <= 0 or size <= 0:
-                break
-            short -= size
-            other.ending = True
-            side.refresh(other)
-            name = side.jobs[unit.tests[0]].nodeid
-            text = f"{other.id} ended: its {format_gb(size)} were in the way of {name}"
-            actions.append(Shutdown(other.id))
-            actions.append(Tell("worker-ended", text, {"worker": other.id, "bytes": size}))
-        return actions
-
-
 EMPTYING_TIMEOUT = 10.0
 """Seconds after which a worker that does not answer counts as having emptied its caches."""
 AGAIN = 0.25
@@ -110,22 +26,127 @@ PATIENCE = 0.5
 """Seconds for which VRAM may be missing before anything is said of it."""
 
 
+class Waiter(NamedTuple):
+    """A test that waits for a device, and the worker that would run it."""
+
+    worker: GpuWorker
+    test: int
+    unit: Unit | None
+    """None: the test is bound to the worker."""
+
+
+class Reclaiming:
+    """Takes from workers between two tests what they hold, the gentlest way first."""
+
+    def __init__(self, pool: GpuPool) -> None:
+        self._pool = pool
+
+    def is_under_way(self, ledger: Ledger) -> bool:
+        """Whether a worker gives something back at this moment."""
+        workers = self._pool.workers
+        for name in ledger.accounts:
+            worker = workers.get(name)
+            if worker is not None and (worker.emptying is not None or worker.ending):
+                return True
+        return False
+
+    def reclaim(self, ledger: Ledger, waiter: Waiter, need: int) -> list[Action]:
+        """Have neighbours empty their caches, give up fixtures or end, as far as it helps."""
+        if self.is_under_way(ledger):
+            return []
+        worker = waiter.worker
+        busy = ledger.runs_beside(worker.id)
+        short = need - ledger.left(worker.id)
+        asked = self.empty(ledger, worker, short, busy)
+        if asked:
+            return asked
+        in_the_way = need - ledger.most(worker.id)
+        if busy and in_the_way <= 0:
+            return []
+        if not busy:
+            asked = self._ask(ledger, worker, short, busy=False, withdraw=True)
+            if asked:
+                return asked
+        return self._end(ledger, waiter, in_the_way if busy else short)
+
+    def empty(self, ledger: Ledger, worker: GpuWorker, short: int, busy: bool) -> list[Action]:
+        """Have neighbours between two tests give back what they retain, where that helps."""
+        if self._pool.policy.empty_caches == "never":
+            return []
+        return self._ask(ledger, worker, short, busy=busy, withdraw=False)
+
+    def _ask(
+        self, ledger: Ledger, worker: GpuWorker, short: int, *, busy: bool, withdraw: bool
+    ) -> list[Action]:
+        pool = self._pool
+        found = [
+            (size, other)
+            for size, name in ledger.retained(0 if withdraw else WORTH_EMPTYING)
+            if (other := pool.workers.get(name)) is not None
+            and other is not worker
+            and other.is_between_tests
+            and other.emptied <= withdraw
+            and (other.bound is not None or not withdraw)
+        ]
+        if not found or (busy and sum(size for size, _ in found) < short):
+            return []
+        asked: list[Action] = []
+        for size, other in sorted(found, key=lambda pair: -pair[0]):
+            if short <= 0:
+                break
+            short -= size
+            asked.append(self.ask(other, withdraw=withdraw))
+        return asked
+
+    def ask(self, other: GpuWorker, *, withdraw: bool) -> EmptyCaches:
+        """Have this worker empty its caches; with `withdraw` its bound test is pending again."""
+        pool = self._pool
+        other.emptying, other.emptied = pool.at, 1 + withdraw
+        if withdraw:
+            pool.unbind(other)
+        pool.refresh(other)
+        return EmptyCaches(other.id, withdraw)
+
+    def _end(self, ledger: Ledger, waiter: Waiter, short: int) -> list[Action]:
+        pool = self._pool
+        idle = [
+            (ledger.accounts[name].committed, other)
+            for name in ledger.accounts
+            if (other := pool.workers.get(name)) is not None
+            and other is not waiter.worker
+            and other.is_idle
+        ]
+        actions: list[Action] = []
+        for size, other in sorted(idle, key=lambda pair: -pair[0]):
+            if short <= 0 or size <= 0:
+                break
+            short -= size
+            other.ending = True
+            pool.refresh(other)
+            name = pool.jobs[waiter.test].nodeid
+            text = f"{other.id} ended: its {format_gb(size)} were in the way of {name}"
+            actions.append(Shutdown(other.id))
+            actions.append(Note("worker-ended", text, {"worker": other.id, "bytes": size}))
+        return actions
+
+
 @dataclass
 class Blocked:
     """A device on which nothing starts, as others hold its VRAM."""
 
     since: float
-    told: bool = False
-    told_late: bool = False
+    noted: bool = False
+    noted_late: bool = False
     given_up: bool = False
 
 
-class Waiting:
+class Pressure:
     """Looks at what does not fit, and why."""
 
-    def __init__(self, side: GpuSide) -> None:
-        self._side = side
-        self._room = MakingRoom(side)
+    def __init__(self, pool: GpuPool, backfilling: Backfilling) -> None:
+        self._pool = pool
+        self._backfilling = backfilling
+        self.reclaiming = Reclaiming(pool)
         self._blocked: dict[str, Blocked] = {}
         self._released: dict[str, tuple[int, float]] = {}
         """Device -> the VRAM that tests gave back last, in bytes, and when."""
@@ -135,74 +156,86 @@ class Waiting:
     def released(self, device: str, size: int) -> None:
         """A test or a process gave back so many bytes."""
         if size > 0:
-            self._released[device] = size, self._side.at
+            self._released[device] = size, self._pool.at
 
-    def begun(self, runs: Sequence[Run]) -> Iterator[Action]:
-        """These tests, and the word that nobody is in their way any more."""
-        side = self._side
-        for run in runs:
-            yield run
-            it = side.workers[run.worker]
-            for device in side.devices(it, side.need(run.tests[0]).devices):
-                yield from self._started(device)
+    def began(self, worker: str, tests: Sequence[int]) -> Iterator[Note]:
+        """Tests began in this worker: nobody is in the way on its devices any more."""
+        if not self._blocked:
+            return
+        pool = self._pool
+        gpu_worker = pool.workers[worker]
+        for test in tests:
+            if test in pool.helped or test in pool.refusals or test in pool.forced:
+                continue
+            for device in pool.devices(gpu_worker, pool.need(test).devices):
+                blocked = self._blocked.pop(device, None)
+                if blocked is not None and blocked.noted:
+                    label = pool.ledgers[device].room.label
+                    waited = pool.at - blocked.since
+                    text = f"{label}: there is VRAM for tests again, after {waited:.0f} s"
+                    yield Note(
+                        "pressure-over", text, {"device": device, "waited_s": round(waited, 3)}
+                    )
 
-    def _started(self, device: str) -> Iterator[Tell]:
-        """A test started on the device: nobody is in the way."""
-        blocked = self._blocked.pop(device, None)
-        if blocked is not None and blocked.told:
-            label = self._side.ledgers[device].room.label
-            waited = self._side.at - blocked.since
-            text = f"{label}: there is VRAM for tests again, after {waited:.0f} s"
-            yield Tell("pressure-over", text, {"device": device, "waited_s": round(waited, 3)})
-
-    def stir(self) -> None:
-        """What time may have changed."""
-        side = self._side
-        self.due_at = side.at + AGAIN
-        for it in side.workers.values():
-            if it.emptying is not None and side.at - it.emptying > EMPTYING_TIMEOUT:
-                it.emptying = None
-                side.refresh(it)
-        side.stirred.update(
-            device
-            for device, free in side.free.items()
-            if free
-            and side.at - side.filled[device]
-            >= (AGAIN_WHILE_BUSY if side.ledgers[device].running else AGAIN)
-        )
+    def look_everywhere(self) -> None:
+        """Note what time may have changed."""
+        pool = self._pool
+        self.due_at = pool.at + AGAIN
+        for worker in pool.workers.values():
+            if worker.emptying is not None and pool.at - worker.emptying > EMPTYING_TIMEOUT:
+                worker.emptying = None
+                pool.refresh(worker)
+        for device, idle in pool.idle.items():
+            pause = AGAIN_WHILE_BUSY if pool.ledgers[device].running else AGAIN
+            waits = idle or self._backfilling.head(device) is not None
+            if waits and pool.at - pool.filled[device] >= pause:
+                pool.changed.add(device)
 
     def look(self, devices: Sequence[str], *, at_all: bool) -> list[Action]:
         """What is to be done for the tests that wait on these devices, or on all of them."""
-        side = self._side
+        pool = self._pool
         actions: list[Action] = []
-        for device in sorted(side.free) if at_all else devices:
-            if not side.free[device] or (side.ledgers[device].running and not at_all):
+        for device in sorted(pool.idle) if at_all else devices:
+            if pool.ledgers[device].running and not at_all:
                 # While a test runs there, to wait for it is the rule: now and then will do.
                 continue
-            found = next_on(device, side)
-            if found is None:
-                continue
-            it, unit = found
-            if unit.since is None:
-                unit.since = side.at
-            actions += self._unblock(it, unit)
+            waiter = self._first_waiter(device)
+            if waiter is not None:
+                actions += self._help(waiter)
         return actions
 
-    def gave_up(self, it: GpuWorker, unit: Unit) -> tuple[str, int] | None:
+    def _first_waiter(self, device: str) -> Waiter | None:
+        """The test for which something is done on this device."""
+        pool = self._pool
+        head = self._backfilling.head(device)
+        if head is not None:
+            if head.sent or head.emptying is not None or head.bound is None:
+                return None
+            if head.waiting_since is None:
+                head.waiting_since = pool.at
+            return Waiter(head, head.bound, None)
+        idle = list(pool.idle[device].values())
+        if len(idle) > 1:
+            accounts = pool.ledgers[device].accounts
+            idle.sort(key=lambda worker: -accounts[worker.id].committed)
+        for worker in idle:
+            unit = first_for(worker, pool)
+            if unit is not None:
+                if unit.since is None:
+                    unit.since = pool.at
+                return Waiter(worker, unit.tests[0], unit)
+        return None
+
+    def gave_up(self, worker: GpuWorker, test: int) -> tuple[str, int] | None:
         """Device and bytes left there, where the test has waited long enough for others' VRAM."""
-        side = self._side
-        need = side.bytes_for(it, unit.tests[0])
-        for device in side.devices(it, side.kind(unit)[0]):
+        pool = self._pool
+        need = pool.bytes_for(worker, test)
+        for device in pool.devices(worker, pool.need(test).devices):
             blocked = self._blocked.get(device)
-            live = side.ledgers[device].live(it.id)
+            live = pool.ledgers[device].live(worker.id)
             if blocked is not None and blocked.given_up and live is not None and need > live:
                 return device, max(0, live)
         return None
-
-    @property
-    def is_blocked(self) -> bool:
-        """Whether others are in the way on some device."""
-        return bool(self._blocked)
 
     @property
     def has_given_up(self) -> bool:
@@ -210,21 +243,23 @@ class Waiting:
         blocked = self._blocked
         return bool(blocked) and any(one.given_up for one in blocked.values())
 
-    def _unblock(self, it: GpuWorker, unit: Unit) -> list[Action]:
-        side, room = self._side, self._room
-        need = side.bytes_for(it, unit.tests[0])
-        count, exclusive = side.kind(unit)
-        for device in side.devices(it, count):
-            ledger = side.ledgers[device]
-            if need > ledger.left(it.id):
-                return room.make(ledger, it, unit, need)
-            live = ledger.live(it.id)
+    def _help(self, waiter: Waiter) -> list[Action]:
+        pool, reclaiming, worker = self._pool, self.reclaiming, waiter.worker
+        need = pool.bytes_for(worker, waiter.test)
+        count, exclusive = pool.kind_of(waiter.test)
+        if waiter.test in pool.forced:
+            return []
+        for device in pool.devices(worker, count):
+            ledger = pool.ledgers[device]
+            if need > ledger.left(worker.id):
+                return reclaiming.reclaim(ledger, waiter, need)
+            live = ledger.live(worker.id)
             if live is not None and need > live:
-                asked = room.empty(ledger, it, need - live, ledger.runs_beside(it.id))
-                if asked or room.is_under_way(ledger) or self._will_do(ledger, need):
+                asked = reclaiming.empty(ledger, worker, need - live, ledger.runs_beside(worker.id))
+                if asked or reclaiming.is_under_way(ledger) or self._will_do(ledger, need):
                     return asked
-                return list(self._missing(ledger, unit, need, live))
-            if exclusive and ledger.runs_beside(it.id):
+                return list(self._missing(ledger, waiter.test, need, live))
+            if exclusive and ledger.runs_beside(worker.id):
                 return []
         return []
 
@@ -235,40 +270,40 @@ class Waiting:
         held = ledger.committed - ledger.outstanding
         return ledger.reading.free - ledger.kept + held >= need
 
-    def _missing(self, ledger: Ledger, unit: Unit, need: int, live: int) -> Iterator[Action]:
+    def _missing(self, ledger: Ledger, test: int, need: int, live: int) -> Iterator[Action]:
         """VRAM that should be free is not: it comes back late, or others took it."""
-        side, room = self._side, ledger.room
-        blocked = self._blocked.setdefault(room.uuid, Blocked(side.at))
-        waited = side.at - blocked.since
+        pool, room = self._pool, ledger.room
+        blocked = self._blocked.setdefault(room.uuid, Blocked(pool.at))
+        waited = pool.at - blocked.since
         size, released = self._released.get(room.uuid, (0, 0.0))
-        limit = side.policy.return_timeout
+        limit = pool.policy.return_timeout
         facts: dict[str, int | float | str] = {
             "device": room.uuid,
             "need": need,
             "left": max(0, live),
         }
         if need - live <= size:
-            late = side.at - released
+            late = pool.at - released
             if late < limit:
-                if waited >= 4 * PATIENCE and not blocked.told_late:
-                    blocked.told_late = True
+                if waited >= 4 * PATIENCE and not blocked.noted_late:
+                    blocked.noted_late = True
                     text = f"{room.label}: {format_gb(size)} that tests gave back is not free yet"
-                    yield Tell("late", text, facts)
+                    yield Note("late", text, facts)
                 return
-            if blocked.told_late:
-                blocked.told_late = False
+            if blocked.noted_late:
+                blocked.noted_late = False
                 back = format_gb(need - live)
                 text = f"{room.label}: {back} did not come back within {limit:.0f} s{_by(ledger)}"
-                yield Tell("late", text, facts)
-        if waited >= PATIENCE and not blocked.told:
-            blocked.told = True
-            name = side.jobs[unit.tests[0]].nodeid
+                yield Note("late", text, facts)
+        if waited >= PATIENCE and not blocked.noted:
+            blocked.noted = True
+            name = pool.jobs[test].nodeid
             text = (
                 f"{room.label}: {name} needs {format_gb(need)} and waits: "
                 f"{format_gb(max(0, live))} is left for tests{_by(ledger)}"
             )
-            yield Tell("pressure", text, facts)
-        if waited >= side.policy.pressure_timeout:
+            yield Note("pressure", text, facts)
+        if waited >= pool.policy.pressure_timeout:
             blocked.given_up = True
 
 

@@ -94,20 +94,20 @@ GROUPED = ("loadscope", "loadfile", "loadgroup")
 
 Kind = tuple[int, bool]
 """(devices, exclusive) of a unit's first test: what is searched in one tree."""
-_USUAL: Kind = (1, False)
+USUAL: Kind = (1, False)
 
 
 def kind_of(need: Need) -> Kind:
     """That of a test which needs so much."""
     if need.devices == 1 and not need.exclusive:
-        return _USUAL
+        return USUAL
     return need.devices, need.exclusive
 
 
 class Unit:
     """Tests that go to one worker, one after the other."""
 
-    __slots__ = ("claims", "key", "kind", "overtaken", "rank", "since", "tests", "wants")
+    __slots__ = ("key", "kind", "overtaken", "rank", "since", "tests", "wants")
 
     def __init__(self, tests: list[int], key: str = "") -> None:
         self.tests = tests
@@ -118,8 +118,6 @@ class Unit:
         """The place in the order; -1: before all, as it was begun or lost already."""
         self.kind: Kind | None = None
         """That of its next test; found when asked."""
-        self.claims = False
-        """Whether it has a claim on its devices."""
         self.overtaken = 0
         """How many tests were admitted before it though it was its turn."""
         self.wants: dict[int, int] | None = None
@@ -131,6 +129,11 @@ class Unit:
         """Its next test, taken out."""
         self.kind = None
         return self.tests.pop(0)
+
+    def put_first(self, test: int) -> None:
+        """Put a test back that was not begun."""
+        self.kind = self.wants = None
+        self.tests.insert(0, test)
 
 
 def in_units(numbers: Iterable[int], jobs: Sequence[Job]) -> list[Unit]:

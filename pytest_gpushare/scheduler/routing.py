@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pytest_gpushare.scheduler.accounts import Ledger
-from pytest_gpushare.scheduler.cpu_pool import CpuSide
-from pytest_gpushare.scheduler.gpu_pool import GpuSide
+from pytest_gpushare.scheduler.cpu_pool import CpuPool
+from pytest_gpushare.scheduler.gpu_pool import GpuPool
 from pytest_gpushare.scheduler.packing import Bin, best_order
 from pytest_gpushare.scheduler.queue import GROUPED, Pending, Unit, in_parts, in_units, kind_of
 from pytest_gpushare.scheduler.types import Job
@@ -25,16 +25,16 @@ class Routes(NamedTuple):
     """Marked tests that only CPU workers have collected, and the reason to give."""
 
 
-def routes(jobs: Sequence[Job], gpu: GpuSide, cpu: CpuSide) -> Routes:
+def routes(jobs: Sequence[Job], gpu: GpuPool, cpu: CpuPool) -> Routes:
     """Marked tests go to GPU workers, all others to CPU workers where there are any."""
     result = Routes([], [], {}, {})
     largest = _Largest(gpu)
-    all_gpu = any(it.collected is None for it in gpu.workers.values())
+    all_gpu = any(worker.collected is None for worker in gpu.workers.values())
     all_cpu = cpu.knows_all
     has_cpu = bool(cpu.workers)
-    all_know = all(it.collected is None for it in gpu.workers.values())
+    all_know = all(worker.collected is None for worker in gpu.workers.values())
     for number, job in enumerate(jobs):
-        on_gpu = all_gpu or any(it.knows(number) for it in gpu.workers.values())
+        on_gpu = all_gpu or any(worker.knows(number) for worker in gpu.workers.values())
         on_cpu = all_cpu or (has_cpu and cpu.could_run(number))
         if job.refusal:
             result.refused[number] = job.refusal
@@ -52,7 +52,7 @@ def routes(jobs: Sequence[Job], gpu: GpuSide, cpu: CpuSide) -> Routes:
     return result
 
 
-def _too_large(test: int, gpu: GpuSide, all_know: bool) -> str:
+def _too_large(test: int, gpu: GpuPool, all_know: bool) -> str:
     if all_know or gpu.anybody_could(Unit([test])):
         return ""
     need = gpu.need(test).vram or 0
@@ -62,16 +62,16 @@ def _too_large(test: int, gpu: GpuSide, all_know: bool) -> str:
 class _Largest:
     """The largest need that any worker can ever meet, by number of devices."""
 
-    def __init__(self, gpu: GpuSide) -> None:
+    def __init__(self, gpu: GpuPool) -> None:
         self._policy = gpu.policy
         self._rooms = {uuid: ledger.room for uuid, ledger in gpu.ledgers.items()}
-        self._seen = max((len(it.devices) for it in gpu.workers.values()), default=0)
+        self._seen = max((len(worker.devices) for worker in gpu.workers.values()), default=0)
         self._most: dict[int, tuple[int, str]] = {}
         for count in range(1, self._seen + 1):
             found = [
                 (min(self._rooms[d].budget for d in seen), self._rooms[seen[0]].label)
-                for it in gpu.workers.values()
-                if len(seen := it.devices[:count]) == count
+                for worker in gpu.workers.values()
+                if len(seen := worker.devices[:count]) == count
             ]
             self._most[count] = max(found, default=(0, ""))
         gpu.settle({count: most for count, (most, _) in self._most.items()})
@@ -103,7 +103,7 @@ class _Largest:
         )
 
 
-def ordered(tests: Sequence[int], jobs: Sequence[Job], gpu: GpuSide) -> tuple[Pending, bool]:
+def ordered(tests: Sequence[int], jobs: Sequence[Job], gpu: GpuPool) -> tuple[Pending, bool]:
     """The GPU tests in the order to start them, and whether that is for lack of durations.
 
     With known durations the best order found in simulation; else the largest needs first.
@@ -116,9 +116,9 @@ def ordered(tests: Sequence[int], jobs: Sequence[Job], gpu: GpuSide) -> tuple[Pe
     widest = max((b.budget - (b.workers - 1) * b.context for b in bins), default=0)
     slots = _slots(gpu)
     gpu.is_exact = all(
-        min(it.slot, most) == slots[count]
-        for it in gpu.workers.values()
-        for count, most in it.most.items()
+        min(worker.slot, most) == slots[count]
+        for worker in gpu.workers.values()
+        for count, most in worker.most.items()
     )
     heads = [gpu.need(unit.tests[0]) for unit in units]
     kinds = [kind_of(head) for head in heads]
@@ -148,16 +148,20 @@ def ordered(tests: Sequence[int], jobs: Sequence[Job], gpu: GpuSide) -> tuple[Pe
     return pending(order), cold
 
 
-def _slots(gpu: GpuSide) -> dict[int, int]:
+def _slots(gpu: GpuPool) -> dict[int, int]:
     """Number of devices -> what a test of unknown need gets there at least, in bytes."""
     return {
-        count: min(min(it.slot, it.most[count]) for it in gpu.workers.values() if count in it.most)
+        count: min(
+            min(worker.slot, worker.most[count])
+            for worker in gpu.workers.values()
+            if count in worker.most
+        )
         for count in gpu.largest
     }
 
 
 def _whole(
-    unit: Unit, jobs: Sequence[Job], gpu: GpuSide, slots: Mapping[int, int], largest: int
+    unit: Unit, jobs: Sequence[Job], gpu: GpuPool, slots: Mapping[int, int], largest: int
 ) -> tuple[int, float | None]:
     """The largest need of a unit's tests, in bytes, and how long they take, if all is known."""
     needs = [gpu.need(test) for test in unit.tests]
@@ -167,10 +171,10 @@ def _whole(
     return most, sum(known) if len(known) == len(unit.tests) else None
 
 
-def _bins(gpu: GpuSide) -> list[Bin]:
+def _bins(gpu: GpuPool) -> list[Bin]:
     counts: dict[str, int] = {}
-    for it in gpu.workers.values():
-        device = it.devices[0]
+    for worker in gpu.workers.values():
+        device = worker.devices[0]
         counts[device] = counts.get(device, 0) + 1
     ledgers: Mapping[str, Ledger] = gpu.ledgers
     return [

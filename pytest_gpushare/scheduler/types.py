@@ -1,4 +1,4 @@
-"""What the dispatcher is told and what it answers. Sizes in bytes, times in seconds."""
+"""The events and actions of the dispatcher as values. Sizes in bytes, times in seconds."""
 
 from __future__ import annotations
 
@@ -88,49 +88,67 @@ class Policy(NamedTuple):
     groups go in the order of collection, as far as they fit."""
 
 
-class Run(NamedTuple):
-    """Send these tests to the worker, in this order, after what it has already.
+class Admission(NamedTuple):
+    """How one test was admitted, where there is anything to say of it."""
 
-    A GPU test comes alone, to a worker that has nothing else.
-    """
-
-    worker: str
-    tests: tuple[int, ...]
-    last: bool = True
-    """Nothing follows for now: the worker is to start the last of them too (the rest item).
-    With no tests at all: the last one that it has."""
     need: int = 0
-    """What a GPU test was admitted with on each of its devices."""
+    """Bytes on each of its devices."""
     source: str = ""
     """Where the need is from: marker, rule, learned, slot; empty where it has none."""
     waited: float = 0.0
-    """How long it was its turn before it fitted."""
-    note: str = ""
-    """Why a GPU test runs without a GPU, or without room on it."""
+    """How long it was first in the order before it fitted."""
     alone: bool = False
     """Whether no other GPU test runs on its devices meanwhile."""
+    note: str = ""
+    """Why a GPU test runs without a GPU, or without room on it."""
+    refusal: tuple[str, str] | None = None
+    """(`fail` or `skip`, reason): it is reported so, without its fixtures and its body."""
 
 
-class Instead(NamedTuple):
-    """Have the worker report this test without running it; it is `finished` as any other."""
+class Run(NamedTuple):
+    """Send these tests to the worker, in this order, after what it has already."""
+
+    worker: str
+    tests: tuple[int, ...]
+    admissions: Mapping[int, Admission] = {}
+    """By test; for tests of which there is nothing to say, none."""
+    admitted: bool = True
+    """False: a single test that waits in the worker, between two protocols, for `Admit`."""
+    ahead: int = 0
+    """0: the worker asks for what follows when the call of the last one is over. Else they are
+    short, and it asks when one of the last so many starts."""
+
+
+class Admit(NamedTuple):
+    """The test that the worker was sent and that waits there may start."""
 
     worker: str
     test: int
-    outcome: str
-    """`fail` or `skip`."""
-    reason: str
+    admission: Admission = Admission()
+
+
+class Park(NamedTuple):
+    """Nothing follows for this worker for now: it tears everything down, and waits."""
+
+    worker: str
 
 
 class EmptyCaches(NamedTuple):
-    """Have this idle worker give back what it retains; answered by `Dispatcher.emptied`."""
+    """Have a worker between two tests give back what it retains; `Dispatcher.emptied` follows."""
 
     worker: str
-    fixtures: bool = False
-    """Also tear down its fixtures of classes and modules, the last resort before `Shutdown`."""
+    withdraw: bool = False
+    """Also take back the test that waits in the worker, and tear down the fixtures kept for it."""
+
+
+class Recall(NamedTuple):
+    """Take back the short tests that the worker has not begun; `Dispatcher.returned` follows."""
+
+    worker: str
 
 
 class Shutdown(NamedTuple):
-    """Let the worker end; it has nothing left to do. `worker_down` follows."""
+    """Let the worker end; nothing follows for it. `worker_down` follows."""
 
     worker: str
 
@@ -142,16 +160,16 @@ class Drop(NamedTuple):
     reason: str
 
 
-class Tell(NamedTuple):
-    """Note what happened, for the record and for the user."""
+class Note(NamedTuple):
+    """An event for the record and for the user."""
 
     kind: str
-    """`pressure`, `pressure-over`, `late`, `caches-emptied`, `worker-ended`."""
+    """`pressure`, `pressure-over`, `late`, `worker-ended`."""
     text: str
     facts: Mapping[str, int | float | str] = {}
 
 
-Action: TypeAlias = Run | Instead | EmptyCaches | Shutdown | Drop | Tell
+Action: TypeAlias = Run | Admit | Park | EmptyCaches | Recall | Shutdown | Drop | Note
 
 
 class Lost(NamedTuple):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpushare.scheduler.needs import Declared, Told
+from pytest_gpushare.compat.pytest_items import fixture_scopes, fixtures_of, parameter_scopes
+from pytest_gpushare.scheduler.needs import CollectedTests, Declared
 from pytest_gpushare.scheduler.queue import IN_ORDER
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Reader:
         )
 
 
-def told_of(items: Sequence[pytest.Item], reader: Reader) -> Told:
+def collected_tests(items: Sequence[pytest.Item], reader: Reader) -> CollectedTests:
     """All tests of this process."""
     said, groups, skips = [], [], []
     scopes: dict[int, int] = {}
@@ -74,7 +75,7 @@ def told_of(items: Sequence[pytest.Item], reader: Reader) -> Told:
         said.append(reader.declared(marks))
         groups.append(_group(item, scopes))
         skips.append(_is_skipped(item, marks))
-    return Told(os.getpid(), said, _in_order(items, _widened(items, groups)), skips)
+    return CollectedTests(os.getpid(), said, _in_order(items, _widened(items, groups)), skips)
 
 
 _NODES: Mapping[int, type[Any]] = {1: pytest.Class, 2: pytest.Module, 3: pytest.Package}
@@ -83,15 +84,14 @@ _SCOPES = {"class": 1, "module": 2, "package": 3}
 
 def _group(item: pytest.Item, scopes: dict[int, int]) -> str:
     """The node id of what the item shares fixtures with; the session is shared by all."""
-    info = getattr(item, "_fixtureinfo", None)
-    if info is None:
+    fixtures = fixtures_of(item)
+    if fixtures is None:
         return ""
     # The tests of one parametrised function have this object in common; it outlives the loop.
-    widest = scopes.get(id(info))
+    widest = scopes.get(id(fixtures))
     if widest is None:
-        found = (definitions[-1].scope for definitions in info.name2fixturedefs.values())
-        widest = max((_SCOPES.get(scope, 0) for scope in found), default=0)
-        scopes[id(info)] = widest
+        widest = max((_SCOPES.get(scope, 0) for scope in fixture_scopes(fixtures)), default=0)
+        scopes[id(fixtures)] = widest
     if not widest:
         return ""
     node = item.getparent(_NODES[widest]) or item.getparent(pytest.Module)
@@ -129,8 +129,7 @@ def _in_order(items: Sequence[pytest.Item], groups: list[str]) -> list[str]:
 
 def _shares_values(item: pytest.Item) -> bool:
     """Whether a fixture that it shares with others has different values for different tests."""
-    scopes = getattr(getattr(item, "callspec", None), "_arg2scope", {})
-    return any(scope.value in _SCOPES for scope in scopes.values())
+    return not _SCOPES.keys().isdisjoint(parameter_scopes(item))
 
 
 def _is_skipped(item: pytest.Item, marks: Iterable[pytest.Mark]) -> bool:

@@ -17,7 +17,7 @@ from pytest_gpushare.units import MB
 from pytest_gpushare.worker import counters
 from pytest_gpushare.worker.framework_caps import TorchCap
 from pytest_gpushare.worker.oom_retry import Retry
-from pytest_gpushare.worker.teardown import Rest
+from pytest_gpushare.worker.runner import NEED
 
 if TYPE_CHECKING:
     from pytest_gpushare.wire import Link
@@ -125,14 +125,11 @@ class Meter:
         self._context = int(memory["context"])
         self._empty_caches = str(memory["empty_caches"])
         self._pid = os.getpid()
-        self._needs: dict[str, int] = {}
-        """Node id -> bytes that the test was admitted with."""
         self._fixtures: dict[int, int] = {}
         """id of a fixture of a wider scope -> bytes by which its set-up grew what is in use."""
         self._errors: list[BaseException] = []
         self._outcome = "passed"
         self._forked: dict[str, Any] | None = None
-        link.on("need", self._need)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -140,11 +137,9 @@ class Meter:
         # Outside of all others, so that no timeout counts the wait.
         self._gate.enter()
         try:
-            if isinstance(item, Rest):
-                return (yield)
             self._retry.begin()
             self._outcome, self._forked = "passed", None
-            need = self._needs.pop(item.nodeid, None)
+            need = item.stash.get(NEED, None)
             if need is not None:
                 self._cap.set(cap_of(need, self._context))
             fixtures = sum(self._fixtures.values())
@@ -203,13 +198,6 @@ class Meter:
             self._outcome = "failed"
         if FIGURES in vars(report):
             self._forked = vars(report).pop(FIGURES)
-
-    def _need(self, told: Any) -> None:
-        nodeid, size = told
-        if size is None:
-            self._needs.pop(nodeid, None)
-        else:
-            self._needs[nodeid] = int(size)
 
     def _finish(
         self,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import queue
 import re
+import sys
 import time
 from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ import pytest
 from pytest_gpushare.compat.pytest_items import end_function, error_of_unittest, excinfos, renew
 from pytest_gpushare.planning.caps import cap_of
 from pytest_gpushare.worker.counters import clear_frames, empty, errors_of
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 if TYPE_CHECKING:
     from pytest_gpushare.wire import Link
@@ -137,6 +141,25 @@ _ANSWER_WITHIN = 10.0
 """Seconds for the controller's first answer; it reads NVML for it, with a limit of its own."""
 
 
+class _Kept:
+    """Raises, in the one teardown of a test, what tearing down its first attempt raised."""
+
+    def __init__(self, error: Exception, plugins: pytest.PytestPluginManager) -> None:
+        self._error = error
+        self._plugins = plugins
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self) -> Generator[None, object, object]:
+        """Raise it behind the teardown of what is wider."""
+        __tracebackhide__ = True
+        self._plugins.unregister(self)
+        try:
+            yield
+        except Exception as wider:
+            raise BaseExceptionGroup("errors during test teardown", [wider, self._error]) from None
+        raise self._error
+
+
 class Retry:
     """The plugin that watches set-up and call of each test of a GPU process."""
 
@@ -250,19 +273,20 @@ class Retry:
             return False
         self._waits = True
         settings, began = self._stop_timer(item), time.monotonic()
-        if not self._tear_down(item, error):
-            self._end(item, "failed")
-            return False
+        # Its fixtures are kept until it is sure that it runs again: its teardown comes but once.
+        clear_frames(error)
+        if self._may_empty:
+            empty()
         granted = self._wait(float(answer["patience"]))
         if granted is None:
-            self._why += (
-                f"; not run again, as its neighbours were busy for {time.monotonic() - began:.0f} s"
-            )
+            waited = time.monotonic() - began
+            self._why += f"; not run again, as its neighbours were busy for {waited:.0f} s"
+        if settings is not None:
+            item.ihook.pytest_timeout_set_timer(item=item, settings=settings)
+        if granted is None or not self._tear_down(item):
             self._end(item, "failed")
             return False
         self._cap.set(cap_of(int(granted["budget"]), self._context))
-        if settings is not None:
-            item.ihook.pytest_timeout_set_timer(item=item, settings=settings)
         self.attempts, self._ran_again = 2, True
         return True
 
@@ -295,14 +319,21 @@ class Retry:
             return None
         return None if answer.get("verdict") == "gone" else answer
 
-    def _tear_down(self, item: pytest.Item, error: BaseException) -> bool:
+    def _tear_down(self, item: pytest.Item) -> bool:
         """End the first attempt's function scope, and give back all that can be given."""
-        clear_frames(error)
         try:
             end_function(item)
         except Exception as second:
+            # The user's own error: the report of the teardown has it.
+            plugins = item.config.pluginmanager
+            plugins.register(_Kept(second, plugins), "gpu-share-kept-error")
             self._why += f"; not run again, as its teardown failed: {type(second).__name__}"
             return False
+        try:
+            # The hooks of others go in pairs. What comes next is this test.
+            item.ihook.pytest_runtest_teardown(item=item, nextitem=item)
+        except Exception as second:
+            self._why += f"; the first teardown failed: {type(second).__name__}"
         if self._may_empty:
             empty()
         return True

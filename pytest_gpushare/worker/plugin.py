@@ -101,14 +101,15 @@ def watch_memory(config: pytest.Config, message: Mapping[str, Any], link: Link) 
 
 def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
     """Run the tests that the controller hands out; without any GPU, as the settings say."""
+    plugins = config.pluginmanager
     if hasattr(config, "workerinput") and not message["absence"]:
-        from pytest_gpushare.worker.runner import Puller
+        from pytest_gpushare.worker.runner import RunLoop
 
-        config.pluginmanager.register(Puller(message, link), "gpu-share-puller")
+        plugins.register(RunLoop(config, message, link), "gpu-share-run-loop")
     else:
-        from pytest_gpushare.worker.runner import Unaided
+        from pytest_gpushare.worker.refusals import OwnJudgement, Refusals
 
-        config.pluginmanager.register(Unaided(message), "gpu-share-unaided")
+        plugins.register(Refusals(OwnJudgement(message)), "gpu-share-refusals")
 
 
 def keep_log_file(config: pytest.Config) -> None:

@@ -1,244 +1,249 @@
-"""The plugin of a worker whose tests the controller hands out."""
+"""The run loop of a worker whose tests the controller hands out.
+
+A test's next test is asked for when its call is over, before its teardown: so the teardown knows
+it, and the controller decides as late as that. A test for whose need there is no room yet waits
+here, between two protocols, outside of any time-out.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping
-from typing import Any, Literal, Protocol
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import pytest
 
-from pytest_gpushare.scheduler.needs import Need, written
-from pytest_gpushare.units import format_gb, plural
-from pytest_gpushare.wire import MORE
-from pytest_gpushare.worker.collection import Reader, told_of
-from pytest_gpushare.worker.teardown import Between, Rest
+from pytest_gpushare.compat import pytest_protocol
+from pytest_gpushare.compat.xdist_worker import Commands, Interactor, interactor_of
+from pytest_gpushare.scheduler.needs import written
+from pytest_gpushare.worker.collection import Reader, collected_tests
+from pytest_gpushare.worker.refusals import REFUSAL, Refusals, sent_by_the_controller
 
+NEED: pytest.StashKey[int] = pytest.StashKey()
+"""Bytes with which the test was admitted; nothing where it has no need."""
 
-def report_instead(
-    item: pytest.Item,
-    outcome: str,
-    reason: str,
-    tear_down: Callable[[], pytest.CallInfo[None] | None],
-) -> None:
-    """Report the test at its place, by name, without its fixtures and without its body.
-
-    Made by hand, since no `xfail` and no rerun must turn a refusal into something else.
-    `tear_down` ends what earlier tests have set up and the next one does not share.
-    """
-    hook = item.ihook
-    hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in _reports(item, outcome, reason):
-        hook.pytest_runtest_logreport(report=report)
-    call = tear_down()
-    if call is None or call.excinfo is None:
-        report = _report(item, "teardown", "passed")
-    else:
-        report = hook.pytest_runtest_makereport(item=item, call=call)
-    hook.pytest_runtest_logreport(report=report)
-    hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-
-
-def report_lost(config: pytest.Config, nodeid: str, reason: str) -> None:
-    """Report, in the controller, a test that no worker can run any more."""
-    path = nodeid.partition("::")[0]
-    report = pytest.TestReport(
-        nodeid=nodeid,
-        location=(path, None, path),
-        keywords={},
-        outcome="failed",
-        longrepr=reason,
-        when="call",
-    )
-    config.hook.pytest_runtest_logreport(report=report)
-
-
-def _reports(item: pytest.Item, outcome: str, reason: str) -> list[pytest.TestReport]:
-    if outcome == "skip":
-        path, line, _ = item.reportinfo()
-        where = (str(path), 0 if line is None else line + 1, f"Skipped: {reason}")
-        return [_report(item, "setup", "skipped", where)]
-    return [_report(item, "setup", "passed"), _report(item, "call", "failed", reason)]
-
-
-def _report(
-    item: pytest.Item,
-    when: Literal["setup", "call", "teardown"],
-    outcome: Literal["passed", "failed", "skipped"],
-    longrepr: Any = None,
-) -> pytest.TestReport:
-    return pytest.TestReport(
-        nodeid=item.nodeid,
-        location=item.location,
-        keywords=dict.fromkeys(item.keywords, 1),
-        outcome=outcome,
-        longrepr=longrepr,
-        when=when,
-    )
-
-
-class Unaided:
-    """The plugin of a process that must see for itself which of its tests can run."""
-
-    def __init__(self, message: Mapping[str, Any]) -> None:
-        self._reader = Reader(message)
-        self._without: str = message["without_gpu"]
-        self._absence: str = message["absence"]
-        self._budget: int = message["budget"]
-        self._devices: int = message["devices"]
-        self._between: Between | None = None
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(
-        self, item: pytest.Item, nextitem: pytest.Item | None
-    ) -> bool | None:
-        """Report a test that is not run; leave the others to pytest."""
-        between = self._between = self._between or Between(item.session)
-        between.follow(item)
-        outcome, reason = self._judged(item)
-        if not outcome:
-            return None
-        reason = f"gpu-share: {reason}"
-        report_instead(item, outcome, reason, lambda: between.tear_down(nextitem))
-        return True
-
-    def _judged(self, item: pytest.Item) -> tuple[str, str]:
-        """`fail` or `skip` with the reason; two empty texts for a test that is to run."""
-        said, want = self._reader.wanted(item)
-        if said.refusal:
-            return "fail", said.refusal
-        if not want.marked:
-            return "", ""
-        if not self._absence:
-            problem = self._problem(want.need or Need())
-            return ("fail", problem) if problem else ("", "")
-        if said.required:
-            return "fail", f"it requires a GPU: {self._absence}"
-        if self._without == "run":
-            return "", ""
-        return self._without, f"{self._absence} (gpu_share_without_gpu = {self._without})"
-
-    def _problem(self, need: Need) -> str:
-        if need.devices > self._devices:
-            seen = plural(self._devices, "device")
-            return (
-                f"needs {plural(need.devices, 'device')}, and this process sees {seen}: see "
-                "gpu_share_visible_devices, or leave it out with -m or -k"
-            )
-        if need.vram is not None and need.vram > self._budget:
-            return (
-                f"needs {format_gb(need.vram)} of VRAM (by {need.source}), and the budget is "
-                f"{format_gb(self._budget)}: lower the need, or leave more to the tests"
-            )
-        return ""
+_SHUTDOWN, _XDIST, _GONE = "shutdown", "xdist", "gone"
+"""Not our messages: xdist ends this worker, or has another command; the controller is gone."""
 
 
 class Link(Protocol):
     """The private channel to the controller."""
 
     def send(self, kind: str, payload: Any) -> None:
-        """Tell it something."""
+        """Say something to the controller."""
 
     def on(self, kind: str, handler: Any) -> None:
-        """Hear something."""
+        """Have a function called for messages of this kind."""
 
 
-class Puller:
-    """Tells what was collected, and obeys what comes beside xdist's own commands.
+class RunLoop:
+    """Runs the tests that the controller sends, where it dispatches; else leaves it to xdist.
 
-    The handlers of messages run in the thread that receives, and in the order in which the
-    controller sent: what is said of a test is here before xdist's command to run it.
+    Messages are put into one queue in the order in which they arrive, in execnet's thread; all
+    but a recall are obeyed in the main thread.
     """
 
-    def __init__(self, message: Mapping[str, Any], link: Link) -> None:
+    def __init__(self, config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
+        self._config = config
         self._reader = Reader(message)
         self._link = link
-        self._rest: Rest | None = None
-        self._between: Between | None = None
-        self._instead: dict[int, tuple[str, str]] = {}
-        self._empty: bool | None = None
-        self._rests = False
-        """Whether the rest item comes behind the test that runs, or ran last."""
-        self._resting = False
+        self._interactor = interactor_of(config)
+        self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._queue: deque[int] = deque()
+        """Tests that were sent and not begun, by index."""
+        self._lock = threading.Lock()
+        """Held where the next test becomes known, and where tests are given back."""
+        self._waiting: int | None = None
+        """The one of them that waits for its admission."""
+        self._ahead = 0
+        """Ask for what follows when one of the last so many of them starts."""
+        self._asked: int | None = None
+        """The test of which it was asked what follows, by index."""
+        self._index = -1
+        self._parked = False
+        """Whether nothing follows for now."""
+        self._ending = False
+        self._last: pytest.Item | None = None
+        self._own = False
+        """Whether the test that runs now is run by the protocol below."""
+        self._items: Sequence[pytest.Item] = ()
+        for kind in ("dispatch", "run", "admit", "park", "empty"):
+            link.on(kind, lambda payload, kind=kind: self._inbox.put((kind, payload)))
+        link.on("recall", self._give_back)
+        link.on("closed", lambda _: self._inbox.put((_GONE, None)))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Tell what was collected before xdist does."""
-        self._link.send("collected", written(told_of(session.items, self._reader)))
-        items = session.items
-        rest = Rest.from_parent(session, name="between two tests")
+        """Send what was collected before xdist does."""
+        message = written(collected_tests(session.items, self._reader))
+        self._link.send("collected", {**message, "loop": self._interactor is not None})
 
-        def begin(_: Any) -> None:
-            # Now the controller is sure to dispatch by itself: xdist never sees the rest item
-            # in a run that is left to it.
-            self._between = Between(session, lambda lacks: self._link.send("wider", lacks))
-            self._rest = rest
-            items.append(rest)
-
-        self._link.on("pull", begin)
-        self._link.on("instead", lambda told: self._note(items[told[0]], told[1], told[2]))
-        self._link.on("empty", self._note_empty)
-
-    def _note(self, item: pytest.Item, outcome: str, reason: str) -> None:
-        self._instead[id(item)] = (outcome, reason)
-
-    def _note_empty(self, fixtures: bool) -> None:
-        self._empty = fixtures
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(
-        self, item: pytest.Item, nextitem: pytest.Item | None
-    ) -> bool | None:
-        """Run what no one else must see: the rest item, and tests that are not run."""
-        between, rest = self._between, self._rest
-        if between is None or rest is None:
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        """Run what is sent; None where xdist's own loop is to do it."""
+        interactor = self._interactor
+        if interactor is None:
             return None
-        if item is rest:
-            self._take_a_rest(between, rest, nextitem)
-            return True
-        between.follow(item)
-        self._rests = nextitem is rest
-        if self._rests:
-            rest.follow(item)
-        instead = self._instead.pop(id(item), None)
-        if instead is None:
-            return None
-        report_instead(
-            item, *instead, lambda: None if nextitem is rest else between.tear_down(nextitem)
+        commands = interactor.listen(
+            lambda ends: self._inbox.put((_SHUTDOWN if ends else _XDIST, None))
         )
+        # Our own channel was open before: a shutdown does not overtake what was sent earlier.
+        if self._inbox.get()[0] != "dispatch":
+            commands.hand_over()
+            return None
+        self._run(session, interactor, commands)
         return True
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_makereport(
-        self, call: pytest.CallInfo[None]
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Keep how a test's own teardown went, behind which a wider one may follow."""
-        report = yield
-        if self._rests and call.when == "teardown" and not self._resting and self._between:
-            self._between.ended(call, report)
-        return report
+    def _run(self, session: pytest.Session, interactor: Interactor, commands: Commands) -> None:
+        commands.forget()
+        self._items = session.items
+        looks_ahead = pytest_protocol.run_phases is None or (
+            pytest_protocol.others_want_the_next_test(session.config, self)
+        )
+        while not (session.shouldfail or session.shouldstop):
+            index = self._next_to_run(interactor)
+            if index is None:
+                break
+            self._run_one(index, interactor, looks_ahead=looks_ahead)
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Mark the report that the controller is to hold back until then."""
-        if self._rests and report.when == "teardown":
-            setattr(report, MORE, True)
+    def _next_to_run(self, interactor: Interactor) -> int | None:
+        """Wait for a test that may start; None: there will be none."""
+        while not self._queue or self._queue[0] == self._waiting:
+            if self._ending and not self._queue:
+                return None
+            self._receive(interactor)
+        return self._queue.popleft()
 
-    def _take_a_rest(self, between: Between, rest: Rest, nextitem: pytest.Item | None) -> None:
-        self._resting = True
-        try:
-            self._tear_down(between, rest, nextitem)
-        finally:
-            self._resting = False
+    def _receive(self, interactor: Interactor) -> None:
+        kind, payload = self._inbox.get()
+        if kind == "run":
+            self._take(payload)
+        elif kind == "admit":
+            self._admit(payload)
+        elif kind == "park":
+            self._parked = True
+        elif kind == "empty":
+            if payload:
+                self._queue.clear()
+                self._waiting = None
+                self._tear_down_all()
+            interactor.send("emptied", _empty_caches())
+        elif kind == _SHUTDOWN:
+            self._ending = True
+        elif kind == _GONE:
+            self._ending, self._waiting = True, None
+            self._queue.clear()
 
-    def _tear_down(self, between: Between, rest: Rest, nextitem: pytest.Item | None) -> None:
-        fixtures, self._empty = self._empty, None
-        if fixtures is None:
-            between.change_over(nextitem)
+    def _take(self, payload: Mapping[str, Any]) -> None:
+        tests = payload["tests"]
+        for index, need in zip(tests, payload["needs"], strict=False):
+            if need is not None:
+                self._items[index].stash[NEED] = need
+        for index, refusal in payload["refusals"].items():
+            self._refuse(self._items[index], refusal)
+        self._ahead, self._asked, self._parked = payload["ahead"], None, False
+        if not payload["admitted"]:
+            self._waiting = tests[-1]
+        self._queue.extend(tests)
+
+    def _admit(self, payload: Mapping[str, Any]) -> None:
+        item = self._items[payload["test"]]
+        if payload["need"] is not None:
+            item.stash[NEED] = payload["need"]
+        if payload["refusal"]:
+            self._refuse(item, payload["refusal"])
+        self._waiting = None
+
+    def _refuse(self, item: pytest.Item, refusal: Sequence[str]) -> None:
+        outcome, reason = refusal
+        item.stash[REFUSAL] = outcome, reason
+        plugins = self._config.pluginmanager
+        if not plugins.has_plugin("gpu-share-refusals"):
+            # Most runs refuse nothing, and its hooks are called for each test.
+            plugins.register(Refusals(sent_by_the_controller), "gpu-share-refusals")
+
+    def _give_back(self, _: object) -> None:
+        """Return the tests that were not begun, but for the next one: the running one knows it."""
+        # In execnet's thread: the main thread may be in the middle of a long test. It must not ask
+        # for more before the controller hears of this.
+        with self._lock:
+            returned = [self._queue.pop() for _ in range(len(self._queue) - 1)]
+            if self._interactor is not None:
+                self._interactor.send("returned", returned[::-1])
+
+    def _ask(self, when: str, interactor: Interactor) -> None:
+        """Ask what follows the last test that this worker has, but not twice."""
+        with self._lock:
+            last = self._queue[-1] if self._queue else self._index
+            if self._asked != last and not self._ending:
+                self._asked, self._parked = last, False
+                interactor.send("asked", last, when)
+
+    def _next_item(self, interactor: Interactor) -> pytest.Item | None:
+        """The test that follows; None: none, or none that is known, so all is torn down."""
+        while not (self._queue or self._parked or self._ending):
+            self._receive(interactor)
+        return self._items[self._queue[0]] if self._queue else None
+
+    def _run_one(self, index: int, interactor: Interactor, *, looks_ahead: bool) -> None:
+        item = self._last = self._items[index]
+        self._index = index
+        interactor.begin(index)
+        if len(self._queue) < self._ahead or (looks_ahead and not self._queue):
+            self._ask("start", interactor)
+        with self._lock:
+            follows = self._queue[0] if self._queue else None
+        self._own = follows is None and not looks_ahead
+        if follows is not None:
+            nextitem: pytest.Item | None = self._items[follows]
+        else:
+            nextitem = None if self._own else self._next_item(interactor)
+        start = time.perf_counter()
+        self._config.hook.pytest_runtest_protocol(item=item, nextitem=nextitem)
+        interactor.complete(index, time.perf_counter() - start)
+
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """As pytest itself runs a test, but that the next one is asked for after the call."""
+        run_phases, interactor = pytest_protocol.run_phases, self._interactor
+        if not self._own or run_phases is None or interactor is None:
+            return None
+
+        def ask() -> pytest.Item | None:
+            if not self._queue:
+                self._ask("end", interactor)
+            return self._next_item(interactor)
+
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        run_phases(item, ask)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def _tear_down_all(self) -> None:
+        """Tear down what was kept for a test that this worker does not run after all.
+
+        The last test has been reported; only an error makes a second report of its teardown.
+        """
+        item = self._last
+        if item is None:
             return
-        if fixtures:
-            between.leave_all(rest)
-        self._link.send("emptied", _empty_caches())
+        try:
+            pytest_protocol.tear_down_all(item.session)
+        except (pytest.exit.Exception, KeyboardInterrupt):
+            raise
+        except BaseException:
+            text = str(item.repr_failure(pytest.ExceptionInfo.from_current()))
+            report = pytest.TestReport(
+                nodeid=item.nodeid,
+                location=item.location,
+                keywords=dict.fromkeys(item.keywords, 1),
+                outcome="failed",
+                longrepr=text,
+                when="teardown",
+            )
+            item.ihook.pytest_runtest_logreport(report=report)
 
 
 def _empty_caches() -> list[int] | None:

@@ -366,16 +366,18 @@ APART = """
 """
 
 
-def test_an_idle_neighbour_gives_back(project: Project, machine: Machine) -> None:
-    """Where the waiting test must go elsewhere, the idle worker tears its fixtures down."""
+def test_workers_of_one_kind_that_collect_different_tests(
+    project: Project, machine: Machine
+) -> None:
+    """An error, as under xdist's own scheduler; between the kinds it is none."""
     (project.path / "test_project.py").unlink()
-    keeping = KEEPING.format(scope="module").replace("6GB", "8GB")
-    project.write(test_a=keeping, test_b=LARGE, conftest=APART)
-    result = project.pytest("--gpu-share", "--gpu-share-report=report.json")
-    assert (result.code, result.passed, result.workers) == (0, 4, 2), result.out
-    # It gave back so much that it need not end.
-    assert "worker-ended" not in Path(project.path, "report.json").read_text()
-    assert machine.snapshot()[0].oom_count == 0
+    project.write(test_a=KEEPING.format(scope="module"), test_b=LARGE, conftest=APART)
+    result = project.pytest("--gpu-share")
+    assert (result.code, result.passed) == (1, 0), result.out
+    assert "Different tests were collected between gw0 and gw1" in result.out
+    one_of_each = ("-o", "gpu_share_max_workers_per_gpu=1", "-o", "gpu_share_cpu_workers=1")
+    result = project.pytest("--gpu-share", *one_of_each)
+    assert (result.code, result.passed) == (0, 4), result.out
 
 
 @pytest.mark.parametrize("scope", ["module", "session"])

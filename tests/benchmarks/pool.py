@@ -4,7 +4,8 @@
 
 The founding case: 400 CPU tests of 0.05 s and 20 GPU tests of 0.5 s and 4 GB on one device of
 24 GB with Ollama's reservation. The cost: 3,000 tests that do nothing, on two CPU workers and an
-idle GPU worker, against xdist's own `-n 2`; and marked tests that do nothing.
+idle GPU worker, against xdist's own `-n 2`; marked tests that do nothing; and 6,500 tests that do
+nothing on two GPU workers, all with a need, against `-n 2`.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def pytest_configure(config):
 """
 ASKED = ("--gpu-share", "-o", "gpu_share_max_workers_per_gpu=1", "-o")
 """One GPU worker; the last word takes a setting."""
+
+NEED_OF_ALL = "gpu_share_vram=* = 1GB"
 
 
 class Spent(NamedTuple):
@@ -147,6 +150,18 @@ def cost(pairs: int) -> None:
               f"({unmarked / 3:.2f} ms per test on two CPU workers)")  # fmt: skip
 
 
+def needs(pairs: int) -> None:
+    """Tests that do nothing and all have a need."""
+    with scene(NOTHING.replace("3000", "6500")) as where:
+        (where.path / "conftest.py").write_text(METER)
+        ours = ("--gpu-share", "-n", "2", "--gpu-share-preset=no-ollama", "-o", NEED_OF_ALL)
+        found = interleaved(where, ours, ("-n", "2"), pairs)
+    speeds = [theirs.wall / mine.wall for mine, theirs in found]
+    print(f"6,500 tests that do nothing, each with a need of 1 GB: "
+          f"{ratio([(theirs.wall, mine.wall) for mine, theirs in found]):.3f} x the tests/s of "
+          f"-n 2 (load), {min(speeds):.3f} to {max(speeds):.3f}")  # fmt: skip
+
+
 def main() -> None:
     """Measure both and print a line for each result."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -154,6 +169,7 @@ def main() -> None:
     pairs = parser.parse_args().pairs
     founding_case(pairs)
     cost(pairs)
+    needs(pairs)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,19 @@ from typing import Any
 from pytest_gpushare.scheduler.dispatcher import Dispatcher
 from pytest_gpushare.scheduler.types import (
     Action,
+    Admission,
+    Admit,
     Drop,
     EmptyCaches,
-    Instead,
     Job,
+    Note,
+    Park,
     Policy,
     Reading,
+    Recall,
     Room,
     Run,
     Shutdown,
-    Tell,
     Worker,
 )
 
@@ -43,6 +46,8 @@ class Script:
     keeps: int = 0
     """Bytes of caches that it leaves behind, beside the context."""
     crashes: bool = False
+    teardown: float = 0.0
+    """Seconds after the call."""
 
 
 @dataclass
@@ -69,11 +74,16 @@ class Process:
 
     worker: Worker
     queue: list[int] = field(default_factory=list)
-    resting: bool = True
-    """Whether it starts the last test that it has."""
+    admissions: dict[int, Admission] = field(default_factory=dict)
+    waiting: int | None = None
+    """The test that waits for its admission."""
+    ahead: int = 0
+    """Whether it asks when its last test starts."""
+    has_asked: int | None = None
+    """The test of which it wanted to know what follows."""
+    ending: bool = False
     running: int | None = None
     held: dict[str, int] = field(default_factory=dict)
-    needs: dict[str, int] = field(default_factory=dict)
     alive: bool = True
     groups: list[str] = field(default_factory=list)
     """The groups that it went through, in order."""
@@ -95,6 +105,7 @@ class World:
         late: float = 0.0,
         restarts: int = 100,
         live: bool = True,
+        look_ahead: bool = False,
         collected: Mapping[str, set[int]] | None = None,
     ) -> None:
         self.jobs, self.rooms = jobs, {room.uuid: room for room in rooms}
@@ -104,6 +115,7 @@ class World:
         self.dispatcher = Dispatcher(jobs, rooms, self.policy)
         self.processes: dict[str, Process] = {}
         self.by_pid, self.late, self.restarts, self.live = by_pid, late, restarts, live
+        self.look_ahead = look_ahead
         self.collected = collected or {}
         self.now = 0.0
         self.first: float | None = None
@@ -127,13 +139,13 @@ class World:
         self._step()
         idle = 0
         while not self.dispatcher.is_done:
+            wants_step = self.dispatcher.due_at is not None
             if self._events and (
-                not self.dispatcher.wants_step
-                or self._events[0][0] <= self.now + TICK * (1 + idle // 20)
+                not wants_step or self._events[0][0] <= self.now + TICK * (1 + idle // 20)
             ):
                 self.now, _, happen, arguments = heappop(self._events)
                 happen(*arguments)
-            elif self.dispatcher.wants_step and any(p.alive for p in self.processes.values()):
+            elif wants_step and any(p.alive for p in self.processes.values()):
                 # Longer and longer, or the pressure of an hour takes a minute to simulate.
                 idle = 0 if self._said != len(self.actions) else idle + 1
                 self._said = len(self.actions)
@@ -149,9 +161,9 @@ class World:
         """Seconds from the first start to the last end."""
         return self.last - (self.first or 0.0)
 
-    def tells(self, kind: str) -> list[Tell]:
+    def tells(self, kind: str) -> list[Note]:
         """What was told of this kind."""
-        return [a for a in self.actions if isinstance(a, Tell) and a.kind == kind]
+        return [a for a in self.actions if isinstance(a, Note) and a.kind == kind]
 
     # --- what happens ---
 
@@ -182,13 +194,15 @@ class World:
     def _start(self, process: Process) -> None:
         if not process.alive or process.running is not None or not process.queue:
             return
-        if len(process.queue) == 1 and not process.resting:
-            return
         test = process.queue[0]
+        if process.waiting == test:
+            return
         process.running = test
         script = self.scripts.get(test, Script())
+        if self._admission(process, test).refusal:
+            script = Script(0.001)
         self.first = self.now if self.first is None else self.first
-        for device, need in process.needs.items():
+        for device, need in self._needs(process, test).items():
             peak = need if script.peak is None else script.peak
             more = max(0, peak - process.held[device])
             if more > self._free(device):
@@ -198,7 +212,41 @@ class World:
         if script.crashes:
             self._at(script.duration / 2, self._crash, process)
         else:
-            self._at(script.duration, self._finish, process, test, script)
+            self._at(script.duration, self._called, process, test, script)
+        if self.look_ahead or len(process.queue) <= process.ahead:
+            # Not within a step.
+            self._at(0.0, self._ask, process, "start")
+
+    def _ask(self, process: Process, when: str) -> None:
+        if not process.alive or process.running is None or process.ending:
+            return
+        # What waits for its admission is the answer to an earlier question.
+        if process.has_asked != process.queue[-1] and (
+            len(process.queue) == 1 or len(process.queue) <= process.ahead
+        ):
+            process.has_asked = process.queue[-1]
+            self.dispatcher.asked(process.worker.id, process.queue[-1], when)
+            self._step()
+
+    def _called(self, process: Process, test: int, script: Script) -> None:
+        if not process.alive:
+            return
+        self._ask(process, "end")
+        if script.teardown:
+            self._at(script.teardown, self._finish, process, test, script)
+        else:
+            self._finish(process, test, script)
+
+    def _admission(self, process: Process, test: int) -> Admission:
+        return process.admissions.get(test, Admission())
+
+    def _needs(self, process: Process, test: int) -> dict[str, int]:
+        """Device -> what the test was admitted with."""
+        admission, need = self._admission(process, test), self.jobs[test].need
+        if not (admission.need or admission.source):
+            return {}
+        devices = process.worker.devices[: need.devices if need else 1]
+        return dict.fromkeys(devices, admission.need)
 
     def _crash(self, process: Process) -> None:
         self.restarts -= 1
@@ -212,27 +260,29 @@ class World:
         process.running = None
         self._outcome(test, "done")
         held = None
-        if process.needs:
-            for device in process.needs:
+        if needs := self._needs(process, test):
+            for device in needs:
                 keeps = self.rooms[device].context + script.keeps
                 back = process.held[device] - keeps
                 process.held[device] = keeps
                 if self.late and back > 0:
                     self.devices[device].late.append((self.now + self.late, back))
             held = dict(process.held) if self.by_pid or script.keeps else None
-            process.needs = {}
         wants = self.dispatcher.finished(process.worker.id, test, held, script.duration)
         self._start(process)
+        if process.ending and not process.queue:
+            self._down(process, False)
+            wants = True
         if wants:
             self._step()
 
-    def _emptied(self, process: Process, fixtures: bool) -> None:
+    def _emptied(self, process: Process, withdraw: bool) -> None:
         if not process.alive:
             return
         for device in process.held:
             # Half of what is kept are fixtures.
             context = min(process.held[device], self.rooms[device].context)
-            rest = 0 if fixtures else (process.held[device] - context) // 2
+            rest = 0 if withdraw else (process.held[device] - context) // 2
             process.held[device] = context + rest
         self.dispatcher.emptied(process.worker.id, dict(process.held))
         self._step()
@@ -266,59 +316,82 @@ class World:
         self.steps += 1
         for action in self.dispatcher.step(self._readings(), self.now):
             self.actions.append(action)
-            if isinstance(action, Tell):
+            if isinstance(action, Note):
                 continue
             if isinstance(action, Drop):
                 self._outcome(action.test, "dropped")
                 continue
             process = self.processes[action.worker]
-            if not process.alive:
-                self.wrong.append(f"{action} for a dead worker")
+            if not process.alive or process.ending:
+                self.wrong.append(f"{action} for a worker that is gone")
             elif isinstance(action, Run):
                 self._take(process, action)
-            elif isinstance(action, Instead):
-                process.queue.append(action.test)
-                process.resting = process.resting or bool(process.worker.devices)
-                self.scripts = {**self.scripts, action.test: Script(0.001)}
-                self._outcome_of_instead(action)
+            elif isinstance(action, Admit):
+                if process.waiting != action.test:
+                    self.wrong.append(f"{action}, but {process.waiting} waits")
+                process.waiting = None
+                self._admit(process, action.test, action.admission)
                 self._start(process)
+            elif isinstance(action, Park):
+                if len(process.queue) != 1:
+                    self.wrong.append(f"{action} with {process.queue}")
+            elif isinstance(action, Recall):
+                back, process.queue = process.queue[2:], process.queue[:2]
+                self._at(0.0, self._returned, process, back)
             elif isinstance(action, EmptyCaches):
-                self._at(0.05, self._emptied, process, action.fixtures)
+                if process.running is not None:
+                    self.wrong.append(f"{action} while it runs {process.running}")
+                if action.withdraw:
+                    process.queue.clear()
+                    process.waiting = None
+                self._at(0.05, self._emptied, process, action.withdraw)
             elif isinstance(action, Shutdown):
-                self._at(0.05, self._down, process, False)
-                self._at(0.05, self._step)
+                process.ending = True
+                if not process.queue:
+                    self._at(0.05, self._down, process, False)
+                    self._at(0.05, self._step)
 
-    def _outcome_of_instead(self, action: Instead) -> None:
-        assert action.outcome in ("fail", "skip")
-        assert action.reason
+    def _returned(self, process: Process, tests: list[int]) -> None:
+        if process.alive:
+            self.dispatcher.returned(process.worker.id, tests)
+            self._step()
 
     def _take(self, process: Process, run: Run) -> None:
-        worker = process.worker
         process.queue.extend(run.tests)
-        process.resting = run.last
+        process.ahead = run.ahead
         process.groups += [self.jobs[t].group for t in run.tests if self.jobs[t].group]
-        if run.need or run.source:
-            (test,) = run.tests
-            need = self.jobs[test].need
-            devices = worker.devices[: need.devices if need else 1]
-            process.needs = dict.fromkeys(devices, run.need)
-            self.admitted.append((self.now, worker.id, test, run.need))
-            if not run.note:
-                self._check(process, run, devices)
+        if run.admitted:
+            for test in run.tests:
+                self._admit(process, test, run.admissions.get(test, Admission()))
+        else:
+            (process.waiting,) = run.tests
         self._start(process)
 
-    def _check(self, process: Process, run: Run, devices: Sequence[str]) -> None:
-        """No overcommit: needs of running tests and what idle workers hold, within the budget."""
-        for device in devices:
+    def _admit(self, process: Process, test: int, admission: Admission) -> None:
+        process.admissions[test] = admission
+        if refusal := admission.refusal:
+            assert refusal[0] in ("fail", "skip")
+            assert refusal[1]
+        if admission.need or admission.source:
+            self.admitted.append((self.now, process.worker.id, test, admission.need))
+            if not admission.note:
+                self._check(process, test, admission)
+
+    def _check(self, process: Process, test: int, admission: Admission) -> None:
+        """No overcommit: needs of running tests and what others hold, within the budget."""
+        for device in self._needs(process, test):
             set_aside = 0
             for other in self.processes.values():
                 if device not in other.worker.devices or not other.alive:
                     continue
-                need = other.needs.get(device)
-                set_aside += other.held[device] if need is None else need
-                if need is not None and other is not process and run.alone:
-                    self.wrong.append(f"{run} beside {other.queue}")
+                queue = [t for t in other.queue if t != other.waiting]
+                if other is process and test not in queue:
+                    queue.append(test)
+                found = [n[device] for t in queue if device in (n := self._needs(other, t))]
+                set_aside += max(found, default=other.held[device])
+                if found and other is not process and admission.alone:
+                    self.wrong.append(f"{test} alone beside {other.queue}")
             if set_aside > self.rooms[device].budget:
-                self.wrong.append(f"{set_aside} set aside on {device} by {run} at {self.now}")
-            if self.live and run.need - process.held[device] > self._free(device):
-                self.wrong.append(f"{run} at {self.now}: {self._free(device)} free")
+                self.wrong.append(f"{set_aside} set aside on {device} by {test} at {self.now}")
+            if self.live and admission.need - process.held[device] > self._free(device):
+                self.wrong.append(f"{test} at {self.now}: {self._free(device)} free")

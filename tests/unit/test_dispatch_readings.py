@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pytest_gpushare.dispatch.executor import Readings, Ticker
+from pytest_gpushare.dispatch.executor import Readings, Timer
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.sampler import LiveVram
 from pytest_gpushare.units import GB
@@ -116,43 +116,43 @@ def test_nobody_to_ask() -> None:
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_ticker(waits: bool) -> None:
-    """It nudges while somebody waits, and ends when it is told."""
-    nudges: list[float] = []
-    ticker = Ticker(lambda: waits, lambda: nudges.append(time.monotonic()))
-    ticker.start()
+def test_timer(waits: bool) -> None:
+    """It wakes while a step is due, and ends when it is told."""
+    woken: list[float] = []
+    timer = Timer(lambda: 0.0 if waits else None, lambda: woken.append(time.monotonic()))
+    timer.start()
     until = time.monotonic() + 5
-    while waits and not nudges and time.monotonic() < until:
+    while waits and not woken and time.monotonic() < until:
         time.sleep(0.01)
-    ticker.stop()
-    count = len(nudges)
+    timer.stop()
+    count = len(woken)
     time.sleep(0.06)
-    assert bool(nudges) == waits
-    assert len(nudges) == count
+    assert bool(woken) == waits
+    assert len(woken) == count
 
 
-def test_ticker_sleeps_until_it_is_woken() -> None:
-    """Where nothing waits it does not even look, until somebody says that something does."""
+def test_timer_sleeps_until_a_step_may_be_due() -> None:
+    """Where none is due it does not even look, until somebody says that one may be."""
     looks: list[float] = []
-    nudged = threading.Event()
-    waits = False
+    woken = threading.Event()
+    due_at: float | None = None
 
-    def look() -> bool:
+    def look() -> float | None:
         looks.append(time.monotonic())
-        return waits
+        return None if due_at is None else max(0.0, due_at - time.monotonic())
 
-    ticker = Ticker(look, nudged.set)
-    ticker.start()
+    timer = Timer(look, woken.set)
+    timer.start()
     until = time.monotonic() + 5
     while not looks and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(0.1)
     assert len(looks) == 1
-    waits = True
-    assert not nudged.wait(0.1)
-    ticker.wake()
-    assert nudged.wait(5)
-    ticker.stop()
+    due_at = time.monotonic() + 0.05
+    assert not woken.wait(0.1)
+    timer.look()
+    assert woken.wait(5)
+    timer.stop()
 
 
 def test_the_same_answer_as_long_as_nothing_changes() -> None:

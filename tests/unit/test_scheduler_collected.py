@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpushare.config.settings import parse_rules
-from pytest_gpushare.dispatch.suite import Crew, Suite, group_of, plain_id, weigh
-from pytest_gpushare.scheduler.needs import Declared, Told, read, spread, squeezed, written
+from pytest_gpushare.dispatch.suite import KindsOfWorkers, Suite, group_of, plain_id, weigh
+from pytest_gpushare.scheduler.needs import (
+    CollectedTests,
+    Declared,
+    read,
+    spread,
+    squeezed,
+    written,
+)
 from pytest_gpushare.units import GB
 
 from .test_planning_sizing import DEFAULTS
@@ -20,9 +27,9 @@ NOTHING = Declared()
 MARKED = Declared(route="gpu", vram=6 * GB)
 
 
-def told(*said: Declared, skips: tuple[bool, ...] | None = None) -> Told:
+def told(*said: Declared, skips: tuple[bool, ...] | None = None) -> CollectedTests:
     """A worker's message about so many tests."""
-    return Told(7, said, ("",) * len(said), skips or (False,) * len(said))
+    return CollectedTests(7, said, ("",) * len(said), skips or (False,) * len(said))
 
 
 @given(st.lists(st.integers(0, 3) | st.text(max_size=2)))
@@ -34,9 +41,13 @@ def test_runs_lose_nothing(values: list[int | str]) -> None:
 
 def test_message_travels() -> None:
     """The message consists of what execnet carries, and means the same afterwards."""
-    before = Told(7, (NOTHING, MARKED, MARKED), ("", "m.py", "m.py"), (False, True, False))
+    before = CollectedTests(
+        7, (NOTHING, MARKED, MARKED), ("", "m.py", "m.py"), (False, True, False)
+    )
     after = read(execnet.loads(execnet.dumps(written(before))))
-    assert after == Told(7, list(before.declared), list(before.groups), list(before.skips))
+    assert after == CollectedTests(
+        7, list(before.declared), list(before.groups), list(before.skips)
+    )
 
 
 def test_too_many_tests_are_not_believed() -> None:
@@ -76,15 +87,15 @@ def test_what_a_late_worker_alone_knows_is_not_run() -> None:
 
 def test_weighing() -> None:
     """Markers go before rules; a skip for want of a GPU makes a GPU test; both skip: none."""
-    suite, crew = Suite(), Crew()
+    suite, kinds = Suite(), KindsOfWorkers()
     ids = ["t.py::a", "t.py::b", "t.py::c", "t.py::d", "big/t.py::e"]
     said = (MARKED, NOTHING, NOTHING, Declared(route="cpu"), NOTHING)
     gpu = told(*said, skips=(False, False, True, False, False))
     cpu = told(*said, skips=(False, True, True, True, False))
-    crew.add(True, suite.add(ids), gpu)
-    crew.add(False, suite.add(ids), cpu)
+    kinds.add(True, suite.add(ids), gpu)
+    kinds.add(False, suite.add(ids), cpu)
     settings = replace(DEFAULTS, vram=parse_rules("big = 8GB\nt.py::a = 1GB"))
-    weighed = weigh(suite, crew, settings, "load", lambda _: (None, 2.5))
+    weighed = weigh(suite, kinds, settings, "load", lambda _: (None, 2.5))
     assert [job.marked for job in weighed.jobs] == [True, True, False, False, True]
     assert weighed.by_skip == [1]
     needs = [job.need.vram if job.need else None for job in weighed.jobs]
@@ -95,9 +106,9 @@ def test_weighing() -> None:
 
 def test_a_marker_alone_is_no_need() -> None:
     """Where all workers have a GPU, `gpu` alone asks for nothing that xdist cannot do."""
-    suite, crew = Suite(), Crew()
-    crew.add(True, suite.add(["a", "b"]), told(Declared(route="gpu", required=True), NOTHING))
-    assert not weigh(suite, crew, DEFAULTS, "load", lambda _: (None, None)).has_needs
+    suite, kinds = Suite(), KindsOfWorkers()
+    kinds.add(True, suite.add(["a", "b"]), told(Declared(route="gpu", required=True), NOTHING))
+    assert not weigh(suite, kinds, DEFAULTS, "load", lambda _: (None, None)).has_needs
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from dispatching import Device, Script, World
@@ -12,17 +13,20 @@ from pytest_gpushare.scheduler.needs import Need
 from pytest_gpushare.scheduler.queue import IN_ORDER
 from pytest_gpushare.scheduler.types import (
     Action,
+    Admission,
+    Admit,
     Drop,
     EmptyCaches,
-    Instead,
     Job,
     Lost,
+    Note,
+    Park,
     Policy,
     Reading,
+    Recall,
     Room,
     Run,
     Shutdown,
-    Tell,
     Worker,
 )
 from pytest_gpushare.units import GB, MB
@@ -59,8 +63,33 @@ def dispatcher_of(
 
 
 def runs(actions: Sequence[Action]) -> dict[str, tuple[int, ...]]:
-    """Worker -> tests that it is to run."""
-    return {action.worker: action.tests for action in actions if isinstance(action, Run)}
+    """Worker -> tests that it may run."""
+    return {
+        action.worker: action.tests if isinstance(action, Run) else (action.test,)
+        for action in actions
+        if (isinstance(action, Run) and action.admitted) or isinstance(action, Admit)
+    }
+
+
+def waiting(actions: Sequence[Action]) -> dict[str, int]:
+    """Worker -> test that waits there for its admission."""
+    return {a.worker: a.tests[0] for a in actions if isinstance(a, Run) and not a.admitted}
+
+
+def refusals(world: World) -> dict[int, tuple[str, str]]:
+    """Test -> outcome and reason of those that were not run."""
+    admissions: dict[int, Admission] = {}
+    for action in world.actions:
+        if isinstance(action, Run):
+            admissions.update(action.admissions)
+        elif isinstance(action, Admit):
+            admissions[action.test] = action.admission
+    return {test: found.refusal for test, found in admissions.items() if found.refusal}
+
+
+def run_of(worker: str, test: int, need: int, source: str, **more: Any) -> Run:
+    """One GPU test that was admitted at once."""
+    return Run(worker, (test,), {test: Admission(need, source, **more)})
 
 
 def free(gigabytes: float, **held: float) -> dict[str, Reading]:
@@ -79,8 +108,8 @@ def test_two_that_fit_and_one_that_waits() -> None:
         [gpu_test("a", 6), gpu_test("b", 6), gpu_test("c", 4)], [gpu_worker(0), gpu_worker(1)]
     )
     assert made.step(free(24), 0) == [
-        Run("gw0", (0,), need=6 * GB, source="marker"),
-        Run("gw1", (2,), need=4 * GB, source="marker"),
+        run_of("gw0", 0, 6 * GB, "marker"),
+        run_of("gw1", 2, 4 * GB, "marker"),
     ]
     made.finished("gw1", 2)
     assert made.step(free(14), 1) == []
@@ -89,7 +118,7 @@ def test_two_that_fit_and_one_that_waits() -> None:
     assert list(found.values()) == [(1,)]
     made.finished(*found, 1)
     assert made.is_done
-    assert made.step({}, 3) == [Shutdown("gw0"), Shutdown("gw1")]
+    assert made.step({}, 3) == []
 
 
 @pytest.mark.parametrize(
@@ -143,11 +172,11 @@ def test_where_nvml_names_no_process() -> None:
 
 
 def test_what_is_held_after_a_test_stays_on_the_account() -> None:
-    """A worker that keeps 5 of 10 GB leaves 5 for its neighbour, and 10 for itself."""
-    for need, worker in ((5, "gw0"), (6, "gw0"), (10, "gw0")):
+    """A worker that keeps 5 of 10 GB leaves 5 for its neighbour, and all for itself."""
+    for need, worker in ((5, "gw0"), (6, "gw0"), (7, "gw0")):
         made = dispatcher_of([gpu_test("a", 7), gpu_test("b", need)], [gpu_worker(0)])
-        made.step(free(24), 0)
-        made.finished("gw0", 0, {GPU: 5 * GB})
+        ((first,),) = runs(made.step(free(24), 0)).values()
+        made.finished("gw0", first, {GPU: 5 * GB})
         made.worker_up(gpu_worker(1))
         assert list(runs(made.step(free(19), 1))) == [worker]
 
@@ -163,7 +192,7 @@ def test_a_dead_workers_account_is_closed() -> None:
 def test_a_learned_need_beyond_the_budget() -> None:
     """Its margin is what does not fit: it gets the whole budget. A declared one is refused."""
     made = dispatcher_of([gpu_test("a", 11, source="learned")], [gpu_worker(0)])
-    assert made.step({}, 0) == [Run("gw0", (0,), need=10 * GB, source="learned")]
+    assert made.step({}, 0) == [run_of("gw0", 0, 10 * GB, "learned")]
 
 
 def test_the_first_step_wants_a_reading() -> None:
@@ -202,7 +231,7 @@ def test_never_fits(job: Job, text: str) -> None:
     """It fails at once, with figures and remedy; the others run."""
     rooms = [Room(GPU, "GPU 0", 10 * GB), Room(OTHER, "GPU 1", 8 * GB)]
     made = dispatcher_of([job, gpu_test("small", 4)], [gpu_worker(0)], rooms=rooms)
-    assert made.step({}, 0) == [Instead("gw0", 0, "fail", text)]
+    assert made.step({}, 0) == [Run("gw0", (0,), {0: Admission(refusal=("fail", text))})]
     made.finished("gw0", 0)
     assert runs(made.step({}, 0)) == {"gw0": (1,)}
 
@@ -237,7 +266,7 @@ def test_exclusive() -> None:
     jobs = [gpu_test("alone", 1, exclusive=True), gpu_test("a", 1), gpu_test("b", 1)]
     made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1)])
     (run,) = made.step({}, 0)
-    assert run == Run("gw0", (0,), need=GB, source="marker", alone=True)
+    assert run == run_of("gw0", 0, GB, "marker", alone=True)
     made.finished("gw0", 0)
     assert len(runs(made.step({}, 1))) == 2
 
@@ -323,19 +352,17 @@ def test_a_worker_that_does_not_answer_is_not_waited_for_for_ever() -> None:
     made = two_that_keep(4, 3)
     made.step({}, 1)
     assert made.step({}, 10) == []
-    assert made.step({}, 12) == [EmptyCaches("gw1", fixtures=True)]
+    assert made.step({}, 12)[0] == Shutdown("gw1")
 
 
 def test_room_is_made_the_gentlest_way_first() -> None:
-    """Caches, then fixtures, then the worker itself."""
+    """Caches, then the worker itself."""
     made = two_that_keep(4, 3)
     assert made.step({}, 1) == [EmptyCaches("gw1")]
-    made.emptied("gw1", {GPU: 2 * GB})
-    assert made.step({}, 2) == [EmptyCaches("gw1", fixtures=True)]
     made.emptied("gw1", {GPU: 3 * GB // 2})
     ended, told = made.step({}, 3)
     assert ended == Shutdown("gw1")
-    assert isinstance(told, Tell)
+    assert isinstance(told, Note)
     assert told.text == "gw1 ended: its 1.5 GB were in the way of c"
     assert made.step({}, 4) == []
     made.worker_down("gw1")
@@ -353,16 +380,39 @@ def test_room_is_made_for_the_worker_that_may_begin_the_group() -> None:
     made.finished("gw0", 0, {GPU: CONTEXT})
     ended, told = made.step({}, 1)
     assert ended == Shutdown("gw0")
-    assert isinstance(told, Tell)
+    assert isinstance(told, Note)
     made.worker_down("gw0")
     assert runs(made.step({}, 2)) == {"gw1": (1,)}
 
 
 def test_caches_are_left_alone_where_the_user_says_so() -> None:
-    """`empty_caches = never`: fixtures and workers only."""
+    """`empty_caches = never`: workers only."""
     made = two_that_keep(4, 3)
     made._gpu.policy = made._gpu.policy._replace(empty_caches="never")
-    assert made.step({}, 1) == [EmptyCaches("gw1", fixtures=True)]
+    assert made.step({}, 1)[0] == Shutdown("gw1")
+
+
+def test_a_bound_test_is_withdrawn_where_its_fixtures_are_in_the_way() -> None:
+    """Two workers wait, each with fixtures that keep the other from starting: the later yields."""
+    jobs = [gpu_test(name, need) for name, need in (("a", 5), ("b", 5), ("c", 9), ("d", 9))]
+    policy = Policy(dist="loadscope", reorder=False)
+    made = dispatcher_of(
+        jobs, [gpu_worker(0), gpu_worker(1)], budget=10.5, context=CONTEXT, policy=policy
+    )
+    assert runs(made.step({}, 0)) == {"gw0": (0,), "gw1": (1,)}
+    made.asked("gw0", 0, "end")
+    assert waiting(made.step({}, 1)) == {"gw0": 2}
+    made.asked("gw1", 1, "end")
+    assert waiting(made.step({}, 1)) == {"gw1": 3}
+    made.finished("gw0", 0, {GPU: 2 * GB})
+    made.finished("gw1", 1, {GPU: 3 * GB})
+    assert made.step({}, 2) == [EmptyCaches("gw1")]
+    made.emptied("gw1", {GPU: 3 * GB})
+    assert made.step({}, 3) == [EmptyCaches("gw1", withdraw=True)]
+    made.emptied("gw1", {GPU: CONTEXT})
+    assert runs(made.step({}, 4)) == {"gw0": (2,)}
+    made.asked("gw0", 2, "end")
+    assert runs(made.step({}, 5)) == {"gw0": (3,)}
 
 
 def test_a_test_that_needs_the_device_alone_comes_first() -> None:
@@ -416,12 +466,14 @@ def test_pressure_without_end(how: str) -> None:
         "(gpu_share_pressure_timeout_s), held by somebody"
     )
     if how == "run":
-        (run,) = [a for a in world.actions if isinstance(a, Run) and a.note]
-        assert (run.worker, run.tests, run.note) == ("gw1", (1,), f"ran without a GPU: {reason}")
+        (run,) = [
+            a for a in world.actions if isinstance(a, Run) and a.worker == "gw1" and a.admissions
+        ]
+        assert run.admissions == {1: Admission(note=f"ran without a GPU: {reason}")}
     else:
-        (instead,) = [a for a in world.actions if isinstance(a, Instead)]
-        assert (instead.test, instead.outcome) == (1, how)
-        assert instead.reason == (f"no GPU for this test: {reason} (gpu_share_without_gpu = {how})")
+        assert refusals(world) == {
+            1: (how, f"no GPU for this test: {reason} (gpu_share_without_gpu = {how})")
+        }
     assert world.now < 60
 
 
@@ -430,9 +482,9 @@ def test_required_fails_whatever_without_gpu_says() -> None:
     world = pressed(without_gpu="skip", pressure_timeout=5.0)
     world.dispatcher._jobs[1:2] = [gpu_test("b", 6, required=True)]  # type: ignore[index]
     world.run()
-    (instead,) = [a for a in world.actions if isinstance(a, Instead)]
-    assert instead.outcome == "fail"
-    assert instead.reason.endswith("(required=True)")
+    ((outcome, reason),) = refusals(world).values()
+    assert outcome == "fail"
+    assert reason.endswith("(required=True)")
 
 
 def test_vram_that_comes_back_late() -> None:
@@ -442,7 +494,7 @@ def test_vram_that_comes_back_late() -> None:
         world = World(
             jobs, [Room(GPU, "GPU 0", 10 * GB, 0, GB, 11 * GB)], [gpu_worker(0)], late=late
         ).run()  # fmt: skip
-        told = [a for a in world.actions if isinstance(a, Tell)]
+        told = [a for a in world.actions if isinstance(a, Note)]
         assert [tell.kind for tell in told] == [kind for kind in kinds if kind == "late"]
         assert all(
             text.text == "GPU 0: 8.0 GB that tests gave back is not free yet" for text in told
@@ -456,7 +508,7 @@ def test_vram_that_comes_back_late() -> None:
     ).run()
     late_again = world.tells("late")[-1].text
     assert late_again == "GPU 0: 6.0 GB did not come back within 30 s; held by somebody"
-    assert [tell.kind for tell in world.actions if isinstance(tell, Tell)] == [
+    assert [tell.kind for tell in world.actions if isinstance(tell, Note)] == [
         "late", "late", "pressure", "pressure-over",
     ]  # fmt: skip
 
@@ -470,8 +522,11 @@ def test_unmarked_tests_go_to_cpu_workers() -> None:
     made = dispatcher_of(jobs, [gpu_worker(0), Worker("gw1")])
     assert runs(made.step({}, 0)) == {"gw0": (1,), "gw1": (0,)}
     made = dispatcher_of(jobs, [gpu_worker(0, 4.5), gpu_worker(1, 4.5)], budget=9)
-    found = {a.tests: (a.need, a.source) for a in made.step({}, 0) if isinstance(a, Run)}
-    assert found == {(0,): (9 * GB // 2, "slot"), (1,): (4 * GB, "marker")}
+    found = {a.tests: a.admissions for a in made.step({}, 0) if isinstance(a, Run)}
+    assert found == {
+        (0,): {0: Admission(9 * GB // 2, "slot")},
+        (1,): {1: Admission(4 * GB, "marker")},
+    }
 
 
 def test_gpu_workers_help_with_tests_that_last() -> None:
@@ -493,17 +548,30 @@ def test_cpu_queues_are_as_deep_as_in_xdist() -> None:
     made = dispatcher_of([Job(f"t{n}") for n in range(400)], [Worker(f"gw{n}") for n in range(4)])
     first = made.step({}, 0)
     assert [len(a.tests) for a in first if isinstance(a, Run)] == [50, 43, 38, 33]
-    assert all(not a.last for a in first if isinstance(a, Run))
     assert made.finished("gw0", 0, None, 0.001) is False
 
 
-def test_the_last_tests_of_cpu_workers_start() -> None:
-    """With nothing left each is told to start the last test that it has."""
+def test_the_last_tests_of_cpu_workers() -> None:
+    """With nothing left a worker that asks is told to end."""
     made = dispatcher_of([Job(f"t{n}") for n in range(3)], [Worker(f"gw{n}") for n in range(4)])
     found = [a for a in made.step({}, 0) if isinstance(a, Run)]
-    assert [(a.worker, a.tests, a.last) for a in found] == [
-        ("gw0", (0,), True), ("gw1", (1,), True), ("gw2", (2,), True),
-    ]  # fmt: skip
+    assert [(a.worker, a.tests) for a in found] == [("gw0", (0,)), ("gw1", (1,)), ("gw2", (2,))]
+    made.asked("gw0", 0, "end")
+    assert made.step({}, 1) == [Shutdown("gw0")]
+
+
+def test_a_cpu_worker_waits_for_what_may_come() -> None:
+    """Nothing follows for it now, but a GPU test may have to do without a GPU later."""
+    jobs = [gpu_test("a", 9), gpu_test("b", 9), Job("c")]
+    made = dispatcher_of(jobs, [gpu_worker(0), Worker("gw1")])
+    assert runs(made.step({}, 0)) == {"gw0": (0,), "gw1": (2,)}
+    made.asked("gw1", 2, "end")
+    assert made.step({}, 1) == [Park("gw1")]
+    made.finished("gw1", 2)
+    made.worker_down("gw0")
+    (run,) = made.step({}, 2)
+    assert isinstance(run, Run)
+    assert (run.worker, run.tests) == ("gw1", (1,))
 
 
 def test_a_test_that_nobody_can_run_any_more() -> None:
@@ -536,7 +604,7 @@ def test_no_gpu_worker_is_left() -> None:
     made.step({}, 0)
     made.worker_down("gw0")
     (run,) = [a for a in made.step({}, 1) if isinstance(a, Run) and a.tests]
-    assert run.note == "ran without a GPU: no GPU worker is left that could run it"
+    assert run.admissions[1].note == "ran without a GPU: no GPU worker is left that could run it"
 
 
 def test_a_worker_that_dies_before_it_begins() -> None:
@@ -546,17 +614,17 @@ def test_a_worker_that_dies_before_it_begins() -> None:
     made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1), Worker("gw2")], policy=policy)
     first = runs(made.step({}, 0))
     assert (first["gw0"], first["gw2"]) == ((0,), (3, 4))
-    assert made.worker_down("gw0", began=False) == Lost(None, (0, 1, 2))
-    assert runs(made.step({}, 1)) == {"gw1": (0,)}
-    made.finished("gw1", 0)
-    assert runs(made.step({}, 2)) == {"gw1": (1,)}
+    assert made.worker_down("gw0", unsent={0}) == Lost(None, (0, 1, 2))
+    assert [runs(made.step({}, 1))["gw1"]] == [(0,)]
     made.worker_up(Worker("gw3"))
-    assert made.worker_down("gw2", began=False) == Lost(None, (3, 4))
+    assert made.worker_down("gw2", unsent={3, 4}) == Lost(None, (3, 4))
     assert runs(made.step({}, 3))["gw3"] == (3, 4)
-    for worker, test in (("gw3", 3), ("gw3", 4), ("gw1", 1)):
+    for number, (worker, test) in enumerate([("gw3", 3), ("gw3", 4), ("gw1", 0)]):
         made.finished(worker, test)
-    assert runs(made.step({}, 4)) == {"gw1": (2,)}
-    made.finished("gw1", 2)
+        made.step({}, 4 + number)
+    for test in (1, 2):
+        made.finished("gw1", test)
+        made.step({}, 8 + test)
     assert made.is_done
 
 
@@ -626,3 +694,131 @@ def test_groups_in_their_own_order(reorder: bool) -> None:
     found = runs(made.step({}, 0))
     expected = {"gw0": (5,), "gw1": (1, 2, 3)} if reorder else {"gw0": (4,), "gw1": (0, 1, 2, 3)}
     assert {worker: found[worker][:4] for worker in expected} == expected
+
+
+# --- workers that ask ---
+
+
+def test_the_next_test_takes_the_place_of_the_running_one() -> None:
+    """6 GB fit in the worker that gives 6 back, though only 4 are left beside it."""
+    jobs = [gpu_test("a", 6), gpu_test("b", 6), gpu_test("c", 6)]
+    made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1)])
+    assert runs(made.step({}, 0)) == {"gw0": (0,)}
+    made.asked("gw0", 0, "end")
+    assert runs(made.step({}, 1)) == {"gw0": (1,)}
+    # While its test is torn down nobody else gets what the next one needs.
+    assert made._ledgers[GPU].left("gw1") == 4 * GB
+    made.finished("gw0", 0)
+    assert made._ledgers[GPU].left("gw1") == 4 * GB
+
+
+def test_a_test_that_is_sent_meanwhile_is_the_answer() -> None:
+    """A question about a test that is not the worker's last any more is old."""
+    jobs = [Job(f"t{n}") for n in range(8)]
+    made = dispatcher_of(jobs, [Worker("gw0"), Worker("gw1")])
+    first = runs(made.step({}, 0))["gw0"]
+    made.asked("gw0", first[-1] + 100, "end")
+    assert made.step({}, 1) == []
+
+
+def test_vram_that_must_come_back_first_is_waited_for() -> None:
+    """9 of 10 GB after 9: reserved at once, admitted once the device shows them free."""
+    jobs = [gpu_test("a", 9), gpu_test("b", 9)]
+    made = dispatcher_of(jobs, [gpu_worker(0)])
+    assert runs(made.step(free(10), 0)) == {"gw0": (0,)}
+    made.asked("gw0", 0, "end")
+    assert waiting(made.step(free(1, gw0=9), 1)) == {"gw0": 1}
+    made.finished("gw0", 0, {GPU: 0})
+    assert made.step({GPU: Reading(2 * GB)}, 2) == []
+    assert runs(made.step({GPU: Reading(10 * GB)}, 3)) == {"gw0": (1,)}
+
+
+def test_asked_at_the_start_nothing_is_reserved() -> None:
+    """A worker that must know its next test before a long one keeps no VRAM for it."""
+    jobs = [gpu_test("a", 4, duration=9), gpu_test("b", 6, duration=5), gpu_test("c", 5)]
+    made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1)], policy=Policy(reorder=False))
+    first = runs(made.step({}, 0))
+    ((test,),) = [tests for worker, tests in first.items() if worker == "gw0"][:1] or [(0,)]
+    made.asked("gw0", test, "start")
+    (sent,) = made.step({}, 1)
+    assert isinstance(sent, Run)
+    assert not sent.admitted
+    assert made._ledgers[GPU].committed <= 10 * GB
+
+
+def test_what_delays_nobody_may_pass() -> None:
+    """9 GB wait for 6 that end at 10: 2 GB may start if they end by then, or fit beside."""
+    jobs = [
+        gpu_test("runs", 6, duration=10), gpu_test("short", 3, duration=1),
+        gpu_test("waits", 9, duration=5), gpu_test("long", 2, duration=20),
+        gpu_test("in time", 2, duration=8),
+    ]  # fmt: skip
+    policy = Policy(dist="loadscope", reorder=False)
+    made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1), gpu_worker(2)], policy=policy)
+    assert runs(made.step({}, 0)) == {"gw0": (0,), "gw1": (1,)}
+    made._gpu.pending.front().overtaken = 100  # type: ignore[union-attr]
+    made.asked("gw1", 1, "end")
+    assert waiting(made.step({}, 1)) == {"gw1": 2}
+    made.finished("gw1", 1)
+    assert runs(made.step({}, 1)) == {"gw2": (4,)}
+    made.asked("gw2", 4, "end")
+    assert waiting(made.step({}, 9)) == {"gw2": 3}
+    made.finished("gw2", 4)
+    assert made.step({}, 9) == []
+
+
+def trivial(count: int, gigabytes: float = 2) -> list[Job]:
+    return [gpu_test(f"t{n}", gigabytes, duration=0.012) for n in range(count)]
+
+
+def test_short_tests_come_together() -> None:
+    """Eight of 0.012 s are less than 0.1 s; more is asked for when the last of them starts."""
+    made = dispatcher_of(trivial(100), [gpu_worker(0), gpu_worker(1)])
+    found = [action for action in made.step({}, 0) if isinstance(action, Run)]
+    assert [(len(run.tests), run.ahead) for run in found] == [(8, 3), (8, 3)]
+    tests = found[0].tests
+    for test in tests[:-1]:
+        assert made.finished("gw0", test, None, 0.01) is False
+    made.asked("gw0", tests[-1], "start")
+    (more,) = made.step({}, 0.1)
+    assert isinstance(more, Run)
+    assert (len(more.tests), more.admitted) == (8, True)
+    # The lease is the largest need, however many there are.
+    assert made._ledgers[GPU].committed == 4 * GB
+
+
+def test_only_tests_that_fit_are_sent_together() -> None:
+    """After one of 4 GB beside 4 of 10: not one of 7, though it is short too."""
+    jobs = [*trivial(1, 4), *trivial(1, 4), *trivial(20, 7), *trivial(20, 2)]
+    policy = Policy(dist="loadscope", reorder=False)
+    made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1)], policy=policy)
+    made._gpu.workers["gw0"].sent = []
+    found = runs(made.step({}, 0))
+    assert set(found["gw1"]) & set(range(2, 22)) == set()
+
+
+def test_short_tests_behind_a_long_one_are_taken_back() -> None:
+    """Twice their time is over, and the first still runs: the others go elsewhere."""
+    made = dispatcher_of(trivial(40), [gpu_worker(0), gpu_worker(1)])
+    tests = runs(made.step({}, 0))["gw0"]
+    assert made.due_at == pytest.approx(0.2)
+    assert Recall("gw0") in made.step({}, 0.3)
+    made.returned("gw0", tests[2:])
+    assert made.worker_down("gw0") == Lost(tests[0], (tests[1],))
+
+
+def test_a_run_that_ends_early() -> None:
+    """Nothing more is handed out; a bound test still runs once it fits, else it is given back."""
+    jobs = [gpu_test("a", 6), gpu_test("b", 3), gpu_test("c", 9), gpu_test("d", 1)]
+    policy = Policy(dist="loadscope", reorder=False)
+    made = dispatcher_of(jobs[:3], [gpu_worker(0), gpu_worker(1)], policy=policy)
+    assert runs(made.step({}, 0)) == {"gw0": (0,), "gw1": (1,)}
+    made.asked("gw1", 1, "end")
+    assert waiting(made.step({}, 1)) == {"gw1": 2}
+    made.finished("gw1", 1)
+    made.stop()
+    assert made.step({}, 1) == []
+    made.finished("gw0", 0, {GPU: 0})
+    assert runs(made.step({}, 2)) == {"gw1": (2,)}
+    made.finished("gw1", 2)
+    assert made.step({}, 3) == []

@@ -1,0 +1,112 @@
+"""xdist in a worker: its channel to the controller, and its events.
+
+Private names of xdist that are used, all of `xdist.remote.WorkerInteractor` (since xdist 1, the
+class under this name since 2.0):
+
+- `channel`: where xdist's commands arrive; the run loop reads them beside our own messages.
+- `sendevent`: `runtest_protocol_complete` (since 3.0) says that a test is over, `unscheduled`
+  (since 3.2) carries what the controller has to hear in its own thread, in order with the reports.
+- `item_index`: the test that reports belong to.
+
+Without one of them `interactor_of` is None, the worker says so before it is sent anything, and
+xdist schedules the run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+_CLASS = "WorkerInteractor"
+
+
+def interactor_of(config: pytest.Config) -> Interactor | None:
+    """xdist's object in this worker; None where there is none with all that is needed."""
+    for plugin in config.pluginmanager.get_plugins():
+        if type(plugin).__name__ == _CLASS:
+            channel = getattr(plugin, "channel", None)
+            fits = callable(getattr(channel, "setcallback", None)) and callable(
+                getattr(plugin, "sendevent", None)
+            )
+            return Interactor(plugin) if fits else None
+    return None
+
+
+class Interactor:
+    """What a run loop of our own needs of xdist."""
+
+    def __init__(self, plugin: Any) -> None:
+        self._plugin = plugin
+
+    def listen(self, receive: Callable[[bool], object]) -> Commands:
+        """Take xdist's commands from now on: `receive` hears of each whether it ends the worker."""
+        return Commands(self._plugin, receive)
+
+    def begin(self, index: int) -> None:
+        """From now on reports belong to this test."""
+        self._plugin.item_index = index
+
+    def complete(self, index: int, seconds: float) -> None:
+        """The protocol of this test is over."""
+        self._plugin.sendevent("runtest_protocol_complete", item_index=index, duration=seconds)
+
+    def send(self, *words: Any) -> None:
+        """Say something to the scheduler, which hears it in xdist's own thread."""
+        self._plugin.sendevent("unscheduled", indices=list(words))
+
+
+class Commands:
+    """xdist's commands to this worker, kept for xdist's own run loop until it takes over."""
+
+    def __init__(self, plugin: Any, receive: Callable[[bool], object]) -> None:
+        self._plugin = plugin
+        self._receive = receive
+        self._lock = threading.Lock()
+        self._kept: list[Any] | None = []
+        self._callback: Callable[[Any], object] | None = None
+        self._end_marker: Any = None
+        plugin.channel.setcallback(self._on_message, endmarker=_END)
+
+    def _on_message(self, message: Any) -> None:
+        with self._lock:
+            if self._callback is None:
+                if self._kept is not None:
+                    self._kept.append(message)
+                # The name of a command comes first; only `shutdown` ends a worker.
+                ends = message is _END or (isinstance(message, tuple) and message[0] == "shutdown")
+                self._receive(ends)
+            else:
+                self._callback(self._end_marker if message is _END else message)
+
+    def forget(self) -> None:
+        """Our own loop runs the tests: keep nothing for xdist's."""
+        with self._lock:
+            self._kept = None
+
+    def hand_over(self) -> None:
+        """Let xdist's own run loop have the commands, those that came already among them."""
+        self._plugin.channel = _HandedOver(self._plugin.channel, self._connect)
+
+    def _connect(self, callback: Callable[[Any], object], endmarker: Any = None) -> None:
+        with self._lock:
+            self._callback, self._end_marker = callback, endmarker
+            kept, self._kept = self._kept, None
+            for message in kept or ():
+                callback(endmarker if message is _END else message)
+
+
+class _HandedOver:
+    """A channel of which somebody else has the callback already."""
+
+    def __init__(self, channel: Any, connect: Callable[..., None]) -> None:
+        self._channel = channel
+        self.setcallback = connect
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+
+_END = object()
