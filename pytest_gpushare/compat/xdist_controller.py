@@ -5,7 +5,7 @@ Names of xdist that are used:
 - `WorkerController.notify_inproc` (since 1.0): puts an event into xdist's queue. The event
   `unscheduled` (since 3.2) without tests changes nothing, and has xdist call its scheduler.
   Without it a test that waits for VRAM is looked at again when a worker reports the next time.
-- The plugin `dsession`, its `shuttingdown` and `shouldstop` (since 1.0): whether xdist ends the run.
+- The plugin `dsession`, its `shuttingdown` and `shouldstop` (since 1.0): whether the run is ending.
   Without them tests are handed out until the workers are gone.
 - `xdist.report.report_collection_diff` (since 1.0): the text of an error. Without it the text is
   our own.
