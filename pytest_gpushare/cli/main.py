@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from pytest_gpushare.cli.terminal import INTERNAL, OK, REFUSED
 from pytest_gpushare.errors import GpuShareError
+from pytest_gpushare.units import MOST_VRAM, parse_size
 
 TRACEBACK = "PYTEST_GPUSHARE_TRACEBACK"
 
@@ -65,6 +66,10 @@ def _run(options: argparse.Namespace) -> int:
         from pytest_gpushare.cli.doctor import doctor
 
         return doctor(options)
+    if options.command == "hold":
+        from pytest_gpushare.cli.hold import hold
+
+        return hold(options)
     from pytest_gpushare.cli.watch import watch
 
     return watch(options)
@@ -91,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_doctor(commands)
     _add_watch(commands)
+    _add_hold(commands)
     return parser
 
 
@@ -172,6 +178,37 @@ def _add_watch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--json", action="store_true", help="one JSON document per line")
 
 
+def _add_hold(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "hold",
+        "run any command while VRAM is leased for it",
+        "Wait until the VRAM can be leased, run the command after --, and give the VRAM back. "
+        "Test runs and other hold commands on this host leave it to the command and to what it "
+        "starts. A test run inside plans with this VRAM. The exit code is the command's; 4: the "
+        "VRAM is not to be had.",
+        "--vram SIZE -- COMMAND",
+    )
+    parser.add_argument(
+        "--vram", required=True, type=_vram, metavar="SIZE", help="such as 8GB; a number is MB"
+    )
+    parser.add_argument(
+        "--device", default="0", metavar="DEVICE", help="index or UUID (default: 0)"
+    )
+    parser.add_argument(
+        "--wait",
+        type=_seconds,
+        metavar="SECONDS",
+        help="how long to wait (default: 300 without progress of those who hold the VRAM)",
+    )
+    parser.add_argument(
+        "--leases",
+        default="",
+        metavar="DIRECTORY",
+        help="as gpu_share_leases (default: the directory that all users share)",
+    )
+
+
 def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
@@ -200,6 +237,26 @@ def _number(text: str) -> str:
     raise argparse.ArgumentTypeError(
         f"{text!r}: allowed is a number of workers, auto, logical or gpu-auto"
     )
+
+
+def _vram(text: str) -> int:
+    try:
+        size = int(parse_size(text, "MB"))
+    except ValueError:
+        size = 0
+    if not 0 < size < MOST_VRAM:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: allowed is a size such as 8GB or 512MB")
+    return size
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 604800:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: allowed is a number from 0 to 604800")
+    return seconds
 
 
 def _interval(text: str) -> float:

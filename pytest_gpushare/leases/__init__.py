@@ -1,1 +1,153 @@
-"""Leases: VRAM that a session claims, so that several sessions of one host share a device."""
+"""Leases: VRAM that a session claims, so that several sessions of one host share a device.
+
+`acquire` is for scripts and tests of other projects; runs under the plugin lease by themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_gpushare.errors import GpuShareError
+from pytest_gpushare.units import GB, format_gb, parse_size
+
+if TYPE_CHECKING:
+    from pytest_gpushare.gpu.devices import Device
+    from pytest_gpushare.leases.lessee import Lessee, View
+
+__all__ = ["Lease", "LeaseUnavailable", "acquire"]
+
+SAFETY_BUFFER = GB
+"""Bytes that a lease leaves free on its device."""
+
+
+class LeaseUnavailable(GpuShareError):
+    """The VRAM is not to be had; the text says who holds it."""
+
+
+class Lease(NamedTuple):
+    """VRAM that is leased."""
+
+    device: str
+    """UUID."""
+    size: int
+    """Bytes."""
+    descriptor: int | None = None
+    """A process that inherits this open file keeps the lease; None where nothing was leased, as
+    it lives in the slot of a worker."""
+
+
+@contextlib.contextmanager
+def acquire(
+    device: str | int, size: str | int, wait: float | None = None, *, directory: str = ""
+) -> Iterator[Lease]:
+    """Lease VRAM for as long as the block runs.
+
+    `device` is an index or a UUID, `size` is in bytes or a text such as `8GB`. `wait` is in
+    seconds; None waits as a run does, for 300 s without progress of the sessions that hold the
+    VRAM. `directory` is that of the ledger. In a GPU worker of a run only what goes beyond its
+    slot is leased. Raises `LeaseUnavailable`.
+    """
+    from pytest_gpushare.place import current
+
+    wanted = size if isinstance(size, int) else int(parse_size(size, "MB"))
+    place = current()
+    own = place.vram if device in (place.device, place.index) or device == 0 else 0
+    if place.role == "gpu" and own >= wanted:
+        yield Lease(str(place.device), wanted)
+        return
+    with _opened(device, directory) as (found, lessee):
+        _claim(lessee, found, wanted - own, wait)
+        yield Lease(found.uuid, wanted, lessee.ledger.descriptor)
+
+
+@contextlib.contextmanager
+def _opened(device: str | int, directory: str) -> Iterator[tuple[Device, Lessee]]:
+    """The device, and this process's part in the ledger."""
+    from pytest_gpushare.gpu.host import pid_space
+    from pytest_gpushare.gpu.nvml import Nvml
+    from pytest_gpushare.gpu.sampler import LiveVram
+    from pytest_gpushare.leases.ledger import Ledger, LedgerError, default_directory
+    from pytest_gpushare.leases.lessee import Lessee, LiveReadings
+    from pytest_gpushare.leases.records import LeaseRecord
+    from pytest_gpushare.ollama.reservation import neighbour_of
+    from pytest_gpushare.timed import call_within
+
+    nvml = Nvml(neighbour_of)
+    live = None
+    try:
+        nvml.open()
+        facts = nvml.read(None, None)
+        names = {name: d for d in facts.all_devices for name in (d.index, d.uuid)}
+        found = names.get(str(device))
+        if found is None:
+            known = ", ".join(d.index for d in facts.all_devices) or facts.absence
+            raise LeaseUnavailable(f"no device {str(device)[:100]}: there is {known}")
+        live = LiveVram(nvml)
+        try:
+            ledger = Ledger(Path(directory).absolute() if directory else default_directory())
+        except LedgerError as error:
+            raise LeaseUnavailable(f"no VRAM is leased: {error}") from None
+        record = LeaseRecord(os.getpid(), pid_space() or "", str(Path.cwd()), began=time.time())
+        lessee = Lessee(ledger, record, {found.uuid: found.total}, LiveReadings(live))
+        try:
+            yield found, lessee
+        finally:
+            lessee.close()
+    finally:
+        if live is not None:
+            live.close()
+        call_within(1.0, nvml.close)
+
+
+def _claim(lessee: Lessee, device: Device, size: int, wait: float | None) -> None:
+    from pytest_gpushare.leases.claims import Naming
+    from pytest_gpushare.leases.ledger import LedgerError
+    from pytest_gpushare.leases.lessee import WaitingLine, Wish
+    from pytest_gpushare.leases.records import DeviceLease
+
+    def decide(view: View) -> Wish:
+        room, held = _room(view, device)
+        fits = size <= room - view.claims[device.uuid].ahead(room, view.ticket)
+        lease = DeviceLease(size, 0) if fits else DeviceLease(0, size)
+        return Wish({device.uuid: lease}, is_explained=size <= room + held)
+
+    def holders(view: View) -> str:
+        found = view.claims[device.uuid].holders
+        return "; ".join(Naming().holder(h, time.time()) for h in found) or "other programs hold it"
+
+    line = WaitingLine()
+    try:
+        outcome = lessee.claim(
+            decide,
+            wait,
+            lambda view, waited: line.show(
+                f"gpu-share: waiting for {format_gb(size)} of VRAM, {waited:.0f} s: {holders(view)}"
+            ),
+        )
+    except LedgerError as error:
+        raise LeaseUnavailable(f"no VRAM is leased: {error}") from None
+    finally:
+        line.clear()
+    if not outcome.is_granted:
+        raise LeaseUnavailable(
+            f"{format_gb(size)} of VRAM are not to be had on {device.label} after "
+            f"{outcome.waited:.0f} s: {holders(outcome.view)}"
+        )
+
+
+def _room(view: View, device: Device) -> tuple[int, int]:
+    """Bytes that can be leased, and those that the other sessions' leases withhold."""
+    claims = view.claims[device.uuid]
+    memory: Mapping[str, object] = view.memory or {}
+    found = memory.get(device.uuid)
+    free = int(getattr(found, "free", device.free))
+    processes = view.processes.get(device.uuid, device.processes) or ()
+    resident = sum(process.used or 0 for process in processes if process.neighbour)
+    outstanding = max(0, claims.reserved - resident)
+    room = max(0, free - outstanding - SAFETY_BUFFER - claims.leased)
+    return room, claims.leased + sum(holder.held or 0 for holder in claims.holders)

@@ -140,6 +140,11 @@ class Ledger:
         """The file of this session's record; None where it has none."""
         return self.directory / self._own_name if self._own is not None else None
 
+    @property
+    def descriptor(self) -> int | None:
+        """The open file of the record: a process that inherits it keeps the record alive."""
+        return self._own
+
     @contextlib.contextmanager
     def gate(self) -> Iterator[None]:
         """Hold the gate. Raises `GateError` after `GATE_LIMIT` seconds, `LedgerError`."""

@@ -7,13 +7,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.host import parent_of, pid_space
 from pytest_gpushare.leases.claims import DeviceClaims, claims_of, names_device
 from pytest_gpushare.leases.ledger import Ledger, LedgerError, LiveSession
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
+
+if TYPE_CHECKING:
+    from pytest_gpushare.gpu.sampler import LiveVram
 
 DEFAULT_WAIT = 300.0
 """Seconds without progress of the others for which VRAM that they lease is waited for."""
@@ -39,6 +42,25 @@ class Readings(Protocol):
 
     def processes(self) -> Mapping[str, tuple[GpuProcess, ...] | None]:
         """UUID -> who holds VRAM there now."""
+
+
+class LiveReadings:
+    """NVML within its time limits; a reading that came too late is none."""
+
+    def __init__(self, live: LiveVram) -> None:
+        self._live = live
+
+    def memory(self) -> Mapping[str, Memory]:
+        """See `Readings`."""
+        asked = time.monotonic()
+        reading = self._live.memory(0.0)
+        return reading.devices if reading.at >= asked else {}
+
+    def processes(self) -> Mapping[str, tuple[GpuProcess, ...] | None]:
+        """See `Readings`."""
+        asked = time.monotonic()
+        reading = self._live.processes(0.0)
+        return reading.devices if reading.at >= asked else {}
 
 
 class View(NamedTuple):

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, Memory
+from pytest_gpushare.gpu.devices import Device, GpuFacts
 from pytest_gpushare.gpu.host import pid_space
 from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.leases.ledger import Ledger, LedgerError, default_directory
-from pytest_gpushare.leases.lessee import Lessee, View, WaitingLine, Wish
+from pytest_gpushare.leases.lessee import Lessee, LiveReadings, View, WaitingLine, Wish
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 from pytest_gpushare.planning.plan import LeasedByOthers, Limit, Plan
 from pytest_gpushare.units import format_gb
@@ -94,7 +94,7 @@ def agree(
         models=settings.ollama_models,
     )
     totals = {device.uuid: device.total for device in gpus.devices} if shares else {}
-    lessee = Lessee(ledger, record, totals, None if live is None else _Live(live))
+    lessee = Lessee(ledger, record, totals, None if live is None else LiveReadings(live))
     if not shares:
         return Agreed(gpus, nobody, make(gpus, nobody), None if terms.only_asks else lessee)
     negotiation = _Negotiation(settings, gpus, make, terms.refresh)
@@ -121,23 +121,6 @@ def _user() -> str:
     with contextlib.suppress(Exception):
         return getpass.getuser()
     return ""
-
-
-class _Live:
-    """NVML within its time limits; a reading that came too late is none."""
-
-    def __init__(self, live: LiveVram) -> None:
-        self._live = live
-
-    def memory(self) -> Mapping[str, Memory]:
-        asked = time.monotonic()
-        reading = self._live.memory(0.0)
-        return reading.devices if reading.at >= asked else {}
-
-    def processes(self) -> Mapping[str, tuple[GpuProcess, ...] | None]:
-        asked = time.monotonic()
-        reading = self._live.processes(0.0)
-        return reading.devices if reading.at >= asked else {}
 
 
 class _Negotiation:

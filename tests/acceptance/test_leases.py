@@ -259,3 +259,53 @@ def test_record_of_a_run(start: Callable[..., Session], machine: Machine, projec
     assert devices[uuid][0] == 21 * 1024**3
     output = project.command([sys.executable, "-m", "pytest_gpushare", "watch", "--once"]).out
     assert "leases 21.0 GB, 0 of 1 tests done" in output
+
+
+HOLD = [sys.executable, "-m", "pytest_gpushare", "hold"]
+
+
+def test_hold(start: Callable[..., Session], machine: Machine, project: Project) -> None:
+    """A command has its VRAM, passes its exit code on, and a run beside it waits for the rest."""
+    project.file("enough", "")
+    script = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'] , flush=True); sys.exit(7)"
+    result = project.command([*HOLD, "--vram", "8GB", "--", sys.executable, "-c", script])
+    assert (result.code, result.out.strip()) == (7, machine.snapshot()[0].uuid)
+    refused = project.command([*HOLD, "--vram", "23GB", "--", "true"])
+    assert refused.code == 4
+    assert "23.0 GB of VRAM are not to be had on GPU 0" in refused.err
+    assert project.command([*HOLD, "--vram", "8GB", "--device", "3", "--", "true"]).code == 4
+    assert project.command([*HOLD, "--vram", "8GB", "--", "/nowhere"]).code == 4
+    assert project.command([*HOLD, "--vram", "much", "--", "true"]).code == 2
+
+
+def test_run_inside_hold(project: Project, machine: Machine) -> None:
+    """It plans with the VRAM of the lease, and takes no second one."""
+    pytest_command = [sys.executable, "-m", "pytest", "--gpu-share", "-p", "no:cacheprovider"]
+    result = project.command(
+        [*HOLD, "--vram", "8GB", "--", *pytest_command, "-o", "gpu_share_preset=no-ollama", "-n1"]
+    )
+    assert "1 GPU worker × 8.0 GB" in result.out
+    assert result.code == 0
+
+
+def test_lease_outlives_a_killed_hold(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    """The command inherits the record: the VRAM is its own until it ends."""
+    with subprocess.Popen(
+        [*HOLD, "--vram", "20GB", "--", "sleep", "60"], env=project.environment, cwd=project.path
+    ) as process:
+        wait_for(lambda: bool(records(project)))
+        wait_for(lambda: bool(_children(process.pid)))
+        (child,) = _children(process.pid)
+        process.kill()
+        process.wait(10)
+        result = project.command([*HOLD, "--vram", "8GB", "--wait", "0", "--", "true"])
+        assert result.code == 4
+        os.kill(child, signal.SIGKILL)
+        wait_for(lambda: project.command([*HOLD, "--vram", "8GB", "--", "true"]).code == 0)
+
+
+def _children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(word) for word in text.split()]
