@@ -132,6 +132,8 @@ class Ledger:
         self._shut_until = float("-inf")
         self._own: int | None = None
         self._own_name = ""
+        self._parsed: dict[str, tuple[bytes, LiveSession]] = {}
+        """Records as they were read last: most have not changed since."""
         self._directory = _open_directory(directory, create=not is_reader)
         _ALL.add(self)
 
@@ -291,7 +293,10 @@ class Ledger:
     # --- the others ---
 
     def _live(self, *, may_remove: bool) -> Iterator[LiveSession]:
-        for name in self._names():
+        names = self._names()
+        for gone in self._parsed.keys() - names:
+            del self._parsed[gone]
+        for name in names:
             if name == self._own_name and self._own is not None:
                 continue
             # A file that vanishes, or may not be read, is no session.
@@ -323,10 +328,10 @@ class Ledger:
             content = os.read(descriptor, SIZE)
         finally:
             locks.close(descriptor)
-        try:
-            return LiveSession(name, uid, from_bytes(content))
-        except UnreadableError as error:
-            return LiveSession(name, uid, None, str(error))
+        known = self._parsed.get(name)
+        if known is None or known[0] != content:
+            known = self._parsed[name] = content, _session(name, uid, content)
+        return known[1]
 
     # --- relative to the directory that was opened ---
 
@@ -424,6 +429,13 @@ def _make_readable(descriptor: int) -> None:
     """Whatever the umask is: the others must be able to read it, and not to write."""
     if hasattr(os, "fchmod"):
         os.fchmod(descriptor, 0o644)
+
+
+def _session(name: str, uid: int | None, content: bytes) -> LiveSession:
+    try:
+        return LiveSession(name, uid, from_bytes(content))
+    except UnreadableError as error:
+        return LiveSession(name, uid, None, str(error))
 
 
 def _is_record(name: str) -> bool:

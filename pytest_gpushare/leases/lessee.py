@@ -163,10 +163,10 @@ class Lessee:
                 raise
 
     def _pause(self, view: View, waited: float) -> float:
-        pause = min(max(_SHORTEST_PAUSE, waited / 10), _LONGEST_PAUSE)
+        pause = min(max(_SHORTEST_PAUSE, waited / 20), _LONGEST_PAUSE)
         before = {w.ticket for c in view.claims.values() for w in c.waiting}
         ahead = sum(ticket < self._record.ticket for ticket in before)
-        return min(pause * (1 + ahead), max(pause, _MOST_PAUSE))
+        return min(pause * (1 + ahead / 2), _MOST_PAUSE)
 
     def _decide(self, decide: Decide, *, is_first: bool) -> tuple[View, Wish]:
         with self._lock, self.ledger.gate():
