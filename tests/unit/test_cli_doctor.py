@@ -278,7 +278,7 @@ def test_settings_that_stand_in() -> None:
     assert (settings.presets, error) == (("conservative",), "")
 
 
-NOT_CODES = {"pytest-xdist", "nvidia-ml-py", "nvidia-smi", "site-packages"}
+NOT_CODES = {"pytest-xdist", "systemd-private", "nvidia-ml-py", "nvidia-smi", "site-packages"}
 
 
 def test_each_code_has_its_section() -> None:

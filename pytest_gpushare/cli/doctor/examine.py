@@ -22,6 +22,7 @@ from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.visibility import VARIABLE, culprit
 from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.planning.leasing import Terms
 from pytest_gpushare.planning.plan import Request
 from pytest_gpushare.planning.startup import PlanHooks, check, host_probe
 from pytest_gpushare.session.run import ActiveRun
@@ -226,15 +227,16 @@ def _start(settings: Settings, request: Request, host: Host) -> tuple[ActiveRun,
     """The plan of a run, and why it would not start; the plan is then made without that limit."""
     # doctor never loads a model.
     lenient = replace(settings, fallback_to_cpu_when_constrained=True, ollama_preload=False)
+    terms = Terms(Path.cwd(), only_asks=True)
     error = ""
     try:
         if settings.ollama_preload:
             check(settings)
-        facts = start(lenient, request, host, PlanHooks())
+        facts = start(lenient, request, host, PlanHooks(), terms=terms)
     except GpuShareError as refused:
         error = str(refused)
         sure = replace(lenient, ollama_unreachable="reserve", ollama_gpu=("auto",))
-        facts = start(sure, request, host, PlanHooks())
+        facts = start(sure, request, host, PlanHooks(), terms=terms)
     facts.close()
     return ActiveRun(facts), error
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from pytest_gpushare.cli.doctor import Finding, broken, look, ok
 from pytest_gpushare.cli.doctor.examine import Examined, Surroundings
 from pytest_gpushare.cli.doctor.project import release
 from pytest_gpushare.gpu.devices import ComputeMode, Device
 from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.leases.ledger import Ledger, LedgerError
 from pytest_gpushare.ollama.messages import NO_GPU, uses_no_gpu
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama
+from pytest_gpushare.planning.leasing import OFF, directory_of
 from pytest_gpushare.report.header import ollama_lines, what_stands
 from pytest_gpushare.units import format_gb, plural
 
@@ -327,3 +331,65 @@ def _device(found: Examined, server: OllamaFacts) -> Iterator[Finding]:
             "held on each of them",
             f"gpu_share_ollama_gpu = {gpus.all_devices[0].index} (or whichever it is)",
         )
+
+
+def sessions(found: Examined) -> Iterator[Finding]:
+    """The ledger by which sessions share the devices, and who leases what."""
+    if not found.started.gpus.all_devices:
+        return
+    if found.settings.leases == OFF:
+        yield ok("leases are off: sessions on this host take no account of each other")
+        return
+    directory = directory_of(found.settings)
+    if not directory.exists() and not directory.is_symlink():
+        yield ok(f"{directory}: no session has leased VRAM yet")
+    else:
+        yield from _ledger(directory)
+    yield from (ok(text) for text in found.started.leases)
+    if found.where.is_container and not directory.is_mount():
+        yield look(
+            "leases-not-mounted",
+            f"{directory} is this container's own: sessions outside are not seen",
+            f"docker run -v {directory}:{directory}",
+        )
+    elif _is_private(directory):
+        yield look(
+            "leases-private",
+            f"{directory} is in a private /tmp of systemd: sessions outside are not seen",
+            "PrivateTmp=no, or gpu_share_leases = a directory that all sessions see",
+        )
+
+
+def _ledger(directory: Path) -> Iterator[Finding]:
+    try:
+        ledger = Ledger(directory, is_reader=True)
+    except LedgerError as error:
+        yield look("leases-unusable", str(error), f"remove {directory}, or set gpu_share_leases")
+        return
+    try:
+        if os.access(directory, os.W_OK | os.X_OK):
+            yield ok(f"{directory}: {plural(len(ledger.look()), 'session')}")
+        else:
+            fix = f"chmod 1777 {directory}"
+            yield look("leases-unusable", f"{directory} cannot be written by this user", fix)
+        for session in ledger.look():
+            if session.record is None:
+                yield look(
+                    "lease-not-understood",
+                    f"{session.name} of {session.owner}: {session.problem}: it claims nothing",
+                    "use one version of pytest-gpushare in all projects of this host",
+                )
+    finally:
+        ledger.close()
+
+
+def _is_private(directory: Path) -> bool:
+    """Whether it is in a /tmp that systemd made for one service."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    places = (line.split() for line in mounts.splitlines())
+    return directory.is_relative_to("/tmp") and any(
+        place[4] == "/tmp" and "systemd-private" in place[3] for place in places if len(place) > 4
+    )
