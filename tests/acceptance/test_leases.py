@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from acceptance.conftest import Project
 from simulator import Machine
+from simulator.child import child_process
 
 LARGE_TESTS = """
     import time
@@ -292,7 +293,7 @@ def test_lease_outlives_a_killed_hold(
     start: Callable[..., Session], machine: Machine, project: Project
 ) -> None:
     """The command inherits the record: the VRAM is its own until it ends."""
-    with subprocess.Popen(
+    with child_process(
         [*HOLD, "--vram", "20GB", "--", "sleep", "60"], env=project.environment, cwd=project.path
     ) as process:
         wait_for(lambda: bool(records(project)))

@@ -27,6 +27,7 @@ from pytest_gpushare.leases.ledger import Ledger
 from pytest_gpushare.leases.lessee import Lessee, View, Wish
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 from pytest_gpushare.units import GB
+from tests.simulator.child import child_process
 
 TOTAL, SIZE, HOLD = 24 * GB, 12 * GB, 0.01
 UUID = "GPU-0"
@@ -95,7 +96,7 @@ def crowd(directory: Path, processes: int, rounds: int) -> list[list[float]]:
                str(rounds), str(until)]  # fmt: skip
     with ExitStack() as stack:
         started = [
-            stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            stack.enter_context(child_process(command, stdout=subprocess.PIPE, text=True))
             for _ in range(processes)
         ]
         outputs = [process.communicate(timeout=300)[0] for process in started]
@@ -140,7 +141,7 @@ def killed(directory: Path) -> float:
         "m = b.lessee(Path(sys.argv[1])); b.acquire(m); m.change(devices={b.UUID: "
         "b.DeviceLease(b.TOTAL)}); print('held', flush=True); time.sleep(60)"
     )
-    with subprocess.Popen(
+    with child_process(
         [sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE
     ) as holder:
         assert holder.stdout is not None
