@@ -202,6 +202,16 @@ class _RunHooks:
             config.pluginmanager.register(worker_plugin.Placed(own, link), "gpu-share-placed")
             worker_plugin.follow(config, own["tests"], link)
             worker_plugin.watch_memory(config, own, link)
+            if run.lessee is not None and run.plan.slots:
+                from pytest_gpushare.worker.in_process import LeasePerTest
+
+                wait = run.settings.wait
+                config.pluginmanager.register(
+                    LeasePerTest(
+                        run.lessee, run.plan, own["tests"], None if wait is None else float(wait)
+                    ),
+                    "gpu-share-lease-per-test",
+                )
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionstart(self) -> Generator[None, Any, Any]:

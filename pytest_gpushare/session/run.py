@@ -198,6 +198,8 @@ class ActiveRun:
                 services.append(NeedsRecorder(self, config))
         self.leases = facts.leases
         """One sentence for each device and session that has leased VRAM there."""
+        self.lessee = facts.lessee
+        """What this session leases; None where it takes no part in the ledger."""
         self._lease: SessionRecord | None = None
         if facts.lessee is not None:
             self._lease = SessionRecord(

@@ -8,11 +8,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_gpushare.leases.locks import keep_alive
-from pytest_gpushare.wire import Link
+
+if TYPE_CHECKING:
+    from pytest_gpushare.wire import Link
 
 GRACE = 0.4
 """Seconds between the end of the controller and that of a worker which would go on."""

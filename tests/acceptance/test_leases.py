@@ -310,3 +310,70 @@ def test_lease_outlives_a_killed_hold(
 def _children(pid: int) -> list[int]:
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(word) for word in text.split()]
+
+
+def test_without_workers_each_test_leases(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    """With `-n 0` a test leases its need while it runs, and waits for that of another session."""
+    project.write(
+        test_project="""
+            import pathlib, pytest, gpusim
+
+            def leased():
+                import json, os
+                (path,) = pathlib.Path(os.environ["PYTEST_GPUSHARE_LEASES"]).glob(
+                    f"s-{os.getpid()}-*")
+                return [s[0] for s in json.loads(path.read_text())["devices"].values()]
+
+            @pytest.fixture(scope="session")
+            def held():
+                return gpusim.alloc("1GB")
+
+            @pytest.mark.gpu(vram="5GB")
+            def test_declared(held):
+                assert leased() == [5 * 2**30]
+
+            @pytest.mark.gpu(vram="2GB")
+            def test_smaller(held):
+                assert leased() == [2 * 2**30]
+
+            def test_unmarked():
+                assert leased() == [21 * 2**30]
+        """
+    )
+    result = project.pytest("--gpu-share", "-n0", "-o", "gpu_share_preset=no-ollama")
+    assert result.passed == 3, result.out
+    assert records(project) == []
+    project.write(
+        test_project="""
+            import pathlib, os, pytest, subprocess, sys, time
+
+            @pytest.fixture(scope="session")
+            def other():
+                hold = [sys.executable, "-m", "pytest_gpushare", "hold", "--vram", "18GB", "--"]
+                process = subprocess.Popen([*hold, "sleep", "30"])
+                directory = pathlib.Path(os.environ["PYTEST_GPUSHARE_LEASES"])
+                until = time.monotonic() + 20
+                while not list(directory.glob(f"s-{process.pid}-*")):
+                    assert time.monotonic() < until
+                    time.sleep(0.01)
+                yield
+                process.terminate()
+                process.wait(20)
+
+            @pytest.mark.gpu(vram="1GB")
+            def test_first(other):
+                pass
+
+            @pytest.mark.gpu(vram="5GB")
+            def test_second(other):
+                pass
+        """
+    )
+    result = project.pytest(
+        "--gpu-share", "-n0", "--gpu-share-wait=1", "-o", "gpu_share_preset=no-ollama"
+    )
+    assert "5.0 GB of VRAM are leased by other sessions, waited 1 s: pid" in result.out
+    assert "ERROR test_project.py::test_second" in result.out
+    assert result.passed == 1
