@@ -43,7 +43,7 @@ def end_function(item: pytest.Item) -> None:
 
 
 def renew(item: pytest.Item) -> None:
-    """Give the test a request for fixtures anew, and an instance of its class: both are used."""
+    """Give the test a new request for fixtures, and an instance of its class: both are used."""
     if isinstance(item.parent, pytest.Class):
         # pytest keeps one for each test; what the first attempt left on `self` must not count.
         vars(item).pop("_instance", None)

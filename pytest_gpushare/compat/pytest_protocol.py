@@ -5,7 +5,7 @@ Private names of pytest that are used, all of `_pytest.runner` but for the item'
 - `call_and_report` (since pytest 2): makes, logs and reports one phase as pytest itself does.
 - `show_test_item` (since 3.0): what `--setup-show` prints.
 - `Session._setupstate` (since 2.4): what is set up.
-- `item._request`, `item._initrequest` (since 2.3): requests for fixtures, made anew where a test
+- `item._request`, `item._initrequest` (since 2.3): requests for fixtures, made again where a test
   is run again.
 
 Without one of them `run_phases` is None, and pytest's own protocol runs each test.

@@ -120,7 +120,7 @@ class Readings:
     def now(self) -> Mapping[str, Reading]:
         """UUID -> reading; empty where nobody can be asked.
 
-        The same mapping as before as long as nothing was read anew; no answer changes later.
+        The same mapping as before as long as nothing was read again; no answer changes later.
         """
         if self._live is None:
             return {}

@@ -179,7 +179,7 @@ _SPEAKS_OF_GPU = re.compile(
 
 
 class Skip(NamedTuple):
-    """A test that skipped itself on a CPU worker, for want of a GPU as far as its reason tells."""
+    """A test that skipped itself on a CPU worker, for lack of a GPU as far as its reason says."""
 
     nodeid: str
     reason: str

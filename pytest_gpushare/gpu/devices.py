@@ -96,7 +96,7 @@ class HostFacts(NamedTuple):
     cpus: int
     """Workers that xdist's `auto` would start."""
     available_ram: int | None = None
-    """Bytes of RAM that can be had without swapping; None where unknown."""
+    """Bytes of RAM that are available without swapping; None where unknown."""
     outer_slot: int | None = None
     """Bytes of the slot in which this whole run lives, as a test of another run started it."""
 

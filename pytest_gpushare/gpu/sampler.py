@@ -121,7 +121,7 @@ class LiveVram:
                     target=self._serve, name="gpu-share-live", daemon=True
                 )
                 self._thread.start()
-            # A reading that is under way serves all callers for whom it is fresh enough.
+            # A reading that is under way serves all callers that accept its age.
             if query.began < oldest:
                 query.is_wanted = True
                 self._changed.notify_all()
@@ -190,7 +190,7 @@ _UNKNOWN = -1
 
 
 class Series:
-    """The rows of one device: when, how much is in use, and by whom; None where unknown."""
+    """The rows of one device: when, how much is in use, and its owners; None where unknown."""
 
     def __init__(self, most: int = MOST_ROWS, recent: int = RECENT_ROWS) -> None:
         self._most, self._recent = most, recent
@@ -318,7 +318,7 @@ class DevicePeaks:
     """
 
     used: int | None = None
-    """In use at one moment, by whomever; None before the first sample."""
+    """In use at one moment, counting every process; None before the first sample."""
     workers: int | None = None
     """By the processes of all workers together, in one process list; None where the driver does
     not attribute processes."""

@@ -233,7 +233,7 @@ def _unlogged() -> Iterator[None]:
 
 
 def _tls(address: Address) -> ssl.SSLContext:
-    """Whom to trust over https: SSL_CERT_FILE and SSL_CERT_DIR where set.
+    """The authorities that are trusted over https: SSL_CERT_FILE and SSL_CERT_DIR where set.
 
     Else the system's certificates and those that come with httpx: some builds of Python know of
     no others.

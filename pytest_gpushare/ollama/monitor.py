@@ -95,8 +95,8 @@ EVERY = 1.0
 """Seconds between looks at whose VRAM is whose."""
 
 Look = Callable[[Sequence[LoadedModel], bool], Mapping[str, DeviceUsage]]
-"""What is held now, by device, given the models that Ollama has loaded, and whether by
-whom."""
+"""What is held now, by device, given the models that Ollama has loaded, and whether with
+its owners."""
 
 
 class Neighbour:
@@ -137,7 +137,7 @@ class Neighbour:
             return {uuid: held.of(OLLAMA) for uuid, held in self._samples[-1][1].items()}
 
     def sample(self, *, by_worker: bool = False) -> None:
-        """Look at how much is held, and once a second, or when it matters, by whom."""
+        """Look at how much is held, and once a second, or when it matters, by which process."""
         now = self._record.now()
         by_worker = by_worker or now - self._split_at >= EVERY
         held = self._look(self.history.models, by_worker)

@@ -1,7 +1,7 @@
 """Why a part of a model went to the CPU, and the setting that would have prevented it.
 
 Ollama asks for free VRAM when it loads a model, and for nothing later. So the question is what
-was held at that moment, by whom, and whether the plan had promised it to Ollama.
+was held at that moment, by which process, and whether the plan had promised it to Ollama.
 """
 
 from __future__ import annotations

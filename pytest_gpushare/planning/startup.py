@@ -386,7 +386,7 @@ def load_first(
     environment: Mapping[str, str],
     sizes: KnownSizes = NOTHING_KNOWN,
 ) -> tuple[Probes, Loading]:
-    """Load what is missing, and probe anew, so that the plan knows it as resident.
+    """Load what is missing, and probe again, so that the plan knows it as resident.
 
     Raises `PreloadError` where a model is missing that must not be. `probes` are closed.
     """

@@ -111,7 +111,7 @@ class Dispatcher:
         """A worker has ended or died; `replaced`: another takes its place soon.
 
         The first of the tests that it had is over, as crashed, unless it is one of `unsent`,
-        which the worker has never heard of; the others are dispatched anew.
+        which the worker has never heard of; the others are dispatched again.
         """
         self._expected += replaced
         self._gone = True
@@ -250,7 +250,7 @@ class Dispatcher:
         """What is to be done now.
 
         `readings` are the devices as last read, by UUID: the same mapping as long as nothing
-        was read anew, and never one that has changed. `at` is the time in seconds by any clock
+        was read again, and never one that has changed. `at` is the time in seconds by any clock
         that does not go back.
         """
         self._gpu.at = at

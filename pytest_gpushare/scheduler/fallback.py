@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Fallback:
-    """What becomes of tests that are refused, or for which no GPU can be had."""
+    """What becomes of tests that are refused, or for which there is no GPU."""
 
     def __init__(self, gpu: GpuPool, cpu: CpuPool, pressure: Pressure) -> None:
         self._gpu = gpu

@@ -79,7 +79,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     first, *rest = (_fixed(part) for part in re.split(r"\*+", pattern))
     text = first
     # Each star but the last takes the first place that fits and never tries another, as in
-    # `fnmatch`: patterns of many stars would backtrack for ever.
+    # `fnmatch`: patterns of many stars would backtrack forever.
     for number, part in enumerate(rest[:-1]):
         text += f"(?=(?P<star{number}>.*?{part}))(?P=star{number})"
     text += "".join(f".*{part}" for part in rest[-1:])

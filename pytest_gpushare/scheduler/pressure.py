@@ -1,4 +1,4 @@
-"""What is done for a test that waits: room is made, others are waited for, but not for ever."""
+"""What is done for a test that waits: VRAM is freed, and others are waited for, within limits."""
 
 from __future__ import annotations
 

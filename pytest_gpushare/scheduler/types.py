@@ -178,4 +178,4 @@ class Lost(NamedTuple):
     running: int | None = None
     """The test that it ran, which does not come again by itself."""
     queued: tuple[int, ...] = ()
-    """Tests that it had not begun; they are dispatched anew."""
+    """Tests that it had not begun; they are dispatched again."""

@@ -246,7 +246,7 @@ class Retry:
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
     def pytest_timeout_set_timer(self, settings: Any) -> None:
-        """pytest-timeout starts its timer; it does so anew for the second attempt."""
+        """pytest-timeout starts its timer; once more for the second attempt."""
         self._timer = settings
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)

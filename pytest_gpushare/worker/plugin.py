@@ -115,7 +115,7 @@ def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> Non
 def keep_log_file(config: pytest.Config) -> None:
     """Append to `log_file`, where pytest's default is to empty it.
 
-    Every worker opens the controller's file anew: the VRAM analysis was gone from it before
+    Every worker opens the controller's file again: the VRAM analysis was gone from it before
     the first test. Must run before pytest's logging plugin opens the file.
     """
     if getattr(config.option, "log_file_mode", "") is None:

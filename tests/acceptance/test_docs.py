@@ -476,6 +476,29 @@ def test_default_preset_is_the_defaults() -> None:
         assert option.read(value, "preset") == option.read(option.default, "default")
 
 
+def test_places_in_the_code_exist() -> None:
+    """CONTRIBUTING.md names modules, and classes, methods and names in them, that are there."""
+    text = PAGES["CONTRIBUTING.md"].read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)(?::([\w.]+))?`", text)
+    for name, inside in named:
+        path = ROOT / "pytest_gpushare" / name
+        path = path if path.exists() else ROOT / name
+        body: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
+        for part in inside.split(".") if inside else ():
+            found = [node for node in body if part in _names_of(node)]
+            assert found, f"{name} has no {inside}"
+            body = getattr(found[0], "body", [])
+    assert len(named) > 30
+
+
+def _names_of(node: ast.stmt) -> list[str]:
+    """The names that a statement defines."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
 def test_links_of_pages_for_github() -> None:
     """Relative links lead to files."""
     for name in ("README.md", "CONTRIBUTING.md"):
