@@ -272,6 +272,8 @@ class OwnDispatch:
         suite.is_closed = True
         if weighed.has_needs or packs:
             remember_needs(self._config)
+        alone = (job.need.vram or 0 for job in weighed.jobs if job.need and job.need.devices == 1)
+        started.lease_for(max(alone, default=0))
         rooms = self._rooms()
         dispatcher = Dispatcher(weighed.jobs, rooms, self._policy())
         executor = Executor(

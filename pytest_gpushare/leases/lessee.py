@@ -84,10 +84,14 @@ class Wish(NamedTuple):
     """By UUID. Without any lease among them the session waits for what it wants there."""
     is_explained: bool = False
     """Whether there would be enough without the leases of others."""
+    granted: bool | None = None
+    """Whether this is what the session waits for; None: any lease is."""
 
     @property
     def is_granted(self) -> bool:
         """Whether something is leased."""
+        if self.granted is not None:
+            return self.granted
         return any(share.lease for share in self.devices.values())
 
 
@@ -209,6 +213,12 @@ class Lessee:
             sessions, self._totals, {}, space="", now=self._clock(), ancestors=_line_of
         )
         return View(sessions, claims)
+
+    def models_of_others(self) -> frozenset[str]:
+        """The models of Ollama's that other sessions use, by full name."""
+        records = (session.record for session in self.ledger.look())
+        names = (name for record in records if record is not None for name in record.models)
+        return frozenset(name if ":" in name else f"{name}:latest" for name in names)
 
     def change(self, **fields: object) -> bool:
         """Publish other values of fields of the record. Returns whether that was possible.

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime, timezone
 from typing import NamedTuple
 
@@ -159,6 +159,8 @@ class KeptLoaded:
                 self._expected[each.model.name] = now + left
         self.given_up: list[str] = []
         """A sentence on each model that is not kept any more."""
+        self.used_by_others: Callable[[], Collection[str]] = frozenset
+        """The models that other sessions use now: their keep-alive is left as it is."""
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._is_restored = False
@@ -175,6 +177,9 @@ class KeptLoaded:
                 return
             self._is_restored = True
         prolonged = [each for each in self._kept if each.is_prolonged]
+        if prolonged:
+            used = self.used_by_others()
+            prolonged = [each for each in prolonged if each.model.name not in used]
         if not prolonged:
             return
         until = time.monotonic() + RESTORE_LIMIT

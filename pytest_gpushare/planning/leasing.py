@@ -137,6 +137,8 @@ class _Negotiation:
         self._refresh, self._refreshed = refresh, 0.0
         self._own: Mapping[str, int] | None = None
         self._naming = Naming()
+        # Notes stand in reports, which are passed on to others.
+        self._reported = Naming(settings.report_names)
         self._line = WaitingLine()
         self.now, self.others = gpus, LeasedByOthers()
         self.plan: Plan | None = None
@@ -159,13 +161,14 @@ class _Negotiation:
         if in_process:
             # The tests lease what they need, one by one.
             lessee.shrink({})
-        notes = [_unreadable(session.name, session.owner, session.problem)
+        notes = [_unreadable(session.name, session.problem)
                  for session in outcome.view.sessions if session.record is None]  # fmt: skip
         if not outcome.is_granted and outcome.waited >= 1:
-            who = "; ".join(self._holders(outcome.view)) or "other programs hold it"
+            who = "; ".join(self._holders(outcome.view, self._reported)) or "other programs hold it"
             notes.append(f"waited {outcome.waited:.0f} s for VRAM: {who}")
         elif not outcome.is_granted and any(c.holders for c in outcome.view.claims.values()):
-            notes.append(f"VRAM is leased: {'; '.join(self._holders(outcome.view))}")
+            held = "; ".join(self._holders(outcome.view, self._reported))
+            notes.append(f"VRAM is leased: {held}")
         return self._agreed(outcome.view, lessee, notes)
 
     def decide(self, view: View) -> Wish:
@@ -228,7 +231,7 @@ class _Negotiation:
 
     def _report(self, view: View, waited: float) -> None:
         needed = format_gb(self.plan.needed) if self.plan is not None else "VRAM"
-        who = "; ".join(self._holders(view)) or "other programs hold the VRAM"
+        who = "; ".join(self._holders(view, self._naming)) or "other programs hold the VRAM"
         text = f"gpu-share: waiting for {needed} of VRAM for a GPU worker, {waited:.0f} s: {who}"
         if not any(share.spare for share in self._shares(view)) and any(
             claim.holders for claim in view.claims.values()
@@ -247,11 +250,11 @@ class _Negotiation:
         records = (session.record for session in view.sessions if session.record is not None)
         return [share for record in records for share in record.devices.values()]
 
-    def _holders(self, view: View) -> list[str]:
+    def _holders(self, view: View, naming: Naming) -> list[str]:
         now, found = time.time(), {}
         for claim in view.claims.values():
             for holder in claim.holders:
-                found[holder.session.name, holder.lease] = self._naming.holder(holder, now)
+                found[holder.session.name, holder.lease] = naming.holder(holder, now)
         return list(found.values())
 
     def _agreed(self, view: View, lessee: Lessee | None, notes: Sequence[str]) -> Agreed:
@@ -264,7 +267,7 @@ class _Negotiation:
             for holder in claim.holders
         )
         over = [
-            f"{labels[uuid]}: {holder.session.owner} claims {format_gb(holder.lease)} of VRAM, "
+            f"{labels[uuid]}: uid {holder.session.uid} claims {format_gb(holder.lease)} of VRAM, "
             f"more than is left there"
             for uuid, claim in view.claims.items()
             for holder in claim.holders
@@ -277,8 +280,71 @@ class _Negotiation:
         )
 
 
-def _unreadable(name: str, owner: str, problem: str) -> str:
-    return f"the lease {name} of {owner} is not understood: {problem}: it claims nothing"
+def grow(lessee: Lessee, plan: Plan, need: int, settings: Settings) -> Plan:
+    """The plan with a budget of at least `need` on one device, once it can be leased.
+
+    For a session whose largest test needs more than other sessions left to it when it started.
+    Nothing runs yet, so it gives up what it has while it waits: two that hold a part each would
+    wait for each other. The plan as it was where the VRAM is not to be had.
+    """
+    by_uuid = {planned.device.uuid: planned for planned in plan.devices}
+    before = dict(lessee.record.devices)
+    line, naming = WaitingLine(), Naming()
+
+    def room(view: View, uuid: str) -> int:
+        planned, claims = by_uuid[uuid], view.claims[uuid]
+        found = (view.memory or {}).get(uuid)
+        free = planned.device.free if found is None else found.free
+        left = free - planned.outstanding - planned.safety_buffer - claims.leased
+        return left - claims.ahead(left, view.ticket)
+
+    def decide(view: View) -> Wish:
+        devices = [uuid for uuid in before if uuid in by_uuid and uuid in view.claims]
+        best = max(devices, key=lambda uuid: room(view, uuid), default=None)
+        fits = best is not None and room(view, best) >= need
+        shares = {
+            uuid: share._replace(lease=max(share.lease, need) if fits and uuid == best else
+                                 share.lease if fits else 0, want=0 if fits else need)
+            for uuid, share in before.items()
+        }  # fmt: skip
+        explained = any(
+            need <= room(view, uuid) + claims.leased + sum(h.held or 0 for h in claims.holders)
+            for uuid, claims in view.claims.items()
+            if uuid in by_uuid
+        )
+        return Wish(shares, explained, granted=fits)
+
+    def report(view: View, waited: float) -> None:
+        holders = [holder for claims in view.claims.values() for holder in claims.holders]
+        who = "; ".join(naming.holder(holder, time.time()) for holder in holders)
+        text = f"gpu-share: waiting for {format_gb(need)} of VRAM for the largest test, "
+        line.show(f"{text}{waited:.0f} s: {who}")
+
+    try:
+        outcome = lessee.claim(
+            decide, None if settings.wait is None else float(settings.wait), report
+        )
+    except LedgerError:
+        return plan
+    finally:
+        line.clear()
+    if not outcome.is_granted:
+        lessee.change(devices=before)
+        return plan
+    leases = lessee.record.devices
+    return replace(
+        plan,
+        devices=tuple(
+            replace(planned, budget=max(planned.budget, leases[planned.device.uuid].lease))
+            if planned.device.uuid in leases
+            else planned
+            for planned in plan.devices
+        ),
+    )
+
+
+def _unreadable(name: str, problem: str) -> str:
+    return f"the lease {name} is not understood: {problem}: it claims nothing"
 
 
 def _updated(gpus: GpuFacts, view: View) -> GpuFacts:

@@ -143,6 +143,7 @@ def _device(planned: DevicePlan, when: str = "") -> dict[str, Any]:
         "resident_bytes": planned.resident,
         "outstanding_bytes": planned.outstanding,
         "safety_buffer_bytes": planned.safety_buffer,
+        "leases_bytes": planned.leases,
         "budget_bytes": planned.budget,
         "workers": planned.workers,
         "slot_bytes": planned.slot_vram or None,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.leases.lessee import Lessee
     from pytest_gpushare.planning.plan import Plan
     from pytest_gpushare.session.tests import RecordedTests
-    from pytest_gpushare.session.workers import Workers
+    from pytest_gpushare.session.workers import WorkerRecord, Workers
     from pytest_gpushare.wire import Links
 
 INTERVAL = 0.5
@@ -122,6 +122,7 @@ class SessionRecord:
             with contextlib.suppress(Exception):
                 path = self.path
                 now = self._seen()
+                self._shrink(list(self._workers))
                 if now != before or self._lessee.is_lost():
                     if self._lessee.change(**now):
                         before = now
@@ -149,14 +150,15 @@ class SessionRecord:
             "total": total,
             "by_needs": self._by_needs,
         }
-        if not self._plan.request.in_process:
+        return seen
+
+    def _shrink(self, members: Sequence[WorkerRecord]) -> None:
+        """Give back the slots of workers that have ended."""
+        # Tests with needs of their own may take the slots of others, up to the budget.
+        if not self._plan.request.in_process and not self._by_needs:
             left = slots_by_device(self._plan)
             for member in members:
                 # xdist puts another one in the place of a worker that crashed.
                 if member.ended is not None and not member.crashed and member.device:
                     left[member.device] -= member.slot
-            seen["devices"] = {
-                uuid: share._replace(lease=max(0, min(share.lease, left[uuid])))
-                for uuid, share in self._lessee.record.devices.items()
-            }
-        return seen
+            self._lessee.shrink({uuid: max(0, size) for uuid, size in left.items()})

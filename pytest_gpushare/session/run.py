@@ -207,6 +207,8 @@ class ActiveRun:
             )
             services.append(self._lease)
             on_needs = self._lease.admits_by_needs
+            if "packed" in self.settings.presets:
+                self._lease.admits_by_needs()
         self.routing = Routing(on_needs)
         self.monitor = monitor_for(self)
         if self.monitor is not None:
@@ -218,6 +220,14 @@ class ActiveRun:
         self.links.on("overwritten", self._note_overwritten)
         self.links.on("here", self.workers.came_up)
         self.links.on("test", self._note_test)
+
+    def lease_for(self, need: int) -> None:
+        """Wait for the VRAM of the largest test, where leases of others left less to the plan."""
+        if self.lessee is None or need <= self.plan.usable or self.plan.request.in_process:
+            return
+        from pytest_gpushare.planning.leasing import grow
+
+        self.plan = grow(self.lessee, self.plan, need, self.settings)
 
     def look_again(self) -> None:
         """Read once more what workers hold: their fixtures are torn down, their processes alive."""

@@ -217,6 +217,8 @@ def start(
     close = probes.close if live is None else _both(live.close, probes.close)
     if agreed.lessee is not None:
         close = _both(agreed.lessee.close, close)
+        if loading is not None and loading.kept is not None:
+            loading.kept.used_by_others = agreed.lessee.models_of_others
     found = StartFacts(
         settings,
         gpus,

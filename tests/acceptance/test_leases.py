@@ -377,3 +377,45 @@ def test_without_workers_each_test_leases(
     assert "5.0 GB of VRAM are leased by other sessions, waited 1 s: pid" in result.out
     assert "ERROR test_project.py::test_second" in result.out
     assert result.passed == 1
+
+
+def test_several_sessions_and_a_killed_one(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    """Mixed presets, with and without needs; one is killed in the middle. Nobody loses a test."""
+    killed = start(SLEEPER, "-o", "gpu_share_preset=no-ollama", "-n1")
+    wait_for((killed.path.parent / "worktree1" / "sleeps").exists)
+    sessions = [
+        start(LARGE_TESTS, "-n2", "-o", "gpu_share_preset=no-ollama"),
+        start(DECLARED, "-n2", "-o", "gpu_share_preset=no-ollama packed"),
+        start(LARGE_TESTS, "-n1", "-o", "gpu_share_ollama_vram_reservation_mb=4096"),
+    ]
+    wait_for(lambda: sum(bool(record["ticket"]) for record in records(project)) == 3, 60)
+    os.kill(killed.process.pid, signal.SIGKILL)
+    outputs = [session.finish(120) for session in sessions]
+    assert [passed(output) for output in outputs] == [4, 4, 4], "\n".join(outputs)
+    assert all("CPU worker" not in output for output in outputs)
+
+
+def test_test_that_needs_more_than_is_left(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    """It waits for the other session, and does not fail as one that can never run."""
+    first = start(SLEEPER, "-o", "gpu_share_preset=no-ollama packed", "-n1",
+                  "-o", "gpu_share_safety_buffer_mb=4096")  # fmt: skip
+    wait_for((first.path.parent / "worktree1" / "sleeps").exists)
+    second = start(DECLARED, "-o", "gpu_share_preset=no-ollama packed", "-n2")
+    wait_for(lambda: any(record["ticket"] for record in records(project)))
+    os.kill(first.process.pid, signal.SIGKILL)
+    output = second.finish()
+    assert passed(output) == 4, output
+    assert "waiting for 6.0 GB of VRAM for the largest test" in output
+
+
+def test_two_sessions_with_one_large_test_each(
+    start: Callable[..., Session], machine: Machine
+) -> None:
+    """With every default: 9 GB for tests, and two tests that need 7 GB of them."""
+    module = DECLARED.replace("6GB", "7GB").replace("range(4)", "range(1)")
+    outputs = [session.finish() for session in [start(module, "-n2"), start(module, "-n2")]]
+    assert [passed(output) for output in outputs] == [1, 1], "\n".join(outputs)

@@ -246,3 +246,10 @@ def test_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
         line.show(f"waiting {second} s")
     line.clear()
     assert capsys.readouterr().err == "waiting 0 s\nwaiting 60 s\nwaiting 120 s\n"
+
+
+def test_models_that_other_sessions_use(world: World) -> None:
+    one, two = world.lessee(), world.lessee()
+    two.change(models=("qwen2.5:14b", "m"))
+    one.change(models=("mine",))
+    assert one.models_of_others() == {"qwen2.5:14b", "m:latest"}

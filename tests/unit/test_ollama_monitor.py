@@ -268,8 +268,8 @@ def test_pace() -> None:
 
 
 def test_keep_alive_is_given_back_to_ours_alone() -> None:
-    """A model that somebody loaded with other options meanwhile is theirs."""
-    models = {"ours": "1GB", "changed": "1GB", "gone": "1GB"}
+    """One that somebody loaded with other options is theirs; another session's is left alone."""
+    models = {"ours": "1GB", "changed": "1GB", "gone": "1GB", "shared": "1GB"}
     with OllamaServer(None, models) as server:
         for name in models:
             server.load(name, keep_alive="1h")
@@ -282,11 +282,13 @@ def test_keep_alive_is_given_back_to_ours_alone() -> None:
         before = {entry["name"]: entry["expires_at"] for entry in server.ps()}
         owned = [OwnModel(model, keep_alive=300.0, is_prolonged=True) for model in ours]
         kept = KeptLoaded(parse_address(server.host), owned)
+        kept.used_by_others = lambda: {"shared:latest"}
         kept.start()
         kept.stop()
         kept.stop()
         after = {entry["name"]: entry["expires_at"] for entry in server.ps()}
-    assert after.keys() == before.keys() == {"ours:latest", "changed:latest"}
+    assert after.keys() == before.keys() == {"ours:latest", "changed:latest", "shared:latest"}
+    assert after["shared:latest"] == before["shared:latest"]
     assert after["changed:latest"] == before["changed:latest"]
     assert after["ours:latest"] < before["ours:latest"]
 
