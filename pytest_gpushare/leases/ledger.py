@@ -42,7 +42,7 @@ GATE_REST = 60.0
 MOST_ENTRIES = 1024
 """Entries of the directory that are read."""
 
-_MEETING_PLACE = Path("/tmp/pytest-gpushare-leases")
+MEETING_PLACE = Path("/tmp/pytest-gpushare-leases")
 """Not the directory for temporary files: that may be each user's, or each session's."""
 
 _GATE = "gate"
@@ -109,7 +109,7 @@ def default_directory() -> Path:
         return Path(given).expanduser().absolute()
     if sys.platform == "win32":
         return Path(os.environ.get("PROGRAMDATA") or "C:/ProgramData", "pytest-gpushare", "leases")
-    return _MEETING_PLACE
+    return MEETING_PLACE
 
 
 class Ledger:
@@ -403,7 +403,7 @@ def _create_directory(directory: Path) -> None:
         # Its creator may have been killed before it set the mode.
         status = directory.lstat()
         is_bare = stat.S_ISDIR(status.st_mode) and not status.st_mode & stat.S_ISVTX
-        if not is_bare or status.st_uid != _own_uid() or directory != _MEETING_PLACE:
+        if not is_bare or status.st_uid != _own_uid() or directory != MEETING_PLACE:
             return
     if hasattr(os, "getuid"):
         # Everybody may add a record, and nobody may remove another's.

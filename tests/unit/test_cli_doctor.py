@@ -19,10 +19,12 @@ from pytest_gpushare.cli.doctor.examine import (
     overwriting,
     settings_of,
 )
-from pytest_gpushare.cli.doctor.machine import driver, ollama, visibility
+from pytest_gpushare.cli.doctor.machine import driver, ollama, sessions, visibility
 from pytest_gpushare.cli.doctor.project import caps, packages, release, tools
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
+from pytest_gpushare.leases.ledger import Ledger
+from pytest_gpushare.leases.records import LeaseRecord
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.planning.plan import Request
 from pytest_gpushare.planning.startup import plan_run
@@ -307,3 +309,26 @@ def test_wrapped_for_a_terminal() -> None:
     assert next(line for line in wrapped if "fix" in line).startswith("       fix: more")
     whole = ["".join(piece.text for piece in row) for row in render.rows(section)]
     assert (len(whole), whole[3].count("little")) == (9, 20)
+
+
+def test_ledger_between_sessions(tmp_path: Path) -> None:
+    """A directory that is none, one that is whole, and a record that is not understood."""
+    path = tmp_path / "leases"
+    settings = {"gpu_share_leases": str(path)}
+    path.write_text("")
+    found = only(sessions(examined(ini=settings)), "leases-unusable")
+    assert "cannot be opened" in found.fact
+    path.unlink()
+    assert list(sessions(examined(ini=settings))) == []
+    ledger = Ledger(path)
+    with ledger.gate():
+        ledger.publish(LeaseRecord(1))
+    (fine,) = sessions(examined(ini=settings))
+    assert fine.fact == f"{path}: 1 session"
+    (record,) = path.glob("s-*")
+    record.write_bytes(b"\0" * 4096)
+    found = only(sessions(examined(ini=settings)), "lease-not-understood")
+    assert "it is damaged: it claims nothing" in found.fact
+    off = sessions(examined(ini={"gpu_share_leases": "off"}))
+    assert "leases are off" in next(off).fact
+    ledger.close()

@@ -381,3 +381,34 @@ def test_default_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert ledgers.default_directory() == Path("/tmp/pytest-gpushare-leases")
     monkeypatch.setenv(ledgers.VARIABLE, str(tmp_path))
     assert ledgers.default_directory() == tmp_path
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="makes a PID namespace, so root on Linux"
+)
+def test_holder_in_another_pid_namespace(directory: Path) -> None:
+    """It is seen as one of another namespace, and gone when it is killed."""
+    from pytest_gpushare.gpu.host import pid_space
+
+    code = textwrap.dedent(HOLDER).replace(
+        "LeaseRecord(os.getpid(), ",
+        "LeaseRecord(os.getpid(), "
+        "__import__('pytest_gpushare.gpu.host').gpu.host.pid_space() or '', ",
+    )
+    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c",
+               code + textwrap.dedent(HELD), str(directory)]  # fmt: skip
+    with child_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        if child.stdout.readline() != b"held\n":
+            pytest.skip("no PID namespace can be made here")
+        ledger = Ledger(directory)
+        (found,) = others(ledger)
+        assert found.record is not None
+        assert found.record.space not in ("", pid_space())
+        assert found.record.space.split("/")[0] == str(pid_space()).split("/")[0]
+        child.kill()
+        child.wait(30)
+    until = time.monotonic() + 10
+    while others(ledger):
+        assert time.monotonic() < until
+        time.sleep(0.01)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from itertools import pairwise
@@ -253,3 +255,33 @@ def test_models_that_other_sessions_use(world: World) -> None:
     two.change(models=("qwen2.5:14b", "m"))
     one.change(models=("mine",))
     assert one.models_of_others() == {"qwen2.5:14b", "m:latest"}
+
+
+def test_waiters_get_their_turn_in_order_of_arrival(tmp_path: Path) -> None:
+    """Eight at once with the real clock: each holds the whole device for a moment."""
+    Ledger(tmp_path / "leases")
+    order: list[int] = []
+    threads = []
+
+    def take_part(number: int) -> None:
+        mine = Lessee(Ledger(tmp_path / "leases"), LeaseRecord(number), {"GPU-0": TOTAL}, None)
+        outcome = mine.claim(wanting(TOTAL), 30.0, lambda *_: None)
+        assert outcome.is_granted
+        order.append(number)
+        time.sleep(0.05)
+        mine.close()
+
+    def has_asked(number: int) -> bool:
+        found = Ledger(tmp_path / "leases", is_reader=True).look()
+        return number in order or number in [s.record.pid for s in found if s.record]
+
+    for number in range(1, 9):
+        threads.append(threading.Thread(target=take_part, args=(number,)))
+        threads[-1].start()
+        until = time.monotonic() + 10
+        while not has_asked(number):
+            assert time.monotonic() < until
+            time.sleep(0.002)
+    for thread in threads:
+        thread.join(30)
+    assert order == list(range(1, 9))

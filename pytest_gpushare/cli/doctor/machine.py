@@ -12,7 +12,7 @@ from pytest_gpushare.cli.doctor.examine import Examined, Surroundings
 from pytest_gpushare.cli.doctor.project import release
 from pytest_gpushare.gpu.devices import ComputeMode, Device
 from pytest_gpushare.gpu.visibility import VARIABLE
-from pytest_gpushare.leases.ledger import Ledger, LedgerError
+from pytest_gpushare.leases.ledger import MEETING_PLACE, Ledger, LedgerError
 from pytest_gpushare.ollama.messages import NO_GPU, uses_no_gpu
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama
@@ -341,11 +341,13 @@ def sessions(found: Examined) -> Iterator[Finding]:
         yield ok("leases are off: sessions on this host take no account of each other")
         return
     directory = directory_of(found.settings)
-    if not directory.exists() and not directory.is_symlink():
-        yield ok(f"{directory}: no session has leased VRAM yet")
-    else:
+    # One that is missing is made by the first session.
+    if directory.exists() or directory.is_symlink():
         yield from _ledger(directory)
     yield from (ok(text) for text in found.started.leases)
+    if directory != MEETING_PLACE:
+        # Whoever names a directory has seen to it that others see it.
+        return
     if found.where.is_container and not directory.is_mount():
         yield look(
             "leases-not-mounted",
