@@ -414,8 +414,10 @@ class Admitting:
     # --- short tests that turn out long ---
 
     def recall(self) -> list[Recall]:
-        """Take back short tests behind one that lasts."""
+        """Take back short tests behind one that lasts, where others may run them."""
         pool = self._pool
+        if len(pool.workers) < 2:
+            return []
         late = [
             worker for worker in pool.workers.values()
             if worker.deadline is not None and worker.deadline <= pool.at and len(worker.sent) > 2
@@ -427,6 +429,8 @@ class Admitting:
     @property
     def next_deadline(self) -> float | None:
         """When short tests of some worker should long be over."""
+        if len(self._pool.workers) < 2:
+            return None
         found = [
             worker.deadline for worker in self._pool.workers.values() if worker.deadline is not None
         ]

@@ -210,8 +210,12 @@ class Dispatcher:
         if gpu_worker is None:
             return
         back = [test for test in gpu_worker.sent if test in tests]
-        for test in reversed(back):
+        for test in back:
             gpu_worker.sent.remove(test)
+        unit = gpu_worker.unit
+        while back and unit is not None and unit.key and self._jobs[back[-1]].group == unit.key:
+            # It goes on with its group where it was.
+            unit.put_first(back.pop())
         self._requeue(back)
 
     def again(self, test: int) -> None:

@@ -822,3 +822,23 @@ def test_a_run_that_ends_early() -> None:
     assert runs(made.step({}, 2)) == {"gw1": (2,)}
     made.finished("gw1", 2)
     assert made.step({}, 3) == []
+
+
+def test_short_tests_of_a_group_that_are_taken_back_stay_in_order() -> None:
+    """The worker goes on with its group where it was."""
+    jobs = [job._replace(group="m.py") for job in trivial(40)]
+    made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1)], policy=Policy(dist="loadfile"))
+    tests = runs(made.step({}, 0))["gw0"]
+    assert Recall("gw0") in made.step({}, 0.3)
+    made.returned("gw0", tests[2:])
+    for test in tests[:2]:
+        made.finished("gw0", test)
+    assert runs(made.step({}, 1))["gw0"][0] == tests[2]
+
+
+def test_one_worker_keeps_its_short_tests() -> None:
+    """Nobody else could run them sooner."""
+    made = dispatcher_of(trivial(40), [gpu_worker(0)])
+    made.step({}, 0)
+    assert made.due_at is None
+    assert made.step({}, 9) == []
