@@ -828,7 +828,11 @@ def test_short_tests_of_a_group_that_are_taken_back_stay_in_order() -> None:
     """The worker goes on with its group where it was."""
     jobs = [job._replace(group="m.py") for job in trivial(40)]
     made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1)], policy=Policy(dist="loadfile"))
+    assert runs(made.step({}, 0)) == {"gw0": (0,)}
+    made.asked("gw0", 0, "end")
     tests = runs(made.step({}, 0))["gw0"]
+    made.finished("gw0", 0)
+    assert len(tests) > 3
     assert Recall("gw0") in made.step({}, 0.3)
     made.returned("gw0", tests[2:])
     for test in tests[:2]:
