@@ -462,6 +462,21 @@ def test_messages_exist() -> None:
     assert len(messages) > 20
 
 
+def test_every_message_is_in_the_reference() -> None:
+    """Of each text in the package that begins with `gpu-share: `, the longest fixed part."""
+    page = PAGES["docs/reference/messages.md"].read_text(encoding="utf-8")
+    texts = []
+    for path in (ROOT / "pytest_gpushare").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            values = node.values if isinstance(node, ast.JoinedStr) else [node]
+            parts = [str(v.value) for v in values if isinstance(v, ast.Constant)]
+            if parts and parts[0].startswith("gpu-share: "):
+                parts[0] = parts[0].removeprefix("gpu-share: ")
+                texts.append(max(parts, key=len).strip(" :;(=\n"))
+    assert [text for text in texts if len(text) > 14 and text not in page] == []
+    assert len(texts) > 30
+
+
 def test_remedies_are_in_the_reference() -> None:
     """Every error of NVML that has a remedy of its own."""
     page = PAGES["docs/reference/messages.md"].read_text(encoding="utf-8")
