@@ -41,7 +41,7 @@ from .real_models import (
     info,
 )
 
-PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "ollama-demand.md"
+PAGE = Path(__file__).parent / "golden" / "real-models.md"
 NEW = "0.33.0"
 
 
@@ -101,7 +101,7 @@ def test_sum_against_reports(reported: Reported) -> None:
     assert abs(total_of(reported) / GB - reported.gib) <= 0.1 * reported.gib
 
 
-def test_table_of_the_documentation() -> None:
+def test_tables_of_real_models() -> None:
     """The page shows these figures and no others; UPDATE_GOLDEN=1 writes them."""
     text = PAGE.read_text(encoding="utf-8")
     made = text
