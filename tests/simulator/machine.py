@@ -77,6 +77,8 @@ class Machine:
         library_path = [str(Path(library_dir).absolute()), os.environ.get("LD_LIBRARY_PATH", "")]
         return {
             STATE_VARIABLE: str(self.path),
+            # Sessions on this machine see each other's leases, and nobody else's.
+            "PYTEST_GPUSHARE_LEASES": f"{self.path}-leases",
             "LD_LIBRARY_PATH": os.pathsep.join(filter(None, library_path)),
             "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
         }
