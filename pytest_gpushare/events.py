@@ -63,7 +63,7 @@ class Record:
         return event
 
     def listen(self, listener: Callable[[Event], object]) -> None:
-        """Hear of each event at once, in the thread that notes it."""
+        """Receive each event at once, in the thread that notes it."""
         self._listeners.append(listener)
 
     def events(self, *kinds: str) -> list[Event]:

@@ -29,7 +29,7 @@ class Links:
         self._lock = threading.Lock()
 
     def on(self, kind: str, handler: Handler) -> None:
-        """Hear messages of this kind from every worker, those that came already among them."""
+        """Receive messages of this kind from every worker, those that came already among them."""
         with self._lock:
             self._handlers.setdefault(kind, []).append(handler)
             early = self._early.pop(kind, [])
@@ -53,7 +53,7 @@ class Links:
             self._ends.pop(worker, None)
 
     def send(self, worker: str, kind: str, payload: Any = None) -> bool:
-        """Tell a worker something; False where it is not there (any more)."""
+        """Send a worker something; False where it is not there (any more)."""
         with self._lock:
             send = self._ends.get(worker)
         if send is None:
@@ -103,12 +103,12 @@ class Link:
         self._handlers: dict[str, list[Callable[[Any], None]]] = {}
 
     def send(self, kind: str, payload: Any) -> None:
-        """Tell the controller something, in builtin types; one that is gone hears nothing."""
+        """Send the controller something, in builtin types; one that is gone gets nothing."""
         with contextlib.suppress(OSError):
             self._send((kind, payload))
 
     def on(self, kind: str, handler: Callable[[Any], None]) -> None:
-        """Hear messages of this kind; the handler runs in the thread that receives."""
+        """Receive messages of this kind; the handler runs in the thread that receives."""
         self._handlers.setdefault(kind, []).append(handler)
 
     def receive(self, message: Any) -> None:

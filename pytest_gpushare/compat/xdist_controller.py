@@ -30,7 +30,7 @@ def wake(node: Any) -> None:
 
 
 def is_ending(plugins: pytest.PytestPluginManager) -> bool:
-    """Whether xdist has told the workers to end, or is about to."""
+    """Whether xdist has ended the workers, or is about to."""
     session = plugins.get_plugin("dsession")
     return bool(getattr(session, "shuttingdown", False) or getattr(session, "shouldstop", False))
 

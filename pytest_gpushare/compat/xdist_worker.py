@@ -5,7 +5,7 @@ class under this name since 2.0):
 
 - `channel`: where xdist's commands arrive; the run loop reads them beside our own messages.
 - `sendevent`: `runtest_protocol_complete` (since 3.0) says that a test is over, `unscheduled`
-  (since 3.2) carries what the controller has to hear in its own thread, in order with the reports.
+  (since 3.2) carries what the controller must receive in its own thread, in order with the reports.
 - `item_index`: the test that reports belong to.
 
 Without one of them `interactor_of` is None, the worker says so before it is sent anything, and
@@ -42,7 +42,7 @@ class Interactor:
         self._plugin = plugin
 
     def listen(self, receive: Callable[[bool], object]) -> Commands:
-        """Take xdist's commands from now on: `receive` hears of each whether it ends the worker."""
+        """Take xdist's commands from now on: `receive` gets for each whether it ends the worker."""
         return Commands(self._plugin, receive)
 
     def begin(self, index: int) -> None:
@@ -54,7 +54,7 @@ class Interactor:
         self._plugin.sendevent("runtest_protocol_complete", item_index=index, duration=seconds)
 
     def send(self, *words: Any) -> None:
-        """Say something to the scheduler, which hears it in xdist's own thread."""
+        """Send something to the scheduler, which receives it in xdist's own thread."""
         self._plugin.sendevent("unscheduled", indices=list(words))
 
 

@@ -153,7 +153,7 @@ def _unknown(name: str, where: str, names: Iterable[str]) -> SettingsError:
 
 
 def _shown_path(path: str) -> str:
-    """A path on one line; of a long one the end, which tells more."""
+    """A path on one line; of a long one the end, which says more."""
     text = printable(path)
     return text if len(text) <= 120 else f"...{text[-117:]}"
 

@@ -29,8 +29,8 @@ _NOTHING = CollectedTests(0, (), (), ())
 class GpuShareScheduling:
     """xdist's scheduler protocol, which xdist calls from one thread.
 
-    Who schedules is decided when all tests are collected, as only markers tell whether there
-    are needs. Until then xdist's scheduler hears all that is said; after that only one does.
+    Who schedules is decided when all tests are collected, as only markers show whether there
+    are needs. Until then xdist's scheduler receives everything; after that only one does.
     """
 
     def __init__(self, stock: Any, links: Links, own: OwnDispatch, most_deaths: int | None) -> None:
@@ -73,7 +73,7 @@ class GpuShareScheduling:
 
     @property
     def tests_finished(self) -> bool:
-        """Whether the workers may be told to end; xdist asks after everything that happens."""
+        """Whether the workers may be ended; xdist asks after everything that happens."""
         if self._differs:
             return True
         if self._executor is None:

@@ -96,7 +96,7 @@ def _asks(job: Job) -> bool:
 
 
 Learned: TypeAlias = Callable[[str], "tuple[int | None, float | None]"]
-"""Node id -> need in bytes and duration in seconds, as far as earlier runs tell."""
+"""Node id -> need in bytes and duration in seconds, as far as known from earlier runs."""
 
 
 def weigh(

@@ -70,7 +70,7 @@ class DeviceClaims(NamedTuple):
 NOTHING = DeviceClaims()
 
 Processes = Mapping[str, Sequence[GpuProcess] | None]
-"""UUID -> who holds VRAM there; None, or missing, where the driver does not tell."""
+"""UUID -> who holds VRAM there; None, or missing, where the driver does not report it."""
 
 
 def claims_of(
@@ -129,7 +129,7 @@ def _held(
     owners: Mapping[int, str],
     ancestors: Callable[[int], Sequence[int]],
 ) -> Mapping[str, int] | None:
-    """Session -> bytes that it and its descendants hold; None where that cannot be told."""
+    """Session -> bytes that it and its descendants hold; None where that is unknown."""
     if processes is None or any(process.used is None for process in processes):
         return None
     found: dict[str, int] = {}

@@ -57,7 +57,7 @@ class Answer(NamedTuple):
     path: str
     body: bytes
     peer: str | None
-    """The address that gave it, where the connection tells."""
+    """The address that gave it, where the connection has it."""
 
     def decoded(self) -> object:
         """The JSON in the body. Raises `NonsenseError` where there is none."""

@@ -461,7 +461,7 @@ def amount(peak: Peak) -> str:
 
 
 def _touched(test: RecordedTest, run: ActiveRun) -> bool | None:
-    """Whether a test used the GPU; None where nobody can tell."""
+    """Whether a test used the GPU; None where that is unknown."""
     if test.touched is not None:
         return test.touched
     record = run.workers.get(test.worker)

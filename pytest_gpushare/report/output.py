@@ -89,7 +89,7 @@ def print_summary(run: ActiveRun, reporter: pytest.TerminalReporter) -> None:
 
 
 def publish(run: ActiveRun, config: pytest.Config, exit_status: int) -> None:
-    """Write the reports; one that cannot be written is a problem that the summary tells."""
+    """Write the reports; one that cannot be written is a problem that the summary reports."""
     _note_leaks(run)
     publish_to_github(run)
     if not run.reports:

@@ -72,7 +72,7 @@ def routing(run: ActiveRun) -> Iterator[Line]:
 
 
 MOST = 10
-"""Tests that are told one by one."""
+"""Tests that are listed one by one."""
 
 
 def out_of_memory(run: ActiveRun) -> Iterator[Line]:
@@ -405,7 +405,7 @@ def sparkline(heights: Sequence[int], most: int) -> str:
 
 
 def shortened(nodeid: str, room: int) -> str:
-    """A node id in so much room, but never below what still tells something: its end counts."""
+    """A node id in so much room, but never below what still says something: its end counts."""
     nodeid = printable(nodeid)
     room = max(room, _SHORTEST_ID)
     return nodeid if len(nodeid) <= room else f"...{nodeid[len(nodeid) - room + 3 :]}"

@@ -21,7 +21,7 @@ class Account:
     need: int
     """What its running test was admitted with; 0 while it is idle."""
     now: int | None
-    """What NVML says that it holds; None: nobody tells."""
+    """What NVML says that it holds; None: unknown."""
     used: bool
     """Whether it has run a GPU test there, and so has a context."""
     running: bool
@@ -58,7 +58,7 @@ class Ledger:
         self.kept = _kept(room, self.reading)
         """What must stay free: Ollama's outstanding reservation and the safety buffer."""
         self._is_told = False
-        """Whether NVML has told what a worker holds here."""
+        """Whether NVML has reported what a worker holds here."""
         self.present = self.committed = self.outstanding = 0
         """The sums over all accounts."""
 
@@ -88,7 +88,7 @@ class Ledger:
 
     def stop(self, worker: str, held: int | None) -> int:
         """The test is over; returns what should come back."""
-        # What nobody tells: a context is there in any case, caches and fixtures perhaps.
+        # What is unknown: a context is there in any case, caches and fixtures perhaps.
         account = self.running.pop(worker, None) or self.accounts[worker]
         account.running, account.need = False, 0
         return self._report(account, self.room.context if held is None else held)
@@ -142,7 +142,7 @@ class Ledger:
         return self.room.budget - self.committed + (0 if own is None else own.committed)
 
     def live(self, worker: str) -> int | None:
-        """The same by what is free now; None where that cannot be told."""
+        """The same by what is free now; None where that is unknown."""
         free = self.reading.free
         if free is None:
             return None

@@ -111,7 +111,7 @@ class Dispatcher:
         """A worker has ended or died; `replaced`: another takes its place soon.
 
         The first of the tests that it had is over, as crashed, unless it is one of `unsent`,
-        which the worker has never heard of; the others are dispatched again.
+        which the worker has never received; the others are dispatched again.
         """
         self._expected += replaced
         self._gone = True

@@ -94,7 +94,7 @@ class Declared(NamedTuple):
     """What a test's markers say; builtin values, so that a worker can send it."""
 
     route: str = ""
-    """`gpu`, `cpu`, or empty where no marker tells."""
+    """`gpu`, `cpu`, or empty where no marker says."""
     vram: int | None = None
     devices: int | None = None
     exclusive: bool = False
@@ -150,7 +150,7 @@ def declared(marks: Iterable[Mark], marker: str, aliases: Sequence[Alias]) -> De
     """What the markers of one test say together.
 
     `marks` come closest first, as `Item.iter_markers` gives them. Each thing is taken from
-    the closest mark that tells it, but the plugin's own marker goes before aliases.
+    the closest mark that has it, but the plugin's own marker goes before aliases.
     """
     by_name = {alias.marker: alias for alias in aliases}
     own: list[dict[str, Any]] = []

@@ -19,7 +19,7 @@ FINALISTS = 10
 SAMPLES = 10
 
 LEVELS = 24
-"""Needs that the simulation tells apart; more are rounded up."""
+"""Different needs in the simulation; more are rounded up."""
 
 EXPONENTS = (0.5, 0.3, 1.0, 0.0)
 

@@ -151,7 +151,7 @@ class Pressure:
         self._released: dict[str, tuple[int, float]] = {}
         """Device -> the VRAM that tests gave back last, in bytes, and when."""
         self.due_at = float("-inf")
-        """When every device is to be looked at: no event tells what time has changed."""
+        """When every device is to be looked at: no event reports what time has changed."""
 
     def released(self, device: str, size: int) -> None:
         """A test or a process gave back so many bytes."""

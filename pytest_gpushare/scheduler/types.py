@@ -57,11 +57,11 @@ class Reading(NamedTuple):
     """What NVML and Ollama say of a device now."""
 
     free: int | None = None
-    """None: cannot be told."""
+    """None: unknown."""
     resident: int | None = None
-    """What Ollama holds there; None: cannot be told, so what it held before."""
+    """What Ollama holds there; None: unknown, so what it held before."""
     held: Mapping[str, int | None] = {}
-    """Worker -> what it and its descendants hold there, where the driver tells.
+    """Worker -> what it and its descendants hold there, where the driver reports it.
 
     Read before `free`, and after the last report of the worker: an older figure shows what a
     test that is over held, and would be taken for what the next one has allocated already.

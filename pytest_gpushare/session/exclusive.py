@@ -171,7 +171,7 @@ class ExclusiveAccess:
 
     def _grant(self, request: _Request) -> None:
         if request.late:
-            # Waited for elsewhere: this may be the thread that hears the other workers.
+            # Waited for elsewhere: this may be the thread that receives from the other workers.
             name = "gpu-share-late-vram"
             threading.Thread(target=self._wait_for, args=(request,), name=name, daemon=True).start()
         else:

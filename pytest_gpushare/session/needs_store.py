@@ -70,7 +70,7 @@ def recall_needs(config: pytest.Config, device: str) -> dict[str, Learned]:
 
 
 class NeedsRecorder:
-    """Hears what tests take, and keeps it at the end of the run."""
+    """Receives what tests take, and keeps it at the end of the run."""
 
     def __init__(self, run: ActiveRun, config: pytest.Config) -> None:
         self._run = run
@@ -79,7 +79,7 @@ class NeedsRecorder:
         """Device's name -> node id -> what was learned in this run."""
         self._before: dict[str, dict[str, Learned]] = {}
         self._heard_of: set[str] = set()
-        """Tests whose workers have told how long they took."""
+        """Tests whose workers have reported how long they took."""
         self._names = {slot.device.uuid: slot.device.name for slot in run.plan.slots}
         run.links.on("test", self._heard)
 
@@ -287,7 +287,7 @@ def may_have_needs(settings: Settings, config: pytest.Config) -> bool:
 
 
 def remember_needs(config: pytest.Config) -> None:
-    """Tell the next run that tests have needs of their own."""
+    """Note for the next run that tests have needs of their own."""
     if stored(config, HAS_NEEDS_KEY) is not True:
         _store(config, HAS_NEEDS_KEY, True)
 

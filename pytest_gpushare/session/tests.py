@@ -1,4 +1,4 @@
-"""The tests of the run as the controller hears of them: where, when, how, with what VRAM.
+"""The tests of the run as reported to the controller: where, when, how, with what VRAM.
 
 Outcomes are those that pytest counts. A record is small, since a run may have 100,000.
 """
@@ -73,11 +73,11 @@ class RecordedTest:
         self.left: int | None = None
         """Bytes that it left behind when it ended, by the frameworks' counters."""
         self.touched: bool | None = None
-        """Whether it used VRAM by the frameworks' counters; None where they do not tell."""
+        """Whether it used VRAM by the frameworks' counters; None where they do not say."""
 
 
 class RecordedTests:
-    """All tests; written to by the main thread and by those in which workers are heard."""
+    """All tests; written to by the main thread and by those that receive from workers."""
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
@@ -235,13 +235,13 @@ class RecordedTests:
         if counted is not None:
             _give(test, counted)
         member = self._workers.get(test.worker)
-        # NVML tells once a second: for most tests nothing.
+        # NVML is read once a second: for most tests never.
         if member is not None and member.readings:
             _look_up(test, self._workers, member)
 
 
 def _look_up(test: RecordedTest, workers: Workers, member: WorkerRecord) -> None:
-    """Without counters: what NVML told while the test ran, where it was asked in that time."""
+    """Without counters: what NVML reported while the test ran, where it was read in that time."""
     if test.start is None or test.end is None:
         return
     seen = workers.peak_between(member, test.start, test.end)
@@ -306,7 +306,7 @@ def _of(member: WorkerRecord, tests: Sequence[RecordedTest]) -> Iterator[Leak]:
     size = (member.kept or 0) - member.context
     if size <= LEAST_BY_NVML:
         return
-    # By readings a second apart nobody can tell what one test left from what the next one took:
+    # Readings a second apart do not separate what one test left from what the next one took:
     # any test may have done it that ended after the last reading that was low.
     candidates = [
         test

@@ -15,7 +15,7 @@ LEAST = 100 * MB
 test is to blame for them; the smallest models are larger."""
 
 LEAST_BY_NVML = 256 * MB
-"""The same where only NVML tells: a CUDA context grows by so much as libraries are loaded."""
+"""The same where only NVML reports it: a CUDA context grows by so much as libraries are loaded."""
 
 _ALIKE = 0.05
 """What comes back is taken for what a test left if it is as large, within this part of it."""
@@ -101,7 +101,7 @@ class WorkerRecord:
     context: int = 0
     """Bytes of its CUDA context, measured or assumed."""
     low_at: float = float("-inf")
-    """When NVML last told so little of it that nothing can have been left behind."""
+    """When NVML last reported so little of it that nothing can have been left behind."""
     kept: int | None = None
     """Bytes that it held, by NVML, when its fixtures were torn down; None: nobody looked."""
     counted: Peak | None = None
@@ -114,7 +114,7 @@ class WorkerRecord:
 
     @property
     def peak(self) -> Peak | None:
-        """The most VRAM that it held; None where nobody can tell."""
+        """The most VRAM that it held; None where that is unknown."""
         return higher(self.counted, self.seen)
 
 
@@ -151,7 +151,7 @@ class Workers:
             return self._members.setdefault(worker, member)
 
     def came_up(self, worker: str, pid: object) -> None:
-        """A worker tells its PID."""
+        """A worker reports its PID."""
         member = self._members.get(worker)
         if member is not None and type(pid) is int and pid > 0:
             member.pid = pid
@@ -175,7 +175,7 @@ class Workers:
         return {m.pid: m.id for m in self if m.pid is not None and not m.crashed}
 
     def read(self, member: WorkerRecord, at: float, size: int) -> None:
-        """NVML told what a worker holds."""
+        """NVML reported what a worker holds."""
         member.seen = higher(member.seen, Peak(size, "nvml", False) if size else None)
         if size <= member.context + LEAST_BY_NVML:
             member.low_at = at

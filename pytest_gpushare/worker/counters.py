@@ -54,7 +54,7 @@ class Measured(NamedTuple):
 
 
 def counts(modules: Mapping[str, Any] = sys.modules, *, reset: bool = False) -> Counts | None:
-    """What every framework that is up counts now; None where none is, or one cannot tell.
+    """What every framework that is up counts now; None where none is, or one cannot say.
 
     `reset` makes the peaks that follow count from here, where the framework can do that.
     """
@@ -109,13 +109,13 @@ def nothing_taken(before: Counts | None, after: Counts | None) -> bool:
 
 
 def used(modules: Mapping[str, Any] = sys.modules) -> int | None:
-    """Bytes that live objects hold on all devices; None where nobody can tell."""
+    """Bytes that live objects hold on all devices; None where that is unknown."""
     found = counts(modules)
     return None if found is None else sum(count.used for count in found.values())
 
 
 def held(modules: Mapping[str, Any] = sys.modules) -> int | None:
-    """Bytes that frameworks hold on all devices, caches included; None where nobody can tell."""
+    """Bytes that frameworks hold on all devices, caches included; None where that is unknown."""
     found = counts(modules)
     return None if found is None else sum(count.held for count in found.values())
 
@@ -188,7 +188,7 @@ def _cupy(cupy: Any, modules: Mapping[str, Any], _reset: bool) -> Sequence[Count
 def cuda_has_context(cupy: Any, modules: Mapping[str, Any] = sys.modules) -> bool:
     """Whether this thread has a CUDA context already; asking CuPy's pool would make one.
 
-    On Windows the driver must not be asked before it is up, which torch alone can tell there.
+    On Windows the driver must not be asked before it is up, which torch alone knows there.
     """
     torch = modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -206,7 +206,7 @@ def _jax(jax: Any, modules: Mapping[str, Any], _reset: bool) -> Sequence[Count] 
         if stats:
             in_use = int(stats["bytes_in_use"])
             peak = int(stats.get("peak_bytes_in_use", in_use))
-            # The allocator's pool grows and never shrinks; not every version tells its size.
+            # The allocator's pool grows and never shrinks; not every version reports its size.
             pool = max(in_use, int(stats.get("pool_bytes") or 0))
             found.append(Count(in_use, pool, peak, pool, int(stats["num_allocs"])))
     return found or None
@@ -300,7 +300,7 @@ _CACHES: tuple[tuple[str, Callable[[Any, Mapping[str, Any]], None]], ...] = (
 
 
 def measured_context(device: str) -> int | None:
-    """Bytes of this process's context on the device of that UUID; None where nobody can tell.
+    """Bytes of this process's context on the device of that UUID; None where that is unknown.
 
     Imports no framework and brings CUDA up in none: without CUDA there is nothing to measure.
     NVML is opened here for a moment, in a process that has finished its tests.

@@ -27,7 +27,7 @@ def live_with(config: pytest.Config, record: str, link: Link) -> None:
     """Keep the session's record alive, and end when the controller was killed.
 
     Without this, workers go on for up to 15 s after their controller was killed, and nobody
-    could tell how much of the VRAM that they may still take is free.
+    could say how much of the VRAM that they may still take is free.
     """
     member = _Member()
     member.join(record)

@@ -1,4 +1,4 @@
-"""What each test of a GPU process takes: measured around its protocol, told to the controller."""
+"""What each test of a GPU process takes: measured around its protocol, sent to the controller."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ FIGURES = "gpushare_figures"
 def watch(config: pytest.Config, memory: Mapping[str, Any], link: Link) -> None:
     """In a process that has a GPU: measure its tests, and let them share the device.
 
-    `memory` is what the controller tells of it: the bytes of a CUDA context, when caches are
+    `memory` is what the controller sends: the bytes of a CUDA context, when caches are
     emptied, and whether tests have needs of their own.
     """
     cap = TorchCap(os.environ)

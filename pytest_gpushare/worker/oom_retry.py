@@ -256,8 +256,8 @@ class Retry:
 
     def _starts_again(self, item: pytest.Item, error: BaseException) -> bool:
         """Whether the test is to run once more; then the device is its own already."""
-        # A forked child has no thread that hears the controller; of an xfail the error may be
-        # what the test is about.
+        # A forked child has no thread that receives from the controller; the error may be what an
+        # xfail is about.
         if self._looked or os.getpid() != self._pid or item.get_closest_marker("xfail"):
             return False
 

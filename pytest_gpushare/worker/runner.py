@@ -168,7 +168,7 @@ class RunLoop:
     def _give_back(self, _: object) -> None:
         """Return the tests that were not begun, but for the next one: the running one knows it."""
         # In execnet's thread: the main thread may be in the middle of a long test. It must not ask
-        # for more before the controller hears of this.
+        # for more before the controller receives this.
         with self._lock:
             returned = [self._queue.pop() for _ in range(len(self._queue) - 1)]
             if self._interactor is not None:
@@ -247,7 +247,7 @@ class RunLoop:
 
 
 def _empty_caches() -> list[int] | None:
-    """What the frameworks hold then, by visible device; None where nobody can tell."""
+    """What the frameworks hold then, by visible device; None where that is unknown."""
     from pytest_gpushare.worker import counters
 
     # Other people's finalizers may do anything.

@@ -28,11 +28,12 @@ MODULES = sorted((ROOT / "pytest_gpushare").rglob("*.py"))
 UNWANTED = {
     r"mend(s|ed|ing)?": "fix",
     r"whom(ever)?": "which process; counting every process",
-    r"(not )?(be |are |is )?told (apart|of)": "unattributed; reports",
     r"of our business": "ignored",
     r"forgiven": "validated strictly",
     r"costs? no(thing)? (test|else)": "never fails the run",
     r"for want of": "for lack of",
+    r"told|tells?": "reports, says, shows",
+    r"hears?|heard": "receives; is called",
     r"for ever": "forever; without a limit",
     r"heed(s|ed|ing)?": "respect",
     r"hung(ry|riest)": "with the highest peaks",
@@ -46,8 +47,6 @@ UNWANTED = {
 """Pattern -> what to write. Each matches whole words, whatever their case."""
 
 ONLY_IN_PAGES = {
-    r"told|tells?": "reports, says, shows",
-    r"hears?|heard": "receives; is called",
     r"nobody|somebody": "no process; another process",
     r"beside": "next to; in addition to",
     r"guard(s|ed|ing)?": "monitor",

@@ -96,7 +96,7 @@ def settled(
 def without_workers(
     used: Values, parts: Sequence[Values], total: float | None
 ) -> list[list[float | None]]:
-    """The parts, told also where no reading was made as no worker lived.
+    """The parts, also where no reading was made as no worker lived.
 
     *parts* begins with Ollama, which may be known from its own answers, and others. Where the
     nearest reading, or these two figures of it, account for all that is in use, they hold here too.

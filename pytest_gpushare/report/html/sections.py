@@ -27,7 +27,7 @@ from pytest_gpushare.units import plural
 
 _NAMES = {"ollama": "Ollama", "others": "others", "rest": "unattributed"}
 
-# Samples before and after the fullest one, to tell apart who held what.
+# Samples before and after the fullest one, to attribute VRAM to its owners.
 _AROUND = 20
 
 
