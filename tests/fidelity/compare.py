@@ -1,0 +1,189 @@
+"""How a run under the own scheduler differs from runs under stock xdist.
+
+`exactly` is for one worker: the runs must be equal, report by report. `within` is for more of
+them: stock differs from itself there, so that ours must lie within what stock showed, and where a
+run was cut short nothing may be lost, and nothing run twice. What may differ all the same stands
+in `exceptions`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+
+from .runs import Run
+
+PHASES = ("setup", "call", "teardown")
+
+
+def exactly(stock: Run, ours: Run) -> list[str]:
+    """What differs between two runs with one worker each."""
+    found = broken_rules(ours)
+    found += _differ("exit code", [stock.code], [ours.code])
+    internal = bool(stock.internal_errors)
+    found += _differ("reports", map(_report, stock.reports), map(_report, ours.reports))
+    for kind in ("logstart", "logfinish", "collect", "warning"):
+        rows = [
+            [str(row[2:]) for row in it.rows.get("controller", []) if row[1] == kind]
+            for it in (stock, ours)
+        ]
+        found += _differ(kind, *rows)
+    # A replacement of a crashed worker has a record of its own, in no order to the first one's.
+    kinds = ("collected", "begun", "ended", "phase", "next", "makereport", "up", "down", "items")
+    for kind in kinds:
+        pair = [
+            sorted(_process(rows, kind) for rows in it.workers.values()) for it in (stock, ours)
+        ]
+        found += _differ(f"in the workers: {kind}", *([str(x) for r in p for x in r] for p in pair))
+    if not internal:
+        found += _differ("junit", map(str, stock.junit or []), map(str, ours.junit or []))
+        found += _differ("junit counts", [str(stock.junit_counts)], [str(ours.junit_counts)])
+        found += _differ("output", stock.normal_out.splitlines(), ours.normal_out.splitlines())
+    found += _differ("files", map(str, stock.files.items()), map(str, ours.files.items()))
+    return found
+
+
+def within(
+    stock: Callable[[], Run], ours: Run, *, cut_short: bool = False, most: int = 3
+) -> list[str]:
+    """What is in our run, but in none of *most* stock runs.
+
+    stock: makes one more stock run; it is asked only as long as ours differs from those made.
+    """
+    runs: list[Run] = []
+    found: list[str] = []
+    while len(runs) < most:
+        runs.append(stock())
+        found = _outside(runs, ours, cut_short)
+        if not found:
+            break
+    return found
+
+
+def _outside(stock: Sequence[Run], ours: Run, cut_short: bool) -> list[str]:
+    found = broken_rules(ours)
+    codes = sorted({it.code for it in stock})
+    if ours.code not in codes:
+        found.append(f"exit code: {codes} in stock, {ours.code} here")
+    for nodeid in sorted({*ours.outcomes, *(n for it in stock for n in it.outcomes)}):
+        theirs = [it.outcomes.get(nodeid) for it in stock]
+        mine = ours.outcomes.get(nodeid)
+        if mine in theirs or (cut_short and (mine is None or all(it is None for it in theirs))):
+            continue
+        shown = theirs[0] if len({str(it) for it in theirs}) == 1 else theirs
+        found.append(f"{nodeid}: {shown} in stock, {mine} here")
+    errors = [it.errors for it in stock]
+    if not cut_short and not min(errors) <= ours.errors <= max(errors):
+        found.append(f"errors of teardowns: {errors} in stock, {ours.errors} here")
+    for text in ours.internal_errors:
+        if not any(it.internal_errors for it in stock):
+            found.append(f"INTERNALERROR here, none in stock: {text.strip().splitlines()[-1]}")
+    found += _junit_outside(stock, ours, cut_short)
+    if not cut_short:
+        for name in {*ours.files, *(n for it in stock for n in it.files)}:
+            theirs_text = [it.files.get(name) for it in stock]
+            if ours.files.get(name) not in theirs_text:
+                found.append(f"file {name}: {theirs_text[0]!r} in stock, {ours.files.get(name)!r}")
+        warnings = [_warnings(it) for it in stock]
+        mine_warned = _warnings(ours)
+        if mine_warned not in warnings and any(
+            mine_warned[key] > max(it[key] for it in warnings) for key in mine_warned
+        ):
+            found.append(f"warnings: {warnings[0]} in stock, {mine_warned} here")
+    return found
+
+
+def more_setups(stock: Iterable[Run], ours: Run) -> dict[str, tuple[int, int]]:
+    """Scope -> the largest number of set-ups in stock, and ours, where ours is larger."""
+    runs = list(stock)
+    found = {}
+    for scope, count in ours.setups.items():
+        largest = max(it.setups[scope] for it in runs)
+        if count > largest:
+            found[scope] = largest, count
+    return found
+
+
+def broken_rules(run: Run) -> list[str]:
+    """What is wrong with a run by itself: a test lost, begun twice, or reported twice."""
+    found = []
+    reported = {it["nodeid"] for it in run.reports}
+    named = run.out + run.err
+    for nodeid, count in run.begun.items():
+        if count > 1:
+            found.append(f"begun {count} times: {nodeid}")
+        if nodeid not in reported and nodeid not in named:
+            found.append(f"begun, but never reported nor named: {nodeid}")
+    never = sorted(reported - {*run.begun, *run.collect_errors})
+    found += [f"reported, but never begun: {nodeid}" for nodeid in never]
+    phases = Counter((it["nodeid"], it["when"]) for it in run.reports if it["kind"] == "TestReport")
+    for (nodeid, when), count in phases.items():
+        if count > 1:
+            found.append(f"{count} reports of {when}: {nodeid}")
+    found += _next_items(run)
+    for nodeid, when in _unfinished(run, phases):
+        found.append(f"no report of the {when}: {nodeid}")
+    junit = Counter(case[:2] for case in run.junit or [] if len(case) < 3)
+    found += [f"twice in the JUnit XML file: {case}" for case, count in junit.items() if count > 1]
+    return found
+
+
+def _unfinished(run: Run, phases: Counter[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+    """Tests whose process went on, but whose reports are not complete."""
+    for rows in run.workers.values():
+        ended = [row[2] for row in rows if row[1] == "ended"]
+        for nodeid in ended:
+            for when in ("setup", "teardown"):
+                if not phases[nodeid, when] and nodeid not in run.crashed:
+                    yield nodeid, when
+
+
+def _next_items(run: Run) -> list[str]:
+    """A test's nextitem is the one that its worker ran next, unless the worker ran none."""
+    found = []
+    for rows in run.workers.values():
+        steps = [row for row in rows if row[1] in ("begun", "next")]
+        for row, after in pairwise(steps):
+            if row[1] == "next" and after[1] == "begun" and row[3] != after[2]:
+                found.append(f"nextitem of {row[2]} was {row[3]}, but {after[2]} ran next")
+    return found
+
+
+def _report(report: dict[str, object]) -> str:
+    return str({name: value for name, value in report.items() if name != "worker"})
+
+
+def _process(rows: list[list[object]], kind: str) -> list[str]:
+    return [str(row[2:]) for row in rows if row[1] == kind]
+
+
+def _warnings(run: Run) -> Counter[tuple[str, str, str]]:
+    rows = run.rows.get("controller", [])
+    return Counter((row[2], row[3], row[4]) for row in rows if row[1] == "warning")
+
+
+def _junit_outside(stock: Sequence[Run], ours: Run, cut_short: bool) -> list[str]:
+    if (ours.junit is None) not in [it.junit is None for it in stock]:
+        return ["JUnit XML file: only one side wrote it"]
+    if cut_short or any(it.internal_errors for it in (ours, *stock)):
+        return []
+    names = [Counter(case[:2] for case in it.junit or []) for it in stock]
+    mine = Counter(case[:2] for case in ours.junit or [])
+    if mine in names:
+        return []
+    # A test case with an error of its teardown stands there a second time.
+    sets = [set(it) for it in names]
+    if set(mine) in sets and sum(mine.values()) in [sum(it.values()) for it in names]:
+        return []
+    return [f"JUnit test cases: {names[0] - mine} only in stock, {mine - names[0]} only here"]
+
+
+def _differ(what: str, theirs: Iterable[object], mine: Iterable[object]) -> list[str]:
+    left, right = [str(it) for it in theirs], [str(it) for it in mine]
+    if left == right:
+        return []
+    lines = difflib.unified_diff(left, right, "stock", "ours", lineterm="", n=0)
+    shown = [line[:200] for line in lines if not line.startswith(("@@", "---", "+++"))][:12]
+    return ["\n    ".join([f"{what} differ:", *shown])]

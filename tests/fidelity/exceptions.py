@@ -1,0 +1,21 @@
+"""Where a run under the own scheduler may differ from stock xdist: the only such list.
+
+Each entry has the reason for which no difference is reported.
+"""
+
+from __future__ import annotations
+
+EXCEPTIONS = {
+    "header": "The plugin's own lines of output, and pytest's lines about platform and plugins.",
+    "times": "Times, process numbers and addresses differ between any two runs.",
+    "traceback of the scheduler": (
+        "A worker that ends with a test begun (`pytest.exit` in a test) makes stock xdist fail "
+        "with an INTERNALERROR whose traceback names the test. The exit code and the test's name "
+        "are kept, the traceback is not."
+    ),
+    "distribution": (
+        "Beside two workers or more, which worker runs which test is the scheduler's decision; "
+        "stock differs from itself, too. What depends on it: the test that bears the error of a "
+        "wider teardown, how many tests run before a run is cut short, and the order of reports."
+    ),
+}
