@@ -9,9 +9,10 @@ in `exceptions`.
 from __future__ import annotations
 
 import difflib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 from .runs import Run
 
@@ -20,7 +21,7 @@ PHASES = ("setup", "call", "teardown")
 
 def exactly(stock: Run, ours: Run) -> list[str]:
     """What differs between two runs with one worker each."""
-    found = broken_rules(ours)
+    found = [text for text in broken_rules(ours) if text not in broken_rules(stock)]
     found += _differ("exit code", [stock.code], [ours.code])
     internal = bool(stock.internal_errors)
     found += _differ("reports", map(_report, stock.reports), map(_report, ours.reports))
@@ -63,7 +64,8 @@ def within(
 
 
 def _outside(stock: Sequence[Run], ours: Run, cut_short: bool) -> list[str]:
-    found = broken_rules(ours)
+    broken = {text for it in stock for text in broken_rules(it)}
+    found = [text for text in broken_rules(ours) if text not in broken]
     codes = sorted({it.code for it in stock})
     if ours.code not in codes:
         found.append(f"exit code: {codes} in stock, {ours.code} here")
@@ -109,14 +111,17 @@ def more_setups(stock: Iterable[Run], ours: Run) -> dict[str, tuple[int, int]]:
 def broken_rules(run: Run) -> list[str]:
     """What is wrong with a run by itself: a test lost, begun twice, or reported twice."""
     found = []
-    reported = {it["nodeid"] for it in run.reports}
+    reports: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for report in run.reports:
+        reports[report["nodeid"]].append(report)
     named = run.out + run.err
     for nodeid, count in run.begun.items():
         if count > 1:
             found.append(f"begun {count} times: {nodeid}")
-        if nodeid not in reported and nodeid not in named:
-            found.append(f"begun, but never reported nor named: {nodeid}")
-    never = sorted(reported - {*run.begun, *run.collect_errors})
+        complete = any(it["when"] in ("teardown", "???") for it in reports[nodeid])
+        if not complete and nodeid not in named:
+            found.append(f"begun, but neither reported to the end nor named: {nodeid}")
+    never = sorted(reports.keys() - {*run.begun, *run.collect_errors})
     found += [f"reported, but never begun: {nodeid}" for nodeid in never]
     phases = Counter((it["nodeid"], it["when"]) for it in run.reports if it["kind"] == "TestReport")
     for (nodeid, when), count in phases.items():
