@@ -79,9 +79,9 @@ def _outside(stock: Sequence[Run], ours: Run, cut_short: bool) -> list[str]:
     errors = [it.errors for it in stock]
     if not cut_short and not min(errors) <= ours.errors <= max(errors):
         found.append(f"errors of teardowns: {errors} in stock, {ours.errors} here")
-    for text in ours.internal_errors:
-        if not any(it.internal_errors for it in stock):
-            found.append(f"INTERNALERROR here, none in stock: {text.strip().splitlines()[-1]}")
+    if not any(it.internal_errors for it in stock):
+        last = [text.strip().splitlines()[-1] for text in ours.internal_errors]
+        found += [f"INTERNALERROR here, none in stock: {line}" for line in last]
     found += _junit_outside(stock, ours, cut_short)
     if not cut_short:
         for name in {*ours.files, *(n for it in stock for n in it.files)}:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -92,6 +92,11 @@ class Run:
         return sum(it["when"] == "teardown" and it["outcome"] == "failed" for it in self.reports)
 
     @cached_property
+    def own_scheduler(self) -> bool:
+        rows = [row for row in self.rows.get("controller", []) if row[1] == "scheduler"]
+        return any(row[2].startswith("pytest_gpushare") for row in rows)
+
+    @cached_property
     def crashed(self) -> list[str]:
         return [it["nodeid"] for it in self.reports if it["when"] == "???"]
 
@@ -106,9 +111,7 @@ class Run:
     @cached_property
     def summary(self) -> list[str]:
         """The lines of the short test summary, sorted, and the last line's counts."""
-        text = self.out
-        lines = re.findall(r"(?m)^(?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS|SUBPASS\w*) .*", text)
-        return sorted(re.sub(r"0x[0-9a-f]+", "0x", line) for line in lines)
+        return sorted(re.findall(r"(?m)^(?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) .*", self.out))
 
     @property
     def normal_out(self) -> str:
@@ -122,8 +125,7 @@ class Run:
         text = re.sub(r"(?m)^(platform|rootdir:|cachedir:|plugins:|configfile:).*\n", "", text)
         text = re.sub(r"(?m)^(scheduling tests via|bringing up nodes|created:).*\n", "", text)
         text = re.sub(r" in \d+\.\d+s( \(.*?\))?", " in TIME", text)
-        text = re.sub(r"(?m)^([=_-])+ (.*?) \1+$", r"\1 \2", text)
-        return re.sub(r"0x[0-9a-f]+", "0x", text)
+        return re.sub(r"(?m)^([=_-])+ (.*?) \1+$", r"\1 \2", text)
 
 
 def run(
@@ -149,18 +151,20 @@ def run(
         _once(copy, place / "before", [*arguments, *step], environment, timeout)
     last = [*arguments, *(steps[-1] if steps else ())]
     code, out, err = _once(copy, place / "record", last, environment, timeout)
+    prefix = str(copy)
+
+    def normal(text: str) -> str:
+        return re.sub(r"0x[0-9a-f]{6,}", "0x", text.replace(prefix, "ROOT"))
+
     rows = {
         path.name.removeprefix("record."): [
-            json.loads(line) for line in path.read_text("utf-8", "replace").splitlines()
+            json.loads(line) for line in normal(path.read_text("utf-8", "replace")).splitlines()
         ]
         for path in sorted(place.glob("record.*"))
     }
-    cases, counts = _junit(copy / "junit.xml")
+    cases, counts = _junit(copy / "junit.xml", normal)
     read = {name: (copy / name).read_text() for name in files if (copy / name).exists()}
-    prefix = str(copy)
-    return Run(
-        code, out.replace(prefix, "ROOT"), err.replace(prefix, "ROOT"), rows, cases, counts, read
-    )
+    return Run(code, normal(out), normal(err), rows, cases, counts, read)
 
 
 def _once(
@@ -192,10 +196,12 @@ def _once(
     return process.returncode, out, err
 
 
-def _junit(path: Path) -> tuple[list[tuple[str, ...]] | None, dict[str, str]]:
+def _junit(
+    path: Path, normal: Callable[[str], str]
+) -> tuple[list[tuple[str, ...]] | None, dict[str, str]]:
     if not path.exists():
         return None, {}
-    root = ElementTree.parse(path).getroot()
+    root = ElementTree.fromstring(normal(path.read_text("utf-8")))
     cases = []
     for case in root.iter("testcase"):
         inner = [f"{it.tag}: {it.get('message', '')}" for it in case]

@@ -90,6 +90,8 @@ class Controller:
         self.note("internal error", str(excrepr)[-2000:])
 
     def pytest_sessionfinish(self, exitstatus):
+        scheduler = getattr(self.config.pluginmanager.getplugin("dsession"), "sched", None)
+        self.note("scheduler", type(scheduler).__module__, type(scheduler).__name__)
         self.note("end", int(exitstatus))
 
 

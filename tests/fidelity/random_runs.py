@@ -1,0 +1,56 @@
+"""Running the case of a seed both ways, and saying what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .compare import exactly, more_setups, within
+from .generator import Case, draw
+from .runs import OURS, STOCK_TWICE, Run, run
+
+
+@dataclass
+class Compared:
+    """What a case came to."""
+
+    case: Case
+    found: list[str]
+    ours: Run
+    stock_setups: dict[str, int]
+    """Scope -> the largest number of set-ups in stock."""
+
+
+def compare(seed: int, place: Path, environment: Mapping[str, str]) -> Compared:
+    """Run the case of *seed* in *place*, with and without the plugin."""
+    case = draw(seed)
+    project = place / "project"
+    project.mkdir(parents=True)
+    case.write(project)
+    shared = [*case.arguments, "-n", str(case.workers)]
+    stock: list[Run] = []
+
+    def one(where: str, arguments: list[str]) -> Run:
+        files = ("results.txt",)
+        return run(project, place / where, arguments, environment, steps=case.steps, files=files)
+
+    def one_more() -> Run:
+        stock.append(one("stock", shared))
+        return stock[-1]
+
+    ours = one("ours", [*shared, *([] if STOCK_TWICE else [*OURS, *case.ours])])
+    if case.workers == 1:
+        found = exactly(one_more(), ours)
+    else:
+        found = within(one_more, ours, cut_short=case.cut_short, most=5)
+        while not case.cut_short and not found and more_setups(stock, ours) and len(stock) < 5:
+            one_more()
+    if case.fits and not case.cut_short and not case.crashes and case.workers > 1:
+        for scope, (most, count) in more_setups(stock, ours).items():
+            found.append(f"set-ups of scope {scope}: {most} in stock at most, {count} here")
+    other = case.another_scheduler or any(it.startswith("--dist") for it in case.arguments)
+    if not (STOCK_TWICE or ours.own_scheduler or other) and ours.begun:
+        found.append("the own scheduler was not in charge")
+    scopes = {scope for it in stock for scope in it.setups}
+    return Compared(case, found, ours, {s: max(it.setups[s] for it in stock) for s in scopes})
