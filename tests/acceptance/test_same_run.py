@@ -27,9 +27,15 @@ def same(project: Project, machine: Machine, tmp_path: Path) -> Same:
     """Run the project both ways, see that nothing differs, and return our run."""
     (project.path / "test_project.py").unlink()
 
-    def one(place: str, *arguments: str) -> Run:
-        files = ("results.txt",)
-        return run(project.path, tmp_path / place, arguments, project.environment, files=files)
+    def one(place: str, *arguments: str, order: list[str] | None = None) -> Run:
+        return run(
+            project.path,
+            tmp_path / place,
+            arguments,
+            project.environment,
+            files=("results.txt",),
+            order=order,
+        )
 
     def compare(
         *arguments: str, workers: int, needs: tuple[str, ...] = NEEDS, cut_short: bool = False
@@ -38,10 +44,14 @@ def same(project: Project, machine: Machine, tmp_path: Path) -> Same:
         ours = one("ours", *shared, *OURS, *needs)
         assert STOCK_TWICE or "gpu-share:" in ours.out
         assert ours.collected
+
+        def replay(order: list[str]) -> Run:
+            return one("replay", *arguments, "-n1", "-p", "no:cacheprovider", order=order)
+
         if workers == 1:
             found = exactly(one("stock", *shared), ours)
         else:
-            found = within(lambda: one("stock", *shared), ours, cut_short=cut_short)
+            found = within(lambda: one("stock", *shared), ours, cut_short=cut_short, replay=replay)
         if found:
             pytest.fail("\n".join(found), pytrace=False)
         return ours

@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", help="these seeds only")
     parser.add_argument("--keep", type=Path, help="a JSON file for the seeds with a difference")
     parser.add_argument("--kept", action="store_true", help="run the seeds of that file")
+    parser.add_argument("--replay", action="store_true", help="run each worker's tests by stock")
     options = parser.parse_args()
     seeds = options.seeds or range(options.first, options.first + options.cases)
     if options.kept:
@@ -37,7 +38,8 @@ def main() -> None:
     with scene() as place:
         for seed in seeds:
             with tempfile.TemporaryDirectory(dir=place.path.parent) as directory:
-                done = compare(seed, Path(directory) / "case", place.environment)
+                case = Path(directory) / "case"
+                done = compare(seed, case, place.environment, always_replay=options.replay)
             own += done.ours.own_scheduler
             tests += len(done.ours.begun)
             if done.case.workers > 1 and not done.case.cut_short:

@@ -9,6 +9,7 @@ in `exceptions`.
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -47,25 +48,58 @@ def exactly(stock: Run, ours: Run) -> list[str]:
 
 
 def within(
-    stock: Callable[[], Run], ours: Run, *, cut_short: bool = False, most: int = 3
+    stock: Callable[[], Run],
+    ours: Run,
+    *,
+    cut_short: bool = False,
+    most: int = 3,
+    replay: Callable[[list[str]], Run] | None = None,
 ) -> list[str]:
     """What is in our run, but in none of *most* stock runs.
 
     stock: makes one more stock run; it is asked only as long as ours differs from those made.
+    replay: runs the given tests, in this order, by stock with one worker. What depends on the
+        distribution alone is no difference where each worker of ours made the reports that stock
+        makes of the same tests in the same order.
     """
     runs: list[Run] = []
     found: list[str] = []
     while len(runs) < most:
         runs.append(stock())
-        found = _outside(runs, ours, cut_short)
+        fixed, distribution = _outside(runs, ours, cut_short)
+        found = fixed + distribution
         if not found:
-            break
+            return []
+        if not fixed and len(runs) > 1 and replay is not None:
+            wrong = replayed(ours, replay)
+            return distribution + wrong if wrong else []
     return found
 
 
-def _outside(stock: Sequence[Run], ours: Run, cut_short: bool) -> list[str]:
+def replayed(ours: Run, replay: Callable[[list[str]], Run]) -> list[str]:
+    """What differs between each worker of ours and stock with the same tests in that order."""
+    found: list[str] = []
+    for rows in ours.workers.values():
+        begun = [row[2] for row in rows if row[1] == "begun"]
+        if not begun:
+            continue
+        again = replay(begun)
+        mine = [_report(it) for it in ours.reports if it["worker"] == rows[0][0]]
+        theirs = [_report(it) for it in again.reports]
+        # The worker's own progress, which it prints into what subtests capture.
+        mine, theirs = ([re.sub(r" *\[ *\d+%\]", "", it) for it in side] for side in (mine, theirs))
+        found += _differ(f"reports of {rows[0][0]} and their replay", theirs, mine)
+        for kind in ("phase", "next", "makereport", "up", "down"):
+            pair = [_process(it, kind) for it in (next(iter(again.workers.values())), rows)]
+            found += _differ(f"in {rows[0][0]} and its replay: {kind}", *pair)
+    return found
+
+
+def _outside(stock: Sequence[Run], ours: Run, cut_short: bool) -> tuple[list[str], list[str]]:
+    """What no stock run shows: by itself, and what may be due to the distribution."""
     broken = {text for it in stock for text in broken_rules(it)}
     found = [text for text in broken_rules(ours) if text not in broken]
+    distribution = []
     codes = sorted({it.code for it in stock})
     if ours.code not in codes:
         found.append(f"exit code: {codes} in stock, {ours.code} here")
@@ -75,26 +109,25 @@ def _outside(stock: Sequence[Run], ours: Run, cut_short: bool) -> list[str]:
         if mine in theirs or (cut_short and (mine is None or all(it is None for it in theirs))):
             continue
         shown = theirs[0] if len({str(it) for it in theirs}) == 1 else theirs
-        found.append(f"{nodeid}: {shown} in stock, {mine} here")
+        lost = mine is None or all(it is None for it in theirs)
+        (found if lost else distribution).append(f"{nodeid}: {shown} in stock, {mine} here")
     errors = [it.errors for it in stock]
     if not cut_short and not min(errors) <= ours.errors <= max(errors):
-        found.append(f"errors of teardowns: {errors} in stock, {ours.errors} here")
+        distribution.append(f"errors of teardowns: {errors} in stock, {ours.errors} here")
     if not any(it.internal_errors for it in stock):
         last = [text.strip().splitlines()[-1] for text in ours.internal_errors]
         found += [f"INTERNALERROR here, none in stock: {line}" for line in last]
     found += _junit_outside(stock, ours, cut_short)
-    if not cut_short:
-        for name in {*ours.files, *(n for it in stock for n in it.files)}:
-            theirs_text = [it.files.get(name) for it in stock]
-            if ours.files.get(name) not in theirs_text:
-                found.append(f"file {name}: {theirs_text[0]!r} in stock, {ours.files.get(name)!r}")
-        warnings = [_warnings(it) for it in stock]
-        mine_warned = _warnings(ours)
-        if mine_warned not in warnings and any(
-            mine_warned[key] > max(it[key] for it in warnings) for key in mine_warned
-        ):
-            found.append(f"warnings: {warnings[0]} in stock, {mine_warned} here")
-    return found
+    if cut_short:
+        return found, distribution
+    for name in {*ours.files, *(n for it in stock for n in it.files)}:
+        texts = [it.files.get(name) for it in stock]
+        if ours.files.get(name) not in texts:
+            found.append(f"file {name}: {texts[0]!r} in stock, {ours.files.get(name)!r} here")
+    # How often one is given depends on the distribution.
+    new = _warnings(ours) - {text for it in stock for text in _warnings(it)}
+    distribution += [f"a warning here, not in stock: {text}" for text in sorted(new)]
+    return found, distribution
 
 
 def more_setups(stock: Iterable[Run], ours: Run) -> dict[str, tuple[int, int]]:
@@ -164,9 +197,9 @@ def _process(rows: list[list[object]], kind: str) -> list[str]:
     return [str(row[2:]) for row in rows if row[1] == kind]
 
 
-def _warnings(run: Run) -> Counter[tuple[str, str, str]]:
+def _warnings(run: Run) -> set[str]:
     rows = run.rows.get("controller", [])
-    return Counter((row[2], row[3], row[4]) for row in rows if row[1] == "warning")
+    return {f"{row[2]} {row[3]} {row[4]}" for row in rows if row[1] == "warning"}
 
 
 def _junit_outside(stock: Sequence[Run], ours: Run, cut_short: bool) -> list[str]:
@@ -174,13 +207,10 @@ def _junit_outside(stock: Sequence[Run], ours: Run, cut_short: bool) -> list[str
         return ["JUnit XML file: only one side wrote it"]
     if cut_short or any(it.internal_errors for it in (ours, *stock)):
         return []
-    names = [Counter(case[:2] for case in it.junit or []) for it in stock]
-    mine = Counter(case[:2] for case in ours.junit or [])
+    # A failed test with an error of its teardown stands there a second time.
+    names = [{case[:2] for case in it.junit or []} for it in stock]
+    mine = {case[:2] for case in ours.junit or []}
     if mine in names:
-        return []
-    # A test case with an error of its teardown stands there a second time.
-    sets = [set(it) for it in names]
-    if set(mine) in sets and sum(mine.values()) in [sum(it.values()) for it in names]:
         return []
     return [f"JUnit test cases: {names[0] - mine} only in stock, {mine - names[0]} only here"]
 

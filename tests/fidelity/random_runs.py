@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .compare import exactly, more_setups, within
+from .compare import exactly, more_setups, replayed, within
 from .generator import Case, draw
 from .runs import OURS, STOCK_TWICE, Run, run
 
@@ -22,8 +22,13 @@ class Compared:
     """Scope -> the largest number of set-ups in stock."""
 
 
-def compare(seed: int, place: Path, environment: Mapping[str, str]) -> Compared:
-    """Run the case of *seed* in *place*, with and without the plugin."""
+def compare(
+    seed: int, place: Path, environment: Mapping[str, str], *, always_replay: bool = False
+) -> Compared:
+    """Run the case of *seed* in *place*, with and without the plugin.
+
+    always_replay: run what each worker of ours ran by stock, too, though nothing differs so far.
+    """
     case = draw(seed)
     project = place / "project"
     project.mkdir(parents=True)
@@ -35,6 +40,10 @@ def compare(seed: int, place: Path, environment: Mapping[str, str]) -> Compared:
         files = ("results.txt",)
         return run(project, place / where, arguments, environment, steps=case.steps, files=files)
 
+    def replay(order: list[str]) -> Run:
+        arguments = [*case.arguments, "-n", "1"]
+        return run(project, place / "replay", arguments, environment, order=order)
+
     def one_more() -> Run:
         stock.append(one("stock", shared))
         return stock[-1]
@@ -43,7 +52,13 @@ def compare(seed: int, place: Path, environment: Mapping[str, str]) -> Compared:
     if case.workers == 1:
         found = exactly(one_more(), ours)
     else:
-        found = within(one_more, ours, cut_short=case.cut_short, most=5)
+        # A crash leaves the rest to another worker, and a step before chooses the tests.
+        whole = not (case.cut_short or case.crashes or case.steps)
+        found = within(
+            one_more, ours, cut_short=case.cut_short, most=5, replay=replay if whole else None
+        )
+        if always_replay and whole and not found:
+            found = replayed(ours, replay)
         while not case.cut_short and not found and more_setups(stock, ours) and len(stock) < 5:
             one_more()
     if case.fits and not case.cut_short and not case.crashes and case.workers > 1:

@@ -137,16 +137,21 @@ def run(
     steps: Sequence[Sequence[str]] = (),
     files: Sequence[str] = (),
     timeout: float = 60,
+    order: Sequence[str] | None = None,
 ) -> Run:
     """Run pytest on a copy of *project* made in *place*.
 
     steps: arguments of further runs in the same copy, beside *arguments*; the last one counts.
     files: results files to read afterwards, as the project's hooks write them.
+    order: node ids; these tests are run, in this order.
     """
     copy = place / project.name
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     shutil.copytree(project, copy)
+    if order is not None:
+        (place / "order.json").write_text(json.dumps(order))
+        environment = {**environment, "FIDELITY_ORDER": str(place / "order.json")}
     for step in steps[:-1]:
         _once(copy, place / "before", [*arguments, *step], environment, timeout)
     last = [*arguments, *(steps[-1] if steps else ())]

@@ -2,7 +2,8 @@
 
 The controller's record stands in `RECORD.controller`, each worker's in `RECORD.<pid>`, where
 `FIDELITY_RECORD` names RECORD. Each row is written at once, so that nothing is lost when a process
-dies. It implements no `pytest_runtest_protocol`, which a scheduler may look for.
+dies. It implements no
+`pytest_runtest_protocol`, which a scheduler may look for.
 """
 
 from __future__ import annotations
@@ -103,6 +104,15 @@ class Worker:
 
     def note(self, *row):
         _note(self.config, *row)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        """Keep the tests that `FIDELITY_ORDER` names, in that order."""
+        if path := os.environ.get("FIDELITY_ORDER"):
+            with open(path, encoding="utf-8") as file:
+                wanted = json.load(file)
+            found = {item.nodeid: item for item in items}
+            items[:] = [found[nodeid] for nodeid in wanted]
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session):
