@@ -138,12 +138,14 @@ def run(
     files: Sequence[str] = (),
     timeout: float = 60,
     order: Sequence[str] | None = None,
+    results: Callable[[Path], dict[str, str]] | None = None,
 ) -> Run:
     """Run pytest on a copy of *project* made in *place*.
 
     steps: arguments of further runs in the same copy, beside *arguments*; the last one counts.
     files: results files to read afterwards, as the project's hooks write them.
     order: node ids; these tests are run, in this order.
+    results: reads what a plugin wrote into the copy; it belongs to the results files.
     """
     copy = place / project.name
     shutil.rmtree(place, ignore_errors=True)
@@ -169,6 +171,8 @@ def run(
     }
     cases, counts = _junit(copy / "junit.xml", normal)
     read = {name: (copy / name).read_text() for name in files if (copy / name).exists()}
+    if results is not None:
+        read |= results(copy)
     return Run(code, normal(out), normal(err), rows, cases, counts, read)
 
 
