@@ -27,13 +27,15 @@ def exactly(stock: Run, ours: Run, *, output: bool = True) -> list[str]:
     """
     found = [text for text in broken_rules(ours) if text not in broken_rules(stock)]
     found += _differ("exit code", [stock.code], [ours.code])
+    order = [[row[2] for row in _of(it, "logstart")] for it in (stock, ours)]
+    if order[0] != order[1] and sorted(order[0]) == sorted(order[1]):
+        # All else would differ, too.
+        fixed, distribution = _outside([stock], ours, cut_short=False)
+        return _differ("order", *order) + fixed + distribution
     internal = bool(stock.internal_errors)
     found += _differ("reports", map(_report, stock.reports), map(_report, ours.reports))
     for kind in ("logstart", "logfinish", "collect", "warning"):
-        rows = [
-            [str(row[2:]) for row in it.rows.get("controller", []) if row[1] == kind]
-            for it in (stock, ours)
-        ]
+        rows = [[str(row[2:]) for row in _of(it, kind)] for it in (stock, ours)]
         found += _differ(kind, *rows)
     # A replacement of a crashed worker has a record of its own, in no order to the first one's.
     kinds = ("collected", "begun", "ended", "phase", "next", "makereport", "up", "down", "items")
@@ -202,8 +204,12 @@ def _process(rows: list[list[object]], kind: str) -> list[str]:
 
 
 def _warnings(run: Run) -> set[str]:
-    rows = run.rows.get("controller", [])
-    return {f"{row[2]} {row[3]} {row[4]}" for row in rows if row[1] == "warning"}
+    return {f"{row[2]} {row[3]} {row[4]}" for row in _of(run, "warning")}
+
+
+def _of(run: Run, kind: str) -> list[list[Any]]:
+    """Rows of the controller."""
+    return [row for row in run.rows.get("controller", []) if row[1] == kind]
 
 
 def _junit_outside(stock: Sequence[Run], ours: Run, cut_short: bool) -> list[str]:
