@@ -103,6 +103,8 @@ def replayed(ours: Run, replay: Callable[[list[str]], Run]) -> list[str]:
 
 def _outside(stock: Sequence[Run], ours: Run, cut_short: bool) -> tuple[list[str], list[str]]:
     """What no stock run shows: by itself, and what may be due to the distribution."""
+    # An INTERNALERROR of stock's ends the run where it is.
+    cut_short = cut_short or any(it.internal_errors for it in stock)
     broken = {text for it in stock for text in broken_rules(it)}
     found = [text for text in broken_rules(ours) if text not in broken]
     distribution = []
@@ -169,7 +171,7 @@ def broken_rules(run: Run) -> list[str]:
     found += _next_items(run)
     for nodeid, when in _unfinished(run, phases):
         found.append(f"no report of the {when}: {nodeid}")
-    junit = Counter(case[:2] for case in run.junit or [] if len(case) < 3)
+    junit = Counter(case[:2] for case in run.junit or [] if len(case) < 3 and case[1])
     found += [f"twice in the JUnit XML file: {case}" for case, count in junit.items() if count > 1]
     return found
 
