@@ -61,6 +61,8 @@ def compare(
             found = replayed(ours, replay)
         while whole and not found and more_setups(stock, ours) and len(stock) < 5:
             one_more()
+    if ours.code in (3, 4) and not ours.collected:
+        found.append(f"nothing was collected: {(ours.out + ours.err)[-500:]}")
     other = case.another_scheduler or any(it.startswith("--dist") for it in case.arguments)
     if not (STOCK_TWICE or ours.own_scheduler or other) and ours.begun:
         found.append("the own scheduler was not in charge")
