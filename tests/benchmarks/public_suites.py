@@ -1,7 +1,8 @@
 """Public test suites under the own scheduler and under stock xdist: the same outcomes.
 
-`python -m tests.benchmarks.public_suites DIR...`: unpacked source distributions, whose packages and
-test dependencies are installed. Every test has a need; warnings are errors where `--strict` is given.
+`python -m tests.benchmarks.public_suites DIR...`: unpacked source distributions, whose
+packages and test dependencies are installed. Every test has a need; `--strict` makes warnings
+errors.
 """
 
 from __future__ import annotations

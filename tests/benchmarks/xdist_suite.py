@@ -1,8 +1,8 @@
 """xdist's own test suite, with the own scheduler in charge of the runs inside its tests.
 
-`python -m tests.benchmarks.xdist_suite PATH`: an unpacked source distribution of pytest-xdist. It is
-run twice; the second time each inner run with `-n` is given a need for every test. The tests whose
-outcome differs are printed, but for those in `EXPECTED`.
+`python -m tests.benchmarks.xdist_suite PATH`: an unpacked source distribution of pytest-xdist. It
+is run twice; the second time each inner run with `-n` is given a need for every test. The tests
+whose outcome differs are printed; those in `EXPECTED` have a reason.
 """
 
 from __future__ import annotations
