@@ -33,6 +33,8 @@ def exactly(stock: Run, ours: Run, *, output: bool = True) -> list[str]:
         fixed, distribution = _outside([stock], ours, cut_short=False)
         return _differ("order", *order) + fixed + distribution
     internal = bool(stock.internal_errors)
+    if not internal:
+        found += _differ("internal errors", [], ours.internal_errors)
     found += _differ("reports", map(_report, stock.reports), map(_report, ours.reports))
     for kind in ("logstart", "logfinish", "collect", "warning"):
         rows = [[str(row[2:]) for row in _of(it, kind)] for it in (stock, ours)]

@@ -1,0 +1,140 @@
+"""The comparison with stock xdist: what it must find, and what it must let pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fidelity.compare import exactly, within
+from fidelity.generator import Case, draw
+from fidelity.hostile import HOSTILE
+from fidelity.runs import Run
+
+PHASES = ("setup", "call", "teardown")
+
+
+def report(nodeid: str, when: str, outcome: str = "passed", **more: Any) -> list[Any]:
+    row = {
+        "nodeid": nodeid,
+        "when": when,
+        "outcome": outcome,
+        "wasxfail": None,
+        "kind": "TestReport",
+        "context": None,
+        "worker": "gw0",
+    }
+    return ["controller", "report", {**row, **more}]
+
+
+def a_run(*names: str, code: int = 0, out: str = "") -> Run:
+    """A run in which these tests passed, on one worker, one after the other."""
+    controller, worker = [], [["gw0", "collected", list(names)]]
+    following = [*names[1:], None]
+    for name, after in zip(names, following, strict=True):
+        controller += [["controller", "logstart", name]]
+        controller += [report(name, when) for when in PHASES]
+        worker += [["gw0", "begun", name], ["gw0", "next", name, after], ["gw0", "ended", name]]
+    junit = [("", name) for name in names]
+    return Run(code, out, "", {"controller": controller, "1": worker}, junit)
+
+
+def test_equal_runs() -> None:
+    assert exactly(a_run("a", "b"), a_run("a", "b")) == []
+    assert within(lambda: a_run("a", "b"), a_run("b", "a")) == []
+
+
+def damaged(how: str) -> Run:
+    run = a_run("a", "b", "c")
+    controller, worker = run.rows["controller"], run.rows["1"]
+    if how == "exit code":
+        run.code = 1
+    elif how == "lost":
+        run = a_run("a", "b")
+        run.rows["1"].append(["gw0", "begun", "c"])
+    elif how == "never handed out":
+        run = a_run("a", "b")
+    elif how == "begun twice":
+        worker.append(["gw0", "begun", "a"])
+    elif how == "reported twice":
+        controller.append(report("a", "teardown"))
+    elif how == "never begun":
+        controller.append(report("d", "call", "failed"))
+    elif how == "outcome":
+        controller[2][2]["outcome"] = "failed"
+    elif how == "error of a teardown":
+        controller[3][2]["outcome"] = "failed"
+    elif how == "next item":
+        worker[2][3] = "a"
+    elif how == "no teardown":
+        del controller[3]
+    elif how == "internal error":
+        controller.append(["controller", "internal error", "INTERNALERROR"])
+    elif how == "warning":
+        controller.append(["controller", "warning", "runtest", "a", "careful"])
+    elif how == "test case":
+        assert run.junit is not None
+        run.junit.pop()
+    elif how == "results file":
+        run.files["results.txt"] = "116 results"
+    return run
+
+
+DAMAGES = (
+    *("exit code", "lost", "never handed out", "begun twice", "reported twice", "never begun"),
+    *("outcome", "error of a teardown", "next item", "no teardown", "internal error", "warning"),
+    *("test case", "results file"),
+)
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_differences_are_found(how: str) -> None:
+    """Each makes both comparisons fail."""
+    stock = a_run("a", "b", "c")
+    assert exactly(stock, damaged(how))
+    assert within(lambda: stock, damaged(how))
+
+
+@pytest.mark.parametrize("how", ["lost", "begun twice", "reported twice", "never begun", "outcome"])
+def test_differences_of_runs_cut_short(how: str) -> None:
+    """Of a run cut short, less is compared, but nothing is lost and nothing runs twice."""
+    assert within(lambda: a_run("a", "b", "c"), damaged(how), cut_short=True)
+    assert within(lambda: a_run("a", "b", "c"), a_run("a"), cut_short=True) == []
+
+
+def test_order() -> None:
+    """With one worker the order counts."""
+    (found,) = exactly(a_run("a", "b", "c"), a_run("a", "c", "b"))
+    assert found.startswith("order differ:")
+
+
+def test_what_the_distribution_decides() -> None:
+    """An error of a teardown passes where stock makes it of the same tests, in that order."""
+    ours = damaged("error of a teardown")
+    asked: list[list[str]] = []
+
+    def replay(order: list[str]) -> Run:
+        asked.append(order)
+        return damaged("error of a teardown")
+
+    assert within(lambda: a_run("a", "b", "c"), ours, replay=replay) == []
+    assert asked == [["a", "b", "c"]]
+    sound = within(lambda: a_run("a", "b", "c"), ours, replay=lambda order: a_run(*order))
+    assert len(sound) == 2
+
+
+def test_cases_are_drawn_by_their_seed() -> None:
+    """The same seed is the same project; together the seeds draw every conftest and shape."""
+    cases = [draw(seed) for seed in range(300)]
+    assert cases[:20] == [draw(seed) for seed in range(20)]
+    for case in cases:
+        for name, text in case.files.items():
+            if name.endswith(".py") and name != "test_broken.py":
+                compile(text, name, "exec")
+    assert {name for case in cases for name in case.hostile} == HOSTILE.keys()
+    shapes: tuple[tuple[str, int], ...] = (("workers", 3), ("cut_short", 2), ("crashes", 2))
+    for name, count in shapes:
+        assert len({getattr(case, name) for case in cases}) == count
+    words = " ".join(text for case in cases for text in case.files.values())
+    for word in ("pytest.exit", "KeyboardInterrupt", "shouldstop", "os._exit", "xfail", "subTest"):
+        assert word in words
+    assert isinstance(cases[0], Case)
