@@ -51,7 +51,12 @@ def same(project: Project, machine: Machine, tmp_path: Path) -> Same:
         if workers == 1:
             found = exactly(one("stock", *shared), ours)
         else:
-            found = within(lambda: one("stock", *shared), ours, cut_short=cut_short, replay=replay)
+            found = within(
+                lambda: one("stock", *shared),
+                ours,
+                cut_short=cut_short,
+                replay=None if cut_short else replay,
+            )
         if found:
             pytest.fail("\n".join(found), pytrace=False)
         return ours

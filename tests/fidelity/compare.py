@@ -114,13 +114,16 @@ def _outside(stock: Sequence[Run], ours: Run, cut_short: bool) -> tuple[list[str
     if ours.code not in codes:
         found.append(f"exit code: {codes} in stock, {ours.code} here")
     for nodeid in sorted({*ours.outcomes, *(n for it in stock for n in it.outcomes)}):
-        theirs = [it.outcomes.get(nodeid) for it in stock]
-        mine = ours.outcomes.get(nodeid)
+        theirs = [_outcome(it, nodeid, cut_short) for it in stock]
+        mine = _outcome(ours, nodeid, cut_short)
         if mine in theirs or (cut_short and (mine is None or all(it is None for it in theirs))):
             continue
         shown = theirs[0] if len({str(it) for it in theirs}) == 1 else theirs
         lost = mine is None or all(it is None for it in theirs)
         (found if lost else distribution).append(f"{nodeid}: {shown} in stock, {mine} here")
+    ends = [len(it.crashed) for it in stock]
+    if cut_short and not min(ends) <= len(ours.crashed) <= max(ends):
+        found.append(f"reports of a worker's end: {ends} in stock, {len(ours.crashed)} here")
     errors = [it.errors for it in stock]
     if not cut_short and not min(errors) <= ours.errors <= max(errors):
         distribution.append(f"errors of teardowns: {errors} in stock, {ours.errors} here")
@@ -205,6 +208,16 @@ def _report(report: dict[str, object]) -> str:
 
 def _process(rows: list[list[object]], kind: str) -> list[str]:
     return [str(row[2:]) for row in rows if row[1] == kind]
+
+
+def _outcome(run: Run, nodeid: str, cut_short: bool) -> list[tuple[Any, ...]] | None:
+    """How a test went; of a run cut short without the end of its worker, which may fall on another
+    test, as that of the teardown of a module does.
+    """
+    found = run.outcomes.get(nodeid)
+    if found is None or not cut_short:
+        return found
+    return [it for it in found if it[0] != "???"] or None
 
 
 def _warnings(run: Run) -> set[str]:
