@@ -78,6 +78,7 @@ def main() -> None:
             command = [
                 *(sys.executable, "-m", "pytest", "testing", "-q", f"--junit-xml={junit}"),
                 *("-p", "no:cacheprovider", "-p", "no:anyio", "-k", options.k, "--tb=short"),
+                f"--basetemp={Path(directory) / f'tmp{ours}'}",
                 *(("-p", "inner_runs") if ours else ()),
             ]
             done = subprocess.run(
