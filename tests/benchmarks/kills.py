@@ -69,7 +69,7 @@ class Killer:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join()
+        self._thread.join(10.0)
 
     def _kill(self) -> None:
         while len(self.killed) < self._most and not self._over.wait(self._dice.uniform(0, 0.4)):
