@@ -200,7 +200,7 @@ def _once(
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
+        out, err = process.communicate(timeout=30)
         return -signal.SIGKILL, out, err + f"\nkilled after {limit} s"
     return process.returncode, out, err
 
