@@ -277,7 +277,8 @@ class Dispatcher:
     def _begin(self) -> None:
         self._begun = True
         found = routes(self._jobs, self._gpu, self._cpu)
-        self._gpu.pending, self._gpu.cold = ordered(found.gpu, self._jobs, self._gpu)
+        alone = len(self._gpu.workers) == 1 and not self._cpu.workers
+        self._gpu.pending, self._gpu.cold = ordered(found.gpu, self._jobs, self._gpu, alone=alone)
         self._fallback.refuse(found.refused)
         cpu = set(found.cpu)
         for test, reason in found.without.items():

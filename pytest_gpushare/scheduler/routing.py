@@ -103,14 +103,22 @@ class _Largest:
         )
 
 
-def ordered(tests: Sequence[int], jobs: Sequence[Job], gpu: GpuPool) -> tuple[Pending, bool]:
+def ordered(
+    tests: Sequence[int], jobs: Sequence[Job], gpu: GpuPool, *, alone: bool = False
+) -> tuple[Pending, bool]:
     """The GPU tests in the order to start them, and whether that is for lack of durations.
 
-    With known durations the best order found in simulation; else the largest needs first.
-    What does not fit beside the contexts of its device's other workers comes first of all:
-    then they have none yet, and need not be ended for its sake.
+    `alone`: one worker runs all tests of the run, in stock xdist's order, as no other order
+    would pack better: that of collection, or of groups the largest first. Else, with known
+    durations, the best order found in simulation; else the largest needs first. What does not
+    fit beside the contexts of its device's other workers comes first of all: then they have
+    none yet, and need not be ended for its sake.
     """
-    units = in_parts(in_units(tests, jobs), gpu.anybody_could)
+    grouped = gpu.policy.dist in GROUPED
+    if alone and not grouped:
+        units = [Unit([test]) for test in tests]
+    else:
+        units = in_parts(in_units(tests, jobs), gpu.anybody_could)
     bins = _bins(gpu)
     largest = max((b.budget for b in bins), default=0)
     widest = max((b.budget - (b.workers - 1) * b.context for b in bins), default=0)
@@ -129,7 +137,9 @@ def ordered(tests: Sequence[int], jobs: Sequence[Job], gpu: GpuPool) -> tuple[Pe
             [units[at] for at in order], [kinds[at] for at in order], [needs[at] for at in order]
         )
 
-    if gpu.policy.dist in GROUPED and not gpu.policy.reorder:
+    if grouped and alone and gpu.policy.reorder:
+        return pending(sorted(range(len(units)), key=lambda at: -len(units[at].tests))), False
+    if alone or (grouped and not gpu.policy.reorder):
         return pending(range(len(units))), False
     sizes = [largest if kind[1] else need for kind, need in zip(kinds, needs, strict=True)]
     times = [jobs[unit.tests[0]].duration for unit in units]

@@ -846,3 +846,19 @@ def test_one_worker_keeps_its_short_tests() -> None:
     made.step({}, 0)
     assert made.due_at is None
     assert made.step({}, 9) == []
+
+
+def test_one_worker_keeps_the_order_of_collection() -> None:
+    """Needs, durations and groups that alternate change nothing: no order packs better."""
+    jobs = [
+        gpu_test("a", 1, duration=1.0, group="m0"),
+        gpu_test("b", 6, duration=9.0, group="m1"),
+        gpu_test("c", 3, group="m0"),
+        gpu_test("d", 8, duration=2.0, group="m1"),
+        gpu_test("e"),
+    ]
+    room = Room(GPU, "GPU 0", 10 * GB)
+    world = World(jobs, [room], [gpu_worker(0)], scripts={n: Script(1.0) for n in range(5)})
+    world.run()
+    assert world.wrong == []
+    assert [test for _, _, test, _ in world.admitted] == [0, 1, 2, 3, 4]
