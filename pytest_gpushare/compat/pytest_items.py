@@ -14,8 +14,9 @@ them for years:
 - `item._excinfo` (since 2.0): the errors of a unittest test. Without it such a test that runs out
   of memory is not recognised.
 - `item._fixtureinfo` with `name2fixturedefs`, `FixtureDef.cached_result` (since 2.3): the fixtures
-  of a test. Without them tests that share fixtures of a class or module are not kept together, and
-  such a fixture that ran out of memory keeps its error.
+  of a test. Without them tests that share fixtures of a class or module are not kept together,
+  such a fixture that ran out of memory keeps its error, and the traceback of a failed one lacks
+  the values of variables from the second test on.
 - `item.callspec._arg2scope` (since 3.0): the scopes of its parameters. Without it the values of a
   parametrised fixture of a class or module may be set up more often.
 """
@@ -33,7 +34,7 @@ def end_function(item: pytest.Item) -> None:
     Fixtures of its class, module and session live on, but for those that failed. No hook is
     called: where this raises, the test's own teardown is still to come.
     """
-    state: Any = getattr(item.session, "_setupstate", None)
+    state = _setup_state(item)
     if state is None:
         raise RuntimeError("this pytest does not show what is set up")
     state.teardown_exact(_lowest_sound_parent(item))
@@ -66,14 +67,36 @@ def error_of_unittest(item: pytest.Item) -> BaseException | None:
     return value if isinstance(value, BaseException) else None
 
 
+def kept_errors(item: pytest.Item) -> list[BaseException]:
+    """Errors that pytest keeps and raises again for the next tests of a class or module.
+
+    Those of fixtures and collectors whose set-up failed, as far as the private names show them.
+    """
+    found: list[Any] = [
+        entry[1] for entry in getattr(_setup_state(item), "stack", {}).values() if len(entry) > 1
+    ]
+    info = getattr(item, "_fixtureinfo", None)
+    for definitions in getattr(info, "name2fixturedefs", {}).values():
+        for definition in definitions:
+            result = getattr(definition, "cached_result", None)
+            if result is not None:
+                found.append(result[2])
+    # Since pytest 8.1 with the traceback.
+    errors = [each[0] if isinstance(each, tuple) and each else each for each in found]
+    return [error for error in errors if isinstance(error, BaseException)]
+
+
+def _setup_state(item: pytest.Item) -> Any:
+    return getattr(item.session, "_setupstate", None)
+
+
 def _lowest_sound_parent(item: pytest.Item) -> Any:
     """The collector nearest to the test whose own set-up has not failed.
 
     One whose set-up failed (`setup_module`) keeps its error for all its tests: it must be torn
     down too, to be set up again.
     """
-    state = getattr(item.session, "_setupstate", None)
-    stack = getattr(state, "stack", {})
+    stack = getattr(_setup_state(item), "stack", {})
     for node in item.listchain()[:-1]:
         _, failure = stack.get(node, (None, None))
         if failure is not None:

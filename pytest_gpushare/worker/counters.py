@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 _SLACK = 16
@@ -234,12 +234,15 @@ def empty(modules: Mapping[str, Any] = sys.modules) -> None:
                 continue
 
 
-def clear_frames(error: BaseException | None) -> None:
+def clear_frames(error: BaseException | None, kept: Collection[int] = ()) -> None:
     """Let go of what the local variables of a failure hold, its causes and members included.
 
-    Its report must have been made: the values of variables are gone afterwards.
+    Its report must have been made: the values of variables are gone afterwards. Errors whose
+    `id` is in `kept` are left as they are.
     """
     for each in errors_of(error):
+        if id(each) in kept:
+            continue
         step = each.__traceback__
         while step is not None:
             frame, step = step.tb_frame, step.tb_next

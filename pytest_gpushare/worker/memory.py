@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_gpushare.compat.pytest_items import kept_errors
 from pytest_gpushare.planning.caps import cap_of
 from pytest_gpushare.units import MB
 from pytest_gpushare.worker import counters
@@ -209,8 +210,10 @@ class Meter:
     ) -> None:
         end = time.time()
         errors, self._errors = self._errors, []
+        # pytest shows the error of a failed class or module fixture again with the next test.
+        kept = {id(e) for each in kept_errors(item) for e in counters.errors_of(each)}
         for error in errors:
-            counters.clear_frames(error)
+            counters.clear_frames(error, kept)
         errors.clear()
         after = counters.counts()
         if after is None and self._forked is None:
