@@ -616,3 +616,42 @@ def test_retry_refused(refused: str, project: Project, same: Same) -> None:
     assert (ours.code, ours.errors) == (1, int(fails))
     assert "KeyError" not in ours.out
     assert ("the model does not let go" in ours.out) == fails
+
+
+# An error that pytest keeps for the other tests of its class, module or session.
+
+KEPT = """
+    import unittest
+    import pytest
+
+    class TestUnit(unittest.TestCase):
+        @classmethod
+        def setUpClass(cls):
+            local = "of the class"
+            raise RuntimeError(local)
+
+        def test_a(self):
+            pass
+
+        def test_b(self):
+            pass
+
+    @pytest.fixture(scope="module")
+    def broken():
+        local = "of the module"
+        raise RuntimeError(local)
+
+    def test_c(broken):
+        pass
+
+    def test_d(broken):
+        pass
+"""
+
+
+def test_errors_that_are_kept(project: Project, same: Same) -> None:
+    """Each report of a failed wider fixture has the same text, with the values of variables."""
+    project.write(test_kept=KEPT)
+    ours = same("--showlocals", workers=1)
+    assert ours.code == 1
+    assert ours.out.count("local      = 'of the module'") == 2
