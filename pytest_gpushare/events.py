@@ -46,7 +46,7 @@ class Record:
 
     def since_start(self, moment: float) -> float:
         """A moment on the monotonic clock, in seconds since the run started."""
-        return moment - self._began
+        return max(0.0, moment - self._began)
 
     def note(self, kind: str, text: str, **facts: Any) -> Event:
         """Keep an event, with the time at which it was noted."""

@@ -87,8 +87,8 @@ def test_without_any(example: Project, arguments: list[str]) -> None:
 
 def test_deprecated_paths(example: Project, arguments: list[str]) -> None:
     """The example imports from paths of version 0.1: it runs as it is, with warnings."""
-    result = example.pytest(*arguments, "-n0")
-    assert (result.code, result.passed) == (0, 2), result.out
+    result = example.pytest(*arguments, "-n1")
+    assert (result.code, result.passed) == (0, 4), result.out
     for path in ("plan.model.Plan", "probe.facts.Device"):
         text = f"pytest_gpushare.{path} has moved: import it from pytest_gpushare"
         done = example.command(

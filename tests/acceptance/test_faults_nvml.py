@@ -413,9 +413,9 @@ def test_nonsense_uuid(uuid: str, tmp_path: Path, nvml_library: Path) -> None:
 
 
 def test_odd_names(tmp_path: Path, nvml_library: Path) -> None:
-    """Names are shown without what a terminal would obey."""
+    """What a terminal would obey is replaced in names."""
     answer, _ = devices_of(tmp_path, nvml_library, [Device(name="A\x1b[31m\nB")])
-    assert answer["devices"][0]["name"] == "A[31mB"
+    assert answer["devices"][0]["name"] == "A?[31m?B"
 
 
 def test_outer_visibility(tmp_path: Path, nvml_library: Path) -> None:

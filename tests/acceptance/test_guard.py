@@ -293,7 +293,8 @@ def test_loads_of_two_models_in_turn(
                     body = b'{"model": "tiny-%s", "stream": false}' % b"ab"[number % 2 :][:1]
                     url = f"http://{os.environ['OLLAMA_HOST']}/api/generate"
                     urllib.request.urlopen(url, data=body, timeout=60).read()
-                    time.sleep(1.1)
+                    # No multiple of the pause between two requests of the monitor.
+                    time.sleep(1.6)
         """
     )
     result = project.pytest("--gpu-share", "-n1")

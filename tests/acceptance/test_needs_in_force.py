@@ -109,11 +109,11 @@ def test_liar(project: Project, two: Machine) -> None:
     result = project.pytest(*PACKED, "-o", "gpu_share_cap_vram=false")
     assert (result.code, result.passed) == (0, 4), result.out
     assert (
-        "gpu-share: test_project.py::test_liar took 13.59 GB of VRAM, its need was 4.0 GB: "
-        "raise it, or let it be learned" in result.out
+        "gpu-share: test_project.py::test_liar held 13.59 GB of VRAM, its need was 4.0 GB: "
+        "declare vram=14GB" in result.out
     )
     again = re.findall(
-        r"gpu-share: .*test_neighbour\[\d\] ran out of VRAM .*passed alone", result.out
+        r"gpu-share: \S*test_neighbour\[\d\] ran out of VRAM .*passed alone", result.out
     )
     assert again
     assert all("test_neighbour[" in line and "13.59 GB" in line for line in again)
@@ -131,7 +131,7 @@ def test_capped_at_its_need(project: Project, two: Machine) -> None:
     assert [told[f"test_neighbour[{i}]"]["attempts"] for i in range(3)] == [1, 1, 1]
     assert told["test_neighbour[0]"]["cap"] == 5 * GB - 600 * MB
     assert re.search(r"test_liar ran out of VRAM .*; passed alone", result.out)
-    assert "test_liar took 13.59 GB of VRAM, its need was 4.0 GB" in result.out
+    assert "test_liar held 13.59 GB of VRAM, its need was 4.0 GB" in result.out
 
 
 EMPTYING = (

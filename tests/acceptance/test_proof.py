@@ -81,7 +81,7 @@ def test_before(project: Project, neighbour: tuple[Machine, OllamaServer]) -> No
     [
         ("4GB", [], 2, "2 GPU workers × 4.5 GB = 9.0 GB"),
         ("8GB", ["-o", "gpu_share_min_vram_per_worker_gb=8"], 1, "1 GPU worker × 9.0 GB = 9.0 GB"),
-        ("4.15GB", FOLLOWING_THE_MODEL, 2, "2 GPU workers × 4.2 GB = 8.4 GB"),
+        ("4.15GB", FOLLOWING_THE_MODEL, 2, "2 GPU workers × 4.29 GB = 8.58 GB"),
     ],
 )
 def test_after(
