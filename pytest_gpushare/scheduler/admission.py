@@ -108,7 +108,8 @@ class Admitting:
             help_ = self.help(worker)
             if help_ is not None:
                 return [help_]
-            unit = self._any(worker)
+            # One that has made room for a test that waits, and still is in its way, ends.
+            unit = None if worker.emptied == 2 and self._pool.gate else self._any(worker)
         if unit is not None:
             return [self._bind(worker, unit, waits=reserves)]
         worker.ending = True

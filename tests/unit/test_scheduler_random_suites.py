@@ -129,6 +129,7 @@ def test_well_behaved_suites(count: int, seed: int) -> None:
 @settings(max_examples=200, deadline=None)
 @given(COUNTS, SEEDS)
 @example(19, 6450)
+@example(20, 270)
 @example(2, 150345819)
 @example(29, 304384)
 @example(37, 303363)
@@ -143,6 +144,7 @@ def test_suites_with_faults(count: int, seed: int) -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(COUNTS, SEEDS)
+@example(19, 915288)
 def test_groups_stay_together(count: int, seed: int) -> None:
     """Under loadscope all tests of a group go to one worker of each kind, as long as it lives."""
     made = suite(count, seed, faults=False, dist="loadscope", pressure_timeout=1000.0)
@@ -158,5 +160,6 @@ def test_groups_stay_together(count: int, seed: int) -> None:
             job = world.jobs[test]
             if job.group:
                 places.setdefault((job.group, job.marked), []).append(action.worker)
-    assert world.tells("worker-ended") == []
-    assert [key for key, found in places.items() if len(set(found)) > 1] == []
+    # One whose VRAM was in the way of an older test has ended, and its groups go on elsewhere.
+    ended = {note.facts["worker"] for note in world.tells("worker-ended")}
+    assert [key for key, found in places.items() if len({*found} - ended) > 1] == []
