@@ -202,7 +202,7 @@ class _RunHooks:
             config.pluginmanager.register(worker_plugin.Placed(own, link), "gpu-share-placed")
             worker_plugin.follow(config, own["tests"], link)
             worker_plugin.watch_memory(config, own, link)
-            if run.lessee is not None and run.plan.slots:
+            if run.lessee is not None and run.lessee.claims_devices and run.plan.slots:
                 from pytest_gpushare.worker.in_process import LeasePerTest
 
                 wait = run.settings.wait

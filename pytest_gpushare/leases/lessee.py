@@ -206,6 +206,11 @@ class Lessee:
         )
         return View(sessions, claims, memory, processes, self._record.ticket)
 
+    @property
+    def claims_devices(self) -> bool:
+        """Whether this session takes part with devices: not within the slot of another run."""
+        return bool(self._totals)
+
     def look(self) -> View:
         """The others, without the gate and without NVML, for whoever only shows them."""
         sessions = self.ledger.look()

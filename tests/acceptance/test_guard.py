@@ -109,7 +109,7 @@ def test_another_process(
     """What others took after the start is told, and does not fail even a strict run."""
     taking = "from simulator import Machine; Machine.open().set_used(0, '8GB'); time.sleep(1.2)"
     others = LOAD.replace("body =", f"{taking}\n        body =")
-    project.write(test_project=HOLD.format(size="4GB", after=0), conftest=others)
+    project.write(test_project=HOLD.format(size="4GB", after=1.5), conftest=others)
     result = project.pytest("--gpu-share", "--gpu-share-strict")
     assert (result.code, result.passed) == (0, 2), result.out
     verdict(result, "others")
