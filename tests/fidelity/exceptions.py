@@ -13,6 +13,15 @@ EXCEPTIONS = {
         "with an INTERNALERROR whose traceback names the test. The exit code and the test's name "
         "are kept, the traceback is not."
     ),
+    "order after a crash": (
+        "What a dead worker leaves goes to the end of xdist's queue, in an order that depends on "
+        "how much had been sent; ours goes on in the order of the collection."
+    ),
+    "worker's end": (
+        "A worker that ends in the teardown of a module or class (`pytest.exit` there) is reported "
+        "for its last test; which test that is, and whether a second worker ends so, too, depends "
+        "on the distribution. One such report is asked for, and no more than stock has."
+    ),
     "distribution": (
         "Beside two workers or more, which worker runs which test is the scheduler's decision; "
         "stock differs from itself, too. What depends on it: the test that bears the error of a "
