@@ -77,7 +77,7 @@ def within(
     found: list[str] = []
     while len(runs) < most:
         runs.append(stock())
-        fixed, distribution = _outside(runs, ours, cut_short)
+        fixed, distribution = _outside(runs, ours, cut_short, replay is not None)
         found = fixed + distribution
         if not found:
             return []
@@ -106,8 +106,14 @@ def replayed(ours: Run, replay: Callable[[list[str]], Run]) -> list[str]:
     return found
 
 
-def _outside(stock: Sequence[Run], ours: Run, cut_short: bool) -> tuple[list[str], list[str]]:
-    """What no stock run shows: by itself, and what may be due to the distribution."""
+def _outside(
+    stock: Sequence[Run], ours: Run, cut_short: bool, replayed: bool = True
+) -> tuple[list[str], list[str]]:
+    """What no stock run shows: by itself, and what may be due to the distribution.
+
+    replayed: whether a replay can tell if the number of errors is due to the distribution; where
+        none can, as after a crash, there must be errors where stock has some.
+    """
     # An INTERNALERROR of stock's ends the run where it is.
     cut_short = cut_short or any(it.internal_errors for it in stock)
     broken = {text for it in stock for text in broken_rules(it)}
@@ -129,7 +135,10 @@ def _outside(stock: Sequence[Run], ours: Run, cut_short: bool) -> tuple[list[str
     if cut_short and not min(1, *ends) <= len(ours.crashed) <= max(ends):
         found.append(f"reports of a worker's end: {ends} in stock, {len(ours.crashed)} here")
     errors = [it.errors for it in stock]
-    if not cut_short and not min(errors) <= ours.errors <= max(errors):
+    least, most = (min(errors), max(errors)) if replayed else (min(1, *errors), ours.errors)
+    if not any(errors):
+        most = 0
+    if not cut_short and not least <= ours.errors <= most:
         distribution.append(f"errors of teardowns: {errors} in stock, {ours.errors} here")
     if not any(it.internal_errors for it in stock):
         last = [text.strip().splitlines()[-1] for text in ours.internal_errors]

@@ -22,6 +22,16 @@ EXCEPTIONS = {
         "for its last test; which test that is, and whether a second worker ends so, too, depends "
         "on the distribution. One such report is asked for, and no more than stock has."
     ),
+    "errors after a crash": (
+        "How many wider teardowns fail depends on the distribution. Where no replay can tell, "
+        "after a crash or with a scheduler of the project's own, there must be errors where stock "
+        "has any."
+    ),
+    "last failed": (
+        "`--lf`, `--ff` and `--nf` with two workers or more choose by what failed in the run "
+        "before, where errors of wider teardowns fall on other tests: compared as a run that is "
+        "cut short."
+    ),
     "distribution": (
         "Beside two workers or more, which worker runs which test is the scheduler's decision; "
         "stock differs from itself, too. What depends on it: the test that bears the error of a "

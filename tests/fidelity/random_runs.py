@@ -53,7 +53,8 @@ def compare(
         found = exactly(one_more(), ours)
     else:
         # A crash leaves the rest to another worker, and a step before chooses the tests.
-        whole = not (case.cut_short or case.crashes or case.steps)
+        # A scheduler of the project's own would deal the tests anew.
+        whole = not (case.cut_short or case.crashes or case.steps or case.another_scheduler)
         found = within(
             one_more, ours, cut_short=case.cut_short, most=5, replay=replay if whole else None
         )
