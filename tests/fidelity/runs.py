@@ -161,7 +161,10 @@ def run(
     prefix = str(copy)
 
     def normal(text: str) -> str:
-        return re.sub(r"0x[0-9a-f]{6,}", "0x", text.replace(prefix, "ROOT"))
+        text = re.sub(r"0x[0-9a-f]{6,}", "0x", text.replace(prefix, "ROOT"))
+        # Temporary directories of runs, and threads in the dumps of time-outs.
+        text = re.sub(r"(pytest-of-[^/]+/pytest-)\d+", r"\1N", text)
+        return re.sub(r"(Stack of \S+ )\(\d+\)", r"\1(N)", text)
 
     rows = {
         path.name.removeprefix("record."): [
