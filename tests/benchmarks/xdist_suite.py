@@ -29,7 +29,7 @@ import re
 import pytest
 
 ARGUMENTS = [
-    "--gpu-share", "--gpu-share-preset=no-ollama", "-o", "gpu_share_vram=* = 0.5GB",
+    "--gpu-share", "-o", "gpu_share_preset=no-ollama", "-o", "gpu_share_vram=* = 0.5GB",
     "-o", "gpu_share_min_vram_per_worker_gb=0.5",
 ]
 INSIDE = "XDIST_SUITE_INSIDE"
