@@ -50,3 +50,17 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(f"pytest_gpushare.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _moved(module: str, name: str) -> Any:
+    """A type of this package under the path of a deprecated module, with a warning."""
+    if name.startswith("_") or name not in __all__:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    import warnings
+
+    warnings.warn(
+        f"{module}.{name} has moved: import it from pytest_gpushare",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return __getattr__(name)

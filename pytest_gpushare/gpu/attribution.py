@@ -178,12 +178,6 @@ class Attribution:
                     descendants[owner] = descendants.get(owner, 0) + used
         return ProcessSplit(held, descendants, neighbours, others, is_complete)
 
-    def owner_of(self, pid: int, workers: Mapping[int, str]) -> str | None:
-        """The worker that this process is, or from which it descends; `workers`: PID -> id."""
-        with self._lock:
-            self._workers.update(workers)
-            return self._owner(pid)
-
     def forget_all_but(self, pids: Collection[int]) -> None:
         """Forget processes that NVML lists no longer: their PIDs may be used again."""
         with self._lock:

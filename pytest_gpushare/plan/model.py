@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from functools import partial
 
-import pytest_gpushare
+from pytest_gpushare import _moved
 
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("_") or name not in pytest_gpushare.__all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(
-        f"{__name__}.{name} has moved: import it from pytest_gpushare",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return getattr(pytest_gpushare, name)
+__getattr__ = partial(_moved, __name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pytest_gpushare.scheduler.types import Reading, Room
@@ -219,8 +218,3 @@ class Ledger:
 def _kept(room: Room, reading: Reading) -> int:
     resident = room.resident if reading.resident is None else reading.resident
     return max(0, room.reservation - resident) + room.safety_buffer
-
-
-def held_on(held: Mapping[str, int] | None, device: str) -> int | None:
-    """What a report says of one device; None where it does not speak of it."""
-    return None if held is None else held.get(device)

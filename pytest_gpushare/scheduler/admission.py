@@ -183,7 +183,7 @@ class Admitting:
         self._take(worker, unit)
         since, unit.since, unit.overtaken = unit.since, None, 0
         worker.bound = worker.latest = unit.next()
-        worker.bound_at, worker.waiting_since = pool.serial, since
+        worker.waiting_since = since
         worker.reserved = reserved
         if reserved:
             pool.reserve(worker, worker.bound)

@@ -16,7 +16,7 @@ class GpuWorker:
     """A GPU worker, as the dispatcher sees it."""
 
     __slots__ = (
-        "bound", "bound_at", "collected", "deadline", "device", "devices", "emptied",
+        "bound", "collected", "deadline", "device", "devices", "emptied",
         "emptying", "ending", "helps_in", "id", "last_group", "latest", "left_groups", "most",
         "own", "question", "reserved", "sent", "serial", "slot", "unit", "waiting_since",
     )  # fmt: skip
@@ -40,8 +40,6 @@ class GpuWorker:
         """The test that it has next, and that waits for its admission."""
         self.reserved = False
         """Whether the bound test takes the place of the one that runs."""
-        self.bound_at = 0
-        """The number of the last admission before it was bound."""
         self.waiting_since: float | None = None
         """When the bound test was first found not to fit."""
         self.question = ""
