@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> int:
 
         return plan(options)
     if options.command == "doctor":
-        from pytest_gpushare.cli.doctor import doctor
+        from pytest_gpushare.cli.doctor.render import doctor
 
         return doctor(options)
     if options.command == "hold":

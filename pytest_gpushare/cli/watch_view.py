@@ -18,8 +18,7 @@ from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, Memory
 from pytest_gpushare.gpu.host import identity, sees_every_process
 from pytest_gpushare.gpu.sampler import LiveVram
 from pytest_gpushare.leases.records import SessionWorker
-from pytest_gpushare.ollama.messages import placed
-from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
+from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts, placed
 from pytest_gpushare.ollama.reservation import statements
 from pytest_gpushare.planning.leasing import directory_of
 from pytest_gpushare.planning.startup import host_probe

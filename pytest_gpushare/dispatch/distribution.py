@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpushare.compat.xdist_controller import collection_difference, is_ending, wake
-from pytest_gpushare.dispatch.reports import report_difference, report_lost
+import pytest
+
+from pytest_gpushare.compat.xdist_events import collection_difference, is_ending, wake
 from pytest_gpushare.dispatch.suite import KindsOfWorkers, Suite
 from pytest_gpushare.planning.placement import NUMBER
 from pytest_gpushare.scheduler.needs import CollectedTests, read
@@ -15,8 +16,6 @@ from pytest_gpushare.session.needs_store import LearnedNeeds, remember_needs
 from pytest_gpushare.session.run import ActiveRun
 
 if TYPE_CHECKING:
-    import pytest
-
     from pytest_gpushare.dispatch.executor import Executor
     from pytest_gpushare.dispatch.suite import KindsOfWorkers, Learned, Parity, Suite
     from pytest_gpushare.scheduler.types import Policy, Room, Worker
@@ -337,6 +336,26 @@ class OwnDispatch:
             # xdist has the option since 3.8, and always reordered before.
             reorder=getattr(self._options, "loadscopereorder", True),
         )
+
+
+def report_lost(config: pytest.Config, nodeid: str, reason: str) -> None:
+    """Report a test as failed that no worker can run any more."""
+    path = nodeid.partition("::")[0]
+    report = pytest.TestReport(
+        nodeid=nodeid,
+        location=(path, None, path),
+        keywords={},
+        outcome="failed",
+        longrepr=reason,
+        when="call",
+    )
+    config.hook.pytest_runtest_logreport(report=report)
+
+
+def report_difference(config: pytest.Config, worker: str, text: str) -> None:
+    """Report an error of collection: this worker collected other tests than one of its kind."""
+    report = pytest.CollectReport(nodeid=worker, outcome="failed", longrepr=text, result=[])
+    config.hook.pytest_collectreport(report=report)
 
 
 def scheduler_for(

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.ollama.models import LoadedModel, placed
+from pytest_gpushare.units import format_gb
 
 LOADED, UNLOADED, RELOADED = "ollama-loaded", "ollama-unloaded", "ollama-reloaded"
 SPILLED, RECOVERED = "ollama-spilled", "ollama-recovered"
@@ -186,3 +187,33 @@ def differences(before: LoadedModel, now: LoadedModel) -> Mapping[str, tuple[obj
         "VRAM": (before.size_vram, now.size_vram),
     }
     return {word: pair for word, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def sentence(change: Change) -> str:
+    """What happened, for the record."""
+    if change.kind == UNREACHABLE:
+        return f"Ollama does not answer any more: {change.problem}"
+    if change.kind == BACK:
+        return "Ollama answers again" if change.since < change.at else "Ollama answers"
+    model, before = change.model, change.before
+    assert model is not None
+    if change.kind == UNLOADED:
+        return f"Ollama unloaded {model.name} ({format_gb(model.size)})"
+    if change.kind == RECOVERED:
+        return f"Ollama has all of {model.name} on the GPU again ({format_gb(model.size)})"
+    if change.kind == RELOADED and before is not None:
+        return f"Ollama reloaded {placed(model)}{_changed(before, model)}"
+    return f"Ollama loaded {placed(model)}"
+
+
+def _changed(before: LoadedModel, now: LoadedModel) -> str:
+    """`; context 4096, now 8192`: what a request asked for that made it reload."""
+    changed = differences(before, now)
+    parts = []
+    if "context" in changed and before.context and now.context:
+        parts.append(f"context {before.context}, now {now.context}")
+    if "digest" in changed:
+        parts.append("another version of the model")
+    if "size" in changed:
+        parts.append(f"size {format_gb(before.size)}, now {format_gb(now.size)}")
+    return f"; {', '.join(parts)}" if parts else ""

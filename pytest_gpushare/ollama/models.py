@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from pytest_gpushare.ollama.address import Address
+from pytest_gpushare.units import format_gb
 
 OLLAMA = "Ollama"
 """The name of the neighbour, in process lists and messages."""
@@ -118,3 +119,25 @@ def full_name(name: str) -> str:
     for start in ("registry.ollama.ai/", "library/"):
         name = name.removeprefix(start)
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
+def placed(model: LoadedModel) -> str:
+    """`qwen2.5:14b 10.8 GB, 100 % on GPU`."""
+    size = format_gb(model.size)
+    if model.size_vram is None or not model.size:
+        return f"{model.name} {size}, how much of it on GPU is unknown"
+    if not model.size_vram:
+        return f"{model.name} {size}, on the CPU, not on GPU"
+    # Rounded down, so that only a model that is wholly there is called 100 %.
+    part = f"{100 * model.size_vram // model.size} % on GPU"
+    # Buffers are on the GPU also where no layer is.
+    return f"{model.name} {size}, {part}{', perhaps no layer' if has_no_layer(model) else ''}"
+
+
+_BUFFERS = 10
+"""Per cent of a model that may be on the GPU though no layer of it is."""
+
+
+def has_no_layer(model: LoadedModel) -> bool:
+    """Whether what is on the GPU is so little that it may be buffers alone."""
+    return model.is_spilled and 100 * model.on_gpu < _BUFFERS * model.size

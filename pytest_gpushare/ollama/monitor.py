@@ -176,20 +176,20 @@ class Neighbour:
             self._saw(model, known if known and len(models) == 1 else None)
 
     def _note(self, change: Change) -> None:
-        # Imported here: in most runs Ollama changes nothing.
-        from pytest_gpushare.ollama import messages
-
         facts = self._facts(change)
         if change.kind != history.SPILLED:
-            self._record.note(change.kind, messages.sentence(change), **facts)
+            self._record.note(change.kind, history.sentence(change), **facts)
             return
+        # Imported here: in most runs nothing spills.
+        from pytest_gpushare.ollama.spill import spilled
+
         spill = self._judge(change)
         if len(self.spills) < _MOST_SPILLS:
             self.spills.append(spill)
         facts |= {"cause": spill.cause.value, "under_tests": spill.is_ours}
         if spill.setting is not None:
             facts["setting"] = {spill.setting.key: spill.setting.value}
-        self._record.note(change.kind, messages.spilled(spill), **facts)
+        self._record.note(change.kind, spilled(spill), **facts)
 
     def _judge(self, change: Change) -> Spill:
         from pytest_gpushare.ollama.spill import judge

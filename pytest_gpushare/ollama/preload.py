@@ -30,16 +30,17 @@ from pytest_gpushare.ollama.keep_alive import (
     request,
     seconds_left,
 )
-from pytest_gpushare.ollama.messages import NO_GPU, placed, uses_no_gpu
 from pytest_gpushare.ollama.models import (
     OLLAMA,
     LoadedModel,
     ModelFacts,
     OllamaFacts,
     full_name,
+    placed,
 )
 from pytest_gpushare.ollama.prediction import MARGIN, SHARE, KnownSizes
 from pytest_gpushare.ollama.reservation import Source, need_of, server_of
+from pytest_gpushare.ollama.spill import NO_GPU, uses_no_gpu
 from pytest_gpushare.text import printable
 from pytest_gpushare.timed import TimedCall
 from pytest_gpushare.units import format_gb

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
+from pytest_gpushare.config.options import INI_PREFIX
 from pytest_gpushare.gpu.attribution import DeviceUsage
-from pytest_gpushare.ollama.models import OLLAMA, LoadedModel
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, has_no_layer
 from pytest_gpushare.ollama.prediction import MARGIN, OVERHEAD, SHARE
-from pytest_gpushare.units import GB, MB
+from pytest_gpushare.units import GB, MB, format_gb
 
 _STEP_MB = 500
 _HALF_GB = GB // 2
@@ -267,3 +268,85 @@ def _tests(spill: Spill, excess: int, promise: Promise) -> Spill:
 def _sum(sizes: Sequence[int | None]) -> int | None:
     known = [size for size in sizes if size is not None]
     return sum(known) if len(known) == len(sizes) else None
+
+
+def uses_no_gpu(model: LoadedModel, free: int | None) -> bool:
+    """Whether a model is in RAM though there was VRAM for all of it."""
+    return has_no_layer(model) and free is not None and free > model.size + MARGIN + OVERHEAD
+
+
+NO_GPU = (
+    "the server uses no GPU, or num_gpu or a setting keeps the model off it (its log says which "
+    "devices it found; CUDA_VISIBLE_DEVICES may hide them from it)"
+)
+
+
+_MOST_WORKERS = 8
+
+
+def spilled(spill: Spill) -> str:
+    """What a load left on the CPU, and who held what then."""
+    model = spill.model
+    what = f"{format_gb(spill.missing)} of {model.name} ({format_gb(model.size)})"
+    return f"Ollama put {what} on the CPU; {held_by(spill)}"
+
+
+def held_by(spill: Spill) -> str:
+    """`VRAM then: tests 16.0 GB (gw0 8.0 GB, gw1 8.0 GB), others 2.0 GB, 6.0 GB free`."""
+    if spill.free is None:
+        return "who held VRAM then is unknown"
+    free = f"{format_gb(spill.free)} free"
+    if spill.tests is None:
+        return f"VRAM then: {free}; the driver does not tell who held the rest"
+    others = "" if spill.others is None else f"others {format_gb(spill.others)}, "
+    return f"VRAM then: tests {format_gb(spill.tests)}{_workers(spill.by_worker)}, {others}{free}"
+
+
+def why(spill: Spill, reservation: int, budget: int) -> str:
+    """The cause, and the setting that would have prevented it; bytes."""
+    needs = f"needs {format_gb(spill.required)}"
+    if spill.cause is Cause.RESERVATION:
+        return f"the reservation of {format_gb(reservation)} was too small{_would(spill.setting)}"
+    if spill.cause is Cause.TESTS:
+        return (
+            f"the tests held {format_gb(spill.excess)} more than the {format_gb(budget)} of VRAM "
+            f"that they had{_would(spill.setting)}"
+        )
+    if spill.cause is Cause.OTHERS:
+        return (
+            f"other processes took {format_gb(spill.excess)} of VRAM after the start"
+            f"{_would(spill.setting) or ': end them before the tests'}"
+        )
+    if spill.cause is Cause.DOUBT:
+        return (
+            f"tests or other processes held {format_gb(spill.excess)} more than the "
+            f"{format_gb(budget)} of VRAM that the tests had; the driver does not tell which"
+            f"{_would(spill.setting)}"
+        )
+    if spill.cause is Cause.SIZE:
+        return (
+            f"no setting would have kept it on the GPU: it {needs}, and {format_gb(spill.room)} "
+            "of VRAM are there for it and the tests"
+        )
+    if spill.cause is Cause.OPTIONS:
+        return (
+            "whenever VRAM was looked at, there was room for all of it on the GPU: a request set "
+            "num_gpu, the server's own settings limit it, or somebody held VRAM for a moment"
+        )
+    return "NVML told nothing of the GPU then, so the cause is unknown"
+
+
+def _would(setting: Setting | None) -> str:
+    if setting is None:
+        return ""
+    price = ", without any GPU worker beside it" if setting.is_without_workers else ""
+    return f": {INI_PREFIX}{setting.key} = {setting.value} would have kept it on the GPU{price}"
+
+
+def _workers(by_worker: Mapping[str, int]) -> str:
+    if len(by_worker) < 2:
+        return f" ({next(iter(by_worker))})" if by_worker else ""
+    largest = sorted(by_worker, key=lambda worker: (-by_worker[worker], worker))
+    shown = [f"{worker} {format_gb(by_worker[worker])}" for worker in largest[:_MOST_WORKERS]]
+    more = len(largest) - len(shown)
+    return f" ({', '.join(shown)}{f' and {more} more' if more else ''})"

@@ -23,7 +23,8 @@ from pytest_gpushare.planning.placement import Surroundings, caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
 from pytest_gpushare.report.advice import amount, assess
 from pytest_gpushare.report.header import Line, header, left_out
-from pytest_gpushare.report.summary import highest_peaks, leak_in_words, usages, verdict
+from pytest_gpushare.report.summary import verdict
+from pytest_gpushare.report.usage import highest_peaks, leak_in_words, usages
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import RecordedTest, leaks
 from pytest_gpushare.session.workers import Peak, WorkerRecord

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.ollama.address import AUTO
-from pytest_gpushare.ollama.messages import placed
-from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.ollama.models import OllamaFacts, placed
 from pytest_gpushare.planning.placement import caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Limit, Plan, shortage
 from pytest_gpushare.session.run import ActiveRun

@@ -32,7 +32,7 @@ def write_reports(document: Mapping[str, Any], files: Sequence[Path]) -> Iterato
 
 def _text(document: Mapping[str, Any], path: Path) -> str:
     if path.suffix.lower() == ".html":
-        from pytest_gpushare.report.html import page
+        from pytest_gpushare.report.html.page import page
 
         return page(document)
     return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
@@ -123,7 +123,7 @@ def _note_leaks(run: ActiveRun) -> None:
     found = leaks(run.tests, run.workers)
     if not found:
         return
-    from pytest_gpushare.report.summary import leak_in_words
+    from pytest_gpushare.report.usage import leak_in_words
 
     for leak in found:
         facts = {"bytes": leak.size, "worker": leak.worker, "suspects": list(leak.suspects)}

@@ -1,38 +1,23 @@
-"""Who used which GPU, and how near to the limit: what the tests left in the samples.
-
-A run that took no VRAM has nothing to say here.
-"""
+"""The lines after the tests: what went wrong on the way, and what became of Ollama's models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpushare.gpu.sampler import DevicePeaks, DeviceSamples
 from pytest_gpushare.ollama.history import Life
-from pytest_gpushare.ollama.messages import NO_GPU, placed, uses_no_gpu
-from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.ollama.models import LoadedModel, placed
 from pytest_gpushare.ollama.monitor import Neighbour
-from pytest_gpushare.planning.plan import DevicePlan
-from pytest_gpushare.report.advice import (
-    admits_by_needs,
-    amount,
-    assess,
-    declared_too_small,
-    gpu_tests_without_gpu,
-    over_need,
-)
+from pytest_gpushare.ollama.spill import NO_GPU, held_by, uses_no_gpu, why
+from pytest_gpushare.report.advice import declared_too_small, gpu_tests_without_gpu, over_need
 from pytest_gpushare.report.header import Line, View
+from pytest_gpushare.report.usage import usage_lines
 from pytest_gpushare.session.run import ActiveRun
-from pytest_gpushare.session.tests import Leak, RecordedTest, leaks
-from pytest_gpushare.session.workers import WorkerRecord
-from pytest_gpushare.text import printable
-from pytest_gpushare.units import MB, format_gb, plural
+from pytest_gpushare.units import format_gb, plural
 
 if TYPE_CHECKING:
     from pytest_gpushare.events import Event
     from pytest_gpushare.ollama.spill import Spill
-    from pytest_gpushare.session.run import ActiveRun
 
 
 _MOST_NAMES = 3
@@ -190,8 +175,6 @@ def _times(count: int) -> str:
 
 
 def _spilled(spills: list[Spill], life: Life, book: Neighbour) -> Word:
-    from pytest_gpushare.ollama import messages
-
     # The worst one that the run answers for, else the worst of all.
     spill = max(spills, key=lambda spill: (spill.is_ours, spill.missing, -spill.at))
     model, promise = spill.model, book.promise
@@ -201,8 +184,8 @@ def _spilled(spills: list[Spill], life: Life, book: Neighbour) -> Word:
         f"CPU, not on the GPU, when it loaded it {spill.at:.0f} s into the run{again}"
     )
     details = [
-        messages.held(spill),
-        messages.why(spill, promise.reservation, sum(promise.budgets.values())),
+        held_by(spill),
+        why(spill, promise.reservation, sum(promise.budgets.values())),
     ]
     if life.gone_at is None and life.model.is_whole:
         details.append(f"by the end all of it was on the GPU again ({format_gb(life.model.size)})")
@@ -253,167 +236,6 @@ def _silences(book: Neighbour) -> Iterator[Word]:
             "VRAM then is unknown",
             is_problem=True,
         )
-
-
-WORTH_TELLING = 64 * MB
-"""Bytes by which a device fills without anybody's tests: desktops do that all the time."""
-
-MOST_PEAKS = 5
-_MOST_LEAKS = 3
-_NARROWEST, _WIDEST = 8, 40
-_BARS = "▁▂▃▄▅▆▇█"
-_SHORTEST_ID = 20
-
-
-class Usage(NamedTuple):
-    """The peaks of one device against its plan."""
-
-    plan: DevicePlan
-    peaks: DevicePeaks
-    watched: DeviceSamples
-
-    @property
-    def peak_used(self) -> int:
-        """Bytes in use at most, counting every process."""
-        return self.peaks.used or 0
-
-    @property
-    def grown(self) -> int:
-        """Bytes by which the device was fuller than at the start, at most."""
-        return max(0, self.peak_used - self.plan.device.used)
-
-    @property
-    def is_attributed(self) -> bool:
-        """Whether the driver attributed anything to workers: else the rise may be anybody's."""
-        return bool(self.peaks.workers)
-
-    @property
-    def tests(self) -> str:
-        """`5.2 GB`, `at least 7.4 GB (3.9 GB of it unattributed)`; empty where unknown."""
-        peaks = self.peaks
-        if not self.is_attributed:
-            return ""
-        if not peaks.is_at_least:
-            return format_gb(peaks.rise)
-        part = f" ({format_gb(peaks.unattributed)} of it unattributed)"
-        return f"at least {format_gb(peaks.rise)}{part}"
-
-
-def usages(run: ActiveRun) -> list[Usage]:
-    """The devices that were watched."""
-    watched = {} if run.sampler is None else run.sampler.devices
-    return [
-        Usage(plan, found.peaks, found)
-        for plan in run.plan.devices
-        if (found := watched.get(plan.device.uuid)) is not None and found.peaks.used is not None
-    ]
-
-
-def highest_peaks(run: ActiveRun, most: int = MOST_PEAKS) -> list[RecordedTest]:
-    """The tests that used the most VRAM, those alone of which that is known."""
-    known = [test for test in run.tests if test.peak is not None]
-    return sorted(known, key=lambda t: (-t.peak.size if t.peak else 0, t.nodeid))[:most]
-
-
-def usage_lines(run: ActiveRun, view: View) -> Iterator[Line]:
-    """Devices, leaks and hints; from -v also workers and the highest peaks; nothing at -q."""
-    if view.verbosity < 0:
-        return
-    members = [member for member in run.workers if member.role == "gpu"]
-    peaks = [member for member in members if member.peak is not None]
-    devices = [use for use in usages(run) if use.grown > WORTH_TELLING]
-    for use in devices:
-        yield _device(use, view, any(m.device == use.plan.device.uuid for m in peaks))
-    if view.verbosity >= 1 and (devices or peaks):
-        for member in members:
-            yield _worker(member, run)
-        for test in highest_peaks(run):
-            yield Line(_test(test, view))
-    yield from _leaks(leaks(run.tests, run.workers), view)
-    for advice in assess(run).advice:
-        yield Line(f"gpu-share: hint: {advice.text}")
-
-
-def _device(use: Usage, view: View, counted: bool) -> Line:
-    plan = use.plan
-    text = f"gpu-share: {plan.device.label} VRAM peak {_part(use.peak_used, plan.device.total)}"
-    peaks = use.peaks
-    if use.is_attributed:
-        least = "at least " if peaks.is_at_least else ""
-        text += f", tests {least}{_part(peaks.rise, plan.budget)}"
-        if peaks.is_at_least:
-            text += f" ({format_gb(peaks.unattributed)} unattributed)"
-    elif not counted and plan.workers:
-        text += f" (up {format_gb(use.grown)}, by which process is unknown)"
-    over = use.is_attributed and plan.budget < peaks.rise
-    room = view.columns - len(text) - 1
-    if room >= _NARROWEST:
-        heights = use.watched.series.heights(min(room, _WIDEST))
-        text += f" {sparkline(heights, plan.device.total)}"
-    return Line(text, problem=over)
-
-
-def _worker(member: WorkerRecord, run: ActiveRun) -> Line:
-    label = next(
-        plan.device.label for plan in run.plan.devices if plan.device.uuid == member.device
-    )
-    crashed = ", crashed" if member.crashed else ""
-    peak = member.peak
-    if peak is None:
-        return Line(f"  {member.id} on {label}: VRAM peak unknown{crashed}")
-    least = "" if peak.exact else "at least "
-    if admits_by_needs(run):
-        # A need may be more than a slot.
-        return Line(f"  {member.id} on {label}: VRAM peak {least}{format_gb(peak.size)}{crashed}")
-    return Line(
-        f"  {member.id} on {label}: VRAM peak {least}{_part(peak.size, member.slot)}{crashed}",
-        problem=peak.size > member.slot,
-    )
-
-
-def _test(test: RecordedTest, view: View) -> str:
-    assert test.peak is not None
-    text = f"  VRAM {amount(test.peak)}: "
-    return text + shortened(test.nodeid, view.columns - len(text))
-
-
-def _leaks(found: Sequence[Leak], view: View) -> Iterator[Line]:
-    most = len(found) if view.verbosity >= 1 else _MOST_LEAKS
-    for leak in found[:most]:
-        yield Line(f"gpu-share: {leak_in_words(leak, view.columns - 11)}", problem=True)
-    if len(found) > most:
-        rest = found[most:]
-        size = format_gb(sum(leak.size for leak in rest))
-        who = plural(len(rest), "more leak")
-        yield Line(f"gpu-share: {who} of VRAM, {size} in all (-v lists them)", problem=True)
-
-
-def leak_in_words(leak: Leak, room: int = 200) -> str:
-    """Which test left how much, or among which tests it is."""
-    size, first = format_gb(leak.size), leak.suspects[0]
-    if leak.among == 1:
-        end = f" left {size} of VRAM behind ({leak.worker})"
-        return shortened(first, room - len(end)) + end
-    start = f"{leak.worker} kept {size} of VRAM, left by one of {leak.among} tests from "
-    return f"{start}{shortened(first, room - len(start) - 3)} on"
-
-
-def sparkline(heights: Sequence[int], most: int) -> str:
-    """A bar for each height, in eighths of `most`."""
-    top = len(_BARS) - 1
-    return "".join(_BARS[min(top, height * len(_BARS) // max(1, most))] for height in heights)
-
-
-def shortened(nodeid: str, room: int) -> str:
-    """A node id in so much room, but never below what still says something: its end counts."""
-    nodeid = printable(nodeid)
-    room = max(room, _SHORTEST_ID)
-    return nodeid if len(nodeid) <= room else f"...{nodeid[len(nodeid) - room + 3 :]}"
-
-
-def _part(size: int, of: int) -> str:
-    """`7.2 of 9.0 GB`."""
-    return f"{format_gb(size).removesuffix(' GB')} of {format_gb(of)}"
 
 
 def _overwritten(run: ActiveRun) -> Iterator[Line]:

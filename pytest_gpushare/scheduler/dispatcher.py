@@ -13,11 +13,10 @@ from pytest_gpushare.scheduler.accounts import Ledger
 from pytest_gpushare.scheduler.admission import Admitting
 from pytest_gpushare.scheduler.cpu_pool import CpuPool
 from pytest_gpushare.scheduler.fairness import Backfilling
-from pytest_gpushare.scheduler.fallback import Fallback
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 from pytest_gpushare.scheduler.pressure import Pressure
 from pytest_gpushare.scheduler.queue import Unit
-from pytest_gpushare.scheduler.routing import ordered, routes
+from pytest_gpushare.scheduler.routing import Fallback, ordered, routes
 from pytest_gpushare.scheduler.types import (
     Action,
     Admit,

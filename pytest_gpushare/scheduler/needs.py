@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from pytest_gpushare.config.settings import (
     FLAGS,
     MOST_DEVICES,
     READERS,
     Alias,
+    Settings,
     VramRule,
     filled,
     parse_vram,
 )
-
-if TYPE_CHECKING:
-    from pytest_gpushare.config.settings import Alias
-
 
 T = TypeVar("T")
 
@@ -111,6 +109,38 @@ class Declared(NamedTuple):
 def means_cpu(aliases: Iterable[Alias]) -> bool:
     """Whether a marker of the suite names the CPU tests, so that all others are GPU tests."""
     return any(name == "cpu" for alias in aliases for name, _ in alias.meanings)
+
+
+def excludes_gpu_tests(expression: str, settings: Settings) -> bool:
+    """Whether an expression of `-m` selects no test with a marker of GPU tests.
+
+    What cannot be understood here may select some.
+    """
+    if means_cpu(settings.markers) or settings.vram:
+        # There tests are GPU tests by other rules than their markers.
+        return False
+    names = {settings.marker, *(alias.marker for alias in settings.markers)}
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    return all(_selects(tree, name) is False for name in names)
+
+
+def _selects(node: ast.expr, marker: str) -> bool | None:
+    """Whether an expression selects tests with this marker; None where others decide."""
+    if isinstance(node, ast.Name):
+        return True if node.id == marker else None
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        inner = _selects(node.operand, marker)
+        return None if inner is None else not inner
+    if isinstance(node, ast.BoolOp):
+        found = [_selects(value, marker) for value in node.values]
+        decisive = isinstance(node.op, ast.Or)
+        if decisive in found:
+            return decisive
+        return None if None in found else not decisive
+    return None
 
 
 class Need(NamedTuple):

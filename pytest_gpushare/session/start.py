@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -44,7 +43,7 @@ from pytest_gpushare.planning.placement import (
 )
 from pytest_gpushare.planning.plan import LeasedByOthers, Limit, Plan, Request, shortage
 from pytest_gpushare.planning.startup import PlanHooks, Probes, ask_ollama, plan_run, probe
-from pytest_gpushare.scheduler.needs import means_cpu
+from pytest_gpushare.scheduler.needs import excludes_gpu_tests
 from pytest_gpushare.session.needs_store import (
     may_have_needs,
     recall_contexts,
@@ -60,38 +59,6 @@ if TYPE_CHECKING:
 
     from pytest_gpushare.events import Event
     from pytest_gpushare.planning.startup import Loading
-
-
-def excludes_gpu_tests(expression: str, settings: Settings) -> bool:
-    """Whether an expression of `-m` selects no test with a marker of GPU tests.
-
-    What cannot be understood here may select some.
-    """
-    if means_cpu(settings.markers) or settings.vram:
-        # There tests are GPU tests by other rules than their markers.
-        return False
-    names = {settings.marker, *(alias.marker for alias in settings.markers)}
-    try:
-        tree = ast.parse(expression.strip(), mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return False
-    return all(_selects(tree, name) is False for name in names)
-
-
-def _selects(node: ast.expr, marker: str) -> bool | None:
-    """Whether an expression selects tests with this marker; None where others decide."""
-    if isinstance(node, ast.Name):
-        return True if node.id == marker else None
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        inner = _selects(node.operand, marker)
-        return None if inner is None else not inner
-    if isinstance(node, ast.BoolOp):
-        found = [_selects(value, marker) for value in node.values]
-        decisive = isinstance(node.op, ast.Or)
-        if decisive in found:
-            return decisive
-        return None if None in found else not decisive
-    return None
 
 
 def request_for(config: pytest.Config) -> tuple[Request, int]:

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import pytest
 
-from pytest_gpushare.compat import pytest_protocol
-from pytest_gpushare.compat.xdist_worker import Commands, Interactor, interactor_of
+from pytest_gpushare.compat import pytest_items
+from pytest_gpushare.compat.xdist_events import Commands, Interactor, interactor_of
 from pytest_gpushare.scheduler.needs import written
 from pytest_gpushare.worker.collection import Reader, collected_tests
 from pytest_gpushare.worker.refusals import REFUSAL, Refusals, sent_by_the_controller
@@ -100,8 +100,8 @@ class RunLoop:
     def _run(self, session: pytest.Session, interactor: Interactor, commands: Commands) -> None:
         commands.forget()
         self._items = session.items
-        looks_ahead = pytest_protocol.run_phases is None or (
-            pytest_protocol.others_want_the_next_test(session.config, self)
+        looks_ahead = pytest_items.run_phases is None or (
+            pytest_items.others_want_the_next_test(session.config, self)
         )
         while not (session.shouldfail or session.shouldstop):
             index = self._next_to_run(interactor)
@@ -207,7 +207,7 @@ class RunLoop:
 
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         """As pytest itself runs a test, but that the next one is asked for after the call."""
-        run_phases, interactor = pytest_protocol.run_phases, self._interactor
+        run_phases, interactor = pytest_items.run_phases, self._interactor
         if not self._own or run_phases is None or interactor is None:
             return None
 
@@ -230,7 +230,7 @@ class RunLoop:
         if item is None:
             return
         try:
-            pytest_protocol.tear_down_all(item.session)
+            pytest_items.tear_down_all(item.session)
         except (pytest.exit.Exception, KeyboardInterrupt):
             raise
         except BaseException:

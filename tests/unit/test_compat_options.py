@@ -42,7 +42,6 @@ ELSEWHERE: dict[str, set[str]] = {
         "testscollected",
     },
     "dispatch/executor.py": {"send_runtest_some"},
-    "dispatch/reports.py": {"item_index", "putevent"},
     "worker/collection.py": {"_arg2scope", "_fixtureinfo", "name2fixturedefs"},
     "worker/runner.py": {"item_index"},
     "worker/teardown.py": {"import _pytest", "testscollected"},

@@ -13,12 +13,10 @@ from pytest_gpushare.compat.pytest_items import (
     error_of_unittest,
     excinfos,
     fixtures_of,
-    parameter_scopes,
-    renew,
-)
-from pytest_gpushare.compat.pytest_protocol import (
     others_want_the_next_test,
+    parameter_scopes,
     protocol_of,
+    renew,
     run_phases,
     tear_down_all,
 )

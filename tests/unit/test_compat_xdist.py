@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.compat.xdist_controller import collection_difference, is_ending, wake
-from pytest_gpushare.compat.xdist_worker import interactor_of
+from pytest_gpushare.compat.xdist_events import (
+    collection_difference,
+    interactor_of,
+    is_ending,
+    wake,
+)
 
 
 class Channel:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pytest_gpushare.ollama.history import BACK, UNREACHABLE, Change, History
-from pytest_gpushare.ollama.messages import sentence
+from pytest_gpushare.ollama.history import BACK, UNREACHABLE, Change, History, sentence
 from pytest_gpushare.ollama.models import LoadedModel
 from pytest_gpushare.units import GB
 

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import pytest
 
 from pytest_gpushare.gpu.attribution import DeviceUsage
-from pytest_gpushare.ollama.messages import held as in_words
-from pytest_gpushare.ollama.messages import spilled, why
 from pytest_gpushare.ollama.models import LoadedModel
-from pytest_gpushare.ollama.spill import Cause, Promise, Setting, Spill, judge
+from pytest_gpushare.ollama.spill import Cause, Promise, Setting, Spill, judge, spilled, why
+from pytest_gpushare.ollama.spill import held_by as in_words
 from pytest_gpushare.units import GB, MB
 
 MODEL = LoadedModel("m:14b", 10 * GB, 6 * GB, "d", 4096)

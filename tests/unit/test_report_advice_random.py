@@ -16,7 +16,8 @@ from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, HostFacts
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.planning.startup import plan_run
-from pytest_gpushare.report.advice import Advice, Case, assess, case_of, more_room
+from pytest_gpushare.report.advice import assess
+from pytest_gpushare.report.candidates import Advice, Case, case_of, more_room
 from pytest_gpushare.session.run import ActiveRun, StartFacts
 from pytest_gpushare.session.tests import PhaseReport
 from pytest_gpushare.units import GB, MB

@@ -10,7 +10,8 @@ import pytest
 
 from pytest_gpushare.report.header import View
 from pytest_gpushare.report.output import in_encoding
-from pytest_gpushare.report.summary import shortened, sparkline, summary
+from pytest_gpushare.report.summary import summary
+from pytest_gpushare.report.usage import shortened, sparkline
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import leaks
 from pytest_gpushare.units import GB

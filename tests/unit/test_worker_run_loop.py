@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.compat import pytest_protocol
+from pytest_gpushare.compat import pytest_items
 from pytest_gpushare.wire import Link
 from pytest_gpushare.worker import runner
 from pytest_gpushare.worker.refusals import REFUSAL
@@ -90,9 +90,9 @@ class Run:
 
         self.config.hook = SimpleNamespace(pytest_runtest_protocol=run_protocol)
         monkeypatch.setattr(
-            pytest_protocol, "run_phases", lambda item, ask: self.ran.append((item, ask()))
+            pytest_items, "run_phases", lambda item, ask: self.ran.append((item, ask()))
         )
-        monkeypatch.setattr(pytest_protocol, "others_want_the_next_test", lambda *_: looks_ahead)
+        monkeypatch.setattr(pytest_items, "others_want_the_next_test", lambda *_: looks_ahead)
         monkeypatch.setattr(runner, "_empty_caches", lambda: [7])
 
     def _answer(self, *words: Any) -> None:
@@ -264,7 +264,7 @@ def test_a_bound_test_that_is_withdrawn(
         if fails:
             raise RuntimeError("the module fails")
 
-    monkeypatch.setattr(pytest_protocol, "tear_down_all", tear_down)
+    monkeypatch.setattr(pytest_items, "tear_down_all", tear_down)
     run.send("dispatch")
     run.send_tests(0)
     run.answers["asked", 0, "end"] = lambda: (

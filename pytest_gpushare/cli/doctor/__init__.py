@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -59,16 +58,3 @@ def safe(text: str) -> str:
     text = re.sub(r"://[^/\s@]*@", "://***@", text)
     text = re.sub(r"([?&][^=\s&]{1,40}=)[^\s&]+", r"\1***", text)
     return one_line(text, 600)
-
-
-def doctor(options: argparse.Namespace) -> int:
-    """Print the findings. Returns the exit code."""
-    import sys
-    import warnings
-
-    if not sys.warnoptions:
-        # The deprecated pynvml warns when it is imported; the finding about it says more.
-        warnings.simplefilter("ignore")
-    from pytest_gpushare.cli.doctor.render import print_findings
-
-    return print_findings(options)

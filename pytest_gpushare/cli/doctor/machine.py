@@ -13,9 +13,9 @@ from pytest_gpushare.cli.doctor.project import release
 from pytest_gpushare.gpu.devices import ComputeMode, Device
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.leases.ledger import MEETING_PLACE, Ledger, LedgerError
-from pytest_gpushare.ollama.messages import NO_GPU, uses_no_gpu
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama
+from pytest_gpushare.ollama.spill import NO_GPU, uses_no_gpu
 from pytest_gpushare.planning.leasing import OFF, directory_of
 from pytest_gpushare.report.header import ollama_lines, what_stands
 from pytest_gpushare.units import format_gb, plural

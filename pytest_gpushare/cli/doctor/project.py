@@ -12,7 +12,7 @@ from pytest_gpushare.config.options import JSON_FILE, OPTIONS
 from pytest_gpushare.gpu.host import installed_frameworks
 from pytest_gpushare.planning.placement import caps_of
 from pytest_gpushare.planning.plan import Limit, shortage
-from pytest_gpushare.report.advice import case_of, more_room
+from pytest_gpushare.report.candidates import case_of, more_room
 from pytest_gpushare.report.document import in_words
 from pytest_gpushare.report.header import header
 

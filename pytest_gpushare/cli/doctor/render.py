@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from textwrap import wrap
@@ -35,6 +37,14 @@ _SECTIONS: Sequence[tuple[str, Sequence[Check]]] = (
     ("Caps", (caps, tools)),
     ("Project", (files,)),
 )
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print the findings. Returns the exit code."""
+    if not sys.warnoptions:
+        # The deprecated pynvml warns when it is imported; the finding about it says more.
+        warnings.simplefilter("ignore")
+    return print_findings(options)
 
 
 def print_findings(options: argparse.Namespace) -> int:

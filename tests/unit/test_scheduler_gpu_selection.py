@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pytest_gpushare.config.kinds import Alias
-from pytest_gpushare.session.start import excludes_gpu_tests
+from pytest_gpushare.scheduler.needs import excludes_gpu_tests
 
 from .test_planning_sizing import DEFAULTS
 

@@ -1,0 +1,224 @@
+"""Candidates of advice: changes with which a plan has more GPU workers, or larger ones.
+
+Each suggestion is planned again before it is offered, and offered only where the plan gives what
+the suggestion promises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from pytest_gpushare.config.options import INI_PREFIX
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.gpu.devices import GpuFacts
+from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.ollama.prediction import MARGIN, OVERHEAD
+from pytest_gpushare.ollama.reservation import devices_of_ollama
+from pytest_gpushare.planning.plan import Limit, Plan, shortage
+from pytest_gpushare.units import GB, MB, format_gb, format_number, plural
+
+STEP = GB // 2
+LEAST_RESERVATION = 2 * GB
+"""Bytes below which no model of use and its CUDA context fit."""
+
+_UNITS = {
+    "ollama_vram_reservation": ("ollama_vram_reservation_mb", MB),
+    "min_vram_per_worker": ("min_vram_per_worker_gb", GB),
+}
+
+
+class Advice(NamedTuple):
+    """One suggestion: why, what to change, and what that gives."""
+
+    why: str
+    gives: str
+    changes: Mapping[str, object] = {}
+    """Attribute of `Settings` -> its value; empty where the change is no setting."""
+    action: str = ""
+    """What to do instead of changing a setting, or as well."""
+    workers: int = 0
+    """GPU workers that the plan has with the changes, at least."""
+    slot: int = 0
+    """Bytes of VRAM that each of them has, at least."""
+
+    @property
+    def settings(self) -> str:
+        """`gpu_share_min_vram_per_worker_gb=5.5`, several with blanks between."""
+        return " ".join(f"{INI_PREFIX}{key}={value}" for key, value in _written(self.changes))
+
+    @property
+    def text(self) -> str:
+        """The suggestion as one sentence, its settings as options of pytest."""
+        options = " ".join(f"-o {setting}" for setting in self.settings.split(" ") if setting)
+        change = " and ".join(filter(None, [self.action, options]))
+        return f"{self.why}: {change} {self.gives}".strip()
+
+
+class Case(NamedTuple):
+    """A plan, and what is known of those who share the devices."""
+
+    settings: Settings
+    gpus: GpuFacts
+    ollama: OllamaFacts
+    plan: Plan
+    replan: Callable[[Settings], Plan] | None
+    models: int = 0
+    """Bytes that Ollama needs at least for the models that are named or were seen."""
+    need: int = 0
+    """Bytes of the largest need of a test that is known; 0: none is."""
+
+    def planned(self, changes: Mapping[str, object]) -> Plan | None:
+        """The plan with these changes."""
+        if self.replan is None:
+            return None
+        changed: Settings = replace(self.settings, **changes)  # type: ignore[arg-type]
+        return self.replan(changed)
+
+    @property
+    def least_slot(self) -> int:
+        """Bytes that a GPU worker needs for the tests of this case."""
+        return max(self.plan.needed, self.need)
+
+
+def case_of(
+    settings: Settings,
+    gpus: GpuFacts,
+    ollama: OllamaFacts,
+    plan: Plan,
+    replan: Callable[[Settings], Plan] | None,
+    *,
+    seen: Iterable[LoadedModel] = (),
+    need: int = 0,
+) -> Case:
+    """The case of a plan; `seen` are models that were loaded during the run."""
+    sizes = [model.size + OVERHEAD + MARGIN for model in (*ollama.models, *seen)]
+    named = 0
+    if plan.demand is not None:
+        named = sum(each.vram for each in plan.demand.needs) + plan.demand.margin
+    resident = max((device.resident for device in plan.devices), default=0)
+    return Case(settings, gpus, ollama, plan, replan, max([named, resident, *sizes]), need)
+
+
+def more_room(case: Case) -> list[Advice]:
+    """Ways to a GPU worker where a device is there and none fits; the best first."""
+    plan = case.plan
+    if plan.slots or not plan.devices or plan.limited_by == (Limit.HOOK,):
+        return []
+    if all(device.limited_by is Limit.BY_MODE for device in plan.devices):
+        return []
+    why = shortage(plan).partition(";")[0]
+    need = case.least_slot
+    found: list[Advice] = idle_devices(case)
+    kept = max((device.reservation for device in plan.devices), default=0)
+    fitting = reservation_for(case, need)
+    if fitting is not None and fitting < kept and fitting >= max(case.models, LEAST_RESERVATION):
+        found += checked(case, why, {"ollama_vram_reservation": Fraction(fitting)}, need)
+    smaller = plan.usable // STEP * STEP
+    if case.need <= smaller < plan.needed and smaller:
+        changes = {"min_vram_per_worker": Fraction(smaller)}
+        found += checked(case, why, changes, smaller, "would be enough for small tests, in")
+    if not found or not case.ollama.answered:
+        found += _no_reservation(case, why, need)
+    return found
+
+
+def _no_reservation(case: Case, why: str, need: int) -> list[Advice]:
+    """Ollama gives its VRAM up: it is not there, or runs its models on the CPU."""
+    if not any(device.outstanding for device in case.plan.devices):
+        return []
+    action = "start no Ollama here"
+    if case.ollama.answered:
+        action = "let Ollama take a smaller model, a smaller context or the CPU"
+    changes: dict[str, object] = {"ollama_gpu": ("none",)}
+    found = checked(case, why, changes, need, action=action)
+    free = max(d.device.free - d.safety_buffer for d in case.plan.devices)
+    smaller = free // STEP * STEP
+    if not found and smaller >= max(case.need, STEP):
+        changes["min_vram_per_worker"] = Fraction(smaller)
+        found = checked(case, why, changes, smaller, action=action)
+    return found
+
+
+def idle_devices(case: Case) -> list[Advice]:
+    """VRAM is reserved on every device, since the one that Ollama uses is unknown."""
+    devices, ollama = case.gpus.all_devices, case.settings.ollama_gpu
+    if len(devices) < 2 or devices_of_ollama(ollama, case.gpus) is not None:
+        return []
+    if not any(device.outstanding for device in case.plan.devices):
+        return []
+    best: tuple[int, int] | None = None
+    for device in devices:
+        plan = case.planned({"ollama_gpu": (device.index,)})
+        if plan is None or not device.index.isdigit():
+            continue
+        gain = len(plan.slots) - len(case.plan.slots)
+        if gain > 0 and (best is None or gain > best[1]):
+            best = int(device.index), gain
+    if best is None:
+        return []
+    why = "Ollama's device is unknown, so VRAM is reserved for it on every GPU"
+    return checked(
+        case,
+        why,
+        {"ollama_gpu": (str(best[0]),)},
+        case.plan.needed,
+        "(the GPU that it uses) would allow",
+    )
+
+
+def reservation_for(case: Case, need: int) -> int | None:
+    """The largest reservation, in whole MB, beside which a worker of so many bytes fits."""
+    found = [
+        device.device.free + device.resident - device.safety_buffer - need
+        for device in case.plan.devices
+        if device.device.free - device.safety_buffer >= need and device.most is None
+    ]
+    return max(found) // MB * MB if found else None
+
+
+def checked(
+    case: Case,
+    why: str,
+    changes: Mapping[str, object],
+    slot: int,
+    gives: str = "would allow",
+    *,
+    action: str = "",
+) -> list[Advice]:
+    """The suggestion, if the plan with it has more GPU workers, each with so many bytes."""
+    plan = case.planned(changes)
+    if plan is None or len(plan.slots) <= len(case.plan.slots):
+        return []
+    if min(each.vram for each in plan.slots) < slot:
+        return []
+    size = format_gb(min(each.vram for each in plan.slots))
+    workers = plural(len(plan.slots), "GPU worker")
+    least = "" if len({each.vram for each in plan.slots}) == 1 else "at least "
+    return [
+        Advice(
+            why,
+            f"{gives} {workers} of {least}{size}",
+            changes,
+            action,
+            len(plan.slots),
+            slot,
+        )
+    ]
+
+
+def _written(changes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, value) as a user writes them."""
+    for attribute, value in changes.items():
+        key, unit = _UNITS.get(attribute, (attribute, 1))
+        if value is None:
+            yield key, "auto"
+        elif isinstance(value, Fraction):
+            number = value / unit
+            yield key, str(int(number)) if number.denominator == 1 else format_number(number)
+        elif isinstance(value, tuple):
+            yield key, ",".join(map(str, value))
+        else:
+            yield key, str(value)
