@@ -141,7 +141,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         from pytest_gpushare import wire
 
-        if message := config.workerinput.get(wire.PLACED):
+        if message := config.workerinput.get(wire.PLACEMENT):
             from pytest_gpushare.worker import plugin as worker_plugin
 
             _checked(worker_plugin.begin, config, message)
@@ -199,7 +199,9 @@ class _RunHooks:
             link = wire.Link(partial(run.links.receive, wire.ITSELF))
             run.links.attach(wire.ITSELF, link.receive)
             run.joined(wire.ITSELF, own)
-            config.pluginmanager.register(worker_plugin.Placed(own, link), "gpu-share-placed")
+            config.pluginmanager.register(
+                worker_plugin.PlacementPlugin(own, link), "gpu-share-placement"
+            )
             worker_plugin.follow(config, own["tests"], link)
             worker_plugin.watch_memory(config, own, link)
             if run.lessee is not None and run.lessee.claims_devices and run.plan.slots:
@@ -245,7 +247,7 @@ class _RunHooks:
             from pytest_gpushare import wire
 
             channel = run.links.open(node.gateway.newchannel(), node.gateway.id)
-            node.workerinput[wire.PLACED] = {**message, "channel": channel}
+            node.workerinput[wire.PLACEMENT] = {**message, "channel": channel}
             run.joined(node.gateway.id, message)
 
     @pytest.hookimpl(optionalhook=True)

@@ -85,7 +85,7 @@ def _call(handler: Handler, worker: str, payload: Any) -> None:
         handler(worker, payload)
 
 
-PLACED = "gpushare_place"
+PLACEMENT = "gpushare_place"
 """The key of workerinput with the worker's place; unlike the environment, not inherited."""
 
 CONTEXT = "gpushare_context"

@@ -18,7 +18,7 @@ from pytest_gpushare.session.run import ActiveRun
 if TYPE_CHECKING:
     from pytest_gpushare.dispatch.executor import Executor
     from pytest_gpushare.dispatch.suite import KindsOfWorkers, Learned, Parity, Suite
-    from pytest_gpushare.scheduler.types import Policy, Room, Worker
+    from pytest_gpushare.scheduler.types import DeviceCapacity, Policy, Worker
     from pytest_gpushare.wire import Links
 
 
@@ -32,10 +32,12 @@ class GpuShareScheduling:
     are needs. Until then xdist's scheduler receives everything; after that only one does.
     """
 
-    def __init__(self, stock: Any, links: Links, own: OwnDispatch, most_deaths: int | None) -> None:
+    def __init__(
+        self, stock: Any, links: Links, dispatch: VramDispatch, most_deaths: int | None
+    ) -> None:
         """`stock` is what xdist would use; of workers that die xdist replaces `most_deaths`."""
         self._stock = stock
-        self._own = own
+        self._dispatch = dispatch
         self._most_deaths = most_deaths
         self._deaths = 0
         self._nodes: dict[Any, list[str] | None] = {}
@@ -132,7 +134,7 @@ class GpuShareScheduling:
         if self._executor is None:
             self._stock.remove_pending_tests_from_node(node, indices)
         else:
-            self._executor.hear(node.gateway.id, indices)
+            self._executor.receive(node.gateway.id, indices)
 
     def remove_node(self, node: Any) -> str | None:
         """A worker has ended or died; returns the test in which it died."""
@@ -151,13 +153,13 @@ class GpuShareScheduling:
         kinds = KindsOfWorkers()
         for node, ids in collected:
             found = self._collected.get(node.gateway.id, _NOTHING)
-            kinds.add(self._own.has_gpu(node), self._suite.add(ids), found)
+            kinds.add(self._dispatch.has_gpu(node), self._suite.add(ids), found)
         can_run = all(node.gateway.id in self._has_loop for node, _ in collected)
-        if self._own.is_wanted(kinds, can_run=can_run):
-            self._differs = self._own.report_differences(collected)
+        if self._dispatch.is_wanted(kinds, can_run=can_run):
+            self._differs = self._dispatch.report_differences(collected)
             if self._differs:
                 return
-            self._executor = self._own.begin(self._suite, kinds)
+            self._executor = self._dispatch.begin(self._suite, kinds)
         if self._executor is None:
             # Called for each test: as if nobody stood in between.
             self.mark_test_complete = self._stock.mark_test_complete  # type: ignore[method-assign]
@@ -176,7 +178,7 @@ class GpuShareScheduling:
             if ids is not None and not executor.knows(node.gateway.id):
                 found = self._collected.get(node.gateway.id, _NOTHING)
                 collection = self._suite.add(ids)
-                executor.join(node, self._own.joins(node, self._suite), collection, found.pid)
+                executor.join(node, self._dispatch.joins(node, self._suite), collection, found.pid)
 
 
 def most_deaths(options: Any) -> int | None:
@@ -187,7 +189,7 @@ def most_deaths(options: Any) -> int | None:
     return options.numprocesses * 4 if options.numprocesses else None
 
 
-class OwnDispatch:
+class VramDispatch:
     """Begins the plugin's own dispatch where the design says so."""
 
     def __init__(
@@ -257,7 +259,7 @@ class OwnDispatch:
     def begin(self, suite: Suite, kinds: KindsOfWorkers) -> Executor | None:
         """What hands the tests out; None where xdist's scheduler does as well."""
         started, dist = self._started, self._options.dist
-        from pytest_gpushare.dispatch.executor import Executor, Readings, Timer
+        from pytest_gpushare.dispatch.executor import DeviceReadings, Executor, Timer
         from pytest_gpushare.dispatch.suite import Parity, weigh
         from pytest_gpushare.scheduler.dispatcher import Dispatcher
 
@@ -273,16 +275,19 @@ class OwnDispatch:
             remember_needs(self._config)
         alone = (job.need.vram or 0 for job in weighed.jobs if job.need and job.need.devices == 1)
         started.lease_for(max(alone, default=0))
-        rooms = self._rooms()
-        dispatcher = Dispatcher(weighed.jobs, rooms, self._policy())
+        capacities = self._capacities()
+        dispatcher = Dispatcher(weighed.jobs, capacities, self._policy())
         executor = Executor(
             dispatcher,
             suite.nodeids,
             started.links,
-            Readings(
-                started.live, [room.uuid for room in rooms], started.resident, started.attribution
+            DeviceReadings(
+                started.live,
+                [each.uuid for each in capacities],
+                started.resident,
+                started.attribution,
             ),
-            {room.uuid: room.context for room in rooms},
+            {each.uuid: each.context for each in capacities},
             started.tests,
             started.record.note,
             self._report_lost,
@@ -304,12 +309,12 @@ class OwnDispatch:
             return True
         return any(said.asks() for _, found in kinds.on_gpu for said in set(found.declared))
 
-    def _rooms(self) -> list[Room]:
-        from pytest_gpushare.scheduler.types import Room
+    def _capacities(self) -> list[DeviceCapacity]:
+        from pytest_gpushare.scheduler.types import DeviceCapacity
 
         started = self._started
         return [
-            Room(
+            DeviceCapacity(
                 planned.device.uuid,
                 planned.device.label,
                 planned.budget,
@@ -369,11 +374,11 @@ def scheduler_for(
         return stock
     if not started.has_placed_all:
         return stock
-    own = OwnDispatch(
+    dispatch = VramDispatch(
         started,
         config,
         LearnedNeeds(started, config),
         partial(report_lost, config),
         partial(report_difference, config),
     )
-    return GpuShareScheduling(stock, started.links, own, most_deaths(options))
+    return GpuShareScheduling(stock, started.links, dispatch, most_deaths(options))

@@ -17,11 +17,11 @@ from pytest_gpushare.scheduler.types import (
     Action,
     Admission,
     Admit,
+    DeviceReading,
     Drop,
     EmptyCaches,
     Note,
     Park,
-    Reading,
     Recall,
     Run,
     Shutdown,
@@ -86,7 +86,7 @@ _MOST_HOLDERS = 5
 """Named in a message."""
 
 
-class Readings:
+class DeviceReadings:
     """Readings of the devices for the dispatcher; NVML is asked no more often than it must be."""
 
     def __init__(
@@ -111,13 +111,13 @@ class Readings:
         self._last_report = float("-inf")
         self._basis: object = None
         """What the last answer was made of."""
-        self._found: dict[str, Reading] = {}
+        self._found: dict[str, DeviceReading] = {}
 
     def has_reported(self, worker: str) -> None:
         """A GPU worker has done a test: what was read before shows what it held then."""
         self._last_report = self._reported[worker] = self._clock()
 
-    def now(self) -> Mapping[str, Reading]:
+    def now(self) -> Mapping[str, DeviceReading]:
         """UUID -> reading; empty where nobody can be asked.
 
         The same mapping as before as long as nothing was read again; no answer changes later.
@@ -168,7 +168,7 @@ def _reading(
     split: ProcessSplit | None,
     workers: Mapping[int, str],
     resident: int | None,
-) -> Reading:
+) -> DeviceReading:
     free = None if memory is None else memory.free
     listed: dict[str, int] = {}
     held: dict[str, int | None] = {}
@@ -182,7 +182,7 @@ def _reading(
     names = [text for _, text in sorted(others, reverse=True)[:_MOST_HOLDERS]]
     if held_by_ollama:
         names.insert(0, f"{next(iter(listed), OLLAMA)} {format_gb(held_by_ollama)}")
-    return Reading(free, held_by_ollama, held, ", ".join(names))
+    return DeviceReading(free, held_by_ollama, held, ", ".join(names))
 
 
 class _Member:
@@ -206,7 +206,7 @@ class Executor:
         dispatcher: Dispatcher,
         nodeids: Sequence[str],
         links: Links,
-        readings: Readings,
+        readings: DeviceReadings,
         contexts: Mapping[str, int],
         journal: RecordedTests,
         note: Callable[..., object],
@@ -280,7 +280,7 @@ class Executor:
         if self._dispatcher.finished(worker, number, self._held.pop(worker, None), duration):
             self.step()
 
-    def hear(self, worker: str, words: Sequence[Any]) -> None:
+    def receive(self, worker: str, words: Sequence[Any]) -> None:
         """A worker says something to the dispatcher."""
         member = self._members.get(worker)
         if member is not None and words:

@@ -82,7 +82,7 @@ class DeviceUsage(NamedTuple):
         return None if self.workers is None else sum(self.workers.values())
 
     @property
-    def beside_neighbours(self) -> int:
+    def net_of_neighbours(self) -> int:
         """What is in use, less the neighbours' part."""
         return max(0, self.used - sum(self.neighbours.values()))
 
@@ -90,7 +90,7 @@ class DeviceUsage(NamedTuple):
     def remainder(self) -> int | None:
         """What neither a neighbour nor a worker holds, as far as is known: other processes and
         the unattributed part; None where the driver does not attribute processes."""
-        return None if self.tests is None else max(0, self.beside_neighbours - self.tests)
+        return None if self.tests is None else max(0, self.net_of_neighbours - self.tests)
 
     @property
     def others(self) -> int | None:
@@ -130,7 +130,7 @@ class Attribution:
         self.start: Mapping[str, DeviceUsage] = self.usage(memory, splits, statements)
         """UUID -> usage before the first worker started."""
         for uuid, usage in self.start.items():
-            before = usage.beside_neighbours - (usage.tests or 0)
+            before = usage.net_of_neighbours - (usage.tests or 0)
             self._foreign[uuid] = before, _listed(splits[uuid])
 
     def usage(

@@ -27,7 +27,7 @@ MEMORY_AGE, PROCESSES_AGE = 0.05, 1.0
 T = TypeVar("T")
 
 
-class Reader(Protocol):
+class DeviceReader(Protocol):
     """What reads devices, such as an open `gpu.nvml.Nvml`."""
 
     def memory(self) -> dict[str, Memory]:
@@ -37,7 +37,7 @@ class Reader(Protocol):
         """UUID -> processes that hold VRAM there; None where the driver lists none."""
 
 
-class Probe(Reader, Protocol):
+class Probe(DeviceReader, Protocol):
     """The devices of one vendor's driver; `gpu.nvml.Nvml` is the one for NVIDIA."""
 
     def open(self) -> None:
@@ -83,7 +83,7 @@ class LiveVram:
     than the time limit again.
     """
 
-    def __init__(self, reader: Reader, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, reader: DeviceReader, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._memory = _Query(reader.memory)
         self._processes = _Query(reader.processes)
@@ -386,4 +386,4 @@ _MOST_PENDING = 1000
 
 def _foreign(usage: DeviceUsage) -> int:
     """Bytes that other processes explain."""
-    return max(0, usage.beside_neighbours - (usage.tests or 0) - usage.unattributed)
+    return max(0, usage.net_of_neighbours - (usage.tests or 0) - usage.unattributed)

@@ -17,9 +17,9 @@ from typing import NamedTuple
 from pytest_gpushare.gpu.host import is_own_address
 from pytest_gpushare.ollama.address import Address
 from pytest_gpushare.ollama.client import (
-    Answer,
     Connection,
     NonsenseError,
+    Response,
     StatusError,
     UnreachableError,
     connect,
@@ -391,7 +391,7 @@ def _num_ctx(parameters: object) -> int | None:
     return (int(found[1]) or None) if found else None
 
 
-def _decoded(answer: Answer) -> Mapping[str, object]:
+def _decoded(answer: Response) -> Mapping[str, object]:
     value = answer.decoded()
     if not isinstance(value, dict):
         raise NonsenseError(f"{answer.path} gives no object")

@@ -51,7 +51,7 @@ class UnreachableError(Exception):
     """No connection could be made; the text says why, empty where nothing listens."""
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """An answer with status 200 and a body that is not compressed."""
 
     path: str
@@ -85,7 +85,7 @@ class Connection:
         self._is_hung_up = False
         self._lock = threading.Lock()
 
-    def get(self, path: str, deadline: float) -> Answer:
+    def get(self, path: str, deadline: float) -> Response:
         """The answer, complete at `deadline` (on the monotonic clock).
 
         The whole exchange is bounded, not each read. Only the resolver of host names can exceed
@@ -94,7 +94,9 @@ class Connection:
         """
         return self._ask("GET", path, None, deadline, MOST_BYTES)
 
-    def post(self, path: str, body: bytes, deadline: float, most_bytes: int = MOST_BYTES) -> Answer:
+    def post(
+        self, path: str, body: bytes, deadline: float, most_bytes: int = MOST_BYTES
+    ) -> Response:
         """The answer to a body of JSON; no more than `most_bytes` of it are read."""
         return self._ask("POST", path, body, deadline, most_bytes)
 
@@ -112,7 +114,7 @@ class Connection:
 
     def _ask(
         self, method: str, path: str, sent: bytes | None, deadline: float, most_bytes: int
-    ) -> Answer:
+    ) -> Response:
         import httpx
 
         # The limits of httpx are for single reads, so a server that drips would never end.
@@ -141,7 +143,7 @@ class Connection:
 
     def _exchange(
         self, method: str, path: str, sent: bytes | None, deadline: float, most_bytes: int
-    ) -> Answer:
+    ) -> Response:
         import httpx
 
         def trace(event: str, information: Mapping[str, Any]) -> None:
@@ -163,7 +165,7 @@ class Connection:
         response = self._transport.handle_request(request)
         try:
             _check(path, response)
-            return Answer(path, _read(path, response, deadline, most_bytes), self._peer)
+            return Response(path, _read(path, response, deadline, most_bytes), self._peer)
         finally:
             response.close()
 

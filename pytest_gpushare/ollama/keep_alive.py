@@ -42,7 +42,7 @@ _DEFAULT = "5m"
 _FOREVER = 365 * 86400.0
 
 
-class OwnModel(NamedTuple):
+class PreloadedModel(NamedTuple):
     """A model that this run loaded."""
 
     model: LoadedModel
@@ -131,7 +131,7 @@ def seconds_left(model: LoadedModel, now: float) -> float | None:
     return float("inf") if left > _FOREVER else left
 
 
-class KeptLoaded:
+class KeepAlive:
     """The service that keeps the models that this run loaded from running out.
 
     A renewal is a request, and a request without options reloads a model that was loaded with
@@ -143,7 +143,7 @@ class KeptLoaded:
     def __init__(
         self,
         server: Address,
-        ours: Sequence[OwnModel],
+        ours: Sequence[PreloadedModel],
         pids: Callable[[], frozenset[int] | None] = lambda: None,
         every: float = LOOK_EVERY,
     ) -> None:
@@ -215,7 +215,7 @@ class KeptLoaded:
             if left is not None and 0 <= left < 2 * every and not self._stop.is_set():
                 self._renew(ours, opened)
 
-    def _not_ours(self, ours: OwnModel, now: LoadedModel | None) -> str:
+    def _not_ours(self, ours: PreloadedModel, now: LoadedModel | None) -> str:
         """Why a model is not to be touched any more; empty where it is as we loaded it."""
         before = ours.model
         if now is None:
@@ -233,7 +233,7 @@ class KeptLoaded:
             return "somebody used it, and whether it was reloaded cannot be seen here"
         return ""
 
-    def _renew(self, ours: OwnModel, opened: Callable[[Connection], object]) -> None:
+    def _renew(self, ours: PreloadedModel, opened: Callable[[Connection], object]) -> None:
         keep_alive = SHORT if ours.is_prolonged else _duration(ours.keep_alive)
         deadline = time.monotonic() + 60.0
         request(self._server, ours.model.name, keep_alive, deadline, opened)
@@ -243,7 +243,10 @@ class KeptLoaded:
                 self._expected[model.name] = time.time() + left
 
     def _restore(
-        self, prolonged: Sequence[OwnModel], until: float, opened: Callable[[Connection], object]
+        self,
+        prolonged: Sequence[PreloadedModel],
+        until: float,
+        opened: Callable[[Connection], object],
     ) -> None:
         with contextlib.suppress(TimeoutError, UnreachableError, NonsenseError):
             there = {model.name: model for model in ask(self._server, until, opened)}

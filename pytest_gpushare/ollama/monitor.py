@@ -99,7 +99,7 @@ Look = Callable[[Sequence[LoadedModel], bool], Mapping[str, DeviceUsage]]
 its owners."""
 
 
-class Neighbour:
+class MonitoredServer:
     """The answers of one server, judged by what was held when they came."""
 
     def __init__(
@@ -200,8 +200,8 @@ class Neighbour:
         with self._lock:
             samples = list(self._samples)
         window = [held for at, held in samples if at >= began] or [samples[-1][1]]
-        beside = [other for other in self.history.models if other.name != model.name]
-        return judge(change.at, model, beside, window, self.promise)
+        other_models = [other for other in self.history.models if other.name != model.name]
+        return judge(change.at, model, other_models, window, self.promise)
 
     def _doubt(self) -> None:
         """Ollama may report `100 % GPU` of what it could not see: does NVML show as much?"""
@@ -211,9 +211,9 @@ class Neighbour:
         shown = sum(size for size in seen if size is not None)
         if not any(size is not None for size in seen):
             shown = sum(device.used for device in held)
-        told = sum(model.on_gpu for model in self.history.models)
+        reported = sum(model.on_gpu for model in self.history.models)
         self.doubted = {}
-        if held and shown < told // 2:
+        if held and shown < reported // 2:
             self.doubted = {m.name: shown for m in self.history.models if m.is_whole}
 
     def _facts(self, change: Change) -> dict[str, Any]:
@@ -266,30 +266,30 @@ class Pace(NamedTuple):
         return min(max(usual, self.longest), usual * (1 << min(failures, 16)))
 
 
-class Guard:
+class Monitor:
     """The service that asks, from before the first test until after the last."""
 
     def __init__(
-        self, address: Address, open_book: Callable[[], Neighbour], pace: Pace | None = None
+        self, address: Address, make_server: Callable[[], MonitoredServer], pace: Pace | None = None
     ) -> None:
-        """`open_book` makes what receives the answers; it is called in the guard's thread."""
+        """`make_server` makes what receives the answers; it is called in the monitor's thread."""
         self.asked = 0
         """Questions so far."""
         self.problem = ""
         """Why it ended before the tests did; empty where it did not."""
-        self._address, self._open_book, self._pace = address, open_book, pace or Pace()
-        self._book: Neighbour | None = None
+        self._address, self._make_server, self._pace = address, make_server, pace or Pace()
+        self._server: MonitoredServer | None = None
         self._stop = threading.Event()
         self._question: Question | None = None
         """The one that is open."""
         self._handled: Question | None = None
         """The last one whose outcome was handed on."""
-        self._thread = threading.Thread(target=self._run, name="gpu-share-guard", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="gpu-share-monitor", daemon=True)
 
     @property
-    def book(self) -> Neighbour | None:
+    def server(self) -> MonitoredServer | None:
         """What is known so far; None before the first moment."""
-        return self._book
+        return self._server
 
     def start(self) -> None:
         """Begin to ask."""
@@ -303,16 +303,18 @@ class Guard:
     @property
     def models(self) -> Sequence[LoadedModel] | None:
         """The models of the last answer; None before the first one."""
-        book = self._book
-        return None if book is None or book.history.answered_at is None else book.history.models
+        server = self._server
+        return (
+            None if server is None or server.history.answered_at is None else server.history.models
+        )
 
     def resident(self) -> Mapping[str, int]:
         """UUID -> bytes that Ollama holds there now; empty before the first look."""
-        return self._book.resident() if self._book is not None else {}
+        return self._server.resident() if self._server is not None else {}
 
     def has_failed(self) -> bool:
         """Whether a part of a model is on the CPU because of the tests."""
-        return self._book is not None and any(spill.is_ours for spill in self._book.spills)
+        return self._server is not None and any(spill.is_ours for spill in self._server.spills)
 
     def _run(self) -> None:
         try:
@@ -322,15 +324,15 @@ class Guard:
             self.problem = f"{type(error).__name__}: {error}"[:200]
 
     def _watch(self) -> None:
-        book = self._book = self._open_book()
+        server = self._server = self._make_server()
         due = time.monotonic() + self._pace.every
         while not self._stop.wait(self._pace.sample):
-            book.sample()
-            self._take(book)
+            server.sample()
+            self._take(server)
             if self._question is None and time.monotonic() >= due and self._may_ask():
                 self._ask(self._pace.patience)
-                due = time.monotonic() + self._pace.pause(self.asked, book.history.failures)
-        self._finish(book)
+                due = time.monotonic() + self._pace.pause(self.asked, server.history.failures)
+        self._finish(server)
 
     def _may_ask(self) -> bool:
         return self.asked < self._pace.most
@@ -340,7 +342,7 @@ class Guard:
         self._question = Question(self._address, patience)
         return self._question
 
-    def _take(self, book: Neighbour) -> None:
+    def _take(self, server: MonitoredServer) -> None:
         """Hand on the answer to the question that is open, if it came or never will."""
         question = self._question
         if question is None or not question.is_over:
@@ -349,28 +351,28 @@ class Guard:
             self._handled = question
             question.hang_up()
             if question.models is not None:
-                book.answer(question.models)
+                server.answer(question.models)
             else:
-                book.silence(question.problem, certain=question.is_refused)
+                server.silence(question.problem, certain=question.is_refused)
         # A look-up of a name cannot be cancelled: until it ends, no other question is asked.
         if question.is_gone:
             self._question = None
 
-    def _finish(self, book: Neighbour) -> None:
+    def _finish(self, server: MonitoredServer) -> None:
         """The last question: what Ollama holds now that the tests are over."""
         until = time.monotonic() + self._pace.last_patience
-        book.sample()
+        server.sample()
         if self._question is not None:
             # A server that did not answer before is not waited for.
-            if book.is_worth_asking:
+            if server.is_worth_asking:
                 self._question.wait(until - time.monotonic())
-            self._take(book)
-        if self._question is None and book.is_worth_asking and self._may_ask():
+            self._take(server)
+        if self._question is None and server.is_worth_asking and self._may_ask():
             last = self._ask(max(0.1, until - time.monotonic()))
             last.wait(until - time.monotonic())
-            book.sample()
-            self._take(book)
+            server.sample()
+            self._take(server)
         if self._question is not None and self._question is not self._handled:
             # It may still come, but the end of the run does not wait for it.
-            book.silence(self._question.problem, certain=False)
-        book.end()
+            server.silence(self._question.problem, certain=False)
+        server.end()

@@ -24,7 +24,7 @@ from pytest_gpushare.ollama.keep_alive import (
     ASK_LIMIT,
     SHORT,
     SHORTEST,
-    OwnModel,
+    PreloadedModel,
     ask,
     hanging_up,
     request,
@@ -71,13 +71,13 @@ class Problem(NamedTuple):
 class Preloaded(NamedTuple):
     """What became of the models."""
 
-    ours: tuple[OwnModel, ...] = ()
+    ours: tuple[PreloadedModel, ...] = ()
     events: tuple[str, ...] = ()
     """A sentence on each of them."""
     problems: tuple[Problem, ...] = ()
 
 
-class Vram(NamedTuple):
+class VramFacts(NamedTuple):
     """What is known of VRAM while models are loaded."""
 
     needs: Mapping[str, int] = {}
@@ -95,9 +95,9 @@ class Vram(NamedTuple):
 def preload(
     names: Sequence[str],
     ollama: OllamaFacts,
-    vram: Vram,
+    vram: VramFacts,
     progress: Callable[[str], object],
-    loaded: list[OwnModel],
+    loaded: list[PreloadedModel],
 ) -> Preloaded:
     """Load the models that are not loaded, one after another; what is loaded is left as it is.
 
@@ -109,23 +109,23 @@ def preload(
         why = ollama.problem or "it was not asked"
         text = f"Ollama at {ollama.address} cannot load it: {why}"
         return Preloaded(problems=tuple(Problem(name, text) for name in names))
-    loader = _Loader(server, ollama, vram, progress, loaded)
+    loader = _ModelLoader(server, ollama, vram, progress, loaded)
     wanted: dict[str, str] = {}
     for name in names:
         wanted.setdefault(full_name(name), name)
     return loader.load(wanted)
 
 
-class _Loader:
+class _ModelLoader:
     """Loads the models of one run."""
 
     def __init__(
         self,
         server: Address,
         ollama: OllamaFacts,
-        vram: Vram,
+        vram: VramFacts,
         progress: Callable[[str], object],
-        loaded: list[OwnModel],
+        loaded: list[PreloadedModel],
     ) -> None:
         self._server, self._vram, self._progress = server, vram, progress
         self._facts = {full_name(model.name): model for model in ollama.relied_on}
@@ -244,7 +244,7 @@ class _Loader:
         self._events.append(f"Ollama loaded {placed(model)} before the tests ({seconds:.0f} s)")
         return ""
 
-    def _loaded(self, name: str, of: str) -> OwnModel | None:
+    def _loaded(self, name: str, of: str) -> PreloadedModel | None:
         """The model as Ollama lists it once it is loaded; None where it does not.
 
         First without a keep-alive, so that the server's own is seen; a server that unloads at
@@ -254,14 +254,14 @@ class _Loader:
         model, now = self._find(name, ask(self._server)), time.time()
         own = 0.0 if model is None else seconds_left(model, now)
         if model is not None and own is not None and own > SHORTEST:
-            return OwnModel(model, keep_alive=own)
+            return PreloadedModel(model, keep_alive=own)
         self._ask_to_load(name, SHORT, of)
         model = self._find(name, ask(self._server))
         if model is None:
             return None
         # What is in the past, by a clock that differs, says nothing.
         own = None if own is None or own < 0 else own
-        return OwnModel(model, keep_alive=own, is_prolonged=True)
+        return PreloadedModel(model, keep_alive=own, is_prolonged=True)
 
     def _ask_to_load(self, name: str, keep_alive: str | None, of: str) -> None:
         until = time.monotonic() + LOAD_LIMIT
@@ -334,7 +334,7 @@ def vram_of(
     live: LiveVram | None,
     environment: Mapping[str, str],
     sizes: KnownSizes,
-) -> Vram:
+) -> VramFacts:
     """What is known of VRAM before models are loaded; `live` reads the devices."""
     server = server_of(settings, gpus, ollama, sizes)
     needs = {}
@@ -345,7 +345,7 @@ def vram_of(
             model.file_bytes or 0 if need.source is Source.NAME else need.vram
         )
     most = environment.get("OLLAMA_MAX_LOADED_MODELS", "").strip()
-    return Vram(
+    return VramFacts(
         needs,
         devices=max(1, len(gpus.all_devices)),
         free=_free(live),

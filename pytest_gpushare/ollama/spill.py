@@ -146,7 +146,7 @@ def judge(
     taken -= model.on_gpu + devices * (context + MARGIN)
     taken -= sum(other.on_gpu + context for other in beside)
     slack = model.size // 10 + OVERHEAD
-    was_seen = max(scene.beside_ollama for scene in scenes) >= taken - slack
+    was_seen = max(scene.net_of_ollama for scene in scenes) >= taken - slack
     # Where so much was never held, what Ollama found free says nothing.
     least = taken - slack if was_seen else 0
     tests, by_worker, others = _holders(scenes, least, missing)
@@ -167,7 +167,7 @@ def judge(
     if others is not None and start.others is not None:
         grown = max(0, others - start.others)
     budget = sum(promise.budgets.values())
-    held = max(0, taken - start.beside_ollama) if tests is None else tests
+    held = max(0, taken - start.net_of_ollama) if tests is None else tests
     if not held and not grown:
         return spill._replace(cause=Cause.OPTIONS)
     if spill.required > promise.reservation + promise.safety_buffer and held:
@@ -228,7 +228,7 @@ class Scene(NamedTuple):
     tests: int | None
     by_worker: Mapping[str, int]
     others: int | None
-    beside_ollama: int
+    net_of_ollama: int
     free: int
 
     @staticmethod
@@ -242,7 +242,7 @@ class Scene(NamedTuple):
             tests=_sum([held.tests for held in devices.values()]),
             by_worker=by_worker,
             others=_sum([held.remainder for held in devices.values()]),
-            beside_ollama=sum(held.beside_neighbours for held in devices.values()),
+            net_of_ollama=sum(held.net_of_neighbours for held in devices.values()),
             free=sum(held.free for held in devices.values()),
         )
 

@@ -34,7 +34,7 @@ NO_DEVICE = "-1" if sys.platform == "win32" else ""
 """What shows no device. Windows knows no empty variables: an empty one would show all."""
 
 
-class Surroundings(NamedTuple):
+class PlacementContext(NamedTuple):
     """What of the world outside decides on the workers' environments."""
 
     outer: Mapping[str, str]
@@ -56,7 +56,7 @@ class Surroundings(NamedTuple):
     """UUID -> the device's budget in bytes, where tests have needs of their own; else empty."""
 
 
-def worker_environment(plan: Plan, number: int, around: Surroundings) -> dict[str, str]:
+def worker_environment(plan: Plan, number: int, around: PlacementContext) -> dict[str, str]:
     """The variables for the worker of this number, from 0: GPU workers first, then CPU workers.
 
     A GPU worker sees its device, alone or first; a CPU worker sees none.
@@ -74,7 +74,7 @@ def worker_environment(plan: Plan, number: int, around: Surroundings) -> dict[st
     return environment
 
 
-def caps_of(slot: Slot, around: Surroundings) -> Caps:
+def caps_of(slot: Slot, around: PlacementContext) -> Caps:
     """What caps the frameworks of a worker in this slot, where anything does."""
     if not around.cap_vram or around.simulated or slot.device.variable != VARIABLE:
         return Caps()
@@ -97,7 +97,7 @@ def slot_of_outer_run(environment: Mapping[str, str]) -> int | None:
     return int(text)
 
 
-def visibility(plan: Plan, device: Device | None, around: Surroundings) -> dict[str, str]:
+def visibility(plan: Plan, device: Device | None, around: PlacementContext) -> dict[str, str]:
     """The variables that show a worker what it is to see, and hide all others from it."""
     # A worker that is given one kind of accelerator sees none of the others.
     hidden = dict.fromkeys([VARIABLE, *(d.device.variable for d in plan.devices)], NO_DEVICE)
@@ -110,7 +110,7 @@ def visibility(plan: Plan, device: Device | None, around: Surroundings) -> dict[
     return {**hidden, device.variable: ",".join(d.visible_as or d.uuid for d in devices)}
 
 
-def seen(plan: Plan, device: Device, around: Surroundings) -> tuple[Device, ...]:
+def seen(plan: Plan, device: Device, around: PlacementContext) -> tuple[Device, ...]:
     """What a worker on this device sees: its own device first, the others only if they may be."""
     # A process of CUDA can use one MIG instance, and no GPU besides it.
     if not around.see_all or _is_instance(device):
@@ -149,14 +149,14 @@ def place_of(plan: Plan, number: int) -> Place:
     return Place("gpu", device.uuid, device.name, device.index, slot.vram, document)
 
 
-def message_to(plan: Plan, number: int, around: Surroundings) -> dict[str, Any]:
+def message_to(plan: Plan, number: int, around: PlacementContext) -> dict[str, Any]:
     """The placement of a worker, in the builtin types that execnet carries."""
     slot = plan.slots[number] if number < len(plan.slots) else None
     own = {} if around.simulated else visibility(plan, slot.device if slot else None, around)
     return {"place": vars(place_of(plan, number)), "visible": own}
 
 
-def message_of_tests(settings: Settings, plan: Plan, around: Surroundings) -> dict[str, Any]:
+def message_of_tests(settings: Settings, plan: Plan, around: PlacementContext) -> dict[str, Any]:
     """What a worker must know to find its GPU tests."""
     return {
         "marker": settings.marker,

@@ -20,7 +20,7 @@ from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts, simulated
 from pytest_gpushare.gpu.sampler import LiveVram, Probe
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.ollama.address import Address, Candidate, candidates
-from pytest_gpushare.ollama.keep_alive import KeptLoaded, OwnModel
+from pytest_gpushare.ollama.keep_alive import KeepAlive, PreloadedModel
 from pytest_gpushare.ollama.models import OLLAMA, ModelFacts, OllamaFacts
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.preload import Preloaded, ProgressLine, ollama_pids, preload, vram_of
@@ -195,14 +195,14 @@ def ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFact
             break
     for asking in asked:
         asking.hang_up()
-    found = facts[-1] if facts[-1].answered else _nobody(facts)
+    found = facts[-1] if facts[-1].answered else _no_answer(facts)
     if found.answered and settings.ollama_models:
         place = places[len(facts) - 1]
         return found._replace(relied_on=_ask_models(place.address, settings, until))
     return found
 
 
-def _nobody(facts: Sequence[OllamaFacts]) -> OllamaFacts:
+def _no_answer(facts: Sequence[OllamaFacts]) -> OllamaFacts:
     """None of the addresses gave an answer: one report for all."""
     if len(facts) == 1:
         return facts[0]
@@ -354,7 +354,7 @@ def _check_slots(plan: Plan) -> None:
 class Loading(NamedTuple):
     """What became of the models that the run relies on."""
 
-    kept: KeptLoaded | None = None
+    kept: KeepAlive | None = None
     """The service that keeps those which we loaded; None where there are none."""
     sentences: tuple[str, ...] = ()
     """A sentence on each model that was loaded."""
@@ -390,7 +390,7 @@ def load_first(
 
     Raises `PreloadError` where a model is missing that must not be. `probes` are closed.
     """
-    ours: list[OwnModel] = []
+    ours: list[PreloadedModel] = []
     server = probes.ollama.server
     progress = ProgressLine()
     try:
@@ -404,7 +404,7 @@ def load_first(
     except BaseException:
         # Ctrl-C above all: what was loaded until then stays as long as the server keeps it.
         if server is not None and ours:
-            KeptLoaded(server, ours).stop()
+            KeepAlive(server, ours).stop()
         raise
     finally:
         progress.clear()
@@ -413,7 +413,7 @@ def load_first(
     )
     if problems and settings.ollama_preload_failed == "fail":
         if server is not None:
-            KeptLoaded(server, done.ours).stop()
+            KeepAlive(server, done.ours).stop()
         raise PreloadError(_failure(done))
     if server is None or not done.ours:
         return probes, Loading(None, done.events, problems)
@@ -421,9 +421,9 @@ def load_first(
     try:
         probes = probe(settings, (), environment)
     except BaseException:
-        KeptLoaded(server, done.ours).stop()
+        KeepAlive(server, done.ours).stop()
         raise
-    kept = KeptLoaded(server, done.ours, ollama_pids(_live(probes)))
+    kept = KeepAlive(server, done.ours, ollama_pids(_live(probes)))
     return probes, Loading(kept, done.events, problems)
 
 

@@ -80,8 +80,8 @@ def admits_by_needs(run: ActiveRun) -> bool:
 
 
 def _case_of_run(run: ActiveRun) -> Case:
-    book = run.monitor.book if run.monitor is not None else None
-    seen = [life.model for life in book.history.lives.values()] if book is not None else []
+    server = run.monitor.server if run.monitor is not None else None
+    seen = [life.model for life in server.history.lives.values()] if server is not None else []
     return case_of(
         run.settings,
         run.gpus,

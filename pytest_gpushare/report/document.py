@@ -19,7 +19,7 @@ from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.sampler import DevicePeaks
 from pytest_gpushare.ollama.address import without_secrets
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
-from pytest_gpushare.planning.placement import Surroundings, caps_of
+from pytest_gpushare.planning.placement import PlacementContext, caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
 from pytest_gpushare.report.advice import amount, assess
 from pytest_gpushare.report.header import Line, header, left_out
@@ -255,11 +255,11 @@ def _ollama(run: ActiveRun) -> Mapping[str, Any] | None:
     found = ollama_document(run.ollama)
     if found is None:
         return None
-    book = run.monitor.book if run.monitor is not None else None
-    words = verdict(book) if book is not None else []
-    if book is not None:
-        found["answered"] |= book.history.answered_at is not None
-        found["models"] = _models(book.history.models)
+    server = run.monitor.server if run.monitor is not None else None
+    words = verdict(server) if server is not None else []
+    if server is not None:
+        found["answered"] |= server.history.answered_at is not None
+        found["models"] = _models(server.history.models)
     found["found_by"] = found["found_by"] or run.settings.origins.get("ollama_host", "default")
     return {
         **found,
@@ -342,7 +342,7 @@ def _plan_document(run: ActiveRun) -> dict[str, Any]:
     }
 
 
-def _workers(plan: Plan, around: Surroundings) -> list[dict[str, Any]]:
+def _workers(plan: Plan, around: PlacementContext) -> list[dict[str, Any]]:
     gpu: list[dict[str, Any]] = [
         {
             "id": "this process" if plan.request.in_process else f"gw{number}",
@@ -375,10 +375,10 @@ def step_summary(run: ActiveRun, lines: Sequence[Line]) -> str:
         for test in tests:
             assert test.peak is not None
             parts.append(f"| {escaped(test.nodeid)} | {amount(test.peak)} |")
-    told = [line.text for line in lines if line.problem]
-    told += [advice.text for advice in assess(run).advice]
-    if told:
-        parts += ["", *(f"- {escaped(text.strip())}" for text in told)]
+    problems = [line.text for line in lines if line.problem]
+    problems += [advice.text for advice in assess(run).advice]
+    if problems:
+        parts += ["", *(f"- {escaped(text.strip())}" for text in problems)]
     return "\n".join([*parts, "", ""])
 
 

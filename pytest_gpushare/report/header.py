@@ -29,7 +29,7 @@ class Line(NamedTuple):
     problem: bool = False
 
 
-class View(NamedTuple):
+class OutputOptions(NamedTuple):
     """How much of it is wanted, and how wide the terminal is."""
 
     verbosity: int = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.events import Event
-from pytest_gpushare.report.header import Line, View
+from pytest_gpushare.report.header import Line, OutputOptions
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import leaks
 from pytest_gpushare.text import append_regular, redactor, write_whole
@@ -50,7 +50,7 @@ LOGGER = "pytest_gpushare"
 SUMMARY, ACTIONS = "GITHUB_STEP_SUMMARY", "GITHUB_ACTIONS"
 """Variables of GitHub Actions: the file for what a job's page shows; `true` inside of one."""
 
-_WIDE = View(0, 400)
+_WIDE = OutputOptions(0, 400)
 """For readers that are no terminal."""
 
 _PLAIN = str.maketrans("×▁▂▃▄▅▆▇█", "x_.-=+*#@")
@@ -140,18 +140,18 @@ def _annotate(run: ActiveRun, reporter: pytest.TerminalReporter) -> None:
         reporter.write_line(encodable(clean(text)))
 
 
-def _summary(run: ActiveRun, view: View) -> list[Line]:
+def _summary(run: ActiveRun, view: OutputOptions) -> list[Line]:
     # Nothing of it is needed before the tests, where every import delays the start.
     from pytest_gpushare.report.summary import summary
 
     return summary(run, view)
 
 
-def _view(config: pytest.Config) -> View:
+def _view(config: pytest.Config) -> OutputOptions:
     # Under -p no:terminal there is none, and no writer either.
     if config.pluginmanager.get_plugin("terminalreporter") is None:
-        return View(_verbosity(config))
-    return View(_verbosity(config), int(config.get_terminal_writer().fullwidth))
+        return OutputOptions(_verbosity(config))
+    return OutputOptions(_verbosity(config), int(config.get_terminal_writer().fullwidth))
 
 
 def log_header(header: Header, config: pytest.Config) -> None:
@@ -170,7 +170,7 @@ def log_header(header: Header, config: pytest.Config) -> None:
 def log_summary(run: ActiveRun, config: pytest.Config) -> None:
     """The lines after the tests, at default verbosity, to the same logger."""
     logger = logging.getLogger(LOGGER)
-    for line in _summary(run, View(max(0, _verbosity(config)), _WIDE.columns)):
+    for line in _summary(run, OutputOptions(max(0, _verbosity(config)), _WIDE.columns)):
         _log(logger, line)
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.ollama.history import Life
 from pytest_gpushare.ollama.models import LoadedModel, placed
-from pytest_gpushare.ollama.monitor import Neighbour
+from pytest_gpushare.ollama.monitor import MonitoredServer
 from pytest_gpushare.ollama.spill import NO_GPU, held_by, uses_no_gpu, why
 from pytest_gpushare.report.advice import declared_too_small, gpu_tests_without_gpu, over_need
-from pytest_gpushare.report.header import Line, View
+from pytest_gpushare.report.header import Line, OutputOptions
 from pytest_gpushare.report.usage import usage_lines
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.units import format_gb, plural
@@ -128,34 +128,34 @@ class Word(NamedTuple):
     """Whether it fails the run under --gpu-share-strict."""
 
 
-def verdict(book: Neighbour) -> list[Word]:
+def verdict(server: MonitoredServer) -> list[Word]:
     """One word for each model that was loaded at any time, and one for each silence."""
-    words = [_on(life, book) for life in book.history.lives.values()]
-    return [*words, *_silences(book)]
+    words = [_on(life, server) for life in server.history.lives.values()]
+    return [*words, *_silences(server)]
 
 
-def _on(life: Life, book: Neighbour) -> Word:
+def _on(life: Life, server: MonitoredServer) -> Word:
     model = life.model
-    spills = [spill for spill in book.spills if spill.model.name == model.name]
+    spills = [spill for spill in server.spills if spill.model.name == model.name]
     if spills:
-        return _spilled(spills, life, book)
+        return _spilled(spills, life, server)
     if life.spilled_before:
-        return _spilled_before(life, book)
-    if model.name in book.doubted:
+        return _spilled_before(life, server)
+    if model.name in server.doubted:
         return Word(
             f"Ollama says that {placed(model)}, but NVML shows "
-            f"{format_gb(book.doubted[model.name])} of it: a part of it may be on the CPU",
+            f"{format_gb(server.doubted[model.name])} of it: a part of it may be on the CPU",
             is_problem=True,
         )
     if not model.is_whole:
         return Word(f"Ollama held {placed(model)}")
     where = f"on the GPU ({format_gb(model.size)}, 100 %)"
-    return Word(f"Ollama kept {model.name} {where} {_how_long(life, book)}")
+    return Word(f"Ollama kept {model.name} {where} {_how_long(life, server)}")
 
 
-def _how_long(life: Life, book: Neighbour) -> str:
+def _how_long(life: Life, server: MonitoredServer) -> str:
     """`throughout`, or what was seen: between two answers it may have come and gone."""
-    history = book.history
+    history = server.history
     words = "throughout"
     if history.silences or life.loads > (not life.from_the_start):
         words = "whenever Ollama was asked"
@@ -174,10 +174,10 @@ def _times(count: int) -> str:
     return "at least once" if count == 1 else f"at least {count} times"
 
 
-def _spilled(spills: list[Spill], life: Life, book: Neighbour) -> Word:
+def _spilled(spills: list[Spill], life: Life, server: MonitoredServer) -> Word:
     # The worst one that the run answers for, else the worst of all.
     spill = max(spills, key=lambda spill: (spill.is_ours, spill.missing, -spill.at))
-    model, promise = spill.model, book.promise
+    model, promise = spill.model, server.promise
     again = f", and in part {life.spills - 1} more times" if life.spills > 1 else ""
     text = (
         f"Ollama put {format_gb(spill.missing)} of {model.name} ({format_gb(model.size)}) on the "
@@ -192,14 +192,14 @@ def _spilled(spills: list[Spill], life: Life, book: Neighbour) -> Word:
     return Word(text, tuple(details), is_problem=True, is_ours=any(s.is_ours for s in spills))
 
 
-def _spilled_before(life: Life, book: Neighbour) -> Word:
+def _spilled_before(life: Life, server: MonitoredServer) -> Word:
     model: LoadedModel = life.model
     if life.loads and model.is_whole:
         return Word(
             f"Ollama has all of {model.name} on the GPU ({format_gb(model.size)}, 100 %) since a "
             "reload; before the tests a part of it was on the CPU"
         )
-    free = max((held.free for held in book.promise.start.values()), default=None)
+    free = max((held.free for held in server.promise.start.values()), default=None)
     if uses_no_gpu(model, free):
         return Word(
             f"Ollama had {model.name} ({format_gb(model.size)}) in RAM before the tests began, "
@@ -219,8 +219,8 @@ def _spilled_before(life: Life, book: Neighbour) -> Word:
     )
 
 
-def _silences(book: Neighbour) -> Iterator[Word]:
-    history = book.history
+def _silences(server: MonitoredServer) -> Iterator[Word]:
+    history = server.history
     if history.last_known is not None and not (
         history.silences and history.silences[-1][1] is None
     ):
@@ -229,7 +229,7 @@ def _silences(book: Neighbour) -> Iterator[Word]:
             "happened to its VRAM then is unknown",
             is_problem=True,
         )
-    for since, until in book.history.silences:
+    for since, until in server.history.silences:
         end = "to its end" if until is None else f"to {until:.0f} s"
         yield Word(
             f"Ollama did not answer from {since:.0f} s into the run {end}: what happened to its "
@@ -251,10 +251,10 @@ def _verdict(run: ActiveRun) -> Iterator[Line]:
         yield Line(text, problem=True)
     for text in run.kept_loaded.given_up if run.kept_loaded is not None else ():
         yield Line(f"gpu-share: {text}")
-    book = run.monitor.book if run.monitor is not None else None
-    if book is None:
+    server = run.monitor.server if run.monitor is not None else None
+    if server is None:
         return
-    for word in verdict(book):
+    for word in verdict(server):
         fails = word.is_ours and run.strict
         kind = " (an error under --gpu-share-strict)" if fails else ""
         yield Line(f"gpu-share: {word.text}{kind}", word.is_problem)
@@ -279,7 +279,7 @@ _SUMMARY: tuple[Callable[[ActiveRun], Iterator[Line]], ...] = (
 )
 
 
-def summary(run: ActiveRun, view: View) -> list[Line]:
+def summary(run: ActiveRun, view: OutputOptions) -> list[Line]:
     """The lines after the tests: what they used, and problems that showed while they ran."""
     lines = [line for part in _SUMMARY for line in part(run)]
     lines += usage_lines(run, view)

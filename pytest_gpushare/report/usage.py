@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pytest_gpushare.gpu.sampler import DevicePeaks, DeviceSamples
 from pytest_gpushare.planning.plan import DevicePlan
 from pytest_gpushare.report.advice import admits_by_needs, amount, assess
-from pytest_gpushare.report.header import Line, View
+from pytest_gpushare.report.header import Line, OutputOptions
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import Leak, RecordedTest, leaks
 from pytest_gpushare.session.workers import WorkerRecord
@@ -78,7 +78,7 @@ def highest_peaks(run: ActiveRun, most: int = MOST_PEAKS) -> list[RecordedTest]:
     return sorted(known, key=lambda t: (-t.peak.size if t.peak else 0, t.nodeid))[:most]
 
 
-def usage_lines(run: ActiveRun, view: View) -> Iterator[Line]:
+def usage_lines(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
     """Devices, leaks and hints; from -v also workers and the highest peaks; nothing at -q."""
     if view.verbosity < 0:
         return
@@ -97,7 +97,7 @@ def usage_lines(run: ActiveRun, view: View) -> Iterator[Line]:
         yield Line(f"gpu-share: hint: {advice.text}")
 
 
-def _device(use: Usage, view: View, counted: bool) -> Line:
+def _device(use: Usage, view: OutputOptions, counted: bool) -> Line:
     plan = use.plan
     text = f"gpu-share: {plan.device.label} VRAM peak {_part(use.peak_used, plan.device.total)}"
     peaks = use.peaks
@@ -134,13 +134,13 @@ def _worker(member: WorkerRecord, run: ActiveRun) -> Line:
     )
 
 
-def _test(test: RecordedTest, view: View) -> str:
+def _test(test: RecordedTest, view: OutputOptions) -> str:
     assert test.peak is not None
     text = f"  VRAM {amount(test.peak)}: "
     return text + shortened(test.nodeid, view.columns - len(text))
 
 
-def _leaks(found: Sequence[Leak], view: View) -> Iterator[Line]:
+def _leaks(found: Sequence[Leak], view: OutputOptions) -> Iterator[Line]:
     most = len(found) if view.verbosity >= 1 else _MOST_LEAKS
     for leak in found[:most]:
         yield Line(f"gpu-share: {leak_in_words(leak, view.columns - 11)}", problem=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pytest_gpushare.scheduler.types import Reading, Room
+from pytest_gpushare.scheduler.types import DeviceCapacity, DeviceReading
 
 
 @dataclass(eq=False)
@@ -39,24 +39,24 @@ class Account:
         return cls(0, 0, None, False, False, False, 0, 0, 0)
 
 
-class Ledger:
+class DeviceLedger:
     """One device: the accounts of its workers, and what was read of it last.
 
     What is asked for every test is a sum over all accounts; so the sums are kept, and change
     with each account, which happens less often.
     """
 
-    def __init__(self, room: Room) -> None:
-        self.room = room
+    def __init__(self, capacity: DeviceCapacity) -> None:
+        self.capacity = capacity
         self.accounts: dict[str, Account] = {}
         self.running: dict[str, Account] = {}
         """The workers that run a GPU test here."""
-        self.reading = Reading()
+        self.reading = DeviceReading()
         self.is_due = False
         """Whether a test is over since then: the same figures mean something else now."""
-        self.kept = _kept(room, self.reading)
+        self.kept = _kept(capacity, self.reading)
         """What must stay free: Ollama's outstanding reservation and the safety buffer."""
-        self._is_told = False
+        self._is_attributed = False
         """Whether NVML has reported what a worker holds here."""
         self.present = self.committed = self.outstanding = 0
         """The sums over all accounts."""
@@ -90,12 +90,14 @@ class Ledger:
         # What is unknown: a context is there in any case, caches and fixtures perhaps.
         account = self.running.pop(worker, None) or self.accounts[worker]
         account.running, account.need = False, 0
-        return self._report(account, self.room.context if held is None else held)
+        return self._report(account, self.capacity.context if held is None else held)
 
     def emptied(self, worker: str, held: int | None) -> int:
         """The worker gave back what it could; returns what should come back."""
         account = self.accounts[worker]
-        return self._report(account, min(account.held, self.room.context) if held is None else held)
+        return self._report(
+            account, min(account.held, self.capacity.context) if held is None else held
+        )
 
     def _report(self, account: Account, held: int) -> int:
         """Believe a worker before NVML, until the device is read again."""
@@ -116,29 +118,29 @@ class Ledger:
         self.outstanding += outstanding - account.outstanding
         account.present, account.committed, account.outstanding = present, committed, outstanding
 
-    def read(self, reading: Reading) -> bool:
+    def read(self, reading: DeviceReading) -> bool:
         """Take what NVML says now. Returns whether that is anything new."""
         if not self.is_due and (reading is self.reading or reading == self.reading):
             return False
         if reading is not self.reading:
             self.reading = reading
-            self.kept = _kept(self.room, reading)
+            self.kept = _kept(self.capacity, reading)
         self.is_due = False
         for account in self.running.values():
             account.fresh = False
         if reading.held:
             # 0 bytes for every process, always, is what containers and WSL report for "unknown".
-            self._is_told = told = self._is_told or any(reading.held.values())
+            self._is_attributed = attributed = self._is_attributed or any(reading.held.values())
             for worker, account in self.accounts.items():
                 if worker in reading.held:
-                    account.now = reading.held[worker] if told else None
+                    account.now = reading.held[worker] if attributed else None
                     self._post(account)
         return True
 
     def left(self, worker: str) -> int:
         """Bytes that this worker's whole process may hold by the plan's budget."""
         own = self.accounts.get(worker)
-        return self.room.budget - self.committed + (0 if own is None else own.committed)
+        return self.capacity.budget - self.committed + (0 if own is None else own.committed)
 
     def live(self, worker: str) -> int | None:
         """The same by what is free now; None where that is unknown."""
@@ -156,7 +158,7 @@ class Ledger:
         Asked for every test, so both are found in one go.
         """
         own = self.accounts[worker]
-        left = self.room.budget - self.committed + own.committed
+        left = self.capacity.budget - self.committed + own.committed
         free = self.reading.free
         if free is None:
             return left
@@ -169,11 +171,11 @@ class Ledger:
     def floor(self, worker: str) -> int:
         """What the worker holds at least as long as it lives, once it has a context."""
         account = self.accounts[worker]
-        return min(account.committed, self.room.context) if account.used else 0
+        return min(account.committed, self.capacity.context) if account.used else 0
 
     def most(self, worker: str) -> int:
         """The largest need that can ever fit in this worker while the others live."""
-        most, context = self.room.budget, self.room.context
+        most, context = self.capacity.budget, self.capacity.context
         for name, account in self.accounts.items():
             if account.used and name != worker:
                 most -= account.committed if account.committed < context else context
@@ -181,7 +183,7 @@ class Ledger:
 
     def retained(self, least: int) -> list[tuple[int, str]]:
         """The idle workers that hold so much beyond their contexts, and how much that is."""
-        context = self.room.context
+        context = self.capacity.context
         return [
             (account.committed - context, worker)
             for worker, account in self.accounts.items()
@@ -200,8 +202,8 @@ class Ledger:
         that a test allocates would count twice, and one worker's test would keep the others
         waiting.
         """
-        room, reading = self.room, self.reading
-        if not outstanding or room.free is None or reading.free is None:
+        capacity, reading = self.capacity, self.reading
+        if not outstanding or capacity.free is None or reading.free is None:
             return outstanding
         unknown = 0
         for account in self.running.values():
@@ -210,11 +212,11 @@ class Ledger:
         if not unknown:
             return outstanding
         resident = reading.resident
-        grown = 0 if resident is None else max(0, resident - room.resident)
-        taken = room.free - reading.free - grown
+        grown = 0 if resident is None else max(0, resident - capacity.resident)
+        taken = capacity.free - reading.free - grown
         return max(0, outstanding - max(0, min(taken - self.present, unknown)))
 
 
-def _kept(room: Room, reading: Reading) -> int:
-    resident = room.resident if reading.resident is None else reading.resident
-    return max(0, room.reservation - resident) + room.safety_buffer
+def _kept(capacity: DeviceCapacity, reading: DeviceReading) -> int:
+    resident = capacity.resident if reading.resident is None else reading.resident
+    return max(0, capacity.reservation - resident) + capacity.safety_buffer

@@ -47,7 +47,7 @@ def first_for(worker: GpuWorker, pool: GpuPool) -> Unit | None:
 
 
 class Admitting:
-    """Opens the gate, answers workers that ask, and serves idle ones."""
+    """Admits tests that wait, answers workers that ask, and serves idle ones."""
 
     def __init__(self, pool: GpuPool, cpu: CpuPool, backfilling: Backfilling) -> None:
         self._pool = pool
@@ -56,23 +56,23 @@ class Admitting:
         self._may_split = pool.policy.dist not in GROUPED
         self._may_share = self._may_split and any(job.group for job in pool.jobs)
 
-    # --- the gate ---
+    # --- tests that wait for admission ---
 
-    def open_gate(self, devices: Iterable[str]) -> list[Action]:
+    def admit_waiting(self, devices: Iterable[str]) -> list[Action]:
         """Admit the bound tests that fit now, in the order of binding."""
         pool = self._pool
-        if not pool.gate:
+        if not pool.waiting:
             return []
         changed = set(devices)
         actions: list[Action] = []
-        for worker in list(pool.gate.values()):
+        for worker in list(pool.waiting.values()):
             test = worker.bound
             if test is None or changed.isdisjoint(worker.devices) or worker.emptying is not None:
                 continue
             if self._fits(worker, test) and self._is_there(worker, test):
                 waited = 0.0 if worker.waiting_since is None else pool.at - worker.waiting_since
                 worker.bound, worker.waiting_since = None, None
-                del pool.gate[worker.id]
+                del pool.waiting[worker.id]
                 actions.append(Admit(worker.id, test, self._assign(worker, test, waited)))
                 self._backfilling.admitted(worker, [test])
                 pool.note_change(worker.device)
@@ -109,7 +109,7 @@ class Admitting:
             if help_ is not None:
                 return [help_]
             # One that has made room for a test that waits, and still is in its way, ends.
-            unit = None if worker.emptied == 2 and self._pool.gate else self._any(worker)
+            unit = None if worker.emptied == 2 and self._pool.waiting else self._any(worker)
         if unit is not None:
             return [self._bind(worker, unit, waits=reserves)]
         worker.ending = True
@@ -190,18 +190,18 @@ class Admitting:
             self._backfilling.overtaken_by(unit)
         pool.idle[worker.device].pop(worker.id, None)
         if waits or not worker.sent:
-            self.enter_gate(worker)
+            self.wait_for_admission(worker)
         return Run(worker.id, (worker.bound,), admitted=False)
 
-    def enter_gate(self, worker: GpuWorker) -> None:
+    def wait_for_admission(self, worker: GpuWorker) -> None:
         """The bound test of this worker may start once it fits."""
         pool = self._pool
         if worker.reserved:
             # It has its place already: before all that wait.
             worker.reserved = False
-            pool.gate = {worker.id: worker, **pool.gate}
+            pool.waiting = {worker.id: worker, **pool.waiting}
         else:
-            pool.gate[worker.id] = worker
+            pool.waiting[worker.id] = worker
         pool.note_change(worker.device)
 
     # --- idle workers ---
@@ -234,7 +234,7 @@ class Admitting:
                 actions.append(self._begin(worker, unit))
                 continue
             overdue = self._backfilling.overdue()
-            if worker.emptied == 2 and pool.gate:
+            if worker.emptied == 2 and pool.waiting:
                 # It has made room for one that waits, and may have to end for it.
                 continue
             if has_group and worker.unit is not None:
@@ -263,7 +263,7 @@ class Admitting:
                 return unit
         best = -1
         plain = worker.collected is None
-        sure = pool.is_exact and not pool.gate
+        sure = pool.is_exact and not pool.waiting
         for kind, tree in pending.trees.items():
             limit = pool.limit(worker, kind)
             rank = self._first_cold(worker, tree, limit) if pool.cold else tree.first(limit)
@@ -291,7 +291,9 @@ class Admitting:
                 return rank
         others = len(pool.idle[worker.device]) - (worker.id in pool.idle[worker.device])
         spare = (
-            others * min(tree.smallest, pool.ledgers[worker.device].room.budget) if others else 0
+            others * min(tree.smallest, pool.ledgers[worker.device].capacity.budget)
+            if others
+            else 0
         )
         modest = tree.first(limit - spare)
         return modest if modest >= 0 or not spare else tree.first(limit)
@@ -345,7 +347,7 @@ class Admitting:
             if admission != _PLAIN:
                 admissions[test] = admission
             seconds += pool.expected(test) or CHAIN
-            if seconds >= CHAIN or len(tests) >= most or admission.alone or pool.gate:
+            if seconds >= CHAIN or len(tests) >= most or admission.alone or pool.waiting:
                 break
             next_unit = self._fitting(worker)
             if next_unit is not None:

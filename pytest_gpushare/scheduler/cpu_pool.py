@@ -29,7 +29,7 @@ class CpuWorker:
     collected: Collection[int] | None
     queue: list[int] = field(default_factory=list)
     """Sent and not finished, in order."""
-    own: deque[int] = field(default_factory=deque)
+    share: deque[int] = field(default_factory=deque)
     """Under worksteal: its share, not sent yet; others may take from its end."""
     asks: bool = False
     """Whether it waits to be sent what follows the last test that it has."""
@@ -81,7 +81,7 @@ class CpuPool:
     def waits(self) -> bool:
         """Whether there are tests that no worker has."""
         return bool(
-            self._pending or self._units or any(worker.own for worker in self.workers.values())
+            self._pending or self._units or any(worker.share for worker in self.workers.values())
         )
 
     @property
@@ -109,7 +109,7 @@ class CpuPool:
         """A worker is gone; what it had begun or not, the one that it ran first."""
         cpu_worker = self.workers.pop(worker)
         self._low.pop(worker, None)
-        self._pending.extendleft(reversed(cpu_worker.own))
+        self._pending.extendleft(reversed(cpu_worker.share))
         return cpu_worker.queue
 
     def finished(self, worker: str, test: int, duration: float | None) -> bool:
@@ -130,7 +130,7 @@ class CpuPool:
             return []
         found: list[int] = []
         queues: list[MutableSequence[int]] = [self._pending, *(unit.tests for unit in self._units)]
-        for queue in [*queues, *(worker.own for worker in self.workers.values())]:
+        for queue in [*queues, *(worker.share for worker in self.workers.values())]:
             lost = [test for test in queue if not self.could_run(test)]
             for test in lost:
                 queue.remove(test)
@@ -220,13 +220,13 @@ class CpuPool:
 
     def _next_of_own(self, worker: CpuWorker) -> list[int]:
         count = self._depth() - len(worker.queue)
-        tests = self._known(worker, worker.own, count)
-        if not tests and not worker.own:
-            richest = max(self.workers.values(), key=lambda other: len(other.own))
-            taken = [richest.own.pop() for _ in range((len(richest.own) + 1) // 2)]
-            worker.own.extend(test for test in reversed(taken) if worker.knows(test))
-            richest.own.extend(test for test in reversed(taken) if not worker.knows(test))
-            tests = self._known(worker, worker.own, count)
+        tests = self._known(worker, worker.share, count)
+        if not tests and not worker.share:
+            richest = max(self.workers.values(), key=lambda other: len(other.share))
+            taken = [richest.share.pop() for _ in range((len(richest.share) + 1) // 2)]
+            worker.share.extend(test for test in reversed(taken) if worker.knows(test))
+            richest.share.extend(test for test in reversed(taken) if not worker.knows(test))
+            tests = self._known(worker, worker.share, count)
         return tests
 
     def _divide(self) -> None:
@@ -234,7 +234,7 @@ class CpuPool:
         workers = [worker for worker in self.workers.values() if not worker.ending]
         for number, worker in enumerate(workers):
             share = -(-len(self._pending) // (len(workers) - number))
-            worker.own.extend(self._known(worker, self._pending, share))
+            worker.share.extend(self._known(worker, self._pending, share))
 
     def _known(self, worker: CpuWorker, pending: deque[int], count: int) -> list[int]:
         """The first `count` tests that the worker has collected, taken out."""
@@ -259,7 +259,7 @@ class CpuPool:
         pending = self._pending
         if self._policy.dist == "worksteal" and not pending:
             pending = max(
-                (worker.own for worker in self.workers.values()), key=len, default=pending
+                (worker.share for worker in self.workers.values()), key=len, default=pending
             )
         most = 1 if average is None else int(LONG_TEST / average)
         count = max(1, min(most, len(pending) // (2 * len(self.workers) + 2)))

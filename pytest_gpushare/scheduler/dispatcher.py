@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from pytest_gpushare.scheduler.accounts import Ledger
+from pytest_gpushare.scheduler.accounts import DeviceLedger
 from pytest_gpushare.scheduler.admission import Admitting
 from pytest_gpushare.scheduler.cpu_pool import CpuPool
 from pytest_gpushare.scheduler.fairness import Backfilling
@@ -20,12 +20,12 @@ from pytest_gpushare.scheduler.routing import Fallback, ordered, routes
 from pytest_gpushare.scheduler.types import (
     Action,
     Admit,
+    DeviceCapacity,
+    DeviceReading,
     Drop,
     Job,
     Lost,
     Policy,
-    Reading,
-    Room,
     Run,
     Worker,
 )
@@ -38,11 +38,14 @@ class Dispatcher:
     """Routing, order and admission of the tests of one run."""
 
     def __init__(
-        self, jobs: Sequence[Job], rooms: Sequence[Room], policy: Policy | None = None
+        self,
+        jobs: Sequence[Job],
+        capacities: Sequence[DeviceCapacity],
+        policy: Policy | None = None,
     ) -> None:
         policy = policy or Policy()
         self._jobs = jobs
-        self._ledgers = {room.uuid: Ledger(room) for room in rooms}
+        self._ledgers = {room.uuid: DeviceLedger(room) for room in capacities}
         self._gpu = GpuPool(jobs, self._ledgers, policy)
         self._cpu = CpuPool(jobs, policy)
         self._backfilling = Backfilling(self._gpu)
@@ -50,7 +53,7 @@ class Dispatcher:
         self._pressure = Pressure(self._gpu, self._backfilling)
         self._fallback = Fallback(self._gpu, self._cpu, self._pressure)
         self._left = len(jobs)
-        self._readings: Mapping[str, Reading] = {}
+        self._readings: Mapping[str, DeviceReading] = {}
         self._reported: list[str] = []
         """The devices of which a worker has reported what it holds since they were read."""
         self._asking: list[GpuWorker] = []
@@ -77,7 +80,7 @@ class Dispatcher:
         gpu = self._gpu
         if not self._begun or not gpu.is_waited_for:
             return False
-        return bool(gpu.gate or (gpu.pending.count and not self._stopping)) or any(
+        return bool(gpu.waiting or (gpu.pending.count and not self._stopping)) or any(
             worker.emptying is not None for worker in gpu.workers.values()
         )
 
@@ -89,7 +92,7 @@ class Dispatcher:
             return not self._cpu.knows_all or any(job.marked for job in self._jobs)
         gpu = self._gpu
         return gpu.is_waited_for and (
-            bool(gpu.gate)
+            bool(gpu.waiting)
             or gpu.pending.count > 0
             or any(worker.unit is not None and worker.unit.tests for worker in gpu.workers.values())
         )
@@ -180,12 +183,12 @@ class Dispatcher:
             self._reported.append(device)
         if gpu_worker.sent:
             # What it has next was admitted, or is short: nothing is free for others yet.
-            if not gpu.gate and not any(gpu.idle.values()):
+            if not gpu.waiting and not any(gpu.idle.values()):
                 return not self._left
             gpu.note_change(gpu_worker.device)
             return True
         if gpu_worker.bound is not None:
-            self._admitting.enter_gate(gpu_worker)
+            self._admitting.wait_for_admission(gpu_worker)
         gpu.refresh(gpu_worker)
         gpu.note_change(gpu_worker.device)
         return True
@@ -249,7 +252,7 @@ class Dispatcher:
 
     # --- what is to be done ---
 
-    def step(self, readings: Mapping[str, Reading], at: float) -> list[Action]:
+    def step(self, readings: Mapping[str, DeviceReading], at: float) -> list[Action]:
         """What is to be done now.
 
         `readings` are the devices as last read, by UUID: the same mapping as long as nothing
@@ -265,7 +268,7 @@ class Dispatcher:
             return self._stop()
         return self._actions()
 
-    def _read(self, readings: Mapping[str, Reading]) -> None:
+    def _read(self, readings: Mapping[str, DeviceReading]) -> None:
         for device in self._reported if readings is self._readings else readings:
             ledger, reading = self._ledgers.get(device), readings.get(device)
             if ledger is not None and reading is not None and ledger.read(reading):
@@ -280,7 +283,7 @@ class Dispatcher:
         self._gpu.pending, self._gpu.cold = ordered(found.gpu, self._jobs, self._gpu, alone=alone)
         self._fallback.refuse(found.refused)
         cpu = set(found.cpu)
-        for test, reason in found.without.items():
+        for test, reason in found.without_gpu.items():
             if self._fallback.decide(test, reason):
                 cpu.add(test)
         self._cpu.add(sorted(cpu))
@@ -301,7 +304,7 @@ class Dispatcher:
             asking, self._asking = self._asking, []
             if not changed and not asking:
                 break
-            actions += admitting.open_gate(changed)
+            actions += admitting.admit_waiting(changed)
             for worker in asking:
                 if worker.question and worker.id in gpu.workers:
                     actions += admitting.answer(worker)
@@ -345,10 +348,10 @@ class Dispatcher:
     def _stop(self) -> list[Action]:
         """Let the bound tests run that fit; the others are given back, and nothing follows."""
         gpu = self._gpu
-        actions = self._admitting.open_gate(gpu.ledgers)
+        actions = self._admitting.admit_waiting(gpu.ledgers)
         gpu.changed.clear()
         self._asking.clear()
-        for worker in list(gpu.gate.values()):
+        for worker in list(gpu.waiting.values()):
             busy = any(gpu.ledgers[device].runs_beside(worker.id) for device in worker.devices)
             if not worker.sent and not busy and worker.emptying is None:
                 actions.append(self._pressure.reclaiming.ask(worker, withdraw=True))

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 from pytest_gpushare.scheduler.queue import Kind, Unit
 
 if TYPE_CHECKING:
-    from pytest_gpushare.scheduler.accounts import Ledger
+    from pytest_gpushare.scheduler.accounts import DeviceLedger
     from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 
 
 class Backfilling:
-    """The tests that wait at the gate, and what may pass them."""
+    """The tests that wait for admission, and what may pass them."""
 
     def __init__(self, pool: GpuPool) -> None:
         self._pool = pool
@@ -34,13 +34,13 @@ class Backfilling:
 
     def waiting(self, device: str) -> Iterator[GpuWorker]:
         """The workers whose next test waits for this device, in the order of binding."""
-        for worker in self._pool.gate.values():
+        for worker in self._pool.waiting.values():
             if worker.bound is not None and device in self._devices_of(worker):
                 yield worker
 
     def head(self, device: str) -> GpuWorker | None:
         """The worker whose next test has a reservation on this device."""
-        if not self._pool.gate:
+        if not self._pool.waiting:
             return None
         return next(self.waiting(device), None)
 
@@ -51,16 +51,16 @@ class Backfilling:
     def allows(self, worker: GpuWorker, test: int, need: int, kind: Kind) -> bool:
         """Whether this test may start here, as far as those are concerned that wait."""
         pool = self._pool
-        return not pool.gate or all(
+        return not pool.waiting or all(
             self._allows_on(pool.ledgers[device], worker, test, need, kind[1])
             for device in pool.devices(worker, kind[0])
         )
 
     def _allows_on(
-        self, ledger: Ledger, worker: GpuWorker, test: int, need: int, exclusive: bool
+        self, ledger: DeviceLedger, worker: GpuWorker, test: int, need: int, exclusive: bool
     ) -> bool:
         pool = self._pool
-        left = ledger.room.budget
+        left = ledger.capacity.budget
         running: list[tuple[float, int, bool]] = []
         for name, account in ledger.accounts.items():
             other = pool.workers.get(name)
@@ -71,7 +71,7 @@ class Backfilling:
                 over, is_known = self._ends.get(name, (pool.at, False))
                 freed = account.committed - ledger.floor(name)
                 running.append((over, freed, is_known or pool.average is not None))
-        for head in self.waiting(ledger.room.uuid):
+        for head in self.waiting(ledger.capacity.uuid):
             if head is worker:
                 return need <= left
             assert head.bound is not None
@@ -123,7 +123,7 @@ class Backfilling:
         """
         pool, ledger = self._pool, self._pool.ledgers[worker.device]
         own = ledger.floor(worker.id)
-        left = ledger.room.budget - own
+        left = ledger.capacity.budget - own
         ends: list[tuple[float, int]] = []
         for name, account in ledger.accounts.items():
             if name == worker.id:
@@ -156,7 +156,7 @@ class Backfilling:
         front = self._pool.pending.front()
         return front if front is not None and front.overtaken >= self.patience else None
 
-    def _is_out_of_reach(self, head: GpuWorker, ledger: Ledger) -> bool:
+    def _is_out_of_reach(self, head: GpuWorker, ledger: DeviceLedger) -> bool:
         """Whether it would not fit though all our tests were over: others hold the VRAM."""
         assert head.bound is not None
         if ledger.reading.free is None:

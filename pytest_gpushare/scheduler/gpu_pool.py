@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from pytest_gpushare.scheduler.accounts import Ledger
+from pytest_gpushare.scheduler.accounts import DeviceLedger
 from pytest_gpushare.scheduler.needs import Need
 from pytest_gpushare.scheduler.queue import IN_ORDER, Kind, Pending, Unit, kind_of
-from pytest_gpushare.scheduler.types import Job, Policy, Room, Worker
+from pytest_gpushare.scheduler.types import DeviceCapacity, Job, Policy, Worker
 
 UNKNOWN = Need()
 
@@ -18,20 +18,23 @@ class GpuWorker:
     __slots__ = (
         "bound", "collected", "deadline", "device", "devices", "emptied",
         "emptying", "ending", "helps_in", "id", "last_group", "latest", "left_groups", "most",
-        "own", "question", "reserved", "sent", "serial", "slot", "unit", "waiting_since",
+        "own_device", "question", "reserved", "sent", "serial", "slot", "unit", "waiting_since",
     )  # fmt: skip
 
     def __init__(
-        self, worker: Worker, collected: Collection[int] | None, rooms: Mapping[str, Room]
+        self,
+        worker: Worker,
+        collected: Collection[int] | None,
+        capacities: Mapping[str, DeviceCapacity],
     ) -> None:
         self.id = worker.id
         self.slot = worker.slot
         self.devices = worker.devices
         self.device = worker.devices[0]
         """Its own."""
-        self.own = worker.devices[:1]
+        self.own_device = worker.devices[:1]
         self.collected = collected
-        budgets = [rooms[device].budget for device in worker.devices]
+        budgets = [capacities[device].budget for device in worker.devices]
         self.most = {count: min(budgets[:count]) for count in range(1, len(budgets) + 1)}
         """Number of devices -> the largest need on each that it can ever meet."""
         self.sent: list[int] = []
@@ -101,7 +104,9 @@ class GpuWorker:
 class GpuPool:
     """What the parts of the dispatcher share that deal with GPU tests."""
 
-    def __init__(self, jobs: Sequence[Job], ledgers: dict[str, Ledger], policy: Policy) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], ledgers: dict[str, DeviceLedger], policy: Policy
+    ) -> None:
         self.jobs = jobs
         self.ledgers = ledgers
         self.policy = policy
@@ -131,7 +136,7 @@ class GpuPool:
         """The workers that run a test beside which no other may run on its devices."""
         self.idle: dict[str, dict[str, GpuWorker]] = {device: {} for device in ledgers}
         """Device -> the idle workers of that device."""
-        self.gate: dict[str, GpuWorker] = {}
+        self.waiting: dict[str, GpuWorker] = {}
         """The workers whose next test waits for its admission, in the order of binding."""
         self.changed: set[str] = set()
         """The devices on which something changed, so that what did not fit may fit now."""
@@ -144,8 +149,8 @@ class GpuPool:
 
     def up(self, worker: Worker, collected: Collection[int] | None) -> None:
         """A worker is ready."""
-        rooms = {device: self.ledgers[device].room for device in worker.devices}
-        self.workers[worker.id] = gpu_worker = GpuWorker(worker, collected, rooms)
+        capacities = {device: self.ledgers[device].capacity for device in worker.devices}
+        self.workers[worker.id] = gpu_worker = GpuWorker(worker, collected, capacities)
         for device in worker.devices:
             self.ledgers[device].open(worker.id)
         # Its slot may differ from those by which the order was found.
@@ -156,7 +161,7 @@ class GpuPool:
         """A worker is gone; returns the tests that it had and was not sent, pending again."""
         del self.workers[worker.id]
         self.idle[worker.device].pop(worker.id, None)
-        self.gate.pop(worker.id, None)
+        self.waiting.pop(worker.id, None)
         self.exclusive.discard(worker.id)
         self.note_change()
         if worker.bound is not None:
@@ -171,7 +176,7 @@ class GpuPool:
     def unbind(self, worker: GpuWorker) -> None:
         """Put the bound test back: it is the first of its group, or pending by itself."""
         test, worker.bound, worker.reserved = worker.bound, None, False
-        self.gate.pop(worker.id, None)
+        self.waiting.pop(worker.id, None)
         if test is None:
             return
         group = self.jobs[test].group
@@ -206,7 +211,7 @@ class GpuPool:
     def is_waited_for(self) -> bool:
         """Whether a worker has nothing to run, or asks for what follows."""
         return (
-            bool(self.gate)
+            bool(self.waiting)
             or any(self.idle.values())
             or any(
                 worker.question or worker.emptying is not None for worker in self.workers.values()
@@ -254,7 +259,7 @@ class GpuPool:
 
     def devices(self, worker: GpuWorker, count: int) -> tuple[str, ...]:
         """The devices that a test uses in this worker."""
-        return worker.own if count == 1 else worker.devices[:count]
+        return worker.own_device if count == 1 else worker.devices[:count]
 
     def bytes_for(self, worker: GpuWorker, test: int) -> int:
         """Bytes on each device with which the test is admitted in this worker."""

@@ -189,7 +189,7 @@ def declared(marks: Iterable[Mark], marker: str, aliases: Sequence[Alias]) -> De
     try:
         for mark in marks:
             if mark.name == marker:
-                own.append(_own(mark, marker))
+                own.append(_by_marker(mark, marker))
                 routes.append("gpu")
             elif mark.name in by_name:
                 found = dict(_by_alias(mark, by_name[mark.name]))
@@ -242,7 +242,7 @@ def rules_of(rules: Sequence[VramRule]) -> Patterns[int]:
     return Patterns((rule.pattern, rule.vram) for rule in rules)
 
 
-def _own(mark: Mark, marker: str) -> dict[str, Any]:
+def _by_marker(mark: Mark, marker: str) -> dict[str, Any]:
     shown = _shown(mark)
     allowed = f'allowed is {marker}(vram="6GB", devices=2, exclusive=True, required=True)'
     if mark.args:

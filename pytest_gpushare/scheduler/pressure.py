@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pytest_gpushare.scheduler.accounts import Ledger
+from pytest_gpushare.scheduler.accounts import DeviceLedger
 from pytest_gpushare.scheduler.admission import first_for
 from pytest_gpushare.scheduler.fairness import Backfilling
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
@@ -41,7 +41,7 @@ class Reclaiming:
     def __init__(self, pool: GpuPool) -> None:
         self._pool = pool
 
-    def is_under_way(self, ledger: Ledger) -> bool:
+    def is_under_way(self, ledger: DeviceLedger) -> bool:
         """Whether a worker gives something back at this moment."""
         workers = self._pool.workers
         for name in ledger.accounts:
@@ -50,7 +50,7 @@ class Reclaiming:
                 return True
         return False
 
-    def reclaim(self, ledger: Ledger, waiter: Waiter, need: int) -> list[Action]:
+    def reclaim(self, ledger: DeviceLedger, waiter: Waiter, need: int) -> list[Action]:
         """Have neighbours empty their caches, give up fixtures or end, as far as it helps."""
         if self.is_under_way(ledger):
             return []
@@ -69,14 +69,16 @@ class Reclaiming:
                 return asked
         return self._end(ledger, waiter, in_the_way if busy else short)
 
-    def empty(self, ledger: Ledger, worker: GpuWorker, short: int, busy: bool) -> list[Action]:
+    def empty(
+        self, ledger: DeviceLedger, worker: GpuWorker, short: int, busy: bool
+    ) -> list[Action]:
         """Have neighbours between two tests give back what they retain, where that helps."""
         if self._pool.policy.empty_caches == "never":
             return []
         return self._ask(ledger, worker, short, busy=busy, withdraw=False)
 
     def _ask(
-        self, ledger: Ledger, worker: GpuWorker, short: int, *, busy: bool, withdraw: bool
+        self, ledger: DeviceLedger, worker: GpuWorker, short: int, *, busy: bool, withdraw: bool
     ) -> list[Action]:
         pool = self._pool
         found = [
@@ -107,7 +109,7 @@ class Reclaiming:
         pool.refresh(other)
         return EmptyCaches(other.id, withdraw)
 
-    def _end(self, ledger: Ledger, waiter: Waiter, short: int) -> list[Action]:
+    def _end(self, ledger: DeviceLedger, waiter: Waiter, short: int) -> list[Action]:
         pool = self._pool
         idle = [
             (ledger.accounts[name].committed, other)
@@ -170,7 +172,7 @@ class Pressure:
             for device in pool.devices(gpu_worker, pool.need(test).devices):
                 blocked = self._blocked.pop(device, None)
                 if blocked is not None and blocked.noted:
-                    label = pool.ledgers[device].room.label
+                    label = pool.ledgers[device].capacity.label
                     waited = pool.at - blocked.since
                     text = f"{label}: there is VRAM for tests again, after {waited:.0f} s"
                     yield Note(
@@ -263,16 +265,16 @@ class Pressure:
                 return []
         return []
 
-    def _will_do(self, ledger: Ledger, need: int) -> bool:
+    def _will_do(self, ledger: DeviceLedger, need: int) -> bool:
         """Whether the test fits once our running tests are over, whatever others hold."""
         if not ledger.running or ledger.reading.free is None:
             return bool(ledger.running)
         held = ledger.committed - ledger.outstanding
         return ledger.reading.free - ledger.kept + held >= need
 
-    def _missing(self, ledger: Ledger, test: int, need: int, live: int) -> Iterator[Action]:
+    def _missing(self, ledger: DeviceLedger, test: int, need: int, live: int) -> Iterator[Action]:
         """VRAM that should be free is not: it comes back late, or others took it."""
-        pool, room = self._pool, ledger.room
+        pool, room = self._pool, ledger.capacity
         blocked = self._blocked.setdefault(room.uuid, Blocked(pool.at))
         waited = pool.at - blocked.since
         size, released = self._released.get(room.uuid, (0, 0.0))
@@ -307,5 +309,5 @@ class Pressure:
             blocked.given_up = True
 
 
-def _by(ledger: Ledger) -> str:
+def _by(ledger: DeviceLedger) -> str:
     return f"; held by {ledger.reading.holders}" if ledger.reading.holders else ""

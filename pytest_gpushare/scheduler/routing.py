@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_gpushare.scheduler.accounts import Ledger
+from pytest_gpushare.scheduler.accounts import DeviceLedger
 from pytest_gpushare.scheduler.cpu_pool import CpuPool
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 from pytest_gpushare.scheduler.packing import Bin, best_order
@@ -27,7 +27,7 @@ class Routes(NamedTuple):
     cpu: list[int]
     refused: dict[int, str]
     """Test -> why it fails at once."""
-    without: dict[int, str]
+    without_gpu: dict[int, str]
     """Marked tests that only CPU workers have collected, and the reason to give."""
 
 
@@ -48,7 +48,7 @@ def routes(jobs: Sequence[Job], gpu: GpuPool, cpu: CpuPool) -> Routes:
             result.cpu.append(number)
         elif not on_gpu:
             if on_cpu:
-                result.without[number] = "no GPU worker has collected it"
+                result.without_gpu[number] = "no GPU worker has collected it"
             else:
                 result.gpu.append(number)
         elif reason := largest.problem(job) or _too_large(number, gpu, all_know):
@@ -70,12 +70,12 @@ class _Largest:
 
     def __init__(self, gpu: GpuPool) -> None:
         self._policy = gpu.policy
-        self._rooms = {uuid: ledger.room for uuid, ledger in gpu.ledgers.items()}
+        self._capacities = {uuid: ledger.capacity for uuid, ledger in gpu.ledgers.items()}
         self._seen = max((len(worker.devices) for worker in gpu.workers.values()), default=0)
         self._most: dict[int, tuple[int, str]] = {}
         for count in range(1, self._seen + 1):
             found = [
-                (min(self._rooms[d].budget for d in seen), self._rooms[seen[0]].label)
+                (min(self._capacities[d].budget for d in seen), self._capacities[seen[0]].label)
                 for worker in gpu.workers.values()
                 if len(seen := worker.devices[:count]) == count
             ]
@@ -88,14 +88,15 @@ class _Largest:
         if need is None:
             return ""
         if need.devices > self._seen:
-            if self._policy.visible_devices == "own" and len(self._rooms) >= need.devices:
+            if self._policy.visible_devices == "own" and len(self._capacities) >= need.devices:
                 return (
                     f"needs {plural(need.devices, 'device')}, and a worker sees its own alone "
                     "(gpu_share_visible_devices = own): set it to all"
                 )
             return (
                 f"needs {plural(need.devices, 'device')}, and this run has "
-                f"{len(self._rooms)}: run it where there are more, or leave it out with -m or -k"
+                f"{len(self._capacities)}: run it where there are more, or leave it out with -m "
+                "or -k"
             )
         most, label = self._most[need.devices]
         if need.vram is None or need.source == "learned" or need.vram <= most:
@@ -192,9 +193,9 @@ def _bins(gpu: GpuPool) -> list[Bin]:
     for worker in gpu.workers.values():
         device = worker.devices[0]
         counts[device] = counts.get(device, 0) + 1
-    ledgers: Mapping[str, Ledger] = gpu.ledgers
+    ledgers: Mapping[str, DeviceLedger] = gpu.ledgers
     return [
-        Bin(ledgers[device].room.budget, count, ledgers[device].room.context)
+        Bin(ledgers[device].capacity.budget, count, ledgers[device].capacity.context)
         for device, count in counts.items()
     ]
 
@@ -288,7 +289,7 @@ class Fallback:
             for unit in gpu.pending.all()
             if (reason := self._hopeless(unit.tests[0], None))
         ]
-        for worker in list(gpu.gate.values()):
+        for worker in list(gpu.waiting.values()):
             test = worker.bound
             if test is None or worker.sent or worker.emptying is not None:
                 continue
@@ -335,7 +336,7 @@ class Fallback:
             if not worker.knows(test) or worker.ending or len(worker.devices) < count:
                 continue
             need = gpu.bytes_for(worker, test)
-            if any(need > gpu.ledgers[d].room.budget for d in gpu.devices(worker, count)):
+            if any(need > gpu.ledgers[d].capacity.budget for d in gpu.devices(worker, count)):
                 continue
             found = self._pressure.gave_up(worker, test)
             if found is None:
@@ -345,7 +346,7 @@ class Fallback:
             by = f", held by {ledger.reading.holders}" if ledger.reading.holders else ""
             reason = (
                 f"it needs {format_gb(need)}, and {format_gb(live)} was left on "
-                f"{ledger.room.label} for {gpu.policy.pressure_timeout:g} s "
+                f"{ledger.capacity.label} for {gpu.policy.pressure_timeout:g} s "
                 f"(gpu_share_pressure_timeout_s){by}"
             )
         return reason

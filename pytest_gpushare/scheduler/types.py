@@ -35,7 +35,7 @@ class Worker(NamedTuple):
     slot: int = 0
 
 
-class Room(NamedTuple):
+class DeviceCapacity(NamedTuple):
     """A device as the plan leaves it to the tests."""
 
     uuid: str
@@ -53,7 +53,7 @@ class Room(NamedTuple):
     """What a process holds that has used the device and gave everything else back."""
 
 
-class Reading(NamedTuple):
+class DeviceReading(NamedTuple):
     """What NVML and Ollama say of a device now."""
 
     free: int | None = None

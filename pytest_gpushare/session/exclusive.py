@@ -87,9 +87,9 @@ class ExclusiveAccess:
     def _here(self, worker: str, pid: int) -> None:
         self._pids[worker] = int(pid)
 
-    def _ran_out(self, worker: str, told: Mapping[str, Any]) -> None:
+    def _ran_out(self, worker: str, message: Mapping[str, Any]) -> None:
         """Note who holds what at this moment, and say whether the test may run alone."""
-        nodeid, own = str(told["nodeid"]), self._devices.get(worker) or self._itself()
+        nodeid, own = str(message["nodeid"]), self._devices.get(worker) or self._itself()
         labels = {d.device.uuid: d.device.label for d in self._plan.devices}
         found = [self._held_on(uuid, labels.get(uuid, uuid)) for uuid in sorted(own)]
         text = "; ".join(each.text(worker) for each in found)
@@ -97,7 +97,7 @@ class ExclusiveAccess:
             late = self._late(found)
             # The last words of a worker that has died by now must not hold up the others.
             others = worker in self._devices and (late or self._neighbours(worker, own))
-            shared = bool(others and told.get("again", True))
+            shared = bool(others and message.get("again", True))
             answer = {
                 "verdict": "wait" if shared else "no",
                 "text": text,
@@ -114,26 +114,26 @@ class ExclusiveAccess:
             f"{nodeid} {'ran out of VRAM beside others' if shared else 'ran out of VRAM'}: {text}",
             nodeid=nodeid,
             worker=worker,
-            said=str(told.get("said", "")),
-            peak=told.get("peak"),
+            said=str(message.get("said", "")),
+            peak=message.get("peak"),
             free=min(free, default=None),
             held=dict(found[0].by) if found else {},
             shared=bool(shared),
         )
 
-    def _quiet(self, worker: str, told: Mapping[str, Any]) -> None:
+    def _quiet(self, worker: str, message: Mapping[str, Any]) -> None:
         with self._lock:
             number, _ = self._resting.get(worker, (None, False))
-            if number is not None and number == told.get("number"):
+            if number is not None and number == message.get("number"):
                 self._resting[worker] = (number, True)
                 self._go_on()
 
-    def _over(self, worker: str, told: Mapping[str, Any]) -> None:
+    def _over(self, worker: str, message: Mapping[str, Any]) -> None:
         with self._lock:
             self._queue = [request for request in self._queue if request.worker != worker]
             self._go_on()
-        if told.get("ran"):
-            nodeid, outcome = str(told["nodeid"]), str(told["outcome"])
+        if message.get("ran"):
+            nodeid, outcome = str(message["nodeid"]), str(message["outcome"])
             self._record.note(
                 "oom-retried", f"{nodeid} {outcome} alone", nodeid=nodeid, outcome=outcome
             )

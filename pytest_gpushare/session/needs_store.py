@@ -137,28 +137,30 @@ class NeedsRecorder:
             if test.nodeid not in self._heard_of:
                 self.took(test.nodeid, max(0.0, test.end - test.start), device)
 
-    def _heard(self, worker: str, told: Mapping[str, Any]) -> None:
+    def _heard(self, worker: str, message: Mapping[str, Any]) -> None:
         device = self._run.device_of(worker)
         name = self._names.get(device or "")
         if name is not None:
-            self._compare(name, told)
-        if name is None or told["outcome"] != "passed":
+            self._compare(name, message)
+        if name is None or message["outcome"] != "passed":
             # A test that failed or was skipped on its way may not have got to its peak.
             return
-        duration = max(0.0, float(told["end"]) - float(told["start"]))
-        if told["attempts"] > 1:
+        duration = max(0.0, float(message["end"]) - float(message["start"]))
+        if message["attempts"] > 1:
             duration = 0.0
-        self._heard_of.add(str(told["nodeid"]))
-        self._keep(name, str(told["nodeid"]), told["peak"], duration or None, told["exact"])
+        self._heard_of.add(str(message["nodeid"]))
+        self._keep(
+            name, str(message["nodeid"]), message["peak"], duration or None, message["exact"]
+        )
 
-    def _compare(self, device: str, told: Mapping[str, Any]) -> None:
+    def _compare(self, device: str, message: Mapping[str, Any]) -> None:
         """Name a test that took more than the need with which it was admitted."""
-        need, peak = told.get("need"), told["peak"]
+        need, peak = message.get("need"), message["peak"]
         if not need or not peak:
             return
         took = peak + self._run.context_of(device)
         if _differ(need, took) and took > need:
-            nodeid = str(told["nodeid"])
+            nodeid = str(message["nodeid"])
             self._run.record.note(
                 "need-exceeded",
                 f"{nodeid} took {format_gb(took)} of VRAM, its need was {format_gb(need)}",

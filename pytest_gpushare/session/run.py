@@ -24,7 +24,7 @@ from pytest_gpushare.planning.caps import (
 )
 from pytest_gpushare.planning.placement import (
     NUMBER,
-    Surroundings,
+    PlacementContext,
     message_of_tests,
     message_to,
     seen,
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
     from pytest_gpushare.gpu.sampler import LiveVram
     from pytest_gpushare.leases.lessee import Lessee
-    from pytest_gpushare.ollama.keep_alive import KeptLoaded
-    from pytest_gpushare.ollama.monitor import Guard
+    from pytest_gpushare.ollama.keep_alive import KeepAlive
+    from pytest_gpushare.ollama.monitor import Monitor
 
 
 def _nothing() -> None:
@@ -69,7 +69,7 @@ class StartFacts(NamedTuple):
     """Problems that the user should know of, one sentence each."""
     preloaded: tuple[str, ...] = ()
     """One sentence for each model that was loaded before the run."""
-    preload_service: KeptLoaded | None = None
+    preload_service: KeepAlive | None = None
     """Keeps the preloaded models loaded."""
     contexts: Mapping[str, int] = {}
     """Device name -> bytes of a CUDA context, as earlier runs measured it."""
@@ -162,7 +162,7 @@ class ActiveRun:
             self.gpus.all_devices, statements(self._ollama_devices, self.ollama)
         )
         """Who holds the VRAM of the devices: the source of every such figure."""
-        self.monitor: Guard | None = None
+        self.monitor: Monitor | None = None
         """Follows Ollama; None where no server uses a device of this host."""
         self.workers = Workers(self.plan, self.context_on)
         self.tests = RecordedTests(self.workers)
@@ -343,10 +343,10 @@ class ActiveRun:
         return self.strict and (bool(self.overwritten) or lost or spilled)
 
     @cached_property
-    def around(self) -> Surroundings:
+    def around(self) -> PlacementContext:
         """What beside the plan decides on the environments of workers."""
         capped = self.settings.cap_vram and bool(self.plan.slots) and not self.gpus.simulated
-        return Surroundings(
+        return PlacementContext(
             outer=without_caps_of_outer_run(os.environ),
             versions=installed_frameworks() if capped else {},
             mps=capped and mps_is_running(os.environ),

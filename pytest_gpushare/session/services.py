@@ -26,12 +26,12 @@ from pytest_gpushare.gpu.sampler import (
     read_usage,
 )
 from pytest_gpushare.ollama.models import LoadedModel
-from pytest_gpushare.ollama.monitor import Guard
+from pytest_gpushare.ollama.monitor import Monitor
 from pytest_gpushare.ollama.reservation import devices_of_ollama
 from pytest_gpushare.session.workers import Workers
 
 if TYPE_CHECKING:
-    from pytest_gpushare.ollama.monitor import Neighbour
+    from pytest_gpushare.ollama.monitor import MonitoredServer
     from pytest_gpushare.session.run import ActiveRun
 
 INTERVAL = 0.2
@@ -45,7 +45,7 @@ _MOST_ROWS_OF_ALL = 60_000
 """Rows of all devices together: a machine with many of them must not need more memory."""
 
 
-class Vram(Protocol):
+class VramSource(Protocol):
     """What is watched: `run.live.LiveVram`."""
 
     def memory(self, max_age: float = ...) -> Reading[Memory]:
@@ -65,7 +65,7 @@ class Sampler:
 
     def __init__(
         self,
-        live: Vram,
+        live: VramSource,
         attribution: Attribution,
         devices: Sequence[str],
         workers: Workers,
@@ -234,7 +234,7 @@ def _name(service: Service) -> str:
     return type(service).__name__.lower()
 
 
-def monitor_for(run: ActiveRun) -> Guard | None:
+def monitor_for(run: ActiveRun) -> Monitor | None:
     """The monitor of Ollama; None where no server is asked, or none that holds VRAM here."""
     ollama, live = run.ollama, run.live
     if not (ollama.asked and ollama.on_this_host) or ollama.server is None or live is None:
@@ -242,12 +242,14 @@ def monitor_for(run: ActiveRun) -> Guard | None:
     known = devices_of_ollama(run.settings.ollama_gpu, run.gpus)
     if known == ():
         return None
-    return Guard(ollama.server, lambda: _open_book(run, live, known))
+    return Monitor(ollama.server, lambda: _monitored_server(run, live, known))
 
 
-def _open_book(run: ActiveRun, live: LiveVram, known: Sequence[Device] | None) -> Neighbour:
+def _monitored_server(
+    run: ActiveRun, live: LiveVram, known: Sequence[Device] | None
+) -> MonitoredServer:
     # Imported in the monitor's thread, as the workers start meanwhile.
-    from pytest_gpushare.ollama.monitor import Neighbour
+    from pytest_gpushare.ollama.monitor import MonitoredServer
     from pytest_gpushare.ollama.spill import Promise
 
     may_use = {d.uuid for d in (run.gpus.all_devices if known is None else known)}
@@ -278,4 +280,4 @@ def _open_book(run: ActiveRun, live: LiveVram, known: Sequence[Device] | None) -
         safety_buffer=int(run.settings.safety_buffer),
         needed=run.plan.needed,
     )
-    return Neighbour(models, promise, look, run.record, run.model_sizes.saw)
+    return MonitoredServer(models, promise, look, run.record, run.model_sizes.saw)

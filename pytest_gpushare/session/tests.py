@@ -159,26 +159,26 @@ class RecordedTests:
         self.counts[last.outcome] += 1
         return True
 
-    def measured(self, worker: str, told: Any, context: int) -> None:
+    def measured(self, worker: str, message: Any, context: int) -> None:
         """Take what a worker counted around a test; what makes no sense is dropped.
 
         `context`: bytes of a CUDA context there, which no framework counts.
         """
-        if not isinstance(told, Mapping) or not isinstance(told.get("nodeid"), str):
+        if not isinstance(message, Mapping) or not isinstance(message.get("nodeid"), str):
             return
         member = self._workers.get(worker)
-        nodeid, size, left = told["nodeid"], _bytes(told.get("peak")), told.get("left")
+        nodeid, size, left = message["nodeid"], _bytes(message.get("peak")), message.get("left")
         counted = Counted(
-            Peak(size + context, "frameworks", told.get("exact") is True) if size else None,
+            Peak(size + context, "frameworks", message.get("exact") is True) if size else None,
             left if type(left) is int and abs(left) < _MOST_BYTES else None,
-            None if size is None else size > 0 and told.get("idle") is not True,
+            None if size is None else size > 0 and message.get("idle") is not True,
         )
         with self._lock:
             if member is not None:
                 member.counted = higher(member.counted, counted.peak)
                 if counted.left is not None:
                     member.growths.ran(nodeid, counted.left)
-            for text in told.get("notes") or ():
+            for text in message.get("notes") or ():
                 self._remarks.setdefault(nodeid, []).append(str(text)[:_LONGEST])
             last = self._last.get(worker)
             if (worker, nodeid) not in self._open and last is not None and last.nodeid == nodeid:
@@ -299,7 +299,7 @@ def leaks(tests: Iterable[RecordedTest], workers: Iterable[WorkerRecord]) -> lis
 
 
 def _of(member: WorkerRecord, tests: Sequence[RecordedTest]) -> Iterator[Leak]:
-    if member.growths.told:
+    if member.growths.is_reported:
         for nodeid, size in member.growths.leaks():
             yield Leak(size, member.id, "frameworks", (nodeid,))
         return

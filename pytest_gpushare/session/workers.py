@@ -27,12 +27,12 @@ class LeftVram:
     def __init__(self) -> None:
         self._left: list[tuple[str, int]] = []
         self._small = 0
-        self.told = False
+        self.is_reported = False
         """Whether the counters said anything."""
 
     def ran(self, nodeid: str, left: int) -> None:
         """A test ended; bytes that it left behind, negative where it gave something back."""
-        self.told = True
+        self.is_reported = True
         if left > LEAST:
             self._left.append((nodeid, left))
         elif left > 0:

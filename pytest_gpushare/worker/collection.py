@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _NOTHING = Declared()
 
 
-class Reader:
+class MarkerReader:
     """Reads markers as the settings say; they come from the controller."""
 
     def __init__(self, message: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ class Reader:
         )
 
 
-def collected_tests(items: Sequence[pytest.Item], reader: Reader) -> CollectedTests:
+def collected_tests(items: Sequence[pytest.Item], reader: MarkerReader) -> CollectedTests:
     """All tests of this process."""
     said, groups, skips = [], [], []
     scopes: dict[int, int] = {}

@@ -56,11 +56,11 @@ class _Finder(MetaPathFinder):
         finally:
             self._looking.discard(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, fullname, self._waiting)
+            spec.loader = _CappingLoader(spec.loader, fullname, self._waiting)
         return spec
 
 
-class _Loader(Loader):
+class _CappingLoader(Loader):
     """Another loader, and an action after it."""
 
     def __init__(self, loader: Loader, name: str, waiting: dict[str, Action]) -> None:

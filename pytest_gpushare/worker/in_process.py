@@ -25,12 +25,12 @@ class LeasePerTest:
         self, lessee: Lessee, plan: Plan, tests: Mapping[str, Any], wait: float | None
     ) -> None:
         """`tests` is what a worker would receive about its tests."""
-        from pytest_gpushare.worker.collection import Reader
+        from pytest_gpushare.worker.collection import MarkerReader
 
         self._lessee, self._wait = lessee, wait
         self._slot = plan.slots[0]
         self._device = next(d for d in plan.devices if d.device == self._slot.device)
-        self._reader = Reader(tests)
+        self._reader = MarkerReader(tests)
         self._is_explained = False
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.wire import Link
 
 
-class Gate:
+class StartBarrier:
     """Keeps the next test back while another worker has the device to itself.
 
     The main thread enters before a test and leaves after it; requests come in the thread that
@@ -101,13 +101,13 @@ def watch(config: pytest.Config, memory: Mapping[str, Any], link: Link) -> None:
             counters.empty()
         return counters.held()
 
-    gate = Gate(link.send, give_back)
-    link.on("pause", gate.pause)
-    link.on("resume", gate.resume)
-    link.on("closed", gate.open)
+    barrier = StartBarrier(link.send, give_back)
+    link.on("pause", barrier.pause)
+    link.on("resume", barrier.resume)
+    link.on("closed", barrier.open)
     retry = Retry(link, cap, memory)
     config.pluginmanager.register(retry, "gpu-share-retry")
-    config.pluginmanager.register(Meter(link, gate, retry, cap, memory), "gpu-share-meter")
+    config.pluginmanager.register(Meter(link, barrier, retry, cap, memory), "gpu-share-meter")
     if memory["needs"]:
         config.add_cleanup(cap.watch())
     link.send("here", os.getpid())
@@ -117,10 +117,15 @@ class Meter:
     """The plugin that measures; it sends nothing of tests beside which no framework was up."""
 
     def __init__(
-        self, link: Link, gate: Gate, retry: Retry, cap: TorchCap, memory: Mapping[str, Any]
+        self,
+        link: Link,
+        barrier: StartBarrier,
+        retry: Retry,
+        cap: TorchCap,
+        memory: Mapping[str, Any],
     ) -> None:
         self._link = link
-        self._gate = gate
+        self._barrier = barrier
         self._retry = retry
         self._cap = cap
         self._context = int(memory["context"])
@@ -134,9 +139,9 @@ class Meter:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Measure the test; before it, wait at the gate while the device is another's."""
+        """Measure the test; before it, wait at the barrier while the device is another's."""
         # Outside of all others, so that no timeout counts the wait.
-        self._gate.enter()
+        self._barrier.enter()
         try:
             self._retry.begin()
             self._outcome, self._forked = "passed", None
@@ -153,7 +158,7 @@ class Meter:
                 self._finish(item, before, start, fixtures, {"cap": cap, "need": need})
                 self._cap.set(None)
         finally:
-            self._gate.leave()
+            self._barrier.leave()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -169,7 +174,7 @@ class Meter:
             # pytest-forked: only this report leaves the child.
             figures = counters.measured(None, counters.counts())
             if figures is not None:
-                setattr(report, FIGURES, _told(figures))
+                setattr(report, FIGURES, _message_of(figures))
         return report
 
     @pytest.hookimpl(wrapper=True)
@@ -220,8 +225,8 @@ class Meter:
             return
         # A framework in an odd state must not fail the test that is over.
         with contextlib.suppress(Exception):
-            told = self._forked or self._measured(before, after, fixtures)
-            if told is not None:
+            measured = self._forked or self._measured(before, after, fixtures)
+            if measured is not None:
                 self._link.send(
                     "test",
                     {
@@ -232,7 +237,7 @@ class Meter:
                         **limits,
                         "attempts": self._retry.attempts,
                         "notes": [self._retry.note] if self._retry.note else [],
-                        **told,
+                        **measured,
                     },
                 )
 
@@ -254,14 +259,14 @@ class Meter:
             counters.empty()
             kept = counters.held() or 0
         return {
-            **_told(figures),
+            **_message_of(figures),
             "held": kept,
             "left": left,
             "idle": counters.nothing_taken(before, after),
         }
 
 
-def _told(figures: counters.Measured) -> dict[str, Any]:
+def _message_of(figures: counters.Measured) -> dict[str, Any]:
     """The figures in the builtin types that execnet and marshal carry."""
     return {
         "peak": max(figures.peaks, default=0),

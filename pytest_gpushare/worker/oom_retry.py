@@ -141,7 +141,7 @@ _ANSWER_WITHIN = 10.0
 """Seconds for the controller's first answer; it reads NVML for it, with a limit of its own."""
 
 
-class _Kept:
+class _DeferredError:
     """Raises, in the one teardown of a test, what tearing down its first attempt raised."""
 
     def __init__(self, error: Exception, plugins: pytest.PytestPluginManager) -> None:
@@ -308,8 +308,8 @@ class Retry:
         while not self._answers.empty():
             self._answers.get()
         again = not self._subtests
-        told = {"nodeid": item.nodeid, "said": said, "held": held(), "again": again}
-        self._link.send("oom", told)
+        message = {"nodeid": item.nodeid, "said": said, "held": held(), "again": again}
+        self._link.send("oom", message)
         return self._wait(_ANSWER_WITHIN)
 
     def _wait(self, seconds: float) -> Mapping[str, Any] | None:
@@ -326,7 +326,7 @@ class Retry:
         except Exception as second:
             # The user's own error: the report of the teardown has it.
             plugins = item.config.pluginmanager
-            plugins.register(_Kept(second, plugins), "gpu-share-kept-error")
+            plugins.register(_DeferredError(second, plugins), "gpu-share-kept-error")
             self._why += f"; not run again, as its teardown failed: {type(second).__name__}"
             return False
         try:
@@ -347,8 +347,8 @@ class Retry:
     def _end(self, item: pytest.Item, outcome: str) -> None:
         self._waits = False
         self._cap.set(None)
-        told = {"nodeid": item.nodeid, "outcome": outcome, "ran": self._ran_again}
-        self._link.send("alone-over", told)
+        message = {"nodeid": item.nodeid, "outcome": outcome, "ran": self._ran_again}
+        self._link.send("alone-over", message)
 
     def _sentence(self, *, failed: bool) -> str:
         if not self._ran_again:

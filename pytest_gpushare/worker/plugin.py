@@ -19,14 +19,14 @@ HOOKS = ("PYTEST_GPUSHARE_TORCH_FRACTION", "PYTEST_GPUSHARE_TENSORFLOW_MB")
 """Variables whose caps wait for a framework's import; see `run/caps.py`."""
 
 
-class Placed:
+class PlacementPlugin:
     """The plugin of a process that was placed: its fixture, and a watch over its placement."""
 
     def __init__(self, message: Mapping[str, Any], link: Link) -> None:
         self._place: Mapping[str, Any] = message["place"]
         self._wanted: Mapping[str, str] = message["visible"]
         self._link = link
-        self._told = False
+        self._has_reported = False
 
     def pytest_configure(self, config: pytest.Config) -> None:
         """Say who this is; the initial conftests are loaded: did one change what it sees?"""
@@ -63,11 +63,11 @@ class Placed:
             output[CONTEXT] = [name, size]
 
     def _compare(self, files: Iterable[str | None]) -> None:
-        if self._told or all(os.environ.get(n) == text for n, text in self._wanted.items()):
+        if self._has_reported or all(os.environ.get(n) == text for n, text in self._wanted.items()):
             return
         from pytest_gpushare.gpu.visibility import culprit, difference
 
-        self._told = True
+        self._has_reported = True
         where = culprit(self._wanted, files)
         changed = difference(self._wanted, os.environ)
         how = f"{changed}: {f'changed by {where}' if where else 'by whom is unknown'}"
@@ -86,7 +86,7 @@ def begin(config: pytest.Config, message: Mapping[str, Any]) -> None:
     if message.get("lease"):
         live_with(config, message["lease"], link)
     channel.setcallback(link.receive, endmarker=("closed", None))
-    config.pluginmanager.register(Placed(message, link), "gpu-share-placed")
+    config.pluginmanager.register(PlacementPlugin(message, link), "gpu-share-placement")
     follow(config, message["tests"], link)
     watch_memory(config, message, link)
 
@@ -108,9 +108,9 @@ def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> Non
 
         plugins.register(RunLoop(config, message, link), "gpu-share-run-loop")
     else:
-        from pytest_gpushare.worker.refusals import OwnJudgement, Refusals
+        from pytest_gpushare.worker.refusals import LocalRefusals, Refusals
 
-        plugins.register(Refusals(OwnJudgement(message)), "gpu-share-refusals")
+        plugins.register(Refusals(LocalRefusals(message)), "gpu-share-refusals")
 
 
 GRACE = 0.4
@@ -125,7 +125,7 @@ def live_with(config: pytest.Config, record: str, link: Link) -> None:
     Without this, workers go on for up to 15 s after their controller was killed, and nobody
     could say how much of the VRAM that they may still take is free.
     """
-    member = _Member()
+    member = _RecordMembership()
     member.join(record)
     config.add_cleanup(member.leave)
     link.on("lease", member.join)
@@ -133,7 +133,7 @@ def live_with(config: pytest.Config, record: str, link: Link) -> None:
     link.on("closed", lambda _: _end_if_orphaned(parent))
 
 
-class _Member:
+class _RecordMembership:
     """This process's part in the record."""
 
     def __init__(self) -> None:

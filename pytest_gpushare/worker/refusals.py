@@ -13,7 +13,7 @@ import pytest
 
 from pytest_gpushare.scheduler.needs import Need
 from pytest_gpushare.units import format_gb, plural
-from pytest_gpushare.worker.collection import Reader
+from pytest_gpushare.worker.collection import MarkerReader
 
 Refusal = tuple[str, str]
 """`fail` or `skip`, and the reason."""
@@ -69,12 +69,12 @@ def sent_by_the_controller(item: pytest.Item) -> Refusal | None:
     return item.stash.get(REFUSAL, None)
 
 
-class OwnJudgement:
+class LocalRefusals:
     """Which tests a process cannot run for which no dispatcher decides."""
 
     def __init__(self, message: Mapping[str, Any]) -> None:
-        self._reader = Reader(message)
-        self._without: str = message["without_gpu"]
+        self._reader = MarkerReader(message)
+        self._without_gpu: str = message["without_gpu"]
         self._absence: str = message["absence"]
         self._budget: int = message["budget"]
         self._devices: int = message["devices"]
@@ -91,10 +91,10 @@ class OwnJudgement:
             return ("fail", f"gpu-share: {problem}") if problem else None
         if said.required:
             return "fail", f"gpu-share: it requires a GPU: {self._absence}"
-        if self._without == "run":
+        if self._without_gpu == "run":
             return None
-        reason = f"gpu-share: {self._absence} (gpu_share_without_gpu = {self._without})"
-        return self._without, reason
+        reason = f"gpu-share: {self._absence} (gpu_share_without_gpu = {self._without_gpu})"
+        return self._without_gpu, reason
 
     def _problem(self, need: Need) -> str:
         if need.devices > self._devices:

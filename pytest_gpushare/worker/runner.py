@@ -20,7 +20,7 @@ import pytest
 from pytest_gpushare.compat import pytest_items
 from pytest_gpushare.compat.xdist_events import Commands, Interactor, interactor_of
 from pytest_gpushare.scheduler.needs import written
-from pytest_gpushare.worker.collection import Reader, collected_tests
+from pytest_gpushare.worker.collection import MarkerReader, collected_tests
 from pytest_gpushare.worker.refusals import REFUSAL, Refusals, sent_by_the_controller
 
 NEED: pytest.StashKey[int] = pytest.StashKey()
@@ -30,7 +30,7 @@ _SHUTDOWN, _XDIST, _GONE = "shutdown", "xdist", "gone"
 """Not our messages: xdist ends this worker, or has another command; the controller is gone."""
 
 
-class Link(Protocol):
+class Channel(Protocol):
     """The private channel to the controller."""
 
     def send(self, kind: str, payload: Any) -> None:
@@ -47,9 +47,9 @@ class RunLoop:
     but a recall are obeyed in the main thread.
     """
 
-    def __init__(self, config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
+    def __init__(self, config: pytest.Config, message: Mapping[str, Any], link: Channel) -> None:
         self._config = config
-        self._reader = Reader(message)
+        self._reader = MarkerReader(message)
         self._link = link
         self._interactor = interactor_of(config)
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()

@@ -22,7 +22,7 @@ OllamaWith = Callable[..., Any]
 MachineWith = Callable[..., Machine]
 
 
-class Told:
+class DoctorOutput:
     """What doctor said, by code."""
 
     def __init__(self, result: Result) -> None:
@@ -46,8 +46,8 @@ class Told:
         return str(self.codes[code]["fix"])
 
 
-def doctor(project: Project, *arguments: str, **environment: str | None) -> Told:
-    return Told(project.command([*COMMAND, "--json", *arguments], **environment))
+def doctor(project: Project, *arguments: str, **environment: str | None) -> DoctorOutput:
+    return DoctorOutput(project.command([*COMMAND, "--json", *arguments], **environment))
 
 
 # Several machines in one process, as starting Python takes as long as the rest.
@@ -71,7 +71,9 @@ for environment, injections in json.load(sys.stdin):
 """
 
 
-def doctors(project: Project, machines: Sequence[tuple[Mapping[str, str], Any]]) -> list[Told]:
+def doctors(
+    project: Project, machines: Sequence[tuple[Mapping[str, str], Any]]
+) -> list[DoctorOutput]:
     """What doctor says for each environment and fault of the project's machine."""
     done = subprocess.run(
         [sys.executable, "-c", MANY],
@@ -83,7 +85,7 @@ def doctors(project: Project, machines: Sequence[tuple[Mapping[str, str], Any]])
         timeout=120,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    return [Told(Result(*json.loads(line))) for line in done.stdout.splitlines()]
+    return [DoctorOutput(Result(*json.loads(line))) for line in done.stdout.splitlines()]
 
 
 def pretend_installed(project: Project, tmp_path: Path, **versions: str) -> Path:
@@ -315,7 +317,7 @@ def test_no_xdist(project: Project, tmp_path: Path, nvml_library: Path) -> None:
     """In an environment of its own: all that is installed here, but xdist."""
     python = environment_without(tmp_path / "venv", r"(pytest_)?xdist\b.*|pytest_xdist-.*")
     command = [str(python), "-m", "pytest_gpushare", "doctor", "--json"]
-    report = Told(project.command(command))
+    report = DoctorOutput(project.command(command))
     assert report.level("xdist-missing") == "broken"
     assert 'pip install "pytest-xdist>=3.6.1"' in report.fix("xdist-missing")
 

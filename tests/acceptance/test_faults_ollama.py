@@ -213,7 +213,7 @@ def test_run_beside_nonsense(project: Project, machine: Machine) -> None:
 
 
 def test_run_beside_silence(project: Project, machine: Machine) -> None:
-    """A server that accepts and says nothing costs its limit; the guard asks rarely, in vain."""
+    """A server that accepts and says nothing costs its limit; the monitor asks rarely, in vain."""
     with FaultyServer("silent") as server:
         result = project.pytest(
             "--gpu-share", "-o", "gpu_share_ollama_timeout_s=0.3", OLLAMA_HOST=server.host

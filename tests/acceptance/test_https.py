@@ -40,7 +40,7 @@ def certificate(tmp_path: Path) -> Path:
 
 
 def is_answered(project: Project, server: OllamaServer, **environment: str) -> None:
-    """The plan goes by what the server holds, and the guard watches it until the end."""
+    """The plan goes by what the server holds, and the monitor follows it until the end."""
     result = project.pytest(
         "--gpu-share", "-o", "gpu_share_ollama_models=qwen2.5:14b", **environment
     )

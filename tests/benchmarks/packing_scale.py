@@ -23,7 +23,7 @@ from dispatching import makespan_by_bound
 
 from pytest_gpushare.scheduler.dispatcher import Dispatcher
 from pytest_gpushare.scheduler.needs import Need
-from pytest_gpushare.scheduler.types import Job, Reading, Room, Run, Worker
+from pytest_gpushare.scheduler.types import DeviceCapacity, DeviceReading, Job, Run, Worker
 from pytest_gpushare.units import GB
 
 DEVICES, WORKERS = 16, 64
@@ -53,8 +53,8 @@ def dispatched(count: int, *, known: bool, different: bool) -> float:
         Job(f"t{i}", True, Need(needs[i], source="marker"), "", durations[i] if known else None)
         for i in range(count)
     ]
-    rooms = [Room(f"GPU-{n}", f"GPU {n}", 24 * GB) for n in range(DEVICES)]
-    reading = {room.uuid: Reading(80 * GB) for room in rooms}
+    rooms = [DeviceCapacity(f"GPU-{n}", f"GPU {n}", 24 * GB) for n in range(DEVICES)]
+    reading = {room.uuid: DeviceReading(80 * GB) for room in rooms}
     spent = 0.0
     before = time.process_time()
     dispatcher = Dispatcher(jobs, rooms)

@@ -6,7 +6,7 @@ from dispatching.world import Script, World
 
 from pytest_gpushare.scheduler.needs import Need
 from pytest_gpushare.scheduler.packing import Bin, lower_bound
-from pytest_gpushare.scheduler.types import Job, Room, Worker
+from pytest_gpushare.scheduler.types import DeviceCapacity, Job, Worker
 from pytest_gpushare.units import GB
 
 
@@ -23,7 +23,7 @@ def makespan_by_bound(pairs: list[tuple[float, float]], *, known: bool) -> float
     ]
     world = World(
         jobs,
-        [Room("GPU-0", "GPU 0", 24 * GB)],
+        [DeviceCapacity("GPU-0", "GPU 0", 24 * GB)],
         [Worker(f"gw{n}", ("GPU-0",), 3 * GB) for n in range(8)],
         scripts={i: Script(seconds) for i, seconds in enumerate(durations)},
     ).run()

@@ -18,15 +18,15 @@ from pytest_gpushare.scheduler.types import (
     Action,
     Admission,
     Admit,
+    DeviceCapacity,
+    DeviceReading,
     Drop,
     EmptyCaches,
     Job,
     Note,
     Park,
     Policy,
-    Reading,
     Recall,
-    Room,
     Run,
     Shutdown,
     Worker,
@@ -95,7 +95,7 @@ class World:
     def __init__(
         self,
         jobs: Sequence[Job],
-        rooms: Sequence[Room],
+        rooms: Sequence[DeviceCapacity],
         workers: Sequence[Worker],
         *,
         scripts: Mapping[int, Script] | None = None,
@@ -297,11 +297,11 @@ class World:
         held = sum(p.held.get(device, 0) for p in self.processes.values())
         return self.devices[device].free(held, self.now)
 
-    def _readings(self) -> dict[str, Reading]:
+    def _readings(self) -> dict[str, DeviceReading]:
         if not self.live or not self.dispatcher.wants_reading:
             return {}
         return {
-            uuid: Reading(
+            uuid: DeviceReading(
                 self._free(uuid),
                 device.ollama,
                 {p.worker.id: p.held[uuid] for p in self.processes.values() if uuid in p.held}

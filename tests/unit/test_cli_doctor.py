@@ -13,8 +13,8 @@ import pytest
 from pytest_gpushare.cli.doctor import Finding, Level, look, render, safe
 from pytest_gpushare.cli.doctor.examine import (
     Examined,
+    Platform,
     PytestView,
-    Surroundings,
     ask,
     overwriting,
     settings_of,
@@ -48,7 +48,7 @@ def examined(
     plan = plan_run(settings, gpus, server, HostFacts(8), Request())
     found = Examined(
         environment={},
-        where=Surroundings(system="Linux", python="CPython 3.12"),
+        where=Platform(system="Linux", python="CPython 3.12"),
         packages={"pytest": "9.2.0", "pytest-xdist": "3.8.0", "nvidia-ml-py": "13", "httpx": "1.0"},
         pynvml_is_foreign=False,
         pytest=PytestView(),
@@ -72,13 +72,13 @@ NO_LIBRARY = GpuFacts(absence="NVML library not found (NVML error 12)")
 @pytest.mark.parametrize(
     ("where", "fix"),
     [
-        (Surroundings(), "install the NVIDIA driver; nvidia-smi must work"),
-        (Surroundings(is_container=True), "start the container with the GPU"),
-        (Surroundings(is_wsl=True), "install the NVIDIA driver on Windows"),
-        (Surroundings(is_wsl=True, wsl_library=True), "export LD_LIBRARY_PATH=/usr/lib/wsl/lib"),
+        (Platform(), "install the NVIDIA driver; nvidia-smi must work"),
+        (Platform(is_container=True), "start the container with the GPU"),
+        (Platform(is_wsl=True), "install the NVIDIA driver on Windows"),
+        (Platform(is_wsl=True, wsl_library=True), "export LD_LIBRARY_PATH=/usr/lib/wsl/lib"),
     ],
 )
-def test_no_library_by_surroundings(where: Surroundings, fix: str) -> None:
+def test_no_library_by_surroundings(where: Platform, fix: str) -> None:
     """What is missing differs between a bare machine, a container and WSL."""
     assert fix in only(driver(examined(NO_LIBRARY, where=where)), "nvml-missing").fix
 
@@ -112,7 +112,7 @@ def server(**changes: Any) -> OllamaFacts:
 @pytest.mark.parametrize(
     ("facts", "changes", "code", "words"),
     [
-        (SILENT, {"where": Surroundings(is_wsl=True)}, "ollama-silent", "from WSL the host is"),
+        (SILENT, {"where": Platform(is_wsl=True)}, "ollama-silent", "from WSL the host is"),
         (
             SILENT._replace(problem="no answer within 0.5 s"),
             {"patient_ollama": server()},

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pytest_gpushare.dispatch.executor import Readings, Timer
+from pytest_gpushare.dispatch.executor import DeviceReadings, Timer
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.sampler import LiveVram
 from pytest_gpushare.units import GB
@@ -38,7 +38,7 @@ def test_who_holds_what() -> None:
         GpuProcess(2**22 + 2, 10 * GB, neighbour="Ollama"),
     )
     live = LiveVram(nvml)
-    readings = Readings(live, ["GPU-0", "GPU-1"])
+    readings = DeviceReadings(live, ["GPU-0", "GPU-1"])
     # This process descends from its parent: that one is the worker here.
     readings.workers[os.getppid()] = "gw0"
     found = readings.now()
@@ -55,7 +55,7 @@ def test_read_seldom() -> None:
     nvml = Nvml(GpuProcess(os.getpid(), GB))
     clock = [100.0]
     live = LiveVram(nvml, lambda: clock[0])
-    readings = Readings(live, ["GPU-0"], clock=lambda: clock[0])
+    readings = DeviceReadings(live, ["GPU-0"], clock=lambda: clock[0])
     readings.workers[os.getpid()] = "gw0"
     for _ in range(50):
         assert readings.now()["GPU-0"].held == {"gw0": GB}
@@ -77,7 +77,7 @@ def test_free_is_never_older_than_the_processes() -> None:
     nvml = Nvml(GpuProcess(os.getpid(), GB))
     clock = [100.0]
     live = LiveVram(nvml, lambda: clock[0])
-    readings = Readings(live, ["GPU-0"], clock=lambda: clock[0])
+    readings = DeviceReadings(live, ["GPU-0"], clock=lambda: clock[0])
     readings.now()
     clock[0] += 0.99
     live.memory(0.0)
@@ -93,7 +93,7 @@ def test_who_is_not_in_the_list_holds_nothing() -> None:
     nvml = Nvml(GpuProcess(2**22 + 1, GB))
     clock = [100.0]
     live = LiveVram(nvml, lambda: clock[0])
-    readings = Readings(live, ["GPU-0"], clock=lambda: clock[0])
+    readings = DeviceReadings(live, ["GPU-0"], clock=lambda: clock[0])
     readings.workers.update({os.getpid(): "gw0", 2**22 + 2: "gw1"})
     assert readings.now()["GPU-0"].held == {}
     nvml.held = (GpuProcess(os.getpid(), GB),)
@@ -112,7 +112,7 @@ def test_who_is_not_in_the_list_holds_nothing() -> None:
 
 def test_nobody_to_ask() -> None:
     """Under a what-if there is nothing to read."""
-    assert Readings(None, ["GPU-0"]).now() == {}
+    assert DeviceReadings(None, ["GPU-0"]).now() == {}
 
 
 @pytest.mark.parametrize("waits", [True, False])
@@ -160,7 +160,7 @@ def test_the_same_answer_as_long_as_nothing_changes() -> None:
     clock = [100.0]
     resident = {"GPU-0": GB}
     live = LiveVram(Nvml(GpuProcess(os.getpid(), GB)), lambda: clock[0])
-    readings = Readings(live, ["GPU-0"], lambda: resident, clock=lambda: clock[0])
+    readings = DeviceReadings(live, ["GPU-0"], lambda: resident, clock=lambda: clock[0])
     readings.workers[os.getpid()] = "gw0"
     first = readings.now()
     assert readings.now() is first

@@ -17,7 +17,7 @@ from simulator.ollama import FaultyServer, OllamaServer
 
 from pytest_gpushare.ollama.address import parse_address
 from pytest_gpushare.ollama.catalog import ask
-from pytest_gpushare.ollama.client import Answer, Connection, NonsenseError, UnreachableError
+from pytest_gpushare.ollama.client import Connection, NonsenseError, Response, UnreachableError
 
 from ..acceptance.conftest import closed_port
 
@@ -60,7 +60,7 @@ def drip(connection: socket.socket, part: bytes) -> None:
         time.sleep(0.05)
 
 
-def get(url: str, limit: float = 5, number: int = 1) -> list[Answer]:
+def get(url: str, limit: float = 5, number: int = 1) -> list[Response]:
     """So many requests over one connection."""
     with closing(Connection(parse_address(url))) as connection:
         return [connection.get("/", time.monotonic() + limit) for _ in range(number)]

@@ -1,4 +1,4 @@
-"""The guard's thread beside real servers, sound and faulty."""
+"""The monitor's thread beside real servers, sound and faulty."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from simulator.ollama import FAULTS, FaultyServer, OllamaServer
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import DeviceUsage
 from pytest_gpushare.ollama.address import parse_address
-from pytest_gpushare.ollama.keep_alive import KeptLoaded, OwnModel
+from pytest_gpushare.ollama.keep_alive import KeepAlive, PreloadedModel
 from pytest_gpushare.ollama.models import LoadedModel
-from pytest_gpushare.ollama.monitor import Guard, Neighbour, Pace
+from pytest_gpushare.ollama.monitor import Monitor, MonitoredServer, Pace
 from pytest_gpushare.ollama.spill import Promise
 from pytest_gpushare.units import GB
 
@@ -34,14 +34,14 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-def idle_book(models: Sequence[LoadedModel] | None = (MODEL,)) -> Neighbour:
+def idle_book(models: Sequence[LoadedModel] | None = (MODEL,)) -> MonitoredServer:
     """A book on a device on which nothing happens."""
     promise = Promise(IDLE, {"GPU-0": 9 * GB}, 12 * GB, GB, 3 * GB)
-    return Neighbour(models, promise, lambda _models, _by_worker: IDLE, Record())
+    return MonitoredServer(models, promise, lambda _models, _by_worker: IDLE, Record())
 
 
-def guard_of(host: str, book: Neighbour, pace: Pace = QUICK) -> Guard:
-    return Guard(parse_address(host), lambda: book, pace)
+def monitor_of(host: str, book: MonitoredServer, pace: Pace = QUICK) -> Monitor:
+    return Monitor(parse_address(host), lambda: book, pace)
 
 
 class Scene:
@@ -54,8 +54,8 @@ class Scene:
         start = self.held()
         promise = Promise(start, {"GPU-0": 17 * GB}, 4 * GB, GB, 3 * GB)
         look = lambda _models, _by_worker: self.held()  # noqa: E731
-        self.book = Neighbour((), promise, look, self.record)
-        self.guard = guard_of(self.server.host, self.book)
+        self.book = MonitoredServer((), promise, look, self.record)
+        self.monitor = monitor_of(self.server.host, self.book)
 
     def serve(self, port: int = 0) -> OllamaServer:
         return OllamaServer(self.machine, {"qwen2.5:14b": "10.8GB"}, port=port)
@@ -76,11 +76,11 @@ class Scene:
             )
         }
 
-    def told(self) -> list[str]:
+    def events(self) -> list[str]:
         return [f"{event.kind}: {event.text}" for event in self.record.events()]
 
     def after(self, event: str, action: Callable[[], object]) -> None:
-        """Do something, and wait until the guard has told this event once more."""
+        """Do something, and wait until the monitor has reported this event once more."""
         before = len(self.record.events(f"ollama-{event}"))
         action()
         wait_for(lambda: len(self.record.events(f"ollama-{event}")) > before)
@@ -89,11 +89,11 @@ class Scene:
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
     scene = Scene(tmp_path / "vram")
-    scene.guard.start()
+    scene.monitor.start()
     try:
         yield scene
     finally:
-        scene.guard.stop()
+        scene.monitor.stop()
         scene.server.close()
 
 
@@ -114,7 +114,7 @@ def test_every_event(scene: Scene) -> None:
     scene.server = scene.serve(port)
     wait_for(lambda: bool(scene.record.events("ollama-back")))
     wait_for(lambda: len(scene.record.events("ollama-unloaded")) == 3)
-    assert scene.told() == [
+    assert scene.events() == [
         "ollama-loaded: Ollama loaded qwen2.5:14b 10.8 GB, 100 % on GPU",
         "ollama-reloaded: Ollama reloaded qwen2.5:14b 11.55 GB, 100 % on GPU; "
         "context 4096, now 8192, size 10.8 GB, now 11.55 GB",
@@ -134,15 +134,15 @@ def test_every_event(scene: Scene) -> None:
     assert spilled.facts["under_tests"] is True
     assert spilled.facts["setting"] == {"ollama_vram_reservation_mb": "13000"}
     assert spilled.facts["held"]["GPU-0"]["workers_bytes"] == {"gw0": 14 * GB}
-    assert scene.guard.has_failed()
-    assert scene.guard.resident() == {"GPU-0": 0}
+    assert scene.monitor.has_failed()
+    assert scene.monitor.resident() == {"GPU-0": 0}
 
 
 def test_gone_by_itself_and_evicted(scene: Scene) -> None:
     """A keep-alive that ran out, and a runner that was killed: gone is gone."""
     scene.after("loaded", lambda: scene.server.load("qwen2.5:14b", keep_alive="0.3s"))
     wait_for(lambda: bool(scene.record.events("ollama-unloaded")))
-    assert not scene.guard.has_failed()
+    assert not scene.monitor.has_failed()
     assert all(
         request.path == "/api/ps" for request in scene.server.requests if request.method == "GET"
     )
@@ -154,32 +154,32 @@ def test_a_model_being_loaded_is_absent(scene: Scene) -> None:
     thread = threading.Thread(target=scene.server.load, args=("qwen2.5:14b",))
     thread.start()
     time.sleep(0.25)
-    assert scene.told() == []
+    assert scene.events() == []
     thread.join(30)
     assert not thread.is_alive()
     wait_for(lambda: bool(scene.record.events("ollama-loaded")))
 
 
 def test_faulty_servers() -> None:
-    """None of them ends the guard, overlaps its questions, or holds up the end of the run."""
+    """None of them ends the monitor, overlaps its questions, or holds up the end of the run."""
     with ExitStack() as stack:
         servers = {mode: stack.enter_context(FaultyServer(mode)) for mode in FAULTS}
         books = {mode: idle_book() for mode in servers}
-        guards = {mode: guard_of(servers[mode].host, books[mode]) for mode in servers}
-        for guard in guards.values():
-            guard.start()
+        monitors = {mode: monitor_of(servers[mode].host, books[mode]) for mode in servers}
+        for monitor in monitors.values():
+            monitor.start()
         wait_for(lambda: all(book.history.failures > 1 for book in books.values()))
-        for mode, guard in guards.items():
+        for mode, monitor in monitors.items():
             began = time.monotonic()
-            guard.stop()
+            monitor.stop()
             assert time.monotonic() - began < QUICK.last_patience + 1.0, mode
-            assert not guard.has_failed()
+            assert not monitor.has_failed()
         # Nobody has believed a word.
         for mode, book in books.items():
             assert book.history.models == (MODEL,), mode
             assert len(book.history.silences) == 1, mode
             assert book.is_over, mode
-            assert servers[mode].connections <= guards[mode].asked, mode
+            assert servers[mode].connections <= monitors[mode].asked, mode
         assert all(path == "/api/ps" for server in servers.values() for path in server.paths)
         assert servers["redirect"].redirects == 0
 
@@ -190,9 +190,9 @@ def test_server_that_hangs_in_the_middle(scene: Scene) -> None:
     scene.server.delays["/api/ps"] = 30.0
     wait_for(lambda: bool(scene.record.events("ollama-unreachable")))
     began = time.monotonic()
-    scene.guard.stop()
+    scene.monitor.stop()
     assert time.monotonic() - began < 1.5
-    assert scene.told()[-1] == (
+    assert scene.events()[-1] == (
         "ollama-unreachable: Ollama does not answer any more: no answer within 0.4 s"
     )
 
@@ -205,7 +205,7 @@ def test_errors_in_the_middle(status: int, scene: Scene) -> None:
     wait_for(lambda: bool(scene.record.events("ollama-unreachable")))
     del scene.server.errors["/api/ps"]
     wait_for(lambda: bool(scene.record.events("ollama-back")))
-    assert [text.partition(":")[0] for text in scene.told()] == [
+    assert [text.partition(":")[0] for text in scene.events()] == [
         "ollama-loaded",
         "ollama-unreachable",
         "ollama-back",
@@ -215,11 +215,11 @@ def test_errors_in_the_middle(status: int, scene: Scene) -> None:
 def test_questions_are_bounded() -> None:
     """The last one is asked, and no other, not even at the end."""
     with OllamaServer(None, {"m": "1GB"}) as server:
-        guard = guard_of(server.host, idle_book(()), QUICK._replace(most=3))
-        guard.start()
-        wait_for(lambda: guard.asked == 3)
+        monitor = monitor_of(server.host, idle_book(()), QUICK._replace(most=3))
+        monitor.start()
+        wait_for(lambda: monitor.asked == 3)
         time.sleep(0.3)
-        guard.stop()
+        monitor.stop()
         assert len(server.requests) == 3
 
 
@@ -228,36 +228,36 @@ def test_last_question() -> None:
     with OllamaServer(None, {"m": "1GB"}) as server:
         server.load("m")
         book = idle_book(())
-        guard = guard_of(server.host, book, Pace())
-        guard.start()
-        guard.stop()
+        monitor = monitor_of(server.host, book, Pace())
+        monitor.start()
+        monitor.stop()
         assert [model.name for model in book.history.models] == ["m:latest"]
-        assert guard.asked == 1
+        assert monitor.asked == 1
 
 
 def test_the_end_does_not_wait_for_a_server_that_was_never_heard() -> None:
     """One that was silent at the start has cost its limit already."""
     with FaultyServer("silent") as server:
         pace = Pace(every=0.05, patience=20.0, last_patience=5.0, sample=0.02)
-        guard = guard_of(server.host, idle_book(None), pace)
-        guard.start()
-        wait_for(lambda: guard.asked > 0)
+        monitor = monitor_of(server.host, idle_book(None), pace)
+        monitor.start()
+        wait_for(lambda: monitor.asked > 0)
         began = time.monotonic()
-        guard.stop()
+        monitor.stop()
         assert time.monotonic() - began < 3
 
 
 def test_a_fault_of_its_own_hurts_nobody() -> None:
     """An exception in the thread would be a warning of some test; it is told at the end."""
 
-    def fail() -> Neighbour:
+    def fail() -> MonitoredServer:
         raise RuntimeError("no such device")
 
-    guard = Guard(parse_address("127.0.0.1:9"), fail, QUICK)
-    guard.start()
-    guard.stop()
-    assert (guard.problem, guard.book) == ("RuntimeError: no such device", None)
-    assert (guard.resident(), guard.has_failed()) == ({}, False)
+    monitor = Monitor(parse_address("127.0.0.1:9"), fail, QUICK)
+    monitor.start()
+    monitor.stop()
+    assert (monitor.problem, monitor.server) == ("RuntimeError: no such device", None)
+    assert (monitor.resident(), monitor.has_failed()) == ({}, False)
 
 
 def test_pace() -> None:
@@ -280,8 +280,8 @@ def test_keep_alive_is_given_back_to_ours_alone() -> None:
         server.load("changed", keep_alive="1h", num_ctx=8192)
         server.unload("gone")
         before = {entry["name"]: entry["expires_at"] for entry in server.ps()}
-        owned = [OwnModel(model, keep_alive=300.0, is_prolonged=True) for model in ours]
-        kept = KeptLoaded(parse_address(server.host), owned)
+        owned = [PreloadedModel(model, keep_alive=300.0, is_prolonged=True) for model in ours]
+        kept = KeepAlive(parse_address(server.host), owned)
         kept.used_by_others = lambda: {"shared:latest"}
         kept.start()
         kept.stop()
@@ -299,7 +299,9 @@ def test_keep_alive_is_renewed() -> None:
         server.load("m", keep_alive="3s")
         (entry,) = server.ps()
         model = LoadedModel(entry["name"], entry["size"], entry["size_vram"], entry["digest"], 4096)
-        kept = KeptLoaded(parse_address(server.host), [OwnModel(model, keep_alive=3.0)], every=1.0)
+        kept = KeepAlive(
+            parse_address(server.host), [PreloadedModel(model, keep_alive=3.0)], every=1.0
+        )
         kept.start()
         time.sleep(4.5)
         assert [entry["name"] for entry in server.ps()] == ["m:latest"]
@@ -312,7 +314,7 @@ def test_keep_alive_is_renewed() -> None:
 def test_keep_alive_beside_a_server_that_hangs() -> None:
     """The end of the run waits for 3 seconds, and no longer."""
     with FaultyServer("silent") as server:
-        kept = KeptLoaded(parse_address(server.host), [OwnModel(MODEL, is_prolonged=True)])
+        kept = KeepAlive(parse_address(server.host), [PreloadedModel(MODEL, is_prolonged=True)])
         began = time.monotonic()
         kept.stop()
         assert time.monotonic() - began < 5

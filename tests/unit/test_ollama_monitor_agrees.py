@@ -1,4 +1,4 @@
-"""The guard's pure core beside the simulator's scheduler: both see the same spills.
+"""The monitor's pure core beside the simulator's scheduler: both see the same spills.
 
 The scheduler places models by Ollama's rules; what holds the VRAM here are no processes but
 figures, so that hundreds of histories take seconds.

@@ -13,9 +13,9 @@ from simulator.ollama import Model, OllamaServer
 
 from pytest_gpushare.ollama import preload as module
 from pytest_gpushare.ollama.address import parse_address
-from pytest_gpushare.ollama.keep_alive import KeptLoaded, OwnModel, seconds_left
+from pytest_gpushare.ollama.keep_alive import KeepAlive, PreloadedModel, seconds_left
 from pytest_gpushare.ollama.models import LoadedModel, ModelFacts, OllamaFacts
-from pytest_gpushare.ollama.preload import Preloaded, Vram, preload
+from pytest_gpushare.ollama.preload import Preloaded, VramFacts, preload
 from pytest_gpushare.units import GB
 
 
@@ -36,8 +36,8 @@ def facts(server: OllamaServer, *models: LoadedModel, **changes: object) -> Olla
 
 
 def load(server: OllamaServer, *names: str, told: OllamaFacts | None = None) -> Preloaded:
-    ours: list[OwnModel] = []
-    vram = Vram(free=lambda: 3 * GB)
+    ours: list[PreloadedModel] = []
+    vram = VramFacts(free=lambda: 3 * GB)
     done = preload(names, told or facts(server), vram, lambda _: None, ours)
     assert tuple(ours) == done.ours
     return done
@@ -142,7 +142,7 @@ class Kept:
         self.pid = server.runner_pids()[0]
         own = own._replace(pid=self.pid if pids else None)
         shown = (lambda: frozenset(server.runner_pids())) if pids else (lambda: None)
-        self.service = KeptLoaded(parse_address(server.host), [own], shown)
+        self.service = KeepAlive(parse_address(server.host), [own], shown)
         server.requests.clear()
 
     def look(self, every: float = 60.0) -> list[tuple[str, object]]:

@@ -12,14 +12,18 @@ from hypothesis import strategies as st
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
 from pytest_gpushare.gpu.visibility import visible
 from pytest_gpushare.ollama.models import OllamaFacts
-from pytest_gpushare.planning.placement import Surroundings, slot_of_outer_run, worker_environment
+from pytest_gpushare.planning.placement import (
+    PlacementContext,
+    slot_of_outer_run,
+    worker_environment,
+)
 from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.planning.startup import plan_run
 from pytest_gpushare.units import GB
 
 from .test_planning_sizing import DEFAULTS, fleets
 
-AROUND = Surroundings({}, {})
+AROUND = PlacementContext({}, {})
 
 
 def planned(devices: tuple[Device, ...], seen: tuple[Device, ...], number: int | None) -> Plan:

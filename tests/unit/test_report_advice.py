@@ -16,7 +16,7 @@ from .scene import CONTEXT, Scene
 NO_LIMITS = {"max_workers_per_gb": Fraction(0), "max_workers_per_gpu": 0}
 
 
-def told(run: Scene) -> list[str]:
+def hints(run: Scene) -> list[str]:
     return [advice.text for advice in assess(run.finish()).advice]
 
 
@@ -30,9 +30,9 @@ def counted(run: Scene, *sizes: float) -> Scene:
 def test_more_workers() -> None:
     """The issue's own example; what is typed gives what is promised."""
     run = counted(Scene(workers=2, request=Request(number=2), **NO_LIMITS), 2.1, 2.0)
-    assert told(run) == []
+    assert hints(run) == []
     run = counted(Scene(workers=2, **{**NO_LIMITS, "max_workers_per_gpu": 2}), 2.1, 2.0, 1.0)
-    (hint,) = told(run)
+    (hint,) = hints(run)
     assert hint == (
         "peak per worker was 2.1 GB: -o gpu_share_min_vram_per_worker_gb=2.5 "
         "-o gpu_share_max_workers_per_gpu=0 would allow 3 workers"
@@ -43,11 +43,11 @@ def test_only_the_need_stands_in_the_way() -> None:
     run = Scene(workers=3, **NO_LIMITS)
     for at in range(4):
         run.ran(f"t::{at}", at % 3, counted={"peak": int(2.1 * GB) - CONTEXT})
-    assert told(run) == []
+    assert hints(run) == []
     run = Scene(workers=1, min_vram_per_worker=Fraction(9 * GB), **NO_LIMITS)
     for at in range(4):
         run.ran(f"t::{at}", 0, counted={"peak": int(2.1 * GB) - CONTEXT})
-    assert told(run) == [
+    assert hints(run) == [
         "peak per worker was 2.1 GB: -o gpu_share_min_vram_per_worker_gb=2.5 would allow 3 workers"
     ]
 
@@ -57,17 +57,17 @@ def test_lower_bounds_never_ask_for_less() -> None:
     run = Scene(workers=2)
     for at in range(4):
         run.ran(f"t::{at}", at % 2, 3, holds=1.0)
-    assert told(run) == []
+    assert hints(run) == []
     run = Scene(workers=2)
     for at in range(4):
         run.ran(f"t::{at}", at % 2, counted={"peak": GB, "exact": False})
-    assert told(run) == []
+    assert hints(run) == []
 
 
 def test_lower_bounds_may_ask_for_more() -> None:
     run = Scene(workers=2)
     run.ran("t::large", 1, 3, holds=5.2)
-    assert told(run) == [
+    assert hints(run) == [
         "gw1 used at least 5.2 GB of VRAM, more than its slot of 4.5 GB: "
         "-o gpu_share_min_vram_per_worker_gb=5.5 would give enough, to 1 worker"
     ]
@@ -101,19 +101,19 @@ def test_declared_needs() -> None:
     assert advice.text == (
         "t::liar held at least 8.8 GB of VRAM, its need was 3.0 GB: declare vram=9GB"
     )
-    assert told(run) == []
+    assert hints(run) == []
 
 
 def test_no_hint_that_could_not_be_followed() -> None:
     """More than a device has; a hook that decides; a run without workers."""
     run = Scene(workers=2)
     run.ran("t::larger_than_all", 1, 3, holds=21.5)
-    assert told(run) == []
+    assert hints(run) == []
     run = counted(Scene(workers=2), 1.0, 1.0, 1.0, 1.0)
     run.active.plan = replace(run.active.plan, limited_by=(Limit.HOOK,))
-    assert told(run) == []
+    assert hints(run) == []
     run = counted(Scene(workers=1, request=Request(in_process=True)), 1.0)
-    assert told(run) == []
+    assert hints(run) == []
 
 
 def test_cpu_workers() -> None:
@@ -123,7 +123,7 @@ def test_cpu_workers() -> None:
         idle = at not in (7, 8)
         run.ran(f"t::{at}", at % 2, 3.0, counted={"peak": 4 * GB - CONTEXT, "idle": idle})
     # Two workers took 40 times 3 s: 60 s each. Two GPU tests and 38 others on 8 workers: 15 s.
-    assert told(run) == [
+    assert hints(run) == [
         "38 of 40 unmarked tests never touched the GPU: with the other 2 marked gpu "
         "and -o gpu_share_cpu_workers=auto would have saved about 45 s"
     ]
@@ -138,4 +138,4 @@ def test_no_cpu_workers_without_cause(case: str) -> None:
         known = {"peak": 4 * GB - CONTEXT, "idle": case != "all touch"}
         seconds = 0.2 if case == "short" else 3.0
         run.ran(f"t::{at}", at % 2, seconds, counted=None if case == "unknown" else known)
-    assert told(run) == []
+    assert hints(run) == []

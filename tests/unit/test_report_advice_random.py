@@ -188,7 +188,7 @@ def test_after_a_run(start: int) -> None:
     assert count > 20
 
 
-def told(advice: list[Advice]) -> Any:
+def first_change(advice: list[Advice]) -> Any:
     return [each.settings for each in advice]
 
 
@@ -206,9 +206,12 @@ def one(free: float, total: float, **ini: str) -> Case:
 def test_small_cards() -> None:
     """The reservation is lowered to what fits, not to what the default lacks; or not at all."""
     reservation = "gpu_share_ollama_vram_reservation_mb"
-    assert told(more_room(one(9.5, 10)))[0] == f"{reservation}=5632"
-    assert told(more_room(one(11.5, 12, min_vram_per_worker_gb="5.0")))[0] == f"{reservation}=5632"
-    assert told(more_room(one(7.5, 8)))[0] == f"{reservation}=3584"
+    assert first_change(more_room(one(9.5, 10)))[0] == f"{reservation}=5632"
+    assert (
+        first_change(more_room(one(11.5, 12, min_vram_per_worker_gb="5.0")))[0]
+        == f"{reservation}=5632"
+    )
+    assert first_change(more_room(one(7.5, 8)))[0] == f"{reservation}=3584"
     (only,) = more_room(one(3.6, 4))
     assert only.settings == "gpu_share_ollama_gpu=none gpu_share_min_vram_per_worker_gb=2.5"
     assert "a smaller model, a smaller context or the CPU" in only.text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_gpushare.report.header import View
+from pytest_gpushare.report.header import OutputOptions
 from pytest_gpushare.report.output import in_encoding
 from pytest_gpushare.report.summary import summary
 from pytest_gpushare.report.usage import shortened, sparkline
@@ -87,9 +87,9 @@ def test_golden(case: Callable[[], ActiveRun]) -> None:
     parts = []
     for verbosity, flag in ((-1, "-q"), (0, "default"), (1, "-v"), (2, "-vv")):
         for columns in (60, 80, 200):
-            lines = [line.text for line in summary(run, View(verbosity, columns))]
+            lines = [line.text for line in summary(run, OutputOptions(verbosity, columns))]
             parts += [f"=== {flag}, {columns} columns", *lines]
-    lines = [line.text for line in summary(run, View(1, 80))]
+    lines = [line.text for line in summary(run, OutputOptions(1, 80))]
     parts += ["=== -v, 80 columns, ASCII", *(in_encoding(line, "ascii") for line in lines)]
     text = "\n".join(parts) + "\n"
     path = GOLDEN / f"usage_{case.__name__}.txt"
@@ -102,7 +102,7 @@ def test_golden(case: Callable[[], ActiveRun]) -> None:
 
 
 def test_leaks_are_problems() -> None:
-    assert [line.problem for line in summary(crashed(), View(0, 80))] == [True] * 4
+    assert [line.problem for line in summary(crashed(), OutputOptions(0, 80))] == [True] * 4
 
 
 def test_nothing_of_a_device_that_others_fill() -> None:
@@ -110,7 +110,7 @@ def test_nothing_of_a_device_that_others_fill() -> None:
     run = Scene()
     run.card.held[1] = 50 * 2**20
     run.ran("test_a.py::test_nothing")
-    assert summary(run.finish(), View(2, 200)) == []
+    assert summary(run.finish(), OutputOptions(2, 200)) == []
 
 
 def test_sparkline() -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from random import Random
 
-from pytest_gpushare.scheduler.accounts import Ledger
-from pytest_gpushare.scheduler.types import Reading, Room
+from pytest_gpushare.scheduler.accounts import DeviceLedger
+from pytest_gpushare.scheduler.types import DeviceCapacity, DeviceReading
 from pytest_gpushare.units import GB
 
 
 def test_same_figures_after_a_test() -> None:
     """What a fixture keeps is held by the worker, though NVML's figures have not changed."""
-    ledger = Ledger(Room("GPU-0", "GPU 0", 9 * GB, context=GB))
+    ledger = DeviceLedger(DeviceCapacity("GPU-0", "GPU 0", 9 * GB, context=GB))
     ledger.open("gw0")
     ledger.start("gw0", 8 * GB)
-    reading = Reading(free=16 * GB, held={"gw0": 6 * GB})
+    reading = DeviceReading(free=16 * GB, held={"gw0": 6 * GB})
     assert ledger.read(reading)
     assert not ledger.read(reading._replace())
     ledger.stop("gw0", None)
@@ -25,23 +25,23 @@ def test_same_figures_after_a_test() -> None:
 
 def test_nothing_held_is_believed_where_figures_were_told() -> None:
     """0 bytes for all is what containers report, who never report anything else."""
-    ledger = Ledger(Room("GPU-0", "GPU 0", 9 * GB, context=GB))
+    ledger = DeviceLedger(DeviceCapacity("GPU-0", "GPU 0", 9 * GB, context=GB))
     for worker in ("gw0", "gw1"):
         ledger.open(worker)
         ledger.start(worker, 2 * GB)
         ledger.stop(worker, None)
-    ledger.read(Reading(free=9 * GB, held={"gw0": 0, "gw1": 0}))
+    ledger.read(DeviceReading(free=9 * GB, held={"gw0": 0, "gw1": 0}))
     assert ledger.left("gw0") == 8 * GB
-    ledger.read(Reading(free=8 * GB, held={"gw0": GB, "gw1": 0}))
+    ledger.read(DeviceReading(free=8 * GB, held={"gw0": GB, "gw1": 0}))
     assert ledger.left("gw0") == 9 * GB
-    ledger.read(Reading(free=9 * GB, held={"gw0": 0, "gw1": 0}))
+    ledger.read(DeviceReading(free=9 * GB, held={"gw0": 0, "gw1": 0}))
     assert ledger.left("gw1") == 9 * GB
 
 
 def test_the_sums_are_those_of_the_accounts() -> None:
     """Whatever happened: tests, readings, emptied caches, a worker that went."""
     draw = Random(1)
-    ledger = Ledger(Room("GPU-0", "GPU 0", 24 * GB, 0, GB, 25 * GB, context=GB))
+    ledger = DeviceLedger(DeviceCapacity("GPU-0", "GPU 0", 24 * GB, 0, GB, 25 * GB, context=GB))
     workers = [f"gw{number}" for number in range(5)]
     for _ in range(2000):
         worker = draw.choice(workers)
@@ -60,7 +60,7 @@ def test_the_sums_are_those_of_the_accounts() -> None:
         else:
             ledger.close(worker)
         held = {w: draw.choice([None, draw.randrange(9) * GB]) for w in workers}
-        ledger.read(Reading(draw.choice([None, draw.randrange(25) * GB]), None, held))
+        ledger.read(DeviceReading(draw.choice([None, draw.randrange(25) * GB]), None, held))
         accounts = ledger.accounts.values()
         assert ledger.present == sum(one.held if one.now is None else one.now for one in accounts)
         assert ledger.committed == sum(one.committed for one in accounts)

@@ -27,7 +27,7 @@ NOTHING = Declared()
 MARKED = Declared(route="gpu", vram=6 * GB)
 
 
-def told(*said: Declared, skips: tuple[bool, ...] | None = None) -> CollectedTests:
+def collected(*said: Declared, skips: tuple[bool, ...] | None = None) -> CollectedTests:
     """A worker's message about so many tests."""
     return CollectedTests(7, said, ("",) * len(said), skips or (False,) * len(said))
 
@@ -90,8 +90,8 @@ def test_weighing() -> None:
     suite, kinds = Suite(), KindsOfWorkers()
     ids = ["t.py::a", "t.py::b", "t.py::c", "t.py::d", "big/t.py::e"]
     said = (MARKED, NOTHING, NOTHING, Declared(route="cpu"), NOTHING)
-    gpu = told(*said, skips=(False, False, True, False, False))
-    cpu = told(*said, skips=(False, True, True, True, False))
+    gpu = collected(*said, skips=(False, False, True, False, False))
+    cpu = collected(*said, skips=(False, True, True, True, False))
     kinds.add(True, suite.add(ids), gpu)
     kinds.add(False, suite.add(ids), cpu)
     settings = replace(DEFAULTS, vram=parse_rules("big = 8GB\nt.py::a = 1GB"))
@@ -107,7 +107,7 @@ def test_weighing() -> None:
 def test_a_marker_alone_is_no_need() -> None:
     """Where all workers have a GPU, `gpu` alone asks for nothing that xdist cannot do."""
     suite, kinds = Suite(), KindsOfWorkers()
-    kinds.add(True, suite.add(["a", "b"]), told(Declared(route="gpu", required=True), NOTHING))
+    kinds.add(True, suite.add(["a", "b"]), collected(Declared(route="gpu", required=True), NOTHING))
     assert not weigh(suite, kinds, DEFAULTS, "load", lambda _: (None, None)).has_needs
 
 

@@ -15,6 +15,8 @@ from pytest_gpushare.scheduler.types import (
     Action,
     Admission,
     Admit,
+    DeviceCapacity,
+    DeviceReading,
     Drop,
     EmptyCaches,
     Job,
@@ -22,9 +24,7 @@ from pytest_gpushare.scheduler.types import (
     Note,
     Park,
     Policy,
-    Reading,
     Recall,
-    Room,
     Run,
     Shutdown,
     Worker,
@@ -52,10 +52,10 @@ def gpu_worker(number: int, slot: float = 4.5, device: str = GPU, *others: str) 
 def dispatcher_of(
     jobs: Sequence[Job], workers: Sequence[Worker], *, budget: float = 10,
     policy: Policy | None = None,
-    context: int = 0, rooms: Sequence[Room] = (), reservation: int = 0, safety: int = 0,
+    context: int = 0, rooms: Sequence[DeviceCapacity] = (), reservation: int = 0, safety: int = 0,
 ) -> Dispatcher:  # fmt: skip
     """A dispatcher whose workers are up."""
-    room = Room(GPU, "GPU 0", int(budget * GB), reservation, safety, context=context)
+    room = DeviceCapacity(GPU, "GPU 0", int(budget * GB), reservation, safety, context=context)
     made = Dispatcher(jobs, rooms or [room], policy)
     for worker in workers:
         made.worker_up(worker)
@@ -92,10 +92,12 @@ def run_of(worker: str, test: int, need: int, source: str, **more: Any) -> Run:
     return Run(worker, (test,), {test: Admission(need, source, **more)})
 
 
-def free(gigabytes: float, **held: float) -> dict[str, Reading]:
+def free(gigabytes: float, **held: float) -> dict[str, DeviceReading]:
     """A reading of the first device."""
     return {
-        GPU: Reading(int(gigabytes * GB), 0, {w: int(s * GB) for w, s in held.items()}, "blender")
+        GPU: DeviceReading(
+            int(gigabytes * GB), 0, {w: int(s * GB) for w, s in held.items()}, "blender"
+        )
     }
 
 
@@ -130,7 +132,7 @@ def test_live_room(available: float, resident: float, starts: bool) -> None:
     made = dispatcher_of(
         [gpu_test("a", 9)], [gpu_worker(0)], budget=24, reservation=12 * GB, safety=GB
     )
-    reading = {GPU: Reading(int(available * GB), int(resident * GB))}
+    reading = {GPU: DeviceReading(int(available * GB), int(resident * GB))}
     assert bool(runs(made.step(reading, 0))) is starts
 
 
@@ -148,7 +150,7 @@ def test_what_a_running_test_will_still_take_is_not_free() -> None:
 def test_a_test_that_takes_more_than_its_need_is_believed() -> None:
     """Its account is what NVML says: 9 of 10 GB leave no room for 2."""
     made = dispatcher_of([gpu_test("liar", 3), gpu_test("b", 2)], [gpu_worker(0), gpu_worker(1)])
-    made.step({GPU: Reading(4 * GB)}, 0)
+    made.step({GPU: DeviceReading(4 * GB)}, 0)
     made = dispatcher_of([gpu_test("liar", 3), gpu_test("b", 2)], [gpu_worker(0)])
     assert runs(made.step(free(24), 0)) == {"gw0": (0,)}
     made.worker_up(gpu_worker(1))
@@ -161,13 +163,13 @@ def test_where_nvml_names_no_process() -> None:
     Of 22 GB a test with 4.5 took all: 17.5 are free. Were its need set aside once more, the
     second slot of the plan's 9 GB would stay empty.
     """
-    room = Room(GPU, "GPU 0", 9 * GB, 12 * GB, GB, 22 * GB, context=CONTEXT)
+    room = DeviceCapacity(GPU, "GPU 0", 9 * GB, 12 * GB, GB, 22 * GB, context=CONTEXT)
     made = dispatcher_of(
         [gpu_test("a"), gpu_test("b"), gpu_test("c")], [gpu_worker(0), gpu_worker(1)], rooms=[room]
     )
-    assert len(runs(made.step({GPU: Reading(22 * GB, 0)}, 0))) == 2
+    assert len(runs(made.step({GPU: DeviceReading(22 * GB, 0)}, 0))) == 2
     made.finished("gw1", 1)
-    reading = {GPU: Reading(int(17.5 * GB) - CONTEXT, 0)}
+    reading = {GPU: DeviceReading(int(17.5 * GB) - CONTEXT, 0)}
     assert runs(made.step(reading, 1)) == {"gw1": (2,)}
 
 
@@ -229,7 +231,7 @@ def test_the_first_step_wants_a_reading() -> None:
 )
 def test_never_fits(job: Job, text: str) -> None:
     """It fails at once, with figures and remedy; the others run."""
-    rooms = [Room(GPU, "GPU 0", 10 * GB), Room(OTHER, "GPU 1", 8 * GB)]
+    rooms = [DeviceCapacity(GPU, "GPU 0", 10 * GB), DeviceCapacity(OTHER, "GPU 1", 8 * GB)]
     made = dispatcher_of([job, gpu_test("small", 4)], [gpu_worker(0)], rooms=rooms)
     assert made.step({}, 0) == [Run("gw0", (0,), {0: Admission(refusal=("fail", text))})]
     made.finished("gw0", 0)
@@ -238,7 +240,7 @@ def test_never_fits(job: Job, text: str) -> None:
 
 def test_a_need_for_the_larger_device() -> None:
     """It waits for the worker that has it."""
-    rooms = [Room(GPU, "GPU 0", 6 * GB), Room(OTHER, "GPU 1", 12 * GB)]
+    rooms = [DeviceCapacity(GPU, "GPU 0", 6 * GB), DeviceCapacity(OTHER, "GPU 1", 12 * GB)]
     made = dispatcher_of(
         [gpu_test("big", 10)], [gpu_worker(0), gpu_worker(1, 4, OTHER)], rooms=rooms
     )
@@ -250,7 +252,7 @@ def test_a_need_for_the_larger_device() -> None:
 
 def test_several_devices_at_once_or_not_at_all() -> None:
     """5 GB on both devices: not beside 6 GB on one of them."""
-    rooms = [Room(GPU, "GPU 0", 10 * GB), Room(OTHER, "GPU 1", 10 * GB)]
+    rooms = [DeviceCapacity(GPU, "GPU 0", 10 * GB), DeviceCapacity(OTHER, "GPU 1", 10 * GB)]
     workers = [gpu_worker(0, 4, GPU, OTHER), gpu_worker(1, 4, OTHER, GPU)]
     jobs = [gpu_test("one", 6), gpu_test("both", 5, devices=2)]
     policy = Policy(visible_devices="all")
@@ -280,7 +282,7 @@ def test_a_big_test_is_not_starved() -> None:
     jobs = [*small[:6], gpu_test("big", 9), *small[6:]]
     world = World(
         jobs,
-        [Room(GPU, "GPU 0", 10 * GB)],
+        [DeviceCapacity(GPU, "GPU 0", 10 * GB)],
         [gpu_worker(n, 2) for n in range(5)],
         scripts={n: Script(1 + n % 7 * 0.13) for n in range(len(jobs))},
     )
@@ -297,7 +299,7 @@ def test_a_bound_test_is_not_starved() -> None:
     jobs += [gpu_test(f"s{n}", 2) for n in range(300)]
     world = World(
         jobs,
-        [Room(GPU, "GPU 0", 10 * GB)],
+        [DeviceCapacity(GPU, "GPU 0", 10 * GB)],
         [gpu_worker(n, 2) for n in range(5)],
         scripts={n: Script(1 + n % 7 * 0.13) for n in range(len(jobs))},
         policy=Policy(dist="loadfile"),
@@ -309,7 +311,7 @@ def test_a_bound_test_is_not_starved() -> None:
 def test_a_worker_with_more_on_another_device_is_tried_too() -> None:
     """Two idle workers hold the same on theirs; only one of them fits on both devices."""
     other = "GPU-1"
-    rooms = [Room(GPU, "GPU 0", 10 * GB), Room(other, "GPU 1", 10 * GB)]
+    rooms = [DeviceCapacity(GPU, "GPU 0", 10 * GB), DeviceCapacity(other, "GPU 1", 10 * GB)]
     workers = [gpu_worker(0, 4, GPU, other), gpu_worker(1, 4, GPU, other)]
     jobs = [gpu_test("a", 2), gpu_test("both", 2, devices=2), gpu_test("large", 9, devices=2)]
     policy = Policy(dist="loadscope", reorder=False, visible_devices="all", empty_caches="never")
@@ -421,7 +423,7 @@ def test_a_test_that_needs_the_device_alone_comes_first() -> None:
     jobs.insert(4, gpu_test("whole", 10))
     world = World(
         jobs,
-        [Room(GPU, "GPU 0", 10 * GB, context=CONTEXT)],
+        [DeviceCapacity(GPU, "GPU 0", 10 * GB, context=CONTEXT)],
         [gpu_worker(n) for n in range(3)],
     ).run()
     assert world.admitted[0][2] == 4
@@ -436,7 +438,7 @@ def pressed(**policy: object) -> World:
     jobs = [gpu_test("a", 6), gpu_test("b", 6), gpu_test("c", 2), Job("plain")]
     return World(
         jobs,
-        [Room(GPU, "GPU 0", 10 * GB, 0, GB, 11 * GB)],
+        [DeviceCapacity(GPU, "GPU 0", 10 * GB, 0, GB, 11 * GB)],
         [gpu_worker(0), Worker("gw1")],
         devices={GPU: Device(11 * GB, others=lambda at: 8 * GB if 0.5 <= at < 100 else 0)},
         policy=Policy()._replace(**policy),  # type: ignore[arg-type]
@@ -491,9 +493,8 @@ def test_vram_that_comes_back_late() -> None:
     """It is waited for, and after the limit others are blamed."""
     for late, kinds in ((1.0, []), (10.0, ["late", "pressure-over"])):
         jobs = [gpu_test("a", 8), gpu_test("b", 8)]
-        world = World(
-            jobs, [Room(GPU, "GPU 0", 10 * GB, 0, GB, 11 * GB)], [gpu_worker(0)], late=late
-        ).run()  # fmt: skip
+        capacity = DeviceCapacity(GPU, "GPU 0", 10 * GB, 0, GB, 11 * GB)
+        world = World(jobs, [capacity], [gpu_worker(0)], late=late).run()
         told = [a for a in world.actions if isinstance(a, Note)]
         assert [tell.kind for tell in told] == [kind for kind in kinds if kind == "late"]
         assert all(
@@ -502,7 +503,7 @@ def test_vram_that_comes_back_late() -> None:
         assert world.out_of_memory == 0
     world = World(
         [gpu_test("a", 8), gpu_test("b", 8)],
-        [Room(GPU, "GPU 0", 10 * GB, 0, GB, 11 * GB)],
+        [DeviceCapacity(GPU, "GPU 0", 10 * GB, 0, GB, 11 * GB)],
         [gpu_worker(0)],
         late=50.0,
     ).run()
@@ -576,7 +577,7 @@ def test_a_cpu_worker_waits_for_what_may_come() -> None:
 
 def test_a_test_that_nobody_can_run_any_more() -> None:
     """It is dropped with a word: the run must end, and nothing is lost silently."""
-    made = Dispatcher([gpu_test("a", 2), Job("b")], [Room(GPU, "GPU 0", 10 * GB)])
+    made = Dispatcher([gpu_test("a", 2), Job("b")], [DeviceCapacity(GPU, "GPU 0", 10 * GB)])
     made.worker_up(gpu_worker(0))
     made.worker_up(Worker("gw1"), {1})
     made.step({}, 0)
@@ -645,11 +646,11 @@ def test_fixtures_of_a_module_are_set_up_once_unless_workers_would_be_idle() -> 
     """Under load two modules go to two workers; a third worker takes half of one."""
     jobs = [gpu_test(f"{m}{n}", 1, group=m) for m in "ab" for n in range(8)]
     world = World(
-        jobs, [Room(GPU, "GPU 0", 10 * GB)], [gpu_worker(n, 2) for n in range(2)]
+        jobs, [DeviceCapacity(GPU, "GPU 0", 10 * GB)], [gpu_worker(n, 2) for n in range(2)]
     ).run()  # fmt: skip
     assert sorted(sorted(set(p.groups)) for p in world.processes.values()) == [["a"], ["b"]]
     world = World(
-        jobs, [Room(GPU, "GPU 0", 10 * GB)], [gpu_worker(n, 2) for n in range(3)]
+        jobs, [DeviceCapacity(GPU, "GPU 0", 10 * GB)], [gpu_worker(n, 2) for n in range(3)]
     ).run()  # fmt: skip
     switches = sum(
         1 for p in world.processes.values() for a, b in zip(["", *p.groups], p.groups, strict=False)
@@ -661,7 +662,7 @@ def test_fixtures_of_a_module_are_set_up_once_unless_workers_would_be_idle() -> 
 
 def test_a_group_that_no_worker_can_run_whole_is_split() -> None:
     """4 GB on the small device, 12 on the large one, one group: both run."""
-    rooms = [Room(GPU, "GPU 0", 6 * GB), Room(OTHER, "GPU 1", 12 * GB)]
+    rooms = [DeviceCapacity(GPU, "GPU 0", 6 * GB), DeviceCapacity(OTHER, "GPU 1", 12 * GB)]
     jobs = [gpu_test("a", 12, group="g"), gpu_test("b", 4, devices=1, group="g")]
     world = World(
         jobs, rooms, [gpu_worker(0, 4), gpu_worker(1, 4, OTHER)], policy=Policy(dist="loadfile")
@@ -729,8 +730,8 @@ def test_vram_that_must_come_back_first_is_waited_for() -> None:
     made.asked("gw0", 0, "end")
     assert waiting(made.step(free(1, gw0=9), 1)) == {"gw0": 1}
     made.finished("gw0", 0, {GPU: 0})
-    assert made.step({GPU: Reading(2 * GB)}, 2) == []
-    assert runs(made.step({GPU: Reading(10 * GB)}, 3)) == {"gw0": (1,)}
+    assert made.step({GPU: DeviceReading(2 * GB)}, 2) == []
+    assert runs(made.step({GPU: DeviceReading(10 * GB)}, 3)) == {"gw0": (1,)}
 
 
 def test_asked_at_the_start_nothing_is_reserved() -> None:
@@ -857,7 +858,7 @@ def test_one_worker_keeps_the_order_of_collection() -> None:
         gpu_test("d", 8, duration=2.0, group="m1"),
         gpu_test("e"),
     ]
-    room = Room(GPU, "GPU 0", 10 * GB)
+    room = DeviceCapacity(GPU, "GPU 0", 10 * GB)
     world = World(jobs, [room], [gpu_worker(0)], scripts={n: Script(1.0) for n in range(5)})
     world.run()
     assert world.wrong == []

@@ -12,7 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_gpushare.scheduler.needs import Need
-from pytest_gpushare.scheduler.types import Admission, Admit, Job, Policy, Room, Run, Worker
+from pytest_gpushare.scheduler.types import (
+    Admission,
+    Admit,
+    DeviceCapacity,
+    Job,
+    Policy,
+    Run,
+    Worker,
+)
 from pytest_gpushare.units import GB, MB
 
 CONTEXT = 600 * MB
@@ -41,7 +49,7 @@ def suite(count: int, seed: int, *, faults: bool, **policy: Any) -> dict[str, An
     seen = draw.random() < 0.5
     budgets = {uuid: draw.randint(4, 24) * GB for uuid in uuids}
     rooms = [
-        Room(uuid, f"GPU {uuid[-1]}", size, 0, GB, size + GB, context=CONTEXT)
+        DeviceCapacity(uuid, f"GPU {uuid[-1]}", size, 0, GB, size + GB, context=CONTEXT)
         for uuid, size in budgets.items()
     ]
     owned = [uuids[number % len(uuids)] for number in range(draw.randint(1, 6))]

@@ -15,7 +15,7 @@ from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.units import GB
 from pytest_gpushare.wire import Links
-from pytest_gpushare.worker.memory import Gate
+from pytest_gpushare.worker.memory import StartBarrier
 
 
 class Run:
@@ -203,24 +203,24 @@ def test_never_two_alone_and_never_stuck(steps: list[tuple[int, int]]) -> None:
     assert run.exclusive._resting == {}
 
 
-def test_the_gate_keeps_tests_back() -> None:
+def test_the_barrier_keeps_tests_back() -> None:
     said: list[tuple[str, Any]] = []
-    gate = Gate(lambda kind, payload: said.append((kind, payload)), lambda: 5)
-    gate.enter()
-    gate.pause(1)
+    barrier = StartBarrier(lambda kind, payload: said.append((kind, payload)), lambda: 5)
+    barrier.enter()
+    barrier.pause(1)
     assert said == []
-    gate.leave()
+    barrier.leave()
     assert said == [("quiet", {"number": 1, "held": 5})]
-    gate.resume(9)
-    gate.pause(2)
+    barrier.resume(9)
+    barrier.pause(2)
     assert said[-1] == ("quiet", {"number": 2, "held": 5})
-    gate.resume(2)
-    gate.enter()
-    gate.leave()
+    barrier.resume(2)
+    barrier.enter()
+    barrier.leave()
     assert len(said) == 2
-    gate.pause(3)
-    gate.open()
-    gate.enter()
+    barrier.pause(3)
+    barrier.open()
+    barrier.enter()
 
 
 def test_who_held_what() -> None:

@@ -152,7 +152,7 @@ class NvmlVersions:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class Platform:
     """The system that this process runs on."""
 
     system: str = ""
@@ -168,7 +168,7 @@ class Examined:
     """All facts that the checks use."""
 
     environment: Mapping[str, str]
-    where: Surroundings
+    where: Platform
     packages: Mapping[str, str]
     """Distribution -> version, of those that are installed."""
     pynvml_is_foreign: bool
@@ -286,9 +286,9 @@ def _pynvml_is_foreign() -> bool:
     return spec is not None and spec.submodule_search_locations is not None
 
 
-def _surroundings() -> Surroundings:
+def _surroundings() -> Platform:
     release = platform.release().lower()
-    return Surroundings(
+    return Platform(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=f"{platform.python_implementation()} {platform.python_version()}",
         is_wsl="microsoft" in release,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pytest_gpushare.cli.doctor import Finding, broken, look, ok
-from pytest_gpushare.cli.doctor.examine import Examined, Surroundings
+from pytest_gpushare.cli.doctor.examine import Examined, Platform
 from pytest_gpushare.cli.doctor.project import release
 from pytest_gpushare.gpu.devices import ComputeMode, Device
 from pytest_gpushare.gpu.visibility import VARIABLE
@@ -106,7 +106,7 @@ def _no_library(absence: str, found: Examined) -> Finding:
     return broken(code, absence, fix)
 
 
-def _no_library_here(where: Surroundings) -> str:
+def _no_library_here(where: Platform) -> str:
     if where.is_wsl:
         return (
             "export LD_LIBRARY_PATH=/usr/lib/wsl/lib:$LD_LIBRARY_PATH"

@@ -48,16 +48,16 @@ def holders(
     columns = [figures(held, at) for _, _, held in parts]
     columns = settled(times, used, columns, total)
     columns = without_workers(used, columns, total)
-    told: list[tuple[str, str, Values]] = [
+    found: list[tuple[str, str, Values]] = [
         (kind, name, values)
         for (kind, name, _), values in zip(parts, columns, strict=True)
         if any(values)
     ]
-    rest = _rest(used, [values for _, _, values in told])
+    rest = _rest(used, [values for _, _, values in found])
     if max(rest, default=0) > (total or 0) / 100:
-        first_worker = sum(kind != "worker" for kind, _, _ in told)
-        told.insert(first_worker, ("rest", "", rest))
-    return Holders(times, used, told)
+        first_worker = sum(kind != "worker" for kind, _, _ in found)
+        found.insert(first_worker, ("rest", "", rest))
+    return Holders(times, used, found)
 
 
 def figures(held: object, indices: Sequence[int]) -> list[float | None]:
@@ -104,11 +104,11 @@ def without_workers(
     columns = [list(values) for values in parts]
     near = (total or 0) / 200
     others = parts[1]
-    told = [row for row, value in enumerate(others) if value is not None]
+    known = [row for row, value in enumerate(others) if value is not None]
     for row, held in enumerate(used):
-        if not told or held is None or others[row] is not None:
+        if not known or held is None or others[row] is not None:
             continue
-        reading = told[max(0, bisect_right(told, row) - 1)]
+        reading = known[max(0, bisect_right(known, row) - 1)]
         whole = [column[reading] for column in parts]
         # A worker that says good-bye is no longer asked, and holds its context a little longer.
         for likely in (whole, whole[:2], [parts[0][row], whole[1]]):
@@ -141,13 +141,13 @@ def drawn(
     at = [index for index in thinned(used, most) if number(times[index]) is not None]
     if not at:
         return None
-    told = holders(samples, at, total, workers)
+    shown = holders(samples, at, total, workers)
     return {
-        "at_ms": differences([moment * 1000 for moment in told.times]),
-        "used": differences(_mib(told.used)),
+        "at_ms": differences([moment * 1000 for moment in shown.times]),
+        "used": differences(_mib(shown.used)),
         "parts": [
             {"kind": kind, "name": name, "held": differences(_mib(values))}
-            for kind, name, values in told.parts
+            for kind, name, values in shown.parts
         ],
     }
 

@@ -216,7 +216,7 @@ def meter(
         width = min(_WIDTH - at, _WIDTH * hanging.held / total)
         shapes.append(_rect(hanging.kind, _WIDTH - width, width))
     every = [*parts, *([hanging] if hanging else [])]
-    told = ", ".join(f"{part.name} {size(part.held)}" for part in every)
+    words = ", ".join(f"{part.name} {size(part.held)}" for part in every)
     return tag(
         "svg",
         *shapes,
@@ -224,7 +224,7 @@ def meter(
         viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
         preserveAspectRatio="none",
         role="img",
-        aria_label=f"{told or 'nothing known'} of {size(total)}",
+        aria_label=f"{words or 'nothing known'} of {size(total)}",
     )
 
 

@@ -186,7 +186,7 @@ def _fullest(
     if index not in around:
         return None, []
     workers = each(document, "workers")
-    told = holders(held, around, number(device.get("total_bytes")), workers)
+    shown = holders(held, around, number(device.get("total_bytes")), workers)
     there = around.index(index)
     numbers = dict(
         zip((str(worker.get("id")) for worker in workers), colours(workers), strict=True)
@@ -197,9 +197,9 @@ def _fullest(
             _NAMES.get(kind, name),
             values[there] or 0,
         )
-        for kind, name, values in told.parts
+        for kind, name, values in shown.parts
     ]
-    return told.times[there], [part for part in parts if part.held > 0]
+    return shown.times[there], [part for part in parts if part.held > 0]
 
 
 def _key(parts: list[Part], total: float | None, peak: float | None) -> Markup:
@@ -241,7 +241,7 @@ def body(document: Mapping[str, Any]) -> Markup:
                         tables.workers(document),
                         tables.ollama(document),
                         tables.settings(document),
-                        tables.told(document),
+                        tables.terminal_text(document),
                     ],
                 ),
             ),

@@ -85,8 +85,8 @@ def _leaky(leak: Mapping[str, Any]) -> str:
         return str(leak["nodeid"])
     suspects = texts(leak, "suspects")
     more = int(number(leak.get("suspects_count")) or len(suspects)) - len(suspects[:5])
-    told = [*suspects[:5], *([f"{more} more"] if more > 0 else [])]
-    return f"one of {listed(told)}" if suspects else UNKNOWN
+    names = [*suspects[:5], *([f"{more} more"] if more > 0 else [])]
+    return f"one of {listed(names)}" if suspects else UNKNOWN
 
 
 def workers(document: Mapping[str, Any]) -> Markup:
@@ -194,7 +194,7 @@ def settings(document: Mapping[str, Any]) -> Markup:
     )
 
 
-def told(document: Mapping[str, Any]) -> Markup:
+def terminal_text(document: Mapping[str, Any]) -> Markup:
     """What the terminal said."""
     lines = texts(document, "summary")
     if not lines:

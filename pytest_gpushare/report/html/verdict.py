@@ -44,9 +44,9 @@ def outcome(document: Mapping[str, Any]) -> tuple[str, str]:
     """How the tests ended: the state, and `2 failed, 20 passed, 1 skipped`."""
     run = document.get("run") or {}
     counts = Counter(str(test.get("outcome")) for test in each(document, "tests"))
-    told = [f"{counts.pop(name)} {name}" for name in _OUTCOMES if name in counts]
-    told += [f"{count} {name}" for name, count in sorted(counts.items())]
-    text = ", ".join(told) or "No test ran"
+    words = [f"{counts.pop(name)} {name}" for name in _OUTCOMES if name in counts]
+    words += [f"{count} {name}" for name, count in sorted(counts.items())]
+    text = ", ".join(words) or "No test ran"
     status = run.get("exit_status")
     if run.get("finished") is False:
         return BAD, f"{text}; the run did not finish"
@@ -55,7 +55,7 @@ def outcome(document: Mapping[str, Any]) -> tuple[str, str]:
     wrong = status not in (0, 5, None) or any(
         test.get("outcome") in ("failed", "error", "crashed") for test in each(document, "tests")
     )
-    return (BAD if wrong else GOOD if told else NEUTRAL), text
+    return (BAD if wrong else GOOD if words else NEUTRAL), text
 
 
 def answers(document: Mapping[str, Any]) -> list[Answer]:
@@ -163,13 +163,13 @@ def _change(document: Mapping[str, Any]) -> Answer:
     if leaks:
         left = sum(number(leak.get("bytes")) or 0 for leak in leaks)
         hints.append(f"{plural(len(leaks), 'test')} left {size(left)} behind: see the leaks below")
-    told = [*shortages, *problems, *hints]
+    lines = [*shortages, *problems, *hints]
     if shortages and not hints:
-        return Answer(question, WARNING, "No setting would have helped", told)
-    if not told:
+        return Answer(question, WARNING, "No setting would have helped", lines)
+    if not lines:
         return Answer(question, GOOD, "Nothing", ["no better setting was found"])
     state = WARNING if leaks or problems or shortages else NEUTRAL
-    return Answer(question, state, plural(len(hints) + len(problems), "suggestion"), told)
+    return Answer(question, state, plural(len(hints) + len(problems), "suggestion"), lines)
 
 
 def subtitle(document: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the guard costs: CPU time while it watches a loaded model, and time at the end of a run."""
+"""What monitoring Ollama costs: CPU time beside a loaded model, and time at the end of a run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pytest_gpushare.session.start import Host, start
 from .scene import LIMIT, scene
 
 # In a process of its own: the simulated library has to be there before it starts.
-_WATCH = "import sys; from tests.benchmarks.guard import watch; watch(float(sys.argv[1]))"
+_WATCH = "import sys; from tests.benchmarks.ollama_monitor import watch; watch(float(sys.argv[1]))"
 
 
 def watch(seconds: float) -> None:
-    """Guard the Ollama of the environment for so long, and print what that took."""
+    """Monitor the Ollama of the environment for so long, and print what that took."""
     here = Path.cwd()
     settings = load(Written({}, {}, {}, "", here, here, here))
     facts = start(settings, Request(number=2), Host((), 2, dict(os.environ)), PlanHooks())

@@ -1,4 +1,4 @@
-"""Ollama under guard: what happens to its models during a run is told, and proved."""
+"""Ollama is monitored: what happens to its models during a run is reported, and proved."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def verdict(golden: Callable[[Result, str], None]) -> Callable[[Result, str], No
         lines = Result(result.code, after, "").said
         # What the tests used is told, too, with a drawing that is never the same.
         lines = [line for line in lines if not re.match(r"gpu-share: (GPU|gw|hint)", line)]
-        golden(Result(result.code, "\n".join(lines) + "\n", ""), f"guard_{name}")
+        golden(Result(result.code, "\n".join(lines) + "\n", ""), f"monitor_{name}")
 
     return compare
 
@@ -195,8 +195,8 @@ def test_report(project: Project, neighbour: OllamaServer) -> None:
     ]
 
 
-def test_not_guarded(project: Project, neighbour: OllamaServer) -> None:
-    """Nobody is asked more than at the start where there is nothing to guard."""
+def test_not_monitored(project: Project, neighbour: OllamaServer) -> None:
+    """Nobody is asked more than at the start where there is nothing to monitor."""
     for options in (
         ["-o", "gpu_share_ollama_gpu=none"],
         ["--gpu-share-simulate=24GB:used=2GB"],
