@@ -18,7 +18,7 @@ from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, Memory
 from pytest_gpushare.gpu.host import identity, sees_every_process
 from pytest_gpushare.gpu.sampler import LiveVram
 from pytest_gpushare.leases.records import SessionWorker
-from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts, placed
+from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts, described
 from pytest_gpushare.ollama.reservation import statements
 from pytest_gpushare.planning.leasing import directory_of
 from pytest_gpushare.planning.startup import host_probe
@@ -362,7 +362,7 @@ def _ollama_rows(ollama: OllamaFacts) -> Iterator[Row]:
     yield [Piece(f"{who} at {ollama.address}{away}{none}", "bold")]
     for model in ollama.models:
         spilled = model.is_spilled
-        yield [Piece(f"  {placed(model)}", "bold red" if spilled else "")]
+        yield [Piece(f"  {described(model)}", "bold red" if spilled else "")]
 
 
 def _device_document(seen: SeenDevice) -> dict[str, Any]:

@@ -18,6 +18,8 @@ Names that are used in the controller:
   Without it a test that waits for VRAM is looked at again when a worker reports the next time.
 - The plugin `dsession`, its `shuttingdown` and `shouldstop` (since 1.0): whether the run is ending.
   Without them tests are handed out until the workers are gone.
+- The plugin `session`, its `testscollected` (pytest 2.4): what the terminal counts up to. xdist
+  sets it to what the worker has that collected last. Without it that stays.
 - `xdist.report.report_collection_diff` (since 1.0): the text of an error. Without it the text is
   our own.
 """
@@ -135,6 +137,13 @@ def is_ending(plugins: pytest.PytestPluginManager) -> bool:
     """Whether xdist has ended the workers, or is about to."""
     session = plugins.get_plugin("dsession")
     return bool(getattr(session, "shuttingdown", False) or getattr(session, "shouldstop", False))
+
+
+def count_tests(plugins: pytest.PytestPluginManager, number: int) -> None:
+    """Let the terminal count up to this number of tests."""
+    session = plugins.get_plugin("session")
+    if session is not None:
+        session.testscollected = number
 
 
 def collection_difference(

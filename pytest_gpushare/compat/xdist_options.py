@@ -111,6 +111,31 @@ def runs_each_test_everywhere(options: Any) -> bool:
     return getattr(options, "dist", None) == "each"
 
 
+def most_deaths(options: Any) -> int | None:
+    """How many workers that die xdist replaces; None: any number.
+
+    Uses `maxworkerrestart` (xdist 1.12). Without it four for each worker, as xdist's default is.
+    """
+    given = getattr(options, "maxworkerrestart", None)
+    if given is not None:
+        return int(given)
+    number = given_number(options)
+    return number * 4 if isinstance(number, int) and number else None
+
+
+def chunk_size(options: Any) -> int | None:
+    """The value of `--maxschedchunk` (xdist 3.2); None where there is none, or no such option."""
+    return getattr(options, "maxschedchunk", None)
+
+
+def reorders_groups(options: Any) -> bool:
+    """Whether groups start with the largest.
+
+    Uses `loadscopereorder` (xdist 3.8). Without it they do, as in every xdist before.
+    """
+    return bool(getattr(options, "loadscopereorder", True))
+
+
 class TxWorkers:
     """The workers that the specs of `--tx` list, such as `3*popen`."""
 

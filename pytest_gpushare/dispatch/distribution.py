@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpushare.compat.xdist_events import collection_difference, is_ending, wake
+from pytest_gpushare.compat.xdist_events import collection_difference, count_tests, is_ending, wake
+from pytest_gpushare.compat.xdist_options import chunk_size, most_deaths, reorders_groups
 from pytest_gpushare.dispatch.suite import KindsOfWorkers, Suite
 from pytest_gpushare.planning.placement import NUMBER
 from pytest_gpushare.scheduler.needs import CollectedTests, read
@@ -181,14 +182,6 @@ class GpuShareScheduling:
                 executor.join(node, self._dispatch.joins(node, self._suite), collection, found.pid)
 
 
-def most_deaths(options: Any) -> int | None:
-    """How many dead workers xdist replaces; None: any number."""
-    given = options.maxworkerrestart
-    if given is not None:
-        return int(given)
-    return options.numprocesses * 4 if options.numprocesses else None
-
-
 class VramDispatch:
     """Begins the plugin's own dispatch where the design says so."""
 
@@ -247,10 +240,7 @@ class VramDispatch:
         plan, parity = self._started.plan, self._parity
         if parity is not None:
             parity.worker_up(node.gateway.id, has_gpu=self.has_gpu(node))
-        session = self._plugins.get_plugin("session")
-        if session is not None:
-            # xdist takes the worker that collected last for the measure of all.
-            session.testscollected = len(suite.nodeids)
+        count_tests(self._plugins, len(suite.nodeids))
         if not self.has_gpu(node):
             return Worker(node.gateway.id)
         slot = plan.slots[int(node.gateway.spec.env[NUMBER])]
@@ -337,9 +327,8 @@ class VramDispatch:
             empty_caches=settings.empty_caches,
             pressure_timeout=float(settings.pressure_timeout),
             visible_devices=settings.visible_devices,
-            chunk=self._options.maxschedchunk,
-            # xdist has the option since 3.8, and always reordered before.
-            reorder=getattr(self._options, "loadscopereorder", True),
+            chunk=chunk_size(self._options),
+            reorder=reorders_groups(self._options),
         )
 
 

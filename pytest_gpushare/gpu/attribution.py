@@ -98,6 +98,30 @@ class DeviceUsage(NamedTuple):
         return None if self.remainder is None else max(0, self.remainder - self.unattributed)
 
 
+def combined(devices: Iterable[DeviceUsage]) -> DeviceUsage:
+    """Who holds the VRAM of several devices together."""
+    found = list(devices)
+    workers: dict[str, int] = {}
+    for usage in found:
+        _add_all(workers, usage.workers or {})
+    neighbours: dict[str, int] = {}
+    for usage in found:
+        _add_all(neighbours, usage.neighbours)
+    return DeviceUsage(
+        sum(usage.total for usage in found),
+        sum(usage.used for usage in found),
+        sum(usage.free for usage in found),
+        neighbours,
+        None if any(usage.workers is None for usage in found) else workers,
+        sum(usage.unattributed for usage in found),
+    )
+
+
+def _add_all(sums: dict[str, int], sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
+        sums[name] = sums.get(name, 0) + size
+
+
 class Attribution:
     """Attributes the VRAM of devices; remembers the owners of processes. Used by all threads.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pytest_gpushare.ollama.models import LoadedModel, placed
+from pytest_gpushare.ollama.models import LoadedModel, described
 from pytest_gpushare.units import format_gb
 
 LOADED, UNLOADED, RELOADED = "ollama-loaded", "ollama-unloaded", "ollama-reloaded"
@@ -202,8 +202,8 @@ def sentence(change: Change) -> str:
     if change.kind == RECOVERED:
         return f"Ollama has all of {model.name} on the GPU again ({format_gb(model.size)})"
     if change.kind == RELOADED and before is not None:
-        return f"Ollama reloaded {placed(model)}{_changed(before, model)}"
-    return f"Ollama loaded {placed(model)}"
+        return f"Ollama reloaded {described(model)}{_changed(before, model)}"
+    return f"Ollama loaded {described(model)}"
 
 
 def _changed(before: LoadedModel, now: LoadedModel) -> str:

@@ -121,7 +121,7 @@ def full_name(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
-def placed(model: LoadedModel) -> str:
+def described(model: LoadedModel) -> str:
     """`qwen2.5:14b 10.8 GB, 100 % on GPU`."""
     size = format_gb(model.size)
     if model.size_vram is None or not model.size:

@@ -35,8 +35,8 @@ from pytest_gpushare.ollama.models import (
     LoadedModel,
     ModelFacts,
     OllamaFacts,
+    described,
     full_name,
-    placed,
 )
 from pytest_gpushare.ollama.prediction import MARGIN, SHARE, KnownSizes
 from pytest_gpushare.ollama.reservation import Source, need_of, server_of
@@ -241,7 +241,7 @@ class _ModelLoader:
         self._ours.append(own._replace(pid=pid))
         self._there[full_name(model.name)] = model
         seconds = time.monotonic() - began
-        self._events.append(f"Ollama loaded {placed(model)} before the tests ({seconds:.0f} s)")
+        self._events.append(f"Ollama loaded {described(model)} before the tests ({seconds:.0f} s)")
         return ""
 
     def _loaded(self, name: str, of: str) -> PreloadedModel | None:
@@ -324,7 +324,7 @@ def _free_text(free: int | None) -> str:
 def _does_not_fit(model: LoadedModel, free: int | None) -> str:
     if free is not None and uses_no_gpu(model, free):
         return f"Ollama put it into RAM, though {format_gb(free)} of VRAM were free: {NO_GPU}"
-    return f"it does not fit wholly on the GPU: {placed(model)}{_free_text(free)}"
+    return f"it does not fit wholly on the GPU: {described(model)}{_free_text(free)}"
 
 
 def vram_of(

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from pytest_gpushare.config.options import INI_PREFIX
-from pytest_gpushare.gpu.attribution import DeviceUsage
+from pytest_gpushare.gpu.attribution import DeviceUsage, combined
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, has_no_layer
 from pytest_gpushare.ollama.prediction import MARGIN, OVERHEAD, SHARE
 from pytest_gpushare.units import GB, MB, format_gb
@@ -125,49 +125,49 @@ class Spill(NamedTuple):
 def judge(
     at: float,
     model: LoadedModel,
-    beside: Sequence[LoadedModel],
+    other_models: Sequence[LoadedModel],
     window: Sequence[Mapping[str, DeviceUsage]],
     promise: Promise,
 ) -> Spill:
     """Why a part of `model` went to the CPU.
 
-    `beside` are the other models that were loaded then, `window` what was held on the devices
+    `other_models` are those that were loaded then, `window` what was held on the devices
     that Ollama may use, from before the load to after it. Between two looks much may happen:
     how much was free when Ollama decided follows from how much it put on the GPU.
     """
     missing = model.size - model.on_gpu
-    scenes = [Scene.of(held) for held in window if held]
-    if not scenes:
+    moments = [combined(held.values()) for held in window if held]
+    if not moments:
         return Spill(at, model, Cause.UNKNOWN, missing, None, {}, None, None)
-    start, devices = Scene.of(promise.start), len(promise.start)
-    context = context_of([model, *beside], window[-1])
+    start, devices = combined(promise.start.values()), len(promise.start)
+    context = context_of([model, *other_models], window[-1])
     # Taken by all but Ollama, as it decided; too much by a layer at most.
     taken = sum(h.total for h in promise.start.values())
     taken -= model.on_gpu + devices * (context + MARGIN)
-    taken -= sum(other.on_gpu + context for other in beside)
+    taken -= sum(other.on_gpu + context for other in other_models)
     slack = model.size // 10 + OVERHEAD
-    was_seen = max(scene.net_of_ollama for scene in scenes) >= taken - slack
+    was_seen = max(moment.net_of_neighbours for moment in moments) >= taken - slack
     # Where so much was never held, what Ollama found free says nothing.
     least = taken - slack if was_seen else 0
-    tests, by_worker, others = _holders(scenes, least, missing)
+    tests, by_worker, others = _holders(moments, least, missing)
     room = sum(h.free + h.of(OLLAMA) for h in promise.start.values())
-    required = required_free(model, beside, context, devices)
+    required = required_free(model, other_models, context, devices)
     if required > room:
         # Ollama would have unloaded the other models first.
         required = required_free(model, (), context, devices)
     spill = Spill(
         at, model, Cause.UNKNOWN, missing, tests, by_worker, others,
-        free=min(scene.free for scene in scenes), room=room, required=required,
+        free=min(moment.free for moment in moments), room=room, required=required,
     )  # fmt: skip
     if not was_seen:
         return spill._replace(cause=Cause.OPTIONS)
     if required > room:
         return spill._replace(cause=Cause.SIZE)
     grown = 0
-    if others is not None and start.others is not None:
-        grown = max(0, others - start.others)
+    if others is not None and start.remainder is not None:
+        grown = max(0, others - start.remainder)
     budget = sum(promise.budgets.values())
-    held = max(0, taken - start.net_of_ollama) if tests is None else tests
+    held = max(0, taken - start.net_of_neighbours) if tests is None else tests
     if not held and not grown:
         return spill._replace(cause=Cause.OPTIONS)
     if spill.required > promise.reservation + promise.safety_buffer and held:
@@ -184,17 +184,17 @@ def judge(
 
 
 def _holders(
-    scenes: Sequence[Scene], taken: int, missing: int
+    moments: Sequence[DeviceUsage], taken: int, missing: int
 ) -> tuple[int | None, Mapping[str, int], int | None]:
     """What the tests held in all, by worker, and the others; None where that is unknown."""
-    known = [scene for scene in scenes if scene.tests is not None and scene.others is not None]
+    known = [moment for moment in moments if moment.workers is not None]
     if not known:
         return None, {}, None
-    fullest = max(known, key=lambda scene: scene.tests or 0)
-    others = max(scene.others or 0 for scene in known)
+    fullest = max(known, key=lambda moment: moment.tests or 0)
+    others = max(moment.remainder or 0 for moment in known)
     tests = fullest.tests or 0
     if tests >= missing or taken - others <= tests:
-        return tests, fullest.by_worker, others
+        return tests, fullest.workers or {}, others
     # Held for less than the time between two looks: what was taken at least, less the others.
     return taken - others, {}, others
 
@@ -208,7 +208,7 @@ def context_of(loaded: Sequence[LoadedModel], held: Mapping[str, DeviceUsage]) -
 
 
 def required_free(
-    model: LoadedModel, beside: Sequence[LoadedModel], context: int, devices: int
+    model: LoadedModel, other_models: Sequence[LoadedModel], context: int, devices: int
 ) -> int:
     """Bytes that the reservation must keep, so that Ollama loads all of a model on one device.
 
@@ -217,34 +217,9 @@ def required_free(
     """
     alone = model.size + context
     least = alone + MARGIN
-    if beside or devices > 1:
+    if other_models or devices > 1:
         least = max(least, -(-alone * SHARE[1] // SHARE[0]))
-    return least + sum(each.on_gpu + context for each in beside)
-
-
-class Scene(NamedTuple):
-    """What is held on all of Ollama's devices together."""
-
-    tests: int | None
-    by_worker: Mapping[str, int]
-    others: int | None
-    net_of_ollama: int
-    free: int
-
-    @staticmethod
-    def of(devices: Mapping[str, DeviceUsage]) -> Scene:
-        """The sum over devices."""
-        by_worker: dict[str, int] = {}
-        for held in devices.values():
-            for worker, size in (held.workers or {}).items():
-                by_worker[worker] = by_worker.get(worker, 0) + size
-        return Scene(
-            tests=_sum([held.tests for held in devices.values()]),
-            by_worker=by_worker,
-            others=_sum([held.remainder for held in devices.values()]),
-            net_of_ollama=sum(held.net_of_neighbours for held in devices.values()),
-            free=sum(held.free for held in devices.values()),
-        )
+    return least + sum(each.on_gpu + context for each in other_models)
 
 
 def _reservation(spill: Spill, needed: int, promise: Promise) -> Spill:
@@ -263,11 +238,6 @@ def _others(spill: Spill, taken: int, promise: Promise) -> Spill:
 def _tests(spill: Spill, excess: int, promise: Promise) -> Spill:
     setting = larger_slots(max(spill.by_worker.values(), default=0), promise)
     return spill._replace(cause=Cause.TESTS, excess=excess, setting=setting)
-
-
-def _sum(sizes: Sequence[int | None]) -> int | None:
-    known = [size for size in sizes if size is not None]
-    return sum(known) if len(known) == len(sizes) else None
 
 
 def uses_no_gpu(model: LoadedModel, free: int | None) -> bool:

@@ -70,7 +70,7 @@ def assess(run: ActiveRun) -> Assessment:
             advice += _too_large(run, case)
             advice += _cpu_workers(run, case)
     advice += _skip(run)
-    advice += _beside_others(run, case)
+    advice += _declare_what_passed_alone(run, case)
     return Assessment(tuple(shortages), tuple(advice), tuple(declared_too_small(run)))
 
 
@@ -248,7 +248,7 @@ def declared_too_small(run: ActiveRun) -> Iterator[Advice]:
         )
 
 
-def _beside_others(run: ActiveRun, case: Case) -> Iterator[Advice]:
+def _declare_what_passed_alone(run: ActiveRun, case: Case) -> Iterator[Advice]:
     """Tests that ran out of memory beside others and passed alone: what to declare."""
     named = {test.nodeid for test, _ in over_need(run)}
     again = {e.facts["nodeid"]: e.facts["outcome"] for e in run.record.events("oom-retried")}

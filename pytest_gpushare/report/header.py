@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.ollama.address import AUTO
-from pytest_gpushare.ollama.models import OllamaFacts, placed
+from pytest_gpushare.ollama.models import OllamaFacts, described
 from pytest_gpushare.planning.placement import caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Limit, Plan, shortage
 from pytest_gpushare.session.run import ActiveRun
@@ -52,7 +52,7 @@ def _server(run: ActiveRun) -> Line:
     if not ollama.answered:
         text = f"  {who} at {ollama.address}: {ollama.problem}; {what_stands(run)}"
         return Line(text, problem=ollama.reachable)
-    models = ", ".join(placed(model) for model in ollama.models)
+    models = ", ".join(described(model) for model in ollama.models)
     spilled = any(model.is_spilled for model in ollama.models)
     where = _found(run, ollama) + _elsewhere(run)
     odd = f"; left out: {'; '.join(ollama.odd)}" if ollama.odd else ""

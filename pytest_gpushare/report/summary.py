@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.ollama.history import Life
-from pytest_gpushare.ollama.models import LoadedModel, placed
+from pytest_gpushare.ollama.models import LoadedModel, described
 from pytest_gpushare.ollama.monitor import MonitoredServer
 from pytest_gpushare.ollama.spill import NO_GPU, held_by, uses_no_gpu, why
 from pytest_gpushare.report.advice import declared_too_small, gpu_tests_without_gpu, over_need
@@ -143,12 +143,12 @@ def _on(life: Life, server: MonitoredServer) -> Word:
         return _spilled_before(life, server)
     if model.name in server.doubted:
         return Word(
-            f"Ollama says that {placed(model)}, but NVML shows "
+            f"Ollama says that {described(model)}, but NVML shows "
             f"{format_gb(server.doubted[model.name])} of it: a part of it may be on the CPU",
             is_problem=True,
         )
     if not model.is_whole:
-        return Word(f"Ollama held {placed(model)}")
+        return Word(f"Ollama held {described(model)}")
     where = f"on the GPU ({format_gb(model.size)}, 100 %)"
     return Word(f"Ollama kept {model.name} {where} {_how_long(life, server)}")
 

@@ -199,7 +199,7 @@ class CpuPool:
         if self._policy.dist in GROUPED:
             return self._next_unit(worker)
         if self._policy.dist == "worksteal":
-            return self._next_of_own(worker)
+            return self._next_of_share(worker)
         count = max(2, len(self._pending) // max(1, len(self.workers)) // 2) - len(worker.queue)
         most = max(2 - len(worker.queue), self._policy.chunk or len(self._jobs))
         if len(self._pending) < 2 * len(self.workers):
@@ -218,7 +218,7 @@ class CpuPool:
             tests.extend(unit.tests)
         return tests
 
-    def _next_of_own(self, worker: CpuWorker) -> list[int]:
+    def _next_of_share(self, worker: CpuWorker) -> list[int]:
         count = self._depth() - len(worker.queue)
         tests = self._known(worker, worker.share, count)
         if not tests and not worker.share:

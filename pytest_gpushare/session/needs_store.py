@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pytest_gpushare.compat.pytest_options import options_of
 from pytest_gpushare.config.settings import Settings
@@ -27,7 +27,10 @@ from pytest_gpushare.units import MB, MOST_VRAM, format_gb
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_gpushare.session.run import ActiveRun
+    from pytest_gpushare.events import Record
+    from pytest_gpushare.planning.plan import Plan
+    from pytest_gpushare.session.tests import RecordedTests
+    from pytest_gpushare.wire import Links
 
 
 FILE = "needs.json"
@@ -69,10 +72,27 @@ def recall_needs(config: pytest.Config, device: str) -> dict[str, Learned]:
     return _sensible(_read(path).get(device)) if path is not None else {}
 
 
+class MeasuredRun(Protocol):
+    """What is asked of the active run whose tests are measured."""
+
+    settings: Settings
+    plan: Plan
+    links: Links
+    record: Record
+    tests: RecordedTests
+    notes: list[str]
+
+    def device_of(self, worker: str) -> str | None:
+        """The UUID of a worker's device; None for a CPU worker and an unknown one."""
+
+    def context_of(self, name: str | None) -> int:
+        """Bytes of a CUDA context on devices of that name."""
+
+
 class NeedsRecorder:
     """Receives what tests take, and keeps it at the end of the run."""
 
-    def __init__(self, run: ActiveRun, config: pytest.Config) -> None:
+    def __init__(self, run: MeasuredRun, config: pytest.Config) -> None:
         self._run = run
         self._config = config
         self._found: dict[str, dict[str, Learned]] = {}
@@ -253,7 +273,7 @@ HAS_NEEDS_KEY = "gpushare/has_needs"
 class LearnedNeeds:
     """Node id -> need and duration, on the devices of this run."""
 
-    def __init__(self, run: ActiveRun, config: pytest.Config) -> None:
+    def __init__(self, run: MeasuredRun, config: pytest.Config) -> None:
         names = dict.fromkeys(slot.device.name for slot in run.plan.slots)
         self._by_context: list[tuple[int, Mapping[str, Learned]]] = [
             (run.context_of(name), recall_needs(config, name)) for name in names

@@ -31,8 +31,12 @@ from pytest_gpushare.ollama.reservation import devices_of_ollama
 from pytest_gpushare.session.workers import Workers
 
 if TYPE_CHECKING:
+    from pytest_gpushare.config.settings import Settings
+    from pytest_gpushare.gpu.devices import GpuFacts
+    from pytest_gpushare.ollama.models import OllamaFacts
     from pytest_gpushare.ollama.monitor import MonitoredServer
-    from pytest_gpushare.session.run import ActiveRun
+    from pytest_gpushare.planning.plan import Plan
+    from pytest_gpushare.session.needs_store import ModelSizes
 
 INTERVAL = 0.2
 """Seconds between readings of a device's memory: 12 microseconds for the driver."""
@@ -234,7 +238,24 @@ def _name(service: Service) -> str:
     return type(service).__name__.lower()
 
 
-def monitor_for(run: ActiveRun) -> Monitor | None:
+class MonitoredRun(Protocol):
+    """What is asked of the active run beside which Ollama is monitored."""
+
+    settings: Settings
+    gpus: GpuFacts
+    ollama: OllamaFacts
+    plan: Plan
+    live: LiveVram | None
+    attribution: Attribution
+    workers: Workers
+    record: Record
+    model_sizes: ModelSizes
+
+    def statements(self, loaded: Sequence[LoadedModel] | None = ...) -> Sequence[Statement]:
+        """What Ollama says that it holds, given the models that it has loaded."""
+
+
+def monitor_for(run: MonitoredRun) -> Monitor | None:
     """The monitor of Ollama; None where no server is asked, or none that holds VRAM here."""
     ollama, live = run.ollama, run.live
     if not (ollama.asked and ollama.on_this_host) or ollama.server is None or live is None:
@@ -246,7 +267,7 @@ def monitor_for(run: ActiveRun) -> Monitor | None:
 
 
 def _monitored_server(
-    run: ActiveRun, live: LiveVram, known: Sequence[Device] | None
+    run: MonitoredRun, live: LiveVram, known: Sequence[Device] | None
 ) -> MonitoredServer:
     # Imported in the monitor's thread, as the workers start meanwhile.
     from pytest_gpushare.ollama.monitor import MonitoredServer

@@ -32,22 +32,6 @@ PRIVATE = {
 }  # fmt: skip
 MODULES = {"import _pytest", "import xdist", "import execnet"}
 
-ELSEWHERE: dict[str, set[str]] = {
-    "dispatch/distribution.py": {
-        "loadscopereorder",
-        "maxschedchunk",
-        "maxworkerrestart",
-        "notify_inproc",
-        "numprocesses",
-        "testscollected",
-    },
-    "dispatch/executor.py": {"send_runtest_some"},
-    "worker/collection.py": {"_arg2scope", "_fixtureinfo", "name2fixturedefs"},
-    "worker/runner.py": {"item_index"},
-    "worker/teardown.py": {"import _pytest", "testscollected"},
-}
-"""What still stands outside of `compat`; nothing may be added here."""
-
 
 def private_names(tree: ast.AST) -> Iterator[str]:
     """Each use: as an attribute, by name in `getattr` and its like, or by an import."""
@@ -75,7 +59,7 @@ def test_private_names_stand_in_compat_alone() -> None:
     for path in PACKAGE.rglob("*.py"):
         name = path.relative_to(PACKAGE).as_posix()
         used = set(private_names(ast.parse(path.read_text(encoding="utf-8"))))
-        found[name] = used & (PRIVATE | MODULES) - ELSEWHERE.get(name, set())
+        found[name] = used & (PRIVATE | MODULES)
     assert {n: u for n, u in found.items() if u and not n.startswith("compat/")} == {}
 
 
@@ -201,6 +185,9 @@ def test_without_xdist() -> None:
     assert xdist_options.given_most(options) is None
     assert not xdist_options.keeps_own_workers(options)
     assert not xdist_options.runs_each_test_everywhere(options)
+    assert xdist_options.most_deaths(options) is None
+    assert xdist_options.chunk_size(options) is None
+    assert xdist_options.reorders_groups(options)
     xdist_options.distribute(options)
     assert vars(options) == {}
     workers = xdist_options.TxWorkers(options)

@@ -10,6 +10,7 @@ import pytest
 
 from pytest_gpushare.compat.xdist_events import (
     collection_difference,
+    count_tests,
     interactor_of,
     is_ending,
     wake,
@@ -133,3 +134,12 @@ def test_different_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     assert collection_difference(["a"], ["b"], "gw0", "gw1") == (
         "Different tests were collected between gw0 and gw1"
     )
+
+
+def test_what_the_terminal_counts_up_to() -> None:
+    """The tests of all workers; without pytest's session nothing is counted."""
+    session = SimpleNamespace(testscollected=3)
+    plugins: Any = SimpleNamespace(get_plugin={"session": session}.get)
+    count_tests(plugins, 8)
+    assert session.testscollected == 8
+    count_tests(SimpleNamespace(get_plugin=lambda _name: None), 8)  # type: ignore[arg-type]

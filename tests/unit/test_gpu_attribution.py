@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, Statement
+from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, Statement, combined
 from pytest_gpushare.gpu.devices import Device, GpuProcess, Memory
 
 PARENTS = {11: 10, 12: 11, 21: 20, 10: 1, 20: 1, 30: 1, 40: 41, 41: 40, 50: 1}
@@ -136,3 +136,14 @@ def test_a_statement_is_not_counted_on_top_of_the_process_list() -> None:
 def test_a_neighbour_that_says_it_holds_nothing_is_known_to() -> None:
     usage = Machine().usage(5, None, statements=[Statement("Ollama")])
     assert usage.neighbours == {"Ollama": 0}
+
+
+def test_devices_together() -> None:
+    """Each holder on all of them; where one list attributes nothing, the sum does not either."""
+    one = DeviceUsage(100, 70, 30, {"Ollama": 20}, {"gw0": 30, "gw1": 10}, unattributed=5)
+    other = DeviceUsage(50, 40, 10, {"Ollama": 10}, {"gw0": 5})
+    both = combined([one, other])
+    assert (both.total, both.used, both.free, both.of("Ollama")) == (150, 110, 40, 30)
+    assert both.workers == {"gw0": 35, "gw1": 10}
+    assert (both.remainder, both.others) == (35, 30)
+    assert combined([one, other._replace(workers=None)]).tests is None

@@ -108,7 +108,7 @@ def test_empty(value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("devices", "value", "order", "told"),
+    ("devices", "value", "order", "is_reported"),
     [
         ((A, SMALL), "0", None, True),
         ((A, SMALL), "0", "FASTEST_FIRST", True),
@@ -120,12 +120,12 @@ def test_empty(value: str) -> None:
     ],
 )
 def test_order_of_mixed_devices(
-    devices: tuple[Device, ...], value: str | None, order: str | None, told: bool
+    devices: tuple[Device, ...], value: str | None, order: str | None, is_reported: bool
 ) -> None:
     """Integers may count otherwise in CUDA than in NVML, where devices differ."""
     found = visible(devices, value, order)
     assert len(found.devices) > 0
-    assert ("set CUDA_DEVICE_ORDER=PCI_BUS_ID or name UUIDs" in found.problem) is told
+    assert ("set CUDA_DEVICE_ORDER=PCI_BUS_ID or name UUIDs" in found.problem) is is_reported
 
 
 def test_long_values() -> None:

@@ -16,7 +16,7 @@ def kinds(changes: list[Change]) -> list[str]:
     return [change.kind.removeprefix("ollama-") for change in changes]
 
 
-def told(changes: list[Change]) -> list[str]:
+def sentences(changes: list[Change]) -> list[str]:
     return [sentence(change) for change in changes]
 
 
@@ -29,8 +29,8 @@ def test_nothing_new() -> None:
 
 def test_loaded_and_unloaded() -> None:
     history = History([])
-    assert told(history.look(2.0, [WHOLE])) == ["Ollama loaded m:14b 10.0 GB, 100 % on GPU"]
-    assert told(history.look(4.0, [])) == ["Ollama unloaded m:14b (10.0 GB)"]
+    assert sentences(history.look(2.0, [WHOLE])) == ["Ollama loaded m:14b 10.0 GB, 100 % on GPU"]
+    assert sentences(history.look(4.0, [])) == ["Ollama unloaded m:14b (10.0 GB)"]
     life = history.lives["m:14b"]
     assert (life.loaded_at, life.gone_at, life.loads, life.spills) == (2.0, 4.0, 1, 0)
 
@@ -38,12 +38,12 @@ def test_loaded_and_unloaded() -> None:
 def test_reloaded_with_another_context() -> None:
     """A request with other options made Ollama load it anew: told, blamed on nobody."""
     changes = History([WHOLE]).look(2.0, [LARGER])
-    assert told(changes) == [
+    assert sentences(changes) == [
         "Ollama reloaded m:14b 12.0 GB, 100 % on GPU; context 4096, now 8192, "
         "size 10.0 GB, now 12.0 GB"
     ]
     pulled = LoadedModel("m:14b", 10 * GB, 10 * GB, "d9", 4096)
-    assert told(History([WHOLE]).look(2.0, [pulled])) == [
+    assert sentences(History([WHOLE]).look(2.0, [pulled])) == [
         "Ollama reloaded m:14b 10.0 GB, 100 % on GPU; another version of the model"
     ]
 
@@ -55,7 +55,7 @@ def test_spilled_and_recovered() -> None:
     assert history.look(4.0, [PART]) == []
     changes = history.look(6.0, [WHOLE])
     assert kinds(changes) == ["reloaded", "recovered"]
-    assert told(changes)[1] == "Ollama has all of m:14b on the GPU again (10.0 GB)"
+    assert sentences(changes)[1] == "Ollama has all of m:14b on the GPU again (10.0 GB)"
     assert (history.lives["m:14b"].loads, history.lives["m:14b"].spills) == (2, 1)
 
 
@@ -78,7 +78,7 @@ def test_every_partial_load_is_a_spill() -> None:
 def test_more_than_its_size() -> None:
     """Where Ollama does not say, or says more than all, how much is on the GPU is unknown."""
     odd = LoadedModel("m:14b", 10 * GB, None, "d1", 4096)
-    assert told(History([]).look(2.0, [odd])) == [
+    assert sentences(History([]).look(2.0, [odd])) == [
         "Ollama loaded m:14b 10.0 GB, how much of it on GPU is unknown"
     ]
     assert kinds(History([PART]).look(2.0, [odd])) == ["reloaded"]
@@ -96,10 +96,10 @@ def test_unreachable_and_back() -> None:
     history = History([WHOLE])
     history.fail(2.0, "no answer within 5 s")
     changes = history.fail(4.0, "no answer within 5 s")
-    assert told(changes) == ["Ollama does not answer any more: no answer within 5 s"]
+    assert sentences(changes) == ["Ollama does not answer any more: no answer within 5 s"]
     assert history.fail(8.0, "no answer within 5 s") == []
     changes = history.look(16.0, [])
-    assert told(changes) == ["Ollama answers again", "Ollama unloaded m:14b (10.0 GB)"]
+    assert sentences(changes) == ["Ollama answers again", "Ollama unloaded m:14b (10.0 GB)"]
     assert history.silences == [(0.0, 16.0)]
     assert history.failures == 0
 
@@ -115,7 +115,7 @@ def test_server_that_comes_late() -> None:
     history = History(None)
     assert history.fail(2.0, "nothing listens", certain=True) == []
     changes = history.look(4.0, [PART])
-    assert ([change.kind for change in changes], told(changes)) == ([BACK], ["Ollama answers"])
+    assert ([change.kind for change in changes], sentences(changes)) == ([BACK], ["Ollama answers"])
     assert history.lives["m:14b"].spilled_before
     assert history.silences == []
 

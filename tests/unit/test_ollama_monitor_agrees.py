@@ -225,11 +225,11 @@ def assert_a_run_with_it_passes(spill: Spill, here: World) -> None:
     beside = sum(m.size_vram + here.context for m in here.models() if m.name != spill.model.name)
     others = here.vram.others if spill.cause is Cause.OTHERS else start.used
     free = TOTAL - others - budget - beside - here.context
-    placed = place_beside(spill.model.size, [Room("GPU-0", max(0, free))]) if beside else None
-    if placed is None:
+    described = place_beside(spill.model.size, [Room("GPU-0", max(0, free))]) if beside else None
+    if described is None:
         # The other models have to leave.
-        placed = place_alone(spill.model.size, 48, [Room("GPU-0", free + beside)], MARGIN)
-    assert placed.vram == spill.model.size, (spill, free / GB)
+        described = place_alone(spill.model.size, 48, [Room("GPU-0", free + beside)], MARGIN)
+    assert described.vram == spill.model.size, (spill, free / GB)
 
 
 @pytest.mark.parametrize("context", [0, 500 * MB])

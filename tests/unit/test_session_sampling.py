@@ -69,13 +69,13 @@ def test_counters_know_better_than_nvml() -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "message",
     [None, 7, {}, {"nodeid": 3}, {"nodeid": "t::a", "peak": -1}, {"nodeid": "t::a", "peak": "1"},
      {"nodeid": "t::a", "peak": 2**60}, {"nodeid": "t::a", "peak": True, "left": "x", "notes": 3}],
 )  # fmt: skip
-def test_what_a_worker_gone_wild_tells_is_dropped(told: object) -> None:
+def test_what_a_worker_gone_wild_tells_is_dropped(message: object) -> None:
     run = Scene()
-    run.active.links.receive("gw0", ("test", told))
+    run.active.links.receive("gw0", ("test", message))
     run.active.links.receive("gw0", ("here", "x"))
     run.active.links.receive("gw9", ("here", 5))
     run.ran("t::a", 0)
@@ -87,7 +87,7 @@ def journal() -> RecordedTests:
     return Scene().active.tests
 
 
-def told(
+def reports(
     nodeid: str, *phases: tuple[str, str], at: float = 0.0, xfail: bool = False
 ) -> list[PhaseReport]:
     return [PhaseReport(nodeid, when, how, xfail, at, at + 1) for when, how in phases]
@@ -110,14 +110,14 @@ def test_outcomes_as_pytest_counts_them(
     phases: list[tuple[str, str]], xfail: bool, outcome: str
 ) -> None:
     found = journal()
-    for report in told("t::a", *phases, xfail=xfail):
+    for report in reports("t::a", *phases, xfail=xfail):
         found.reported("gw0", report)
     assert [test.outcome for test in found] == [outcome]
     assert found.counts == {outcome: 1}
 
 
 @pytest.mark.parametrize(
-    "told_before",
+    "before",
     [
         [],
         [("setup", "passed")],
@@ -130,14 +130,14 @@ def test_outcomes_as_pytest_counts_them(
 )
 @pytest.mark.parametrize("when", ["setup", "call", "teardown", "???"])
 def test_a_phase_that_passed_is_taken_as_any_other(
-    told_before: list[tuple[str, str]], when: str
+    before: list[tuple[str, str]], when: str
 ) -> None:
     """By the short way, or it says that it must be told."""
     short, long = journal(), journal()
     for found in (short, long):
-        for report in told("t::a", *told_before):
+        for report in reports("t::a", *before):
             found.reported("gw0", report)
-    (report,) = told("t::a", (when, "passed"), at=5)
+    (report,) = reports("t::a", (when, "passed"), at=5)
     long.reported("gw0", report)
     if not short.passed("gw0", "t::a", when, report.start, report.end, report.marked):
         short.reported("gw0", report)
@@ -164,8 +164,8 @@ def test_of_several_attempts_the_last_counts(ends: list[tuple[str, str]]) -> Non
     """As pytest-rerunfailures reports them, with or without the failed attempt's teardown."""
     found = journal()
     for report in [
-        *told("t::a", ("setup", "passed"), ("call", "rerun"), *ends),
-        *told("t::a", ("setup", "passed"), ("call", "passed"), ("teardown", "passed"), at=5),
+        *reports("t::a", ("setup", "passed"), ("call", "rerun"), *ends),
+        *reports("t::a", ("setup", "passed"), ("call", "passed"), ("teardown", "passed"), at=5),
     ]:
         found.reported("gw0", report)
     (test,) = found
@@ -176,7 +176,7 @@ def test_a_crash_and_the_same_test_on_another_worker() -> None:
     found = journal()
     found.reported("gw0", PhaseReport("t::a", "setup", "passed", start=1, end=1.5))
     found.reported("gw0", PhaseReport("t::a", "???", "failed"))
-    for report in told("t::a", ("setup", "passed"), ("call", "passed"), ("teardown", "passed")):
+    for report in reports("t::a", ("setup", "passed"), ("call", "passed"), ("teardown", "passed")):
         found.reported("gw1", report)
     assert [(test.worker, test.outcome) for test in found] == [
         ("gw0", "crashed"),
