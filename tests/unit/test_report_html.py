@@ -25,8 +25,9 @@ from pytest_gpushare.report.html.data import (
     thinned,
     without_workers,
 )
-from pytest_gpushare.report.html.markup import clock, label, listed, percent, size, span
+from pytest_gpushare.report.html.markup import clock, listed, percent, size, span
 from pytest_gpushare.report.html.page import page
+from pytest_gpushare.report.html.shown import ShownSamples, shown
 from pytest_gpushare.report.html.verdict import answers, outcome
 
 GB, MB = documents.GB, documents.MB
@@ -179,7 +180,7 @@ def test_licence_of_the_library_goes_with_it() -> None:
 
 
 def test_verdict_of_a_good_run() -> None:
-    who, near, ollama, change = answers(documents.small())
+    who, near, ollama, change = answers(shown(documents.small()))
     assert (who.state, who.answer) == ("good", "2 workers on 1 GPU")
     assert who.details == ["GPU 0 NVIDIA GeForce RTX 3090 Ti: gw0 and gw1, 4.5 GB each"]
     assert (near.state, near.answer) == ("good", "83 % full")
@@ -191,7 +192,7 @@ def test_verdict_of_a_good_run() -> None:
 
 def test_verdict_of_a_run_in_trouble() -> None:
     document = documents.eventful()
-    _, near, ollama, change = answers(document)
+    _, near, ollama, change = answers(shown(document))
     assert (near.state, near.answer) == ("bad", "1 test ran out of memory")
     assert "the fullest of 2 GPUs" in near.details[0]
     assert (ollama.state, ollama.answer) == ("bad", "Yes, while tests ran")
@@ -202,29 +203,29 @@ def test_verdict_of_a_run_in_trouble() -> None:
 def test_verdict_is_never_nothing_where_vram_lacked() -> None:
     document = {**documents.eventful(), "hints": [], "leaks": [], "problems": []}
     document["shortages"] = ["29 GPU tests failed on CPU workers, which see no GPU"]
-    change = answers(document)[3]
+    change = answers(shown(document))[3]
     assert (change.state, change.answer) == ("warning", "No setting would have helped")
     assert change.details == document["shortages"]
 
 
 def test_verdict_where_nobody_can_tell() -> None:
-    _, near, ollama, change = answers(documents.untold())
+    _, near, ollama, change = answers(shown(documents.untold()))
     assert near.details[-1] == "what tests held of their budget of 9.0 GB is unknown"
     assert (ollama.state, ollama.answer) == ("neutral", "Nobody can tell")
     assert (change.state, change.answer) == ("good", "Nothing")
-    assert answers(documents.empty())[1].answer == "Not measured"
-    assert answers(documents.cpu_only())[0].details == [
+    assert answers(shown(documents.empty()))[1].answer == "Not measured"
+    assert answers(shown(documents.cpu_only()))[0].details == [
         "2 CPU workers",
         "NVML library not found: is the NVIDIA driver installed?",
     ]
     assert "As it was planned" in page(documents.simulated())
-    assert answers(documents.simulated())[0].answer == "Nobody: simulated devices"
+    assert answers(shown(documents.simulated()))[0].answer == "Nobody: simulated devices"
 
 
 def test_peak_in_the_safety_buffer_is_a_warning() -> None:
     document = documents.small()
     document["devices"][0]["peak_used_bytes"] = int(23.5 * GB)
-    near = answers(document)[1]
+    near = answers(shown(document))[1]
     assert near.state == "warning"
     assert near.details[1] == "0.5 GB into the safety buffer of 1.0 GB"
 
@@ -232,7 +233,7 @@ def test_peak_in_the_safety_buffer_is_a_warning() -> None:
 def test_budget_overrun_is_a_warning() -> None:
     document = documents.small()
     document["devices"][0]["peak_tests_bytes"] = 10 * GB
-    assert answers(document)[1].state == "warning"
+    assert answers(shown(document))[1].state == "warning"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_budget_overrun_is_a_warning() -> None:
 def test_outcome(change: dict[str, Any], state: str, text: str) -> None:
     document = documents.small()
     document["run"].update(change)
-    assert outcome(document) == (state, text)
+    assert outcome(shown(document)) == (state, text)
 
 
 def test_leak_of_which_only_suspects_are_known() -> None:
@@ -257,6 +258,10 @@ def test_leak_of_which_only_suspects_are_known() -> None:
 
 
 # --- samples ---
+
+
+def samples_of(columns: dict[str, Any]) -> ShownSamples:
+    return shown({"samples": {"devices": {"GPU-0": columns}}}).samples["GPU-0"]
 
 
 def test_thinning_keeps_the_peak_and_the_ends() -> None:
@@ -290,9 +295,9 @@ def test_what_nobody_accounts_for_is_a_part() -> None:
         "ollama_bytes": [None, None],
         "workers_bytes": {"gw0": [None, 3 * GB]},
     }
-    shown = drawn(samples, 100, 24 * GB)
-    assert shown is not None
-    assert [(part["kind"], part["held"]) for part in shown["parts"]] == [
+    found = drawn(samples_of(samples), 100, 24 * GB)
+    assert found is not None
+    assert [(part["kind"], part["held"]) for part in found["parts"]] == [
         ("rest", [8192, -3072]),
         ("worker", [None, 3072]),
     ]
@@ -324,25 +329,25 @@ def test_samples_beside_the_workers_lives_are_told_apart_where_the_sum_is_right(
 
 
 def test_samples_of_uneven_length_are_bounded_by_their_times() -> None:
-    shown = drawn({"at_s": [0.0], "used_bytes": [GB, GB, GB]}, 100, 24 * GB)
-    assert shown is not None
-    assert shown["used"] == [1024]
-    assert drawn({"at_s": [], "used_bytes": [GB]}, 100, None) is None
+    found = drawn(samples_of({"at_s": [0.0], "used_bytes": [GB, GB, GB]}), 100, 24 * GB)
+    assert found is not None
+    assert found["used"] == [1024]
+    assert drawn(samples_of({"at_s": [], "used_bytes": [GB]}), 100, None) is None
 
 
 # --- data ---
 
 
 def test_columns_of_equal_values_are_one() -> None:
-    columns = data(documents.large())["tests"]
+    columns = data(shown(documents.large()))["tests"]
     assert columns["attempts"] != {"all": 1}
     assert columns["outcome"]["words"] == ["passed", "skipped", "failed"]
-    assert data(documents.small())["tests"]["attempts"] == {"all": 1}
+    assert data(shown(documents.small()))["tests"]["attempts"] == {"all": 1}
 
 
 def test_figures_of_tests_are_exact() -> None:
     document = documents.small()
-    columns = data(document)["tests"]
+    columns = data(shown(document))["tests"]
     assert columns["peak_bytes"] == [test["peak_bytes"] for test in document["tests"]]
     names = [columns["files"][file] for file in columns["file"]]
     assert [f"{file}{name}" for file, name in zip(names, columns["name"], strict=True)] == [
@@ -360,10 +365,23 @@ def test_no_number_is_no_number() -> None:
     assert "NaN" not in json.dumps(held(text))
 
 
+@pytest.mark.parametrize(
+    "odd", [None, 7, "text", [None, 3], {"a": 1}, [[]], [{"facts": 3, "notes": {}}]]
+)
+def test_odd_parts_are_left_out(odd: Any) -> None:
+    """Nothing of the document may end the page, whatever its type."""
+    whole = documents.eventful()
+    for key in whole:
+        assert "</html>" in page({**whole, key: odd}), key
+    samples = {"devices": {"GPU-0": odd}}
+    assert "</html>" in page({**whole, "samples": samples, "plan": {"settings": odd}})
+
+
 # --- words ---
 
 
 def test_words() -> None:
+    devices = shown({"devices": [{"index": "0"}, {"uuid": "GPU-12345678-9"}]}).devices
     assert [size(value) for value in (None, 0, 5 * MB, int(4.5 * GB))] == [
         "unknown",
         "0.0 GB",
@@ -383,5 +401,4 @@ def test_words() -> None:
     assert listed(["a"]) == "a"
     assert listed(["a", "b", "c"]) == "a, b and c"
     assert listed([str(n) for n in range(14)]) == "0, 1, 2, 3, 4 and 9 more"
-    assert label({"index": "0"}) == "GPU 0"
-    assert label({"uuid": "GPU-12345678-9"}) == "GPU-12345678"
+    assert [device.label for device in devices] == ["GPU 0", "GPU-12345678"]

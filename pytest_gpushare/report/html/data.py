@@ -6,10 +6,19 @@ Samples are in MiB and thinned to what a screen can show; figures of tests stay 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pytest_gpushare.report.html.markup import each, in_order, label, number, severity, visible
+from pytest_gpushare.report.html.markup import severity, visible
+from pytest_gpushare.report.html.shown import (
+    Shown,
+    ShownDevice,
+    ShownSamples,
+    ShownTest,
+    ShownWorker,
+    figures,
+    number,
+)
 from pytest_gpushare.units import MB
 
 Values = Sequence[float | None]
@@ -29,22 +38,18 @@ class Holders(NamedTuple):
 
 
 def holders(
-    samples: Mapping[str, Any],
-    at: Sequence[int],
-    total: float | None,
-    workers: Sequence[Mapping[str, Any]],
+    samples: ShownSamples, at: Sequence[int], total: float | None, workers: Sequence[ShownWorker]
 ) -> Holders:
     """The samples at these indices, of which the times are known, attributed as far as can be.
 
     What no part accounts for is a part `rest`, unless it stays below a hundredth of *total*:
     figures of one moment are read one after another.
     """
-    times = [samples["at_s"][index] for index in at]
-    used = figures(samples.get("used_bytes"), at)
-    parts = [("ollama", "", samples.get("ollama_bytes"))]
-    parts.append(("others", "", samples.get("others_bytes")))
-    held_by = in_order(samples.get("workers_bytes"), workers)
-    parts += [("worker", worker, held) for worker, held in held_by]
+    times = [samples.at_s[index] for index in at]
+    used = figures(samples.used_bytes, at)
+    parts: list[tuple[str, str, Any]] = [("ollama", "", samples.ollama_bytes)]
+    parts.append(("others", "", samples.others_bytes))
+    parts += [("worker", worker, held) for worker, held in in_order(samples.workers_bytes, workers)]
     columns = [figures(held, at) for _, _, held in parts]
     columns = settled(times, used, columns, total)
     columns = without_workers(used, columns, total)
@@ -60,11 +65,10 @@ def holders(
     return Holders(times, used, found)
 
 
-def figures(held: object, indices: Sequence[int]) -> list[float | None]:
-    """The figures at these indices, whatever the document has there."""
-    if not isinstance(held, (list, tuple)):
-        return [None] * len(indices)
-    return [number(held[index]) if index < len(held) else None for index in indices]
+def in_order(held: Mapping[str, Any], workers: Sequence[ShownWorker]) -> list[tuple[str, Any]]:
+    """What samples hold by worker, in the order of the document's workers."""
+    order = {worker.id: at for at, worker in enumerate(workers)}
+    return sorted(held.items(), key=lambda pair: order.get(pair[0], len(order)))
 
 
 def settled(
@@ -127,17 +131,14 @@ def _rest(used: Values, parts: Sequence[Values]) -> list[float]:
 
 
 def drawn(
-    samples: Mapping[str, Any],
-    most: int,
-    total: float | None,
-    workers: Sequence[Mapping[str, Any]] = (),
+    samples: ShownSamples, most: int, total: float | None, workers: Sequence[ShownWorker] = ()
 ) -> dict[str, Any] | None:
     """Times, what is used, and the parts of it from the ground up; None without a sample.
 
     *most* bounds the number of samples.
     """
-    times = samples.get("at_s") or ()
-    used = figures(samples.get("used_bytes"), range(len(times)))
+    times = samples.at_s
+    used = figures(samples.used_bytes, range(len(times)))
     at = [index for index in thinned(used, most) if number(times[index]) is not None]
     if not at:
         return None
@@ -190,118 +191,93 @@ MOST_EVENTS = 500
 _MOST_VALUES = 200_000
 
 WORKER_COLOURS = 8
-_FIGURES = ("need_bytes", "peak_bytes", "left_bytes", "waited_s", "attempts")
-_WORDS = ("outcome", "need_source", "peak_source")
+_COLUMNS = (
+    "need_bytes", "peak_bytes", "left_bytes", "waited_s", "attempts", "outcome", "need_source",
+    "peak_source",
+)  # fmt: skip
 
 
-def data(document: Mapping[str, Any]) -> dict[str, Any]:
+def data(report: Shown) -> dict[str, Any]:
     """The object that the page's script reads."""
-    run = document.get("run") or {}
-    workers = each(document, "workers")
-    tests = each(document, "tests")
-    devices = each(document, "devices")
-    samples = ((document.get("samples") or {}).get("devices")) or {}
-    columns = sum(3 + len((held or {}).get("workers_bytes") or ()) for held in samples.values())
+    columns = sum(3 + len(held.workers_bytes) for held in report.samples.values())
     most = max(500, _MOST_VALUES // max(1, columns))
-    events = each(document, "events")[:MOST_EVENTS]
+    events = report.events[:MOST_EVENTS]
     return {
-        "duration": _duration(run, tests, events, samples),
-        "simulated": bool(run.get("simulated")),
+        "duration": _duration(report),
+        "simulated": bool(report.run.simulated),
         "devices": [
-            _device(device, samples.get(device.get("uuid")), most, workers) for device in devices
+            _device(device, report.samples.get(device.uuid), most, report.workers)
+            for device in report.devices
         ],
         "workers": [
-            {"id": str(worker.get("id")), "device": worker.get("device"), "colour": colour}
-            for worker, colour in zip(workers, colours(workers), strict=True)
+            {"id": worker.id, "device": worker.device, "colour": colour}
+            for worker, colour in zip(report.workers, colours(report.workers), strict=True)
         ],
         "events": [
             {
-                "at": number(event.get("at_s")),
-                "state": severity(event.get("kind")),
-                "text": visible(str(event.get("text") or event.get("kind"))),
-                "device": (event.get("facts") or {}).get("device"),
+                "at": event.at_s,
+                "state": severity(event.kind),
+                "text": visible(event.text or event.kind),
+                "device": event.facts.get("device"),
             }
             for event in events
         ],
-        "tests": _tests(tests, workers),
+        "tests": _tests(report.tests, report.workers),
     }
 
 
-def colours(workers: Sequence[Mapping[str, Any]]) -> list[int | None]:
+def colours(workers: Sequence[ShownWorker]) -> list[int | None]:
     """The number of each worker's colour; None for CPU workers, which share one."""
     numbers: list[int | None] = []
     for worker in workers:
         known = sum(held is not None for held in numbers)
-        numbers.append(known % WORKER_COLOURS if worker.get("role") == "gpu" else None)
+        numbers.append(known % WORKER_COLOURS if worker.role == "gpu" else None)
     return numbers
 
 
-def _duration(
-    run: Mapping[str, Any],
-    tests: Iterable[Mapping[str, Any]],
-    events: Iterable[Mapping[str, Any]],
-    samples: Mapping[str, Any],
-) -> float:
+def _duration(report: Shown) -> float:
     """The end of the time axis; a run that was cut off knows no duration of its own."""
-    moments = [number(run.get("duration_s"))]
-    moments += [number(test.get("end_s")) for test in tests]
-    moments += [number(event.get("at_s")) for event in events]
-    moments += [number(at) for held in samples.values() for at in (held.get("at_s") or ())[-1:]]
+    moments = [report.run.duration_s]
+    moments += [test.end_s for test in report.tests]
+    moments += [event.at_s for event in report.events[:MOST_EVENTS]]
+    moments += [number(at) for held in report.samples.values() for at in held.at_s[-1:]]
     return max((moment for moment in moments if moment is not None), default=0.0)
 
 
 def _device(
-    device: Mapping[str, Any],
-    samples: Mapping[str, Any] | None,
-    most: int,
-    workers: Sequence[Mapping[str, Any]],
+    device: ShownDevice, samples: ShownSamples | None, most: int, workers: Sequence[ShownWorker]
 ) -> dict[str, Any]:
-    figures = {
-        name: number(device.get(f"{name}_bytes"))
-        for name in (
-            "total",
-            "used_at_start",
-            "reservation",
-            "resident",
-            "safety_buffer",
-            "budget",
-        )
-    }
-    total = figures["total"]
     return {
-        "uuid": device.get("uuid"),
-        "label": label(device),
-        "name": visible(str(device.get("name") or "")),
-        **figures,
-        "samples": drawn(samples, most, total, workers) if samples else None,
+        "uuid": device.uuid,
+        "label": device.label,
+        "name": visible(device.name),
+        "total": device.total_bytes,
+        "used_at_start": device.used_at_start_bytes,
+        "reservation": device.reservation_bytes,
+        "resident": device.resident_bytes,
+        "safety_buffer": device.safety_buffer_bytes,
+        "budget": device.budget_bytes,
+        "samples": drawn(samples, most, device.total_bytes, workers) if samples else None,
     }
 
 
-def _tests(
-    tests: Sequence[Mapping[str, Any]], workers: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    numbers = {str(worker.get("id")): at for at, worker in enumerate(workers)}
+def _tests(tests: Sequence[ShownTest], workers: Sequence[ShownWorker]) -> dict[str, Any]:
+    numbers = {worker.id: at for at, worker in enumerate(workers)}
     files: dict[str, int] = {}
     file_of, names = [], []
     for test in tests:
-        file, separator, name = visible(str(test.get("nodeid"))).partition("::")
+        file, separator, name = visible(test.nodeid).partition("::")
         file_of.append(files.setdefault(file, len(files)))
         names.append(separator + name)
-    starts = [number(test.get("start_s")) for test in tests]
-    ends = [number(test.get("end_s")) for test in tests]
-    columns: dict[str, Any] = {
+    columns: dict[str, list[Any]] = {
         "file": file_of,
         "name": names,
-        "worker": [numbers.get(str(test.get("worker"))) for test in tests],
-        "start": starts,
-        "took": [
-            None if start is None or end is None else round(end - start, 3)
-            for start, end in zip(starts, ends, strict=True)
-        ],
-        "notes": [visible("\n".join(map(str, test.get("notes") or ()))) for test in tests],
-        **{name: [number(test.get(name)) for test in tests] for name in _FIGURES},
-        **{name: [_word(test.get(name)) for test in tests] for name in _WORDS},
-        "least": [test.get("peak_exact") is False for test in tests],
+        "worker": [numbers.get(test.worker) for test in tests],
+        "start": [test.start_s for test in tests],
+        "took": [_took(test) for test in tests],
+        "notes": [visible("\n".join(test.notes)) for test in tests],
+        **{name: [getattr(test, name) for test in tests] for name in _COLUMNS},
+        "least": [test.peak_exact is False for test in tests],
     }
     return {
         "count": len(tests),
@@ -310,8 +286,9 @@ def _tests(
     }
 
 
-def _word(value: object) -> str | None:
-    return None if value is None else str(value)
+def _took(test: ShownTest) -> float | None:
+    known = test.start_s is not None and test.end_s is not None
+    return round((test.end_s or 0) - (test.start_s or 0), 3) if known else None
 
 
 def _column(values: list[Any]) -> Any:

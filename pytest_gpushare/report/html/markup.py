@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from pytest_gpushare.report.html.shown import ShownDevice
 from pytest_gpushare.units import GB, MB, format_gb
 
 UNKNOWN = "unknown"
@@ -17,16 +17,8 @@ _BAD = frozenset(
 _WARNING = frozenset({"ollama-unloaded", "ollama-reloaded", "pressure", "leak"})
 
 
-def number(value: object) -> float | None:
-    """The value, or None where it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return value if math.isfinite(value) else None
-
-
-def size(value: object) -> str:
+def size(held: float | None) -> str:
     """`4.5 GB`, `600 MB` below a tenth of a GB, or `unknown`; bytes."""
-    held = number(value)
     if held is None:
         return UNKNOWN
     if 0 < abs(held) < GB / 10:
@@ -34,9 +26,8 @@ def size(value: object) -> str:
     return format_gb(round(held))
 
 
-def span(value: object) -> str:
+def span(seconds: float | None) -> str:
     """`4 ms`, `0.25 s`, `12.3 s`, `3 min 20 s`, `2 h 05 min`, or `unknown`; seconds."""
-    seconds = number(value)
     if seconds is None:
         return UNKNOWN
     if seconds < 0.1:
@@ -48,9 +39,8 @@ def span(value: object) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
 
 
-def clock(value: object) -> str:
+def clock(seconds: float | None) -> str:
     """A moment of the run: `0:03.2`, `12:05.0` or `3:20:05`; seconds since its start."""
-    seconds = number(value)
     if seconds is None:
         return UNKNOWN
     if seconds < 3600:
@@ -72,41 +62,15 @@ def listed(names: list[str], most: int = 6) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
-def label(device: Mapping[str, Any]) -> str:
-    """`GPU 0`, as the terminal has it, or the start of the UUID where no index is known."""
-    index = device.get("index")
-    return f"GPU {index}" if index not in (None, "") else str(device.get("uuid"))[:12]
-
-
-def each(document: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """The objects that a list of the document holds; none where it is missing."""
-    return [item for item in document.get(key) or () if isinstance(item, Mapping)]
-
-
-def in_order(held: object, workers: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
-    """What samples hold by worker, in the order of the document's workers."""
-    if not isinstance(held, Mapping):
-        return []
-    order = {str(worker.get("id")): at for at, worker in enumerate(workers)}
-    pairs = [(str(worker), values) for worker, values in held.items()]
-    return sorted(pairs, key=lambda pair: order.get(pair[0], len(order)))
-
-
-def tests_peak(device: Mapping[str, Any]) -> str:
+def tests_peak(device: ShownDevice) -> str:
     """What the tests held at most: `at least 7.4 GB, 3.9 GB of it unattributed`."""
-    held = number(device.get("peak_tests_bytes"))
-    left = number(device.get("peak_unattributed_bytes")) or 0
+    held, left = device.peak_tests_bytes, device.peak_unattributed_bytes or 0
     if held is None or 20 * left <= held:
         return size(held)
     return f"at least {size(held)}, {size(left)} of it unattributed"
 
 
-def texts(document: Mapping[str, Any], key: str) -> list[str]:
-    """The texts that a list of the document holds."""
-    return [str(item) for item in document.get(key) or ()]
-
-
-def severity(kind: object) -> str:
+def severity(kind: str) -> str:
     """`bad`, `warning` or `neutral`; kinds that a later version adds are neutral."""
     return "bad" if kind in _BAD else "warning" if kind in _WARNING else "neutral"
 

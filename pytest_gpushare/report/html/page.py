@@ -21,15 +21,13 @@ from pytest_gpushare.report.html.markup import (
     Markup,
     Part,
     clock,
-    each,
-    label,
     meter,
-    number,
     pairs,
     size,
     tag,
     tests_peak,
 )
+from pytest_gpushare.report.html.shown import Shown, ShownDevice, figures, number, shown
 from pytest_gpushare.report.html.verdict import Answer, answers, outcome, subtitle, title
 from pytest_gpushare.units import plural
 
@@ -54,6 +52,7 @@ def page(document: Mapping[str, Any]) -> str:
     hashes alone, and everything that would reach out is forbidden. The text can be written as
     UTF-8 whatever the names are.
     """
+    report = shown(document)
     style = "".join(map(_asset, _STYLES))
     # The licence asks to go wherever the library goes.
     library = f"/*!\n{_asset('uPlot.LICENSE.txt')}*/\n{_asset('uPlot.iife.min.js')}"
@@ -67,18 +66,18 @@ def page(document: Mapping[str, Any]) -> str:
             tag("meta", http_equiv="Content-Security-Policy", content=_policy(style, scripts)),
             tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
             tag("meta", name="color-scheme", content="light dark"),
-            tag("meta", name="generator", content=_generator(document)),
-            tag("title", title(document)),
+            tag("meta", name="generator", content=report.generator),
+            tag("title", title(report)),
             # Without it a browser asks the server that the page came from.
             tag("link", rel="icon", href="data:,"),
             tag("style", Markup(style)),
         ]
     )
     # In a script of data only "<" could end it; JSON has an escape for it.
-    held = json.dumps(data(document), separators=(",", ":"), allow_nan=False)
+    held = json.dumps(data(report), separators=(",", ":"), allow_nan=False)
     content = Markup("").join(
         [
-            body(document),
+            body(report),
             tag("script", Markup(held.replace("<", "\\u003c")), type="application/json", id="data"),
             *(tag("script", Markup(script)) for script in scripts),
         ]
@@ -102,40 +101,34 @@ def _asset(name: str) -> str:
     return (_ASSETS / name).read_text(encoding="utf-8")
 
 
-def _generator(document: Mapping[str, Any]) -> str:
-    generator = document.get("generator") or {}
-    return f"{generator.get('name', 'pytest-gpushare')} {generator.get('version', '')}".strip()
-
-
 _NAMES = {"ollama": "Ollama", "others": "others", "rest": "unattributed"}
 
 # Samples before and after the fullest one, to attribute VRAM to its owners.
 _AROUND = 20
 
 
-def meters(document: Mapping[str, Any]) -> Markup:
+def meters(report: Shown) -> Markup:
     """A bar for each device: what it held at its fullest moment."""
-    devices = each(document, "devices")
-    if not devices:
+    if not report.devices:
         return Markup("")
-    measured = any(number(device.get("peak_used_bytes")) is not None for device in devices)
+    measured = any(device.peak_used_bytes is not None for device in report.devices)
     return tag(
         "section",
         tag("h2", "At the fullest moment" if measured else "As it was planned"),
-        *(_meter(document, device) for device in devices),
+        *(_meter(report, device) for device in report.devices),
         id="devices",
     )
 
 
-def _meter(document: Mapping[str, Any], device: Mapping[str, Any]) -> Markup:
-    total, peak = number(device.get("total_bytes")), number(device.get("peak_used_bytes"))
-    at, parts = _fullest(document, device)
+def _meter(report: Shown, device: ShownDevice) -> Markup:
+    total, peak = device.total_bytes, device.peak_used_bytes
+    at, parts = _fullest(report, device)
     if not parts and peak:
         parts = [Part("rest", "in use", peak)]
     when = f" at {clock(at)}" if at is not None else ""
     return tag(
         "article",
-        tag("h3", tag("b", label(device)), " ", str(device.get("name") or "")),
+        tag("h3", tag("b", device.label), " ", device.name),
         tag(
             "p",
             tag("b", size(peak), data_bytes=peak),
@@ -146,11 +139,11 @@ def _meter(document: Mapping[str, Any], device: Mapping[str, Any]) -> Markup:
         _key(parts, total, peak),
         pairs(
             [
-                ("free at the start", size(device.get("free_at_start_bytes"))),
-                ("kept for Ollama", size(device.get("reservation_bytes"))),
-                ("of it resident", size(device.get("resident_bytes"))),
-                ("safety buffer", size(device.get("safety_buffer_bytes"))),
-                ("budget of tests", size(device.get("budget_bytes"))),
+                ("free at the start", size(device.free_at_start_bytes)),
+                ("kept for Ollama", size(device.reservation_bytes)),
+                ("of it resident", size(device.resident_bytes)),
+                ("safety buffer", size(device.safety_buffer_bytes)),
+                ("budget of tests", size(device.budget_bytes)),
                 ("most held by tests", tests_peak(device)),
             ]
         ),
@@ -158,26 +151,23 @@ def _meter(document: Mapping[str, Any], device: Mapping[str, Any]) -> Markup:
     )
 
 
-def _bar(device: Mapping[str, Any], parts: list[Part], total: float) -> Markup:
+def _bar(device: ShownDevice, parts: list[Part], total: float) -> Markup:
     """As the timeline has it: Ollama at one end, all others at the other."""
     ollama = next((part for part in parts if part.kind == "ollama"), None)
-    reservation = number(device.get("reservation_bytes")) or 0
-    resident = 0 if ollama else number(device.get("resident_bytes")) or 0
-    buffer = number(device.get("safety_buffer_bytes")) or 0
-    edges = Edges(max(0, reservation - resident), buffer)
+    resident = 0 if ollama else device.resident_bytes or 0
+    kept = max(0, (device.reservation_bytes or 0) - resident)
+    edges = Edges(kept, device.safety_buffer_bytes or 0)
     return meter([part for part in parts if part is not ollama], total, ollama, edges)
 
 
-def _fullest(
-    document: Mapping[str, Any], device: Mapping[str, Any]
-) -> tuple[float | None, list[Part]]:
+def _fullest(report: Shown, device: ShownDevice) -> tuple[float | None, list[Part]]:
     """The moment at which the device was fullest, and who held what."""
-    held = ((document.get("samples") or {}).get("devices") or {}).get(device.get("uuid")) or {}
-    used = [number(value) for value in held.get("used_bytes") or ()]
-    if not any(used):
+    held = report.samples.get(device.uuid)
+    used = figures(held.used_bytes, range(len(held.used_bytes))) if held is not None else []
+    if held is None or not any(used):
         return None, []
     index = max(range(len(used)), key=lambda at: used[at] or 0)
-    times = held.get("at_s") or ()
+    times = held.at_s
     around = [
         at
         for at in range(max(0, index - _AROUND), min(len(times), index + _AROUND + 1))
@@ -185,21 +175,19 @@ def _fullest(
     ]
     if index not in around:
         return None, []
-    workers = each(document, "workers")
-    shown = holders(held, around, number(device.get("total_bytes")), workers)
+    columns = holders(held, around, device.total_bytes, report.workers)
     there = around.index(index)
-    numbers = dict(
-        zip((str(worker.get("id")) for worker in workers), colours(workers), strict=True)
-    )
+    ids = [worker.id for worker in report.workers]
+    numbers = dict(zip(ids, colours(report.workers), strict=True))
     parts = [
         Part(
             f"worker-{numbers.get(name) or 0}" if kind == "worker" else kind,
             _NAMES.get(kind, name),
             values[there] or 0,
         )
-        for kind, name, values in shown.parts
+        for kind, name, values in columns.parts
     ]
-    return shown.times[there], [part for part in parts if part.held > 0]
+    return columns.times[there], [part for part in parts if part.held > 0]
 
 
 def _key(parts: list[Part], total: float | None, peak: float | None) -> Markup:
@@ -214,6 +202,8 @@ def _key(parts: list[Part], total: float | None, peak: float | None) -> Markup:
     return tag("ul", *items, cls="key")
 
 
+_ALONE = "This page is one file and asks no network."
+
 # What a verdict shows before the reader asks for more.
 _FIRST = 3
 
@@ -221,50 +211,50 @@ _SIGNS = {"good": "✓", "warning": "!", "bad": "✕", "neutral": "i"}
 _MEANT = {"good": "good", "warning": "look at this", "bad": "bad", "neutral": "for information"}
 
 
-def body(document: Mapping[str, Any]) -> Markup:
+def body(report: Shown) -> Markup:
     """All that stands in the page before its scripts."""
     return Markup("\n").join(
         [
             tag("a", "Skip to the tests", cls="skip", href="#tests"),
-            _header(document),
+            _header(report),
             tag(
                 "main",
                 *filter(
                     None,
                     [
-                        _verdict(document),
-                        meters(document),
-                        _timeline(document),
-                        tables.events(document),
-                        _tests(document),
-                        tables.leaks(document),
-                        tables.workers(document),
-                        tables.ollama(document),
-                        tables.settings(document),
-                        tables.terminal_text(document),
+                        _verdict(report),
+                        meters(report),
+                        _timeline(report),
+                        tables.events(report),
+                        _tests(report),
+                        tables.leaks(report),
+                        tables.workers(report),
+                        tables.ollama(report),
+                        tables.settings(report),
+                        tables.terminal_text(report),
                     ],
                 ),
             ),
-            tag("footer", f"{_maker(document)}. This page is one file and asks no network."),
+            tag("footer", f"Made by {report.generator}. {_ALONE}"),
         ]
     )
 
 
-def _header(document: Mapping[str, Any]) -> Markup:
-    state, text = outcome(document)
+def _header(report: Shown) -> Markup:
+    state, text = outcome(report)
     return tag(
         "header",
         tag("p", "GPU share report", cls="eyebrow"),
         tag("h1", tag("span", _SIGNS[state], cls=f"sign {state}", aria_hidden="true"), " ", text),
-        tag("p", subtitle(document), cls="subtitle"),
+        tag("p", subtitle(report), cls="subtitle"),
     )
 
 
-def _verdict(document: Mapping[str, Any]) -> Markup:
+def _verdict(report: Shown) -> Markup:
     return tag(
         "section",
         tag("h2", "Verdict", cls="unseen"),
-        *map(_answer, answers(document)),
+        *map(_answer, answers(report)),
         id="verdict",
     )
 
@@ -301,8 +291,8 @@ def code(text: str) -> Markup:
     )
 
 
-def _timeline(document: Mapping[str, Any]) -> Markup:
-    if not each(document, "tests") and not each(document, "devices"):
+def _timeline(report: Shown) -> Markup:
+    if not report.tests and not report.devices:
         return Markup("")
     buttons = [
         ("in", "+", "Zoom in"),
@@ -341,8 +331,8 @@ def _timeline(document: Mapping[str, Any]) -> Markup:
     )
 
 
-def _tests(document: Mapping[str, Any]) -> Markup:
-    count = len(each(document, "tests"))
+def _tests(report: Shown) -> Markup:
+    count = len(report.tests)
     if not count:
         return tag("section", tag("h2", "Tests"), tag("p", "No test ran."), id="tests")
     return tag(
@@ -384,10 +374,3 @@ def _tests(document: Mapping[str, Any]) -> Markup:
 
 def _without_script(what: str) -> Markup:
     return tag("noscript", tag("p", f"{what} needs JavaScript; the rest of the page does not."))
-
-
-def _maker(document: Mapping[str, Any]) -> str:
-    generator = document.get("generator") or {}
-    return (
-        f"Made by {generator.get('name', 'pytest-gpushare')} {generator.get('version', '')}".strip()
-    )

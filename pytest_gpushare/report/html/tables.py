@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from pytest_gpushare.report.html.data import MOST_EVENTS, colours
 from pytest_gpushare.report.html.markup import (
@@ -11,40 +10,36 @@ from pytest_gpushare.report.html.markup import (
     Markup,
     Part,
     clock,
-    each,
-    label,
     listed,
     meter,
-    number,
     pairs,
     percent,
     severity,
     size,
     span,
     tag,
-    texts,
 )
+from pytest_gpushare.report.html.shown import Shown, ShownLeak
 from pytest_gpushare.units import plural
 
 _SIGNS = {"bad": "▼", "warning": "◆", "neutral": "●"}
 
 
-def events(document: Mapping[str, Any]) -> Markup:
+def events(report: Shown) -> Markup:
     """What happened, with its times; the numbers are those on the timeline."""
-    happened = each(document, "events")
+    happened = report.events
     if not happened:
         return Markup("")
     rows = []
     for event in happened[:MOST_EVENTS]:
-        state = severity(event.get("kind"))
-        at = number(event.get("at_s"))
+        state, at = severity(event.kind), event.at_s
         rows.append(
             tag(
                 "li",
                 tag("button", clock(at), type="button", data_at=at, title="Show on the timeline"),
                 tag("span", _SIGNS[state], cls="sign", aria_hidden="true"),
-                tag("span", str(event.get("text") or event.get("kind")), cls="text"),
-                tag("code", str(event.get("kind"))),
+                tag("span", event.text or event.kind, cls="text"),
+                tag("code", event.kind),
                 cls=state,
             )
         )
@@ -56,17 +51,17 @@ def events(document: Mapping[str, Any]) -> Markup:
     )
 
 
-def leaks(document: Mapping[str, Any]) -> Markup:
+def leaks(report: Shown) -> Markup:
     """Tests that left VRAM behind, the largest first."""
-    found = sorted(each(document, "leaks"), key=lambda leak: -(number(leak.get("bytes")) or 0))
+    found = sorted(report.leaks, key=lambda leak: -(leak.bytes or 0))
     if not found:
         return Markup("")
     rows = [
         [
             tag("bdi", _leaky(leak)),
-            str(leak.get("worker") or UNKNOWN),
-            tag("b", size(leak.get("bytes"))),
-            str(leak.get("source") or UNKNOWN),
+            leak.worker or UNKNOWN,
+            tag("b", size(leak.bytes)),
+            leak.source or UNKNOWN,
         ]
         for leak in found
     ]
@@ -79,108 +74,99 @@ def leaks(document: Mapping[str, Any]) -> Markup:
     )
 
 
-def _leaky(leak: Mapping[str, Any]) -> str:
+def _leaky(leak: ShownLeak) -> str:
     """The test, or those of which one it was."""
-    if leak.get("nodeid"):
-        return str(leak["nodeid"])
-    suspects = texts(leak, "suspects")
-    more = int(number(leak.get("suspects_count")) or len(suspects)) - len(suspects[:5])
-    names = [*suspects[:5], *([f"{more} more"] if more > 0 else [])]
-    return f"one of {listed(names)}" if suspects else UNKNOWN
+    if leak.nodeid or not leak.suspects:
+        return leak.nodeid or UNKNOWN
+    more = int(leak.suspects_count or len(leak.suspects)) - len(leak.suspects[:5])
+    names = [*leak.suspects[:5], *([f"{more} more"] if more > 0 else [])]
+    return f"one of {listed(names)}"
 
 
-def workers(document: Mapping[str, Any]) -> Markup:
+def workers(report: Shown) -> Markup:
     """Each worker: where it ran, and its peak against its slot."""
-    found = each(document, "workers")
+    found = report.workers
     if not found:
         return Markup("")
-    names = {device.get("uuid"): label(device) for device in each(document, "devices")}
+    names = {device.uuid: device.label for device in report.devices}
     rows: list[list[str]] = []
     for worker, colour in zip(found, colours(found), strict=True):
         kind = "cpu" if colour is None else f"worker-{colour}"
-        slot, peak = number(worker.get("slot_bytes")), number(worker.get("peak_bytes"))
-        allowed = max(slot or 0, number(worker.get("need_bytes")) or 0)
+        slot, peak, device = worker.slot_bytes, worker.peak_bytes, worker.device
+        allowed = max(slot or 0, worker.need_bytes or 0)
         share = Markup("")
         if allowed and peak is not None:
             share = meter([Part(kind, "peak", peak)], allowed)
-        least = "at least " if worker.get("peak_exact") is False else ""
-        device = worker.get("device")
+        least = "at least " if worker.peak_exact is False else ""
         rows.append(
             [
-                tag("span", tag("i", cls=f"swatch {kind}"), str(worker.get("id"))),
-                str(names.get(device, device or "CPU")),
+                tag("span", tag("i", cls=f"swatch {kind}"), worker.id),
+                names.get(device or "", device or "CPU"),
                 size(slot) if slot else "–",
                 tag("b", least, size(peak), data_bytes=peak) if slot else "–",
                 tag("span", share, percent(peak, allowed) if allowed and peak is not None else ""),
-                str(worker.get("peak_source") or ("–" if not slot else UNKNOWN)),
-                "crashed" if worker.get("crashed") else span(_lived(worker)),
+                worker.peak_source or (UNKNOWN if slot else "–"),
+                "crashed" if worker.crashed else span(worker.lived),
             ]
         )
     heads = ["worker", "where", "slot", "peak", "peak of slot or need", "measured by", "ran"]
     return tag("section", tag("h2", "Workers"), _table("Workers", heads, rows), id="workers")
 
 
-def _lived(worker: Mapping[str, Any]) -> float | None:
-    start, end = number(worker.get("started_s")), number(worker.get("ended_s"))
-    return None if start is None or end is None else end - start
-
-
-def ollama(document: Mapping[str, Any]) -> Markup:
+def ollama(report: Shown) -> Markup:
     """What Ollama said of itself and of its models."""
-    found = document.get("ollama")
-    if not found:
+    found = report.ollama
+    if found is None:
         return Markup("")
     rows = [
         [
-            tag("bdi", str(model.get("name"))),
-            size(model.get("size_bytes")),
-            size(model.get("size_vram_bytes")),
-            "a part on the CPU" if model.get("spilled") else "whole on the GPU",
+            tag("bdi", model.name),
+            size(model.size_bytes),
+            size(model.size_vram_bytes),
+            "a part on the CPU" if model.spilled else "whole on the GPU",
         ]
-        for model in each(found, "models")
+        for model in report.models
     ]
     return tag(
         "section",
         tag("h2", "Ollama"),
-        *(tag("p", line) for line in texts(found, "verdict")),
+        *(tag("p", line) for line in found.verdict),
         _table("Models", ["model", "size", "on the GPU", "at the end"], rows)
         if rows
         else Markup(""),
         pairs(
             [
-                ("server", str(found.get("address") or UNKNOWN)),
-                ("version", str(found.get("version") or UNKNOWN)),
-                ("found by", str(found.get("found_by") or UNKNOWN)),
-                ("problem", str(found.get("problem") or "")),
+                ("server", found.address or UNKNOWN),
+                ("version", found.version or UNKNOWN),
+                ("found by", found.found_by or UNKNOWN),
+                ("problem", found.problem),
             ]
         ),
         id="ollama",
     )
 
 
-def settings(document: Mapping[str, Any]) -> Markup:
+def settings(report: Shown) -> Markup:
     """The plan, and each setting with its origin; those that are not defaults first."""
-    plan = document.get("plan") or {}
-    held = plan.get("settings") or {}
+    plan = report.plan
     rows = [
         [tag("code", f"gpu_share_{key}"), str(setting.get("value")), str(setting.get("origin"))]
         for key, setting in sorted(
-            held.items(), key=lambda item: (item[1].get("origin") == "default", item[0])
+            plan.settings.items(), key=lambda item: (item[1].get("origin") == "default", item[0])
         )
     ]
-    run = document.get("run") or {}
     return tag(
         "section",
         tag("h2", "Plan and settings"),
         pairs(
             [
-                ("GPU workers", str(plan.get("gpu_workers", UNKNOWN))),
-                ("CPU workers", str(plan.get("cpu_workers", UNKNOWN))),
-                ("limited by", ", ".join(texts(plan, "limited_by")) or "nothing"),
-                ("presets", ", ".join(texts(plan, "presets")) or "none"),
-                ("needed for a worker", size(plan.get("needed_bytes"))),
-                ("no GPU because", str(plan.get("absence") or "")),
-                ("platform", str(run.get("platform") or UNKNOWN)),
+                ("GPU workers", _count(plan.gpu_workers)),
+                ("CPU workers", _count(plan.cpu_workers)),
+                ("limited by", ", ".join(plan.limited_by) or "nothing"),
+                ("presets", ", ".join(plan.presets) or "none"),
+                ("needed for a worker", size(plan.needed_bytes)),
+                ("no GPU because", plan.absence),
+                ("platform", report.run.platform or UNKNOWN),
             ]
         ),
         tag(
@@ -194,14 +180,21 @@ def settings(document: Mapping[str, Any]) -> Markup:
     )
 
 
-def terminal_text(document: Mapping[str, Any]) -> Markup:
+def _count(workers: float | None) -> str:
+    return UNKNOWN if workers is None else str(workers)
+
+
+def terminal_text(report: Shown) -> Markup:
     """What the terminal said."""
-    lines = texts(document, "summary")
-    if not lines:
+    if not report.summary:
         return Markup("")
     return tag(
         "section",
-        tag("details", tag("summary", "What the terminal said"), tag("pre", "\n".join(lines))),
+        tag(
+            "details",
+            tag("summary", "What the terminal said"),
+            tag("pre", "\n".join(report.summary)),
+        ),
         id="terminal",
     )
 
