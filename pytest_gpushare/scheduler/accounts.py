@@ -12,7 +12,8 @@ class Account:
     """What one worker has on one device, in bytes."""
 
     __slots__ = (
-        "committed", "fresh", "held", "need", "now", "outstanding", "present", "running", "used"
+        "ahead", "committed", "fresh", "held", "need", "now", "outstanding", "present", "running",
+        "used",
     )  # fmt: skip
 
     held: int
@@ -32,11 +33,14 @@ class Account:
     """What is set aside for it: a test that takes more than its need is believed."""
     outstanding: int
     """What its test may still take."""
+    ahead: int
+    """What its next test, which was sent already, takes of the VRAM that is free while the running
+    one ends: what that gives back may come late."""
 
     @classmethod
     def opened(cls) -> Account:
         """That of a worker which has done nothing yet."""
-        return cls(0, 0, None, False, False, False, 0, 0, 0)
+        return cls(0, 0, None, False, False, False, 0, 0, 0, 0)
 
 
 class DeviceLedger:
@@ -58,7 +62,7 @@ class DeviceLedger:
         """What must stay free: Ollama's outstanding reservation and the safety buffer."""
         self._is_attributed = False
         """Whether NVML has reported what a worker holds here."""
-        self.present = self.committed = self.outstanding = 0
+        self.present = self.committed = self.outstanding = self.ahead = 0
         """The sums over all accounts."""
 
     def open(self, worker: str) -> None:
@@ -71,6 +75,7 @@ class DeviceLedger:
         if account is None:
             return 0
         before = account.committed
+        self.keep_ahead(worker, 0)
         account.held = account.need = 0
         account.now, account.running = None, False
         self._post(account)
@@ -84,6 +89,12 @@ class DeviceLedger:
         account.need = need
         account.running = account.used = account.fresh = True
         self._post(account)
+
+    def keep_ahead(self, worker: str, need: int) -> None:
+        """Keep so much free for the next test of a worker while its running one ends; 0: none."""
+        account = self.accounts[worker]
+        self.ahead += need - account.ahead
+        account.ahead = need
 
     def stop(self, worker: str, held: int | None) -> int:
         """The test is over; returns what should come back."""
@@ -144,13 +155,14 @@ class DeviceLedger:
 
     def live(self, worker: str) -> int | None:
         """The same by what is free now; None where that is unknown."""
-        free = self.reading.free
-        if free is None:
+        if self.reading.free is None:
             return None
+        free = self.reading.free - self.kept - self.ahead
         own = self.accounts.get(worker)
         if own is None:
-            return free - self.kept - self._unclaimed(self.outstanding)
-        return free - self.kept - self._unclaimed(self.outstanding - own.outstanding) + own.present
+            return free - self._unclaimed(self.outstanding)
+        outstanding = self._unclaimed(self.outstanding - own.outstanding)
+        return free - outstanding + own.ahead + own.present
 
     def limit(self, worker: str) -> int:
         """The largest need that may start in this worker now: the smaller of `left` and `live`.
@@ -166,6 +178,8 @@ class DeviceLedger:
         if outstanding:
             outstanding = self._unclaimed(outstanding)
         live = free - self.kept - outstanding + own.present
+        if self.ahead:
+            live -= self.ahead - own.ahead
         return live if live < left else left
 
     def floor(self, worker: str) -> int:

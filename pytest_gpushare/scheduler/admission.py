@@ -102,7 +102,7 @@ class Admitting:
         unit = self._fitting(worker)
         if unit is not None and reserves:
             if self._is_there(worker, unit.tests[0]):
-                return [self._begin(worker, unit)]
+                return [self._begin(worker, unit, ahead=question == "end")]
             return [self._bind(worker, unit, waits=False, reserved=True)]
         if unit is None:
             help_ = self.help(worker)
@@ -329,8 +329,11 @@ class Admitting:
             pool.pending.take(unit, pool.kind(unit))
             worker.begin(unit)
 
-    def _begin(self, worker: GpuWorker, unit: Unit) -> Run:
-        """Send the next test of the unit, and more where these are short."""
+    def _begin(self, worker: GpuWorker, unit: Unit, *, ahead: bool = False) -> Run:
+        """Send the next test of the unit, and more where these are short.
+
+        `ahead`: the running test of this worker is about to end.
+        """
         pool = self._pool
         tests: list[int] = []
         admissions: dict[int, Admission] = {}
@@ -342,7 +345,7 @@ class Admitting:
             waited = 0.0 if next_unit.since is None else pool.at - next_unit.since
             next_unit.since, next_unit.overtaken = None, 0
             test = next_unit.next()
-            admission = self._assign(worker, test, waited)
+            admission = self._assign(worker, test, waited, ahead=ahead)
             tests.append(test)
             if admission != _PLAIN:
                 admissions[test] = admission
@@ -376,13 +379,15 @@ class Admitting:
         known = [time for time in times if time is not None]
         return len(known) == len(times) and sum(known) < CHAIN
 
-    def _assign(self, worker: GpuWorker, test: int, waited: float) -> Admission:
+    def _assign(
+        self, worker: GpuWorker, test: int, waited: float, *, ahead: bool = False
+    ) -> Admission:
         pool = self._pool
         known, need = pool.need(test), pool.bytes_for(worker, test)
         note = ""
         if test in pool.forced:
             note = f"started without room on its GPU: {pool.forced[test]}"
-        alone = pool.assign(worker, test)
+        alone = pool.assign(worker, test, ahead=ahead)
         worker.latest = test
         source = known.source if need else ""
         return Admission(need, source, waited, alone, note, pool.refusals.get(test))

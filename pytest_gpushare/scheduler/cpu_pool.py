@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from pytest_gpushare.scheduler.gpu_pool import GpuWorker
-from pytest_gpushare.scheduler.queue import GROUPED, Unit, in_parts, in_units
+from pytest_gpushare.scheduler.queue import GROUPED, LONG_TEST, Unit, in_parts, in_units
 from pytest_gpushare.scheduler.types import (
     Action,
     Admission,
@@ -40,8 +40,6 @@ class CpuWorker:
         return self.collected is None or test in self.collected
 
 
-LONG_TEST = 0.1
-"""From this duration on xdist's `load` commits no test beyond the next one, in seconds."""
 WORTH_HELP = 0.01
 """A GPU worker helps out where tests last as long on average; each costs it about 1 ms more."""
 LOOKED_AT = 64

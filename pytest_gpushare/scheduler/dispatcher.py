@@ -15,7 +15,7 @@ from pytest_gpushare.scheduler.cpu_pool import CpuPool
 from pytest_gpushare.scheduler.fairness import Backfilling
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 from pytest_gpushare.scheduler.pressure import Pressure
-from pytest_gpushare.scheduler.queue import Unit
+from pytest_gpushare.scheduler.queue import LoadOrder, Unit
 from pytest_gpushare.scheduler.routing import Fallback, ordered, routes
 from pytest_gpushare.scheduler.types import (
     Action,
@@ -59,6 +59,8 @@ class Dispatcher:
         self._asking: list[GpuWorker] = []
         self._expected = 0
         self._begun = False
+        self._alone: LoadOrder | None = None
+        """Where one worker runs all tests: their order, should it die."""
         self._stopping = False
         self._gone = False
         """Whether workers went since it was asked last who can run what."""
@@ -102,6 +104,8 @@ class Dispatcher:
     def worker_up(self, worker: Worker, collected: Collection[int] | None = None) -> None:
         """A worker is ready; `collected` are the tests that it knows, None: all."""
         self._expected = max(0, self._expected - 1)
+        if self._alone is not None:
+            self._alone.up()
         if worker.devices:
             self._gpu.up(worker, collected)
         else:
@@ -137,7 +141,18 @@ class Dispatcher:
             kept.put_first(rest.pop())
         self._left -= running is not None
         self._requeue(rest)
+        if self._alone is not None:
+            self._reorder(self._alone.down(running))
         return lost
+
+    def _reorder(self, places: Mapping[int, int]) -> None:
+        """Put what is pending into this order; tests that have no place keep theirs, first."""
+        pending = self._gpu.pending
+        units = pending.all()
+        for unit in units:
+            pending.take(unit, self._gpu.kind(unit))
+        for unit in sorted(units, key=lambda unit: places.get(unit.tests[0], -1)):
+            pending.back(unit)
 
     def asked(self, worker: str, test: int, when: str) -> None:
         """A worker wants to know what follows this test; `when`: at its `start` or `end`.
@@ -169,6 +184,8 @@ class Dispatcher:
         `duration` in seconds. Returns whether a step would do something.
         """
         self._left -= 1
+        if self._alone is not None:
+            self._alone.done(test, duration or 0.0)
         if worker in self._cpu.workers:
             return self._cpu.finished(worker, test, duration) or not self._left
         gpu = self._gpu
@@ -223,7 +240,12 @@ class Dispatcher:
     def again(self, test: int) -> None:
         """Dispatch once more a test that is over."""
         self._left += 1
-        self._requeue([test])
+        if self._alone is None:
+            self._requeue([test])
+        else:
+            self._alone.again(test)
+            self._gpu.pending.back(Unit([test]), first=True)
+            self._gpu.note_change()
 
     def stop(self, stopping: bool = True) -> None:
         """Say whether the run ends before its tests are done: then nothing more is handed out."""
@@ -281,6 +303,8 @@ class Dispatcher:
         found = routes(self._jobs, self._gpu, self._cpu)
         alone = len(self._gpu.workers) == 1 and not self._cpu.workers
         self._gpu.pending, self._gpu.cold = ordered(found.gpu, self._jobs, self._gpu, alone=alone)
+        if alone and self._gpu.policy.dist == "load":
+            self._alone = LoadOrder(found.gpu, self._gpu.policy.chunk)
         self._fallback.refuse(found.refused)
         cpu = set(found.cpu)
         for test, reason in found.without_gpu.items():

@@ -338,8 +338,11 @@ class GpuPool:
             self.ledgers[device].runs_beside(worker.id) for device in worker.devices
         )
 
-    def assign(self, worker: GpuWorker, test: int) -> bool:
-        """Count a test as running in this worker. Returns whether it is alone on its devices."""
+    def assign(self, worker: GpuWorker, test: int, *, ahead: bool = False) -> bool:
+        """Count a test as running in this worker. Returns whether it is alone on its devices.
+
+        `ahead`: it was sent while the running one ends, and takes what is free now.
+        """
         count, exclusive = self.kind_of(test)
         exclusive = exclusive or test in self.forced
         self.serial += 1
@@ -351,6 +354,8 @@ class GpuPool:
                 ledger = self.ledgers[device]
                 before = ledger.running.get(worker.id)
                 ledger.start(worker.id, need if before is None else max(need, before.need))
+                if ahead and before is not None:
+                    ledger.keep_ahead(worker.id, max(need, before.ahead))
         if exclusive:
             self.exclusive.add(worker.id)
         self.idle[worker.device].pop(worker.id, None)
@@ -380,6 +385,10 @@ class GpuPool:
             return {}
         count, exclusive = self.kind_of(test)
         exclusive = exclusive or test in self.forced
+        for device in worker.devices:
+            if self.ledgers[device].accounts[worker.id].ahead:
+                self.ledgers[device].keep_ahead(worker.id, 0)
+                self.note_change(device)
         rest = [t for t in worker.sent if t not in self.helped]
         if len(rest) > 1 and not exclusive and not self.has_several:
             # In a chain of short tests the largest need stands for all of them.

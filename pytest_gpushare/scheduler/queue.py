@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pytest_gpushare.scheduler.needs import Need
 from pytest_gpushare.scheduler.types import Job
@@ -11,6 +11,9 @@ IN_ORDER = "in order: "
 """How the key of a group begins of which a worker never runs an earlier test after a later one:
 it shares parametrised fixtures, which would be set up once more."""
 
+
+LONG_TEST = 0.1
+"""From this duration on xdist's `load` commits no test beyond the next one, in seconds."""
 
 NOTHING = 1 << 62
 """A need that fits nowhere: what is not pending."""
@@ -190,11 +193,11 @@ class Pending:
         else:
             self.again.remove(unit)
 
-    def back(self, unit: Unit) -> None:
+    def back(self, unit: Unit, *, first: bool = False) -> None:
         """A unit comes back, perhaps without the tests that were run."""
         self.count += 1
         unit.rank = -1
-        self.again.append(unit)
+        self.again.insert(0 if first else len(self.again), unit)
 
     def front(self) -> Unit | None:
         """The unit whose turn it is."""
@@ -216,3 +219,48 @@ class Pending:
                 found.append(self.units[rank])
                 rank = tree.first(1 << 61, rank + 1)
         return found
+
+
+class LoadOrder:
+    """The order in which xdist's `load` has its only worker run the tests, whatever ends it.
+
+    What had been sent to a worker that died goes to the end of the queue there; so how much was
+    sent is counted as `load` does.
+    """
+
+    def __init__(self, tests: Iterable[int], chunk: int | None) -> None:
+        """`chunk`: `--maxschedchunk`; None: as much as it likes."""
+        self._pending = list(tests)
+        self._sent: list[int] = []
+        self._chunk = len(self._pending) if chunk is None else chunk
+        self._send(max(2, min(len(self._pending) // 4, self._chunk)))
+
+    def _send(self, count: int) -> None:
+        self._sent += self._pending[:count]
+        del self._pending[:count]
+
+    def _fill(self, duration: float) -> None:
+        least, most = (max(2, len(self._pending) // part) for part in (4, 2))
+        has = len(self._sent)
+        if has < least and not (duration >= LONG_TEST and has >= 2):
+            self._send(min(most - has, max(2 - has, self._chunk)))
+
+    def done(self, test: int, duration: float) -> None:
+        """A test is over."""
+        if test in self._sent:
+            self._sent.remove(test)
+            self._fill(duration)
+
+    def down(self, running: int | None) -> Mapping[int, int]:
+        """The worker died in this test. Returns the place of each test that is left."""
+        self._pending += [test for test in self._sent if test != running]
+        self._sent.clear()
+        return {test: place for place, test in enumerate(self._pending)}
+
+    def again(self, test: int) -> None:
+        """A test that is over is to be run once more."""
+        self._pending.insert(0, test)
+
+    def up(self) -> None:
+        """Another worker takes its place."""
+        self._fill(0.0)

@@ -378,6 +378,26 @@ def test_death_after_a_test(workers: int, project: Project, same: Same) -> None:
     assert (ours.code, ours.crashed) == (1, ["test_death.py::test_poison"])
 
 
+@pytest.mark.parametrize("options", [(), ("--maxschedchunk=1",)], ids=["", "chunk"])
+def test_order_after_a_crash(options: tuple[str, ...], project: Project, same: Same) -> None:
+    """With one worker the tests go on in stock's order: what had been sent goes to the end."""
+    tests = """
+        import os, time
+        import pytest
+
+        @pytest.mark.parametrize("i", range(24))
+        def test_each(i):
+            if i in (1, 9, 20):
+                os._exit(3)
+            if i in (4, 5):
+                time.sleep(0.12)
+    """
+    project.write(test_order=tests)
+    ours = same("--max-worker-restart=1000", *options, workers=1)
+    assert len(ours.crashed) == 3
+    assert len(ours.outcomes) == 24
+
+
 # Row 6: a conftest that sets the environment of the workers anew.
 
 

@@ -14,8 +14,9 @@ EXCEPTIONS = {
         "are kept, the traceback is not."
     ),
     "order after a crash": (
-        "What a dead worker leaves goes to the end of xdist's queue, in an order that depends on "
-        "how much had been sent; ours goes on in the order of the collection."
+        "With `--dist` of another kind than load, what a dead worker leaves goes to the end of "
+        "xdist's queue, in groups of which as many as had been sent; ours goes on where it was. "
+        "With one worker and load the order is stock's."
     ),
     "worker's end": (
         "A worker that ends in the teardown of a module or class (`pytest.exit` there) is reported "

@@ -165,6 +165,12 @@ class Case:
     fits: bool = True
     """Whether all needs fit at once."""
 
+    @property
+    def dist(self) -> str:
+        """How stock distributes the tests; empty where a hook of the project does."""
+        given = [it.partition("=")[2] for it in self.arguments if it.startswith("--dist=")]
+        return "" if self.another_scheduler else (given or ["load"])[-1]
+
     def write(self, path: Path) -> None:
         for name, text in self.files.items():
             file = path / name

@@ -50,7 +50,7 @@ def compare(
 
     ours = one("ours", [*shared, *([] if STOCK_TWICE else [*OURS, *case.ours])])
     if case.workers == 1:
-        found = exactly(one_more(), ours)
+        found = exactly(one_more(), ours, dist=case.dist)
     else:
         # A crash leaves the rest to another worker, and a step before chooses the tests.
         # A scheduler of the project's own would deal the tests anew.

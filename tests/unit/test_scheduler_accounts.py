@@ -55,6 +55,8 @@ def test_the_sums_are_those_of_the_accounts() -> None:
                     ledger.close,
                 ]
             )(worker)
+        elif draw.random() < 0.2:
+            ledger.keep_ahead(worker, draw.randrange(8) * GB)
         elif draw.random() < 0.8:
             ledger.stop(worker, draw.choice([None, 0, 2 * GB]))
         else:
@@ -64,8 +66,25 @@ def test_the_sums_are_those_of_the_accounts() -> None:
         accounts = ledger.accounts.values()
         assert ledger.present == sum(one.held if one.now is None else one.now for one in accounts)
         assert ledger.committed == sum(one.committed for one in accounts)
+        assert ledger.ahead == sum(one.ahead for one in accounts)
         assert ledger.outstanding == sum(max(0, one.need - one.present) for one in accounts)
         assert ledger.running == {w: a for w, a in ledger.accounts.items() if a.running}
         for one in ledger.accounts:
             limits = [ledger.left(one), ledger.live(one)]
             assert ledger.limit(one) == min(limit for limit in limits if limit is not None)
+
+
+def test_what_the_next_test_takes_while_the_running_one_ends() -> None:
+    """Its VRAM was free when it was sent: no other worker gets it, though the budget has room."""
+    ledger = Ledger(Room("GPU-0", "GPU 0", 21 * GB, 0, GB, 22 * GB, context=0))
+    for worker in ("gw0", "gw1"):
+        ledger.open(worker)
+    ledger.start("gw0", 10 * GB)
+    ledger.read(Reading(12 * GB, None, {"gw0": 10 * GB, "gw1": 0}))
+    assert (ledger.limit("gw0"), ledger.limit("gw1")) == (21 * GB, 11 * GB)
+    ledger.keep_ahead("gw0", 8 * GB)
+    assert (ledger.limit("gw0"), ledger.limit("gw1")) == (21 * GB, 3 * GB)
+    assert (ledger.left("gw1"), ledger.live("gw1")) == (11 * GB, 3 * GB)
+    ledger.close("gw0")
+    ledger.read(Reading(22 * GB, None, {"gw1": 0}))
+    assert ledger.limit("gw1") == 21 * GB

@@ -129,6 +129,7 @@ def once_each(world: World) -> None:
 @settings(max_examples=200, deadline=None, derandomize=CI)
 @given(COUNTS, SEEDS)
 @example(35, 101270)
+@example(28, 130557)
 def test_well_behaved_suites(count: int, seed: int) -> None:
     """No overcommit, no deadlock, no starvation, no memory error, one outcome each."""
     world = World(**suite(count, seed, faults=False)).run(limit=5000)
