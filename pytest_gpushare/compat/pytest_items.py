@@ -8,7 +8,8 @@ pytest-rerunfailures has used them for years:
 
 - `_pytest.runner.call_and_report` (since pytest 2): makes, logs and reports one phase as pytest
   itself does; `_pytest.runner.show_test_item` (since 3.0): what `--setup-show` prints. Without one
-  of them `run_phases` is None, and pytest's own protocol runs each test.
+  of them, or where the first takes other arguments, `run_phases` is None, and pytest's own protocol
+  runs each test.
 
 - `Session._setupstate` (since 2.4) with `teardown_exact` and `stack`: what is set up. Without it
   the test is not run again.
@@ -150,6 +151,15 @@ def _setup_shown(item: pytest.Item, runner: Any) -> bool:
     return setup_only
 
 
+def _accepts(function: Callable[..., Any], *arguments: Any, **more: Any) -> bool:
+    """Whether the function can be called with these arguments."""
+    try:
+        inspect.signature(function).bind(*arguments, **more)
+    except TypeError:
+        return False
+    return True
+
+
 def protocol_of(
     runner: Any,
 ) -> Callable[[pytest.Item, Callable[[], pytest.Item | None]], None] | None:
@@ -159,6 +169,8 @@ def protocol_of(
     """
     needed = ("call_and_report", "show_test_item", "runtestprotocol")
     if not all(callable(getattr(runner, name, None)) for name in needed):
+        return None
+    if not _accepts(runner.call_and_report, None, "teardown", nextitem=None):
         return None
     # From pytest 8.2 on a run that stops tears everything down with its last test.
     tears_all_down = "shouldfail" in runner.runtestprotocol.__code__.co_names

@@ -42,11 +42,21 @@ def interactor_of(config: pytest.Config) -> Interactor | None:
     for plugin in config.pluginmanager.get_plugins():
         if type(plugin).__name__ == _CLASS:
             channel = getattr(plugin, "channel", None)
-            fits = callable(getattr(channel, "setcallback", None)) and callable(
-                getattr(plugin, "sendevent", None)
+            fits = (
+                callable(getattr(channel, "setcallback", None))
+                and callable(getattr(plugin, "sendevent", None))
+                and _uses(type(plugin), "item_index")
             )
             return Interactor(plugin) if fits else None
     return None
+
+
+def _uses(kind: type, name: str) -> bool:
+    """Whether a method of the class names this attribute, which may be set later."""
+    codes = (
+        getattr(each, "__code__", None) for base in kind.__mro__ for each in vars(base).values()
+    )
+    return any(name in code.co_names for code in codes if code is not None)
 
 
 class Interactor:

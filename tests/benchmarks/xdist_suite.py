@@ -25,12 +25,14 @@ PLUGIN = '''
 
 import os
 import re
+import shlex
 
 import pytest
 
-ARGUMENTS = [
-    "--gpu-share", "-o", "gpu_share_preset=no-ollama", "-o", "gpu_share_vram=* = 0.5GB",
-    "-o", "gpu_share_min_vram_per_worker_gb=0.5",
+# The ini file is read before a hook may add to the arguments.
+SETTINGS = [
+    "gpu_share_preset=no-ollama", "gpu_share_vram=* = 0.5GB",
+    "gpu_share_min_vram_per_worker_gb=0.5",
 ]
 INSIDE = "XDIST_SUITE_INSIDE"
 
@@ -40,7 +42,8 @@ def _inside(request):
     if "pytester" in request.fixturenames:
         request.getfixturevalue("pytester")
         patch = request.getfixturevalue("monkeypatch")
-        patch.setenv("PYTEST_ADDOPTS", "-p inner_runs")
+        options = shlex.join(word for setting in SETTINGS for word in ("-o", setting))
+        patch.setenv("PYTEST_ADDOPTS", f"-p inner_runs {options}")
         patch.setenv(INSIDE, "1")
 
 
@@ -48,12 +51,12 @@ def _inside(request):
 def pytest_load_initial_conftests(early_config, args):
     words = " ".join(map(str, args))
     if os.environ.get(INSIDE) and re.search(r"(^| )(-n ?[1-9a]|--numprocesses[= ]?[1-9a])", words):
-        args[:0] = ARGUMENTS
+        args.insert(0, "--gpu-share")
 
 
 def pytest_sessionfinish(session):
     scheduler = getattr(session.config.pluginmanager.getplugin("dsession"), "sched", None)
-    if os.environ.get(INSIDE) and type(scheduler).__module__.startswith("pytest_gpushare"):
+    if os.environ.get(INSIDE) and getattr(scheduler, "_executor", None) is not None:
         with open(os.environ["XDIST_SUITE_COUNT"], "a") as file:
             file.write("1\\n")
 '''

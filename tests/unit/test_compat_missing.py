@@ -50,7 +50,12 @@ class WorkerInteractor:
         report.item_index = self.item_index  # type: ignore[attr-defined]
 
 
-class Renamed(WorkerInteractor):
+class Renamed:
+    """The same where reports name the test otherwise."""
+
+    channel = SimpleNamespace(setcallback=print)
+    sendevent = print
+
     def pytest_runtest_logreport(self, report: Any) -> None:
         report.index = self.index  # type: ignore[attr-defined]
 
@@ -68,9 +73,8 @@ def test_reports_that_belong_to_a_test_by_another_name(plugin: Any, fits: bool) 
 class State:
     """What is set up, as pytest keeps it."""
 
-    stack: dict[Any, Any] = {}
-
     def __init__(self) -> None:
+        self.stack: dict[Any, Any] = {}
         self.torn_down: list[Any] = []
 
     def teardown_exact(self, nextitem: Any) -> None:
@@ -84,7 +88,7 @@ class Definition:
         vars(self).update(attributes)
         self.finished = 0
 
-    def finish(self, request: Any) -> None:
+    def finish(self, _: Any) -> None:
         self.finished += 1
 
 

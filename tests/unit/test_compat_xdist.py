@@ -36,6 +36,9 @@ class WorkerInteractor:
         self.channel: Any = Channel()
         self.item_index = -1
 
+    def run(self) -> int:
+        return self.item_index
+
     def sendevent(self, name: str, **payload: Any) -> None:
         self.channel.send((name, payload))
 
@@ -61,7 +64,8 @@ def test_events() -> None:
 @pytest.mark.parametrize("name", ["channel", "sendevent"])
 def test_without_a_name_of_the_worker(name: str) -> None:
     """There is no loop of ours then, and the worker says so."""
-    other = type("WorkerInteractor", (), {"channel": Channel(), "sendevent": print})
+    names = {"channel": Channel(), "sendevent": print, "run": WorkerInteractor.run}
+    other = type("WorkerInteractor", (), names)
     assert interactor_of(config_with(other())) is not None
     delattr(other, name)
     assert interactor_of(config_with(other())) is None

@@ -76,15 +76,15 @@ def test_the_sums_are_those_of_the_accounts() -> None:
 
 def test_what_the_next_test_takes_while_the_running_one_ends() -> None:
     """Its VRAM was free when it was sent: no other worker gets it, though the budget has room."""
-    ledger = Ledger(Room("GPU-0", "GPU 0", 21 * GB, 0, GB, 22 * GB, context=0))
+    ledger = DeviceLedger(DeviceCapacity("GPU-0", "GPU 0", 21 * GB, 0, GB, 22 * GB, context=0))
     for worker in ("gw0", "gw1"):
         ledger.open(worker)
     ledger.start("gw0", 10 * GB)
-    ledger.read(Reading(12 * GB, None, {"gw0": 10 * GB, "gw1": 0}))
+    ledger.read(DeviceReading(12 * GB, None, {"gw0": 10 * GB, "gw1": 0}))
     assert (ledger.limit("gw0"), ledger.limit("gw1")) == (21 * GB, 11 * GB)
     ledger.keep_ahead("gw0", 8 * GB)
     assert (ledger.limit("gw0"), ledger.limit("gw1")) == (21 * GB, 3 * GB)
     assert (ledger.left("gw1"), ledger.live("gw1")) == (11 * GB, 3 * GB)
     ledger.close("gw0")
-    ledger.read(Reading(22 * GB, None, {"gw1": 0}))
+    ledger.read(DeviceReading(22 * GB, None, {"gw1": 0}))
     assert ledger.limit("gw1") == 21 * GB

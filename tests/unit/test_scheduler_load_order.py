@@ -32,7 +32,7 @@ def load(count: int, chunk: int | None) -> tuple[LoadScheduling, list[str]]:
     sched.numnodes, sched.collection, sched.pending = 1, None, []
     sched.node2collection, sched.node2pending = {}, {}
     sched.maxschedchunk, sched.config = chunk, None
-    sched.log = lambda *words: None
+    sched.log = lambda *_: None
     return sched, [str(number) for number in range(count)]
 
 
