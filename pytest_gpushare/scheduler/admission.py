@@ -102,7 +102,7 @@ class Admitting:
         unit = self._fitting(worker)
         if unit is not None and reserves:
             if self._is_there(worker, unit.tests[0]):
-                return [self._begin(worker, unit, ahead=question == "end")]
+                return [self._begin(worker, unit, while_ending=question == "end")]
             return [self._bind(worker, unit, waits=False, reserved=True)]
         if unit is None:
             help_ = self.help(worker)
@@ -329,10 +329,10 @@ class Admitting:
             pool.pending.take(unit, pool.kind(unit))
             worker.begin(unit)
 
-    def _begin(self, worker: GpuWorker, unit: Unit, *, ahead: bool = False) -> Run:
+    def _begin(self, worker: GpuWorker, unit: Unit, *, while_ending: bool = False) -> Run:
         """Send the next test of the unit, and more where these are short.
 
-        `ahead`: the running test of this worker is about to end.
+        `while_ending`: the running test of this worker is about to end.
         """
         pool = self._pool
         tests: list[int] = []
@@ -345,7 +345,7 @@ class Admitting:
             waited = 0.0 if next_unit.since is None else pool.at - next_unit.since
             next_unit.since, next_unit.overtaken = None, 0
             test = next_unit.next()
-            admission = self._assign(worker, test, waited, ahead=ahead)
+            admission = self._assign(worker, test, waited, ahead=while_ending)
             tests.append(test)
             if admission != _PLAIN:
                 admissions[test] = admission
