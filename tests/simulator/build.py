@@ -1,8 +1,9 @@
-"""Compile what of the simulator is written in C: NVML, and Ollama's processes."""
+"""Compile what of the simulator is written in C: NVML, Ollama's processes, a Vulkan layer."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -69,6 +70,34 @@ def build_ollama(directory: Path) -> Path:
             _run([*flags, "-o", str(made), str(_SOURCES / "ollama.c")])
             os.replace(made, program)
     return program
+
+
+LAYER_NAME = "VK_LAYER_GPUSHARE_simulated_gpu"
+"""The name of the Vulkan layer, for VK_INSTANCE_LAYERS."""
+
+
+def build_vulkan_layer(directory: Path) -> Path:
+    """Compile the Vulkan layer and write its manifest into *directory*, for VK_LAYER_PATH.
+
+    Needs Vulkan's headers (Debian: libvulkan-dev). See the head of ``native/vulkan.c``.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    library = directory / "libgpushare-vulkan.so"
+    (directory / "layout.h").write_text(c_header(), encoding="utf-8")
+    flags = (*_FLAGS, "-Wno-unused-function", f"-I{directory}", "-shared", "-fPIC")
+    _run([*flags, "-o", str(library), str(_SOURCES / "vulkan.c")])
+    layer = {
+        "name": LAYER_NAME,
+        "type": "GLOBAL",
+        "library_path": str(library.absolute()),
+        "api_version": "1.3.0",
+        "implementation_version": "1",
+        "description": "A Vulkan device in software as a simulated GPU",
+    }
+    manifest = {"file_format_version": "1.2.0", "layer": layer}
+    (directory / "gpushare_vulkan.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return directory
 
 
 def exported_functions() -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import socket
 import ssl
 import sys
 import threading
@@ -32,6 +33,10 @@ class OllamaError(RuntimeError):
 class _Server(ThreadingHTTPServer):
     """One that says nothing of clients that refuse its certificate."""
 
+    def __init__(self, address: tuple[str, int], handler: type[Handler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report what a handler raised, but for a failed handshake."""
         if not isinstance(sys.exc_info()[1], ssl.SSLError):
@@ -39,7 +44,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class OllamaServer:
-    """Ollama on 127.0.0.1; a context manager.
+    """Ollama on loopback; a context manager.
 
     requests: every request so far.
     delays: seconds to wait before answering, by path.
@@ -53,6 +58,7 @@ class OllamaServer:
         models: Mapping[str, Any] | list[Model],
         *,
         port: int = 0,
+        address: str = "127.0.0.1",
         version: str = "0.33.0",
         settings: Settings | None = None,
         binaries: Path | None = None,
@@ -63,6 +69,7 @@ class OllamaServer:
 
         machine: None for an Ollama without a GPU, or on another host.
         models: `Model` values, or a mapping of names to sizes or to the fields of `Model`.
+        address: to listen on: 127.0.0.1, or ::1.
         binaries: where the compiled helper is kept between runs.
         tls: speak https with this certificate; Ollama itself does not, a proxy before it does.
         options: the fields of `Settings`.
@@ -75,7 +82,8 @@ class OllamaServer:
         self.answers: dict[str, bytes] = {}
         handler = type("BoundHandler", (Handler,), {"ollama": self})
         self._is_secure = tls is not None
-        self._http = _Server(("127.0.0.1", port), handler)
+        self._address = address
+        self._http = _Server((address, port), handler)
         if tls is not None:
             # The handshake is left to the thread of each client.
             self._http.socket = tls.wrap_socket(
@@ -113,7 +121,8 @@ class OllamaServer:
     @property
     def host(self) -> str:
         """Host and port, as in OLLAMA_HOST."""
-        return f"127.0.0.1:{self.port}"
+        address = f"[{self._address}]" if ":" in self._address else self._address
+        return f"{address}:{self.port}"
 
     @property
     def url(self) -> str:
@@ -148,11 +157,11 @@ class OllamaServer:
 
     def _connection(self, timeout: float) -> http.client.HTTPConnection:
         if not self._is_secure:
-            return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+            return http.client.HTTPConnection(self._address, self.port, timeout=timeout)
         trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
         return http.client.HTTPSConnection(
-            "127.0.0.1", self.port, timeout=timeout, context=trusting
+            self._address, self.port, timeout=timeout, context=trusting
         )
 
     def load(self, name: str, *, keep_alive: float | str | None = None, **options: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Tests beside a real Ollama server; see docs/explanation/real-ollama.md."""

@@ -1,0 +1,260 @@
+"""A real Ollama server on loopback, with models of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from simulator.build import LAYER_NAME
+from simulator.machine import STATE_VARIABLE, Machine
+
+from .gguf import Shape, write_model
+
+START_LIMIT = 60.0
+LOAD_LIMIT = 280.0
+"""Seconds; a first load compiles the kernels of its operations for the CPU."""
+UNLOAD_LIMIT = 30.0
+
+_REQUEST = re.compile(r'^\[GIN\].*?\|\s+(\d{3}) \|.*?\| (\w+)\s+"([^"]*)"', re.MULTILINE)
+
+
+class AnswerError(RuntimeError):
+    """The server answered with an error status."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"HTTP {status}: {text}")
+        self.status, self.text = status, text
+
+
+class Seen(NamedTuple):
+    """A request as the server logged it."""
+
+    method: str
+    path: str
+    status: int
+
+
+class Installation(NamedTuple):
+    """The server under test, and where its files are kept."""
+
+    executable: str
+    directory: Path
+    """Models, kernels that were compiled, and logs."""
+    layer: Path | None
+    """The directory of the Vulkan layer; None where it cannot be built: then without a GPU."""
+
+    @property
+    def models(self) -> Path:
+        """OLLAMA_MODELS."""
+        return self.directory / "models"
+
+    def environment(self, port: int, machine: Machine | None) -> dict[str, str]:
+        """The server's whole environment: nothing of the user's shines in."""
+        found = {
+            "PATH": os.environ.get("PATH", ""),
+            "HOME": str(self.directory / "home"),
+            "OLLAMA_HOST": f"127.0.0.1:{port}",
+            "OLLAMA_MODELS": str(self.models),
+            "OLLAMA_NOPRUNE": "1",
+            "OLLAMA_NO_CLOUD": "1",
+            "OLLAMA_VULKAN": "0",
+        }
+        if machine is not None and self.layer is not None:
+            found |= {
+                "OLLAMA_VULKAN": "1",
+                STATE_VARIABLE: str(machine.path),
+                "VK_LAYER_PATH": str(self.layer),
+                "VK_INSTANCE_LAYERS": LAYER_NAME,
+                "MESA_SHADER_CACHE_DIR": str(self.directory / "kernels"),
+            }
+            software = sorted(Path("/usr/share/vulkan/icd.d").glob("lvp_icd*.json"))
+            if software:
+                found["VK_DRIVER_FILES"] = str(software[0])
+        return found
+
+
+class RealOllama:
+    """A running server; a context manager."""
+
+    def __init__(
+        self, installation: Installation, machine: Machine | None = None, **variables: str
+    ) -> None:
+        """*machine*: whose first GPU it uses; *variables*: such as OLLAMA_KEEP_ALIVE."""
+        self._installation = installation
+        self.port = _free_port()
+        self.host = f"127.0.0.1:{self.port}"
+        for folder in (installation.models / "blobs", installation.directory / "home"):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.log = installation.directory / f"server-{self.port}.log"
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [installation.executable, "serve"],
+                env=installation.environment(self.port, machine) | variables,
+                cwd=installation.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> RealOllama:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the server and all its processes."""
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(10)
+
+    @property
+    def version(self) -> str:
+        """As it says itself."""
+        return str(self.get("/api/version")["version"])
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether it found the simulated GPU."""
+        return "library=Vulkan" in self.text()
+
+    def text(self) -> str:
+        """All that it logged."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def requests(self) -> list[Seen]:
+        """Every request so far, as it logged them."""
+        return [Seen(m[2], m[3], int(m[1])) for m in _REQUEST.finditer(self.text())]
+
+    # --- requests ---
+
+    def get(self, path: str, timeout: float = 10.0) -> Any:
+        """The decoded answer of a GET."""
+        return self._ask("GET", path, None, timeout)
+
+    def post(self, path: str, body: object, timeout: float = LOAD_LIMIT) -> Any:
+        """The decoded answer of a POST; the last line of a stream."""
+        return self._ask("POST", path, json.dumps(body).encode(), timeout)
+
+    def ps(self) -> list[dict[str, Any]]:
+        """The entries of /api/ps."""
+        return list(self.get("/api/ps")["models"])
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """The entry of a loaded model."""
+        return next(e for e in self.ps() if e["name"].removesuffix(":latest") == name)
+
+    def load(
+        self, name: str, keep_alive: str | int | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Load a model; its entry."""
+        body: dict[str, Any] = {"model": name, "stream": False}
+        body |= {"options": options} if options else {}
+        body |= {} if keep_alive is None else {"keep_alive": keep_alive}
+        self.post("/api/generate", body)
+        return self.entry(name)
+
+    def unload(self, name: str) -> None:
+        """Unload a model and wait until it is gone."""
+        self.post("/api/generate", {"model": name, "keep_alive": 0, "stream": False})
+        until = time.monotonic() + UNLOAD_LIMIT
+        while self.runners() and any(e["name"].split(":")[0] == name for e in self.ps()):
+            assert time.monotonic() < until, f"{name} is still loaded"
+            time.sleep(0.05)
+
+    def unload_all(self) -> None:
+        """Unload everything, and wait until its processes have ended."""
+        for entry in self.ps():
+            self.unload(entry["name"].removesuffix(":latest"))
+        until = time.monotonic() + UNLOAD_LIMIT
+        while self.runners():
+            assert time.monotonic() < until, "a runner is left"
+            time.sleep(0.05)
+
+    def runners(self) -> list[int]:
+        """PIDs of the processes that hold models."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().split(b"\0")
+                parent = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, ValueError):
+                continue
+            if parent == self._process.pid and b"--model" in words:
+                found.append(int(path.parent.name))
+        return sorted(found)
+
+    def add(self, name: str, shape: Shape, seed: int | None = None, **parameters: float) -> None:
+        """Give the server a model of that shape, unless it has one of that name."""
+        if any(entry["name"] == f"{name}:latest" for entry in self.get("/api/tags")["models"]):
+            return
+        path = self._installation.directory / f"{name}.gguf"
+        write_model(path, shape, seed)
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 24):
+                digest.update(block)
+        blob = f"sha256:{digest.hexdigest()}"
+        # Where an upload would put it, without copying gigabytes of zeros.
+        path.replace(self._installation.models / "blobs" / blob.replace(":", "-"))
+        body = {"model": name, "files": {f"{name}.gguf": blob}, "stream": False}
+        self.post("/api/create", body | ({"parameters": parameters} if parameters else {}))
+
+    def _ask(self, method: str, path: str, body: bytes | None, timeout: float) -> Any:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        with contextlib.closing(connection):
+            connection.request(method, path, body)
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        if answer.status >= 400:
+            raise AnswerError(answer.status, text)
+        return json.loads(text.strip().splitlines()[-1])
+
+    def _wait_until_up(self) -> None:
+        until = time.monotonic() + START_LIMIT
+        while True:
+            try:
+                self.get("/api/version", timeout=2.0)
+                return
+            except (OSError, http.client.HTTPException):
+                ended = self._process.poll() is not None
+                if ended or time.monotonic() > until:
+                    raise RuntimeError(
+                        f"the server did not start:\n{self.text()[-2000:]}"
+                    ) from None
+            time.sleep(0.1)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def same_but_for_time(before: list[Mapping[str, Any]], after: list[Mapping[str, Any]]) -> bool:
+    """Whether two answers of /api/ps differ in `expires_at` at most."""
+
+    def stripped(entries: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in entry.items() if k != "expires_at"} for entry in entries]
+
+    return stripped(before) == stripped(after)

@@ -1,0 +1,164 @@
+"""A server without a GPU: its answers are understood, and its models are left as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from datetime import datetime, timezone
+
+import pytest
+
+from pytest_gpushare.ollama.address import parse_address
+from pytest_gpushare.ollama.catalog import ask_models, loaded_models
+from pytest_gpushare.ollama.client import connect
+
+from ..acceptance.conftest import Project
+from .conftest import Start
+from .gguf import Shape
+from .server import AnswerError, RealOllama, same_but_for_time
+from .shapes import GEMMA3, LLAMA, MIXTURE, QWEN2, TINY
+
+PRELOAD = ("--gpu-share", "-o", "gpu_share_ollama_preload=true")
+QUESTIONS = {("GET", "/api/version"), ("GET", "/api/ps"), ("GET", "/api/tags")}
+
+
+@pytest.fixture
+def server(start: Start) -> RealOllama:
+    """On the CPU, with models that answer."""
+    return start()
+
+
+def keeps(server: RealOllama, name: str) -> float:
+    """For how many more seconds the server keeps a model."""
+    text = re.sub(r"\.(\d{6})\d*", r".\1", server.entry(name)["expires_at"])
+    return (datetime.fromisoformat(text) - datetime.now(timezone.utc)).total_seconds()
+
+
+def test_version_and_models(server: RealOllama) -> None:
+    """What the client makes of the answers is what they say."""
+    assert re.match(r"\d+\.\d+\.\d+", server.version)
+    server.load("tiny", num_ctx=1024)
+    with contextlib.closing(connect(parse_address(server.host), lambda _: None)) as connection:
+        answer = loaded_models(connection, time.monotonic() + 10)
+    entry = server.entry("tiny")
+    (model,) = answer.models
+    assert answer.odd == ()
+    assert (model.name, model.size, model.on_gpu) == ("tiny:latest", entry["size"], 0)
+    assert (model.digest, model.context) == (entry["digest"], 1024)
+    assert model.expires_at == entry["expires_at"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("tiny", TINY), ("q3", QWEN2), ("l1", LLAMA), ("g3", GEMMA3),
+                        ("moe", MIXTURE)],
+)  # fmt: skip
+def test_metadata(server: RealOllama, name: str, shape: Shape) -> None:
+    """`/api/tags` and `/api/show` give the whole shape."""
+    (facts,) = ask_models(parse_address(server.host), [name], time.monotonic() + 10, lambda _: None)
+    assert (facts.problem, facts.is_missing, facts.is_remote) == ("", False, False)
+    assert facts.info is not None
+    assert facts.tensors is not None
+    assert facts.info["general.architecture"] == shape.architecture
+    assert facts.info[f"{shape.architecture}.block_count"] == shape.layers
+    assert facts.info[f"{shape.architecture}.embedding_length"] == shape.embedding
+    assert re.fullmatch("[0-9a-f]{64}", facts.blob)
+    assert (facts.tensors.in_host_ram > 0) != shape.is_tied
+    assert facts.file_bytes is not None
+    assert 0 < facts.tensors.size + facts.tensors.in_host_ram <= facts.file_bytes
+
+
+def test_preload_gives_the_server_back(server: RealOllama, project: Project) -> None:
+    """Loaded and kept with the server's own duration; nothing is left to restore."""
+    result = project.pytest(*PRELOAD, "-o", "gpu_share_ollama_models=tiny")
+    assert (result.code, result.passed) == (0, 4), result.out
+    assert 0 < keeps(server, "tiny") <= 300
+    loads = [seen for seen in server.requests() if seen.path == "/api/generate"]
+    assert [seen.status for seen in loads] == [200]
+
+
+def test_preload_leaves_what_is_loaded(server: RealOllama, project: Project) -> None:
+    """Not one request that could change it, and the same process."""
+    server.load("tiny", keep_alive="20m", num_ctx=512)
+    before, processes, asked = server.ps(), server.runners(), len(server.requests())
+    result = project.pytest(*PRELOAD, "-o", "gpu_share_ollama_models=tiny")
+    assert (result.code, result.passed) == (0, 4), result.out
+    assert (server.ps(), server.runners()) == (before, processes)
+    assert all(seen.path != "/api/generate" for seen in server.requests()[asked:])
+
+
+def test_alias(server: RealOllama, project: Project) -> None:
+    """A second name of a loaded model is served by the same process, and not loaded again."""
+    server.post("/api/create", {"model": "alias", "from": "tiny", "stream": False})
+    server.load("tiny", keep_alive="7m")
+    before, processes = server.ps(), server.runners()
+    failing = ("-o", "gpu_share_ollama_preload_failed=fail")
+    result = project.pytest(*PRELOAD, *failing, "-o", "gpu_share_ollama_models=alias")
+    assert (result.code, result.passed) == (0, 4), result.out
+    assert (server.ps(), server.runners()) == (before, processes)
+
+
+def test_missing_model(server: RealOllama, project: Project) -> None:
+    """It is named, once, with the command that gets it; the server is asked for no load."""
+    result = project.pytest(*PRELOAD, "-o", "gpu_share_ollama_models=nosuch:1b")
+    assert (result.code, result.passed) == (0, 4), result.out
+    assert result.out.count("ollama pull nosuch:1b") == 1
+    assert {(seen.method, seen.path) for seen in server.requests()} <= QUESTIONS
+    with pytest.raises(AnswerError, match="not found") as caught:
+        server.load("nosuch:1b")
+    assert caught.value.status == 404
+
+
+@pytest.mark.timeout(600)
+def test_ordinary_runs_change_nothing(server: RealOllama, project: Project) -> None:
+    """20 runs beside a loaded model: the same answer but for time, the same process, GETs."""
+    server.load("tiny", keep_alive="2h", num_ctx=512)
+    before, processes, asked = server.ps(), server.runners(), len(server.requests())
+    auto = ("-o", "gpu_share_ollama_vram_reservation_mb=auto")
+    for number in range(20):
+        named = (*auto, "-o", "gpu_share_ollama_models=tiny tiny-b") if number % 2 else ()
+        result = project.pytest("--gpu-share", "-n2", *named)
+        assert (result.code, result.passed) == (0, 4), result.out
+    assert same_but_for_time(before, server.ps())
+    assert before == server.ps()
+    assert server.runners() == processes
+    made = {(seen.method, seen.path) for seen in server.requests()[asked:]}
+    assert made <= QUESTIONS | {("POST", "/api/show")}
+    assert ("POST", "/api/show") in made
+
+
+def test_what_reloads_a_model(server: RealOllama) -> None:
+    """The options that replace its process, on which the guide and the simulated server rely."""
+
+    def asked(path: str = "/api/generate", **body: object) -> tuple[int, ...]:
+        server.post(path, {"model": "tiny", "stream": False, **body})
+        return tuple(server.runners())
+
+    short = {"num_predict": 1}
+    first = asked(options=short, prompt="a")
+    assert asked(options=short | {"seed": 7, "temperature": 0}, prompt="a") == first
+    assert asked("/api/chat", options=short, messages=[{"role": "user", "content": "a"}]) == first
+    assert asked(keep_alive="3m") == first
+    smaller = asked(options=short | {"num_ctx": 256}, prompt="a")
+    assert smaller != first
+    threads = asked(options=short | {"num_ctx": 256, "num_thread": 1}, prompt="a")
+    assert threads != smaller
+    # A request without options reloads what was loaded with some.
+    assert asked(keep_alive="3m") != threads
+
+
+def test_report_of_a_server_without_a_gpu(
+    server: RealOllama, project: Project, machine_with: object
+) -> None:
+    """A model in RAM while VRAM is free: the cause is the server, not the tests."""
+    assert callable(machine_with)
+    from simulator import Device
+
+    machine_with(Device(total="24GB", used="2GB"))
+    server.load("tiny", keep_alive="10m")
+    result = project.pytest("--gpu-share", "-n2", "--gpu-share-report=r.json")
+    assert (result.code, result.passed) == (0, 4), result.out
+    document = json.loads((project.path / "r.json").read_text(encoding="utf-8"))
+    assert document["ollama"]["spilled_under_tests"] is False
+    assert "does not fit" not in result.out
