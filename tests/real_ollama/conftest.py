@@ -49,11 +49,10 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
 @pytest.fixture(scope="session")
 def library(installation: Installation) -> Installation:
     """The server's models, made once."""
-    with RealOllama(installation) as server:
-        server.add("tiny", TINY, seed=1)
-        server.add("tiny-b", TINY, seed=2)
-        for name, shape in ZEROS.items():
-            server.add(name, shape)
+    installation.add("tiny", TINY, seed=1)
+    installation.add("tiny-b", TINY, seed=2)
+    for name, shape in ZEROS.items():
+        installation.add(name, shape)
     return installation
 
 

@@ -260,7 +260,7 @@ def main() -> None:
         with stage(scene, installation) as (server, project):
             if not server.uses_gpu:
                 raise SystemExit("the server sees no simulated GPU")
-            server.add(scene.model, {**ZEROS, "q14": QWEN14B}[scene.model])
+            installation.add(scene.model, {**ZEROS, "q14": QWEN14B}[scene.model])
             warm_up(scene, server)
             print(f"{number:3} {scene}", flush=True)
             arguments = ["--gpu-share"] if options.founding else ours(scene)

@@ -59,6 +59,38 @@ class Installation(NamedTuple):
         """OLLAMA_MODELS."""
         return self.directory / "models"
 
+    def add(self, name: str, shape: Shape, seed: int | None = None) -> None:
+        """Write a model of that shape into the store, unless there is one of that name.
+
+        `ollama create` would copy the file, zeros and all, and wants a helper that only whole
+        installations have.
+        """
+        manifest = self.models / "manifests/registry.ollama.ai/library" / name / "latest"
+        if manifest.exists():
+            return
+        (self.models / "blobs").mkdir(parents=True, exist_ok=True)
+        path = self.models / "blobs" / f"{name}.partial"
+        write_model(path, shape, seed)
+        config = {
+            "model_format": "gguf",
+            "model_family": shape.architecture,
+            "model_families": [shape.architecture],
+            "model_type": "",
+            "file_type": "F32" if seed is not None else "Q4_K_M",
+            "architecture": "amd64",
+            "os": "linux",
+        }
+        described = self.models / "blobs" / f"{name}-config.partial"
+        described.write_text(json.dumps(config), encoding="utf-8")
+        document = {
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+            "config": _stored(described, "application/vnd.docker.container.image.v1+json"),
+            "layers": [_stored(path, "application/vnd.ollama.image.model")],
+        }
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(json.dumps(document), encoding="utf-8")
+
     def environment(self, port: int, machine: Machine | None) -> dict[str, str]:
         """The server's whole environment: nothing of the user's shines in."""
         found = {
@@ -194,31 +226,16 @@ class RealOllama:
     def runners(self) -> list[int]:
         """PIDs of the processes that hold models."""
         found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
+        for path in Path("/proc").glob("[0-9]*/stat"):
             try:
-                words = path.read_bytes().split(b"\0")
-                parent = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, ValueError):
-                continue
-            if parent == self._process.pid and b"--model" in words:
+                command, _, rest = path.read_text().partition("(")[2].rpartition(")")
+            except OSError:
+                continue  # it has ended
+            state, parent = rest.split()[:2]
+            # Not by its arguments: they are gone before its memory is.
+            if int(parent) == self._process.pid and command != "ollama" and state not in "ZX":
                 found.append(int(path.parent.name))
         return sorted(found)
-
-    def add(self, name: str, shape: Shape, seed: int | None = None, **parameters: float) -> None:
-        """Give the server a model of that shape, unless it has one of that name."""
-        if any(entry["name"] == f"{name}:latest" for entry in self.get("/api/tags")["models"]):
-            return
-        path = self._installation.directory / f"{name}.gguf"
-        write_model(path, shape, seed)
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 24):
-                digest.update(block)
-        blob = f"sha256:{digest.hexdigest()}"
-        # Where an upload would put it, without copying gigabytes of zeros.
-        path.replace(self._installation.models / "blobs" / blob.replace(":", "-"))
-        body = {"model": name, "files": {f"{name}.gguf": blob}, "stream": False}
-        self.post("/api/create", body | ({"parameters": parameters} if parameters else {}))
 
     def _ask(self, method: str, path: str, body: bytes | None, timeout: float) -> Any:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
@@ -243,6 +260,17 @@ class RealOllama:
                         f"the server did not start:\n{self.text()[-2000:]}"
                     ) from None
             time.sleep(0.1)
+
+
+def _stored(path: Path, media_type: str) -> dict[str, object]:
+    """Rename a file to what its content is called in the store; its entry in a manifest."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    size = path.stat().st_size
+    path.replace(path.with_name(f"sha256-{digest.hexdigest()}"))
+    return {"mediaType": media_type, "digest": f"sha256:{digest.hexdigest()}", "size": size}
 
 
 def _free_port() -> int:

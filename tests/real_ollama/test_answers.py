@@ -9,6 +9,8 @@ import time
 from datetime import datetime, timezone
 
 import pytest
+from simulator import Device
+from simulator.ollama.reloads import REQUESTS
 
 from pytest_gpushare.ollama.address import parse_address
 from pytest_gpushare.ollama.catalog import ask_models, loaded_models
@@ -129,23 +131,33 @@ def test_ordinary_runs_change_nothing(server: RealOllama, project: Project) -> N
 
 
 def test_what_reloads_a_model(server: RealOllama) -> None:
-    """The options that replace its process, on which the guide and the simulated server rely."""
+    """What replaces its process, on which the guide and the simulated server rely."""
+    for body, reloads, back in REQUESTS:
+        server.unload_all()
+        processes = []
+        for sent in ({}, body, {}):
+            request = {"model": "tiny", "prompt": "a", "stream": False, **sent}
+            options = {"num_predict": 1, **request.get("options", {})}
+            server.post("/api/generate", request | {"options": options})
+            processes.append(server.runners())
+        changed = (processes[1] != processes[0], processes[2] != processes[1])
+        assert changed == (reloads, back), body
 
-    def asked(path: str = "/api/generate", **body: object) -> tuple[int, ...]:
-        server.post(path, {"model": "tiny", "stream": False, **body})
-        return tuple(server.runners())
 
-    short = {"num_predict": 1}
-    first = asked(options=short, prompt="a")
-    assert asked(options=short | {"seed": 7, "temperature": 0}, prompt="a") == first
-    assert asked("/api/chat", options=short, messages=[{"role": "user", "content": "a"}]) == first
-    assert asked(keep_alive="3m") == first
-    smaller = asked(options=short | {"num_ctx": 256}, prompt="a")
-    assert smaller != first
-    threads = asked(options=short | {"num_ctx": 256, "num_thread": 1}, prompt="a")
-    assert threads != smaller
-    # A request without options reloads what was loaded with some.
-    assert asked(keep_alive="3m") != threads
+def test_other_paths_use_the_same_process(server: RealOllama) -> None:
+    """Those of OpenAI and Anthropic, and /api/chat, with the context that it was loaded with."""
+    server.load("tiny")
+    first = server.runners()
+    messages = [{"role": "user", "content": "a"}]
+    server.post("/api/chat", {"model": "tiny", "messages": messages, "stream": False,
+                              "options": {"num_predict": 1}})  # fmt: skip
+    for path in ("/v1/chat/completions", "/v1/messages"):
+        server.post(path, {"model": "tiny", "messages": messages, "max_tokens": 1})
+    server.post("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 1})
+    # `options` are no part of OpenAI's body: a context there is ignored.
+    server.post("/v1/chat/completions", {"model": "tiny", "messages": messages, "max_tokens": 1,
+                                         "options": {"num_ctx": 512}})  # fmt: skip
+    assert server.runners() == first
 
 
 def test_report_of_a_server_without_a_gpu(
@@ -153,8 +165,6 @@ def test_report_of_a_server_without_a_gpu(
 ) -> None:
     """A model in RAM while VRAM is free: the cause is the server, not the tests."""
     assert callable(machine_with)
-    from simulator import Device
-
     machine_with(Device(total="24GB", used="2GB"))
     server.load("tiny", keep_alive="10m")
     result = project.pytest("--gpu-share", "-n2", "--gpu-share-report=r.json")

@@ -27,6 +27,7 @@ from simulator.child import child_process
 from simulator.ollama import FAULTS, FaultyServer, Model, OllamaError, OllamaServer
 from simulator.ollama.durations import FOREVER, moment, seconds
 from simulator.ollama.placement import Room, forced, place_alone, place_beside
+from simulator.ollama.reloads import REQUESTS
 from simulator.running import environment, run
 from simulator.store import start_time
 
@@ -219,6 +220,20 @@ def test_no_room_at_all_means_cpu(machine: Machine) -> None:
         assert len(server.runner_pids()) == 1
     with OllamaServer(None, {"m": "10GB"}) as server:
         assert server.load("m")["size_vram"] == 0
+
+
+@pytest.mark.parametrize(("body", "reloads", "back"), REQUESTS)
+def test_what_reloads_a_model(
+    machine: Machine, body: dict[str, object], reloads: bool, back: bool
+) -> None:
+    """As measured on a real server, which `tests/real_ollama` asks the same."""
+    with OllamaServer(machine, {"m": Model("m", "1GB", trained_context=2048)}) as server:
+        server.load("m")
+        processes = [server.runner_pids()]
+        for sent in (body, {}):
+            server.request("/api/generate", {"model": "m", "prompt": "a", "stream": False, **sent})
+            processes.append(server.runner_pids())
+    assert (processes[1] != processes[0], processes[2] != processes[1]) == (reloads, back)
 
 
 def test_num_gpu(machine: Machine) -> None:

@@ -168,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
         if model.embeds:
             raise ApiError(400, f'"{model.full_name}" does not support generate')
         prompt = request.get("messages" if chat else "prompt") or ""
-        options = request.get("options") or {}
+        options = {**(request.get("options") or {}), "shift": request.get("shift")}
         try:
             given = request.get("keep_alive")
             keep_alive = None if given is None else seconds(given)

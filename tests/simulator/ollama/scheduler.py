@@ -19,9 +19,22 @@ from .placement import Placement, Room, forced, place_alone, place_beside
 from .runner import Processes
 from .settings import Settings
 
-RELOADING = ("num_gpu", "num_batch", "num_thread", "main_gpu")
+RELOADING = ("num_gpu", "num_batch", "num_thread", "main_gpu", "draft_num_predict", "shift")
 """Options beside the context for which a loaded model is loaded anew; without them a model that
-was loaded with some is, too."""
+was loaded with some is, too, but for `num_gpu`. `shift` is a field of the request, true where
+it is not set."""
+
+
+Key = tuple[int, tuple[tuple[str, Any], ...]]
+"""Context in tokens, and other options that count."""
+
+
+def _serves(loaded: Key, wanted: Key) -> bool:
+    """Whether a model that is loaded so can serve a request as it is."""
+    have, want = dict(loaded[1]), dict(wanted[1])
+    if "num_gpu" not in want:
+        have.pop("num_gpu", None)
+    return loaded[0] == wanted[0] and have == want
 
 
 class LoadError(RuntimeError):
@@ -41,7 +54,7 @@ class Loaded:
     """A model that is loaded. `key` is what a request must match to use it as it is."""
 
     model: Model
-    key: tuple[int, tuple[tuple[str, Any], ...]]  # context in tokens, other options that count
+    key: Key
     need: int
     placement: Placement
     pid: int
@@ -97,6 +110,8 @@ class Scheduler:
         others = {k: options[k] for k in RELOADING if options.get(k) is not None}
         if others.get("num_gpu", -1) == -1:
             others.pop("num_gpu", None)
+        if others.get("shift", True):
+            others.pop("shift", None)
         key = (min(wanted, model.trained_context), tuple(sorted(others.items())))
         found = self._use(model, key, keep_alive)
         if found is not None:
@@ -128,7 +143,7 @@ class Scheduler:
         self.loaded()
         with self._changed:
             entry = self._loaded.get(model.blob)
-            if entry is None or entry.key != key:
+            if entry is None or not _serves(entry.key, key):
                 return None
             entry.busy += 1
             entry.keep_alive = entry.keep_alive if keep_alive is None else keep_alive
