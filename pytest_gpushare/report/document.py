@@ -1,6 +1,6 @@
 """The report as one document: all that the terminal knows, and the samples.
 
-Its schema is docs/reference/report-schema.json; what changes a meaning raises `SCHEMA`. Times
+Its schema is report-schema.json beside this module; what changes a meaning raises `SCHEMA`. Times
 are seconds since the run started, sizes are bytes, and what is unknown is null, never 0.
 """
 

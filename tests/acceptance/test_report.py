@@ -21,7 +21,7 @@ from simulator.child import child_process
 from .conftest import Project
 
 SCHEMA = json.loads(
-    (Path(__file__).parents[2] / "docs/reference/report-schema.json").read_text(encoding="utf-8")
+    (Path(__file__).parents[2] / "pytest_gpushare/report/report-schema.json").read_text(encoding="utf-8")
 )
 GB = 1024**3
 

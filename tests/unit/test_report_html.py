@@ -56,7 +56,7 @@ def scripts(text: str) -> list[str]:
     return re.findall(r"<script>(.*?)</script>", text, re.S)
 
 
-SCHEMA = Path(__file__).parents[2] / "docs/reference/report-schema.json"
+SCHEMA = Path(__file__).parents[2] / "pytest_gpushare/report/report-schema.json"
 
 # --- the page as a whole ---
 

@@ -1,0 +1,201 @@
+"""Reports read from files, which may come from anybody: bounded, and checked by the schema.
+
+Texts in them are foreign: whoever prints one makes it printable or escapes it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pytest_gpushare.errors import GpuShareError
+from pytest_gpushare.report.document import SCHEMA
+from pytest_gpushare.text import FileTooLargeError, NotRegularFileError, one_line, read_regular
+from pytest_gpushare.units import MB
+
+MOST_BYTES = 128 * MB
+"""The largest report that is read: 100,000 tests and an hour of samples have less."""
+
+_MOST_NAME = 120
+_LARGEST = 2**63
+"""No figure of a report comes near: sums of larger ones would be no figures any more."""
+
+
+class ReportFileError(GpuShareError):
+    """A file that is no report of this version: names the file and what is wrong with it."""
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The report document in this file. Raises `ReportFileError`."""
+    name = one_line(str(path), 4 * _MOST_NAME)[-_MOST_NAME:]
+    found = _parsed(_content(path, name), name)
+    if not isinstance(found, dict) or "schema" not in found:
+        raise ReportFileError(
+            f"{name}: is no report of pytest-gpushare: name a file that "
+            "--gpu-share-report FILE.json has written"
+        )
+    if type(found["schema"]) is not int or found["schema"] != SCHEMA:
+        raise ReportFileError(
+            f"{name}: has version {one_line(str(found['schema']), 40)} of the report's schema, "
+            f"this pytest-gpushare reads version {SCHEMA}: use the version that wrote it"
+        )
+    problem = difference(found, _schema(), "")
+    if problem:
+        raise ReportFileError(f"{name}: does not follow the report's schema: {problem}")
+    return found
+
+
+def _content(path: Path, name: str) -> bytes:
+    try:
+        return read_regular(path, MOST_BYTES)
+    except NotRegularFileError:
+        raise ReportFileError(f"{name}: is no regular file: name a JSON file") from None
+    except FileTooLargeError as error:
+        raise ReportFileError(
+            f"{name}: has {error.size // MB} MB: a report of at most {MOST_BYTES // MB} MB is read"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ReportFileError(f"{name}: cannot be read: {one_line(str(reason), 200)}") from None
+
+
+def _parsed(content: bytes, name: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8-sig"), parse_constant=_no_number)
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 text (byte {error.start})"
+    except json.JSONDecodeError as error:
+        problem = f"broken JSON at line {error.lineno}, column {error.colno}"
+    except RecursionError:
+        problem = "is nested too deeply"
+    except ValueError:
+        # NaN, Infinity, or an integer of thousands of digits.
+        problem = "has a figure that is no number"
+    raise ReportFileError(f"{name}: is no report: {problem}")
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(word)
+
+
+@lru_cache(maxsize=1)
+def _schema() -> Mapping[str, Any]:
+    path = Path(__file__).with_name("report-schema.json")
+    found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+_TYPES: Mapping[str, Callable[[Any], bool]] = {
+    "object": lambda value: isinstance(value, dict),
+    "array": lambda value: isinstance(value, list),
+    "string": lambda value: isinstance(value, str),
+    "boolean": lambda value: isinstance(value, bool),
+    "integer": lambda value: type(value) is int and abs(value) < _LARGEST,
+    "number": lambda value: type(value) in (int, float)
+    and math.isfinite(value)
+    and abs(value) < _LARGEST,
+    "null": lambda value: value is None,
+}
+
+
+def difference(value: Any, schema: Mapping[str, Any], where: str) -> str:
+    """The first place where a value differs from a JSON schema, in words; empty where none does.
+
+    Knows the keywords that the report's schema uses; `where` is the path of the value.
+    """
+    for keyword, check in _CHECKS.items():
+        if keyword in schema and (problem := check(value, schema, where)):
+            return problem
+    return ""
+
+
+def _place(where: str) -> str:
+    return one_line(where.lstrip("."), _MOST_NAME) or "the document"
+
+
+def _check_type(value: Any, schema: Mapping[str, Any], where: str) -> str:
+    allowed = schema["type"]
+    names = [allowed] if isinstance(allowed, str) else allowed
+    if any(_TYPES[name](value) for name in names):
+        return ""
+    return f"{_place(where)} is not {' or '.join(names)}"
+
+
+def _check_const(value: Any, schema: Mapping[str, Any], where: str) -> str:
+    return _check_one_of(value, [schema["const"]], where)
+
+
+def _check_enum(value: Any, schema: Mapping[str, Any], where: str) -> str:
+    return _check_one_of(value, schema["enum"], where)
+
+
+def _check_one_of(value: Any, allowed: Any, where: str) -> str:
+    # True equals 1 in Python, not in JSON.
+    if any(type(value) is type(one) and value == one for one in allowed):
+        return ""
+    words = ", ".join(json.dumps(one) for one in allowed)
+    return f"{_place(where)} is not one of {words}"
+
+
+def _check_minimum(value: Any, schema: Mapping[str, Any], where: str) -> str:
+    if type(value) in (int, float) and value < schema["minimum"]:
+        return f"{_place(where)} is below {schema['minimum']}"
+    return ""
+
+
+def _check_required(value: Any, schema: Mapping[str, Any], where: str) -> str:
+    if isinstance(value, dict):
+        for name in schema["required"]:
+            if name not in value:
+                return f"{_place(f'{where}.{name}')} is missing"
+    return ""
+
+
+def _check_properties(value: Any, schema: Mapping[str, Any], where: str) -> str:
+    if isinstance(value, dict):
+        for name, part in schema["properties"].items():
+            if name in value and (problem := difference(value[name], part, f"{where}.{name}")):
+                return problem
+    return ""
+
+
+def _check_others(value: Any, schema: Mapping[str, Any], where: str) -> str:
+    part = schema["additionalProperties"]
+    if isinstance(value, dict) and isinstance(part, dict):
+        known = schema.get("properties", {})
+        for name, each in value.items():
+            if name not in known and (problem := difference(each, part, f"{where}.{name}")):
+                return problem
+    return ""
+
+
+def _check_items(value: Any, schema: Mapping[str, Any], where: str) -> str:
+    if isinstance(value, list):
+        part = schema["items"]
+        for index, each in enumerate(value):
+            # The path costs more than the check: samples are long lists of figures.
+            if difference(each, part, ""):
+                return difference(each, part, f"{where}[{index}]")
+    return ""
+
+
+def _check_any(value: Any, schema: Mapping[str, Any], where: str) -> str:
+    problems = [difference(value, part, where) for part in schema["anyOf"]]
+    return "" if "" in problems else problems[-1]
+
+
+_CHECKS: Mapping[str, Callable[[Any, Mapping[str, Any], str], str]] = {
+    "type": _check_type,
+    "const": _check_const,
+    "enum": _check_enum,
+    "minimum": _check_minimum,
+    "required": _check_required,
+    "properties": _check_properties,
+    "additionalProperties": _check_others,
+    "items": _check_items,
+    "anyOf": _check_any,
+}

@@ -1,0 +1,120 @@
+"""Report files are foreign: each is checked, and what is wrong with one is a single line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import documents
+from jsonschema import Draft202012Validator
+
+from pytest_gpushare.report import reading
+from pytest_gpushare.report.reading import ReportFileError, difference, read_report
+
+SCHEMA = json.loads(
+    (Path(reading.__file__).with_name("report-schema.json")).read_text(encoding="utf-8")
+)
+
+
+def written(directory: Path, content: bytes | dict[str, Any]) -> Path:
+    path = directory / "report.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return path
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(ReportFileError) as caught:
+        read_report(path)
+    text = str(caught.value)
+    assert text.isprintable()
+    assert len(text) < 500
+    return text
+
+
+def whole(make: Any) -> dict[str, Any]:
+    return {"leaks": [], "hints": [], "summary": [], "problems": [], **make()}
+
+
+@pytest.mark.parametrize(
+    "make", [documents.small, documents.eventful, documents.empty, documents.hostile]
+)
+def test_reads_what_runs_write(tmp_path: Path, make: Any) -> None:
+    document = json.loads(json.dumps(whole(make)))
+    assert read_report(written(tmp_path, document)) == document
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "broken JSON at line 1"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"[]", "no report of pytest-gpushare"),
+        (b"{}", "no report of pytest-gpushare"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"schema": ' + b"9" * 5000 + b"}", "no number"),
+        (b'{"schema": NaN}', "no number"),
+        (b'{"schema": 2}', "version 2 of the report's schema"),
+        (b'{"schema": true}', "version True"),
+        (b'{"schema": "\\u001b[31m"}', "version ?[31m"),
+        (b'{"schema": 1}', "is missing"),
+    ],
+)
+def test_names_what_is_wrong(tmp_path: Path, content: bytes, words: str) -> None:
+    assert words in refused(written(tmp_path, content))
+
+
+def test_refuses_what_is_no_regular_file_or_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    assert "no regular file" in refused(pipe)
+    assert "no regular file" in refused(tmp_path)
+    assert "No such file" in refused(tmp_path / "missing\x1b[2J.json")
+    monkeypatch.setattr(reading, "MOST_BYTES", 10)
+    assert "at most" in refused(written(tmp_path, b" " * 11))
+
+
+def test_agrees_with_a_full_validator_on_damaged_reports() -> None:
+    """Each value of a report is replaced by values of other types: both find the same."""
+    validator = Draft202012Validator(SCHEMA)
+    document = json.loads(json.dumps(whole(documents.eventful)))
+    document["tests"], document["events"] = document["tests"][:3], document["events"][:3]
+    document["samples"]["devices"] = {}
+    chance = random.Random(20)
+    places = list(places_of(document))
+    refusals = 0
+    for turn in range(400):
+        damaged = copy.deepcopy(document)
+        *way, last = chance.choice(places)
+        at: Any = damaged
+        for step in way:
+            at = at[step]
+        if isinstance(at, dict) and turn % 3 == 0:
+            del at[last]
+        else:
+            at[last] = chance.choice([None, True, 1, -1, 0.5, "text", [], {}, [1], {"a": 1}])
+        fits = validator.is_valid(damaged)
+        refusals += not fits
+        assert bool(difference(damaged, SCHEMA, "")) != fits, (way, last)
+    assert refusals > 100
+
+
+def places_of(value: Any, way: tuple[Any, ...] = ()) -> Any:
+    """The path of each value in a document."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in pairs:
+        yield (*way, key)
+        if isinstance(part, (dict, list)):
+            yield from places_of(part, (*way, key))
+
+
+def test_figures_are_bounded() -> None:
+    for huge in (2**63, -(2**70), 1e300, float("inf")):
+        assert difference(huge, {"type": "number"}, "a")
+    assert difference(float(2**40), {"type": "integer"}, "a") == "a is not integer"
