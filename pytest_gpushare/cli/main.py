@@ -70,6 +70,10 @@ def _run(options: argparse.Namespace) -> int:
         from pytest_gpushare.cli.hold import hold
 
         return hold(options)
+    if options.command == "merge":
+        from pytest_gpushare.cli.merge import merge
+
+        return merge(options)
     from pytest_gpushare.cli.watch import watch
 
     return watch(options)
@@ -97,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_watch(commands)
     _add_hold(commands)
+    _add_merge(commands)
     return parser
 
 
@@ -206,6 +211,27 @@ def _add_hold(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         default="",
         metavar="DIRECTORY",
         help="as gpu_share_leases (default: the directory that all users share)",
+    )
+
+
+def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "merge",
+        "make one report of those of several shards",
+        "Read reports that --gpu-share-report FILE.json has written, one of each shard, and write "
+        "one report of all. The files may come from anybody: they are checked, and their texts "
+        "are escaped.",
+        "REPORT.json ... -o FILE",
+    )
+    parser.add_argument("reports", nargs="+", metavar="REPORT.json", help="a report of a shard")
+    parser.add_argument(
+        "-o",
+        dest="output",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="the file to write, .json or .html; repeatable",
     )
 
 

@@ -360,8 +360,10 @@ def unused_options(config: pytest.Config) -> str:
     return text
 
 
-def report_files(given: Sequence[str] | None, directory: Path) -> tuple[Path, ...]:
-    """The files of `--gpu-share-report`, absolute, each once; relative to `directory`.
+def report_files(
+    given: Sequence[str] | None, directory: Path, flag: str = "--gpu-share-report"
+) -> tuple[Path, ...]:
+    """The files that an option names, absolute, each once; relative to `directory`.
 
     Raises `SettingsError` for a name whose suffix is no format.
     """
@@ -370,14 +372,12 @@ def report_files(given: Sequence[str] | None, directory: Path) -> tuple[Path, ..
         name = printable(text)[-120:]
         if Path(text).suffix.lower() not in _REPORT_FORMATS:
             raise SettingsError(
-                f"--gpu-share-report {name}: no format is known by this name: allowed is a "
+                f"{flag} {name}: no format is known by this name: allowed is a "
                 f"file that ends in {' or '.join(_REPORT_FORMATS)}"
             )
         try:
             path = directory / Path(text).expanduser()
         except RuntimeError:
-            raise SettingsError(
-                f"--gpu-share-report {name}: no such home directory: check the path"
-            ) from None
+            raise SettingsError(f"{flag} {name}: no such home directory: check the path") from None
         found[path] = None
     return tuple(found)

@@ -95,9 +95,9 @@ _TYPES: Mapping[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "boolean": lambda value: isinstance(value, bool),
     "integer": lambda value: type(value) is int and abs(value) < _LARGEST,
-    "number": lambda value: type(value) in (int, float)
-    and math.isfinite(value)
-    and abs(value) < _LARGEST,
+    "number": lambda value: (
+        type(value) in (int, float) and math.isfinite(value) and abs(value) < _LARGEST
+    ),
     "null": lambda value: value is None,
 }
 

@@ -20,9 +20,8 @@ from simulator.child import child_process
 
 from .conftest import Project
 
-SCHEMA = json.loads(
-    (Path(__file__).parents[2] / "pytest_gpushare/report/report-schema.json").read_text(encoding="utf-8")
-)
+_SCHEMA_FILE = Path(__file__).parents[2] / "pytest_gpushare/report/report-schema.json"
+SCHEMA = json.loads(_SCHEMA_FILE.read_text(encoding="utf-8"))
 GB = 1024**3
 
 SUITE = """

@@ -1,0 +1,308 @@
+"""One report made of several: of the shards of a CI run, each on a host or device of its own.
+
+A test keeps its shard, so that one that ran in several shards is there several times. Peaks of a
+device that several shards used are the highest of them: what was used at different times is never
+added up.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pytest_gpushare.report.document import SCHEMA, generator
+from pytest_gpushare.text import one_line
+
+Document = Mapping[str, Any]
+
+MOST_TESTS = 500_000
+"""Of all shards together; what is more is counted under problems."""
+
+_PEAKS = (
+    "peak_used_bytes",
+    "peak_workers_bytes",
+    "peak_tests_bytes",
+    "peak_unattributed_bytes",
+    "used_at_start_bytes",
+)
+_MOST_NAME = 60
+_NO_TESTS = 5
+
+
+class Shard(NamedTuple):
+    """A report and its place among the others."""
+
+    name: str
+    """Unique among the shards; printable."""
+    document: Document
+    offset: float
+    """Seconds that it started after the first one."""
+
+    def worker(self, name: object) -> str:
+        """A worker's name that no worker of another shard has."""
+        return f"{self.name}/{one_line(str(name), 200)}"
+
+    def at(self, seconds: float | None) -> float | None:
+        """A time of this shard as seconds since the first one started."""
+        return None if seconds is None else round(seconds + self.offset, 3)
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """A name for each shard: of its file, or of its directory where the files have one name."""
+    stems = [path.stem for path in paths]
+    if len(set(stems)) < len(stems):
+        stems = [f"{path.parent.name}/{path.stem}" for path in paths]
+    found: list[str] = []
+    for stem in stems:
+        name = one_line(stem, _MOST_NAME) or "report"
+        number = itertools.count(2)
+        unique = name
+        while unique in found:
+            unique = f"{name}#{next(number)}"
+        found.append(unique)
+    return found
+
+
+def merged(documents: Sequence[Document], names: Sequence[str]) -> dict[str, Any]:
+    """The documents as one, valid by the schema as each of them is."""
+    starts = [_start(document) for document in documents]
+    first = min(start for start in starts if start is not None) if any(starts) else None
+    shards = [
+        Shard(
+            name,
+            document,
+            0.0 if first is None or start is None else (start - first).total_seconds(),
+        )
+        for name, document, start in zip(names, documents, starts, strict=True)
+    ]
+    tests = [_test(shard, test) for shard in shards for test in shard.document["tests"]]
+    problems = _told(shards, "problems")
+    if len(tests) > MOST_TESTS:
+        problems.append(f"{len(tests) - MOST_TESTS} more tests ran than a report can hold")
+    return {
+        "schema": SCHEMA,
+        "generator": generator(),
+        "run": _run(shards, first),
+        "plan": _plan(shards),
+        "devices": list(_devices(shards)),
+        "workers": [_worker(shard, each) for shard in shards for each in shard.document["workers"]],
+        "tests": tests[:MOST_TESTS],
+        "ollama": _ollama(shards),
+        "events": _events(shards),
+        "samples": {"devices": _samples(shards)},
+        "summary": _told(shards, "summary"),
+        "hints": _told(shards, "hints"),
+        "shortages": _told(shards, "shortages"),
+        "leaks": [
+            {**leak, "worker": shard.worker(leak["worker"])}
+            for shard in shards
+            for leak in shard.document["leaks"]
+        ],
+        "problems": problems,
+        "shards": [_shard(shard) for shard in shards],
+    }
+
+
+def _start(document: Document) -> datetime | None:
+    try:
+        found = datetime.fromisoformat(document["run"]["started"].replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return found if found.tzinfo is not None else found.replace(tzinfo=timezone.utc)
+
+
+def exit_status(codes: Iterable[int]) -> int:
+    """The exit code of all: that of the first which did not succeed.
+
+    A shard without tests does not fail the others.
+    """
+    found = list(codes)
+    bad = [code for code in found if code not in (0, _NO_TESTS)]
+    if bad:
+        return bad[0]
+    return _NO_TESTS if found and all(code == _NO_TESTS for code in found) else 0
+
+
+def _run(shards: Sequence[Shard], first: datetime | None) -> dict[str, Any]:
+    runs = [shard.document["run"] for shard in shards]
+    ends = [shard.offset + shard.document["run"]["duration_s"] for shard in shards]
+    one = runs[0]
+    started = first.isoformat(timespec="milliseconds") if first is not None else one["started"]
+    return {
+        "started": started,
+        "duration_s": round(max(ends), 3),
+        "exit_status": exit_status(run["exit_status"] for run in runs),
+        "finished": all(run["finished"] for run in runs),
+        **{
+            name: _common([run[name] for run in runs])
+            for name in ("python", "pytest", "xdist", "platform", "driver")
+        },
+        "simulated": any(run["simulated"] for run in runs),
+    }
+
+
+def _common(values: Sequence[str | None]) -> str | None:
+    """The value of all, or the different ones with commas between them."""
+    found = list(dict.fromkeys(value for value in values if value is not None))
+    return ", ".join(found) if found else None
+
+
+def _plan(shards: Sequence[Shard]) -> dict[str, Any]:
+    plans = [shard.document["plan"] for shard in shards]
+    absences = [f"{s.name}: {s.document['plan']['absence']}" for s in shards
+                if s.document["plan"]["absence"]]  # fmt: skip
+    has_gpu = any(plan["gpu_workers"] for plan in plans)
+    return {
+        "gpu_workers": sum(plan["gpu_workers"] for plan in plans),
+        "cpu_workers": sum(plan["cpu_workers"] for plan in plans),
+        "in_process": all(plan.get("in_process", False) for plan in plans),
+        "limited_by": _union(plan["limited_by"] for plan in plans),
+        "limits": {},
+        "presets": _union(plan["presets"] for plan in plans),
+        "absence": "" if has_gpu else "; ".join(absences),
+        "shortage": "" if has_gpu else "; ".join(filter(None, (plan.get("shortage", "")
+                                                               for plan in plans))),
+        "needed_bytes": max(plan["needed_bytes"] for plan in plans),
+        "ollama_needs": None,
+        "settings": _settings(plans),
+    }  # fmt: skip
+
+
+def _settings(plans: Sequence[Document]) -> dict[str, dict[str, str]]:
+    keys = _union(plan["settings"] for plan in plans)
+    result = {}
+    for key in keys:
+        found = [plan["settings"][key] for plan in plans if key in plan["settings"]]
+        values = _union([each["value"]] for each in found)
+        origins = _union([each["origin"]] for each in found)
+        result[key] = {"value": " | ".join(values), "origin": " | ".join(origins)}
+    return result
+
+
+def _union(lists: Iterable[Iterable[str]]) -> list[str]:
+    return list(dict.fromkeys(each for found in lists for each in found))
+
+
+def _devices(shards: Sequence[Shard]) -> Iterator[dict[str, Any]]:
+    found: dict[str, list[Document]] = {}
+    for shard in shards:
+        for device in shard.document["devices"]:
+            found.setdefault(device["uuid"], []).append(device)
+    for devices in found.values():
+        first = dict(devices[0])
+        for name in _PEAKS:
+            values = [device[name] for device in devices if device.get(name) is not None]
+            if name in first or values:
+                first[name] = max(values, default=None)
+        first["free_at_start_bytes"] = min(device["free_at_start_bytes"] for device in devices)
+        first["budget_bytes"] = max(device["budget_bytes"] for device in devices)
+        first["workers"] = max(device["workers"] for device in devices)
+        yield first
+
+
+def _worker(shard: Shard, worker: Document) -> dict[str, Any]:
+    return {
+        **worker,
+        "id": shard.worker(worker["id"]),
+        "started_s": shard.at(worker["started_s"]),
+        "ended_s": shard.at(worker["ended_s"]),
+        "shard": shard.name,
+    }
+
+
+def _test(shard: Shard, test: Document) -> dict[str, Any]:
+    return {
+        **test,
+        "worker": shard.worker(test["worker"]),
+        "start_s": shard.at(test["start_s"]),
+        "end_s": shard.at(test["end_s"]),
+        "shard": shard.name,
+    }
+
+
+def _events(shards: Sequence[Shard]) -> list[dict[str, Any]]:
+    found = [
+        {**event, "at_s": shard.at(event["at_s"]), "text": f"{shard.name}: {event['text']}"}
+        for shard in shards
+        for event in shard.document["events"]
+    ]
+    return sorted(found, key=lambda event: event["at_s"])
+
+
+def _told(shards: Sequence[Shard], name: str) -> list[str]:
+    return [f"{shard.name}: {text}" for shard in shards for text in shard.document.get(name, ())]
+
+
+def _ollama(shards: Sequence[Shard]) -> dict[str, Any] | None:
+    asked = [(s, s.document["ollama"]) for s in shards if s.document["ollama"] is not None]
+    if not asked:
+        return None
+    servers = [server for _, server in asked]
+    return {
+        "address": ", ".join(_union([server["address"]] for server in servers)),
+        "version": _common([server["version"] for server in servers]),
+        "found_by": ", ".join(_union([server["found_by"]] for server in servers)),
+        "answered": any(server["answered"] for server in servers),
+        "on_this_host": any(server.get("on_this_host", False) for server in servers),
+        "problem": "; ".join(f"{s.name}: {server['problem']}" for s, server in asked
+                             if server["problem"]),
+        "models": [
+            {**model, "name": f"{shard.name}: {model['name']}"}
+            for shard, server in asked
+            for model in server["models"]
+        ],
+        "verdict": [f"{shard.name}: {text}" for shard, server in asked
+                    for text in server["verdict"]],
+        "spilled_under_tests": any(server["spilled_under_tests"] for server in servers),
+    }  # fmt: skip
+
+
+def _samples(shards: Sequence[Shard]) -> dict[str, Any]:
+    """The rows of all shards in the order of their times; each fills its own workers' columns."""
+    rows: dict[str, list[tuple[float, int, int]]] = {}
+    held: dict[str, list[tuple[Shard, Document]]] = {}
+    for shard in shards:
+        for uuid, columns in shard.document["samples"]["devices"].items():
+            part = held.setdefault(uuid, [])
+            part.append((shard, columns))
+            length = _length(columns)
+            rows.setdefault(uuid, []).extend(
+                (shard.at(columns["at_s"][row]) or 0.0, len(part) - 1, row) for row in range(length)
+            )
+    return {uuid: _columns(sorted(rows[uuid]), held[uuid]) for uuid in held}
+
+
+def _length(columns: Document) -> int:
+    lists = [columns[name] for name in ("at_s", "used_bytes", "ollama_bytes", "others_bytes")]
+    return min(map(len, [*lists, *columns["workers_bytes"].values()]))
+
+
+def _columns(
+    rows: Sequence[tuple[float, int, int]], held: Sequence[tuple[Shard, Document]]
+) -> dict[str, Any]:
+    result: dict[str, Any] = {"at_s": [at for at, _, _ in rows]}
+    for name in ("used_bytes", "ollama_bytes", "others_bytes"):
+        result[name] = [held[part][1][name][row] for _, part, row in rows]
+    workers: dict[str, list[int | None]] = {}
+    for number, (shard, columns) in enumerate(held):
+        for worker, sizes in columns["workers_bytes"].items():
+            workers[shard.worker(worker)] = [
+                sizes[row] if part == number else None for _, part, row in rows
+            ]
+    result["workers_bytes"] = workers
+    return result
+
+
+def _shard(shard: Shard) -> dict[str, Any]:
+    run = shard.document["run"]
+    return {
+        "name": shard.name,
+        "started_s": round(shard.offset, 3),
+        "duration_s": run["duration_s"],
+        "exit_status": run["exit_status"],
+        "finished": run["finished"],
+        "tests": len(shard.document["tests"]),
+    }

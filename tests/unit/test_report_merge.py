@@ -1,0 +1,112 @@
+"""One report of several: every test once a shard, peaks never added up, and texts escaped."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import documents
+
+from pytest_gpushare.cli.main import main
+from pytest_gpushare.report.html import page
+from pytest_gpushare.report.merge import exit_status, merged, names_of
+from pytest_gpushare.report.reading import read_report
+
+
+def whole(make: Any, started: str = "2026-01-01T10:00:00.000+00:00") -> dict[str, Any]:
+    document = {"leaks": [], "hints": [], "summary": [], "problems": [], **make()}
+    document["run"] = {**document["run"], "started": started}
+    return dict(json.loads(json.dumps(document)))
+
+
+def test_every_test_of_every_shard_is_there_once() -> None:
+    one, two = whole(documents.small), whole(documents.eventful)
+    result = merged([one, two], ["a", "b"])
+    found = [(test["shard"], test["nodeid"], test["worker"]) for test in result["tests"]]
+    wanted = [
+        (name, test["nodeid"], f"{name}/{test['worker']}")
+        for name, document in (("a", one), ("b", two))
+        for test in document["tests"]
+    ]
+    assert found == wanted
+    assert len({worker["id"] for worker in result["workers"]}) == len(one["workers"]) + len(
+        two["workers"]
+    )
+
+
+def test_peaks_of_a_device_are_the_highest_and_never_the_sum() -> None:
+    one = whole(documents.small)
+    two = copy.deepcopy(one)
+    two["devices"][0]["peak_used_bytes"] = one["devices"][0]["peak_used_bytes"] - 1
+    two["devices"][0]["peak_workers_bytes"] = None
+    (device,) = merged([one, two], ["a", "b"])["devices"]
+    assert device["peak_used_bytes"] == one["devices"][0]["peak_used_bytes"]
+    assert device["peak_workers_bytes"] == one["devices"][0]["peak_workers_bytes"]
+
+
+def test_times_are_those_of_one_clock() -> None:
+    """The second shard started a minute later: its tests and samples come a minute later."""
+    one = whole(documents.small)
+    two = whole(documents.small, "2026-01-01T12:01:00.000+02:00")
+    result = merged([one, two], ["a", "b"])
+    first, second = (
+        [test["start_s"] for test in result["tests"] if test["shard"] == shard] for shard in "ab"
+    )
+    assert [round(late - early, 3) for early, late in zip(first, second, strict=True)] == [
+        60.0
+    ] * len(first)
+    assert result["run"]["duration_s"] == pytest.approx(two["run"]["duration_s"] + 60)
+    (columns,) = result["samples"]["devices"].values()
+    assert columns["at_s"] == sorted(columns["at_s"])
+    assert len(columns["at_s"]) == 2 * len(next(iter(one["samples"]["devices"].values()))["at_s"])
+    assert {len(column) for column in columns["workers_bytes"].values()} == {len(columns["at_s"])}
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"), [([0, 0], 0), ([0, 5], 0), ([5, 5], 5), ([0, 1, 2], 1), ([3, 1], 3)]
+)
+def test_exit_status(codes: list[int], code: int) -> None:
+    assert exit_status(codes) == code
+
+
+def test_names_of_shards_differ() -> None:
+    assert names_of([Path("a/x.json"), Path("b/y.json")]) == ["x", "y"]
+    assert names_of([Path("a/x.json"), Path("b/x.json")]) == ["a/x", "b/x"]
+    assert names_of([Path("a/x.json"), Path("a/x.json")]) == ["a/x", "a/x#2"]
+    assert names_of([Path("\x1b[31m.json")]) == ["?[31m"]
+
+
+def test_command_merges_hostile_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page of foreign reports has none of their markup; the JSON is a valid report again."""
+    for number in (1, 2):
+        (tmp_path / f"<b>{number}.json").write_text(json.dumps(whole(documents.hostile)))
+    paths = [str(path) for path in sorted(tmp_path.glob("*.json"))]
+    html, out = tmp_path / "all.html", tmp_path / "all.json"
+    assert main(["merge", *paths, "-o", str(html), "-o", str(out)]) == 0
+    assert "2 reports with 12 tests merged into all.html, all.json" in capsys.readouterr().out
+    text = html.read_text(encoding="utf-8")
+    for markup in ("<img", "<svg onload", "<i>card", "<b>1", "<u>x", "<!--]", "alert(1)</script"):
+        assert markup not in text
+    assert len(read_report(out)["tests"]) == 12
+
+
+def test_a_merged_report_can_be_merged_again(tmp_path: Path) -> None:
+    once = merged([whole(documents.small), whole(documents.eventful)], ["a", "b"])
+    (tmp_path / "one.json").write_text(json.dumps(once))
+    document = read_report(tmp_path / "one.json")
+    again = merged([document, whole(documents.cpu_only)], ["one", "c"])
+    assert len(again["tests"]) == len(once["tests"]) + 24
+    assert page(again)
+
+
+def test_command_names_a_file_that_is_no_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("{}")
+    assert main(["merge", str(path), "-o", str(tmp_path / "all.json")]) == 4
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "all.json").exists()
