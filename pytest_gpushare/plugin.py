@@ -16,9 +16,12 @@ import pytest
 
 from pytest_gpushare.compat.pytest_options import early_options, runs_tests, set_usage_hint
 from pytest_gpushare.compat.xdist_options import (
+    GPU_AUTO,
     accept_gpu_auto,
     announce_workers,
     asks_for_gpu_auto,
+    asks_for_hosts,
+    given_number,
     is_in_process,
     set_number,
 )
@@ -115,10 +118,8 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
         if not _is_asked(config, config.option):
             _report_unused_options(config)
         elif RUN not in config.stash:
-            from pytest_gpushare.session.start import start_workers
-
             before = config.stash.get(BEFORE_CONFTESTS, None)
-            _activate(config, _checked(start_workers, config, before))
+            _activate(config, _checked(_start_of(config), config, before))
         # xdist does not know gpu-auto: --no-gpu-share makes it auto, a run without workers 0.
         if asks_for_gpu_auto(config.option):
             set_number(config.option, "auto" if config.option.gpu_share is False else 0)
@@ -296,10 +297,32 @@ def _options_if_asked(early_config: pytest.Config) -> Any | None:
     return options
 
 
+def _start_of(config: pytest.Config) -> Callable[..., ActiveRun | str | None]:
+    """What starts the run: here, or on several hosts."""
+    if _names_hosts(config):
+        from pytest_gpushare.hosts.start import start_on_hosts
+
+        return start_on_hosts
+    from pytest_gpushare.session.start import start_workers
+
+    return start_workers
+
+
+def _names_hosts(config: pytest.Config) -> bool:
+    options = config.option
+    if given_number(options) not in (None, GPU_AUTO):
+        return False
+    if getattr(options, "tx", None):
+        return asks_for_hosts(options)
+    with contextlib.suppress(Exception):
+        return bool(config.getini("gpu_share_hosts"))
+    return False
+
+
 def _is_asked(config: pytest.Config, options: Any) -> bool:
     if options.gpu_share is not None:
         return bool(options.gpu_share)
-    if asks_for_gpu_auto(options):
+    if asks_for_gpu_auto(options) or asks_for_hosts(options):
         return True
     # getini refuses a typed value of pytest 9's TOML; the reader below takes it.
     with contextlib.suppress(Exception):

@@ -97,6 +97,11 @@ def keeps_own_workers(options: Any) -> bool:
     return bool(getattr(options, "tx", None)) and given_number(options) is None
 
 
+def asks_for_hosts(options: Any) -> bool:
+    """Whether `--tx gpu-auto*...` asks for as many workers as a host has room for."""
+    return any(text.startswith(f"{GPU_AUTO}*") for text in getattr(options, "tx", None) or ())
+
+
 def distribute(options: Any) -> None:
     """Make `--tx` start its workers where `--dist` was not given, as `-n` does.
 

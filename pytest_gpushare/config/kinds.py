@@ -13,7 +13,7 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import TypeAlias
 
-from pytest_gpushare.config.settings import Alias, VramRule, parse_aliases, parse_rules
+from pytest_gpushare.config.settings import Alias, VramRule, parse_aliases, parse_lines, parse_rules
 from pytest_gpushare.errors import LineError, SettingsError
 from pytest_gpushare.text import printable
 from pytest_gpushare.units import format_gb, format_number, parse_size
@@ -283,6 +283,22 @@ class Names(Kind):
     def write(self, value: object) -> str:
         """`qwen2.5:14b, llama3.2:1b`."""
         return _joined(value)
+
+
+class HostLines(Kind):
+    """Lines that name hosts; what they mean is read where they are used."""
+
+    def read(self, raw: object) -> tuple[str, ...]:
+        """The lines, comments and empty ones left out."""
+        return parse_lines(raw)
+
+    def describe(self) -> str:
+        """See `Kind`."""
+        return "allowed are lines user@box:/srv/project, with options of ssh and python=PATH"
+
+    def write(self, value: object) -> str:
+        """The lines as they were written."""
+        return ", ".join(str(line) for line in _tuple(value))
 
 
 class Aliases(Kind):

@@ -329,6 +329,13 @@ OPTIONS: tuple[Option, ...] = (
         "that break on UUIDs",
     ),
     Option(
+        "hosts",
+        lambda: kinds.HostLines(),
+        "",
+        "hosts whose devices the run uses over ssh, one a line: `user@box:/srv/project`, then "
+        "options of ssh and `python=PATH`; `popen` is this host",
+    ),
+    Option(
         "config",
         lambda: kinds.Text(),
         "",

@@ -105,6 +105,8 @@ class Settings:
     """`own` or `all`: what a GPU worker sees; its own device comes first."""
     device_names: str
     """`uuid` or `index`: how CUDA_VISIBLE_DEVICES is written."""
+    hosts: tuple[str, ...]
+    """Lines that name the hosts of the run; none: this host alone."""
     config: str
     """The JSON file that was read; empty: none."""
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -159,6 +161,11 @@ FLAGS = ("exclusive", "required", "gpu", "cpu")
 def filled(text: str, values: Mapping[str, str]) -> str:
     """The text of a meaning with the values of its parameters."""
     return _PARAMETER.sub(lambda match: values[match[1]], text)
+
+
+def parse_lines(raw: object) -> tuple[str, ...]:
+    """The lines of a setting that has several, comments and empty ones left out."""
+    return tuple(_lines(raw))
 
 
 def _lines(raw: object) -> Sequence[str]:

@@ -93,6 +93,15 @@ class GpuShareScheduling:
             return bool(self._stock.has_pending)
         return not self._executor.is_done
 
+    @property
+    def numnodes(self) -> int:
+        """How many workers are to collect before any test is run."""
+        return int(self._stock.numnodes)
+
+    @numnodes.setter
+    def numnodes(self, number: int) -> None:
+        self._stock.numnodes = number
+
     def add_node(self, node: Any) -> None:
         """A worker is up, and collects."""
         self._nodes[node] = None
@@ -144,7 +153,11 @@ class GpuShareScheduling:
         self._nodes.pop(node, None)
         if self._executor is None:
             return self._stock.remove_node(node)  # type: ignore[no-any-return]
-        replaced = has_died and (self._most_deaths is None or self._deaths <= self._most_deaths)
+        replaced = (
+            has_died
+            and (self._most_deaths is None or self._deaths <= self._most_deaths)
+            and self._own.may_replace(node)
+        )
         self._due = True
         # Also where the worker ended in order: a test may have ended it, by `pytest.exit`.
         return self._executor.leave(node.gateway.id, replaced=replaced)
@@ -202,6 +215,10 @@ class VramDispatch:
         self._plugins = config.pluginmanager
         self._parity: Parity | None = None
 
+    def may_replace(self, node: Any) -> bool:
+        """Whether another worker may come in the place of one that has died."""
+        return self._started.may_replace(node)
+
     def has_gpu(self, node: Any) -> bool:
         """Whether a worker was placed on a GPU."""
         number = node.gateway.spec.env.get(NUMBER, "")
@@ -249,7 +266,7 @@ class VramDispatch:
     def begin(self, suite: Suite, kinds: KindsOfWorkers) -> Executor | None:
         """What hands the tests out; None where xdist's scheduler does as well."""
         started, dist = self._started, self._options.dist
-        from pytest_gpushare.dispatch.executor import DeviceReadings, Executor, Timer
+        from pytest_gpushare.dispatch.executor import Executor, Timer, readings_of
         from pytest_gpushare.dispatch.suite import Parity, weigh
         from pytest_gpushare.scheduler.dispatcher import Dispatcher
 
@@ -271,12 +288,7 @@ class VramDispatch:
             dispatcher,
             suite.nodeids,
             started.links,
-            DeviceReadings(
-                started.live,
-                [each.uuid for each in capacities],
-                started.resident,
-                started.attribution,
-            ),
+            readings_of(started.readings()),
             {each.uuid: each.context for each in capacities},
             started.tests,
             started.record.note,

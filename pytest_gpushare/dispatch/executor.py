@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_gpushare.dispatch.suite import Collection
 from pytest_gpushare.gpu.attribution import Attribution, ProcessSplit
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
-from pytest_gpushare.gpu.sampler import MEMORY_AGE, PROCESSES_AGE, LiveVram
+from pytest_gpushare.gpu.sampler import MEMORY_AGE, PROCESSES_AGE, Live
 from pytest_gpushare.ollama.models import OLLAMA
 from pytest_gpushare.scheduler.types import (
     Action,
@@ -31,6 +31,7 @@ from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
     from pytest_gpushare.scheduler.dispatcher import Dispatcher
+    from pytest_gpushare.session.run import ReadingSource
     from pytest_gpushare.session.tests import RecordedTests
     from pytest_gpushare.wire import Links
 
@@ -91,7 +92,7 @@ class DeviceReadings:
 
     def __init__(
         self,
-        live: LiveVram | None,
+        live: Live | None,
         devices: Sequence[str],
         resident: Callable[[], Mapping[str, int]] = dict,
         attribution: Attribution | None = None,
@@ -161,6 +162,41 @@ class DeviceReadings:
         """Who is not in a list that names workers: it has no context there, and holds nothing."""
         is_named = processes is not None and device in self._naming
         return dict.fromkeys(self.workers.values(), 0) if is_named else {}
+
+
+class AllReadings(DeviceReadings):
+    """The readings of several hosts: what one lacks does not change what the others show."""
+
+    def __init__(self, parts: Sequence[DeviceReadings]) -> None:
+        super().__init__(None, ())
+        self._parts = parts
+        self._last: tuple[Mapping[str, DeviceReading], ...] = ()
+        for part in parts:
+            part.workers = self.workers
+
+    def has_reported(self, worker: str) -> None:
+        """See `DeviceReadings`."""
+        for part in self._parts:
+            part.has_reported(worker)
+
+    def now(self) -> Mapping[str, DeviceReading]:
+        """See `DeviceReadings`."""
+        found = tuple(part.now() for part in self._parts)
+        if len(found) != len(self._last) or any(
+            one is not other for one, other in zip(found, self._last, strict=True)
+        ):
+            self._last = found
+            self._found = {uuid: each for part in found for uuid, each in part.items()}
+        return self._found
+
+
+def readings_of(sources: Sequence[ReadingSource]) -> DeviceReadings:
+    """What admission reads, of one host or of several."""
+    found = [
+        DeviceReadings(source.live, sorted(source.devices), source.resident, source.attribution)
+        for source in sources
+    ]
+    return found[0] if len(found) == 1 else AllReadings(found)
 
 
 def _reading(

@@ -65,11 +65,13 @@ class Device:
     """What is written there; empty: its UUID."""
     unified: bool = False
     """Whether the device has no memory of its own but shares the host's."""
+    host: str = ""
+    """The host that it is in, where a run has several; empty: this one."""
 
     @property
     def label(self) -> str:
-        """`GPU 0`, as lines of output name it."""
-        return f"GPU {self.index}"
+        """`GPU 0`, or `box GPU 0`, as lines of output name it."""
+        return f"{self.host} GPU {self.index}" if self.host else f"GPU {self.index}"
 
 
 class GpuFacts(NamedTuple):

@@ -64,6 +64,20 @@ class Reading(Generic[T]):
     """On the monotonic clock; minus infinity before the first reading."""
 
 
+class Live(Protocol):
+    """Readings of devices during a run, such as `LiveVram`."""
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether the readings are as fresh as they can be."""
+
+    def memory(self, max_age: float = ...) -> Reading[Memory]:
+        """VRAM by device."""
+
+    def processes(self, max_age: float = ...) -> Reading[tuple[GpuProcess, ...] | None]:
+        """Processes by device."""
+
+
 class _Query(Generic[T]):
     """One kind of reading: how it is read, and the last one."""
 
@@ -161,7 +175,7 @@ class LiveVram:
 
 
 def read_usage(
-    live: LiveVram,
+    live: Live,
     attribution: Attribution,
     workers: Mapping[int, str],
     statements: Sequence[Statement] = (),

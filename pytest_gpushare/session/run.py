@@ -42,7 +42,7 @@ from pytest_gpushare.wire import Links
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_gpushare.gpu.sampler import LiveVram
+    from pytest_gpushare.gpu.sampler import Live
     from pytest_gpushare.leases.lessee import Lessee
     from pytest_gpushare.ollama.keep_alive import KeepAlive
     from pytest_gpushare.ollama.monitor import Monitor
@@ -61,7 +61,7 @@ class StartFacts(NamedTuple):
     plan: Plan
     replan: Callable[[Settings], Plan] | None = None
     """The plan for the same machine with other settings."""
-    live: LiveVram | None = None
+    live: Live | None = None
     """Readings of NVML during the run; None under a what-if and without devices."""
     close: Callable[[], None] = _nothing
     """Releases NVML and preloaded models; harmless when called twice."""
@@ -123,6 +123,34 @@ class Routing:
             self._on_needs()
 
 
+class ReadingSource(NamedTuple):
+    """The devices of one host, as admission reads them."""
+
+    live: Live | None
+    devices: frozenset[str]
+    """UUIDs."""
+    resident: Callable[[], Mapping[str, int]]
+    """UUID -> bytes that Ollama holds there."""
+    attribution: Attribution
+
+
+def surroundings(facts: StartFacts, plan: Plan) -> PlacementContext:
+    """What beside the plan decides on the environments of workers on this host."""
+    settings, simulated = facts.settings, facts.gpus.simulated
+    capped = settings.cap_vram and bool(plan.slots) and not simulated
+    return PlacementContext(
+        outer=without_caps_of_outer_run(os.environ),
+        versions=installed_frameworks() if capped else {},
+        mps=capped and mps_is_running(os.environ),
+        cap_vram=settings.cap_vram,
+        by_index=settings.device_names == "index",
+        see_all=settings.visible_devices == "all",
+        simulated=simulated,
+        contexts=facts.contexts,
+        budgets={d.device.uuid: d.budget for d in plan.devices} if facts.has_needs else {},
+    )
+
+
 class ActiveRun:
     """One run of pytest that has a plan; every part is there once it is constructed."""
 
@@ -135,6 +163,7 @@ class ActiveRun:
         record: Record | None = None,
     ) -> None:
         """Without `config` nothing is kept for later runs; `record` is for tests."""
+        self.facts = facts
         self.settings, self.gpus, self.ollama = facts.settings, facts.gpus, facts.ollama
         self.plan, self.replan, self.live, self.close = (
             facts.plan,
@@ -156,11 +185,9 @@ class ActiveRun:
         self._placed: dict[int, Any] = {}
 
         self.record = record or Record()
-        self.links = Links()
+        self.links = self._make_links()
         self._ollama_devices = devices_of_ollama(self.settings.ollama_gpu, self.gpus)
-        self.attribution = Attribution(
-            self.gpus.all_devices, statements(self._ollama_devices, self.ollama)
-        )
+        self.attribution = self._make_attribution()
         """Who holds the VRAM of the devices: the source of every such figure."""
         self.monitor: Monitor | None = None
         """Follows Ollama; None where no server uses a device of this host."""
@@ -172,15 +199,7 @@ class ActiveRun:
         services: list[Service] = []
         on_needs: Callable[[], object] = _nothing
         if self.live is not None and self.plan.devices:
-            uuids = [planned.device.uuid for planned in self.plan.devices]
-            self.sampler = Sampler(
-                self.live,
-                self.attribution,
-                uuids,
-                self.workers,
-                self.record,
-                self.statements,
-            )
+            self.sampler = self._make_sampler(self.live)
             services.append(self.sampler)
         self.kept_loaded = facts.preload_service
         """What keeps the models that this run loaded; None where it loaded none."""
@@ -220,6 +239,25 @@ class ActiveRun:
         self.links.on("overwritten", self._note_overwritten)
         self.links.on("here", self.workers.came_up)
         self.links.on("test", self._note_test)
+
+    def _make_links(self) -> Links:
+        return Links()
+
+    def _make_attribution(self) -> Attribution:
+        return Attribution(self.gpus.all_devices, statements(self._ollama_devices, self.ollama))
+
+    def _make_sampler(self, live: Live) -> Sampler:
+        uuids = [planned.device.uuid for planned in self.plan.devices]
+        return Sampler(live, self.attribution, uuids, self.workers, self.record, self.statements)
+
+    def readings(self) -> list[ReadingSource]:
+        """What admission reads, by host."""
+        devices = frozenset(planned.device.uuid for planned in self.plan.devices)
+        return [ReadingSource(self.live, devices, self.resident, self.attribution)]
+
+    def may_replace(self, _node: Any) -> bool:
+        """Whether another worker may come in the place of one that has died."""
+        return True
 
     def lease_for(self, need: int) -> None:
         """Wait for the VRAM of the largest test, where leases of others left less to the plan."""
@@ -345,18 +383,7 @@ class ActiveRun:
     @cached_property
     def around(self) -> PlacementContext:
         """What beside the plan decides on the environments of workers."""
-        capped = self.settings.cap_vram and bool(self.plan.slots) and not self.gpus.simulated
-        return PlacementContext(
-            outer=without_caps_of_outer_run(os.environ),
-            versions=installed_frameworks() if capped else {},
-            mps=capped and mps_is_running(os.environ),
-            cap_vram=self.settings.cap_vram,
-            by_index=self.settings.device_names == "index",
-            see_all=self.settings.visible_devices == "all",
-            simulated=self.gpus.simulated,
-            contexts=self.contexts,
-            budgets={d.device.uuid: d.budget for d in self.plan.devices} if self.has_needs else {},
-        )
+        return surroundings(self.facts, self.plan)
 
     def _message(self, number: int) -> dict[str, Any]:
         message = message_to(self.plan, number, self.around)
@@ -366,8 +393,12 @@ class ActiveRun:
             "needs": self.has_needs,
         }
         tests = message_of_tests(self.settings, self.plan, self.around)
-        lease = self._lease.path if self._lease is not None else ""
-        return {**message, "memory": memory, "tests": tests, "lease": lease}
+        return {**message, "memory": memory, "tests": tests, "lease": self._lease_path}
+
+    @property
+    def _lease_path(self) -> str:
+        """The record that workers keep alive; empty where nothing is leased."""
+        return self._lease.path if self._lease is not None else ""
 
     def _note_test(self, worker: str, measured: Any) -> None:
         record = self.workers.get(worker)

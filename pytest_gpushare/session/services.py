@@ -21,7 +21,7 @@ from pytest_gpushare.gpu.sampler import (
     PROCESSES_AGE,
     RECENT_ROWS,
     DeviceSamples,
-    LiveVram,
+    Live,
     Reading,
     read_usage,
 )
@@ -245,7 +245,7 @@ class MonitoredRun(Protocol):
     gpus: GpuFacts
     ollama: OllamaFacts
     plan: Plan
-    live: LiveVram | None
+    live: Live | None
     attribution: Attribution
     workers: Workers
     record: Record
@@ -267,7 +267,7 @@ def monitor_for(run: MonitoredRun) -> Monitor | None:
 
 
 def _monitored_server(
-    run: MonitoredRun, live: LiveVram, known: Sequence[Device] | None
+    run: MonitoredRun, live: Live, known: Sequence[Device] | None
 ) -> MonitoredServer:
     # Imported in the monitor's thread, as the workers start meanwhile.
     from pytest_gpushare.ollama.monitor import MonitoredServer

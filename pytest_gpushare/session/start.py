@@ -303,10 +303,10 @@ def start_in_process(config: pytest.Config, environment: Mapping[str, str]) -> A
             "--gpu-share sizes the workers of pytest-xdist, which is not loaded: install "
             "pytest-xdist, or drop -p no:xdist"
         )
-    facts = _start(config, options, Request(in_process=True), 1, environment)
+    facts = start_locally(config, options, Request(in_process=True), 1, environment)
     is_up = cuda_is_up(facts.gpus.own_process_has_context)
     unplaced = "CUDA is up in this process already" if is_up else ""
-    run = ActiveRun(facts, _run_options(config, options, unplaced), config=config)
+    run = ActiveRun(facts, run_options(config, options, unplaced), config=config)
     if not unplaced:
         config.add_cleanup(set_variables(worker_environment(run.plan, 0, run.around)))
         config.add_cleanup(entered(place_of(run.plan, 0)))
@@ -334,7 +334,7 @@ def start_workers(
         return f"{why}, and no report is written" if options.gpu_share_report else why
     request, cpus = request_for(config)
     environment = environment_for_plan(before_conftests)
-    facts = _start(config, options, request, cpus, environment)
+    facts = start_locally(config, options, request, cpus, environment)
     unplaced = ""
     if request.in_process:
         unplaced = "the plugin was loaded too late to place this process: load it with -p"
@@ -344,21 +344,22 @@ def start_workers(
             "use --dist=load to share them out"
         )
         facts = facts._replace(notes=(*facts.notes, note))
-    run = ActiveRun(facts, _run_options(config, options, unplaced), config=config)
+    run = ActiveRun(facts, run_options(config, options, unplaced), config=config)
     if not own_workers:
         set_number(options, run.plan.workers)
     return run
 
 
-def _start(
+def start_locally(
     config: pytest.Config,
     options: Any,
     request: Request,
     cpus: int,
     environment: Mapping[str, str],
 ) -> StartFacts:
+    """Probe this host, and plan."""
     _report_files(config, options)
-    settings = _settings(config)
+    settings = settings_of_run(config)
     host = Host(tuple(options.gpu_share_simulate or ()), cpus, environment)
     earlier = EarlierRuns(
         recall_ollama(config) if settings.enable_ollama_detection else NOTHING_KNOWN,
@@ -372,14 +373,15 @@ def _start(
         host,
         _plan_hooks(config),
         earlier,
-        terms=Terms(config.rootpath, only_asks=_only_asks(config)),
+        terms=Terms(config.rootpath, only_asks=only_asks(config)),
         no_gpu_tests=f"-m {expression!r} selects no GPU test"
         if excludes_gpu_tests(expression, settings)
         else "",
     )
 
 
-def _run_options(config: pytest.Config, options: Any, unplaced: str) -> RunOptions:
+def run_options(config: pytest.Config, options: Any, unplaced: str) -> RunOptions:
+    """What the command line says of the run's end."""
     return RunOptions(_report_files(config, options), bool(options.gpu_share_strict), unplaced)
 
 
@@ -388,10 +390,10 @@ def _report_files(config: pytest.Config, options: Any) -> tuple[Path, ...]:
     return report_files(options.gpu_share_report, Path(config.invocation_params.dir))
 
 
-def _settings(config: pytest.Config) -> Settings:
+def settings_of_run(config: pytest.Config) -> Settings:
     """The settings of a run; one that only asks what would happen loads no model."""
     settings = load(gather(config))
-    if settings.ollama_preload and _only_asks(config):
+    if settings.ollama_preload and only_asks(config):
         from pytest_gpushare.planning.startup import check
 
         check(settings)
@@ -399,7 +401,8 @@ def _settings(config: pytest.Config) -> Settings:
     return settings
 
 
-def _only_asks(config: pytest.Config) -> bool:
+def only_asks(config: pytest.Config) -> bool:
+    """Whether no test will follow, as under `pytest-gpushare plan`."""
     plugins = config.pluginmanager.get_plugins()
     return any(getattr(plugin, "gpu_share_only_asks", False) for plugin in plugins)
 

@@ -1,0 +1,1 @@
+"""Several hosts: workers on other machines, over ssh, sized by the devices of each machine."""

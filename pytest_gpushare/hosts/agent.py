@@ -1,0 +1,226 @@
+"""The plugin's process on another host: it probes and plans there, then samples during the run.
+
+It holds the host's lease, and ends with its standard input: with the controller or its login.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pytest_gpushare.compat.xdist_hosts import count_of_cpus
+from pytest_gpushare.config.options import OPTIONS
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.errors import GpuShareError
+from pytest_gpushare.gpu.host import (
+    available_ram,
+    installed_frameworks,
+    is_alive,
+    mps_is_running,
+    parent_of,
+)
+from pytest_gpushare.gpu.sampler import Live
+from pytest_gpushare.hosts.checkout import Checkout, checkout_of
+from pytest_gpushare.hosts.facts import HERE, HostAnswer, encode
+from pytest_gpushare.ollama.monitor import Question
+from pytest_gpushare.planning.caps import without_caps_of_outer_run
+from pytest_gpushare.planning.leasing import Terms
+from pytest_gpushare.planning.plan import Request
+from pytest_gpushare.planning.startup import PlanHooks
+from pytest_gpushare.session.run import StartFacts
+from pytest_gpushare.session.start import EarlierRuns, Host, start
+from pytest_gpushare.timed import TimedCall
+
+Send = Callable[[dict[str, Any]], None]
+
+BEAT = 1.0
+"""Seconds between two samples when nobody asks for one: a sign of life."""
+
+_PROCESSES_EVERY = 0.4
+"""Seconds between two readings of process lists."""
+
+_MOST_GENERATIONS = 32
+_GIT = 5.0
+
+
+def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
+    """Answer the controller until it closes the connection."""
+    lock = threading.Lock()
+
+    def send_whole(message: dict[str, Any]) -> None:
+        with lock:
+            send(message)
+
+    state = TimedCall(lambda: checkout_of(Path.cwd()), "git")
+    try:
+        facts = _start(request)
+    except GpuShareError as error:
+        send_whole({"kind": "refused", "text": str(error)})
+        return
+    agent = _Agent(facts, send_whole)
+    try:
+        state.wait(_GIT)
+        send_whole(_answer(facts, state.value or Checkout()))
+        if request["only_asks"]:
+            return
+        agent.serve(lines)
+    except OSError:
+        # The controller is gone.
+        pass
+    finally:
+        agent.stop()
+        facts.close()
+
+
+def _start(request: Mapping[str, Any]) -> StartFacts:
+    settings = settings_of(request["settings"])
+    environment = dict(os.environ)
+    return start(
+        settings,
+        Request(),
+        Host(tuple(request["simulate"]), count_of_cpus(), environment),
+        PlanHooks(),
+        EarlierRuns(contexts=dict(request["contexts"])),
+        no_gpu_tests=request["no_gpu_tests"],
+        terms=Terms(Path.cwd(), only_asks=request["only_asks"]),
+    )
+
+
+def settings_as_texts(settings: Settings) -> dict[str, str]:
+    """The settings that sizing goes by, as a user would write them."""
+    return {
+        option.key: option.kind.write(getattr(settings, option.attribute))
+        for option in OPTIONS
+        if option.key not in HERE
+    }
+
+
+def settings_of(texts: Mapping[str, str]) -> Settings:
+    """The settings that these texts mean; whatever is not among them has its default."""
+    values: dict[str, Any] = {}
+    for option in OPTIONS:
+        text = texts.get(option.key)
+        values[option.attribute] = (
+            option.read(text, "controller") if text else option.default_value()
+        )
+    # The controller decides for all hosts together whether CPU workers will do.
+    return replace(Settings(**values), fallback_to_cpu_when_constrained=True, ollama_preload=False)
+
+
+def _answer(facts: StartFacts, checkout: Checkout) -> dict[str, Any]:
+    outer = without_caps_of_outer_run(os.environ)
+    path = facts.lessee.ledger.record_path if facts.lessee is not None else None
+    return encode(
+        HostAnswer(
+            facts.gpus,
+            facts.plan,
+            facts.ollama,
+            count_of_cpus(),
+            available_ram(),
+            outer,
+            installed_frameworks() if facts.plan.slots else {},
+            mps_is_running(os.environ),
+            "" if path is None else str(path),
+            facts.notes,
+            facts.leases,
+            checkout,
+        )
+    )
+
+
+class _Agent:
+    """Samples of the devices, and questions to the host's Ollama."""
+
+    def __init__(self, facts: StartFacts, send: Send) -> None:
+        self._live: Live | None = facts.live
+        self._server = facts.ollama.server
+        self._send = send
+        self._wanted = threading.Event()
+        self._stopped = threading.Event()
+        self._processes_at = float("-inf")
+        self._thread = threading.Thread(target=self._run, name="gpu-share-agent", daemon=True)
+
+    def serve(self, lines: Iterable[str]) -> None:
+        """Do what the controller says, until its last line."""
+        self._thread.start()
+        for line in lines:
+            word, _, rest = line.strip().partition(" ")
+            if word == "read":
+                self._wanted.set()
+            elif word == "models" and rest.isdigit():
+                threading.Thread(target=self._ask, args=(int(rest),), daemon=True).start()
+            elif word == "end":
+                return
+
+    def stop(self) -> None:
+        """Sample no more."""
+        self._stopped.set()
+        self._wanted.set()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                self._wanted.clear()
+                self._send(self._sample())
+                self._wanted.wait(BEAT)
+        except OSError:
+            # Nobody listens any more; the main thread sees the end of its input.
+            return
+
+    def _sample(self) -> dict[str, Any]:
+        sample: dict[str, Any] = {"kind": "sample"}
+        now = time.monotonic()
+        if self._live is not None and now - self._processes_at >= _PROCESSES_EVERY:
+            self._processes_at = now
+            processes = self._live.processes(0.0)
+            sample["processes_at"] = processes.at
+            sample["processes"] = {
+                uuid: None
+                if found is None
+                else [[p.pid, p.used, p.neighbour, _ancestors(p.pid), is_alive(p.pid)]
+                      for p in found]
+                for uuid, found in processes.devices.items()
+            }  # fmt: skip
+        if self._live is not None:
+            memory = self._live.memory(0.0)
+            sample["memory_at"] = memory.at
+            sample["memory"] = {uuid: list(found) for uuid, found in memory.devices.items()}
+            sample["answering"] = self._live.is_answering
+        # Clocks of two hosts are compared by it: as late as can be.
+        sample["now"] = time.monotonic()
+        return sample
+
+    def _ask(self, number: int) -> None:
+        if self._server is None:
+            return
+        question = Question(self._server, 5.0)
+        question.wait(5.5)
+        models = question.models
+        answer = {
+            "kind": "models",
+            "number": number,
+            "models": None
+            if models is None
+            else [[m.name, m.size, m.size_vram, m.context] for m in models],
+            "problem": question.problem,
+            "refused": question.is_refused,
+        }
+        try:
+            self._send(answer)
+        except OSError:
+            return
+
+
+def _ancestors(pid: int) -> list[int]:
+    """The PIDs of a process's parent, its parent, and so on."""
+    found: list[int] = []
+    at = parent_of(pid)
+    while at is not None and at > 1 and len(found) < _MOST_GENERATIONS:
+        found.append(at)
+        at = parent_of(at)
+    return found

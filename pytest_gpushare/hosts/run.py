@@ -1,0 +1,456 @@
+"""A run on several hosts: one plan, and for each host what its workers need."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gpushare.compat.xdist_hosts import Replacements, WorkerStart, change_start
+from pytest_gpushare.gpu.attribution import Attribution
+from pytest_gpushare.gpu.devices import Device
+from pytest_gpushare.gpu.sampler import DeviceSamples, Live
+from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.hosts.connection import SILENCE, Connection
+from pytest_gpushare.hosts.live import AllAttribution, HostLive, global_pid
+from pytest_gpushare.hosts.specs import HostSpec, proxy_id
+from pytest_gpushare.planning.placement import (
+    NUMBER,
+    PlacementContext,
+    message_of_tests,
+    message_to,
+    seen,
+    worker_environment,
+)
+from pytest_gpushare.planning.plan import DevicePlan, Plan, Slot, shortage
+from pytest_gpushare.session.run import ActiveRun, ReadingSource, RunOptions, StartFacts
+from pytest_gpushare.session.services import Sampler
+from pytest_gpushare.wire import Links
+
+if TYPE_CHECKING:
+    from pytest_gpushare.ollama.models import OllamaFacts
+
+
+@dataclass(eq=False)
+class HostPart:
+    """One host of the run; this host is number 0, also where it has no workers."""
+
+    number: int
+    spec: HostSpec
+    plan: Plan
+    """Its own plan, with the UUIDs that its devices have there."""
+    keys: Mapping[str, str]
+    """UUID there -> the device's name in this run, which no device of another host has."""
+    around: PlacementContext
+    live: Live | None
+    attribution: Attribution
+    ollama: OllamaFacts
+    lease: str = ""
+    """The record that its workers keep alive."""
+    root: str = ""
+    """The project's root directory there; empty: here."""
+    path: tuple[str, ...] = ()
+    """Its `sys.path`."""
+    connection: Connection | None = None
+    notes: tuple[str, ...] = ()
+    lost: str = ""
+    """Why it takes no part any more; empty while it does."""
+    first_slot: int = 0
+    """The number of its first GPU worker in the plan of the run."""
+    first_cpu: int = 0
+    """The number of its first CPU worker, less those of its GPU workers."""
+
+    @property
+    def name(self) -> str:
+        """As reports name it."""
+        return self.spec.name
+
+    @property
+    def devices(self) -> frozenset[str]:
+        """The names of its devices in this run."""
+        return frozenset(self.keys.values())
+
+    def numbers(self) -> Iterator[int]:
+        """The numbers of its workers in the plan of the run."""
+        slots = len(self.plan.slots)
+        for own in range(slots + self.plan.cpu_workers):
+            yield (self.first_slot if own < slots else self.first_cpu) + own
+
+    def own_number(self, number: int, slots: int) -> int:
+        """A worker's number in its own plan, from its number in that of the run."""
+        return number - (self.first_slot if number < slots else self.first_cpu)
+
+    def renamed(self, device: Device) -> Device:
+        """A device of its own as the run knows it."""
+        return named(device, self.keys.get(device.uuid, device.uuid), self.name)
+
+
+def named(device: Device, key: str, host: str) -> Device:
+    """A device under its name in the run."""
+    own = device.visible_as or (device.uuid if key != device.uuid else "")
+    return replace(device, uuid=key, visible_as=own, host=host)
+
+
+def merged(parts: Sequence[HostPart]) -> Plan:
+    """The plan of the run: the slots of all hosts, then their CPU workers."""
+    plans = [(part, part.plan) for part in parts]
+    slots: list[Slot] = []
+    devices: list[DevicePlan] = []
+    for part, plan in plans:
+        part.first_slot = len(slots)
+        slots += [replace(slot, device=part.renamed(slot.device)) for slot in plan.slots]
+        devices += [replace(each, device=part.renamed(each.device)) for each in plan.devices]
+    cpus = len(slots)
+    for part, plan in plans:
+        part.first_cpu = cpus - len(plan.slots)
+        cpus += plan.cpu_workers
+    first = plans[0][1]
+    absences = [f"{part.name or 'this host'}: {plan.absence}" for part, plan in plans
+                if plan.absence]  # fmt: skip
+    return replace(
+        first,
+        slots=tuple(slots),
+        cpu_workers=sum(plan.cpu_workers for _, plan in plans),
+        limited_by=tuple(dict.fromkeys(limit for _, plan in plans for limit in plan.limited_by)),
+        devices=tuple(devices),
+        limits=(),
+        absence="" if devices else "; ".join(absences),
+        needed=max(plan.needed for _, plan in plans),
+        demand=None,
+        is_released=all(plan.is_released for _, plan in plans),
+    )
+
+
+class HostLinks(Links):
+    """The channels to workers of all hosts: PIDs of other hosts get numbers of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hosts: dict[str, int] = {}
+        """Worker -> the number of its host."""
+
+    def receive(self, worker: str, message: Any) -> None:
+        """See `Links`."""
+        host = self.hosts.get(worker, 0)
+        if host and isinstance(message, tuple) and len(message) == 2:
+            kind, payload = message
+            if kind == "here" and type(payload) is int:
+                message = kind, global_pid(host, payload)
+            elif isinstance(payload, dict) and type(payload.get("pid")) is int:
+                message = kind, {**payload, "pid": global_pid(host, payload["pid"])}
+        super().receive(worker, message)
+
+
+class HostSamplers:
+    """The samplers of all hosts, one each."""
+
+    def __init__(self, samplers: Sequence[Sampler]) -> None:
+        self._samplers = samplers
+
+    @property
+    def devices(self) -> Mapping[str, DeviceSamples]:
+        """The samples of all devices."""
+        return {u: found for each in self._samplers for u, found in each.devices.items()}
+
+    @property
+    def cpu_time(self) -> float:
+        """Seconds of CPU time of all sampling threads."""
+        return sum(each.cpu_time for each in self._samplers)
+
+    def start(self) -> None:
+        """Begin to sample."""
+        for each in self._samplers:
+            each.start()
+
+    def stop(self) -> None:
+        """Sample no more."""
+        for each in self._samplers:
+            each.stop()
+
+    def last_look(self) -> None:
+        """See `Sampler`."""
+        for each in self._samplers:
+            each.last_look()
+
+
+class HostedRun(ActiveRun):
+    """A run with workers on other hosts."""
+
+    def __init__(
+        self,
+        facts: StartFacts,
+        parts: Sequence[HostPart],
+        options: RunOptions,
+        config: pytest.Config,
+    ) -> None:
+        self.parts = parts
+        self._hosts_of_numbers = {number: part for part in parts for number in part.numbers()}
+        self._root = config.rootpath
+        self._invocation = Path(config.invocation_params.dir)
+        self._basetemp = getattr(config.option, "basetemp", None)
+        super().__init__(facts, options, config=config)
+
+    def _make_links(self) -> Links:
+        return HostLinks()
+
+    def _make_attribution(self) -> Attribution:
+        return AllAttribution([(part.devices, part.attribution) for part in self.parts])
+
+    def _make_sampler(self, _live: Live) -> Sampler:
+        samplers = [
+            Sampler(
+                part.live,
+                part.attribution,
+                sorted(part.devices),
+                self.workers,
+                self.record,
+                self.statements if not part.number else tuple,
+            )
+            for part in self.parts
+            if part.live is not None and part.devices
+        ]
+        return HostSamplers(samplers)  # type: ignore[return-value]
+
+    def readings(self) -> list[ReadingSource]:
+        """One entry for each host: a slow one holds no other back."""
+        return [
+            ReadingSource(part.live, part.devices, self.resident, part.attribution)
+            for part in self.parts
+        ]
+
+    def host_of(self, spec: Any) -> HostPart | None:
+        """The host of the worker with this execnet spec."""
+        number = (spec.env or {}).get(NUMBER, "")
+        return self._hosts_of_numbers.get(int(number)) if number.isdigit() else None
+
+    def place(self, specs: Sequence[Any]) -> None:
+        """Write each worker's place into the environment of its spec."""
+        placed = {id(spec): number for number, spec in self._placed.items()}
+        free = {
+            part.number: iter([n for n in part.numbers() if n not in self._placed])
+            for part in self.parts
+        }
+        by_proxy = {proxy_id(part.number): part for part in self.parts if part.number}
+        self.has_placed_all = True
+        for spec in specs:
+            number = placed.get(id(spec))
+            part = by_proxy.get(spec.via) if spec.via else self.parts[0]
+            if number is None and part is not None and VARIABLE not in (spec.env or {}):
+                number = next(free[part.number], None)
+            if number is None or part is None:
+                self.has_placed_all = False
+                continue
+            self._placed[number] = spec
+            spec.env = {**self._environment(number), **part.spec.environment, **(spec.env or {})}
+            spec.execmodel = spec.execmodel or "main_thread_only"
+
+    def _environment(self, number: int) -> dict[str, str]:
+        part = self._hosts_of_numbers[number]
+        own = part.own_number(number, len(self.plan.slots))
+        environment = worker_environment(part.plan, own, part.around)
+        if part.number:
+            for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
+                if text := os.environ.get(name):
+                    environment[name] = self._there(part, text)
+        return {**environment, NUMBER: str(number)}
+
+    def _message(self, number: int) -> dict[str, Any]:
+        part = self._hosts_of_numbers[number]
+        own = part.own_number(number, len(self.plan.slots))
+        message = message_to(part.plan, own, part.around)
+        tests = message_of_tests(self.settings, part.plan, part.around)
+        tests["absence"] = "" if self.plan.slots else shortage(self.plan)
+        tests["budget"] = self.plan.usable
+        tests["devices"] = self._most_devices
+        memory = {
+            "context": self.context_of(message["place"]["name"]),
+            "empty_caches": self.settings.empty_caches,
+            "needs": self.has_needs,
+        }
+        lease = part.lease if part.number else self._lease_path
+        return {**message, "memory": memory, "tests": tests, "lease": lease, "number": number}
+
+    @cached_property
+    def _most_devices(self) -> int:
+        """How many devices a GPU worker sees, at most."""
+        return max((len(self.seen_by(slot)) for slot in self.plan.slots), default=0)
+
+    def joined(self, worker: str, message: Mapping[str, Any]) -> None:
+        """A worker with this placement is starting."""
+        number = message["number"]
+        part = self._hosts_of_numbers[number]
+        if isinstance(self.links, HostLinks):
+            self.links.hosts[worker] = part.number
+        slot = self.plan.slots[number] if number < len(self.plan.slots) else None
+        self._devices[worker] = slot.device.uuid if slot is not None else None
+        if self.exclusive is not None and slot is not None:
+            self.exclusive.joined(worker, self.seen_by(slot))
+
+    def seen_by(self, slot: Slot) -> tuple[str, ...]:
+        """Names of the devices that the worker in this slot sees, its own first."""
+        for part in self.parts:
+            for device in (planned.device for planned in part.plan.devices):
+                if part.keys.get(device.uuid) == slot.device.uuid:
+                    found = seen(part.plan, device, part.around)
+                    return tuple(part.keys[each.uuid] for each in found)
+        return (slot.device.uuid,)
+
+    # --- what xdist tells a worker ---
+
+    def start_of(self, worker: str, part: HostPart, start: WorkerStart) -> WorkerStart:
+        """What a worker of another host is told at its start."""
+        arguments = [self._there(part, text) for text in start.arguments]
+        if not any(text.startswith("--rootdir") for text in arguments):
+            arguments = [f"--rootdir={part.root}", *arguments]
+        basetemp = None
+        if self._basetemp is not None:
+            # Each worker empties its own when it starts.
+            basetemp = f"{self._there(part, str(self._basetemp))}-{worker}"
+        own = [entry for entry in start.path or () if self._is_of_project(entry)]
+        path = [self._there(part, entry) for entry in own]
+        return WorkerStart(arguments, basetemp, [*path, *part.path])
+
+    def _is_of_project(self, entry: str) -> bool:
+        """Whether a directory of `sys.path` is one of the checkout, and of no environment in it."""
+        path = Path(entry).absolute()
+        prefixes = [Path(prefix) for prefix in {sys.prefix, sys.base_prefix}]
+        inside = path == self._root or self._root in path.parents
+        return inside and not any(
+            prefix == path or prefix in path.parents for prefix in prefixes if prefix != self._root
+        )
+
+    def _there(self, part: HostPart, text: str) -> str:
+        """A text with the project's paths as they are on a host."""
+        roots = sorted({str(self._root), os.path.realpath(self._root)}, key=len, reverse=True)
+        here = "|".join(re.escape(root) for root in roots if len(root) > 1)
+        return re.sub(rf"(?<![\w./-])(?:{here})(?![\w.-])", lambda _: part.root, text)
+
+    # --- hosts that are lost ---
+
+    def lose(self, part: HostPart, why: str) -> bool:
+        """A host takes no part any more; whether that is news."""
+        if part.lost:
+            return False
+        part.lost = why
+        self.notes.append(f"host {part.name} was lost: {why}")
+        self.record.note("host-lost", f"{part.name}: {why}", host=part.name)
+        return True
+
+    def may_replace(self, node: Any) -> bool:
+        """Whether another worker may come in the place of one that has died."""
+        part = self.host_of(node.gateway.spec)
+        return part is None or not part.lost
+
+
+class HostHooks:
+    """The hooks of a run on several hosts, beside those of every run."""
+
+    def __init__(self, run: HostedRun, config: pytest.Config) -> None:
+        self._run = run
+        self._plugins = config.pluginmanager
+        self._collected: set[str] = set()
+        self._replacements: Replacements | None = None
+        self._problems: dict[str, str] = {}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self) -> None:
+        """xdist is there, and its workers are not."""
+        self._replacements = Replacements(self._plugins)
+        self._replacements.ask(self._refusal)
+        for part in self._run.parts:
+            if part.connection is not None:
+                Watch(self._run, part, self._cut).begin()
+
+    def _cut(self, part: HostPart) -> None:
+        if self._replacements is not None:
+            self._replacements.cut(proxy_id(part.number))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """A worker is about to be started."""
+        part = self._run.host_of(node.gateway.spec)
+        if part is not None and part.number:
+            worker = node.gateway.id
+            change_start(node, lambda start: self._run.start_of(worker, part, start))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any) -> None:
+        """A worker has collected."""
+        self._collected.add(node.gateway.id)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """A worker has ended; is it the only one of its host?"""
+        part = self._run.host_of(node.gateway.spec)
+        if error is None or part is None or not part.number or self._replacements is None:
+            return
+        worker = node.gateway.id
+        if not part.lost and not self._replacements.is_connected(proxy_id(part.number)):
+            self._run.lose(part, "its connection has ended")
+        elif not part.lost and not hasattr(node, "workerinfo"):
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            why = lines[-1].strip()[:200] if lines else "no reason is known"
+            self._run.lose(part, f"{worker} cannot start there: {why}")
+
+    def _refusal(self, node: Any) -> str:
+        part = self._run.host_of(node.gateway.spec)
+        if part is None or not part.lost or self._replacements is None:
+            return ""
+        if node.gateway.id not in self._collected:
+            self._replacements.wait_for_one_less()
+        others = [each for each in self._run.parts if each.plan.workers and not each.lost]
+        if not others:
+            self._replacements.stop(f"no host is left: {part.name}: {part.lost}")
+        return f"worker {node.gateway.id} is not replaced: host {part.name}: {part.lost}"
+
+
+class Watch:
+    """Follows the connection to a host, and its silence."""
+
+    def __init__(self, run: HostedRun, part: HostPart, cut: Callable[[HostPart], object]) -> None:
+        self._run, self._part, self._cut = run, part, cut
+
+    def begin(self) -> None:
+        """Take its samples from now on."""
+        connection = self._part.connection
+        assert connection is not None
+        connection.listen(self._take)
+        threading.Thread(
+            target=self._follow, args=(connection,), name="gpu-share-host", daemon=True
+        ).start()
+
+    def _take(self, message: Mapping[str, Any]) -> None:
+        live = self._part.live
+        if message.get("kind") == "sample" and isinstance(live, HostLive):
+            try:
+                live.take(message)
+            except (ValueError, TypeError):
+                return
+
+    def _follow(self, connection: Connection) -> None:
+        while not connection.is_over:
+            silent = time.monotonic() - connection.heard_at
+            if silent >= SILENCE:
+                self._lost(f"silent for {SILENCE:g} s")
+                return
+            connection.wait(min(1.0, SILENCE - silent))
+        if not connection.is_closed:
+            self._lost(connection.problem)
+
+    def _lost(self, why: str) -> None:
+        if self._run.lose(self._part, why):
+            self._cut(self._part)
+
+
+def notes_of(parts: Iterable[HostPart]) -> tuple[str, ...]:
+    """The problems of all hosts, by host."""
+    return tuple(f"{part.name}: {note}" for part in parts if part.number for note in part.notes)

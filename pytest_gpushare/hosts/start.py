@@ -1,0 +1,379 @@
+"""The start of a run on several hosts: probe all at once, check, plan, and tell xdist."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_gpushare.compat.pytest_options import runs_tests
+from pytest_gpushare.compat.xdist_hosts import given_specs, takes_proxies, write_workers
+from pytest_gpushare.compat.xdist_options import asks_for_hosts, count_of_auto
+from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.errors import NoRoomError, SettingsError
+from pytest_gpushare.gpu.attribution import Attribution
+from pytest_gpushare.gpu.devices import GpuFacts
+from pytest_gpushare.gpu.devices import HostFacts as HostFigures
+from pytest_gpushare.hosts.agent import settings_as_texts
+from pytest_gpushare.hosts.checkout import Checkout, checkout_of
+from pytest_gpushare.hosts.connection import START_LIMIT, Connection
+from pytest_gpushare.hosts.facts import Hello, HostError, HostFacts, decode, decode_hello
+from pytest_gpushare.hosts.live import AllLive, HostLive, global_pid
+from pytest_gpushare.hosts.run import HostedRun, HostHooks, HostPart, merged, named, notes_of
+from pytest_gpushare.hosts.specs import (
+    HostSpec,
+    parse_lines,
+    parse_tx,
+    proxy,
+    workers,
+)
+from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
+from pytest_gpushare.planning.placement import PlacementContext
+from pytest_gpushare.planning.plan import Plan, Request, shortage
+from pytest_gpushare.planning.sizing import make_plan
+from pytest_gpushare.scheduler.needs import excludes_gpu_tests
+from pytest_gpushare.session.needs_store import may_have_needs, recall_contexts
+from pytest_gpushare.session.run import StartFacts, surroundings
+from pytest_gpushare.session.start import (
+    environment_for_plan,
+    only_asks,
+    run_options,
+    settings_of_run,
+    start_locally,
+)
+from pytest_gpushare.text import one_line
+
+if TYPE_CHECKING:
+    import pytest
+
+_PACKAGES = ("pytest", "pytest-xdist", "pytest-gpushare")
+
+
+def start_on_hosts(
+    config: pytest.Config, before_conftests: Mapping[str, str] | None
+) -> HostedRun | None:
+    """Plan for all hosts, and write their workers into xdist's options; None: no test is run.
+
+    Raises `GpuShareError`, one line for each host that cannot take part.
+    """
+    options = config.option
+    if not runs_tests(options):
+        return None
+    if not takes_proxies(options):
+        raise SettingsError("workers on other hosts need pytest-xdist 3.6.1 or newer: upgrade it")
+    settings = settings_of_run(config)
+    specs = _asked(options, settings)
+    with ExitStack() as stack:
+        connections = _connect(config, settings, specs, stack)
+        environment = environment_for_plan(before_conftests)
+        local = None
+        if any(spec.is_local for spec in specs):
+            request, cpus = Request(), count_of_auto(config)
+            local = start_locally(config, options, request, cpus, environment)
+            stack.callback(local.close)
+        answers = _answers(config, connections, strict=bool(options.gpu_share_strict))
+        parts = _parts(config, settings, local, answers)
+        plan = merged(parts)
+        if not plan.slots and not settings.fallback_to_cpu_when_constrained:
+            raise NoRoomError(
+                f"gpu-share: no GPU worker fits on any host: {shortage(plan)}; "
+                "gpu_share_fallback_to_cpu_when_constrained is false: free VRAM, or set it to true"
+            )
+        run = _run(config, settings, local, parts, plan)
+        _tell_xdist(options, parts)
+        config.pluginmanager.register(HostHooks(run, config), "gpu-share-hosts")
+        closing = stack.pop_all()
+    config.add_cleanup(closing.close)
+    return run
+
+
+def _asked(options: Any, settings: Settings) -> tuple[HostSpec, ...]:
+    if asks_for_hosts(options):
+        return parse_tx(given_specs(options))
+    return parse_lines(settings.hosts, settings.origins.get("hosts", "configuration"))
+
+
+def _connect(
+    config: pytest.Config,
+    settings: Settings,
+    specs: Sequence[HostSpec],
+    stack: ExitStack,
+) -> list[Connection]:
+    expression = str(getattr(config.option, "markexpr", "") or "")
+    excluded = excludes_gpu_tests(expression, settings)
+    request = {
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "settings": settings_as_texts(settings),
+        "simulate": list(config.option.gpu_share_simulate or ()),
+        "contexts": dict(recall_contexts(config)),
+        "no_gpu_tests": f"-m {expression!r} selects no GPU test" if excluded else "",
+        "only_asks": only_asks(config),
+    }
+    below = _below_root(config)
+    found = []
+    for spec in specs:
+        if not spec.is_local:
+            connection = Connection(_below(spec, below), request)
+            stack.callback(connection.close)
+            found.append(connection)
+    return found
+
+
+def _below_root(config: pytest.Config) -> str:
+    """Where pytest was called, relative to the root directory; empty: there, or elsewhere."""
+    directory, root = Path(config.invocation_params.dir), config.rootpath
+    return directory.relative_to(root).as_posix() if root in directory.parents else ""
+
+
+def _below(spec: HostSpec, below: str) -> HostSpec:
+    """The host with the directory in which its workers run."""
+    return spec._replace(subdirectory=below)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+Answer = tuple[Connection, Hello, HostFacts]
+
+
+def _answers(
+    config: pytest.Config, connections: Sequence[Connection], *, strict: bool
+) -> list[Answer]:
+    """What all hosts answered. Raises `HostError` with a line for each that cannot take part."""
+    until = time.monotonic() + START_LIMIT
+    if connections:
+        until = connections[0].begun + START_LIMIT
+    here = checkout_of(config.rootpath)
+    found, problems = [], []
+    for connection in connections:
+        try:
+            found.append(_answer(connection, until))
+        except HostError as error:
+            problems.append(str(error))
+    for connection, _, facts in found:
+        if problem := _other_checkout(connection.name, here, facts.checkout, strict=strict):
+            problems.append(problem)
+    if problems:
+        raise HostError("\n".join(f"gpu-share: host {problem}" for problem in problems))
+    return [(c, hello, _with_note(facts, here)) for c, hello, facts in found]
+
+
+def _answer(connection: Connection, until: float) -> Answer:
+    name = connection.name
+    hello = None
+    try:
+        while (message := connection.next(until)) is not None:
+            kind = message.get("kind")
+            if kind == "hello":
+                hello = decode_hello(message)
+                _check_versions(name, hello)
+            elif kind == "refused":
+                text = one_line(str(message.get("text")), 500).removeprefix("gpu-share: ")
+                raise HostError(f"{name}: {text}")
+            elif kind == "facts" and hello is not None:
+                return connection, hello, decode(message, name)
+    except (ValueError, TypeError, LookupError):
+        raise HostError(
+            f"{name}: it answers nonsense: use the same pytest-gpushare there"
+        ) from None
+    if connection.is_over:
+        raise HostError(f"{name}: {connection.failure()}")
+    raise HostError(
+        f"{name}: no answer within {START_LIMIT:g} s: try "
+        f"`ssh {' '.join(connection.spec.ssh)} true`"
+    )
+
+
+def _check_versions(name: str, hello: Hello) -> None:
+    for package in _PACKAGES:
+        here, there = _version(package), hello.versions.get(package)
+        if there is None:
+            raise HostError(
+                f"{name}: {package} is not installed for {hello.executable}: install "
+                f"{package}=={here} there, or name another python="
+            )
+        if there != here:
+            raise HostError(
+                f"{name}: {package} {there} is installed there, {here} here: install the same"
+            )
+
+
+def _other_checkout(name: str, here: Checkout, there: Checkout, *, strict: bool) -> str:
+    if here.commit and there.commit and here.commit != there.commit:
+        return (
+            f"{name}: has commit {there.commit[:12]} checked out, this host {here.commit[:12]}: "
+            "check out the same commit there"
+        )
+    problem = _doubt(here, there)
+    return f"{name}: {problem} (an error under --gpu-share-strict)" if problem and strict else ""
+
+
+def _doubt(here: Checkout, there: Checkout) -> str:
+    """Why nobody can say that the tests are the same there; empty where they are."""
+    if here.commit is None or there.commit is None:
+        return "whether it has the same tests is unknown: there is no git checkout"
+    if here.changes != there.changes:
+        return "its uncommitted changes differ from those of this host"
+    return ""
+
+
+def _with_note(facts: HostFacts, here: Checkout) -> HostFacts:
+    doubt = _doubt(here, facts.checkout)
+    return facts._replace(notes=(*facts.notes, doubt)) if doubt else facts
+
+
+def _parts(
+    config: pytest.Config,
+    settings: Settings,
+    local: StartFacts | None,
+    answers: Sequence[Answer],
+) -> list[HostPart]:
+    parts = [_local_part(settings, local)]
+    taken = set(parts[0].keys)
+    has_needs = may_have_needs(settings, config)
+    contexts = recall_contexts(config)
+    for connection, hello, facts in answers:
+        devices = facts.gpus.all_devices
+        keys = {
+            d.uuid: f"{connection.name}:{d.uuid}" if d.uuid in taken else d.uuid for d in devices
+        }
+        taken.update(keys.values())
+        plan = make_plan(
+            settings,
+            facts.gpus,
+            [facts.share],
+            HostFigures(facts.cpus, facts.ram if settings.ram_per_worker else None),
+            Request(),
+            facts.leased,
+        )
+        number = len(parts)
+        live = HostLive(number, partial(connection.say, "read"), keys) if plan.slots else None
+        renamed = [named(device, keys[device.uuid], connection.name) for device in devices]
+        attribution = Attribution(
+            _with_global_pids(renamed, number),
+            parent=live.parent if live is not None else _unknown,
+            alive=live.alive if live is not None else bool,
+        )
+        directory = hello.directory.rstrip("/") or "/"
+        below = connection.spec.subdirectory
+        root = directory.removesuffix(f"/{below}") if below else directory
+        parts.append(
+            HostPart(
+                number,
+                connection.spec._replace(chdir=directory, python=hello.executable),
+                plan,
+                {d.uuid: keys[d.uuid] for d in facts.gpus.devices},
+                _around(settings, facts, plan, contexts, has_needs),
+                live,
+                attribution,
+                facts.ollama,
+                facts.lease,
+                root,
+                hello.path,
+                connection,
+                facts.notes,
+            )
+        )
+    return parts
+
+
+def _unknown(_pid: int) -> int | None:
+    return None
+
+
+def _with_global_pids(devices: Any, number: int) -> list[Any]:
+    return [
+        replace(
+            device,
+            processes=None
+            if device.processes is None
+            else tuple(p._replace(pid=global_pid(number, p.pid)) for p in device.processes),
+        )
+        for device in devices
+    ]
+
+
+def _around(
+    settings: Settings,
+    facts: HostFacts,
+    plan: Plan,
+    contexts: Mapping[str, int],
+    has_needs: bool,
+) -> PlacementContext:
+    simulated = facts.gpus.simulated
+    capped = settings.cap_vram and bool(plan.slots) and not simulated
+    return PlacementContext(
+        outer=facts.outer,
+        versions=facts.versions if capped else {},
+        mps=facts.mps and capped,
+        cap_vram=settings.cap_vram,
+        by_index=settings.device_names == "index",
+        see_all=settings.visible_devices == "all",
+        simulated=simulated,
+        contexts=contexts,
+        budgets={d.device.uuid: d.budget for d in plan.devices} if has_needs else {},
+    )
+
+
+def _local_part(settings: Settings, local: StartFacts | None) -> HostPart:
+    spec = HostSpec("")
+    if local is None:
+        nothing = Plan((), 0, (), (), (), Request(), "no worker runs there")
+        around = PlacementContext(dict(os.environ))
+        return HostPart(0, spec, nothing, {}, around, None, Attribution(), OllamaFacts())
+    known = devices_of_ollama(settings.ollama_gpu, local.gpus)
+    attribution = Attribution(local.gpus.all_devices, statements(known, local.ollama))
+    keys = {d.device.uuid: d.device.uuid for d in local.plan.devices}
+    around = surroundings(local, local.plan)
+    return HostPart(0, spec, local.plan, keys, around, local.live, attribution, local.ollama)
+
+
+def _run(
+    config: pytest.Config,
+    settings: Settings,
+    local: StartFacts | None,
+    parts: Sequence[HostPart],
+    plan: Plan,
+) -> HostedRun:
+    if local is None:
+        local = StartFacts(
+            settings,
+            GpuFacts(absence="no worker runs on this host"),
+            OllamaFacts(),
+            plan,
+            contexts=recall_contexts(config),
+            has_needs=may_have_needs(settings, config),
+        )
+    facts = local._replace(
+        plan=plan,
+        replan=None,
+        live=AllLive(parts) if any(part.live is not None for part in parts) else None,
+        notes=(*local.notes, *notes_of(parts)),
+        has_needs=may_have_needs(settings, config) and bool(plan.slots),
+    )
+    return HostedRun(facts, parts, run_options(config, config.option, ""), config)
+
+
+def _tell_xdist(options: Any, parts: Sequence[HostPart]) -> None:
+    proxies, specs = [], []
+    for part in parts:
+        count = part.plan.workers
+        if not count:
+            continue
+        if part.number:
+            proxies.append(proxy(part.spec, part.number, part.spec.python, part.spec.chdir))
+            specs.append(workers(part.number, count))
+        else:
+            specs.append(f"{count}*popen")
+    write_workers(options, proxies, specs, sum(part.plan.workers for part in parts))

@@ -1,0 +1,190 @@
+"""Other hosts for tests: each a real sshd on loopback, in a mount namespace of its own.
+
+A host has its own /tmp, with its checkout, its environment of Python under another path, and its
+simulated devices in it; nothing of the controller's /tmp is there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from simulator import Device, Machine
+from simulator.child import child_process
+
+from .conftest import clean_environment, closed_port
+
+SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+_NAMESPACES = ("unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc")
+SIMULATOR = Path(__file__).parents[1] / "simulator"
+
+
+def missing() -> str:
+    """Why there can be no other host here; empty where there can."""
+    if SSHD is None:
+        return "no sshd: install OpenSSH's server (Debian: openssh-server)"
+    if sys.platform != "linux" or shutil.which("unshare") is None:
+        return "no namespaces"
+    done = subprocess.run(
+        [*_NAMESPACES, "true"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10
+    )
+    return "" if done.returncode == 0 else "namespaces are not allowed here"
+
+
+@dataclass
+class OtherHost:
+    """A host that answers to ssh."""
+
+    name: str
+    tmp: Path
+    """Its /tmp, as seen from here."""
+    machine: Machine
+    config: Path
+    """The configuration of ssh in which it has its name."""
+    environment: Mapping[str, str]
+    process: subprocess.Popen[str] | None = None
+
+    @property
+    def checkout(self) -> Path:
+        """The project on the host, as seen from here."""
+        return self.tmp / f"srv-{self.name}" / "checkout"
+
+    @property
+    def root(self) -> str:
+        """The project on the host, as the host sees it."""
+        return f"/tmp/srv-{self.name}/checkout"
+
+    @property
+    def python(self) -> str:
+        """The host's Python, as the host sees it."""
+        return f"/tmp/venv-{self.name}/bin/python"
+
+    @property
+    def tx(self) -> str:
+        """The value of `--tx`."""
+        return f"gpu-auto*ssh=-F {self.config} {self.name}//chdir={self.root}//python={self.python}"
+
+
+@contextmanager
+def other_host(
+    directory: Path, name: str, nvml: Path, *devices: Device, cpus: int = 64
+) -> Iterator[OtherHost]:
+    """A host with these devices, while the block lasts."""
+    tmp = directory / name
+    venv, home = tmp / f"venv-{name}", tmp / "home"
+    for each in (venv, home, tmp / "nvml"):
+        each.mkdir(parents=True)
+    shutil.copytree(nvml, tmp / "nvml", dirs_exist_ok=True)
+    machine = Machine.create(tmp / "vram", devices)
+    port = closed_port()
+    config = _keys(directory, name, port)
+    environment = {
+        "HOME": "/tmp/home",
+        "GPUSHARE_SIM_STATE": "/tmp/vram",
+        "LD_LIBRARY_PATH": "/tmp/nvml",
+        "PYTHONPATH": os.pathsep.join(map(str, (SIMULATOR.parent, SIMULATOR / "path"))),
+        "PYTEST_XDIST_AUTO_NUM_WORKERS": str(cpus),
+        "OLLAMA_HOST": f"127.0.0.1:{closed_port()}",
+        "PATH": os.environ["PATH"],
+        "TMPDIR": "/tmp",
+    }
+    server = _server(directory, name, port, environment)
+    script = (
+        f"mount --bind {sys.prefix} {venv} && mount --rbind {tmp} /tmp && "
+        f"mkdir -p /run/sshd && exec {SSHD} -D -e -f {server}"
+    )
+    with (
+        (directory / f"{name}.log").open("w") as log,
+        child_process(
+            # With process numbers of its own; whatever runs there ends with its first process.
+            [*_NAMESPACES, "sh", "-c", script],
+            env={**clean_environment(), "PATH": os.environ["PATH"]},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            text=True,
+        ) as process,
+    ):
+        host = OtherHost(name, tmp, machine, config, environment, process)
+        _wait_for(port, directory / f"{name}.log")
+        try:
+            yield host
+        finally:
+            process.kill()
+
+
+def _keys(directory: Path, name: str, port: int) -> Path:
+    """Keys for the host and for its user; returns a configuration of ssh."""
+    for kind in ("host", "user"):
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / f"{name}-{kind}"],
+            check=True,
+            timeout=30,
+        )
+    public = (directory / f"{name}-host.pub").read_text()
+    known = directory / f"{name}-known"
+    known.write_text(f"[127.0.0.1]:{port} {public}")
+    config = directory / f"{name}-ssh"
+    config.write_text(
+        textwrap.dedent(
+            f"""
+            Host {name}
+                HostName 127.0.0.1
+                Port {port}
+                IdentityFile {directory}/{name}-user
+                IdentitiesOnly yes
+                UserKnownHostsFile {known}
+                StrictHostKeyChecking yes
+            """
+        )
+    )
+    return config
+
+
+def _server(directory: Path, name: str, port: int, environment: Mapping[str, str]) -> Path:
+    # Read before /tmp is another one, and so copied to where it is then.
+    own = directory / name
+    for file in (f"{name}-host", f"{name}-user.pub"):
+        shutil.copy(directory / file, own / file)
+    (own / f"{name}-host").chmod(0o600)
+    config = own / "sshd_config"
+    variables = " ".join(f'{key}="{value}"' for key, value in environment.items())
+    config.write_text(
+        textwrap.dedent(
+            f"""
+            Port {port}
+            ListenAddress 127.0.0.1
+            HostKey /tmp/{name}-host
+            AuthorizedKeysFile /tmp/{name}-user.pub
+            StrictModes no
+            PermitRootLogin yes
+            PasswordAuthentication no
+            KbdInteractiveAuthentication no
+            PidFile none
+            UsePAM no
+            SetEnv {variables}
+            """
+        )
+    )
+    return Path("/tmp/sshd_config")
+
+
+def _wait_for(port: int, log: Path) -> None:
+    until = time.monotonic() + 10
+    while True:
+        with socket.socket() as client:
+            client.settimeout(1)
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        if time.monotonic() > until:
+            raise RuntimeError(f"sshd does not listen: {log.read_text()}")
+        time.sleep(0.05)
