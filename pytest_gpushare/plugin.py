@@ -23,6 +23,7 @@ from pytest_gpushare.compat.xdist_options import (
     asks_for_hosts,
     given_number,
     is_in_process,
+    keeps_own_workers,
     set_number,
 )
 from pytest_gpushare.config.options import OPTIONS, SWITCHES
@@ -312,7 +313,7 @@ def _names_hosts(config: pytest.Config) -> bool:
     options = config.option
     if given_number(options) not in (None, GPU_AUTO):
         return False
-    if getattr(options, "tx", None):
+    if keeps_own_workers(options):
         return asks_for_hosts(options)
     with contextlib.suppress(Exception):
         return bool(config.getini("gpu_share_hosts"))

@@ -65,12 +65,12 @@ def write_workers(options: Any, proxies: Sequence[str], specs: Sequence[str], co
     options.tx = list(specs)
     distribute(options)
     if options.maxworkerrestart is None:
-        # Without -n it would replace them for ever.
+        # Without -n it would replace them without a limit.
         options.maxworkerrestart = str(_DEATHS_FOR_EACH * count)
 
 
 class WorkerStart(NamedTuple):
-    """What xdist tells a worker at its start."""
+    """What xdist sends to a worker at its start."""
 
     arguments: list[str]
     basetemp: str | None

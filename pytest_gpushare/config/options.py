@@ -334,6 +334,7 @@ OPTIONS: tuple[Option, ...] = (
         "",
         "hosts whose devices the run uses over ssh, one a line: `user@box:/srv/project`, then "
         "options of ssh and `python=PATH`; `popen` is this host",
+        in_json=False,
     ),
     Option(
         "config",

@@ -93,15 +93,15 @@ class HostLive:
 
     def memory(self, max_age: float = MEMORY_AGE) -> Reading[Memory]:
         """The last reading; where it is older, a newer one is asked for."""
-        self._request(self._memory, max_age)
+        self._refresh(self._memory, max_age)
         return self._memory
 
     def processes(self, max_age: float = PROCESSES_AGE) -> Reading[tuple[GpuProcess, ...] | None]:
         """The last reading; where it is older, a newer one is asked for."""
-        self._request(self._processes, max_age)
+        self._refresh(self._processes, max_age)
         return self._processes
 
-    def _request(self, last: Reading[Any], max_age: float) -> None:
+    def _refresh(self, last: Reading[Any], max_age: float) -> None:
         now = self._clock()
         if now - last.at > max_age and now - self._asked_at > _SOONEST:
             self._asked_at = now

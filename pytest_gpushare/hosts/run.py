@@ -32,7 +32,7 @@ from pytest_gpushare.planning.placement import (
     worker_environment,
 )
 from pytest_gpushare.planning.plan import DevicePlan, Plan, Slot, shortage
-from pytest_gpushare.session.run import ActiveRun, ReadingSource, RunOptions, StartFacts
+from pytest_gpushare.session.run import ActiveRun, HostOfRun, ReadingSource, RunOptions, StartFacts
 from pytest_gpushare.session.services import Sampler
 from pytest_gpushare.wire import Links
 
@@ -61,6 +61,8 @@ class HostPart:
     path: tuple[str, ...] = ()
     """Its `sys.path`."""
     connection: Connection | None = None
+    python: str = ""
+    """The version of Python there."""
     notes: tuple[str, ...] = ()
     lost: str = ""
     """Why it takes no part any more; empty while it does."""
@@ -220,6 +222,20 @@ class HostedRun(ActiveRun):
         ]
         return HostSamplers(samplers)  # type: ignore[return-value]
 
+    @property
+    def hosts(self) -> tuple[HostOfRun, ...]:
+        """See `ActiveRun`; this host only where it has workers."""
+        return tuple(
+            HostOfRun(part.name, part.plan, part.ollama, part.python, part.lost)
+            for part in self.parts
+            if part.number or part.plan.workers
+        )
+
+    def host_named(self, _worker: str) -> str | None:
+        """See `ActiveRun`."""
+        number = self.links.hosts.get(_worker) if isinstance(self.links, HostLinks) else None
+        return None if number is None else self.parts[number].name or None
+
     def readings(self) -> list[ReadingSource]:
         """One entry for each host: a slow one holds no other back."""
         return [
@@ -304,10 +320,10 @@ class HostedRun(ActiveRun):
                     return tuple(part.keys[each.uuid] for each in found)
         return (slot.device.uuid,)
 
-    # --- what xdist tells a worker ---
+    # --- what xdist sends to a worker ---
 
     def start_of(self, worker: str, part: HostPart, start: WorkerStart) -> WorkerStart:
-        """What a worker of another host is told at its start."""
+        """What a worker of another host is sent at its start."""
         arguments = [self._there(part, text) for text in start.arguments]
         if not any(text.startswith("--rootdir") for text in arguments):
             arguments = [f"--rootdir={part.root}", *arguments]

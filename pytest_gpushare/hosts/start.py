@@ -1,4 +1,4 @@
-"""The start of a run on several hosts: probe all at once, check, plan, and tell xdist."""
+"""The start of a run on several hosts: probe all at once, check, plan, and set xdist up."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def start_on_hosts(
                 "gpu_share_fallback_to_cpu_when_constrained is false: free VRAM, or set it to true"
             )
         run = _run(config, settings, local, parts, plan)
-        _tell_xdist(options, parts)
+        _write_workers(options, parts)
         config.pluginmanager.register(HostHooks(run, config), "gpu-share-hosts")
         closing = stack.pop_all()
     config.add_cleanup(closing.close)
@@ -282,6 +282,7 @@ def _parts(
                 root,
                 hello.path,
                 connection,
+                hello.python,
                 facts.notes,
             )
         )
@@ -365,7 +366,7 @@ def _run(
     return HostedRun(facts, parts, run_options(config, config.option, ""), config)
 
 
-def _tell_xdist(options: Any, parts: Sequence[HostPart]) -> None:
+def _write_workers(options: Any, parts: Sequence[HostPart]) -> None:
     proxies, specs = [], []
     for part in parts:
         count = part.plan.workers

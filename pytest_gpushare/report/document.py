@@ -22,6 +22,7 @@ from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.planning.placement import PlacementContext, caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
 from pytest_gpushare.report.advice import amount, assess
+from pytest_gpushare.report.by_host import add_hosts
 from pytest_gpushare.report.header import Line, header, left_out
 from pytest_gpushare.report.summary import verdict
 from pytest_gpushare.report.usage import highest_peaks, leak_in_words, usages
@@ -107,7 +108,7 @@ def document(run: ActiveRun, exit_status: int, summary: Sequence[str]) -> dict[s
         ],
         "problems": _problems(run),
     }
-    result: dict[str, Any] = redacted(whole, redactor())
+    result: dict[str, Any] = redacted(add_hosts(whole, run), redactor())
     return result
 
 
@@ -322,7 +323,7 @@ def left_out_document(reason: str) -> dict[str, Any]:
 
 def plan_document(run: ActiveRun) -> dict[str, Any]:
     """What `plan --json` prints."""
-    document: dict[str, Any] = redacted(_plan_document(run), redactor())
+    document: dict[str, Any] = redacted(add_hosts(_plan_document(run), run), redactor())
     return document
 
 

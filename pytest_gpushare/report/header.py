@@ -19,7 +19,7 @@ from pytest_gpushare.units import MB, format_gb, format_number, plural
 
 if TYPE_CHECKING:
     from pytest_gpushare.ollama.reservation import Demand, ModelNeed
-    from pytest_gpushare.session.run import ActiveRun
+    from pytest_gpushare.session.run import ActiveRun, HostOfRun
 
 
 class Line(NamedTuple):
@@ -178,6 +178,9 @@ def _lines(run: ActiveRun, verbosity: int) -> Iterator[Line]:
     yield _headline(run)
     for note in run.notes:
         yield Line(f"  {note}", problem=True)
+    yield from (Line(_host(host)) for host in run.hosts)
+    if run.hosts and verbosity < 1:
+        return
     for device in plan.devices:
         yield Line(_device(device))
         yield Line(_vram(device, several=len(plan.devices) > 1))
@@ -224,6 +227,24 @@ def _headline(run: ActiveRun) -> Line:
         f"gpu-share: {plural(len(plan.slots), 'GPU worker')} {_slots(plan)} = {total}{beside} "
         f"(limited by {limit}; {preset})"
     )
+
+
+def _host(host: HostOfRun) -> str:
+    """`  box: 2 GPU workers × 4.5 GB on GPU 0 RTX 3090 (22.0 of 24.0 GB of VRAM available)`."""
+    plan = host.plan
+    if not plan.slots:
+        return f"  {host.label}: {plural(plan.cpu_workers, 'CPU worker')} ({shortage(plan)})"
+    used = [each.device for each in plan.devices if each.workers]
+    devices = ", ".join(
+        f"GPU {device.index} {device.name} ({format_gb(device.free).removesuffix(' GB')} of "
+        f"{format_gb(device.total)} of VRAM available)"
+        for device in used
+    )
+    beside = f", {plural(plan.cpu_workers, 'CPU worker')}" if plan.cpu_workers else ""
+    models = ", ".join(described(model) for model in host.ollama.models)
+    ollama = f"; Ollama: {models}" if models else ""
+    workers = plural(len(plan.slots), "GPU worker")
+    return f"  {host.label}: {workers} {_slots(plan)}{beside} on {devices}{ollama}"
 
 
 def _slots(plan: Plan) -> str:

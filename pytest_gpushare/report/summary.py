@@ -10,6 +10,7 @@ from pytest_gpushare.ollama.models import LoadedModel, described
 from pytest_gpushare.ollama.monitor import MonitoredServer
 from pytest_gpushare.ollama.spill import NO_GPU, held_by, uses_no_gpu, why
 from pytest_gpushare.report.advice import declared_too_small, gpu_tests_without_gpu, over_need
+from pytest_gpushare.report.by_host import lost_hosts
 from pytest_gpushare.report.header import Line, OutputOptions
 from pytest_gpushare.report.usage import usage_lines
 from pytest_gpushare.session.run import ActiveRun
@@ -269,6 +270,7 @@ def _unwritten(run: ActiveRun) -> Iterator[Line]:
 
 _SUMMARY: tuple[Callable[[ActiveRun], Iterator[Line]], ...] = (
     _overwritten,
+    lost_hosts,
     _verdict,
     routing,
     without_gpu,

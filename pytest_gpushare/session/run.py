@@ -123,6 +123,25 @@ class Routing:
             self._on_needs()
 
 
+class HostOfRun(NamedTuple):
+    """A host of a run that has several, for reports."""
+
+    name: str
+    """Empty: this host."""
+    plan: Plan
+    """Its own plan."""
+    ollama: OllamaFacts
+    python: str = ""
+    """The version of Python there."""
+    lost: str = ""
+    """Why it takes no part any more; empty while it does."""
+
+    @property
+    def label(self) -> str:
+        """Its name in a line of output."""
+        return self.name or "this host"
+
+
 class ReadingSource(NamedTuple):
     """The devices of one host, as admission reads them."""
 
@@ -249,6 +268,15 @@ class ActiveRun:
     def _make_sampler(self, live: Live) -> Sampler:
         uuids = [planned.device.uuid for planned in self.plan.devices]
         return Sampler(live, self.attribution, uuids, self.workers, self.record, self.statements)
+
+    @property
+    def hosts(self) -> tuple[HostOfRun, ...]:
+        """The hosts of a run that has several; none where it has this one alone."""
+        return ()
+
+    def host_named(self, _worker: str) -> str | None:
+        """The name of a worker's host; None where the run has this host alone."""
+        return None
 
     def readings(self) -> list[ReadingSource]:
         """What admission reads, by host."""

@@ -11,7 +11,7 @@ import pytest
 from browser import documents
 
 from pytest_gpushare.cli.main import main
-from pytest_gpushare.report.html import page
+from pytest_gpushare.report.html.page import page
 from pytest_gpushare.report.merge import exit_status, merged, names_of
 from pytest_gpushare.report.reading import read_report
 

@@ -61,11 +61,13 @@ class ShownDevice:
     peak_used_bytes: float | None
     peak_tests_bytes: float | None
     peak_unattributed_bytes: float | None
+    host: str
 
     @property
     def label(self) -> str:
-        """`GPU 0`, as the terminal has it, or the start of the UUID where no index is known."""
-        return f"GPU {self.index}" if self.index else self.uuid[:12]
+        """`GPU 0` or `box GPU 0`, as the terminal has it; without an index the UUID's start."""
+        name = f"GPU {self.index}" if self.index else self.uuid[:12]
+        return f"{self.host} {name}" if self.host else name
 
 
 @dataclass(frozen=True)
