@@ -7,6 +7,7 @@ they are asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Option:
         self.in_json = in_json
         self._make_kind = kind
 
-    @property
+    @cached_property
     def kind(self) -> kinds.Kind:
         """The type of the option."""
         global kinds

@@ -15,15 +15,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.errors import GpuShareError, PreloadError, SettingsError
+from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts, simulated
-from pytest_gpushare.gpu.sampler import LiveVram, Probe
+from pytest_gpushare.gpu.sampler import Probe
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.ollama.address import Address, Candidate, candidates
-from pytest_gpushare.ollama.keep_alive import KeepAlive, PreloadedModel
 from pytest_gpushare.ollama.models import OLLAMA, ModelFacts, OllamaFacts
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
-from pytest_gpushare.ollama.preload import Preloaded, ProgressLine, ollama_pids, preload, vram_of
 from pytest_gpushare.ollama.reservation import (
     devices_of_ollama,
     neighbour_of,
@@ -349,94 +347,3 @@ def _check_slots(plan: Plan) -> None:
                 f"{_PLAN} promises {format_gb(promised)} on {device.label}, where "
                 f"{format_gb(device.free)} are free: make its slots fewer or smaller"
             )
-
-
-class Loading(NamedTuple):
-    """What became of the models that the run relies on."""
-
-    kept: KeepAlive | None = None
-    """The service that keeps those which we loaded; None where there are none."""
-    sentences: tuple[str, ...] = ()
-    """A sentence on each model that was loaded."""
-    problems: tuple[str, ...] = ()
-
-    def undo(self) -> None:
-        """Give the models the keep-alive that the server itself gives."""
-        if self.kept is not None:
-            self.kept.stop()
-
-
-def check(settings: Settings) -> None:
-    """Raises `SettingsError` where there is nothing that could be loaded."""
-    if not settings.ollama_models:
-        raise SettingsError(
-            "gpu_share_ollama_preload = true: there is nothing to load: name the models in "
-            "gpu_share_ollama_models"
-        )
-    if not settings.enable_ollama_detection:
-        raise SettingsError(
-            "gpu_share_ollama_preload = true, but gpu_share_enable_ollama_detection = false: "
-            "no request is made to Ollama: switch one of them off or on"
-        )
-
-
-def load_first(
-    settings: Settings,
-    probes: Probes,
-    environment: Mapping[str, str],
-    sizes: KnownSizes = NOTHING_KNOWN,
-) -> tuple[Probes, Loading]:
-    """Load what is missing, and probe again, so that the plan knows it as resident.
-
-    Raises `PreloadError` where a model is missing that must not be. `probes` are closed.
-    """
-    ours: list[PreloadedModel] = []
-    server = probes.ollama.server
-    progress = ProgressLine()
-    try:
-        done = preload(
-            settings.ollama_models,
-            probes.ollama,
-            vram_of(settings, probes.gpus, probes.ollama, _live(probes), environment, sizes),
-            progress.show,
-            ours,
-        )
-    except BaseException:
-        # Ctrl-C above all: what was loaded until then stays as long as the server keeps it.
-        if server is not None and ours:
-            KeepAlive(server, ours).stop()
-        raise
-    finally:
-        progress.clear()
-    problems = tuple(
-        f"{problem.model} was not preloaded: {problem.text}" for problem in done.problems
-    )
-    if problems and settings.ollama_preload_failed == "fail":
-        if server is not None:
-            KeepAlive(server, done.ours).stop()
-        raise PreloadError(_failure(done))
-    if server is None or not done.ours:
-        return probes, Loading(None, done.events, problems)
-    probes.close()
-    try:
-        probes = probe(settings, (), environment)
-    except BaseException:
-        KeepAlive(server, done.ours).stop()
-        raise
-    kept = KeepAlive(server, done.ours, ollama_pids(_live(probes)))
-    return probes, Loading(kept, done.events, problems)
-
-
-def _failure(done: Preloaded) -> str:
-    each = "; ".join(f"{model}: {text}" for model, text in done.problems)
-    return (
-        f"gpu-share: not preloaded: {each}; gpu_share_ollama_preload_failed is fail: free VRAM, "
-        "name other models, or set it to warn"
-    )
-
-
-def _live(probes: Probes) -> LiveVram | None:
-    """Readings of the devices; None where there is no NVML, or no device."""
-    if probes.nvml is None or not probes.gpus.all_devices:
-        return None
-    return LiveVram(probes.nvml)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from pytest_gpushare.scheduler.accounts import DeviceLedger
-from pytest_gpushare.scheduler.needs import Need
-from pytest_gpushare.scheduler.queue import IN_ORDER, Kind, Pending, Unit, kind_of
+from pytest_gpushare.scheduler.needs import IN_ORDER, Need
+from pytest_gpushare.scheduler.queue import Kind, Pending, Unit, kind_of
 from pytest_gpushare.scheduler.types import DeviceCapacity, Job, Policy, Worker
 
 UNKNOWN = Need()

@@ -321,6 +321,11 @@ _MOST_TESTS = 10_000_000
 """Beyond that a message is not believed."""
 
 
+IN_ORDER = "in order: "
+"""How the key of a group begins of which a worker never runs an earlier test after a later one:
+it shares parametrised fixtures, which would be set up once more."""
+
+
 class CollectedTests(NamedTuple):
     """One worker's tests, in its order."""
 

@@ -7,11 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pytest_gpushare.scheduler.needs import Need
 from pytest_gpushare.scheduler.types import Job
 
-IN_ORDER = "in order: "
-"""How the key of a group begins of which a worker never runs an earlier test after a later one:
-it shares parametrised fixtures, which would be set up once more."""
-
-
 LONG_TEST = 0.1
 """From this duration on xdist's `load` commits no test beyond the next one, in seconds."""
 

@@ -201,7 +201,8 @@ class ActiveRun:
         self.has_placed_all = False
         """Whether every worker was placed by the plan."""
         self._devices: dict[str, str | None] = {}
-        self._placed: dict[int, Any] = {}
+        self._placed: dict[int, tuple[Any, dict[str, str]]] = {}
+        """Number -> the execnet spec that has this place, and the environment that it got."""
 
         self.record = record or Record()
         self.links = self._make_links()
@@ -325,7 +326,7 @@ class ActiveRun:
         again after hooks that may have changed the specs: what they set wins, what they dropped
         is written again, and a spec that they added is placed too.
         """
-        placed = {id(spec): number for number, spec in self._placed.items()}
+        placed = {id(spec): number for number, (spec, _) in self._placed.items()}
         taken = {placed[id(spec)] for spec in specs if id(spec) in placed}
         free = (number for number in count() if number not in taken)
         self.has_placed_all = True
@@ -333,18 +334,17 @@ class ActiveRun:
             theirs = spec.env or {}
             number = placed.get(id(spec))
             if number is not None:
-                spec.env = {**self._environment(number), **theirs}
+                spec.env = {**self._placed[number][1], **theirs}
             elif spec.popen and not spec.via and VARIABLE not in theirs:
                 number = next(free)
-                self._placed[number] = spec
-                spec.env = {**theirs, **self._environment(number)}
+                environment = worker_environment(self.plan, number, self.around)
+                environment = {**environment, NUMBER: str(number)}
+                self._placed[number] = spec, environment
+                spec.env = {**theirs, **environment}
                 # xdist makes a new spec, without the environment, of one that has another model.
                 spec.execmodel = spec.execmodel or "main_thread_only"
             else:
                 self.has_placed_all = False
-
-    def _environment(self, number: int) -> dict[str, str]:
-        return {**worker_environment(self.plan, number, self.around), NUMBER: str(number)}
 
     def joined(self, worker: str, message: Mapping[str, Any]) -> None:
         """A worker with this placement is starting; its device is known from now on."""

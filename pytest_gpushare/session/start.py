@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_gpushare.events import Event
-    from pytest_gpushare.planning.startup import Loading
+    from pytest_gpushare.planning.preloading import Loading
 
 
 def request_for(config: pytest.Config) -> tuple[Request, int]:
@@ -220,13 +220,13 @@ def _probed(settings: Settings, host: Host, earlier: EarlierRuns) -> tuple[Probe
     """What NVML and Ollama say, after its models were loaded where that is wanted."""
     if not settings.ollama_preload:
         return probe(settings, host.simulate, host.environment), None
-    from pytest_gpushare.planning import startup
+    from pytest_gpushare.planning import preloading
 
-    startup.check(settings)
+    preloading.check(settings)
     probes = probe(settings, host.simulate, host.environment)
     if host.simulate:
         return probes, None
-    return startup.load_first(settings, probes, host.environment, earlier.model_sizes)
+    return preloading.load_first(settings, probes, host.environment, earlier.model_sizes)
 
 
 class _AskedAgain:
@@ -394,7 +394,7 @@ def settings_of_run(config: pytest.Config) -> Settings:
     """The settings of a run; one that only asks what would happen loads no model."""
     settings = load(gather(config))
     if settings.ollama_preload and only_asks(config):
-        from pytest_gpushare.planning.startup import check
+        from pytest_gpushare.planning.preloading import check
 
         check(settings)
         return replace(settings, ollama_preload=False)

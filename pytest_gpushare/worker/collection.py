@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpushare.compat.pytest_items import fixture_scopes, fixtures_of, parameter_scopes
-from pytest_gpushare.scheduler.needs import CollectedTests, Declared
-from pytest_gpushare.scheduler.queue import IN_ORDER
+from pytest_gpushare.scheduler.needs import IN_ORDER, CollectedTests, Declared
 
 if TYPE_CHECKING:
     from pytest_gpushare.config.settings import Alias

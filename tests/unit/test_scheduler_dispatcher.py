@@ -9,8 +9,7 @@ import pytest
 from dispatching import Device, Script, World
 
 from pytest_gpushare.scheduler.dispatcher import Dispatcher
-from pytest_gpushare.scheduler.needs import Need
-from pytest_gpushare.scheduler.queue import IN_ORDER
+from pytest_gpushare.scheduler.needs import IN_ORDER, Need
 from pytest_gpushare.scheduler.types import (
     Action,
     Admission,

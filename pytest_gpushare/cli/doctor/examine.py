@@ -24,7 +24,8 @@ from pytest_gpushare.gpu.visibility import VARIABLE, culprit
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.leasing import Terms
 from pytest_gpushare.planning.plan import Request
-from pytest_gpushare.planning.startup import PlanHooks, check, host_probe
+from pytest_gpushare.planning.preloading import check
+from pytest_gpushare.planning.startup import PlanHooks, host_probe
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start import Host, start
 from pytest_gpushare.timed import call_within

@@ -138,6 +138,23 @@ def pairs(held: Iterable[tuple[str, str]]) -> Markup:
     )
 
 
+def table(name: str, heads: list[str], rows: Iterable[Iterable[str]]) -> Markup:
+    """A table that scrolls where it is too wide."""
+    return tag(
+        "div",
+        tag(
+            "table",
+            tag("thead", tag("tr", *(tag("th", head, scope="col") for head in heads))),
+            tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows)),
+        ),
+        cls="scroll",
+        # It scrolls on small screens, and then by the keyboard too.
+        tabindex=0,
+        role="region",
+        aria_label=name,
+    )
+
+
 _WIDTH, _HEIGHT = 1000, 24
 
 

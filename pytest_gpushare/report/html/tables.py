@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from pytest_gpushare.report.html.data import MOST_EVENTS, colours
 from pytest_gpushare.report.html.markup import (
     UNKNOWN,
@@ -17,6 +15,7 @@ from pytest_gpushare.report.html.markup import (
     severity,
     size,
     span,
+    table,
     tag,
 )
 from pytest_gpushare.report.html.shown import Shown, ShownLeak
@@ -69,7 +68,7 @@ def leaks(report: Shown) -> Markup:
     return tag(
         "section",
         tag("h2", "VRAM left behind"),
-        _table("VRAM left behind", heads, rows),
+        table("VRAM left behind", heads, rows),
         id="leaks",
     )
 
@@ -110,7 +109,7 @@ def workers(report: Shown) -> Markup:
             ]
         )
     heads = ["worker", "where", "slot", "peak", "peak of slot or need", "measured by", "ran"]
-    return tag("section", tag("h2", "Workers"), _table("Workers", heads, rows), id="workers")
+    return tag("section", tag("h2", "Workers"), table("Workers", heads, rows), id="workers")
 
 
 def ollama(report: Shown) -> Markup:
@@ -131,7 +130,7 @@ def ollama(report: Shown) -> Markup:
         "section",
         tag("h2", "Ollama"),
         *(tag("p", line) for line in found.verdict),
-        _table("Models", ["model", "size", "on the GPU", "at the end"], rows)
+        table("Models", ["model", "size", "on the GPU", "at the end"], rows)
         if rows
         else Markup(""),
         pairs(
@@ -172,7 +171,7 @@ def settings(report: Shown) -> Markup:
         tag(
             "details",
             tag("summary", plural(len(rows), "setting")),
-            _table("Settings", ["setting", "value", "from"], rows),
+            table("Settings", ["setting", "value", "from"], rows),
         )
         if rows
         else Markup(""),
@@ -196,20 +195,4 @@ def terminal_text(report: Shown) -> Markup:
             tag("pre", "\n".join(report.summary)),
         ),
         id="terminal",
-    )
-
-
-def _table(name: str, heads: list[str], rows: Iterable[Iterable[str]]) -> Markup:
-    return tag(
-        "div",
-        tag(
-            "table",
-            tag("thead", tag("tr", *(tag("th", head, scope="col") for head in heads))),
-            tag("tbody", *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows)),
-        ),
-        cls="scroll",
-        # It scrolls on small screens, and then by the keyboard too.
-        tabindex=0,
-        role="region",
-        aria_label=name,
     )
