@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.place import Place
     from pytest_gpushare.report.output import Header
     from pytest_gpushare.session.run import ActiveRun
+    from pytest_gpushare.worker.ollama_fixture import OllamaForTest
 
 RUN: pytest.StashKey[ActiveRun] = pytest.StashKey()
 """The active run; absent where the plugin is not asked for, and where it leaves the run alone."""
@@ -140,6 +141,10 @@ def pytest_configure(config: pytest.Config) -> None:
         f"{marker}(vram=..., devices=..., exclusive=..., "
         "required=...): a test that needs a GPU (pytest-gpushare)",
     )
+    config.addinivalue_line(
+        "markers",
+        "ollama(model=..., context=...): a test that uses a model of Ollama's (pytest-gpushare)",
+    )
     if hasattr(config, "workerinput"):
         from pytest_gpushare import wire
 
@@ -147,6 +152,14 @@ def pytest_configure(config: pytest.Config) -> None:
             from pytest_gpushare.worker import plugin as worker_plugin
 
             _checked(worker_plugin.begin, config, message)
+
+
+@pytest.fixture
+def ollama(request: pytest.FixtureRequest) -> OllamaForTest:
+    """Ollama for a test that uses a model: base_url, openai_base_url, model, context, options."""
+    from pytest_gpushare.worker.ollama_fixture import ollama_for
+
+    return ollama_for(request)
 
 
 @pytest.fixture(scope="session")
@@ -205,6 +218,7 @@ class _RunHooks:
                 worker_plugin.PlacementPlugin(own, link), "gpu-share-placement"
             )
             worker_plugin.follow(config, own["tests"], link)
+            worker_plugin.load_models(config, run, own["tests"])
             worker_plugin.watch_memory(config, own, link)
             if run.lessee is not None and run.lessee.claims_devices and run.plan.slots:
                 from pytest_gpushare.worker.in_process import LeasePerTest

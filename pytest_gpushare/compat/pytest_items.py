@@ -23,6 +23,8 @@ pytest-rerunfailures has used them for years:
   of a test. Without them tests that share fixtures of a class or module are not kept together,
   such a fixture that ran out of memory keeps its error, and the traceback of a failed one lacks
   the values of variables from the second test on.
+- `item.callspec.params` (since 2.5): the values of its parameters. Without it no parameter names
+  the model that a test uses.
 - `item.callspec._arg2scope` (since 3.0): the scopes of its parameters. Without it the values of a
   parametrised fixture of a class or module may be set up more often.
 """
@@ -133,6 +135,12 @@ def fixtures_of(item: pytest.Item) -> Any:
 def fixture_scopes(fixtures: Any) -> set[str]:
     """The scopes of the fixtures of a test, as `fixtures_of` gives them."""
     return {str(found[-1].scope) for found in fixtures.name2fixturedefs.values() if found}
+
+
+def parameter_of(item: pytest.Item, name: str) -> object:
+    """The value of a parameter of a test; None where it has none of that name."""
+    params = getattr(getattr(item, "callspec", None), "params", None)
+    return params.get(name) if isinstance(params, dict) else None
 
 
 def parameter_scopes(item: pytest.Item) -> set[str]:

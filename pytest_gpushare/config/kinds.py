@@ -13,7 +13,15 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import TypeAlias
 
-from pytest_gpushare.config.settings import Alias, VramRule, parse_aliases, parse_lines, parse_rules
+from pytest_gpushare.config.settings import (
+    Alias,
+    ModelRule,
+    VramRule,
+    parse_aliases,
+    parse_lines,
+    parse_model_rules,
+    parse_rules,
+)
 from pytest_gpushare.errors import LineError, SettingsError
 from pytest_gpushare.text import printable
 from pytest_gpushare.units import format_gb, format_number, parse_size
@@ -23,7 +31,7 @@ _FALSE = frozenset({"false", "no", "off", "0"})
 _NUMBER = re.compile(r"[+-]?([0-9]{1,24}(\.[0-9]{0,24})?|\.[0-9]{1,24})([eE][+-]?[0-9]{1,3})?")
 
 
-Lines: TypeAlias = "tuple[Alias, ...] | tuple[VramRule, ...]"
+Lines: TypeAlias = "tuple[Alias, ...] | tuple[VramRule, ...] | tuple[ModelRule, ...]"
 Value: TypeAlias = "Fraction | int | bool | str | tuple[str, ...] | Lines | None"
 
 
@@ -205,6 +213,20 @@ class Text(Kind):
         return "allowed is a text"
 
 
+class ParameterName(Kind):
+    """The name of a test's parameter; empty: none."""
+
+    def read(self, raw: object) -> str:
+        """The name."""
+        if not isinstance(raw, str) or not re.fullmatch("[A-Za-z0-9_]{0,100}", raw.strip()):
+            raise ValueError(raw)
+        return raw.strip()
+
+    def describe(self) -> str:
+        """See `Kind`."""
+        return "allowed is the name of a parameter"
+
+
 class MarkerName(Kind):
     """The name of a marker, which is a Python name."""
 
@@ -312,7 +334,7 @@ class Aliases(Kind):
         """See `Kind`."""
         return (
             "allowed are lines MARKER = meaning or MARKER(n) = meaning; meanings: vram=SIZE, "
-            "devices=NUMBER, exclusive, required, gpu, cpu"
+            "devices=NUMBER, exclusive, required, gpu, cpu, ollama, ollama=MODEL, context=TOKENS"
         )
 
     def write(self, value: object) -> str:
@@ -335,6 +357,23 @@ class Rules(Kind):
         """`tests/test_llm.py = 8.0GB`."""
         rules = [rule for rule in _tuple(value) if isinstance(rule, VramRule)]
         return ", ".join(f"{r.pattern} = {format_gb(r.vram).replace(' ', '')}" for r in rules)
+
+
+class ModelRules(Kind):
+    """Lines with the model that tests use, by their node ids."""
+
+    def read(self, raw: object) -> tuple[ModelRule, ...]:
+        """The lines in their order; of several that match a test the first one decides."""
+        return parse_model_rules(raw)
+
+    def describe(self) -> str:
+        """See `Kind`."""
+        return "allowed are lines PATTERN = MODEL, such as tests/rag/* = qwen2.5:14b"
+
+    def write(self, value: object) -> str:
+        """`tests/rag/* = qwen2.5:14b`."""
+        rules = [rule for rule in _tuple(value) if isinstance(rule, ModelRule)]
+        return ", ".join(f"{rule.pattern} = {rule.model}" for rule in rules)
 
 
 def _decimal(raw: object) -> Fraction:

@@ -211,6 +211,47 @@ OPTIONS: tuple[Option, ...] = (
         "what to do where one of them cannot be loaded, or only in part",
     ),
     Option(
+        "ollama_tests",
+        lambda: kinds.ModelRules(),
+        "",
+        "tests that use a model of Ollama's, by node id, one a line, such as "
+        "`tests/rag/* = qwen2.5:14b`; the first that matches",
+    ),
+    Option(
+        "ollama_param",
+        lambda: kinds.ParameterName(),
+        "",
+        "the parameter of parametrised tests that names the model which they use",
+    ),
+    Option(
+        "ollama_phase",
+        lambda: kinds.Choice("auto", "beside", "before", "after"),
+        "auto",
+        "when tests that use a model run: beside the GPU tests, before or after them, or as "
+        "arithmetic says (auto)",
+    ),
+    Option(
+        "without_ollama",
+        lambda: kinds.Choice("skip", "run", "fail", "pull"),
+        "skip",
+        "what a test that uses a model does without the server or the model: skip, run, fail, "
+        "or pull (the missing model, before the tests)",
+    ),
+    Option(
+        "ollama_load_timeout_s",
+        lambda: kinds.Number(low="0.1", high="86400", unit="s"),
+        "600",
+        "how long the tests of a model wait until it is loaded, in seconds",
+        field="ollama_load_timeout",
+    ),
+    Option(
+        "ollama_pull_timeout_s",
+        lambda: kinds.Number(low="0.1", high="86400", unit="s"),
+        "1800",
+        "how long pulling one model may take, in seconds",
+        field="ollama_pull_timeout",
+    ),
+    Option(
         "ollama_context",
         lambda: kinds.Integer(low="1", high="16777216", auto=True),
         "auto",

@@ -36,6 +36,13 @@ class VramRule(NamedTuple):
     """Bytes."""
 
 
+class ModelRule(NamedTuple):
+    """A line of `ollama_tests`, such as `tests/rag/* = qwen2.5:14b`: a model by node id."""
+
+    pattern: str
+    model: str
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the user asked for, after precedence; sizes in bytes, times in seconds."""
@@ -69,6 +76,18 @@ class Settings:
     """Whether these are loaded before the workers start."""
     ollama_preload_failed: str
     """`warn` or `fail`: what happens where one cannot be loaded."""
+    ollama_tests: tuple[ModelRule, ...]
+    """Tests that use a model, by node id; the first that matches holds."""
+    ollama_param: str
+    """The parameter of tests whose value names the model that they use; empty: none."""
+    ollama_phase: str
+    """`auto`, `beside`, `before` or `after`: when tests that use a model run."""
+    without_ollama: str
+    """`skip`, `run`, `fail` or `pull`: what becomes of these tests without server or model."""
+    ollama_load_timeout: Fraction
+    """Seconds that the tests of a model wait until it is loaded."""
+    ollama_pull_timeout: Fraction
+    """Seconds that one model may take to be pulled."""
     ollama_context: int | None
     """Tokens of context that the server gives a model which names none; None: by its VRAM."""
     ollama_parallel: int
@@ -134,6 +153,26 @@ def parse_rules(raw: object) -> tuple[VramRule, ...]:
     return tuple(_rule(line) for line in _lines(raw))
 
 
+def parse_model_rules(raw: object) -> tuple[ModelRule, ...]:
+    """The models by node id, in their order."""
+    return tuple(_model_rule(line) for line in _lines(raw))
+
+
+def parse_model(text: str) -> str:
+    """The name of a model. Raises `ValueError`."""
+    text = text.strip()
+    if not text or len(text) > 256 or not text.isprintable() or re.search(r"\s", text):
+        raise ValueError(f"{text!r} is not the name of a model")
+    return text
+
+
+def parse_context(text: str) -> int:
+    """Tokens of context. Raises `ValueError`."""
+    if not re.fullmatch("[0-9]{1,8}", text) or not int(text):
+        raise ValueError(f"{text} is not a number of tokens")
+    return int(text)
+
+
 def parse_vram(text: str) -> int:
     """Bytes of a size that names its unit. Raises `ValueError`; the unit is never guessed."""
     size = parse_size(text, "B")
@@ -151,11 +190,16 @@ def parse_devices(text: str) -> int:
     return int(text)
 
 
-READERS: Mapping[str, Callable[[str], int]] = {"vram": parse_vram, "devices": parse_devices}
+READERS: Mapping[str, Callable[[str], int | str]] = {
+    "vram": parse_vram,
+    "devices": parse_devices,
+    "ollama": parse_model,
+    "context": parse_context,
+}
 """The meanings of a marker that have a value."""
 
-FLAGS = ("exclusive", "required", "gpu", "cpu")
-"""The meanings of a marker that have none."""
+FLAGS = ("exclusive", "required", "gpu", "cpu", "ollama")
+"""The meanings of a marker that have none; `ollama` may have one."""
 
 
 def filled(text: str, values: Mapping[str, str]) -> str:
@@ -194,7 +238,8 @@ def _alias(line: str) -> Alias:
     parameters = tuple(re.findall(_IDENTIFIER, match[2] or ""))
     if len(set(parameters)) < len(parameters):
         raise LineError(line, "names a parameter twice")
-    meanings = tuple(_meaning(line, part) for part in re.split(r"[\s,]+", meaning.strip()))
+    parts = re.split(r"[\s,]+", meaning.strip())
+    meanings = tuple(_meaning(line, part, parameters) for part in parts)
     names = [name for name, _ in meanings]
     if len(set(names)) < len(names):
         raise LineError(line, "names a meaning twice")
@@ -205,15 +250,18 @@ def _alias(line: str) -> Alias:
     return Alias(match[1], parameters, meanings, line)
 
 
-def _meaning(line: str, part: str) -> tuple[str, str]:
+def _meaning(line: str, part: str, parameters: Sequence[str]) -> tuple[str, str]:
     name, equals, text = part.partition("=")
-    if (name in READERS) != bool(equals) or name not in (*READERS, *FLAGS):
+    if name not in (READERS if equals else FLAGS):
         raise LineError(line, f"{part or 'nothing'} is not a meaning")
+    if name in ("ollama", "context") and text in parameters:
+        # A model may have any name, so its parameter needs no braces.
+        text = f"{{{text}}}"
     return name, text
 
 
 def _check(line: str, name: str, text: str, parameters: Sequence[str]) -> None:
-    if name not in READERS:
+    if name not in READERS or not text:
         return
     for used in _PARAMETER.findall(text):
         if used not in parameters:
@@ -223,6 +271,16 @@ def _check(line: str, name: str, text: str, parameters: Sequence[str]) -> None:
         READERS[name](_PARAMETER.sub("1", text))
     except ValueError:
         raise LineError(line, f"{name}={text} cannot be read") from None
+
+
+def _model_rule(line: str) -> ModelRule:
+    pattern, equals, model = line.rpartition("=")
+    if not equals or not pattern.strip():
+        raise LineError(line, "is not PATTERN = MODEL")
+    try:
+        return ModelRule(pattern.strip(), parse_model(model))
+    except ValueError:
+        raise LineError(line, f"{model.strip() or 'nothing'} is not the name of a model") from None
 
 
 def _rule(line: str) -> VramRule:

@@ -18,8 +18,9 @@ from pytest_gpushare.session.run import ActiveRun
 
 if TYPE_CHECKING:
     from pytest_gpushare.dispatch.executor import Executor
-    from pytest_gpushare.dispatch.suite import KindsOfWorkers, Learned, Parity, Suite
-    from pytest_gpushare.scheduler.types import DeviceCapacity, Policy, Worker
+    from pytest_gpushare.dispatch.suite import KindsOfWorkers, Learned, Parity, Suite, Weighed
+    from pytest_gpushare.scheduler.model_queue import ModelQueue
+    from pytest_gpushare.scheduler.types import DeviceCapacity, Job, Policy, Worker
     from pytest_gpushare.wire import Links
 
 
@@ -229,6 +230,11 @@ class VramDispatch:
 
         `can_run`: whether all workers can run tests as the dispatcher needs it.
         """
+        if not self._started.plan.slots:
+            # Only tests that use models give CPU workers alone something to decide.
+            said = {one for _, found in kinds.on_cpu for one in found.declared}
+            rules = self._started.settings.ollama_tests
+            return can_run and (bool(rules) or any(one.llm is not None for one in said))
         if not (kinds.on_cpu or self._may_have_needs(kinds)):
             return False
         if not can_run:
@@ -271,10 +277,13 @@ class VramDispatch:
         from pytest_gpushare.scheduler.dispatcher import Dispatcher
 
         weighed = weigh(suite, kinds, started.settings, dist, self._learned)
-        packs = "packed" in started.settings.presets
-        if not (weighed.has_needs or kinds.on_cpu or packs):
+        if not started.plan.slots and not weighed.uses:
             return None
-        if started.plan.request.fixed and not any(job.marked for job in weighed.jobs):
+        packs = "packed" in started.settings.presets
+        if not (weighed.has_needs or kinds.on_cpu or packs or weighed.uses):
+            return None
+        marks = weighed.uses or any(job.marked for job in weighed.jobs)
+        if started.plan.request.fixed and not marks:
             # Workers of --tx that got no slot: nobody chose CPU workers, and nothing is to route.
             return None
         suite.is_closed = True
@@ -283,7 +292,10 @@ class VramDispatch:
         alone = (job.need.vram or 0 for job in weighed.jobs if job.need and job.need.devices == 1)
         started.lease_for(max(alone, default=0))
         capacities = self._capacities()
-        dispatcher = Dispatcher(weighed.jobs, capacities, self._policy())
+        jobs, models = weighed.jobs, None
+        if weighed.uses:
+            jobs, models = self._with_models(weighed)
+        dispatcher = Dispatcher(jobs, capacities, self._policy(), models)
         executor = Executor(
             dispatcher,
             suite.nodeids,
@@ -296,6 +308,10 @@ class VramDispatch:
             lambda: is_ending(self._plugins),
         )
         started.links.on("test", executor.hold)
+        if started.llm is not None:
+            executor.models = started.llm
+            started.llm.on_outcome = lambda: wake(executor.node())
+            started.services.add(started.llm)
         self._parity = Parity(weighed, kinds)
         started.routing.begin(self._parity, has_needs=weighed.has_needs)
         self._plugins.register(self._parity, "gpu-share-parity")
@@ -304,12 +320,35 @@ class VramDispatch:
         started.services.add(timer)
         return executor
 
+    def _with_models(self, weighed: Weighed) -> tuple[list[Job], ModelQueue]:
+        """The tests with the groups of the models that they use; the server is asked."""
+        from pytest_gpushare.dispatch.suite import plain_id
+        from pytest_gpushare.scheduler.model_queue import ModelQueue
+        from pytest_gpushare.session.llm import LlmTests
+
+        jobs, started = weighed.jobs, self._started
+        work = {test: job.duration for test, job in enumerate(jobs) if job.duration is not None}
+        llm = started.llm = LlmTests(
+            started, weighed.uses, work, [plain_id(job.nodeid, self._options.dist) for job in jobs]
+        )
+        if not started.plan.slots:
+            # Each worker decides by itself what becomes of tests that need a GPU.
+            jobs = [job._replace(marked=False, need=None) for job in jobs]
+        jobs = [job._replace(model=llm.of.get(test)) for test, job in enumerate(jobs)]
+        return jobs, ModelQueue(jobs, llm.groups)
+
     def _may_have_needs(self, kinds: KindsOfWorkers) -> bool:
         """Whether a closer look is worth loading what it takes: most suites mark nothing."""
         settings = self._started.settings
         if settings.vram or settings.markers or "packed" in settings.presets:
             return True
-        return any(said.asks() for _, found in kinds.on_gpu for said in set(found.declared))
+        if settings.ollama_tests:
+            return True
+        return any(
+            said.asks() or said.llm is not None
+            for _, found in kinds.on_gpu
+            for said in set(found.declared)
+        )
 
     def _capacities(self) -> list[DeviceCapacity]:
         from pytest_gpushare.scheduler.types import DeviceCapacity
@@ -371,9 +410,7 @@ def scheduler_for(
 ) -> Any:
     """The scheduler of this run, given the one that xdist would use."""
     options = config.option
-    if not started.plan.slots or options.dist == "each":
-        return stock
-    if not started.has_placed_all:
+    if options.dist == "each" or not started.has_placed_all:
         return stock
     dispatch = VramDispatch(
         started,

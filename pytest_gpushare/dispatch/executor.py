@@ -17,10 +17,12 @@ from pytest_gpushare.scheduler.types import (
     Action,
     Admission,
     Admit,
+    CloseModel,
     DeviceReading,
     Drop,
     EmptyCaches,
     Note,
+    OpenModel,
     Park,
     Recall,
     Run,
@@ -31,6 +33,7 @@ from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
     from pytest_gpushare.scheduler.dispatcher import Dispatcher
+    from pytest_gpushare.session.llm import LlmTests
     from pytest_gpushare.session.run import ReadingSource
     from pytest_gpushare.session.tests import RecordedTests
     from pytest_gpushare.wire import Links
@@ -262,6 +265,8 @@ class Executor:
         self._members: dict[str, _Member] = {}
         self._held: dict[str, Mapping[str, int]] = {}
         self._due: float | None = None
+        self.models: LlmTests | None = None
+        """What loads the models that tests use; None where none does."""
         self.on_due: Callable[[], object] = lambda: None
         """Called when a step is due at some time though no worker reports anything."""
 
@@ -352,6 +357,8 @@ class Executor:
     def step(self) -> None:
         """Do what is to be done now."""
         dispatcher = self._dispatcher
+        if self.models is not None:
+            self.models.deliver(dispatcher)
         # xdist ends a run after a failure under -x, or when no worker may be replaced any more.
         dispatcher.stop(self._is_stopping())
         readings = self._readings.now() if dispatcher.wants_reading else {}
@@ -367,6 +374,9 @@ class Executor:
             self._note(action.kind, action.text, **action.facts)
         elif isinstance(action, Drop):
             self._report_lost(self._nodeids[action.test], f"gpu-share: {action.reason}")
+        elif isinstance(action, (OpenModel, CloseModel)):
+            if self.models is not None:
+                self.models.obey(action)
         elif (member := self._members.get(action.worker)) is not None:
             self._command(action.worker, member, action)
 

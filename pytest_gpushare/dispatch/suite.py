@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.scheduler.needs import CollectedTests, Declared, means_cpu, rules_of, wanted
+from pytest_gpushare.scheduler.llm_marks import ModelUse, only_one, use_by_rules
+from pytest_gpushare.scheduler.needs import (
+    CollectedTests,
+    Declared,
+    means_cpu,
+    model_rules_of,
+    rules_of,
+    wanted,
+)
 from pytest_gpushare.scheduler.types import Job
 
 UNKNOWN = -1
@@ -83,6 +91,8 @@ class Weighed(NamedTuple):
     jobs: list[Job]
     by_skip: list[int]
     """Unmarked tests that markers skip on CPU workers but not on GPU workers."""
+    uses: Mapping[int, ModelUse] = {}
+    """The models of Ollama's that tests use, by their numbers."""
 
     @property
     def has_needs(self) -> bool:
@@ -108,19 +118,25 @@ def weigh(
     runs_on_gpu = {number for collection, _ in kinds.on_gpu for number in collection.numbers}
     rules, all_gpu = rules_of(settings.vram), means_cpu(settings.markers)
     jobs, by_skip = [], []
+    uses: dict[int, ModelUse] = {}
+    models, only = model_rules_of(settings.ollama_tests), only_one(settings.ollama_models)
     for number, nodeid in enumerate(suite.nodeids):
         said, group = collected[number]
         plain = plain_id(nodeid, dist)
         need, duration = learned(plain)
         want = wanted(plain, said, rules, learned=need, gpu_unless_marked=all_gpu)
         marked = want.marked
+        if (said.llm or settings.ollama_tests) and (
+            use := use_by_rules(plain, said.llm, models.find, only)
+        ):
+            uses[number] = use
         if not marked and number in skipped and number in runs_on_gpu and said.route != "cpu":
             by_skip.append(number)
             marked = True
         jobs.append(
             Job(nodeid, marked, want.need, group_of(nodeid, group, dist), duration, said.refusal)
         )
-    return Weighed(jobs, by_skip)
+    return Weighed(jobs, by_skip, uses)
 
 
 def _merged(

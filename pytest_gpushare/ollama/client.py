@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpushare.ollama.address import Address
+from pytest_gpushare.text import printable
 from pytest_gpushare.units import MB
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 MOST_BYTES = MB
 """The largest answer that is read."""
+
+_MOST_WORDS = 65_536
 
 _HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "pytest-gpushare"}
 _JSON = {"Content-Type": "application/json"}
@@ -42,9 +45,11 @@ class NonsenseError(Exception):
 class StatusError(NonsenseError):
     """An answer with another status than 200."""
 
-    def __init__(self, path: str, status: int) -> None:
+    def __init__(self, path: str, status: int, words: str = "") -> None:
         super().__init__(f"{path} gives status {status}")
         self.status = status
+        self.words = words
+        """What the server says about it; empty where it says nothing."""
 
 
 class UnreachableError(Exception):
@@ -100,6 +105,17 @@ class Connection:
         """The answer to a body of JSON; no more than `most_bytes` of it are read."""
         return self._ask("POST", path, body, deadline, most_bytes)
 
+    def post_lines(
+        self,
+        path: str,
+        body: bytes,
+        deadline: float,
+        receive: Callable[[bytes], object],
+        most_bytes: int,
+    ) -> None:
+        """The same, for an answer of lines that takes long: each is received as it comes."""
+        self._ask("POST", path, body, deadline, most_bytes, receive)
+
     def hang_up(self) -> None:
         """End the request that is under way, and take no other; for any thread."""
         self._is_hung_up = True
@@ -113,7 +129,13 @@ class Connection:
         self._replace_socket(None)
 
     def _ask(
-        self, method: str, path: str, sent: bytes | None, deadline: float, most_bytes: int
+        self,
+        method: str,
+        path: str,
+        sent: bytes | None,
+        deadline: float,
+        most_bytes: int,
+        receive: Callable[[bytes], object] | None = None,
     ) -> Response:
         import httpx
 
@@ -123,7 +145,7 @@ class Connection:
         watchdog.start()
         try:
             with _unlogged():
-                return self._exchange(method, path, sent, deadline, most_bytes)
+                return self._exchange(method, path, sent, deadline, most_bytes, receive)
         except TimeoutError:
             raise
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
@@ -142,7 +164,13 @@ class Connection:
             watchdog.cancel()
 
     def _exchange(
-        self, method: str, path: str, sent: bytes | None, deadline: float, most_bytes: int
+        self,
+        method: str,
+        path: str,
+        sent: bytes | None,
+        deadline: float,
+        most_bytes: int,
+        receive: Callable[[bytes], object] | None,
     ) -> Response:
         import httpx
 
@@ -164,8 +192,9 @@ class Connection:
         )
         response = self._transport.handle_request(request)
         try:
-            _check(path, response)
-            return Response(path, _read(path, response, deadline, most_bytes), self._peer)
+            _check(path, response, deadline)
+            content = _read(path, response, deadline, most_bytes, receive)
+            return Response(path, content, self._peer)
         finally:
             response.close()
 
@@ -254,27 +283,50 @@ def _tls(address: Address) -> ssl.SSLContext:
     return context
 
 
-def _check(path: str, response: httpx.Response) -> None:
+def _check(path: str, response: httpx.Response, deadline: float) -> None:
     """Raises `NonsenseError` for an answer whose body is not worth reading."""
     if response.status_code != 200:
-        raise StatusError(path, response.status_code)
+        raise StatusError(path, response.status_code, _words(path, response, deadline))
     if response.headers.get("content-encoding", "identity") not in ("", "identity"):
         raise NonsenseError(f"{path} gives a compressed answer that was not asked for")
 
 
-def _read(path: str, response: httpx.Response, deadline: float, most_bytes: int) -> bytes:
+def _words(path: str, response: httpx.Response, deadline: float) -> str:
+    """What an Ollama server says of an error: `{"error": "..."}`."""
+    try:
+        answer = json.loads(_read(path, response, deadline, _MOST_WORDS))
+    except (NonsenseError, ValueError, RecursionError):
+        return ""
+    words = answer.get("error") if isinstance(answer, dict) else None
+    return printable(words, 300) if isinstance(words, str) else ""
+
+
+def _read(
+    path: str,
+    response: httpx.Response,
+    deadline: float,
+    most_bytes: int,
+    receive: Callable[[bytes], object] | None = None,
+) -> bytes:
+    """The body; where `receive` takes its lines, what is left behind the last of them."""
     import httpx
 
     body = bytearray()
+    received = 0
     try:
         for chunk in response.iter_raw():
             body += chunk
-            if len(body) > most_bytes:
+            received += len(chunk)
+            if received > most_bytes:
                 raise NonsenseError(f"{path} gives more than {most_bytes // MB} MB")
+            while receive is not None and b"\n" in body:
+                line, _, rest = body.partition(b"\n")
+                receive(bytes(line))
+                body = rest
             _left(deadline)
     except (httpx.RemoteProtocolError, httpx.ReadError):
         announced = response.headers.get("content-length", "")
-        if announced.isdigit() and len(body) < int(announced) and time.monotonic() < deadline:
+        if announced.isdigit() and received < int(announced) and time.monotonic() < deadline:
             raise NonsenseError(f"{path} gives less than it announced") from None
         raise
     return bytes(body)

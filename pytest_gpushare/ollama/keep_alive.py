@@ -7,7 +7,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import NamedTuple
 
@@ -54,6 +54,8 @@ class PreloadedModel(NamedTuple):
     it unloads at once. None where that is unknown."""
     is_prolonged: bool = False
     """Whether it was loaded with a keep-alive of ours, since the server's own is too short."""
+    options: Mapping[str, int] = {}
+    """Those of its load: a request without them would load it again."""
 
 
 def request(
@@ -62,6 +64,7 @@ def request(
     keep_alive: str | int | None,
     deadline: float,
     opened: Callable[[Connection], object],
+    options: Mapping[str, int] | None = None,
 ) -> None:
     """Load a model, or keep a loaded one for so long; nothing is generated.
 
@@ -71,6 +74,8 @@ def request(
     body: dict[str, object] = {"model": name}
     if keep_alive is not None:
         body["keep_alive"] = keep_alive
+    if options:
+        body["options"] = dict(options)
     try:
         _post(server, "/api/generate", {**body, "stream": False}, deadline, opened)
     except StatusError as error:
@@ -188,6 +193,12 @@ class KeepAlive:
                 RESTORE_LIMIT
             )
 
+    def give_up(self) -> None:
+        """Neither keep the models nor restore anything: they are unloaded."""
+        self._stop.set()
+        with self._lock:
+            self._is_restored = True
+
     def _watch(self) -> None:
         shortest = min(
             (each.keep_alive or 0 for each in self._kept if not each.is_prolonged),
@@ -236,7 +247,7 @@ class KeepAlive:
     def _renew(self, ours: PreloadedModel, opened: Callable[[Connection], object]) -> None:
         keep_alive = SHORT if ours.is_prolonged else _duration(ours.keep_alive)
         deadline = time.monotonic() + 60.0
-        request(self._server, ours.model.name, keep_alive, deadline, opened)
+        request(self._server, ours.model.name, keep_alive, deadline, opened, ours.options)
         for model in ask(self._server, None, opened):
             left = seconds_left(model, time.time())
             if model.name == ours.model.name and left is not None:
@@ -253,7 +264,7 @@ class KeepAlive:
             for ours in prolonged:
                 if not self._not_ours(ours, there.get(ours.model.name)):
                     own = _duration(ours.keep_alive)
-                    request(self._server, ours.model.name, own, until, opened)
+                    request(self._server, ours.model.name, own, until, opened, ours.options)
 
 
 def _duration(seconds: float | None) -> str | int:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import GpuFacts
-from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.gpu.sampler import Live, LiveVram
 from pytest_gpushare.ollama.address import Address
 from pytest_gpushare.ollama.catalog import blob_of
 from pytest_gpushare.ollama.client import NonsenseError, StatusError, UnreachableError, connect
@@ -361,7 +361,7 @@ def _free(live: LiveVram | None) -> Callable[[], int | None]:
     return lambda: max((m.free for m in live.memory(0.0).devices.values()), default=None)
 
 
-def ollama_pids(live: LiveVram | None) -> Callable[[], frozenset[int] | None]:
+def ollama_pids(live: Live | None) -> Callable[[], frozenset[int] | None]:
     """A function that gives Ollama's processes that hold VRAM; None where they are not shown."""
 
     def read() -> frozenset[int] | None:

@@ -20,6 +20,7 @@ from pytest_gpushare.planning.caps import (
     with_mark,
 )
 from pytest_gpushare.planning.plan import Plan, Slot, shortage
+from pytest_gpushare.scheduler.llm_marks import MARKER, only_one, uses_models
 from pytest_gpushare.scheduler.needs import means_cpu
 
 ROLE = "PYTEST_GPUSHARE_ROLE"
@@ -167,4 +168,16 @@ def message_of_tests(settings: Settings, plan: Plan, around: PlacementContext) -
         "absence": "" if plan.slots else shortage(plan),
         "budget": plan.usable,
         "devices": len(seen(plan, plan.slots[0].device, around)) if plan.slots else 0,
+        "ollama": message_of_models(settings),
+    }
+
+
+def message_of_models(settings: Settings) -> dict[str, Any]:
+    """What a worker must know to find its tests that use models of Ollama's."""
+    return {
+        "rules": [tuple(rule) for rule in settings.ollama_tests],
+        "param": settings.ollama_param,
+        "only_model": only_one(settings.ollama_models),
+        "without": settings.without_ollama,
+        "markers": [MARKER, *(a.marker for a in settings.markers if uses_models(a))],
     }

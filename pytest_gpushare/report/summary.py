@@ -268,10 +268,19 @@ def _unwritten(run: ActiveRun) -> Iterator[Line]:
         yield Line(f"gpu-share: {text}", problem=True)
 
 
+def _model_tests(run: ActiveRun) -> Iterator[Line]:
+    if run.llm is None:
+        return
+    from pytest_gpushare.report.model_tests import lines_of
+
+    yield from lines_of(run)
+
+
 _SUMMARY: tuple[Callable[[ActiveRun], Iterator[Line]], ...] = (
     _overwritten,
     lost_hosts,
     _verdict,
+    _model_tests,
     routing,
     without_gpu,
     out_of_memory,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
 
 from pytest_gpushare.scheduler.cpu_pool import CpuPool
 from pytest_gpushare.scheduler.fairness import Backfilling
@@ -12,10 +13,14 @@ from pytest_gpushare.scheduler.types import (
     Action,
     Admission,
     Admit,
+    Park,
     Recall,
     Run,
     Shutdown,
 )
+
+if TYPE_CHECKING:
+    from pytest_gpushare.scheduler.model_queue import ModelQueue
 
 TRIES = 64
 """Units that are looked at for one worker: those that it has not collected cost a try each."""
@@ -46,6 +51,15 @@ def first_for(worker: GpuWorker, pool: GpuPool) -> Unit | None:
     return first
 
 
+class ModelTests(Protocol):
+    """The tests that use models of Ollama's, as far as GPU workers run them."""
+
+    queue: ModelQueue
+
+    def use(self, worker: GpuWorker) -> Run | None:
+        """A test for a worker that has nothing else to go on with."""
+
+
 class Admitting:
     """Admits tests that wait, answers workers that ask, and serves idle ones."""
 
@@ -55,6 +69,8 @@ class Admitting:
         self._backfilling = backfilling
         self._may_split = pool.policy.dist not in GROUPED
         self._may_share = self._may_split and any(job.group for job in pool.jobs)
+        self.models: ModelTests | None = None
+        """The tests that use models of Ollama's; None: there are none."""
 
     # --- tests that wait for admission ---
 
@@ -80,6 +96,8 @@ class Admitting:
 
     def _fits(self, worker: GpuWorker, test: int) -> bool:
         pool = self._pool
+        if self.models is not None and not self.models.queue.may_start(worker.id, test):
+            return False
         if test in pool.forced:
             return pool.may_force(worker, test)
         kind = pool.kind_of(test)
@@ -97,6 +115,8 @@ class Admitting:
         """What follows for a worker that asks for its next test."""
         question, worker.question = worker.question, ""
         running = worker.sent[-1] if worker.sent else None
+        if self.models is not None and (run := self.models.use(worker)) is not None:
+            return [run]
         # A test that has only begun may last: what it holds is not given back soon.
         reserves = question == "end" or (running is not None and self._is_short([running]))
         unit = self._fitting(worker)
@@ -112,6 +132,8 @@ class Admitting:
             unit = None if worker.emptied == 2 and self._pool.waiting else self._any(worker)
         if unit is not None:
             return [self._bind(worker, unit, waits=reserves)]
+        if self.models is not None and self.models.queue.waits:
+            return [Park(worker.id)]
         worker.ending = True
         return [Shutdown(worker.id)]
 
@@ -224,6 +246,9 @@ class Admitting:
         actions: list[Action] = []
         failed: dict[str, int] = {}
         for worker in idle:
+            if self.models is not None and (run := self.models.use(worker)) is not None:
+                actions.append(run)
+                continue
             has_group = worker.unit is not None and bool(worker.unit.tests)
             if not has_group and failed.get(worker.device, -1) >= self._held(worker):
                 # A worker that holds no less than this one, and may do as much, found nothing.
@@ -263,7 +288,7 @@ class Admitting:
                 return unit
         best = -1
         plain = worker.collected is None
-        sure = pool.is_exact and not pool.waiting
+        sure = pool.is_exact and not pool.waiting and self.models is None
         for kind, tree in pending.trees.items():
             limit = pool.limit(worker, kind)
             rank = self._first_cold(worker, tree, limit) if pool.cold else tree.first(limit)
@@ -388,6 +413,11 @@ class Admitting:
         if test in pool.forced:
             note = f"started without room on its GPU: {pool.forced[test]}"
         alone = pool.assign(worker, test, ahead=ahead)
+        if self.models is not None:
+            self.models.queue.begin(worker.id, test)
+            refusal = self.models.queue.refusal_of(test)
+            if refusal is not None:
+                pool.refusals[test] = refusal
         worker.latest = test
         source = known.source if need else ""
         return Admission(need, source, waited, alone, note, pool.refusals.get(test))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -34,6 +34,10 @@ class CpuWorker:
     asks: bool = False
     """Whether it waits to be sent what follows the last test that it has."""
     ending: bool = False
+    is_shallow: bool = False
+    """Whether it gets one test at a time, as one that uses a model may be its next."""
+    is_taken: bool = False
+    """Whether it has a chain of tests of which some use a model, and gets nothing else."""
 
     def knows(self, test: int) -> bool:
         """Whether it has collected the test."""
@@ -62,10 +66,15 @@ class CpuPool:
         """Test -> outcome and reason, where it is reported without being run."""
         self.notes: dict[int, str] = {}
         """GPU tests that run without a GPU, and why."""
+        self.divert: Callable[[int], bool] | None = None
+        """Takes tests that go elsewhere, as they use a model of Ollama's; None: there are none."""
         self._durations = [0.0, 0]
 
     def add(self, tests: Sequence[int]) -> None:
         """Tests to be run, in this order."""
+        if self.divert is not None:
+            divert = self.divert
+            tests = [test for test in tests if not divert(test)]
         if self._policy.dist in GROUPED:
             units = in_parts(in_units(tests, self._jobs), self._could_run_whole)
             if self._policy.reorder:
@@ -145,6 +154,8 @@ class CpuPool:
 
     def _wants(self, worker: CpuWorker, duration: float | None) -> bool:
         held = len(worker.queue)
+        if worker.is_shallow:
+            return not held
         if self._policy.dist in GROUPED:
             return held < 2
         if self._policy.dist == "worksteal":
@@ -172,7 +183,7 @@ class CpuPool:
         if self._policy.dist == "worksteal" and self._pending:
             self._divide()
         for worker in low.values():
-            if worker.ending:
+            if worker.ending or worker.is_taken:
                 continue
             tests = self._next(worker)
             if tests:
@@ -194,12 +205,16 @@ class CpuPool:
         }
 
     def _next(self, worker: CpuWorker) -> list[int]:
+        if worker.is_shallow and worker.queue and not worker.asks:
+            return []
         if self._policy.dist in GROUPED:
             return self._next_unit(worker)
         if self._policy.dist == "worksteal":
             return self._next_of_share(worker)
         count = max(2, len(self._pending) // max(1, len(self.workers)) // 2) - len(worker.queue)
         most = max(2 - len(worker.queue), self._policy.chunk or len(self._jobs))
+        if worker.is_shallow:
+            count = most = 1
         if len(self._pending) < 2 * len(self.workers):
             # One for each first: two for one would leave another one idle.
             count = min(count, 1)
@@ -207,7 +222,8 @@ class CpuPool:
 
     def _next_unit(self, worker: CpuWorker) -> list[int]:
         tests: list[int] = []
-        while len(worker.queue) + len(tests) < 2:
+        most = 1 if worker.is_shallow else 2
+        while len(worker.queue) * (not worker.is_shallow) + len(tests) < most:
             known = (unit for unit in self._units if all(map(worker.knows, unit.tests)))
             unit = next(known, None)
             if unit is None:
@@ -217,7 +233,7 @@ class CpuPool:
         return tests
 
     def _next_of_share(self, worker: CpuWorker) -> list[int]:
-        count = self._depth() - len(worker.queue)
+        count = 1 if worker.is_shallow else self._depth() - len(worker.queue)
         tests = self._known(worker, worker.share, count)
         if not tests and not worker.share:
             richest = max(self.workers.values(), key=lambda other: len(other.share))

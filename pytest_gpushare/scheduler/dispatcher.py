@@ -8,6 +8,7 @@ nobody starves, `pressure` makes room and bears with others, `cpu_pool` fills de
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from pytest_gpushare.scheduler.accounts import DeviceLedger
 from pytest_gpushare.scheduler.admission import Admitting
@@ -30,6 +31,10 @@ from pytest_gpushare.scheduler.types import (
     Worker,
 )
 
+if TYPE_CHECKING:
+    from pytest_gpushare.scheduler.model_dispatch import ModelDispatch
+    from pytest_gpushare.scheduler.model_queue import ModelQueue
+
 _PASSES = 3
 """How often in one step what an admission changed is looked at again."""
 
@@ -42,7 +47,9 @@ class Dispatcher:
         jobs: Sequence[Job],
         capacities: Sequence[DeviceCapacity],
         policy: Policy | None = None,
+        models: ModelQueue | None = None,
     ) -> None:
+        """`models`: the tests that use models of Ollama's; None: there are none."""
         policy = policy or Policy()
         self._jobs = jobs
         self._ledgers = {room.uuid: DeviceLedger(room) for room in capacities}
@@ -52,6 +59,12 @@ class Dispatcher:
         self._admitting = Admitting(self._gpu, self._cpu, self._backfilling)
         self._pressure = Pressure(self._gpu, self._backfilling)
         self._fallback = Fallback(self._gpu, self._cpu, self._pressure)
+        self._models: ModelDispatch | None = None
+        if models is not None:
+            from pytest_gpushare.scheduler.model_dispatch import ModelDispatch
+
+            self._models = ModelDispatch(models, jobs, self._gpu, self._cpu, self._fallback)
+            self._admitting.models = self._models
         self._left = len(jobs)
         self._readings: Mapping[str, DeviceReading] = {}
         self._reported: list[str] = []
@@ -121,6 +134,8 @@ class Dispatcher:
         """
         self._expected += replaced
         self._gone = True
+        if self._models is not None:
+            self._models.queue.down(worker)
         queued: list[int] = []
         kept: Unit | None = None
         if worker in self._cpu.workers:
@@ -186,8 +201,12 @@ class Dispatcher:
         self._left -= 1
         if self._alone is not None:
             self._alone.done(test, duration or 0.0)
+        used_model = self._models is not None and self._models.queue.finished(worker, test)
+        if used_model:
+            self._gpu.note_change()
         if worker in self._cpu.workers:
-            return self._cpu.finished(worker, test, duration) or not self._left
+            wants_more = self._cpu.finished(worker, test, duration)
+            return wants_more or used_model or not self._left
         gpu = self._gpu
         gpu_worker = gpu.workers.get(worker)
         if gpu_worker is None or test not in gpu_worker.sent:
@@ -201,7 +220,7 @@ class Dispatcher:
         if gpu_worker.sent:
             # What it has next was admitted, or is short: nothing is free for others yet.
             if not gpu.waiting and not any(gpu.idle.values()):
-                return not self._left
+                return used_model or not self._left
             gpu.note_change(gpu_worker.device)
             return True
         if gpu_worker.bound is not None:
@@ -251,6 +270,24 @@ class Dispatcher:
         """Say whether the run ends before its tests are done: then nothing more is handed out."""
         self._stopping = stopping
 
+    def opened(self, group: int) -> None:
+        """The model of this group is loaded."""
+        if self._models is not None:
+            self._models.queue.opened(group)
+            self._gpu.note_change()
+
+    def not_opened(self, group: int, outcome: str, reason: str) -> None:
+        """The model of this group cannot be loaded; `outcome` is `fail` or `skip`."""
+        if self._models is not None:
+            self._models.queue.not_opened(group, outcome, reason)
+            self._gpu.note_change()
+
+    def closed(self, group: int) -> None:
+        """Nothing keeps the model of this group any more."""
+        if self._models is not None:
+            self._models.queue.closed(group)
+            self._gpu.note_change()
+
     def _requeue(self, tests: Iterable[int]) -> None:
         """Tests that no worker has any more, to whoever can run them."""
         cpu: list[int] = []
@@ -259,7 +296,9 @@ class Dispatcher:
             job = self._jobs[test]
             was_helped = test in self._gpu.helped
             self._gpu.helped.discard(test)
-            if (was_helped or not job.marked) and self._cpu.could_run(test):
+            if self._models is not None and self._models.back(test):
+                self._gpu.note_change()
+            elif (was_helped or not job.marked) and self._cpu.could_run(test):
                 cpu.append(test)
             elif units and job.group and units[-1].key == job.group:
                 units[-1].tests.append(test)
@@ -301,6 +340,8 @@ class Dispatcher:
     def _begin(self) -> None:
         self._begun = True
         found = routes(self._jobs, self._gpu, self._cpu)
+        if self._models is not None:
+            found = self._models.take(found)
         alone = len(self._gpu.workers) == 1 and not self._cpu.workers
         self._gpu.pending, self._gpu.cold = ordered(found.gpu, self._jobs, self._gpu, alone=alone)
         if alone and self._gpu.policy.dist == "load":
@@ -319,9 +360,12 @@ class Dispatcher:
         if self._gone and not self._expected:
             self._gone = False
             fallback.orphans()
+            if self._models is not None:
+                self._drop_orphans(self._models)
         is_due = gpu.at >= pressure.due_at
         if is_due:
             pressure.look_everywhere()
+        given = [] if self._models is None else list(self._models.actions())
         changed = gpu.take_changed()
         looked_at = changed
         for _ in range(_PASSES):
@@ -335,6 +379,7 @@ class Dispatcher:
             actions += admitting.fill(changed)
             changed = gpu.take_changed()
         actions += self._note_begun(actions)
+        actions += given
         actions += pressure.look(looked_at, at_all=is_due)
         if pressure.has_given_up:
             actions += fallback.sort_out()
@@ -343,6 +388,8 @@ class Dispatcher:
             actions += admitting.help_all()
         if cpu.workers:
             actions += cpu.refill(more_may_come=self._gpu_tests_may_come)
+        if self._models is not None:
+            actions += self._models.loads()
         if fallback.dropped:
             actions += self._drop()
         return actions
@@ -362,6 +409,7 @@ class Dispatcher:
         gpu = self._gpu
         return bool(
             self._cpu.waits
+            or (self._models is not None and self._models.queue.waits)
             or gpu.pending.count
             or any(
                 worker.bound is not None or (worker.unit is not None and worker.unit.tests)
@@ -375,14 +423,30 @@ class Dispatcher:
         actions = self._admitting.admit_waiting(gpu.ledgers)
         gpu.changed.clear()
         self._asking.clear()
+        if self._models is not None:
+            actions += self._models.stop()
         for worker in list(gpu.waiting.values()):
             busy = any(gpu.ledgers[device].runs_beside(worker.id) for device in worker.devices)
             if not worker.sent and not busy and worker.emptying is None:
                 actions.append(self._pressure.reclaiming.ask(worker, withdraw=True))
         return actions
 
+    def _drop_orphans(self, models: ModelDispatch) -> None:
+        """Tests that use a model, and that no worker which is left has collected."""
+        gpu, cpu = self._gpu, self._cpu
+
+        def could_run(test: int) -> bool:
+            return cpu.could_run(test) or any(
+                worker.knows(test) and not worker.ending for worker in gpu.workers.values()
+            )
+
+        for test in models.queue.orphans(could_run):
+            self._fallback.dropped.append((test, "no worker that has collected it is left"))
+
     def _drop(self) -> list[Action]:
         drops: list[Action] = [Drop(test, reason) for test, reason in self._fallback.dropped]
+        if self._models is not None:
+            self._models.queue.forget(test for test, _ in self._fallback.dropped)
         self._fallback.dropped.clear()
         self._left -= len(drops)
         return drops

@@ -12,11 +12,13 @@ from pytest_gpushare.config.settings import (
     MOST_DEVICES,
     READERS,
     Alias,
+    ModelRule,
     Settings,
     VramRule,
     filled,
     parse_vram,
 )
+from pytest_gpushare.scheduler.llm_marks import MARKER, own_marker, taken_out, use_of
 
 T = TypeVar("T")
 
@@ -99,6 +101,8 @@ class Declared(NamedTuple):
     required: bool = False
     refusal: str = ""
     """Why the test fails without being run: a marker that cannot be understood."""
+    llm: tuple[str, int, str] | None = None
+    """The model of Ollama's that it uses, as `ModelUse`; None where no marker says so."""
 
     def asks(self) -> bool:
         """Whether the markers ask for more than to be run on a GPU worker."""
@@ -186,6 +190,7 @@ def declared(marks: Iterable[Mark], marker: str, aliases: Sequence[Alias]) -> De
     own: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
     routes: list[str] = []
+    models: list[Mapping[str, Any]] = []
     try:
         for mark in marks:
             if mark.name == marker:
@@ -193,18 +198,24 @@ def declared(marks: Iterable[Mark], marker: str, aliases: Sequence[Alias]) -> De
                 routes.append("gpu")
             elif mark.name in by_name:
                 found = dict(_by_alias(mark, by_name[mark.name]))
-                routes.append("cpu" if found.pop("cpu", False) else "gpu")
-                others.append(found)
+                uses = taken_out(found)
+                models += [uses] if uses else []
+                if found or not uses:
+                    routes.append("cpu" if found.pop("cpu", False) else "gpu")
+                    others.append(found)
+            elif mark.name == MARKER:
+                models.append(own_marker(mark.args, mark.kwargs))
     except MarkerError as error:
         return Declared(route="gpu", refusal=str(error))
+    llm = use_of(models).sent if models else None
     route = routes[0] if routes else ""
     if route == "cpu":
-        return Declared(route="cpu")
+        return Declared(route="cpu", llm=llm)
     merged: dict[str, Any] = {}
     for found in (*own, *others):
         merged = {**found, **merged}
     merged.pop("gpu", None)
-    return Declared(route=route, **merged)
+    return Declared(route=route, llm=llm, **merged)
 
 
 def wanted(
@@ -240,6 +251,11 @@ def wanted(
 def rules_of(rules: Sequence[VramRule]) -> Patterns[int]:
     """The ini rules, ready to be asked for many node ids."""
     return Patterns((rule.pattern, rule.vram) for rule in rules)
+
+
+def model_rules_of(rules: Iterable[ModelRule]) -> Patterns[str]:
+    """The models by node id, ready to be asked for many."""
+    return Patterns((rule.pattern, rule.model) for rule in rules)
 
 
 def _by_marker(mark: Mark, marker: str) -> dict[str, Any]:
@@ -278,8 +294,12 @@ def _size(value: object, problem: str) -> int:
 
 def _by_alias(mark: Mark, alias: Alias) -> Iterator[tuple[str, Any]]:
     for name, text in alias.meanings:
-        if name in FLAGS:
-            yield name, True
+        if name in FLAGS and not text:
+            yield name, "" if name == MARKER else True
+            continue
+        if name == MARKER and text.startswith("{") and not (mark.args or mark.kwargs):
+            # A marker that may name its model, and does not.
+            yield name, ""
             continue
         values = _arguments(mark, alias) if "{" in text else {}
         try:

@@ -249,7 +249,7 @@ class Fallback:
         gpu.force(test, reason)
         return False
 
-    def _settle(self, test: int, reason: str) -> None:
+    def settle(self, test: int, reason: str) -> None:
         """Decide, and put the test where it goes."""
         dropped = len(self.dropped)
         if self.decide(test, reason):
@@ -271,7 +271,7 @@ class Fallback:
                     gpu.pending.back(single)
                     gpu.note_change()
                 else:
-                    self._settle(test, "no GPU worker is left that could run it")
+                    self.settle(test, "no GPU worker is left that could run it")
         for test in self._cpu.orphans():
             single = Unit([test])
             if gpu.anybody_could(single):
@@ -308,7 +308,7 @@ class Fallback:
             if unit.tests:
                 gpu.pending.back(unit)
                 gpu.note_change()
-            self._settle(test, reason)
+            self.settle(test, reason)
         return actions
 
     def _take_back(self, test: int) -> None:

@@ -24,6 +24,21 @@ class Job(NamedTuple):
     """As an earlier run measured it; None: unknown."""
     refusal: str = ""
     """Why it fails without being run: a marker that cannot be understood."""
+    model: int | None = None
+    """The group of the model of Ollama's that it uses, by its number; None: it uses none."""
+
+
+class ModelGroup(NamedTuple):
+    """The tests that use one model with one context."""
+
+    name: str
+    """As messages name it."""
+    parallel: int = 1
+    """How many of its tests may run at once."""
+    loads: bool = False
+    """Whether the session loads it before its first test starts."""
+    refusal: tuple[str, str] | None = None
+    """(`fail` or `skip`, reason): its tests are reported so without being run."""
 
 
 class Worker(NamedTuple):
@@ -141,6 +156,18 @@ class EmptyCaches(NamedTuple):
     """Also take back the test that waits in the worker, and tear down the fixtures kept for it."""
 
 
+class OpenModel(NamedTuple):
+    """Have this model loaded; `Dispatcher.opened` or `not_opened` follows."""
+
+    group: int
+
+
+class CloseModel(NamedTuple):
+    """Nothing uses this model any more; `Dispatcher.closed` follows."""
+
+    group: int
+
+
 class Recall(NamedTuple):
     """Take back the short tests that the worker has not begun; `Dispatcher.returned` follows."""
 
@@ -169,7 +196,9 @@ class Note(NamedTuple):
     facts: Mapping[str, int | float | str] = {}
 
 
-Action: TypeAlias = Run | Admit | Park | EmptyCaches | Recall | Shutdown | Drop | Note
+Action: TypeAlias = (
+    Run | Admit | Park | EmptyCaches | Recall | Shutdown | Drop | Note | OpenModel | CloseModel
+)
 
 
 class Lost(NamedTuple):

@@ -16,6 +16,7 @@ from pytest_gpushare.gpu.attribution import Attribution, Holding, Statement, hol
 from pytest_gpushare.gpu.devices import GpuFacts
 from pytest_gpushare.gpu.host import installed_frameworks, mps_is_running
 from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.ollama.address import candidates
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
 from pytest_gpushare.planning.caps import (
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.leases.lessee import Lessee
     from pytest_gpushare.ollama.keep_alive import KeepAlive
     from pytest_gpushare.ollama.monitor import Monitor
+    from pytest_gpushare.session.llm import LlmTests
 
 
 def _nothing() -> None:
@@ -248,6 +250,8 @@ class ActiveRun:
             on_needs = self._lease.admits_by_needs
             if "packed" in self.settings.presets:
                 self._lease.admits_by_needs()
+        self.llm: LlmTests | None = None
+        """The tests that use models of Ollama's; None where none does."""
         self.routing = Routing(on_needs)
         self.monitor = monitor_for(self)
         if self.monitor is not None:
@@ -406,12 +410,19 @@ class ActiveRun:
         differences = self.routing.differences
         lost = differences is not None and bool(differences.lost)
         spilled = self.monitor is not None and self.monitor.has_failed()
-        return self.strict and (bool(self.overwritten) or lost or spilled)
+        refused = self.llm is not None and bool(self.llm.refused)
+        return self.strict and (bool(self.overwritten) or lost or spilled or refused)
 
     @cached_property
     def around(self) -> PlacementContext:
         """What beside the plan decides on the environments of workers."""
         return surroundings(self.facts, self.plan)
+
+    @cached_property
+    def _ollama_url(self) -> str:
+        """Where tests find the server: where it was found, else where the settings say it is."""
+        server = self.ollama.server
+        return (server or candidates(self.settings.ollama_host, os.environ)[0].address).url
 
     def _message(self, number: int) -> dict[str, Any]:
         message = message_to(self.plan, number, self.around)
@@ -421,6 +432,8 @@ class ActiveRun:
             "needs": self.has_needs,
         }
         tests = message_of_tests(self.settings, self.plan, self.around)
+        tests["ollama"]["url"] = self._ollama_url
+        tests["ollama"]["dispatched"] = not self.plan.request.in_process
         return {**message, "memory": memory, "tests": tests, "lease": self._lease_path}
 
     @property

@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpushare.compat.pytest_items import fixture_scopes, fixtures_of, parameter_scopes
+from pytest_gpushare.compat.pytest_items import (
+    fixture_scopes,
+    fixtures_of,
+    parameter_of,
+    parameter_scopes,
+)
+from pytest_gpushare.scheduler.llm_marks import MARKER
 from pytest_gpushare.scheduler.needs import IN_ORDER, CollectedTests, Declared
 
 if TYPE_CHECKING:
     from pytest_gpushare.config.settings import Alias
+    from pytest_gpushare.scheduler.llm_marks import ModelUse
     from pytest_gpushare.scheduler.needs import Patterns, Wanted
 
 
 _NOTHING = Declared()
+NO_MODELS: Mapping[str, Any] = {"rules": [], "param": "", "only_model": "", "markers": [MARKER]}
+"""What a worker knows of models where no setting says anything."""
 
 
 class MarkerReader:
@@ -27,7 +36,9 @@ class MarkerReader:
     def __init__(self, message: Mapping[str, Any]) -> None:
         self._marker: str = message["marker"]
         self._message = message
-        self._names = {self._marker, *(alias[0] for alias in message["aliases"])}
+        self._ollama: Mapping[str, Any] = message.get("ollama") or NO_MODELS
+        self._names = {self._marker, MARKER, *(alias[0] for alias in message["aliases"])}
+        self._parameter: str = self._ollama["param"]
         self._all_are_gpu_tests: bool = message["gpu_unless_marked"]
 
     # Most workers see no such marker and weigh nothing: what reads them is loaded when needed.
@@ -55,6 +66,30 @@ class MarkerReader:
         read = [Mark(mark.name, mark.args, mark.kwargs) for mark in ours]
         return declared(read, self._marker, self._aliases)
 
+    def with_model(self, item: pytest.Item, said: Declared) -> Declared:
+        """What a test says, with the model that a parameter of it names."""
+        if not self._parameter:
+            return said
+        from pytest_gpushare.scheduler.llm_marks import with_parameter
+
+        use = with_parameter(said.llm, parameter_of(item, self._parameter))
+        return said if use is None else said._replace(llm=use.sent)
+
+    @cached_property
+    def _model_rules(self) -> Patterns[str]:
+        from pytest_gpushare.config.settings import ModelRule
+        from pytest_gpushare.scheduler.needs import model_rules_of
+
+        return model_rules_of([ModelRule(*rule) for rule in self._ollama["rules"]])
+
+    def model_of(self, item: pytest.Item) -> ModelUse | None:
+        """The model of Ollama's that a test uses, where no controller says; None: it uses none."""
+        from pytest_gpushare.scheduler.llm_marks import use_by_rules
+
+        said = self.with_model(item, self.declared(item.iter_markers()))
+        only = self._ollama["only_model"]
+        return use_by_rules(item.nodeid, said.llm, self._model_rules.find, only)
+
     def wanted(self, item: pytest.Item) -> tuple[Declared, Wanted]:
         """Whether a test is a GPU test, where no controller weighs it."""
         from pytest_gpushare.scheduler.needs import wanted
@@ -71,7 +106,7 @@ def collected_tests(items: Sequence[pytest.Item], reader: MarkerReader) -> Colle
     scopes: dict[int, int] = {}
     for item in items:
         marks = list(item.iter_markers())
-        said.append(reader.declared(marks))
+        said.append(reader.with_model(item, reader.declared(marks)))
         groups.append(_group(item, scopes))
         skips.append(_is_skipped(item, marks))
     return CollectedTests(os.getpid(), said, _in_order(items, _widened(items, groups)), skips)

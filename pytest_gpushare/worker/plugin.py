@@ -9,11 +9,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_gpushare.wire import CONTEXT, Link
+
+if TYPE_CHECKING:
+    from pytest_gpushare.session.run import ActiveRun
+
+TESTS: pytest.StashKey[tuple[Mapping[str, Any], Link]] = pytest.StashKey()
+"""What the controller says of the tests, and the link to it; absent where the plugin is idle."""
 
 HOOKS = ("PYTEST_GPUSHARE_TORCH_FRACTION", "PYTEST_GPUSHARE_TENSORFLOW_MB")
 """Variables whose caps wait for a framework's import; see `run/caps.py`."""
@@ -103,6 +109,7 @@ def watch_memory(config: pytest.Config, message: Mapping[str, Any], link: Link) 
 def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
     """Run the tests that the controller hands out; without any GPU, as the settings say."""
     plugins = config.pluginmanager
+    config.stash[TESTS] = message, link
     if hasattr(config, "workerinput") and not message["absence"]:
         from pytest_gpushare.worker.runner import RunLoop
 
@@ -111,6 +118,37 @@ def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> Non
         from pytest_gpushare.worker.refusals import LocalRefusals, Refusals
 
         plugins.register(Refusals(LocalRefusals(message)), "gpu-share-refusals")
+        if hasattr(config, "workerinput"):
+            plugins.register(LoopWhereNeeded(config, message, link), "gpu-share-loop-where-needed")
+
+
+def load_models(config: pytest.Config, run: ActiveRun, message: dict[str, Any]) -> None:
+    """Where this process runs the tests itself, load the models that they use."""
+    from pytest_gpushare.worker.models_in_process import ModelsInProcess
+
+    config.pluginmanager.register(ModelsInProcess(run, message), "gpu-share-models")
+
+
+class LoopWhereNeeded:
+    """Without a GPU only tests that use models leave something for the controller to decide."""
+
+    def __init__(self, config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
+        self._config, self._message, self._link = config, message, link
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Begin the run loop where there is such a test; xdist's own runs all others."""
+        ollama = self._message["ollama"]
+        names = ollama["markers"]
+        if not (ollama["rules"] or ollama["param"]) and not any(
+            name in item.keywords for item in session.items for name in names
+        ):
+            return
+        from pytest_gpushare.worker.runner import RunLoop
+
+        loop = RunLoop(self._config, self._message, self._link)
+        self._config.pluginmanager.register(loop, "gpu-share-run-loop")
+        loop.pytest_collection_finish(session)
 
 
 GRACE = 0.4

@@ -7,23 +7,27 @@ must never happen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any
 
 from pytest_gpushare.scheduler.dispatcher import Dispatcher
+from pytest_gpushare.scheduler.model_queue import ModelQueue
 from pytest_gpushare.scheduler.types import (
     Action,
     Admission,
     Admit,
+    CloseModel,
     DeviceCapacity,
     DeviceReading,
     Drop,
     EmptyCaches,
     Job,
+    ModelGroup,
     Note,
+    OpenModel,
     Park,
     Policy,
     Recall,
@@ -107,12 +111,23 @@ class World:
         live: bool = True,
         look_ahead: bool = False,
         collected: Mapping[str, set[int]] | None = None,
+        models: Sequence[ModelGroup] = (),
+        load: float = 8.0,
+        failing: Collection[int] = (),
     ) -> None:
+        """`models` take `load` seconds to be loaded; those that are `failing` cannot be."""
         self.jobs, self.rooms = jobs, {room.uuid: room for room in rooms}
         self.scripts = scripts or {}
         self.devices = devices or {r.uuid: Device(r.budget + r.safety_buffer) for r in rooms}
         self.policy = policy or Policy()
-        self.dispatcher = Dispatcher(jobs, rooms, self.policy)
+        self.models = models
+        queue = ModelQueue(jobs, models) if models else None
+        self.dispatcher = Dispatcher(jobs, rooms, self.policy, queue)
+        self.loads: list[int] = []
+        """The groups whose models were loaded, in order."""
+        self.loaded: set[int] = set()
+        """The groups whose models are there now."""
+        self._load, self._failing = load, failing
         self.processes: dict[str, Process] = {}
         self.by_pid, self.late, self.restarts, self.live = by_pid, late, restarts, live
         self.look_ahead = look_ahead
@@ -201,6 +216,8 @@ class World:
         script = self.scripts.get(test, Script())
         if self._admission(process, test).refusal:
             script = Script(0.001)
+        else:
+            self._check_model(test)
         self.first = self.now if self.first is None else self.first
         for device, need in self._needs(process, test).items():
             peak = need if script.peak is None else script.peak
@@ -318,6 +335,16 @@ class World:
             self.actions.append(action)
             if isinstance(action, Note):
                 continue
+            if isinstance(action, OpenModel):
+                delay = self._load if self.models[action.group].loads else 0.0
+                self._at(delay, self._opened, action.group)
+                continue
+            if isinstance(action, CloseModel):
+                if self._users(action.group):
+                    self.wrong.append(f"{action} while {self._users(action.group)} use it")
+                self.loaded.discard(action.group)
+                self._at(0.1, self._closed, action.group)
+                continue
             if isinstance(action, Drop):
                 self._outcome(action.test, "dropped")
                 continue
@@ -350,6 +377,35 @@ class World:
                 if not process.queue:
                     self._at(0.05, self._down, process, False)
                     self._at(0.05, self._step)
+
+    def _opened(self, group: int) -> None:
+        if group in self._failing:
+            self.dispatcher.not_opened(group, "fail", "it cannot be loaded")
+        else:
+            self.loads.append(group)
+            self.loaded.add(group)
+            self.dispatcher.opened(group)
+        self._step()
+
+    def _closed(self, group: int) -> None:
+        self.dispatcher.closed(group)
+        self._step()
+
+    def _users(self, group: int) -> list[int]:
+        """The tests that use this model now."""
+        running = (p.running for p in self.processes.values() if p.alive)
+        return [t for t in running if t is not None and self.jobs[t].model == group]
+
+    def _check_model(self, test: int) -> None:
+        """No more at once than the server answers, and none before its model is there."""
+        group = self.jobs[test].model
+        if group is None:
+            return
+        users = self._users(group)
+        if len(users) > self.models[group].parallel:
+            self.wrong.append(f"{users} use model {group} at {self.now}")
+        if group not in self.loaded:
+            self.wrong.append(f"{test} starts at {self.now} without its model {group}")
 
     def _returned(self, process: Process, tests: list[int]) -> None:
         if process.alive:

@@ -11,7 +11,8 @@ from pytest_gpushare.units import GB, MB
 
 MEANINGS = (
     "allowed are lines MARKER = meaning or MARKER(n) = meaning; "
-    "meanings: vram=SIZE, devices=NUMBER, exclusive, required, gpu, cpu"
+    "meanings: vram=SIZE, devices=NUMBER, exclusive, required, gpu, cpu, ollama, ollama=MODEL, "
+    "context=TOKENS"
 )
 SIZES = "allowed are lines PATTERN = SIZE, such as tests/test_llm.py = 8GB"
 

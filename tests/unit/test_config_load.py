@@ -213,6 +213,8 @@ def test_same_value_at_every_level(tmp_path: Path) -> None:
         kinds.Names: ("a-model:7b", "a-model:7b"),
         kinds.MarkerName: ("cuda", "cuda"),
         kinds.Aliases: ("serial = exclusive", ["serial = exclusive"]),
+        kinds.ParameterName: ("model", "model"),
+        kinds.ModelRules: ("test_a.py = a:7b", {"test_a.py": "a:7b"}),
         kinds.Rules: ("test_a.py = 8GB", {"test_a.py": "8GB"}),
     }
     for option in OPTIONS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import select
 import socket
 import time
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
 
 
 _GETS = ("/", "/api/version", "/api/ps", "/api/tags")
-_POSTS = ("/api/show", "/api/generate", "/api/chat", "/api/embed", "/v1/chat/completions")
+_POSTS = (
+    "/api/show",
+    "/api/generate",
+    "/api/chat",
+    "/api/embed",
+    "/api/pull",
+    "/v1/chat/completions",
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +132,8 @@ class Handler(BaseHTTPRequestHandler):
             self._complete(_object(body))
         elif path == "/api/embed" and post:
             self._embed(_object(body))
+        elif path == "/api/pull" and post:
+            self._pull(_object(body))
         elif path in (*_GETS, *_POSTS):
             self._send(405, b"405 method not allowed", "text/plain")
         else:
@@ -187,7 +197,8 @@ class Handler(BaseHTTPRequestHandler):
         )
         try:
             if prompt:
-                time.sleep(scheduler.settings.generate_delay)
+                with entry.places:
+                    time.sleep(_seconds_for(prompt, scheduler.settings.generate_delay))
         finally:
             # Before the answer: who has it finds the keep-alive of this request in ps.
             scheduler.release(entry)
@@ -204,13 +215,34 @@ class Handler(BaseHTTPRequestHandler):
         vectors = [[0.0]] if request.get("input") else []
         self._send_json({"model": request["model"], "embeddings": vectors})
 
+    def _pull(self, request: dict[str, Any]) -> None:
+        """Progress as lines; a model that the registry does not have is an error among them."""
+        name = full_name(str(request.get("model") or request.get("name")))
+        found = self.ollama.registry.get(name)
+        lines: list[dict[str, Any]] = [{"status": "pulling manifest"}]
+        if found is None:
+            lines.append({"error": "pull model manifest: file does not exist"})
+        else:
+            size = found.file_bytes
+            layer = {"status": "pulling 2af3b81862c6", "digest": "sha256:2af3b81862c6"}
+            lines += [
+                {**layer, "total": size, "completed": size * part // 4} for part in range(1, 5)
+            ]
+            lines.append({"status": "success"})
+        time.sleep(self.ollama.scheduler.settings.pull_delay)
+        if found is not None:
+            self.ollama.models[name] = found
+        text = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+        self._send(200, text, "application/x-ndjson")
+
     def _send_generated(
         self, request: dict[str, Any], name: str, words: list[str], reason: str, began: int
     ) -> None:
         head = {"model": request.get("model", name), "created_at": moment(time.time_ns())}
         last = {**head, "response": "", "done": True, "done_reason": reason}
         if words:
-            last |= {"total_duration": time.monotonic_ns() - began, "eval_count": len(words)}
+            took = time.monotonic_ns() - began
+            last |= {"total_duration": took, "eval_count": len(words), "eval_duration": took}
         if request.get("stream") is False:
             self._send_json({**last, "response": "".join(words)})
             return
@@ -247,6 +279,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def _seconds_for(prompt: Any, usual: float) -> float:
+    """How long an answer takes: `take 0.25 s` is a prompt that says it itself."""
+    match = re.fullmatch(r"take (\d+(?:\.\d+)?) s", prompt) if isinstance(prompt, str) else None
+    return float(match[1]) if match else usual
 
 
 def _is_local(name: str) -> bool:

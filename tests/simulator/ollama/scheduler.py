@@ -62,6 +62,8 @@ class Loaded:
     busy: int = 1
     deadline: float = 0.0  # time.monotonic() when it expires, once idle
     expires_at: str = field(default_factory=lambda: moment(time.time_ns()))
+    places: threading.Semaphore = field(default_factory=threading.Semaphore)
+    """For prompts that are answered at once; more wait."""
 
     @property
     def size(self) -> int:
@@ -81,6 +83,10 @@ class Scheduler:
         self._loading = threading.Lock()
         self._changed = threading.Condition()
         self._loaded: dict[str, Loaded] = {}
+        self.loads: list[str] = []
+        """Every load so far, by full name."""
+        self.most_at_once: dict[str, int] = {}
+        """Full name -> requests that used the model at once, at most."""
         self._pending = 0
         self._port = 40000
         self._closed = False
@@ -146,6 +152,7 @@ class Scheduler:
             if entry is None or not _serves(entry.key, key):
                 return None
             entry.busy += 1
+            self._count(entry)
             entry.keep_alive = entry.keep_alive if keep_alive is None else keep_alive
             return entry
 
@@ -219,9 +226,16 @@ class Scheduler:
             self._processes.stop(pid)
             raise
         entry = Loaded(model, key, need, placement, pid, keep_alive)
+        entry.places = threading.Semaphore(self.settings.parallel)
         with self._changed:
             self._loaded[model.blob] = entry
+            self.loads.append(model.full_name)
+            self._count(entry)
         return entry
+
+    def _count(self, entry: Loaded) -> None:
+        name = entry.model.full_name
+        self.most_at_once[name] = max(self.most_at_once.get(name, 0), entry.busy)
 
     def _make_room(self, model: Model, need: int, num_gpu: int) -> Placement:
         """Decide where the model goes; evict idle models, the next to expire first."""

@@ -77,6 +77,8 @@ class OllamaServer:
         self.version = version
         self.models = as_models(models)
         self.requests: list[Request] = []
+        self.registry: dict[str, Model] = {}
+        """What can be pulled, by full name."""
         self.delays: dict[str, float] = {}
         self.errors: dict[str, tuple[int, str]] = {}
         self.answers: dict[str, bytes] = {}

@@ -22,6 +22,7 @@ class Settings:
     margin: bytes that must stay free on a device at load.
     visible: CUDA_VISIBLE_DEVICES of the server; None: every device.
     load_delay, generate_delay: seconds that loading, and answering a prompt, takes.
+    pull_delay: seconds that a pull takes.
     unload_delay: seconds from the moment when a model leaves /api/ps to the moment when
         its runner ends.
     """
@@ -38,3 +39,4 @@ class Settings:
     load_delay: float = 0.0
     generate_delay: float = 0.0
     unload_delay: float = 0.0
+    pull_delay: float = 0.0

@@ -1,0 +1,395 @@
+"""Tests that use a model of Ollama's: which model is loaded when, and which test starts then.
+
+Tests of one group use one model with one context. A group is *open* while its model is loaded for
+it. Its tests are handed out while it is open, no more at once than the server answers: so no test
+waits inside its own time-out, and models do not take turns. A worker holds one of the places of a
+group as long as it has a test of it, so that the next one may follow without a gap.
+
+Under `--dist` with groups the tests of a group stay together on one worker, in order: a *chain*.
+Its next test may wait in the worker, between two protocols, until its model is there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+from pytest_gpushare.scheduler.types import Action, CloseModel, Job, ModelGroup, OpenModel
+
+
+class State(Enum):
+    """What is known of the model of a group."""
+
+    CLOSED = "closed"
+    OPENING = "opening"
+    OPEN = "open"
+    CLOSING = "closing"
+
+
+class Offer(NamedTuple):
+    """What a worker is sent."""
+
+    test: int
+    admitted: bool = True
+    """Whether it may start; else it waits in the worker until its model is there."""
+    refusal: tuple[str, str] | None = None
+
+
+class _Group:
+    """One group, and what became of its tests."""
+
+    def __init__(self, facts: ModelGroup) -> None:
+        self.facts = facts
+        self.state = State.CLOSED
+        self.refusal = facts.refusal
+        self.pending: deque[int] = deque()
+        """Tests that any worker may take, in order."""
+        self.held: deque[int] = deque()
+        """Tests that need VRAM, too: they are released one by one to the GPU workers."""
+        self.elsewhere: set[int] = set()
+        """Tests that need VRAM and come with a group of the GPU workers."""
+        self.released: set[int] = set()
+        """Those that were, and have not begun."""
+        self.workers: dict[str, set[int]] = {}
+        """The workers that hold a place, with the tests of the group that they have."""
+
+    def has_place(self, worker: str) -> bool:
+        """Whether a test of the group may start in this worker."""
+        taken = len(self.workers) + len(self.released)
+        return worker in self.workers or taken < self.facts.parallel
+
+    @property
+    def is_used(self) -> bool:
+        """Whether tests of it run, or are about to."""
+        return bool(self.workers or self.released)
+
+
+class ModelQueue:
+    """The groups in the order in which their models are loaded."""
+
+    def __init__(
+        self, jobs: Sequence[Job], groups: Sequence[ModelGroup], most_open: int = 1
+    ) -> None:
+        """`most_open`: how many models may be loaded for tests at once."""
+        self._jobs = jobs
+        self._groups = [_Group(facts) for facts in groups]
+        self._most_open = most_open
+        self._chains: list[deque[int]] = []
+        """Chains that no worker has."""
+        self._chained: set[int] = set()
+        """All tests that are in chains, also those that use no model."""
+        self._own: dict[str, deque[int]] = {}
+        """Worker -> what is left of its chain."""
+        self.gate: dict[str, int] = {}
+        """Worker -> the test of its chain that waits in it for its model."""
+        self._wanted: set[int] = set()
+        """Groups for which a GPU worker has a test that may not start yet."""
+
+    # --- the tests ---
+
+    def add(self, tests: Iterable[int]) -> None:
+        """Tests that each worker may take by itself."""
+        for test in tests:
+            self._group(test).pending.append(test)
+
+    def add_chain(self, tests: Sequence[int]) -> None:
+        """Tests that stay together, some of which use a model."""
+        self._chained.update(tests)
+        self._chains.append(deque(tests))
+
+    def hold(self, tests: Iterable[int]) -> None:
+        """Tests that need VRAM, too."""
+        for test in tests:
+            self._group(test).held.append(test)
+
+    def expect(self, tests: Iterable[int]) -> None:
+        """Tests that GPU workers get with a group of theirs; each asks before it starts."""
+        for test in tests:
+            self._group(test).elsewhere.add(test)
+
+    def take_over(self, test: int) -> None:
+        """A test that needs VRAM, too, and has to do without."""
+        group = self._group(test)
+        group.elsewhere.discard(test)
+        group.released.discard(test)
+        group.pending.append(test)
+
+    def forget(self, tests: Iterable[int]) -> None:
+        """Tests that nobody can run."""
+        for test in tests:
+            if self._jobs[test].model is not None:
+                self._group(test).elsewhere.discard(test)
+                self._group(test).released.discard(test)
+
+    def owns(self, test: int) -> bool:
+        """Whether a test that comes back belongs here."""
+        return test in self._chained or (
+            self._jobs[test].model is not None and not self._jobs[test].marked
+        )
+
+    def back(self, tests: Sequence[int]) -> None:
+        """Tests that were not begun after all, or come again."""
+        for test in reversed(tests):
+            if test not in self._chained:
+                self._group(test).pending.appendleft(test)
+                continue
+            key = self._jobs[test].group
+            same = (c for c in self._chains if key and self._jobs[c[0]].group == key)
+            chain = next(same, None)
+            if chain is None:
+                self._chains.insert(0, deque([test]))
+            else:
+                chain.appendleft(test)
+
+    @property
+    def waits(self) -> bool:
+        """Whether there are tests that no worker has."""
+        return bool(
+            self._chains
+            or any(self._own.values())
+            or any(group.pending or group.held for group in self._groups)
+        )
+
+    @property
+    def workers_wanted(self) -> int:
+        """How many workers could run such tests at once."""
+        most = max((group.facts.parallel for group in self._groups), default=0)
+        return most * self._most_open if self.waits else 0
+
+    def orphans(self, could_run: Callable[[int], bool]) -> list[int]:
+        """Take out the tests that no worker can run any more."""
+        queues: list[deque[int]] = [*self._chains, *(g.pending for g in self._groups)]
+        lost = [test for queue in queues for test in queue if not could_run(test)]
+        for queue in queues:
+            for test in [test for test in queue if test in lost]:
+                queue.remove(test)
+        self._chains = [chain for chain in self._chains if chain]
+        return lost
+
+    def _group(self, test: int) -> _Group:
+        number = self._jobs[test].model
+        assert number is not None
+        return self._groups[number]
+
+    # --- the workers ---
+
+    def has_chain(self, worker: str) -> bool:
+        """Whether this worker must be sent nothing else now."""
+        return bool(self._own.get(worker)) or worker in self.gate
+
+    def offer(self, worker: str, knows: Callable[[int], bool]) -> Offer | None:
+        """A test for a worker that has nothing to do, or asks for what follows its last one."""
+        if worker in self.gate:
+            return None
+        if self._own.get(worker):
+            return self._next_of_chain(worker)
+        for group in self._groups:
+            if not self._could_start(worker, group):
+                continue
+            test = next((test for test in group.pending if knows(test)), None)
+            if test is not None:
+                group.pending.remove(test)
+                return self._given(worker, test)
+        for chain in self._chains:
+            first = self._first_use(chain)
+            may_start = first is None or self._could_start(worker, self._group(first))
+            if may_start and all(map(knows, chain)):
+                self._chains.remove(chain)
+                self._own[worker] = chain
+                return self._next_of_chain(worker)
+        return None
+
+    def _first_use(self, chain: Iterable[int]) -> int | None:
+        return next((test for test in chain if self._jobs[test].model is not None), None)
+
+    def _could_start(self, worker: str, group: _Group) -> bool:
+        if group.refusal is not None:
+            return True
+        return group.state is State.OPEN and group.has_place(worker)
+
+    def _is_ready(self, group: _Group) -> bool:
+        return group.refusal is not None or group.state is State.OPEN
+
+    def _next_of_chain(self, worker: str) -> Offer:
+        chain = self._own[worker]
+        test = chain.popleft()
+        if not chain:
+            del self._own[worker]
+        if self.may_start(worker, test):
+            return self._given(worker, test)
+        self.gate[worker] = test
+        return Offer(test, admitted=False)
+
+    def _given(self, worker: str, test: int) -> Offer:
+        self.begin(worker, test)
+        model = self._jobs[test].model
+        return Offer(test, refusal=None if model is None else self._groups[model].refusal)
+
+    def may_start(self, worker: str, test: int) -> bool:
+        """Whether a test may start in this worker as far as its model goes."""
+        model = self._jobs[test].model
+        if model is None:
+            return True
+        group = self._groups[model]
+        if group.refusal is not None or test in group.released:
+            return True
+        if group.state is State.OPEN and group.has_place(worker):
+            return True
+        if group.state is State.CLOSED:
+            self._wanted.add(model)
+        return False
+
+    def begin(self, worker: str, test: int) -> None:
+        """A test is sent to a worker, and may start there."""
+        model = self._jobs[test].model
+        if model is None:
+            return
+        group = self._groups[model]
+        group.released.discard(test)
+        group.elsewhere.discard(test)
+        if group.refusal is None:
+            group.workers.setdefault(worker, set()).add(test)
+
+    def open_gate(self) -> list[tuple[str, Offer]]:
+        """The waiting tests that may start now, with their workers."""
+        found = []
+        for worker, test in list(self.gate.items()):
+            if self.may_start(worker, test):
+                del self.gate[worker]
+                found.append((worker, self._given(worker, test)))
+        return found
+
+    def finished(self, worker: str, test: int) -> bool:
+        """A test is over. Returns whether that changes what may start, or which model is next."""
+        if self.gate.get(worker) == test:
+            del self.gate[worker]
+        model = self._jobs[test].model
+        if model is None:
+            return worker in self.gate
+        group = self._groups[model]
+        had = group.workers.get(worker)
+        if had is not None:
+            had.discard(test)
+            if not had:
+                del group.workers[worker]
+        return True
+
+    def down(self, worker: str) -> None:
+        """A worker is gone; what it was sent comes back by `back`."""
+        self.gate.pop(worker, None)
+        for group in self._groups:
+            group.workers.pop(worker, None)
+        chain = self._own.pop(worker, None)
+        if chain:
+            self._chains.insert(0, chain)
+
+    # --- the models ---
+
+    def release(self) -> list[int]:
+        """Tests that need VRAM, too, and that may start as far as their models go."""
+        found = []
+        for group in self._groups:
+            while group.held and self._is_ready(group):
+                if group.refusal is None and not group.has_place(""):
+                    break
+                test = group.held.popleft()
+                if group.refusal is None:
+                    group.released.add(test)
+                found.append(test)
+        return found
+
+    def refusal_of(self, test: int) -> tuple[str, str] | None:
+        """Why a test is not run, as its model is not there."""
+        model = self._jobs[test].model
+        return None if model is None else self._groups[model].refusal
+
+    def opened(self, number: int) -> None:
+        """The model of this group is loaded."""
+        if self._groups[number].state is State.OPENING:
+            self._groups[number].state = State.OPEN
+            self._wanted.discard(number)
+
+    def not_opened(self, number: int, outcome: str, reason: str) -> None:
+        """The model cannot be loaded: its tests are reported so."""
+        self._groups[number].state = State.CLOSED
+        self._groups[number].refusal = outcome, reason
+
+    def closed(self, number: int) -> None:
+        """Nothing keeps the model of this group any more."""
+        if self._groups[number].state is State.CLOSING:
+            self._groups[number].state = State.CLOSED
+
+    def actions(self, bound: Iterable[int] = (), *, is_idle: bool = False) -> list[Action]:
+        """The models to load, and those that nothing uses any more.
+
+        `bound`: tests that wait in GPU workers. `is_idle`: no worker runs anything, though each
+        was offered what may start.
+        """
+        startable = self._startable()
+        blocked, wanted = self._waited_for()
+        # In the order of binding: those that came first must not be passed by for long.
+        first = self._closed_models_of(bound)
+        blocked.update(first)
+        wanted |= startable
+        actions: list[Action] = []
+        for number, group in enumerate(self._groups):
+            if group.state is not State.OPEN or group.is_used:
+                continue
+            is_full = self._count_open() >= self._most_open
+            others = is_full and bool((wanted | blocked) - {number})
+            # Where nobody can use it now, and each worker waits for another, it makes way.
+            has_more = number in startable or bool(group.elsewhere)
+            if not self._is_left(number) or (others and (is_idle or not has_more)):
+                group.state = State.CLOSING
+                actions.append(CloseModel(number))
+        for number in dict.fromkeys([*first, *sorted(blocked), *sorted(wanted)]):
+            group = self._groups[number]
+            if group.state is State.CLOSED and self._count_open() < self._most_open:
+                group.state = State.OPENING
+                actions.append(OpenModel(number))
+        return actions
+
+    def _count_open(self) -> int:
+        return sum(group.state is not State.CLOSED for group in self._groups)
+
+    def _startable(self) -> set[int]:
+        """The groups of which a worker could begin a test now, were the model loaded."""
+        found = {
+            number
+            for number, group in enumerate(self._groups)
+            if group.refusal is None and (group.pending or group.held)
+        }
+        for chain in self._chains:
+            first = self._first_use(chain)
+            found |= set() if first is None else {self._model_of(first)}
+        return {number for number in found if self._groups[number].refusal is None}
+
+    def _waited_for(self) -> tuple[set[int], set[int]]:
+        """The groups for which a worker waits, so that it does nothing else; and those of which
+        GPU workers have asked for a test."""
+        waiting = {self._model_of(test) for test in self.gate.values()}
+        asked = {number for number in self._wanted if self._groups[number].elsewhere}
+        missing = {n for n, group in enumerate(self._groups) if group.refusal is not None}
+        return waiting - missing, asked - missing
+
+    def _closed_models_of(self, tests: Iterable[int]) -> list[int]:
+        found = [model for t in tests if (model := self._jobs[t].model) is not None]
+        groups = self._groups
+        return [n for n in found if groups[n].refusal is None and groups[n].state is State.CLOSED]
+
+    def _is_left(self, number: int) -> bool:
+        """Whether tests of the group are still to come."""
+        group = self._groups[number]
+        if group.pending or group.held or group.elsewhere:
+            return True
+        chains = [*self._chains, *self._own.values()]
+        return any(self._jobs[t].model == number for chain in chains for t in chain) or any(
+            self._jobs[t].model == number for t in self.gate.values()
+        )
+
+    def _model_of(self, test: int) -> int:
+        model = self._jobs[test].model
+        assert model is not None
+        return model

@@ -1,0 +1,343 @@
+"""Tests that use models of Ollama's: their groups, and the models loaded for them in time.
+
+Imported only where a test says that it uses a model. What is asked of the server, and the loads,
+happen in a thread of their own; what came of them reaches the dispatcher in xdist's thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from pytest_gpushare.ollama.catalog import ask as ask_server
+from pytest_gpushare.ollama.catalog import ask_models
+from pytest_gpushare.ollama.keep_alive import KeepAlive, PreloadedModel
+from pytest_gpushare.ollama.loading import Loader, ModelLoadError
+from pytest_gpushare.ollama.models import ModelFacts, described, full_name
+from pytest_gpushare.ollama.preload import ollama_pids
+from pytest_gpushare.ollama.run_models import RunModel, grouped, in_order
+from pytest_gpushare.scheduler.llm_marks import ModelUse
+from pytest_gpushare.scheduler.types import CloseModel, ModelGroup, OpenModel
+from pytest_gpushare.text import printable
+from pytest_gpushare.timed import TimedCall
+
+if TYPE_CHECKING:
+    from pytest_gpushare.config.settings import Settings
+    from pytest_gpushare.events import Record
+    from pytest_gpushare.gpu.devices import GpuFacts
+    from pytest_gpushare.gpu.sampler import Live
+    from pytest_gpushare.leases.lessee import Lessee
+    from pytest_gpushare.ollama.address import Address
+    from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+    from pytest_gpushare.wire import Links
+
+ASK_LIMIT = 2.0
+"""Seconds for all questions about the models when the tests are collected."""
+
+_IDLE = 3600.0
+"""Seconds between two looks of a thread to which nobody says anything."""
+
+_STOP = 5.0
+"""Seconds that the end of the run waits for a load to be given up."""
+
+
+class Opened(NamedTuple):
+    """What came of an `OpenModel`."""
+
+    group: int
+    problem: str = ""
+    """Why its tests cannot run; empty where the model is there."""
+
+
+class Closed(NamedTuple):
+    """What came of a `CloseModel`."""
+
+    group: int
+
+
+class Receiver(Protocol):
+    """The dispatcher, as far as models go."""
+
+    def opened(self, group: int) -> None:
+        """The model of this group is loaded."""
+
+    def not_opened(self, group: int, outcome: str, reason: str) -> None:
+        """It cannot be loaded."""
+
+    def closed(self, group: int) -> None:
+        """Nothing keeps it any more."""
+
+
+class RunParts(Protocol):
+    """What of the active run matters here."""
+
+    settings: Settings
+    gpus: GpuFacts
+    ollama: OllamaFacts
+    record: Record
+    links: Links
+    live: Live | None
+    lessee: Lessee | None
+
+
+class Load(NamedTuple):
+    """A model that was loaded for its tests."""
+
+    model: str
+    at: float
+    """Seconds since the run started."""
+    seconds: float
+
+
+class LlmTests:
+    """The tests of one run that use models."""
+
+    def __init__(
+        self,
+        run: RunParts,
+        uses: Mapping[int, ModelUse],
+        work: Mapping[int, float],
+        nodeids: Sequence[str],
+    ) -> None:
+        """`uses`: test -> the model that it uses; `work`: test -> seconds, where known."""
+        self._run = run
+        self.tests = len(uses)
+        self.loads: list[Load] = []
+        self.refused: Counter[str] = Counter()
+        """Why tests were not run -> how many."""
+        self._missing: set[int] = set()
+        """The groups of which the model has to be pulled first."""
+        self._commands: queue.SimpleQueue[OpenModel | CloseModel | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[Opened | Closed] = queue.SimpleQueue()
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.on_outcome: Callable[[], object] = lambda: None
+        """Called, from another thread, when there is something for `deliver`."""
+        self._ours: dict[int, tuple[PreloadedModel, KeepAlive]] = {}
+        """Group -> what this session loaded for it and has not unloaded."""
+        self._kept: list[KeepAlive] = []
+        """All that were kept in this run."""
+        self._lock = threading.Lock()
+        self._answers: dict[str, tuple[int, float]] = {}
+        self._problem = ""
+        self._loaded: Sequence[LoadedModel] = ()
+        self.server: Address | None = None
+        self.models: list[RunModel] = []
+        facts = self._ask({use.model for use in uses.values() if use.model})
+        found, numbers = grouped(((use.model, use.context) for use in uses.values()), facts)
+        tests = Counter(numbers[use.model, use.context] for use in uses.values())
+        seconds = [0.0] * len(found)
+        for test, use in uses.items():
+            seconds[numbers[use.model, use.context]] += work.get(test, 1.0)
+        order = in_order(found, self._loaded, seconds)
+        place = {number: at for at, number in enumerate(order)}
+        self.models = [found[number] for number in order]
+        self.groups = [self._group(at, tests[number]) for at, number in enumerate(order)]
+        self.of = {test: place[numbers[use.model, use.context]] for test, use in uses.items()}
+        """Test -> the number of its group."""
+        self._model_of = {nodeids[test]: self.models[at].shown for test, at in self.of.items()}
+        run.links.on("ollama-answer", self._received)
+        for text in {
+            f"@pytest.mark.ollama: {use.odd}: means nothing to this plugin, which knows "
+            "model=... and context=..."
+            for use in uses.values()
+            if use.odd
+        }:
+            run.record.note("ollama-marker", text)
+
+    # --- what the server says ---
+
+    def _ask(self, names: set[str]) -> Mapping[str, ModelFacts]:
+        """What the server says of the models; it is asked only where the settings allow it."""
+        run = self._run
+        first = run.ollama
+        if not first.asked or first.server is None or run.gpus.simulated:
+            return {}
+        self.server = server = first.server
+        limit = max(ASK_LIMIT, float(run.settings.ollama_timeout))
+        until = time.monotonic() + limit
+        answer = TimedCall(lambda: ask_server(server, limit), "ollama")
+        models = TimedCall(
+            lambda: ask_models(server, sorted(names), until, lambda _: None), "ollama-models"
+        )
+        answer.wait(limit)
+        found = answer.value
+        if found is None or not found.answered:
+            self._problem = found.problem if found is not None else f"no answer within {limit:g} s"
+            return {}
+        self._loaded = found.models
+        models.wait(until - time.monotonic() + 0.1)
+        return {full_name(facts.name): facts for facts in models.value or ()}
+
+    def _group(self, number: int, tests: int) -> ModelGroup:
+        """A group as the dispatcher knows it."""
+        settings, model = self._run.settings, self.models[number]
+        parallel = settings.ollama_parallel
+        group = ModelGroup(model.shown, parallel)
+        if self.server is None:
+            return group
+        where = f"at {self._run.ollama.address}"
+        if self._problem:
+            return self._without(group, f"no Ollama {where}: {self._problem}", tests)
+        facts = model.facts
+        if not model.name or (facts is not None and facts.is_remote):
+            return group
+        if facts is not None and facts.is_missing:
+            if settings.without_ollama == "pull":
+                self._missing.add(number)
+                return group._replace(loads=True)
+            return self._without(group, f"no model {model.name} {where}", tests)
+        return group._replace(loads=True)
+
+    def _without(self, group: ModelGroup, why: str, tests: int) -> ModelGroup:
+        how = self._run.settings.without_ollama
+        if how == "run":
+            return group
+        outcome = "skip" if how == "skip" else "fail"
+        self.refused[f"{'skipped' if outcome == 'skip' else 'failed'}: {why}"] += tests
+        return group._replace(refusal=(outcome, f"{why} (gpu_share_without_ollama = {how})"))
+
+    # --- the service ---
+
+    def start(self) -> None:
+        """Obey commands from now on."""
+        self._thread = threading.Thread(target=self._serve, name="gpu-share-llm", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Give up what is under way, and give the models back."""
+        self._over.set()
+        self._commands.put(None)
+        if self._thread is not None:
+            self._thread.join(_STOP)
+        for own, kept in list(self._ours.values()):
+            del own
+            kept.stop()
+        self._ours.clear()
+
+    def obey(self, action: OpenModel | CloseModel) -> None:
+        """Have a model loaded, or not kept any more; `deliver` says what came of it."""
+        self._commands.put(action)
+
+    def deliver(self, receiver: Receiver) -> None:
+        """Say what came of the commands."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                outcome = self._outcomes.get_nowait()
+                if isinstance(outcome, Closed):
+                    receiver.closed(outcome.group)
+                elif outcome.problem:
+                    receiver.not_opened(outcome.group, "fail", outcome.problem)
+                else:
+                    receiver.opened(outcome.group)
+
+    def open_now(self, number: int) -> str:
+        """Load the model of a group in this thread: a process without workers waits for it.
+
+        Returns why that is not possible; empty where it is.
+        """
+        return self._open(number)
+
+    def answers(self) -> dict[str, tuple[int, float]]:
+        """Model -> tokens and seconds of the answers that tests have recorded."""
+        with self._lock:
+            return dict(self._answers)
+
+    def _received(self, _worker: str, message: Mapping[str, object]) -> None:
+        """A test has recorded an answer; in the thread that receives from its worker."""
+        tokens, seconds = message.get("tokens"), message.get("seconds")
+        model = self._model_of.get(str(message.get("test")))
+        if model is None or type(tokens) is not int or not isinstance(seconds, float):
+            return
+        with self._lock:
+            before = self._answers.get(model, (0, 0.0))
+            self._answers[model] = before[0] + tokens, before[1] + seconds
+
+    @property
+    def given_up(self) -> list[str]:
+        """A sentence on each model that was not kept loaded any more."""
+        return [text for kept in self._kept for text in kept.given_up]
+
+    def _serve(self) -> None:
+        while not self._over.is_set():
+            try:
+                command = self._commands.get(timeout=_IDLE)
+            except queue.Empty:
+                continue
+            if command is None:
+                return
+            number = command.group
+            try:
+                if isinstance(command, CloseModel):
+                    outcome: Opened | Closed = Closed(number)
+                else:
+                    outcome = Opened(number, self._open(number))
+            except Exception as error:
+                # Its tests are reported with it, rather than never.
+                outcome = Opened(number, printable(f"{type(error).__name__}: {error}", 200))
+            self._outcomes.put(outcome)
+            self.on_outcome()
+
+    def _open(self, number: int) -> str:
+        """Why the model of this group cannot be used; empty where it can."""
+        model, server, run = self.models[number], self.server, self._run
+        if server is None or not self.groups[number].loads or not model.name:
+            return ""
+        loader = Loader(server, ollama_pids(run.live), self._over.is_set)
+        try:
+            if number in self._missing:
+                self._pull(loader, number)
+            self._make_room(loader, number)
+            loaded = loader.load(model, float(run.settings.ollama_load_timeout))
+        except ModelLoadError as error:
+            where = f"at {run.ollama.address}"
+            text = f"Ollama {where} cannot load {model.shown}: {error}"
+            run.record.note("ollama-not-loaded", text, model=model.name)
+            return text
+        if loaded.own is not None:
+            kept = KeepAlive(server, [loaded.own], ollama_pids(run.live))
+            if run.lessee is not None:
+                kept.used_by_others = run.lessee.models_of_others
+            kept.start()
+            self._kept.append(kept)
+            self._ours[number] = loaded.own, kept
+            self.loads.append(Load(model.shown, run.record.now(), loaded.seconds))
+            run.record.note(
+                "ollama-loaded-for-tests",
+                f"Ollama loaded {described(loaded.model)} for its tests ({loaded.seconds:.1f} s)",
+                model=model.name,
+                seconds=round(loaded.seconds, 3),
+            )
+        return ""
+
+    def _make_room(self, loader: Loader, number: int) -> None:
+        """Unload what this session loaded for other tests: the server would not make room for
+        a model that does not fit next to it, but put a part of the new one on the CPU."""
+        if self._run.live is None:
+            return
+        used = self._run.lessee.models_of_others() if self._run.lessee is not None else frozenset()
+        for other, (own, kept) in list(self._ours.items()):
+            if other == number or full_name(own.model.name) in used:
+                continue
+            del self._ours[other]
+            kept.give_up()
+            loader.unload(own)
+
+    def _pull(self, loader: Loader, number: int) -> None:
+        run, name = self._run, self.models[number].name
+        shown = -1
+
+        def progress(words: str, share: int | None) -> None:
+            nonlocal shown
+            if share is not None and share // 10 != shown:
+                shown = share // 10
+                run.record.note("ollama-pull", f"Ollama pulls {name}: {words}, {share} %")
+
+        run.record.note("ollama-pull", f"Ollama pulls {name}")
+        loader.pull(name, float(run.settings.ollama_pull_timeout), progress)
+        self._missing.discard(number)

@@ -1,0 +1,325 @@
+"""Tests that use models of Ollama's: grouped, limited, loaded in time, and skipped without them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from simulator import Device, Machine
+from simulator.ollama import Model, OllamaServer
+
+from .conftest import Project
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "ollama"
+
+SUITE = """
+    import json, os, time, urllib.request
+    import pytest
+
+    def ask(model, seconds=0.05, **options):
+        body = {"model": model, "prompt": f"take {seconds} s", "stream": False}
+        if options:
+            body["options"] = options
+        url = "http://" + os.environ["OLLAMA_HOST"] + "/api/generate"
+        request = urllib.request.Request(url, json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read())
+"""
+
+MARKED = (
+    SUITE
+    + """
+    @pytest.mark.parametrize("i", range(4))
+    @pytest.mark.parametrize("model", ["a:1b", "b:1b", "c:1b"])
+    def test_placeholder(model, i):
+        pass
+
+    @pytest.mark.parametrize("i", range(4))
+    @pytest.mark.ollama(model="a:1b")
+    def test_a(i):
+        ask("a:1b")
+
+    @pytest.mark.parametrize("i", range(4))
+    @pytest.mark.ollama(model="b:1b")
+    def test_b(i):
+        ask("b:1b")
+"""
+)
+
+
+def asked(server: OllamaServer) -> list[str]:
+    """The models of the prompts, in the order of the requests."""
+    requests = [r.json() for r in server.requests if r.path in ("/api/generate", "/api/chat")]
+    return [r["model"] for r in requests if r.get("prompt")]
+
+
+def turns(server: OllamaServer) -> list[str]:
+    """The same, each model once for each turn."""
+    return [model for model, _ in groupby(asked(server))]
+
+
+def most_at_once(server: OllamaServer, name: str) -> int:
+    """How many requests at once used a model, at most."""
+    return server.scheduler.most_at_once.get(name, 0)
+
+
+@pytest.fixture
+def server(machine_with: Callable[..., Machine], ollama_with: Callable[..., Any]) -> OllamaServer:
+    """24 GB, 22 GB free, and an Ollama that holds one model at a time."""
+    machine_with(Device(total="24GB", used="2GB"))
+    return ollama_with(
+        [Model("a:1b", "1GB"), Model("b:1b", "1GB"), Model("c:1b", "1GB")], max_loaded=1
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--gpu-share", "-n2"],
+        ["--gpu-share", "-n4", "-o", "gpu_share_cpu_workers=auto"],
+        ["--gpu-share", "-n3", "-o", "gpu_share_min_vram_per_worker_gb=20"],
+        ["--gpu-share", "-n0"],
+    ],
+    ids=["GPU workers", "both", "CPU workers", "no workers"],
+)
+def test_grouped_and_limited(project: Project, server: OllamaServer, arguments: list[str]) -> None:
+    """Each model is loaded once, before its first test, and answers one test at a time."""
+    project.write(test_project=MARKED)
+    result = project.pytest(*arguments)
+    assert (result.code, result.passed) == (0, 20), result.out
+    assert len(turns(server)) == 2
+    assert sorted(server.scheduler.loads) == ["a:1b", "b:1b"]
+    assert most_at_once(server, "a:1b") == most_at_once(server, "b:1b") == 1
+    assert "gpu-share: 8 tests used 2 models of Ollama's: 2 loads" in result.out
+
+
+def test_parallel(project: Project, server: OllamaServer) -> None:
+    """As many tests at once as the server answers, and no more."""
+    server.scheduler.settings = type(server.scheduler.settings)(parallel=2)
+    project.write(
+        test_project=SUITE
+        + """
+    @pytest.mark.parametrize("i", range(8))
+    @pytest.mark.ollama(model="a:1b")
+    def test_a(i):
+        ask("a:1b", 0.3)
+    """
+    )
+    result = project.pytest(
+        "--gpu-share",
+        "-n4",
+        "-o",
+        "gpu_share_cpu_workers=auto",
+        "-o",
+        "gpu_share_ollama_parallel=2",
+    )
+    assert (result.code, result.passed) == (0, 8), result.out
+    assert most_at_once(server, "a:1b") == 2
+
+
+@pytest.mark.parametrize("how", ["skip", "run", "fail", "pull"])
+@pytest.mark.parametrize("workers", ["-n2", "-n0"])
+def test_missing_model(project: Project, server: OllamaServer, how: str, workers: str) -> None:
+    """Skipped, run, failed or pulled; the others run in any case."""
+    project.write(
+        test_project=SUITE
+        + """
+    @pytest.mark.ollama(model="a:1b")
+    def test_a():
+        ask("a:1b")
+
+    @pytest.mark.ollama(model="new:1b")
+    def test_new():
+        ask("new:1b")
+    """
+    )
+    if how == "pull":
+        server.registry["new:1b"] = Model("new:1b", "1GB")
+    result = project.pytest("--gpu-share", workers, "-o", f"gpu_share_without_ollama={how}", "-rs")
+    reason = f"no model new:1b at {server.host} (gpu_share_without_ollama = {how})"
+    if how == "skip":
+        assert (result.code, result.passed) == (0, 1), result.out
+        assert reason in re.sub(r"\s+", " ", result.out)
+        assert f"gpu-share: 1 test skipped: no model new:1b at {server.host}" in result.out
+    elif how == "fail":
+        assert (result.code, result.passed) == (1, 1), result.out
+        assert reason in result.out
+    elif how == "run":
+        # The test itself finds out.
+        assert (result.code, result.passed) == (1, 1), result.out
+        assert "HTTP Error 404" in result.out
+    else:
+        assert (result.code, result.passed) == (0, 2), result.out
+        assert "new:1b" in server.scheduler.loads
+    pulls = [r for r in server.requests if r.path == "/api/pull"]
+    assert len(pulls) == (how == "pull")
+
+
+def test_absent_server_is_an_error_under_strict(project: Project, machine: Machine) -> None:
+    """Skipped with the reason, counted, and failed under strict."""
+    project.write(test_project=MARKED)
+    for strict, code in (((), 0), (("--gpu-share-strict",), 1)):
+        result = project.pytest("--gpu-share", "-n2", *strict)
+        assert (result.code, result.passed) == (code, 12), result.out
+        assert "gpu-share: 8 tests skipped: no Ollama at 127.0.0.1" in result.out
+    assert "(an error under --gpu-share-strict)" in result.out
+
+
+def test_rules_aliases_and_parameters(project: Project, server: OllamaServer) -> None:
+    """No test is edited: lines of the ini file say which tests use which model."""
+    project.write(
+        test_project=SUITE
+        + """
+    @pytest.mark.requires_ollama("b:1b")
+    def test_alias():
+        ask("b:1b")
+
+    @pytest.mark.llm
+    def test_only():
+        ask("c:1b")
+
+    @pytest.mark.parametrize("model", ["a:1b"])
+    def test_parameter(model):
+        ask(model)
+
+    @pytest.mark.parametrize("i", range(2))
+    def test_rule(i):
+        ask("b:1b")
+
+    def test_other():
+        pass
+    """
+    )
+    project.file(
+        "pytest.ini",
+        """
+        [pytest]
+        gpu_share = true
+        markers =
+            requires_ollama
+            llm
+        gpu_share_markers =
+            requires_ollama(m) = ollama=m
+            llm = ollama
+        gpu_share_ollama_models = c:1b
+        gpu_share_ollama_tests =
+            test_project.py::test_rule = b:1b
+        gpu_share_ollama_param = model
+        """,
+    )
+    result = project.pytest("-n2")
+    assert (result.code, result.passed) == (0, 6), result.out
+    assert sorted(server.scheduler.loads) == ["a:1b", "b:1b", "c:1b"]
+    assert len(turns(server)) == 3
+    assert "gpu-share: 5 tests used 3 models of Ollama's: 3 loads" in result.out
+
+
+def test_fixture(project: Project, server: OllamaServer) -> None:
+    """Where a test finds its model, and how it should call it."""
+    project.write(
+        test_project=SUITE
+        + """
+    @pytest.mark.ollama(model="a:1b", context=2048)
+    def test_native(ollama):
+        assert ollama.base_url == "http://" + os.environ["OLLAMA_HOST"]
+        assert ollama.openai_base_url == ollama.base_url + "/v1"
+        assert (ollama.model, ollama.context) == ("a:1b", 2048)
+        assert ollama.options == {"temperature": 0, "seed": 42, "num_ctx": 2048}
+        ollama.record(ask(ollama.model, **ollama.options))
+
+    @pytest.mark.ollama(model="b:1b")
+    def test_without_context(ollama):
+        assert ollama.context is None
+        assert ollama.options == {"temperature": 0, "seed": 42}
+        ollama.record(ask(ollama.model, **ollama.options))
+
+    def test_unmarked(ollama):
+        assert ollama.base_url
+    """
+    )
+    for workers in ("-n2", "-n0"):
+        server.scheduler.loads.clear()
+        result = project.pytest("--gpu-share", workers)
+        assert (result.code, result.passed) == (0, 3), result.out
+        assert "gpu-share: a:1b at 2048 tokens gave 3 tokens in recorded answers" in result.out
+        # The load had the same options as the requests of the test.
+        assert server.scheduler.loads.count("a:1b") <= 1
+
+
+def test_fixture_in_an_idle_run(project: Project, server: OllamaServer) -> None:
+    """Without --gpu-share the fixture works, too, and skips a test without its model."""
+    project.write(
+        test_project="""
+    import pytest
+
+    @pytest.mark.ollama(model="a:1b")
+    def test_there(ollama):
+        assert ollama.model == "a:1b"
+
+    @pytest.mark.ollama(model="new:1b")
+    def test_missing(ollama):
+        assert 0
+    """
+    )
+    result = project.pytest("-rs")
+    assert (result.code, result.passed) == (0, 1), result.out
+    assert f"no model new:1b at {server.host}" in result.out
+
+
+def test_load_fails(project: Project, server: OllamaServer) -> None:
+    """The tests of the model fail with the server's own words, the others run."""
+    project.write(test_project=MARKED)
+    server.errors["/api/generate"] = (500, "llama runner process has terminated: out of memory")
+    result = project.pytest("--gpu-share", "-n2")
+    assert (result.code, result.passed) == (1, 12), result.out
+    words = "cannot load a:1b: llama runner process has terminated: out of memory"
+    assert words in result.out
+
+
+def test_nothing_is_asked_without_such_tests(project: Project, server: OllamaServer) -> None:
+    """A run without such tests asks nothing more, and imports nothing of it."""
+    project.write(
+        test_project="""
+    import pytest, sys
+
+    @pytest.mark.gpu(vram="4GB")
+    def test_gpu():
+        assert "pytest_gpushare.worker.ollama_fixture" not in sys.modules
+
+    def test_nothing():
+        pass
+    """
+    )
+    project.write(
+        conftest="""
+    import sys
+
+    def pytest_unconfigure(config):
+        names = [name for name in sys.modules if name.startswith("pytest_gpushare")]
+        parts = ("llm", "model_queue", "model_dispatch", "loading", "run_models", "model_tests")
+        found = [name for name in names if name.rpartition(".")[2] in parts]
+        assert not found, found
+    """
+    )
+    result = project.pytest("--gpu-share", "-n2", "-o", "gpu_share_cpu_workers=auto")
+    assert (result.code, result.passed) == (0, 2), result.out + result.err
+    assert {r.path for r in server.requests} <= {"/api/version", "/api/ps"}
+
+
+def test_example(project: Project, server: OllamaServer) -> None:
+    """The project of the how-to page, as a user runs it: with the model, and without a server."""
+    model = Model("qwen2.5:0.5b", "1GB")
+    server.models[model.full_name] = model
+    shutil.copytree(EXAMPLE, project.path, dirs_exist_ok=True)
+    result = project.pytest("tests", "-n2")
+    assert (result.code, result.passed) == (0, 3), result.out
+    assert "gpu-share: 2 tests used 1 model of Ollama's: 1 load" in result.out
+    assert "gpu-share: qwen2.5:0.5b gave 6 tokens in recorded answers" in result.out
+    result = project.pytest("tests", "-n2", OLLAMA_HOST="127.0.0.1:9")
+    assert (result.code, result.passed) == (0, 1), result.out
+    assert "gpu-share: 2 tests skipped: no Ollama at 127.0.0.1:9: nothing listens" in result.out

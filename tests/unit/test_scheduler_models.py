@@ -1,0 +1,186 @@
+"""Tests that use models, on a small simulated machine: one model after another, none lost."""
+
+from __future__ import annotations
+
+import os
+from itertools import groupby
+from random import Random
+from typing import Any
+
+import pytest
+from dispatching import Script, World
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_gpushare.scheduler.needs import Need
+from pytest_gpushare.scheduler.types import DeviceCapacity, Job, ModelGroup, Policy, Worker
+from pytest_gpushare.units import GB, MB
+
+CONTEXT = 600 * MB
+CI = bool(os.environ.get("CI"))
+ROOM = DeviceCapacity("GPU-0", "GPU 0", 20 * GB, 0, GB, 21 * GB, context=CONTEXT)
+CPU = [Worker("gw0"), Worker("gw1"), Worker("gw2")]
+GPU = [Worker(f"gw{number}", ("GPU-0",), 6 * GB) for number in range(3)]
+
+
+def uses(model: int, count: int, **fields: Any) -> list[Job]:
+    """So many tests of a model."""
+    return [Job(f"m{model}::{number}", model=model, **fields) for number in range(count)]
+
+
+def mixed(*jobs: list[Job]) -> list[Job]:
+    """The tests of several kinds in turn, as they might be collected."""
+    result: list[Job] = []
+    queues = [list(each) for each in jobs]
+    while any(queues):
+        result += [queue.pop(0) for queue in queues if queue]
+    return result
+
+
+def models(count: int, parallel: int = 1) -> list[ModelGroup]:
+    """So many models that are loaded when needed."""
+    return [ModelGroup(f"m{number}", parallel, loads=True) for number in range(count)]
+
+
+def order(world: World) -> list[int]:
+    """The models in the order in which their tests ended, each once for each turn."""
+    found = [world.jobs[test].model for test in world.outcomes]
+    return [model for model, _ in groupby(m for m in found if m is not None)]
+
+
+@pytest.mark.parametrize("workers", [CPU, GPU, CPU[:1], GPU[:1], [*GPU[:2], Worker("gw9")]])
+@pytest.mark.parametrize("parallel", [1, 2])
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_one_model_after_another(workers: list[Worker], parallel: int, look_ahead: bool) -> None:
+    """As many loads as models, whatever the order of collection and the kinds of workers."""
+    plain = [Job(f"plain{number}") for number in range(20)]
+    jobs = mixed(uses(0, 8), uses(1, 8), uses(2, 8), plain)
+    world = World(jobs, [ROOM], workers, models=models(3, parallel), look_ahead=look_ahead).run()
+    assert world.wrong == []
+    assert all(outcome == ["done"] for outcome in world.outcomes.values())
+    assert len(world.outcomes) == len(jobs)
+    assert world.loads == order(world) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("workers", [CPU, GPU])
+def test_as_many_at_once_as_the_server_answers(workers: list[Worker]) -> None:
+    """Two at once: eight tests of a second take four, and a load."""
+    world = World(uses(0, 8), [ROOM], workers, models=models(1, 2)).run()
+    assert world.wrong == []
+    assert world.makespan == pytest.approx(4.0, abs=0.2)
+
+
+def test_the_others_run_while_a_model_is_loaded() -> None:
+    """Nobody waits for a load but the tests of that model."""
+    plain = [Job(f"plain{number}") for number in range(24)]
+    world = World(mixed(uses(0, 3), plain), [ROOM], CPU, models=models(1), load=8.0).run()
+    assert world.wrong == []
+    assert world.makespan == pytest.approx(11.0, abs=1.1)
+
+
+@pytest.mark.parametrize("workers", [CPU, GPU])
+def test_model_that_cannot_be_loaded(workers: list[Worker]) -> None:
+    """Its tests are reported with the reason, those of others run."""
+    jobs = mixed(uses(0, 4), uses(1, 4))
+    world = World(jobs, [ROOM], workers, models=models(2), failing=[0]).run()
+    assert world.wrong == []
+    assert len(world.outcomes) == 8
+    assert world.loads == [1]
+
+
+@pytest.mark.parametrize("workers", [CPU, GPU])
+def test_missing_model_is_skipped(workers: list[Worker]) -> None:
+    """Without a load."""
+    groups = [ModelGroup("m0", refusal=("skip", "no model m0")), *models(2)[1:]]
+    world = World(mixed(uses(0, 4), uses(1, 4)), [ROOM], workers, models=groups).run()
+    assert world.wrong == []
+    assert len(world.outcomes) == 8
+    assert world.loads == [1]
+
+
+def test_tests_that_need_vram_too() -> None:
+    """They wait for both, on GPU workers."""
+    both = uses(0, 6, marked=True, need=Need(6 * GB, source="marker"))
+    gpu = [Job(f"gpu{n}", True, Need(9 * GB, source="marker")) for n in range(6)]
+    world = World(mixed(both, uses(1, 4), gpu), [ROOM], GPU, models=models(2)).run()
+    assert world.wrong == []
+    assert all(outcome == ["done"] for outcome in world.outcomes.values())
+    assert len(world.outcomes) == 16
+    assert sorted(world.loads) == [0, 1]
+    assert len([test for _, _, test, _ in world.admitted if jobs_model(world, test) == 0]) == 6
+
+
+def jobs_model(world: World, test: int) -> int | None:
+    """The model of a test."""
+    return world.jobs[test].model
+
+
+@pytest.mark.parametrize("workers", [CPU, GPU])
+def test_groups_of_xdist_stay_together(workers: list[Worker]) -> None:
+    """A group is on one worker, in order, though its tests use two models."""
+    group = [Job(f"g{n}", group="g", model=n % 2) for n in range(4)]
+    jobs = [*group, *uses(0, 4), *uses(1, 4)]
+    world = World(jobs, [ROOM], workers, models=models(2), policy=Policy("loadgroup")).run()
+    assert world.wrong == []
+    assert all(outcome == ["done"] for outcome in world.outcomes.values())
+    assert len(world.outcomes) == len(jobs)
+    assert [test for test in world.outcomes if test < 4] == [0, 1, 2, 3]
+
+
+def suite(count: int, seed: int) -> dict[str, Any]:
+    """The arguments of a world with models, VRAM, groups, crashes and models that are missing."""
+    draw = Random(seed)
+    budget = draw.randint(6, 24) * GB
+    room = DeviceCapacity("GPU-0", "GPU 0", budget, 0, GB, budget + GB, context=CONTEXT)
+    gpus, cpus = draw.choice([(0, 2), (2, 0), (1, 1), (3, 2), (1, 0), (0, 1)])
+    workers = [Worker(f"gw{n}", ("GPU-0",), budget // max(1, gpus)) for n in range(gpus)]
+    workers += [Worker(f"gw{gpus + n}") for n in range(cpus)]
+    groups = [
+        ModelGroup(
+            f"m{number}",
+            draw.randint(1, 3),
+            loads=draw.random() < 0.8,
+            refusal=("skip", "missing") if draw.random() < 0.2 else None,
+        )
+        for number in range(draw.randint(1, 4))
+    ]
+    jobs, scripts = [], {}
+    for number in range(count):
+        marked = bool(gpus) and draw.random() < 0.4
+        size = draw.choice([None, draw.randint(1, 12) * GB // 2])
+        model = draw.choice([None, *range(len(groups))])
+        duration = draw.randint(1, 40) / 20
+        jobs.append(
+            Job(
+                f"t{number}",
+                marked,
+                Need(size, source="marker") if marked else None,
+                draw.choice(["", "", "a", "b"]),
+                draw.choice([None, duration]),
+                model=model,
+            )
+        )
+        scripts[number] = Script(
+            duration, crashes=draw.random() < 0.08, teardown=draw.choice([0.0, 0.3])
+        )
+    return {
+        "jobs": jobs,
+        "rooms": [room] if gpus else [],
+        "workers": workers,
+        "scripts": scripts,
+        "models": groups,
+        "load": draw.choice([0.5, 8.0]),
+        "failing": {n for n in range(len(groups)) if draw.random() < 0.1},
+        "policy": Policy(draw.choice(["load", "worksteal", "loadgroup", "loadscope"])),
+        "look_ahead": draw.random() < 0.3,
+    }
+
+
+@settings(max_examples=60 if CI else 200, deadline=None, derandomize=CI)
+@given(st.integers(1, 30), st.integers(0, 2**32))
+def test_random_suites(count: int, seed: int) -> None:
+    """No test is missing or begun twice, no model is used by too many, or before it is there."""
+    world = World(**suite(count, seed)).run()
+    assert world.wrong == []
+    assert len(world.outcomes) == count
+    assert all(len(outcomes) == 1 for outcomes in world.outcomes.values()), world.outcomes
