@@ -17,10 +17,10 @@ from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, Memory
 from pytest_gpushare.gpu.host import identity, sees_every_process
 from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.leases.ledger import directory_of
 from pytest_gpushare.leases.records import SessionWorker
 from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts, described
 from pytest_gpushare.ollama.reservation import statements
-from pytest_gpushare.planning.leasing import directory_of
 from pytest_gpushare.planning.startup import host_probe
 from pytest_gpushare.report.document import PLAN_SCHEMA, ollama_document
 from pytest_gpushare.session.registry import RunningSession, sessions
@@ -89,7 +89,7 @@ class Watcher:
     def snapshot(self, max_age: float) -> Snapshot:
         """A snapshot; its VRAM figures are at most `max_age` seconds old unless NVML is slow."""
         self._ask_ollama()
-        running = tuple(sessions(directory_of(self._settings)))
+        running = tuple(sessions(directory_of(self._settings.leases)))
         workers = {w.pid: str(w.pid) for session in running for w in session.workers}
         memory: Mapping[str, Memory] = {}
         processes: Mapping[str, tuple[GpuProcess, ...] | None] = {}

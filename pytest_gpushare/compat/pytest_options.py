@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pytest
 
 _NOT_A_RUN = (
@@ -98,6 +100,28 @@ def ini_values(config: pytest.Config) -> Mapping[str, object]:
         warnings.simplefilter("ignore")
         found = getattr(config, "inicfg", None)
         return {name: found[name] for name in found} if found else {}
+
+
+def ini_near(directory: Path) -> tuple[Mapping[str, object], Path | None]:
+    """What pytest would read as its configuration file in this directory, and that file.
+
+    Uses `_pytest.config.findpaths.determine_setup` (pytest 3; its keywords changed in 8.0 and
+    9.0). Empty without it, and where the file cannot be read.
+    """
+    from contextlib import suppress
+
+    with suppress(Exception):
+        import inspect
+
+        from _pytest.config.findpaths import determine_setup
+
+        given: dict[str, Any] = {"args": [str(directory)], "invocation_dir": directory}
+        known = inspect.signature(determine_setup).parameters
+        given = {name: given.get(name) for name in known}
+        _, path, found, *_ = determine_setup(**given)
+        values = {name: getattr(value, "value", value) for name, value in found.items()}
+        return values, path
+    return {}, None
 
 
 def overrides(config: pytest.Config) -> list[tuple[str, str]]:

@@ -13,7 +13,12 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_gpushare.compat.pytest_options import ini_values, options_of, overrides
+from pytest_gpushare.compat.pytest_options import (
+    ini_near,
+    ini_values,
+    options_of,
+    overrides,
+)
 from pytest_gpushare.config.kinds import Value, shown
 from pytest_gpushare.config.options import (
     BY_KEY,
@@ -309,6 +314,15 @@ def gather(config: pytest.Config) -> Written:
         ini_directory=config.inipath.parent if config.inipath else root,
         invocation_directory=Path(config.invocation_params.dir),
     )
+
+
+def gather_near(directory: Path) -> Written:
+    """The same for a process that is no run of pytest: what one in this directory would read."""
+    in_file, path = ini_near(directory)
+    found = {name: value for name, value in in_file.items() if name.startswith(INI_PREFIX)}
+    root = directory if path is None else path.parent
+    name = "configuration" if path is None else str(path)
+    return Written({}, {}, found, name, root, root, directory)
 
 
 def switched_on(config: pytest.Config) -> bool:

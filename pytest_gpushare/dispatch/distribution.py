@@ -11,6 +11,7 @@ import pytest
 from pytest_gpushare.compat.xdist_events import collection_difference, count_tests, is_ending, wake
 from pytest_gpushare.compat.xdist_options import chunk_size, most_deaths, reorders_groups
 from pytest_gpushare.dispatch.suite import KindsOfWorkers, Suite
+from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.planning.placement import NUMBER
 from pytest_gpushare.scheduler.needs import CollectedTests, read
 from pytest_gpushare.session.needs_store import LearnedNeeds, remember_needs
@@ -273,6 +274,7 @@ class VramDispatch:
         """What hands the tests out; None where xdist's scheduler does as well."""
         started, dist = self._started, self._options.dist
         from pytest_gpushare.dispatch.executor import Executor, Timer, readings_of
+        from pytest_gpushare.dispatch.sharing import SharedDevices
         from pytest_gpushare.dispatch.suite import Parity, weigh
         from pytest_gpushare.scheduler.dispatcher import Dispatcher
 
@@ -289,8 +291,8 @@ class VramDispatch:
         suite.is_closed = True
         if weighed.has_needs or packs:
             remember_needs(self._config)
-        alone = (job.need.vram or 0 for job in weighed.jobs if job.need and job.need.devices == 1)
-        started.lease_for(max(alone, default=0))
+        if started.shares_devices:
+            started.leases_by_the_test()
         capacities = self._capacities()
         jobs, models = weighed.jobs, None
         if weighed.uses:
@@ -318,6 +320,15 @@ class VramDispatch:
         timer = Timer(executor.due_in, lambda: wake(executor.node()))
         executor.on_due = timer.look
         started.services.add(timer)
+        if started.lessee is not None and started.shares_devices:
+            executor.shared = SharedDevices(
+                started.lessee,
+                [each for each in capacities if each.uuid in started.lessee.totals],
+                Naming(started.settings.report_names),
+                started.notes.append,
+                lambda: wake(executor.node()),
+            )
+            started.look_for_others(executor.shared.look)
         return executor
 
     def _with_models(self, weighed: Weighed) -> tuple[list[Job], ModelQueue]:
@@ -358,7 +369,7 @@ class VramDispatch:
             DeviceCapacity(
                 planned.device.uuid,
                 planned.device.label,
-                planned.budget,
+                planned.reach,
                 planned.reservation,
                 planned.safety_buffer,
                 planned.device.free,

@@ -32,6 +32,7 @@ from pytest_gpushare.scheduler.types import (
 from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
+    from pytest_gpushare.dispatch.sharing import SharedDevices
     from pytest_gpushare.scheduler.dispatcher import Dispatcher
     from pytest_gpushare.session.llm import LlmTests
     from pytest_gpushare.session.run import ReadingSource
@@ -267,6 +268,10 @@ class Executor:
         self._due: float | None = None
         self.models: LlmTests | None = None
         """What loads the models that tests use; None where none does."""
+        self.shared: SharedDevices | None = None
+        """Where other sessions of the host may use the devices, too."""
+        self._has_changed = False
+        """Whether a worker holds other VRAM than the other sessions know."""
         self.on_due: Callable[[], object] = lambda: None
         """Called when a step is due at some time though no worker reports anything."""
 
@@ -306,6 +311,7 @@ class Executor:
         if member is None:
             return None
         self._held.pop(worker, None)
+        self._has_changed = True
         lost = self._dispatcher.worker_down(worker, replaced=replaced, unsent=member.unsent)
         return None if lost.running is None else self._nodeids[lost.running]
 
@@ -318,6 +324,7 @@ class Executor:
         member.sent.discard(number)
         if member.devices:
             self._readings.has_reported(worker)
+            self._has_changed = True
         if self._dispatcher.finished(worker, number, self._held.pop(worker, None), duration):
             self.step()
 
@@ -331,6 +338,7 @@ class Executor:
                 self._dispatcher.asked(worker, test, str(payload[1]))
             elif kind == "emptied":
                 self._readings.has_reported(worker)
+                self._has_changed = True
                 self._dispatcher.emptied(worker, self._by_device(worker, payload[0]))
             elif kind == "returned":
                 numbers = [member.collection.numbers[index] for index in payload[0]]
@@ -361,13 +369,27 @@ class Executor:
             self.models.deliver(dispatcher)
         # xdist ends a run after a failure under -x, or when no worker may be replaced any more.
         dispatcher.stop(self._is_stopping())
-        readings = self._readings.now() if dispatcher.wants_reading else {}
-        for action in dispatcher.step(readings, time.monotonic()):
+        for action in self._decided():
             self._carry_out(action)
         # Kept for the timer's thread, which must not look into the dispatcher.
         self._due = dispatcher.due_at
         if self._due is not None:
+            if self.shared is not None and self.shared.is_shared:
+                self._due = max(self._due, self.shared.due_at)
             self.on_due()
+
+    def _decided(self) -> list[Action]:
+        dispatcher, shared = self._dispatcher, self.shared
+        wants_reading = dispatcher.wants_reading
+        if (
+            shared is not None
+            and shared.is_shared
+            and (wants_reading or self._has_changed or shared.is_due)
+        ):
+            self._has_changed = False
+            return shared.step(dispatcher, self._readings.now)
+        readings = self._readings.now() if wants_reading else {}
+        return dispatcher.step(readings, time.monotonic())
 
     def _carry_out(self, action: Action) -> None:
         if isinstance(action, Note):

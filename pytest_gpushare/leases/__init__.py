@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +16,7 @@ from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.units import GB, format_gb, parse_size
 
 if TYPE_CHECKING:
+    from pytest_gpushare.config.settings import Settings
     from pytest_gpushare.gpu.devices import Device
     from pytest_gpushare.leases.lessee import Lessee, View
 
@@ -41,6 +42,42 @@ class Lease(NamedTuple):
     it lives in the slot of a worker."""
 
 
+class AcquireTerms(NamedTuple):
+    """How long to wait, and the ledger to use, as settings say it."""
+
+    wait: float | None
+    directory: str
+
+    @classmethod
+    def of(cls, settings: Settings) -> AcquireTerms:
+        """Those of a run."""
+        return cls(None if settings.wait is None else float(settings.wait), settings.leases)
+
+
+_terms: AcquireTerms | None = None
+
+
+def in_run(terms: AcquireTerms) -> Callable[[], None]:
+    """Have `acquire` follow the settings of a run in this process until the result is called."""
+    global _terms
+    before, _terms = _terms, terms
+    return lambda: _set(before)
+
+
+def _set(terms: AcquireTerms | None) -> None:
+    global _terms
+    _terms = terms
+
+
+def _terms_now() -> AcquireTerms:
+    """Those of the run, else of a run that was started in the working directory."""
+    if _terms is not None:
+        return _terms
+    from pytest_gpushare.config.sources import gather_near, load
+
+    return AcquireTerms.of(load(gather_near(Path.cwd())))
+
+
 @contextlib.contextmanager
 def acquire(
     device: str | int, size: str | int, wait: float | None = None, *, directory: str = ""
@@ -48,9 +85,9 @@ def acquire(
     """Lease VRAM for as long as the block runs.
 
     `device` is an index or a UUID, `size` is in bytes or a text such as `8GB`. `wait` is in
-    seconds; None waits as a run does, for 300 s without progress of the sessions that hold the
-    VRAM. `directory` is that of the ledger. In a GPU worker of a run only what goes beyond its
-    slot is leased. Raises `LeaseUnavailable`.
+    seconds, `directory` is that of the ledger; without them the settings `gpu_share_wait` and
+    `gpu_share_leases` of the run hold, or those that a run in the working directory would read.
+    In a GPU worker of a run only what goes beyond its slot is leased. Raises `LeaseUnavailable`.
     """
     from pytest_gpushare.place import current
 
@@ -60,18 +97,25 @@ def acquire(
     if place.role == "gpu" and own >= wanted:
         yield Lease(str(place.device), wanted)
         return
+    if wait is None or not directory:
+        terms = _terms_now()
+        wait = terms.wait if wait is None else wait
+        directory = directory or terms.directory
     with _opened(device, directory) as (found, lessee):
+        if lessee is None:
+            yield Lease(found.uuid, wanted)
+            return
         _claim(lessee, found, wanted - own, wait)
         yield Lease(found.uuid, wanted, lessee.ledger.descriptor)
 
 
 @contextlib.contextmanager
-def _opened(device: str | int, directory: str) -> Iterator[tuple[Device, Lessee]]:
-    """The device, and this process's part in the ledger."""
+def _opened(device: str | int, directory: str) -> Iterator[tuple[Device, Lessee | None]]:
+    """The device, and this process's part in the ledger; None where leases are off."""
     from pytest_gpushare.gpu.host import pid_space
     from pytest_gpushare.gpu.nvml import Nvml
     from pytest_gpushare.gpu.sampler import LiveVram
-    from pytest_gpushare.leases.ledger import Ledger, LedgerError, default_directory
+    from pytest_gpushare.leases.ledger import AUTO, OFF, Ledger, LedgerError, directory_of
     from pytest_gpushare.leases.lessee import Lessee, LiveReadings
     from pytest_gpushare.leases.records import LeaseRecord
     from pytest_gpushare.ollama.reservation import neighbour_of
@@ -87,9 +131,12 @@ def _opened(device: str | int, directory: str) -> Iterator[tuple[Device, Lessee]
         if found is None:
             known = ", ".join(d.index for d in facts.all_devices) or facts.absence
             raise LeaseUnavailable(f"no device {str(device)[:100]}: there is {known}")
+        if directory == OFF:
+            yield found, None
+            return
         live = LiveVram(nvml)
         try:
-            ledger = Ledger(Path(directory).absolute() if directory else default_directory())
+            ledger = Ledger(directory_of(directory or AUTO))
         except LedgerError as error:
             raise LeaseUnavailable(f"no VRAM is leased: {error}") from None
         record = LeaseRecord(os.getpid(), pid_space() or "", str(Path.cwd()), began=time.time())

@@ -13,12 +13,28 @@ TICKET_LIFE = 5.0
 """Seconds for which a ticket counts after it was renewed: a stopped session blocks nobody."""
 
 
+Seniority = tuple[float, str]
+"""When a session began, and the name of its record: the smaller, the older."""
+
+
 class Waiting(NamedTuple):
     """A session that asked earlier."""
 
     ticket: int
     want: int
-    """Bytes."""
+    """Bytes, beside those that it has leased."""
+    seniority: Seniority = (0.0, "")
+
+
+class Share(NamedTuple):
+    """What a session has of one device; see `records.DeviceLease`. Sizes in bytes."""
+
+    seniority: Seniority = (0.0, "")
+    kept: int = 0
+    """What of its lease it does not give back as its tests end."""
+    spare: int = 0
+    idle: int = 0
+    most: int = 0
 
 
 class Holder(NamedTuple):
@@ -44,27 +60,77 @@ class DeviceClaims(NamedTuple):
     """The oldest ticket first."""
     reserved: int = 0
     """The largest reservation for Ollama that one of them publishes."""
-    spare: int = 0
-    """What they would give back to one that waits."""
+    shares: tuple[Share, ...] = ()
+    """What they have, the oldest session first."""
 
     @property
     def leased(self) -> int:
         """Bytes that they have leased and not yet taken."""
         return sum(holder.unclaimed for holder in self.holders)
 
-    def ahead(self, room: int, ticket: int = 0) -> int:
+    @property
+    def held(self) -> int:
+        """Bytes that they hold, as far as that is known."""
+        return sum(holder.held or 0 for holder in self.holders)
+
+    @property
+    def spare(self) -> int:
+        """Bytes that they give back to one that waits, as their tests end."""
+        return sum(share.spare for share in self.shares)
+
+    def ahead(self, room: int, ticket: int = 0, own: Share | None = None) -> int:
         """Bytes of the room that are kept for those who asked before.
 
-        `ticket` is the own one, 0 for whoever has none yet. One that cannot be satisfied now,
-        not even with what the others would give back, keeps nothing.
+        `ticket` is the own one, 0 for whoever has none yet. One that cannot be satisfied, not
+        even with what the others give back as their tests end and younger ones with workers
+        that they can do without, keeps nothing.
         """
-        kept = 0
+        kept, own = 0, own or Share()
+        spare = self.spare + own.spare
         for waiting in self.waiting:
             if ticket and waiting.ticket >= ticket:
                 break
-            if waiting.want <= room + self.spare - kept:
+            idle = sum(s.idle for s in (*self.shares, own) if s.seniority > waiting.seniority)
+            if waiting.want <= room + spare + idle - kept:
                 kept += waiting.want
         return kept
+
+    def keepable(self, capacity: int, own: Share) -> int | None:
+        """Bytes that this session may keep between its tests, beyond what it keeps already.
+
+        So many that each older one can still run its largest test, whatever those keep that are
+        younger: that is never given back while they live. `capacity` is what the device has for
+        the tests of all sessions. None: no older session has such a test.
+        """
+        kept = own.kept + sum(s.kept for s in self.shares if s.seniority > own.seniority)
+        least: int | None = None
+        for share in reversed(self.shares):
+            if share.seniority > own.seniority:
+                continue
+            # One that needs no more than it has is in nobody's way but by that.
+            if share.most > share.kept:
+                left = capacity - share.most - kept
+                least = left if least is None else min(least, left)
+            kept += share.kept
+        return least
+
+    def owed(self, room: int, own: Share, want: int = 0) -> int:
+        """Bytes that this session is to free for an older one that waits, by ending workers.
+
+        What comes back as tests end is waited for; the youngest sessions free theirs first. A
+        session that lacks `want`, and cannot have it while younger ones live, lets those go on.
+        """
+        is_stuck = self._missing(room, own, want) > 0
+        wants = [w.want for w in self.waiting if is_stuck or w.seniority < own.seniority]
+        return min(own.idle, self._missing(room, own, max(wants, default=0)))
+
+    def lacks(self, room: int, own: Share, want: int) -> int:
+        """Bytes that a test of this session lacks, and that no other one gives back."""
+        return min(own.idle, self._missing(room, own, want))
+
+    def _missing(self, room: int, own: Share, want: int) -> int:
+        idle = sum(s.idle for s in self.shares if s.seniority > own.seniority)
+        return max(0, want - room - self.spare - own.spare - idle)
 
 
 NOTHING = DeviceClaims()
@@ -107,21 +173,26 @@ def _claims_on(
     held: Mapping[str, int] | None,
     now: float,
 ) -> DeviceClaims:
-    holders, waiting = [], []
-    reserved = spare = 0
+    holders, waiting, shares = [], [], []
+    reserved = 0
     for session in sessions:
         record = session.record
         if record is None or uuid not in record.devices:
             continue
-        share = record.lease(uuid)
-        reserved = max(reserved, min(share.reserved, total))
-        spare += min(share.spare, share.lease, total)
-        if share.lease:
+        published, seniority = record.lease(uuid), (record.began, session.name)
+        reserved = max(reserved, min(published.reserved, total))
+        lease = min(published.lease, total)
+        if lease:
             found = None if held is None else held.get(session.name, 0)
-            holders.append(Holder(session, min(share.lease, total), found))
-        if record.ticket and share.want and abs(now - record.renewed) <= TICKET_LIFE:
-            waiting.append(Waiting(record.ticket, share.want))
-    return DeviceClaims(tuple(holders), tuple(sorted(waiting)), reserved, spare)
+            holders.append(Holder(session, lease, found))
+        is_waiting = record.ticket and abs(now - record.renewed) <= TICKET_LIFE
+        if is_waiting and published.want:
+            waiting.append(Waiting(record.ticket, published.want, seniority))
+        if lease or is_waiting:
+            spare = min(published.spare, lease)
+            kept, most = lease - spare, min(published.most, total)
+            shares.append(Share(seniority, kept, spare, min(published.idle, kept), most))
+    return DeviceClaims(tuple(holders), tuple(sorted(waiting)), reserved, tuple(sorted(shares)))
 
 
 def _held(

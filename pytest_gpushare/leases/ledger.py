@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +112,17 @@ def default_directory() -> Path:
     return MEETING_PLACE
 
 
+OFF = "off"
+AUTO = "auto"
+
+
+def directory_of(setting: str) -> Path:
+    """The directory that the setting names; the default one also where nothing is leased."""
+    if setting in ("", AUTO, OFF):
+        return default_directory()
+    return Path(setting).expanduser().absolute()
+
+
 class Ledger:
     """The view of one session: its own record, and those of the others. Threads may share it."""
 
@@ -171,6 +182,14 @@ class Ledger:
     def look(self) -> list[LiveSession]:
         """The sessions that are alive, without the gate: for whoever only shows them."""
         return list(self._live(may_remove=False))
+
+    def peek(self, names: Iterable[str]) -> dict[str, LiveSession | None]:
+        """These records now, without the gate; None for those that are not alive any more."""
+        found: dict[str, LiveSession | None] = dict.fromkeys(names)
+        for name in found:
+            with contextlib.suppress(OSError):
+                found[name] = self._read(name, may_remove=False)
+        return found
 
     def publish(self, record: LeaseRecord) -> None:
         """Write this session's record; to be called while the gate is held.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.host import parent_of, pid_space
-from pytest_gpushare.leases.claims import DeviceClaims, claims_of, names_device
+from pytest_gpushare.leases.claims import DeviceClaims, Seniority, claims_of, names_device
 from pytest_gpushare.leases.ledger import Ledger, LedgerError, LiveSession
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DEFAULT_WAIT = 300.0
 """Seconds without progress of the others for which VRAM that they lease is waited for."""
 
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.25
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25
 """Seconds between two looks at the ledger: the longer the wait, the longer the pause."""
 
 _MOST_PAUSE = 1.0
@@ -104,6 +104,16 @@ class Outcome(NamedTuple):
     """Seconds."""
 
 
+class Revision(NamedTuple):
+    """What a session that shares devices by the test leases after a look at the others."""
+
+    devices: Mapping[str, DeviceLease]
+    """By UUID."""
+    waits_for: frozenset[tuple[str, int]] = frozenset()
+    """Devices (UUID) and the tests that wait there; its place in the queue is kept as long as
+    one of those is among them for which it was drawn."""
+
+
 Decide = Callable[[View], Wish]
 Report = Callable[[View, float], object]
 """Called while a session waits, with the seconds that it has waited."""
@@ -125,9 +135,12 @@ class Lessee:
         """`totals` are the devices that are shared, UUID -> bytes."""
         self.ledger = ledger
         self._record = record
-        self._totals, self._readings = totals, readings
+        self.totals = totals
+        """UUID -> bytes, of the devices that are shared."""
+        self._readings = readings
         self._clock, self._sleep = clock, sleep
         self._lock = threading.RLock()
+        self._waits_for: frozenset[tuple[str, int]] = frozenset()
         self.problem = ""
         """Why the ledger could not be used the last time; empty where it could."""
 
@@ -153,7 +166,7 @@ class Lessee:
             limit = wait
             if limit is None:
                 limit = DEFAULT_WAIT if wish.is_explained else 0.0
-                current = _progress(view.sessions)
+                current = progress_of(view.sessions)
                 if current != progress:
                     progress, since = current, now
             if now - since >= limit:
@@ -161,29 +174,91 @@ class Lessee:
                 return Outcome(view, False, now - began)
             try:
                 report(view, now - began)
-                self._sleep(self._pause(view, now - began))
+                self._await_turn(view, began, since + limit)
             except BaseException:
                 self.leave()
                 raise
 
-    def _pause(self, view: View, waited: float) -> float:
-        pause = min(max(_SHORTEST_PAUSE, waited / 20), _LONGEST_PAUSE)
-        before = {w.ticket for c in view.claims.values() for w in c.waiting}
-        ahead = sum(ticket < self._record.ticket for ticket in before)
-        return min(pause * (1 + ahead / 2), _MOST_PAUSE)
+    def _await_turn(self, view: View, began: float, until: float) -> None:
+        """Wait until another look with the gate held is worth it.
+
+        That is so for the first in the queue when a session that has leased something has
+        changed that; any other one watches the session before it, without the gate, which is
+        left to those who give something back. Now and then each has to renew its ticket, and
+        may find that those before it can get nothing.
+        """
+        entered, found = self._clock(), view
+        while True:
+            ahead, watched = self._before(found)
+            known = {session.name: session for session in found.sessions}
+            renewal = _LONGEST_PAUSE * (1 + ahead / 4)
+            while True:
+                pause = self._pause(began)
+                if not ahead and self._readings is not None:
+                    # VRAM may come back without anybody writing a record.
+                    renewal = pause
+                due = min(entered + min(renewal, _MOST_PAUSE), until) - self._clock()
+                self._sleep(max(0.0, min(pause, due)))
+                if self._clock() >= min(entered + min(renewal, _MOST_PAUSE), until):
+                    return
+                if self.ledger.peek(watched) != {name: known.get(name) for name in watched}:
+                    break
+            found = self.look()
+            if not self._before(found)[0]:
+                return
+
+    def _pause(self, began: float) -> float:
+        waited = self._clock() - began
+        return min(max(_SHORTEST_PAUSE, waited / 40), _LONGEST_PAUSE)
+
+    def _before(self, view: View) -> tuple[int, Sequence[str]]:
+        """How many asked before, on a device that this session waits for; and the records to
+        watch: of the last of these, or of all that have leased something."""
+        own = self._record
+        claims = [claim for uuid, claim in view.claims.items() if own.lease(uuid).want]
+        waiting = {w.ticket: w.seniority[1] for claim in claims for w in claim.waiting}
+        before = [ticket for ticket in waiting if ticket < own.ticket]
+        if before:
+            return len(before), [waiting[max(before)]]
+        return 0, [holder.session.name for claim in claims for holder in claim.holders]
 
     def _decide(self, decide: Decide, *, is_first: bool) -> tuple[View, Wish]:
         with self._lock, self.ledger.gate():
             view = self.view(may_reuse=is_first)
             wish = decide(view)
-            ticket = 0
-            if not wish.is_granted and any(share.want for share in wish.devices.values()):
-                others = (s.record.ticket for s in view.sessions if s.record is not None)
-                ticket = self._record.ticket or max(others, default=0) + 1
-            self._write(
-                self._record._replace(devices=wish.devices, ticket=ticket, renewed=self._clock())
+            # Who has asked keeps its place also while it would be in an older one's way.
+            waits = any(share.want for share in wish.devices.values()) or (
+                bool(self._record.ticket) and wish.is_explained
             )
+            self._publish(view, wish.devices, waits=waits and not wish.is_granted)
         return view, wish
+
+    def revise(self, decide: Callable[[View], Revision]) -> None:
+        """Lease what `decide` says, which has no need to wait here.
+
+        What it waits for keeps its ticket from one call to the next. Raises `LedgerError`, also
+        after `decide` was called.
+        """
+        with self._lock, self.ledger.gate():
+            view = self.view(may_reuse=True)
+            revision = decide(view)
+            if not revision.waits_for & self._waits_for:
+                self._waits_for = revision.waits_for
+                self._record = self._record._replace(ticket=0)
+            self._publish(view, revision.devices, waits=bool(revision.waits_for))
+
+    def _publish(self, view: View, devices: Mapping[str, DeviceLease], *, waits: bool) -> None:
+        ticket = 0
+        if waits:
+            others = (s.record.ticket for s in view.sessions if s.record is not None)
+            ticket = self._record.ticket or max(others, default=0) + 1
+        self._write(self._record._replace(devices=devices, ticket=ticket, renewed=self._clock()))
+
+    @property
+    def seniority(self) -> Seniority:
+        """This session among the others, as they read it."""
+        path = self.ledger.record_path
+        return round(self._record.began, 3), "" if path is None else path.name
 
     def view(self, *, may_reuse: bool = False) -> View:
         """The others as they are now; to be called while the gate is held.
@@ -193,12 +268,12 @@ class Lessee:
         sessions = self.ledger.others()
         memory: Mapping[str, Memory] | None = None
         processes: Mapping[str, tuple[GpuProcess, ...] | None] = {}
-        names = names_device(sessions, self._totals)
+        names = names_device(sessions, self.totals)
         if self._readings is not None and (names or not may_reuse):
             memory, processes = _read(self._readings, with_processes=names)
         claims = claims_of(
             sessions,
-            self._totals,
+            self.totals,
             processes,
             space=pid_space() or "",
             now=self._clock(),
@@ -209,13 +284,13 @@ class Lessee:
     @property
     def claims_devices(self) -> bool:
         """Whether this session takes part with devices: not within the slot of another run."""
-        return bool(self._totals)
+        return bool(self.totals)
 
     def look(self) -> View:
         """The others, without the gate and without NVML, for whoever only shows them."""
         sessions = self.ledger.look()
         claims = claims_of(
-            sessions, self._totals, {}, space="", now=self._clock(), ancestors=_line_of
+            sessions, self.totals, {}, space="", now=self._clock(), ancestors=_line_of
         )
         return View(sessions, claims)
 
@@ -308,7 +383,7 @@ def _without_wants(devices: Mapping[str, DeviceLease]) -> Mapping[str, DeviceLea
     return {uuid: share._replace(want=0) for uuid, share in devices.items()}
 
 
-def _progress(sessions: Iterable[LiveSession]) -> object:
+def progress_of(sessions: Iterable[LiveSession]) -> object:
     """What changes when other sessions get on: their tests done, and what they have leased."""
     return frozenset(
         (session.name, session.record.done, session.record.leased)

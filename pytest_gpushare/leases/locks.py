@@ -105,13 +105,14 @@ def lock_within(seconds: float, descriptor: int, *, shared: bool = False) -> boo
     By trying again and again: a lock that is waited for in the system cannot be given up.
     """
     attempt = try_shared if shared else try_exclusive
-    until, pause = time.monotonic() + seconds, RETRY
+    began = time.monotonic()
     while not attempt(descriptor):
-        left = until - time.monotonic()
-        if left <= 0:
+        waited = time.monotonic() - began
+        if waited >= seconds:
             return False
-        time.sleep(min(pause, left))
-        pause = min(2 * pause, _LONGEST_RETRY)
+        # Who came first does not get it first: the shorter the pauses, the rarer that matters.
+        pause = min(RETRY + waited / 20, _LONGEST_RETRY)
+        time.sleep(min(pause, seconds - waited))
     return True
 
 

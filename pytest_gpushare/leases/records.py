@@ -34,7 +34,11 @@ class DeviceLease(NamedTuple):
     reserved: int = 0
     """What it keeps for Ollama there."""
     spare: int = 0
-    """What of the lease it would give back to one that waits."""
+    """What of the lease it gives back to one that waits, as its tests end; the rest it keeps."""
+    idle: int = 0
+    """What of the rest it gives up for an older session: of workers that it can do without."""
+    most: int = 0
+    """The lease with which it can run its largest test that has not begun; 0: it needs no more."""
 
 
 class SessionWorker(NamedTuple):
@@ -94,6 +98,7 @@ class LeaseRecord(NamedTuple):
 
 
 _NOTHING = DeviceLease()
+_FIELDS = len(DeviceLease._fields)
 
 
 def to_bytes(record: LeaseRecord) -> bytes:
@@ -123,7 +128,7 @@ def _text(record: LeaseRecord, workers: Iterable[SessionWorker]) -> bytes:
         "user": record.user,
         "root": _cut(record.root),
         "began": round(record.began, 3),
-        "devices": {uuid: list(share) for uuid, share in record.devices.items()},
+        "devices": {uuid: _cut_zeros(share) for uuid, share in record.devices.items()},
         "ticket": record.ticket,
         "renewed": round(record.renewed, 3),
         "workers": [
@@ -135,6 +140,13 @@ def _text(record: LeaseRecord, workers: Iterable[SessionWorker]) -> bytes:
         "needs": record.by_needs,
     }
     return json.dumps(document, separators=(",", ":")).encode("ascii")
+
+
+def _cut_zeros(share: DeviceLease) -> list[int]:
+    """The figures, without zeros at the end: few sessions have all of them."""
+    while share and not share[-1]:
+        share = share[:-1]  # type: ignore[assignment]
+    return list(share)
 
 
 def _cut(root: str) -> str:
@@ -164,7 +176,7 @@ def from_bytes(content: bytes) -> LeaseRecord:
 
 def _record(found: Mapping[str, Any]) -> LeaseRecord:
     devices = {
-        one_line(uuid, 96): DeviceLease(*(_integer(size, MOST_VRAM) for size in share[:4]))
+        one_line(uuid, 96): DeviceLease(*(_integer(size, MOST_VRAM) for size in share[:_FIELDS]))
         for uuid, share in list(found["devices"].items())[:_MOST_DEVICES]
     }
     uuids = list(devices)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import Device, GpuFacts
 from pytest_gpushare.gpu.host import pid_space
-from pytest_gpushare.leases.claims import Naming
-from pytest_gpushare.leases.ledger import Ledger, LedgerError, default_directory
+from pytest_gpushare.leases.claims import Naming, Seniority, Share
+from pytest_gpushare.leases.ledger import OFF, Ledger, LedgerError, directory_of
 from pytest_gpushare.leases.lessee import Lessee, LiveReadings, View, WaitingLine, Wish
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
-from pytest_gpushare.planning.plan import LeasedByOthers, Limit, Plan
+from pytest_gpushare.planning.plan import DevicePlan, LeasedByOthers, Limit, Plan
 from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
@@ -27,16 +27,6 @@ if TYPE_CHECKING:
 
 _OLLAMA_EVERY = 2.0
 """Seconds between two requests to Ollama while the session waits."""
-
-OFF = "off"
-AUTO = "auto"
-
-
-def directory_of(settings: Settings) -> Path:
-    """The directory of the ledger; the default one also where nothing is leased."""
-    if settings.leases in ("", AUTO, OFF):
-        return default_directory()
-    return Path(settings.leases).expanduser().absolute()
 
 
 class Terms(NamedTuple):
@@ -66,6 +56,8 @@ class Agreed(NamedTuple):
     """One sentence for each device and session that has leased VRAM there."""
     notes: tuple[str, ...] = ()
     """Problems, one sentence each."""
+    alone: Mapping[str, int] = {}
+    """UUID -> the budget, in bytes, that the plan would have without the other sessions."""
 
 
 MakePlan = Callable[[GpuFacts, LeasedByOthers], Plan]
@@ -81,7 +73,7 @@ def agree(
     shares = terms.shares_devices and settings.leases != OFF and bool(gpus.devices)
     nobody = LeasedByOthers()
     try:
-        ledger = Ledger(directory_of(settings), is_reader=terms.only_asks)
+        ledger = Ledger(directory_of(settings.leases), is_reader=terms.only_asks)
     except LedgerError as error:
         notes = (_fault(error),) if shares and not terms.only_asks else ()
         return Agreed(gpus, nobody, make(gpus, nobody), notes=notes)
@@ -140,11 +132,17 @@ class _Negotiation:
         # Notes stand in reports, which are passed on to others.
         self._reported = Naming(settings.report_names)
         self._line = WaitingLine()
+        self._seniority: Seniority = (0.0, "")
         self.now, self.others = gpus, LeasedByOthers()
         self.plan: Plan | None = None
+        self._without: Plan | None = None
+        """The plan without the other sessions; None where there is none."""
+        self._most: dict[str, int] = {}
+        """UUID -> the most that may be leased there for the sake of older sessions."""
 
     def only_asked(self, lessee: Lessee) -> Agreed:
         """The plan of a run that is not to start: what it would be now."""
+        self._seniority = lessee.seniority
         with lessee.ledger.gate():
             view = lessee.view()
         self.decide(view)
@@ -153,6 +151,7 @@ class _Negotiation:
 
     def leased(self, lessee: Lessee, *, in_process: bool) -> Agreed:
         """The plan and its leases, after the wait for them."""
+        self._seniority = lessee.seniority
         try:
             wait = None if self._settings.wait is None else float(self._settings.wait)
             outcome = lessee.claim(self.decide, wait, self._report)
@@ -173,10 +172,11 @@ class _Negotiation:
 
     def decide(self, view: View) -> Wish:
         """The plan as of this view, and what it leases."""
+        self._most.clear()
         self.now = _updated(self._gpus, view)
         claims = view.claims
         if not any(claim.holders or claim.waiting or claim.reserved for claim in claims.values()):
-            self.others = LeasedByOthers()
+            self.others, self._without = LeasedByOthers(), None
             self.plan = self._make(self.now, self.others)
             return self._wish(self.plan, is_explained=False)
         if self._own is None:
@@ -188,7 +188,10 @@ class _Negotiation:
         plan = self._make(self.now, self.others)
         # Who asked earlier comes first: its part of the budget is not to be had either.
         kept = {
-            planned.device.uuid: claims[planned.device.uuid].ahead(planned.budget, view.ticket)
+            planned.device.uuid: max(
+                claims[planned.device.uuid].ahead(planned.budget, view.ticket),
+                planned.budget - self._keepable(view, planned),
+            )
             for planned in plan.devices
             if planned.device.uuid in claims
         }
@@ -197,8 +200,19 @@ class _Negotiation:
             self.others = LeasedByOthers(more, reserved)
             plan = self._make(self.now, self.others)
         self.plan = plan
-        explained = not plan.slots and self._fits_alone(view, reserved)
+        self._without = self._planned_alone(view, reserved)
+        explained = not plan.slots and bool(self._without.slots)
         return self._wish(plan, is_explained=explained)
+
+    def _keepable(self, view: View, planned: DevicePlan) -> int:
+        """Bytes that this session may lease, so that each older one can run its largest test."""
+        claims = view.claims[planned.device.uuid]
+        left = planned.device.free - planned.outstanding - planned.safety_buffer
+        found = claims.keepable(left + claims.held, Share(self._seniority))
+        if found is None:
+            return planned.budget
+        self._most[planned.device.uuid] = max(0, found)
+        return max(0, found)
 
     def _wish(self, plan: Plan, *, is_explained: bool) -> Wish:
         slots = slots_by_device(plan)
@@ -208,7 +222,7 @@ class _Negotiation:
             {
                 planned.device.uuid: DeviceLease(
                     slots[planned.device.uuid],
-                    plan.needed if waits and planned.limited_by is Limit.BY_NEED else 0,
+                    plan.needed if waits and self._may_want(planned, plan.needed) else 0,
                     planned.reservation
                     if self._own is None
                     else self._own.get(planned.device.uuid, 0),
@@ -218,16 +232,20 @@ class _Negotiation:
             is_explained,
         )
 
-    def _fits_alone(self, view: View, reserved: Mapping[str, int]) -> bool:
-        """Whether there were a GPU worker if the other sessions had leased nothing."""
+    def _may_want(self, planned: DevicePlan, size: int) -> bool:
+        """Whether so much may be waited for: not where it is what an older session will need."""
+        return planned.limited_by is Limit.BY_NEED and size <= self._most.get(
+            planned.device.uuid, size
+        )
+
+    def _planned_alone(self, view: View, reserved: Mapping[str, int]) -> Plan:
+        """The plan if the other sessions had leased nothing."""
         devices = tuple(
-            _freed(device, sum(h.held or 0 for h in view.claims[device.uuid].holders))
-            if device.uuid in view.claims
-            else device
+            _freed(device, view.claims[device.uuid].held) if device.uuid in view.claims else device
             for device in self.now.devices
         )
         gpus = self.now._replace(devices=devices)
-        return bool(self._make(gpus, LeasedByOthers({}, reserved)).slots)
+        return self._make(gpus, LeasedByOthers({}, reserved))
 
     def _report(self, view: View, waited: float) -> None:
         needed = format_gb(self.plan.needed) if self.plan is not None else "VRAM"
@@ -275,72 +293,10 @@ class _Negotiation:
             and uuid in view.memory
             and holder.unclaimed > view.memory[uuid].free
         ]
-        return Agreed(
-            self.now, self.others, self.plan, lessee, leases, (*notes, *dict.fromkeys(over))
-        )
-
-
-def grow(lessee: Lessee, plan: Plan, need: int, settings: Settings) -> Plan:
-    """The plan with a budget of at least `need` on one device, once it can be leased.
-
-    For a session whose largest test needs more than other sessions left to it when it started.
-    Nothing runs yet, so it gives up what it has while it waits: two that hold a part each would
-    wait for each other. The plan as it was where the VRAM is not to be had.
-    """
-    by_uuid = {planned.device.uuid: planned for planned in plan.devices}
-    before = dict(lessee.record.devices)
-    line, naming = WaitingLine(), Naming()
-
-    def room(view: View, uuid: str) -> int:
-        planned, claims = by_uuid[uuid], view.claims[uuid]
-        found = (view.memory or {}).get(uuid)
-        free = planned.device.free if found is None else found.free
-        left = free - planned.outstanding - planned.safety_buffer - claims.leased
-        return left - claims.ahead(left, view.ticket)
-
-    def decide(view: View) -> Wish:
-        devices = [uuid for uuid in before if uuid in by_uuid and uuid in view.claims]
-        best = max(devices, key=lambda uuid: room(view, uuid), default=None)
-        fits = best is not None and room(view, best) >= need
-        shares = {
-            uuid: share._replace(lease=max(share.lease, need) if fits and uuid == best else
-                                 share.lease if fits else 0, want=0 if fits else need)
-            for uuid, share in before.items()
-        }  # fmt: skip
-        explained = any(
-            need <= room(view, uuid) + claims.leased + sum(h.held or 0 for h in claims.holders)
-            for uuid, claims in view.claims.items()
-            if uuid in by_uuid
-        )
-        return Wish(shares, explained, granted=fits)
-
-    def report(view: View, waited: float) -> None:
-        holders = [holder for claims in view.claims.values() for holder in claims.holders]
-        who = "; ".join(naming.holder(holder, time.time()) for holder in holders)
-        text = f"gpu-share: waiting for {format_gb(need)} of VRAM for the largest test, "
-        line.show(f"{text}{waited:.0f} s: {who}")
-
-    try:
-        outcome = lessee.claim(
-            decide, None if settings.wait is None else float(settings.wait), report
-        )
-    except LedgerError:
-        return plan
-    finally:
-        line.clear()
-    if not outcome.is_granted:
-        lessee.change(devices=before)
-        return plan
-    leases = lessee.record.devices
-    return replace(
-        plan,
-        devices=tuple(
-            replace(planned, budget=max(planned.budget, leases[planned.device.uuid].lease))
-            if planned.device.uuid in leases
-            else planned
-            for planned in plan.devices
-        ),
-    )
+        alone = {planned.device.uuid: planned.budget for planned in
+                 (self._without or self.plan).devices}  # fmt: skip
+        notes = (*notes, *dict.fromkeys(over))
+        return Agreed(self.now, self.others, self.plan, lessee, leases, notes, alone)
 
 
 def _unreadable(name: str, problem: str) -> str:

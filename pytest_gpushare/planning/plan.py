@@ -115,6 +115,15 @@ class DevicePlan:
     """What other sessions have leased and not yet taken, and what is kept for those that asked
     before this one."""
 
+    alone: int = 0
+    """The budget without other sessions, where tests are admitted by their needs: they may have
+    what the others give back."""
+
+    @property
+    def reach(self) -> int:
+        """The most bytes that tests may hold there at any time of the run."""
+        return max(self.budget, self.alone)
+
     @property
     def slot_vram(self) -> int:
         """Bytes of VRAM for each of the device's workers; 0 without workers."""

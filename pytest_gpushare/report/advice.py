@@ -123,7 +123,7 @@ def _out_of_memory(run: ActiveRun) -> Iterator[str]:
 
 def _over(run: ActiveRun, members: Sequence[WorkerRecord]) -> Iterator[str]:
     """Workers and tests that held more than all the tests of their device may hold."""
-    budgets = {d.device.uuid: d.budget for d in run.plan.devices}
+    budgets = {d.device.uuid: d.reach for d in run.plan.devices}
     for record in members:
         peak, budget = record.peak, budgets.get(record.device or "", 0)
         if peak is not None and peak.size > budget * _OVER:

@@ -103,12 +103,12 @@ def _device(use: Usage, view: OutputOptions, counted: bool) -> Line:
     peaks = use.peaks
     if use.is_attributed:
         least = "at least " if peaks.is_at_least else ""
-        text += f", tests {least}{_part(peaks.rise, plan.budget)}"
+        text += f", tests {least}{_part(peaks.rise, plan.reach)}"
         if peaks.is_at_least:
             text += f" ({format_gb(peaks.unattributed)} unattributed)"
     elif not counted and plan.workers:
         text += f" (up {format_gb(use.grown)}, by which process is unknown)"
-    over = use.is_attributed and plan.budget < peaks.rise
+    over = use.is_attributed and plan.reach < peaks.rise
     room = view.columns - len(text) - 1
     if room >= _NARROWEST:
         heights = use.watched.series.heights(min(room, _WIDEST))

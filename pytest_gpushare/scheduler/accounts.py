@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pytest_gpushare.scheduler.types import DeviceCapacity, DeviceReading
+from pytest_gpushare.scheduler.types import NOBODY, DeviceCapacity, DeviceReading
 
 
 @dataclass(eq=False)
@@ -59,7 +59,10 @@ class DeviceLedger:
         self.is_due = False
         """Whether a test is over since then: the same figures mean something else now."""
         self.kept = _kept(capacity, self.reading)
-        """What must stay free: Ollama's outstanding reservation and the safety buffer."""
+        """What must stay free: Ollama's outstanding reservation, the safety buffer, and what
+        other sessions claim."""
+        self.budget = capacity.budget
+        """That of the device, or what of it may be used while the other sessions are not known."""
         self._is_attributed = False
         """Whether NVML has reported what a worker holds here."""
         self.present = self.committed = self.outstanding = self.ahead = 0
@@ -136,6 +139,8 @@ class DeviceLedger:
         if reading is not self.reading:
             self.reading = reading
             self.kept = _kept(self.capacity, reading)
+            limit, budget = reading.others.limit, self.capacity.budget
+            self.budget = budget if limit is None else min(limit, budget)
         self.is_due = False
         for account in self.running.values():
             account.fresh = False
@@ -151,18 +156,25 @@ class DeviceLedger:
     def left(self, worker: str) -> int:
         """Bytes that this worker's whole process may hold by the plan's budget."""
         own = self.accounts.get(worker)
-        return self.capacity.budget - self.committed + (0 if own is None else own.committed)
+        return self.budget - self.committed + (0 if own is None else own.committed)
 
     def live(self, worker: str) -> int | None:
         """The same by what is free now; None where that is unknown."""
+        own = self.accounts.get(worker)
+        if own is not None and self.bars(own):
+            return 0
         if self.reading.free is None:
             return None
         free = self.reading.free - self.kept - self.ahead
-        own = self.accounts.get(worker)
         if own is None:
             return free - self._unclaimed(self.outstanding)
         outstanding = self._unclaimed(self.outstanding - own.outstanding)
         return free - outstanding + own.ahead + own.present
+
+    def bars(self, account: Account) -> bool:
+        """Whether older sessions need the VRAM that this worker would keep between its tests."""
+        keepable = self.reading.others.keepable
+        return keepable is not None and not account.used and self.capacity.context > keepable
 
     def limit(self, worker: str) -> int:
         """The largest need that may start in this worker now: the smaller of `left` and `live`.
@@ -170,10 +182,13 @@ class DeviceLedger:
         Asked for every test, so both are found in one go.
         """
         own = self.accounts[worker]
-        left = self.capacity.budget - self.committed + own.committed
-        free = self.reading.free
+        left = self.budget - self.committed + own.committed
+        reading = self.reading
+        if reading.others is not NOBODY and self.bars(own):
+            return 0
+        free = reading.free
         if free is None:
-            return left
+            return left - reading.others.claimed
         outstanding = self.outstanding - own.outstanding
         if outstanding:
             outstanding = self._unclaimed(outstanding)
@@ -233,4 +248,5 @@ class DeviceLedger:
 
 def _kept(capacity: DeviceCapacity, reading: DeviceReading) -> int:
     resident = capacity.resident if reading.resident is None else reading.resident
-    return max(0, capacity.reservation - resident) + capacity.safety_buffer
+    outstanding = max(0, capacity.reservation - resident)
+    return outstanding + capacity.safety_buffer + reading.others.claimed

@@ -246,6 +246,8 @@ class Admitting:
         actions: list[Action] = []
         failed: dict[str, int] = {}
         for worker in idle:
+            if worker.leaves and pool.is_leaving(worker):
+                continue
             if self.models is not None and (run := self.models.use(worker)) is not None:
                 actions.append(run)
                 continue

@@ -18,6 +18,7 @@ from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 from pytest_gpushare.scheduler.pressure import Pressure
 from pytest_gpushare.scheduler.queue import LoadOrder, Unit
 from pytest_gpushare.scheduler.routing import Fallback, ordered, routes
+from pytest_gpushare.scheduler.sharing import OwnShare, Sharing
 from pytest_gpushare.scheduler.types import (
     Action,
     Admit,
@@ -58,6 +59,7 @@ class Dispatcher:
         self._backfilling = Backfilling(self._gpu)
         self._admitting = Admitting(self._gpu, self._cpu, self._backfilling)
         self._pressure = Pressure(self._gpu, self._backfilling)
+        self._sharing = Sharing(self._gpu, self._pressure)
         self._fallback = Fallback(self._gpu, self._cpu, self._pressure)
         self._models: ModelDispatch | None = None
         if models is not None:
@@ -320,14 +322,22 @@ class Dispatcher:
         was read again, and never one that has changed. `at` is the time in seconds by any clock
         that does not go back.
         """
-        self._gpu.at = at
-        if not self._begun:
-            self._begin()
+        self.prepare(at)
         if self._reported or readings is not self._readings:
             self._read(readings)
         if self._stopping:
             return self._stop()
         return self._actions()
+
+    def prepare(self, at: float) -> None:
+        """Find the order before the first step, which may take a while."""
+        self._gpu.at = at
+        if not self._begun:
+            self._begin()
+
+    def shares(self) -> Mapping[str, OwnShare]:
+        """Device -> what this session has there and wants, for the other sessions of the host."""
+        return {device: self._sharing.of(device) for device in self._ledgers}
 
     def _read(self, readings: Mapping[str, DeviceReading]) -> None:
         for device in self._reported if readings is self._readings else readings:

@@ -17,8 +17,9 @@ class GpuWorker:
 
     __slots__ = (
         "bound", "collected", "deadline", "device", "devices", "emptied",
-        "emptying", "ending", "helps_in", "id", "last_group", "latest", "left_groups", "most",
-        "own_device", "question", "reserved", "sent", "serial", "slot", "unit", "waiting_since",
+        "emptying", "ending", "helps_in", "id", "last_group", "latest", "leaves", "left_groups",
+        "most", "own_device", "question", "reserved", "sent", "serial", "slot", "unit",
+        "waiting_since",
     )  # fmt: skip
 
     def __init__(
@@ -56,6 +57,8 @@ class GpuWorker:
         self.serial = 0
         """The number of its latest admission."""
         self.ending = False
+        self.leaves = False
+        """Whether it is to end as soon as it is idle, for another session's sake."""
         self.emptying: float | None = None
         """Since when it has been emptying its caches."""
         self.emptied = 0
@@ -193,6 +196,19 @@ class GpuPool:
             self.changed.add(worker.device)
         else:
             self.idle[worker.device].pop(worker.id, None)
+
+    def staying(self, ledger: DeviceLedger) -> list[GpuWorker]:
+        """The workers of a device that are not about to end."""
+        found = (self.workers.get(name) for name in ledger.accounts)
+        return [worker for worker in found if worker is not None and not worker.ending]
+
+    def is_leaving(self, worker: GpuWorker) -> bool:
+        """Whether it gets no more tests, as an older session needs what it keeps."""
+        ledger = self.ledgers[worker.device]
+        others = ledger.reading.others
+        is_asked = bool(others.owed or others.lacks)
+        worker.leaves = worker.leaves and is_asked and len(self.staying(ledger)) > 1
+        return worker.leaves
 
     def note_change(self, device: str = "") -> None:
         """Something changed on a device, or everywhere."""

@@ -109,6 +109,42 @@ class Reclaiming:
         pool.refresh(other)
         return EmptyCaches(other.id, withdraw)
 
+    def release(self, ledger: DeviceLedger, waiter: Waiter | None) -> list[Action]:
+        """Free what workers keep that this session can do without, as other sessions are there.
+
+        For an older session it does without all workers but one; for any other without those for
+        which no test is left. For a test of its own the worker stays that would run it.
+        """
+        pool, accounts = self._pool, ledger.accounts
+        staying = pool.staying(ledger)
+        others = ledger.reading.others
+        owed = others.owed or others.lacks
+        is_done = not pool.pending.count and not any(w.unit and w.unit.tests for w in staying)
+        actions: list[Action] = []
+        for other in sorted(staying, key=lambda worker: -accounts[worker.id].committed):
+            size = accounts[other.id].committed
+            if size <= 0 or not (owed > 0 or is_done):
+                break
+            if not others.owed and waiter is not None and other is waiter.worker:
+                continue
+            if other.is_idle and len(staying) > 1:
+                staying.remove(other)
+                owed -= size
+                other.ending = True
+                pool.refresh(other)
+                text = f"{other.id} ended: other sessions wait for the {format_gb(size)} it kept"
+                actions.append(Shutdown(other.id))
+                actions.append(Note("worker-ended", text, {"worker": other.id, "bytes": size}))
+            elif owed > 0 and other.bound is not None and other.is_between_tests:
+                # It keeps fixtures for a test that waits. When it is idle it can be ended, unless
+                # it is the last one: that gives up its fixtures alone.
+                is_last = len(staying) == 1
+                if other.emptied < 2 and (not is_last or size > ledger.capacity.context):
+                    other.leaves = not is_last
+                    owed -= size
+                    actions.append(self.ask(other, withdraw=True))
+        return actions
+
     def _end(self, ledger: DeviceLedger, waiter: Waiter, short: int) -> list[Action]:
         pool = self._pool
         idle = [
@@ -137,6 +173,10 @@ class Blocked:
     """A device on which nothing starts, as others hold its VRAM."""
 
     since: float
+    counts_from: float
+    """When the time began that tests wait at most: sessions that get on may take as long as they
+    need with what they have leased."""
+    progress: int = 0
     noted: bool = False
     noted_late: bool = False
     given_up: bool = False
@@ -198,15 +238,18 @@ class Pressure:
         pool = self._pool
         actions: list[Action] = []
         for device in sorted(pool.idle) if at_all else devices:
+            others = pool.ledgers[device].reading.others
+            if others.are_waiting or others.lacks:
+                actions += self.reclaiming.release(pool.ledgers[device], self.first_waiter(device))
             if pool.ledgers[device].running and not at_all:
                 # While a test runs there, to wait for it is the rule: now and then will do.
                 continue
-            waiter = self._first_waiter(device)
+            waiter = self.first_waiter(device)
             if waiter is not None:
                 actions += self._help(waiter)
         return actions
 
-    def _first_waiter(self, device: str) -> Waiter | None:
+    def first_waiter(self, device: str) -> Waiter | None:
         """The test for which something is done on this device."""
         pool = self._pool
         head = self._backfilling.head(device)
@@ -275,7 +318,7 @@ class Pressure:
     def _missing(self, ledger: DeviceLedger, test: int, need: int, live: int) -> Iterator[Action]:
         """VRAM that should be free is not: it comes back late, or others took it."""
         pool, room = self._pool, ledger.capacity
-        blocked = self._blocked.setdefault(room.uuid, Blocked(pool.at))
+        blocked = self._blocked.setdefault(room.uuid, Blocked(pool.at, pool.at))
         waited = pool.at - blocked.since
         size, released = self._released.get(room.uuid, (0, 0.0))
         limit = pool.policy.return_timeout
@@ -284,7 +327,11 @@ class Pressure:
             "need": need,
             "left": max(0, live),
         }
-        if need - live <= size:
+        others = ledger.reading.others
+        is_lent = need <= live + others.lent
+        if is_lent and blocked.progress != others.progress:
+            blocked.progress, blocked.counts_from = others.progress, pool.at
+        if need - live <= size and not is_lent:
             late = pool.at - released
             if late < limit:
                 if waited >= 4 * PATIENCE and not blocked.noted_late:
@@ -305,9 +352,11 @@ class Pressure:
                 f"{format_gb(max(0, live))} is left for tests{_by(ledger)}"
             )
             yield Note("pressure", text, facts)
-        if waited >= pool.policy.pressure_timeout:
+        if pool.at - blocked.counts_from >= pool.policy.pressure_timeout:
             blocked.given_up = True
 
 
 def _by(ledger: DeviceLedger) -> str:
-    return f"; held by {ledger.reading.holders}" if ledger.reading.holders else ""
+    holders, names = ledger.reading.holders, ledger.reading.others.names
+    held = f"; held by {holders}" if holders else ""
+    return held + (f"; leased by {names}" if names else "")

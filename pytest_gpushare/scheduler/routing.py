@@ -209,6 +209,8 @@ class Fallback:
         self._pressure = pressure
         self.dropped: list[tuple[int, str]] = []
         """Tests that nobody can run or report, and why."""
+        self._lent: set[int] = set()
+        """Tests for which there would be VRAM without the leases of other sessions."""
 
     def refuse(self, refused: Mapping[int, str]) -> None:
         """Fail these tests at once: each is reported by a GPU worker."""
@@ -234,10 +236,12 @@ class Fallback:
                 return False
             cpu.refusals[test] = gpu.refusals[test]
             return True
-        if gpu.jobs[test].marked and (need.required or how != "run"):
+        is_lent = test in self._lent
+        if is_lent or (gpu.jobs[test].marked and (need.required or how != "run")):
             asked = "required=True" if need.required else f"gpu_share_without_gpu = {how}"
             outcome = "skip" if how == "skip" and not need.required else "fail"
-            text = f"no GPU for this test: {reason} ({asked})"
+            text = f"no GPU for this test: {reason}"
+            text += "" if is_lent and outcome == "fail" else f" ({asked})"
             if on_gpu:
                 gpu.refuse(test, outcome, text)
             else:
@@ -343,7 +347,13 @@ class Fallback:
                 return ""
             device, live = found
             ledger = gpu.ledgers[device]
+            others = ledger.reading.others
             by = f", held by {ledger.reading.holders}" if ledger.reading.holders else ""
+            if others.names:
+                by += f", leased by {others.names}"
+            if need <= live + others.lent:
+                # It may not take what another session counts on.
+                self._lent.add(test)
             reason = (
                 f"it needs {format_gb(need)}, and {format_gb(live)} was left on "
                 f"{ledger.capacity.label} for {gpu.policy.pressure_timeout:g} s "

@@ -68,6 +68,33 @@ class DeviceCapacity(NamedTuple):
     """What a process holds that has used the device and gave everything else back."""
 
 
+class Others(NamedTuple):
+    """What the other sessions of the host have of a device, in bytes."""
+
+    claimed: int = 0
+    """What is free and theirs: leased and not yet taken, or kept for those that asked before."""
+    lent: int = 0
+    """What would be there for this session without them."""
+    keepable: int | None = None
+    """What this session may keep between its tests, beyond what it keeps already; None: any."""
+    owed: int = 0
+    """What it is to free for an older session, by ending workers that it can do without."""
+    lacks: int = 0
+    """What it is to free in the same way for a test of its own, as no other session can."""
+    are_waiting: bool = False
+    """Whether any of them waits for VRAM here."""
+    limit: int | None = None
+    """The most that its workers may hold in all, where the others cannot be asked; None: they
+    can."""
+    progress: int = 0
+    """Another number whenever one of them has done a test or given VRAM back."""
+    names: str = ""
+    """Who they are and what they have leased, in words for messages."""
+
+
+NOBODY = Others()
+
+
 class DeviceReading(NamedTuple):
     """What NVML and Ollama say of a device now."""
 
@@ -83,6 +110,7 @@ class DeviceReading(NamedTuple):
     """
     holders: str = ""
     """Who else holds VRAM there, in words for messages: `Ollama 10.8 GB, PID 7 3.0 GB`."""
+    others: Others = NOBODY
 
 
 class Policy(NamedTuple):

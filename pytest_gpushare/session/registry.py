@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 INTERVAL = 0.5
 """Seconds between two looks at what has changed in this session."""
+
+_LOOK = 0.1
+"""Seconds between two looks for other sessions, while leases are made by the test."""
 
 LEASE = "lease"
 """The kind of message that names the record which a worker keeps alive."""
@@ -90,6 +94,7 @@ class SessionRecord:
         self._lessee = lessee
         self._plan, self._workers, self._tests, self._links = plan, workers, tests, links
         self._by_needs = False
+        self._look: Callable[[], object] | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -102,6 +107,10 @@ class SessionRecord:
     def admits_by_needs(self) -> None:
         """Tests are admitted by needs of their own from now on."""
         self._by_needs = True
+
+    def leases_by_the_test(self, look: Callable[[], object]) -> None:
+        """From now on the dispatch leases; `look` is called now and then for other sessions."""
+        self._look = look
 
     def start(self) -> None:
         """Publish the workers and the tests from now on."""
@@ -128,8 +137,20 @@ class SessionRecord:
                         before = now
                     if self.path != path:
                         self._send_path()
-            if self._stop.wait(INTERVAL):
+            if self._has_stopped():
                 return
+
+    def _has_stopped(self) -> bool:
+        """Wait until the next time to publish, and look for other sessions meanwhile."""
+        until = time.monotonic() + INTERVAL
+        while (left := until - time.monotonic()) > 0:
+            look = self._look
+            if self._stop.wait(left if look is None else min(_LOOK, left)):
+                return True
+            if look is not None:
+                with contextlib.suppress(Exception):
+                    look()
+        return self._stop.is_set()
 
     def _send_path(self) -> None:
         for member in self._workers:
@@ -155,7 +176,8 @@ class SessionRecord:
     def _shrink(self, members: Sequence[WorkerRecord]) -> None:
         """Give back the slots of workers that have ended."""
         # Tests with needs of their own may take the slots of others, up to the budget.
-        if not self._plan.request.in_process and not self._by_needs:
+        is_fixed = self._look is None and not self._by_needs
+        if is_fixed and not self._plan.request.in_process:
             left = slots_by_device(self._plan)
             for member in members:
                 # xdist puts another one in the place of a worker that crashed.

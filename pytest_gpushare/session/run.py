@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -16,6 +17,7 @@ from pytest_gpushare.gpu.attribution import Attribution, Holding, Statement, hol
 from pytest_gpushare.gpu.devices import GpuFacts
 from pytest_gpushare.gpu.host import installed_frameworks, mps_is_running
 from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.leases import AcquireTerms
 from pytest_gpushare.ollama.address import candidates
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
@@ -79,6 +81,8 @@ class StartFacts(NamedTuple):
     """What this session leases; None where it takes no part in the ledger."""
     leases: tuple[str, ...] = ()
     """One sentence for each device and session that has leased VRAM there."""
+    alone: Mapping[str, int] = {}
+    """UUID -> the budget, in bytes, that the plan would have without other sessions."""
     has_needs: bool = False
     """Whether tests may have needs of their own, so that no slot may cap them."""
 
@@ -168,7 +172,11 @@ def surroundings(facts: StartFacts, plan: Plan) -> PlacementContext:
         see_all=settings.visible_devices == "all",
         simulated=simulated,
         contexts=facts.contexts,
-        budgets={d.device.uuid: d.budget for d in plan.devices} if facts.has_needs else {},
+        budgets={
+            d.device.uuid: max(d.budget, facts.alone.get(d.device.uuid, 0)) for d in plan.devices
+        }
+        if facts.has_needs
+        else {},
     )
 
 
@@ -239,6 +247,7 @@ class ActiveRun:
                 services.append(NeedsRecorder(self, config))
         self.leases = facts.leases
         """One sentence for each device and session that has leased VRAM there."""
+        self._alone = facts.alone
         self.lessee = facts.lessee
         """What this session leases; None where it takes no part in the ledger."""
         self._lease: SessionRecord | None = None
@@ -292,13 +301,30 @@ class ActiveRun:
         """Whether another worker may come in the place of one that has died."""
         return True
 
-    def lease_for(self, need: int) -> None:
-        """Wait for the VRAM of the largest test, where leases of others left less to the plan."""
-        if self.lessee is None or need <= self.plan.usable or self.plan.request.in_process:
-            return
-        from pytest_gpushare.planning.leasing import grow
+    @property
+    def shares_devices(self) -> bool:
+        """Whether other sessions of the host may use the devices, by agreement."""
+        lessee = self.lessee
+        return lessee is not None and lessee.claims_devices and not self.plan.request.in_process
 
-        self.plan = grow(self.lessee, self.plan, need, self.settings)
+    def leases_by_the_test(self) -> None:
+        """The dispatch leases what each test needs: no other session's lease limits the run.
+
+        What others had leased when the plan was made, the tests of this one may have once it is
+        given back.
+        """
+        self.plan = replace(
+            self.plan,
+            devices=tuple(
+                replace(planned, alone=self._alone.get(planned.device.uuid, 0))
+                for planned in self.plan.devices
+            ),
+        )
+
+    def look_for_others(self, look: Callable[[], object]) -> None:
+        """Call this function now and then, from the thread that keeps the record up to date."""
+        if self._lease is not None:
+            self._lease.leases_by_the_test(look)
 
     def look_again(self) -> None:
         """Read once more what workers hold: their fixtures are torn down, their processes alive."""
@@ -434,7 +460,9 @@ class ActiveRun:
         tests = message_of_tests(self.settings, self.plan, self.around)
         tests["ollama"]["url"] = self._ollama_url
         tests["ollama"]["dispatched"] = not self.plan.request.in_process
-        return {**message, "memory": memory, "tests": tests, "lease": self._lease_path}
+        acquire = list(AcquireTerms.of(self.settings))
+        lease = self._lease_path
+        return {**message, "memory": memory, "tests": tests, "lease": lease, "acquire": acquire}
 
     @property
     def _lease_path(self) -> str:

@@ -30,6 +30,7 @@ from pytest_gpushare.gpu.devices import GpuFacts, HostFacts
 from pytest_gpushare.gpu.host import available_ram
 from pytest_gpushare.gpu.sampler import LiveVram
 from pytest_gpushare.gpu.visibility import VARIABLE, cuda_is_up, set_variables
+from pytest_gpushare.leases import AcquireTerms, in_run
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.reservation import seen_larger, unexpected
@@ -202,6 +203,7 @@ def start(
         ),
         lessee=agreed.lessee,
         leases=agreed.leases,
+        alone=agreed.alone if plan is agreed.plan else {},
         contexts=earlier.contexts,
         has_needs=earlier.has_needs and bool(plan.slots) and not gpus.simulated,
     )
@@ -306,7 +308,7 @@ def start_in_process(config: pytest.Config, environment: Mapping[str, str]) -> A
     facts = start_locally(config, options, Request(in_process=True), 1, environment)
     is_up = cuda_is_up(facts.gpus.own_process_has_context)
     unplaced = "CUDA is up in this process already" if is_up else ""
-    run = ActiveRun(facts, run_options(config, options, unplaced), config=config)
+    run = _active(facts, config, options, unplaced)
     if not unplaced:
         config.add_cleanup(set_variables(worker_environment(run.plan, 0, run.around)))
         config.add_cleanup(entered(place_of(run.plan, 0)))
@@ -344,7 +346,7 @@ def start_workers(
             "use --dist=load to share them out"
         )
         facts = facts._replace(notes=(*facts.notes, note))
-    run = ActiveRun(facts, run_options(config, options, unplaced), config=config)
+    run = _active(facts, config, options, unplaced)
     if not own_workers:
         set_number(options, run.plan.workers)
     return run
@@ -378,6 +380,11 @@ def start_locally(
         if excludes_gpu_tests(expression, settings)
         else "",
     )
+
+
+def _active(facts: StartFacts, config: pytest.Config, options: Any, unplaced: str) -> ActiveRun:
+    config.add_cleanup(in_run(AcquireTerms.of(facts.settings)))
+    return ActiveRun(facts, run_options(config, options, unplaced), config=config)
 
 
 def run_options(config: pytest.Config, options: Any, unplaced: str) -> RunOptions:

@@ -2,134 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from acceptance.conftest import Project
+from acceptance.sessions import (
+    DECLARED,
+    LARGE_TESTS,
+    NO_OLLAMA,
+    SLEEPER,
+    Session,
+    leases_directory,
+    passed,
+    records,
+    start,
+    wait_for,
+)
 from simulator import Machine
 from simulator.child import child_process
 
-LARGE_TESTS = """
-    import time
-    import gpusim, pytest
-
-    @pytest.mark.parametrize("i", range(4))
-    def test_large(i):
-        with gpusim.alloc("4.7GB"):
-            time.sleep(0.15)
-"""
-
-DECLARED = """
-    import time
-    import gpusim, pytest
-
-    @pytest.mark.parametrize("i", range(4))
-    @pytest.mark.gpu(vram="6GB")
-    def test_declared(i):
-        with gpusim.alloc("4.7GB"):
-            time.sleep(0.15)
-"""
-
-SLEEPER = """
-    import pathlib, time
-    import gpusim
-
-    def test_sleeps():
-        with gpusim.alloc("4GB"):
-            pathlib.Path("sleeps").write_text("")
-            time.sleep(60)
-"""
-
-NO_OLLAMA = ("-o", "gpu_share_preset=no-ollama", "-o", "gpu_share_min_vram_per_worker_gb=5.5")
-
-
-class Session:
-    """A run of pytest in the background."""
-
-    def __init__(self, process: subprocess.Popen[str], path: Path) -> None:
-        self.process, self.path = process, path
-
-    def finish(self, seconds: float = 90) -> str:
-        """Wait for its end; returns all that it wrote."""
-        try:
-            self.process.wait(seconds)
-        finally:
-            self.kill()
-        return self.path.read_text(encoding="utf-8")
-
-    def kill(self) -> None:
-        """End it, whatever it does."""
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait(10)
-
-
-@pytest.fixture
-def start(project: Project, tmp_path: Path) -> Iterator[Callable[..., Session]]:
-    """Start a session on the project's machine, in a project of its own."""
-    with ExitStack() as stack:
-        count = 0
-
-        def begin(module: str, *arguments: str, **environment: str) -> Session:
-            nonlocal count
-            count += 1
-            directory = tmp_path / f"worktree{count}"
-            directory.mkdir()
-            merged = {**project.environment, **environment}
-            own = Project(directory, merged)
-            own.environment["PYTEST_GPUSHARE_LEASES"] = merged["PYTEST_GPUSHARE_LEASES"]
-            own.write(test_project=module)
-            path = tmp_path / f"output{count}.txt"
-            with path.open("w", encoding="utf-8") as output:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--gpu-share",
-                     "-p", "no:hypothesispytest", *arguments],
-                    cwd=directory,
-                    env=own.environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )  # fmt: skip
-            session = Session(process, path)
-            stack.callback(session.kill)
-            return session
-
-        yield begin
-
-
-def passed(output: str) -> int:
-    match = re.search(r"(\d+) passed", output)
-    return int(match.group(1)) if match else 0
-
-
-def leases_directory(project: Project) -> Path:
-    return Path(project.environment["PYTEST_GPUSHARE_LEASES"])
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
-def records(project: Project) -> list[dict[str, object]]:
-    found = []
-    for path in sorted(leases_directory(project).glob("s-*.json")):
-        text = path.read_text(encoding="ascii").strip()
-        if text:
-            found.append(json.loads(text))
-    return found
+__all__ = ["start"]
 
 
 @pytest.mark.parametrize("module", [LARGE_TESTS, DECLARED], ids=["undeclared", "declared"])
@@ -143,8 +41,9 @@ def test_two_sessions(
     second = start(module, *options)
     outputs = [first.finish(), second.finish()]
     assert [passed(output) for output in outputs] == [4, 4], "\n".join(outputs)
-    assert "waiting for 3.0 GB of VRAM for a GPU worker" in outputs[1]
-    assert f"pid {first.process.pid}, " in outputs[1]
+    if module is LARGE_TESTS:
+        assert "waiting for 3.0 GB of VRAM for a GPU worker" in outputs[1]
+        assert f"pid {first.process.pid}, " in outputs[1]
     assert list(leases_directory(project).glob("s-*")) == []
 
 
@@ -395,27 +294,3 @@ def test_several_sessions_and_a_killed_one(
     outputs = [session.finish(120) for session in sessions]
     assert [passed(output) for output in outputs] == [4, 4, 4], "\n".join(outputs)
     assert all("CPU worker" not in output for output in outputs)
-
-
-def test_test_that_needs_more_than_is_left(
-    start: Callable[..., Session], machine: Machine, project: Project
-) -> None:
-    """It waits for the other session, and does not fail as one that can never run."""
-    first = start(SLEEPER, "-o", "gpu_share_preset=no-ollama packed", "-n1",
-                  "-o", "gpu_share_safety_buffer_mb=4096")  # fmt: skip
-    wait_for((first.path.parent / "worktree1" / "sleeps").exists)
-    second = start(DECLARED, "-o", "gpu_share_preset=no-ollama packed", "-n2")
-    wait_for(lambda: any(record["ticket"] for record in records(project)))
-    os.kill(first.process.pid, signal.SIGKILL)
-    output = second.finish()
-    assert passed(output) == 4, output
-    assert "waiting for 6.0 GB of VRAM for the largest test" in output
-
-
-def test_two_sessions_with_one_large_test_each(
-    start: Callable[..., Session], machine: Machine
-) -> None:
-    """With every default: 9 GB for tests, and two tests that need 7 GB of them."""
-    module = DECLARED.replace("6GB", "7GB").replace("range(4)", "range(1)")
-    outputs = [session.finish() for session in [start(module, "-n2"), start(module, "-n2")]]
-    assert [passed(output) for output in outputs] == [1, 1], "\n".join(outputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_gpushare.gpu.devices import GpuProcess
-from pytest_gpushare.leases.claims import DeviceClaims, Naming, Waiting, claims_of
+from pytest_gpushare.leases.claims import DeviceClaims, Naming, Share, Waiting, claims_of
 from pytest_gpushare.leases.ledger import LiveSession
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, SessionWorker
 
@@ -92,7 +92,7 @@ def waiting(ticket: int, want: int, renewed: float) -> LiveSession:
 
 def test_tickets_in_their_order_while_they_are_renewed() -> None:
     found = claims(waiting(7, GB, 99.0), waiting(5, 2 * GB, 96.0), waiting(4, GB, 94.0))
-    assert found.waiting == (Waiting(5, 2 * GB), Waiting(7, GB))
+    assert found.waiting == (Waiting(5, 2 * GB, (0.0, "5")), Waiting(7, GB, (0.0, "7")))
 
 
 def test_room_is_kept_for_those_who_asked_before() -> None:
@@ -107,7 +107,61 @@ def test_hopeless_ticket_blocks_nobody() -> None:
     """20 GB behind a fixed lease; with what an elastic session gives back it would count."""
     hopeless = DeviceClaims(waiting=(Waiting(1, 20), Waiting(2, 3)))
     assert hopeless.ahead(8) == 3
-    assert hopeless._replace(spare=12).ahead(8) == 20
+    assert hopeless._replace(shares=(Share((0.0, "a"), spare=12),)).ahead(8) == 20
+    # A session's own tests end, too.
+    assert hopeless.ahead(8, own=Share((9.0, "own"), spare=12)) == 20
+
+
+OLDEST, OLD, OWN, YOUNG = ((float(number), "s") for number in range(4))
+
+
+def test_ticket_counts_with_what_younger_sessions_give_up() -> None:
+    """Idle workers are ended for an older session, not for a younger one."""
+    idle = Share(YOUNG, kept=6, idle=5)
+    assert DeviceClaims(waiting=(Waiting(1, 10, OLD),), shares=(idle,)).ahead(5) == 10
+    late = DeviceClaims(waiting=(Waiting(1, 10, YOUNG),), shares=(Share(OLD, kept=6, idle=5),))
+    assert late.ahead(5) == 0
+    assert late.ahead(5, own=Share(OWN, kept=6, idle=5)) == 0
+
+
+def test_what_may_be_kept_beside_older_sessions() -> None:
+    """So much that each older one can run its largest test beside what the younger ones keep."""
+    older = (Share(OLDEST, kept=2, most=12), Share(OLD, kept=1, most=16))
+    claims = DeviceClaims(shares=(*older, Share(YOUNG, kept=2, most=20)))
+    # The oldest: 24 - 12 - (1 + 3 + 2); the second: 24 - 16 - (3 + 2).
+    assert claims.keepable(24, Share(OWN, kept=3)) == 3
+    assert claims.keepable(20, Share(OWN, kept=3)) == -1
+    assert claims._replace(shares=older[:1]).keepable(24, Share(OWN, kept=3)) == 9
+    assert DeviceClaims(shares=(Share(YOUNG, 5, most=20),)).keepable(24, Share(OWN)) is None
+
+
+def test_fixed_lease_of_an_older_session_needs_no_more_than_it_is() -> None:
+    assert DeviceClaims(shares=(Share(OLD, kept=14),)).keepable(24, Share(OWN)) is None
+
+
+def test_what_is_owed_to_an_older_session() -> None:
+    """What its ticket lacks when all tests are over; the youngest sessions pay first."""
+    own = Share(OWN, kept=5, spare=2, idle=4)
+    claims = DeviceClaims(waiting=(Waiting(1, 8, OLD),), shares=(Share(OLD, kept=1),))
+    assert claims.owed(3, own) == 3
+    assert claims.owed(6, own) == 0
+    assert claims.owed(0, own) == 4
+    younger = claims._replace(shares=(*claims.shares, Share(YOUNG, kept=3, idle=2)))
+    assert younger.owed(3, own) == 1
+    assert claims._replace(waiting=(Waiting(1, 8, YOUNG),)).owed(3, own) == 0
+
+
+def test_shares_of_the_others() -> None:
+    """The oldest first; of what does not lease and does not wait, nothing."""
+    found = claims(
+        session("b", began=2.0, devices={"GPU-0": DeviceLease(9, spare=5, idle=2, most=99 * GB)}),
+        session("a", began=1.0, devices={"GPU-0": DeviceLease(4)}),
+        session("c", began=0.0, devices={"GPU-0": DeviceLease(0)}),
+    )
+    assert found.shares == (
+        Share((1.0, "a"), kept=4),
+        Share((2.0, "b"), kept=4, spare=5, idle=2, most=24 * GB),
+    )
 
 
 def test_others_are_named_as_far_as_they_may_be() -> None:

@@ -12,11 +12,10 @@ from pytest_gpushare.cli.doctor.examine import Examined, Platform
 from pytest_gpushare.cli.doctor.project import release
 from pytest_gpushare.gpu.devices import ComputeMode, Device
 from pytest_gpushare.gpu.visibility import VARIABLE
-from pytest_gpushare.leases.ledger import MEETING_PLACE, Ledger, LedgerError
+from pytest_gpushare.leases.ledger import MEETING_PLACE, OFF, Ledger, LedgerError, directory_of
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama
 from pytest_gpushare.ollama.spill import NO_GPU, uses_no_gpu
-from pytest_gpushare.planning.leasing import OFF, directory_of
 from pytest_gpushare.report.header import ollama_lines, what_stands
 from pytest_gpushare.units import format_gb, plural
 
@@ -340,7 +339,7 @@ def sessions(found: Examined) -> Iterator[Finding]:
     if found.settings.leases == OFF:
         yield ok("leases are off: sessions on this host take no account of each other")
         return
-    directory = directory_of(found.settings)
+    directory = directory_of(found.settings.leases)
     # One that is missing is made by the first session.
     if directory.exists() or directory.is_symlink():
         yield from _ledger(directory)

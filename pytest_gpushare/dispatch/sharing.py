@@ -1,0 +1,183 @@
+"""Leases by the test: before a test starts, its VRAM is leased; when it is over, given back.
+
+While no other session names a device, this one leases its whole budget there, and no test costs
+anything. Beside others each step of the dispatcher is taken with the gate of the ledger held:
+what the others claim is part of the readings by which it decides, and what it decided is
+published before anybody else can look.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pytest_gpushare.leases.claims import NOTHING, DeviceClaims, Naming, Seniority, Share
+from pytest_gpushare.leases.ledger import LedgerError
+from pytest_gpushare.leases.lessee import Lessee, Revision, View, progress_of
+from pytest_gpushare.leases.records import DeviceLease
+from pytest_gpushare.scheduler.types import NOBODY, Action, DeviceCapacity, DeviceReading, Others
+
+if TYPE_CHECKING:
+    from pytest_gpushare.scheduler.dispatcher import Dispatcher
+    from pytest_gpushare.scheduler.sharing import OwnShare
+
+_PAUSE, _LONGEST_PAUSE = 0.025, 0.25
+"""Seconds between two looks at the others while tests wait: longer while nothing happens."""
+
+
+def share_of(own: OwnShare, seniority: Seniority) -> Share:
+    """What this session has of a device, as the others see it."""
+    return Share(seniority, own.kept, own.committed - own.kept, own.idle, own.most)
+
+
+def others_on(
+    device: DeviceCapacity,
+    reading: DeviceReading,
+    claims: DeviceClaims,
+    own: OwnShare,
+    share: Share,
+    ticket: int,
+) -> Others:
+    """What the other sessions make of a device, from their records and a reading of it.
+
+    `ticket` is this session's place in the queue, 0 for none.
+    """
+    resident = device.resident if reading.resident is None else reading.resident
+    # Sessions may keep different amounts for Ollama: the largest counts, once.
+    more = max(0, max(device.reservation, claims.reserved) - resident)
+    more -= max(0, device.reservation - resident)
+    if reading.free is None:
+        left = device.budget - own.committed - claims.leased - more
+        capacity = device.budget
+    else:
+        left = reading.free - own.reserved - own.outstanding - claims.leased - more
+        capacity = reading.free - own.reserved - more + own.present + claims.held
+    left = max(0, left)
+    ahead = claims.ahead(left, ticket, share)
+    return Others(
+        claimed=claims.leased + more + ahead,
+        lent=claims.leased + claims.held + ahead,
+        keepable=claims.keepable(capacity, share),
+        owed=claims.owed(left, share, own.want),
+        lacks=claims.lacks(left, share, own.want),
+        are_waiting=bool(claims.waiting),
+    )
+
+
+def lease_on(device: DeviceCapacity, own: OwnShare, *, is_shared: bool) -> DeviceLease:
+    """What this session publishes for a device: all that it may use while it is alone there."""
+    lease = own.committed if is_shared else max(own.committed, device.budget)
+    return DeviceLease(
+        max(0, lease),
+        want=max(0, own.want) if is_shared else 0,
+        reserved=device.reservation,
+        spare=max(0, lease - own.kept),
+        idle=max(0, own.idle),
+        most=max(0, own.most),
+    )
+
+
+class SharedDevices:
+    """This session's part in the ledger while the plugin's own dispatch lasts."""
+
+    def __init__(
+        self,
+        lessee: Lessee,
+        capacities: Sequence[DeviceCapacity],
+        naming: Naming,
+        problem: Callable[[str], object],
+        wake: Callable[[], object],
+    ) -> None:
+        """`problem` gets a sentence where the ledger cannot be used, `wake` has a step done."""
+        self._lessee, self._naming, self._problem, self._wake = lessee, naming, problem, wake
+        self._capacities = {device.uuid: device for device in capacities}
+        self.is_shared = True
+        """Whether another session may name one of the devices, as far as is known."""
+        self.is_due = True
+        """Whether the others are to be looked at in the next step, whatever it is for."""
+        self._had_problem = False
+        self._progress: object = None
+        self._progressed = 0
+        self._pause = _PAUSE
+        self.due_at = float("-inf")
+        """Before this time no other session needs to be looked at, if nothing happens here."""
+
+    def look(self) -> None:
+        """Look at the other sessions without the gate, in a thread of its own, now and then."""
+        claims = self._lessee.look().claims.values()
+        is_new = any(claim.shares for claim in claims) and not self.is_shared
+        if is_new or any(claim.waiting for claim in claims):
+            self.is_shared = self.is_due = True
+            self._wake()
+
+    def step(
+        self, dispatcher: Dispatcher, read: Callable[[], Mapping[str, DeviceReading]]
+    ) -> list[Action]:
+        """One step of the dispatcher, beside the other sessions."""
+        self.is_due = False
+        dispatcher.prepare(time.monotonic())
+        actions: list[Action] | None = None
+
+        def decide(view: View) -> Revision:
+            nonlocal actions
+            found = read()
+            own = dispatcher.shares()
+            progress, readings = self._progress_of(view), dict(found)
+            for uuid, device in self._capacities.items():
+                reading, claims = found.get(uuid, DeviceReading()), view.claims.get(uuid, NOTHING)
+                share = share_of(own[uuid], self._lessee.seniority)
+                others = others_on(device, reading, claims, own[uuid], share, view.ticket)
+                others = others._replace(progress=progress, names=self._names(claims))
+                readings[uuid] = reading._replace(others=others if claims.shares else NOBODY)
+            actions = dispatcher.step(readings, time.monotonic())
+            return self._revision(view, dispatcher.shares(), has_acted=bool(actions))
+
+        try:
+            self._lessee.revise(decide)
+        except LedgerError as error:
+            self._note(error)
+            if actions is None:
+                actions = dispatcher.step(self._kept_to(read()), time.monotonic())
+        assert actions is not None
+        return actions
+
+    def _progress_of(self, view: View) -> int:
+        progress = progress_of(view.sessions)
+        if progress != self._progress:
+            self._progress = progress
+            self._progressed += 1
+        return self._progressed
+
+    def _names(self, claims: DeviceClaims) -> str:
+        now = time.time()
+        return "; ".join(self._naming.holder(holder, now) for holder in claims.holders)
+
+    def _revision(self, view: View, own: Mapping[str, OwnShare], *, has_acted: bool) -> Revision:
+        self.is_shared = any(claims.shares for claims in view.claims.values())
+        self._had_problem = False
+        devices = {
+            uuid: lease_on(device, own[uuid], is_shared=self.is_shared)
+            for uuid, device in self._capacities.items()
+        }
+        waits = frozenset(
+            (uuid, share.waits_for)
+            for uuid, share in own.items()
+            if share.waits_for is not None and self.is_shared
+        )
+        self._pause = _PAUSE if has_acted else min(1.5 * self._pause, _LONGEST_PAUSE)
+        self.due_at = time.monotonic() + self._pause if waits else float("-inf")
+        return Revision(devices, waits)
+
+    def _kept_to(self, readings: Mapping[str, DeviceReading]) -> Mapping[str, DeviceReading]:
+        """The readings, with no more to be used than is leased: nobody knows what others do."""
+        devices, kept = self._lessee.record.devices, dict(readings)
+        for uuid in self._capacities:
+            others = Others(limit=devices[uuid].lease) if uuid in devices else NOBODY
+            kept[uuid] = readings.get(uuid, DeviceReading())._replace(others=others)
+        return kept
+
+    def _note(self, error: LedgerError) -> None:
+        if not self._had_problem:
+            self._had_problem = True
+            self._problem(f"the leases of other sessions are not known: {error}")

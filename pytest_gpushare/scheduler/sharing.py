@@ -1,0 +1,135 @@
+"""What this session has of each device, and wants there, as the other sessions are to know it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pytest_gpushare.scheduler.accounts import Account, DeviceLedger
+from pytest_gpushare.scheduler.gpu_pool import GpuPool
+from pytest_gpushare.scheduler.pressure import Pressure
+
+_SOONEST, _TESTS_A_SECOND = 0.1, 20_000
+"""The largest pending need is looked for so often: in seconds, and by how many tests there are."""
+
+
+class OwnShare(NamedTuple):
+    """One device, in bytes."""
+
+    committed: int
+    """Set aside for the workers, and for tests that they were sent ahead."""
+    outstanding: int
+    """What of it running tests may still take."""
+    present: int
+    """What the workers hold."""
+    kept: int
+    """What they keep between tests: contexts, and what fixtures hold."""
+    idle: int
+    """What of that can be given up for an older session: all but the context of one worker."""
+    most: int
+    """What must be committed for the largest test that has not begun; 0 where none is left."""
+    want: int
+    """What the first test that waits lacks, where it is others that have it."""
+    waits_for: int | None
+    """That test."""
+    reserved: int
+    """What must stay free for neighbours and as safety buffer, whatever other sessions do."""
+
+
+class Sharing:
+    """Computes these figures from the accounts."""
+
+    def __init__(self, pool: GpuPool, pressure: Pressure) -> None:
+        self._pool, self._pressure = pool, pressure
+        self._largest: dict[str, int] = {}
+        self._looked_at = float("-inf")
+
+    def of(self, device: str) -> OwnShare:
+        """The figures of one device now."""
+        ledger = self._pool.ledgers[device]
+        context = ledger.capacity.context
+        kept = {worker: _kept(account, context) for worker, account in ledger.accounts.items()}
+        total = sum(kept.values())
+        largest = self._largest_pending(device)
+        # It runs in the worker that keeps most already.
+        most = largest + max(0, total - max([*kept.values(), 0])) if largest else 0
+        committed = _committed(ledger)
+        test, want = self._wanted(device, ledger)
+        return OwnShare(
+            committed=committed,
+            outstanding=committed - ledger.present,
+            present=ledger.present,
+            kept=total,
+            idle=total - min((min(size, context) for size in kept.values()), default=0),
+            most=min(most, ledger.capacity.budget),
+            want=want,
+            waits_for=test,
+            reserved=ledger.kept - ledger.reading.others.claimed,
+        )
+
+    def _wanted(self, device: str, ledger: DeviceLedger) -> tuple[int | None, int]:
+        waiter = self._pressure.first_waiter(device)
+        if waiter is None:
+            return None, 0
+        worker = waiter.worker
+        need, live = self._pool.bytes_for(worker, waiter.test), ledger.live(worker.id)
+        if need > ledger.left(worker.id) or live is None or need <= live:
+            # Tests of this session are in its way, or nothing is.
+            return None, 0
+        if ledger.bars(ledger.accounts[worker.id]):
+            return None, 0
+        return waiter.test, need - ledger.accounts[worker.id].committed
+
+    def _largest_pending(self, device: str) -> int:
+        pool = self._pool
+        pause = _SOONEST + pool.pending.count / _TESTS_A_SECOND
+        if pool.at - self._looked_at >= pause:
+            self._looked_at = pool.at
+            self._largest = self._largest_by_device()
+        return self._largest.get(device, 0)
+
+    def _largest_by_device(self) -> dict[str, int]:
+        pool, by_count = self._pool, dict[int, int]()
+        for test in self._not_begun():
+            need = pool.need(test)
+            size = need.vram
+            if size is None:
+                size = max((pool.bytes_for(w, test) for w in pool.workers.values()), default=0)
+            if size > by_count.get(need.devices, 0):
+                by_count[need.devices] = size
+        found: dict[str, int] = {}
+        for count, size in by_count.items():
+            for worker in pool.workers.values():
+                for device in pool.devices(worker, count):
+                    found[device] = max(size, found.get(device, 0))
+        return found
+
+    def _not_begun(self) -> Iterator[int]:
+        pool = self._pool
+        for unit in pool.pending.all():
+            yield from unit.tests
+        for worker in pool.workers.values():
+            if worker.unit is not None:
+                yield from worker.unit.tests
+            if worker.bound is not None:
+                yield worker.bound
+
+
+def _committed(ledger: DeviceLedger) -> int:
+    if not ledger.ahead:
+        return ledger.committed
+    # The first test that was sent ahead takes no more than is free, those behind it may want more.
+    free = ledger.reading.free
+    left = ledger.ahead if free is None else max(0, free - ledger.kept)
+    return sum(
+        max(account.committed, account.present + min(account.ahead, left))
+        for account in ledger.accounts.values()
+    )
+
+
+def _kept(account: Account, context: int) -> int:
+    if not account.used:
+        return 0
+    if not account.running:
+        return account.committed
+    return min(account.committed, max(account.held, context))

@@ -1,0 +1,145 @@
+"""Sessions whose tests have needs lease by the test: they run at the same time."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+from acceptance.conftest import Project
+from acceptance.sessions import SLEEPER, Session, passed, records, start, wait_for
+from simulator import Machine
+
+__all__ = ["start"]
+
+PACKED = ("-o", "gpu_share_preset=no-ollama packed")
+
+
+def suite_of(need: str, count: int, seconds: float, keeps: str = "", more: str = "") -> str:
+    """A module of tests that need so much VRAM each; a session fixture keeps some of it."""
+    return f"""
+        import pathlib, time
+        import gpusim, pytest
+
+        @pytest.fixture(scope="session")
+        def kept():
+            return gpusim.alloc("{keeps}") if "{keeps}" else None
+
+        @pytest.mark.parametrize("i", range({count}))
+        @pytest.mark.gpu(vram="{need}")
+        def test_declared(i, kept):
+            pathlib.Path(f"began{{i}}").write_text("")
+            with gpusim.alloc("{more or "1GB"}"):
+                time.sleep({seconds})
+    """
+
+
+def test_newcomer_runs_beside_a_session_that_goes_on(
+    start: Callable[..., Session], project: Project, machine: Machine
+) -> None:
+    """It gets what its largest test needs, and no worker of the first is stopped for that."""
+    first = start(suite_of("8GB", 40, 0.4, more="7GB"), *PACKED, "-n2")
+    wait_for((first.path.parent / "worktree1" / "began2").exists)
+    second = start(suite_of("10GB", 3, 0.2, more="9GB"), *PACKED, "-n1")
+    output = second.finish()
+    assert first.process.poll() is None
+    assert passed(output) == 3, output
+    output = first.finish()
+    assert passed(output) == 40, output
+    assert "ended:" not in output
+
+
+@pytest.mark.timeout(240)
+def test_eight_sessions_with_fixtures_that_stay(
+    start: Callable[..., Session], machine: Machine
+) -> None:
+    """On 9 GB for tests: contexts and fixtures stay, and every session ends."""
+    module = suite_of("3GB", 3, 0.1, keeps="500MB")
+    options = ("-o", "gpu_share_min_vram_per_worker_gb=1", "-n1")
+    sessions = [start(module, *options) for _ in range(8)]
+    outputs = [session.finish(200) for session in sessions]
+    assert [passed(output) for output in outputs] == [3] * 8, "\n".join(outputs)
+
+
+@pytest.mark.parametrize("options", [(), ("-o", "gpu_share_min_vram_per_worker_gb=1")])
+def test_two_sessions_with_tests_of_7_of_9_gb(
+    start: Callable[..., Session], machine: Machine, options: tuple[str, ...]
+) -> None:
+    """One after the other, or in turns where a worker may be small."""
+    module = suite_of("7GB", 3, 0.1, more="6GB")
+    sessions = [start(module, "-n2", *options) for _ in range(2)]
+    outputs = [session.finish() for session in sessions]
+    assert [passed(output) for output in outputs] == [3, 3], "\n".join(outputs)
+
+
+def test_one_test_left_holds_no_more_than_it_needs(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    first = start(suite_of("4GB", 1, 60), *PACKED, "-n2")
+    wait_for((first.path.parent / "worktree1" / "began0").exists)
+    output = start(suite_of("16GB", 2, 0.1, more="15GB"), *PACKED, "-n1").finish()
+    assert passed(output) == 2, output
+    assert first.process.poll() is None
+
+
+HOLD = [sys.executable, "-m", "pytest_gpushare", "hold"]
+
+
+def test_fails_naming_the_holder(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    """A session that makes no progress is waited for as long as for any other program."""
+    holder = start(SLEEPER, "-o", "gpu_share_preset=no-ollama", "-n1",
+                   "-o", "gpu_share_safety_buffer_mb=4096")  # fmt: skip
+    wait_for((holder.path.parent / "worktree1" / "sleeps").exists)
+    session = start(suite_of("6GB", 1, 0.1), *PACKED, "-n1",
+                    "-o", "gpu_share_pressure_timeout_s=2")  # fmt: skip
+    output = session.finish()
+    assert "1 failed" in output or "1 error" in output, output
+    text = " ".join(output.split())
+    assert "no GPU for this test: it needs 6.0 GB, and 3.0 GB was left on GPU 0 for 2 s" in text
+    assert re.search(rf"leased by pid {holder.process.pid}, \w+, in \S*worktree1: 18\.0 GB", text)
+
+
+def test_waits_as_long_as_the_holder_makes_progress(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    """Then a lease does not count towards the time that tests wait for VRAM at most."""
+    module = """
+        import pathlib, time
+        import pytest
+
+        @pytest.mark.parametrize("i", range(8))
+        def test_slow(i):
+            pathlib.Path("sleeps").write_text("")
+            time.sleep(1)
+    """
+    holder = start(module, "-o", "gpu_share_preset=no-ollama", "-n1",
+                   "-o", "gpu_share_safety_buffer_mb=4096")  # fmt: skip
+    wait_for((holder.path.parent / "worktree1" / "sleeps").exists)
+    session = start(suite_of("6GB", 1, 0.1), *PACKED, "-n1",
+                    "-o", "gpu_share_pressure_timeout_s=3")  # fmt: skip
+    output = session.finish()
+    assert passed(output) == 1, output
+    assert passed(holder.finish()) == 8
+
+
+def test_interrupted_while_it_waits(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    """Ctrl-C ends the wait at once, and no record stays."""
+    holder = start(SLEEPER, "-o", "gpu_share_preset=no-ollama", "-n1")
+    wait_for((holder.path.parent / "worktree1" / "sleeps").exists)
+    session = start(SLEEPER, "-o", "gpu_share_preset=no-ollama", "-n1")
+    wait_for(lambda: any(record["ticket"] for record in records(project)))
+    time.sleep(1)
+    os.kill(session.process.pid, signal.SIGINT)
+    began = time.monotonic()
+    output = session.finish(20)
+    assert time.monotonic() - began < 3
+    assert session.process.returncode == pytest.ExitCode.INTERRUPTED, output
+    assert len(records(project)) == 1
