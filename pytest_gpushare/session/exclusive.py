@@ -179,7 +179,7 @@ class ExclusiveAccess:
 
     def _go(self, request: _Request) -> dict[str, Any]:
         budgets = [
-            planned.reach
+            planned.budget
             for planned in self._plan.devices
             if planned.device.uuid in request.devices
         ]
