@@ -158,7 +158,7 @@ class GpuShareScheduling:
         replaced = (
             has_died
             and (self._most_deaths is None or self._deaths <= self._most_deaths)
-            and self._own.may_replace(node)
+            and self._dispatch.may_replace(node)
         )
         self._due = True
         # Also where the worker ended in order: a test may have ended it, by `pytest.exit`.
