@@ -173,8 +173,8 @@ def gpu_share() -> Place:
 class _HeaderHooks:
     """Print the header of a run that asked for the plugin."""
 
-    def __init__(self, header: Header) -> None:
-        self._header = header
+    def __init__(self, header: Header, *, has_summary: bool) -> None:
+        self._header, self._has_summary = header, has_summary
 
     def pytest_report_header(self, config: pytest.Config) -> list[str]:
         """The VRAM analysis, or why the run is left as it is."""
@@ -188,7 +188,7 @@ class _HeaderHooks:
         from pytest_gpushare.report.output import log_header, print_problems
 
         log_header(self._header, session.config)
-        print_problems(self._header, session.config)
+        print_problems(self._header, session.config, has_summary=self._has_summary)
 
 
 class _RunHooks:
@@ -232,10 +232,15 @@ class _RunHooks:
                 )
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_sessionstart(self) -> Generator[None, Any, Any]:
+    def pytest_sessionstart(self, session: pytest.Session) -> Generator[None, Any, Any]:
         """Start the services last: by then xdist has started the workers."""
         result = yield
         self._run.services.start()
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None and reporter.isatty:
+            from pytest_gpushare.report import live
+
+            live.begin(self._run, session.config)
         return result
 
     @pytest.hookimpl(optionalhook=True, wrapper=True, tryfirst=True)
@@ -379,7 +384,8 @@ def _activate(config: pytest.Config, run: ActiveRun | str | None) -> None:
         config.add_cleanup(run.end)
         lines = partial(header, run)
         config.pluginmanager.register(_RunHooks(run), "gpu-share-run")
-    config.pluginmanager.register(_HeaderHooks(lines), "gpu-share-header")
+    hooks = _HeaderHooks(lines, has_summary=not isinstance(run, str))
+    config.pluginmanager.register(hooks, "gpu-share-header")
 
 
 def _checked(function: Callable[..., Any], *arguments: Any) -> Any:

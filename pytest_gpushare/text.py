@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -95,6 +96,45 @@ def printable(text: str, most: int | None = None) -> str:
 def one_line(text: str, most: int) -> str:
     """The text on one line: blanks and line breaks become one blank each, the rest printable."""
     return printable(" ".join(text[: 4 * most].split()), most)
+
+
+def width_of(text: str) -> int:
+    """Columns that a text takes in a terminal: two for wide signs, none for combining ones."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0
+        if unicodedata.combining(c) or unicodedata.category(c) in ("Cf", "Me", "Mn")
+        else 2
+        if unicodedata.east_asian_width(c) in "WF"
+        else 1
+        for c in text
+    )
+
+
+_TIED = "\0"
+_TIE = re.compile(r"(?<=\d) (?=(?:[GMk]?B|ms|s|%)(?!\w))|(?<= -o) ")
+
+
+def wrapped(text: str, columns: int, indent: int) -> list[str]:
+    """The text in lines of at most so many columns, broken at blanks alone.
+
+    The first line keeps its own indent, the others have `indent` blanks. A word that is longer
+    than a line stands alone in one. A number stays with its unit, and `-o` with its setting.
+    """
+    if width_of(text) <= columns or not text.strip():
+        return [text]
+    words = [word.replace(_TIED, " ") for word in _TIE.sub(_TIED, text).split(" ")]
+    # The blanks at the start are empty words.
+    first = next((at for at, word in enumerate(words) if word), 0)
+    lines, line, is_empty = [], " " * first, True
+    for word in words[first:]:
+        longer = f"{line}{word}" if is_empty else f"{line} {word}"
+        if not is_empty and width_of(longer) > columns:
+            lines.append(line.rstrip())
+            longer = f"{' ' * indent}{word}"
+        line, is_empty = longer, False
+    return [*lines, line]
 
 
 _HIDDEN = "***"

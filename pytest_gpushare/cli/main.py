@@ -13,9 +13,13 @@ from collections.abc import Sequence
 
 from pytest_gpushare.cli.terminal import INTERNAL, OK, REFUSED
 from pytest_gpushare.errors import GpuShareError
+from pytest_gpushare.text import one_line
 from pytest_gpushare.units import MOST_VRAM, parse_size
 
 TRACEBACK = "PYTEST_GPUSHARE_TRACEBACK"
+
+COMPLETION = "--print-completion"
+COMMANDS = ("plan", "doctor", "watch", "hold", "merge", "compare")
 
 _EPILOG = """\
 exit codes:
@@ -31,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, by default with the process's arguments. Returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     own, pytest_arguments = _split(given)
-    parser = _parser()
+    parser = make_parser()
+    if not given:
+        parser.print_help()
+        return OK
+    _check_command(parser, own)
     options = parser.parse_args(own)
     if pytest_arguments and options.command == "watch":
         parser.error("watch runs no pytest: nothing may follow --")
@@ -74,6 +82,10 @@ def _run(options: argparse.Namespace) -> int:
         from pytest_gpushare.cli.merge import merge
 
         return merge(options)
+    if options.command == "compare":
+        from pytest_gpushare.cli.compare import compare
+
+        return compare(options)
     from pytest_gpushare.cli.watch import watch
 
     return watch(options)
@@ -85,7 +97,43 @@ def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(given[:at]), list(given[at + 1 :])
 
 
-def _parser() -> argparse.ArgumentParser:
+def _check_command(parser: argparse.ArgumentParser, own: Sequence[str]) -> None:
+    """An error for a command that does not exist, with the one that was probably meant."""
+    first = own[0] if own else "--"
+    if first.startswith("-") or first in COMMANDS:
+        return
+    from difflib import get_close_matches
+
+    near = get_close_matches(first.lower(), COMMANDS, 1)
+    hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+    parser.error(f"{one_line(first, 80)!r} is no command: {hint}")
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints the script that completes the command in a shell; shtab makes it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        _namespace: object,
+        shell: object,
+        _flag: object = None,
+    ) -> None:
+        """See `argparse.Action`."""
+        from importlib import import_module
+
+        try:
+            shtab = import_module("shtab")
+        except ImportError:
+            parser.error(f"{COMPLETION} needs shtab: pip install 'pytest-gpushare[completion]'")
+        if shell not in shtab.SUPPORTED_SHELLS:
+            parser.error(f"{COMPLETION}: allowed is {', '.join(shtab.SUPPORTED_SHELLS)}")
+        print(shtab.complete(parser, shell=shell))  # noqa: T201
+        parser.exit()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     from pytest_gpushare import __version__
 
     parser = argparse.ArgumentParser(
@@ -96,12 +144,19 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"pytest-gpushare {__version__}")
+    parser.add_argument(
+        COMPLETION,
+        action=_PrintCompletion,
+        metavar="SHELL",
+        help="print the script that completes this command in a shell, such as bash or zsh",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_plan(commands)
     _add_doctor(commands)
     _add_watch(commands)
     _add_hold(commands)
     _add_merge(commands)
+    _add_compare(commands)
     return parser
 
 
@@ -233,6 +288,22 @@ def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FILE",
         help="the file to write, .json or .html; repeatable",
     )
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "compare",
+        "show what differs between the reports of two runs",
+        "Compare two reports written by --gpu-share-report: VRAM peaks, durations, Ollama and "
+        "settings. The exit code is 0 whatever differs.",
+        "A.json B.json",
+    )
+    parser.add_argument("reports", nargs=2, metavar="FILE", help="the earlier, then the later one")
+    parser.add_argument(
+        "-o", dest="page", metavar="FILE.html", help="also write the comparison as a page"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _command(

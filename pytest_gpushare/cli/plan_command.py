@@ -11,14 +11,23 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_gpushare.cli.terminal import OK, REFUSED, Piece, Row, show, show_json
+from pytest_gpushare.cli.terminal import (
+    OK,
+    REFUSED,
+    Piece,
+    Row,
+    show,
+    show_json,
+    terminal_width,
+)
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.report.header import Line, header, left_out
+from pytest_gpushare.report.layout import laid_out
 
 if TYPE_CHECKING:
     import pytest
@@ -129,6 +138,7 @@ def _arguments(options: argparse.Namespace) -> list[str]:
     return [*result, *options.pytest_arguments]
 
 
-def _rows(lines: Iterable[Line]) -> Iterator[Row]:
-    for line in lines:
-        yield [Piece(line.text, "yellow" if line.problem else "")]
+def _rows(lines: Sequence[Line]) -> Iterator[Row]:
+    width = terminal_width()
+    for line in lines if width is None else laid_out(lines, width):
+        yield [Piece(line.text, line.colour)]

@@ -1,7 +1,4 @@
-"""Output of the command: exit codes, styled rows, and a terminal that is redrawn.
-
-rich draws where it is installed, else the common escape codes do.
-"""
+"""Output of the command: exit codes, styled rows, and a terminal that is redrawn."""
 
 from __future__ import annotations
 
@@ -13,9 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from pytest_gpushare.text import width_of
+
 OK, FOUND, USAGE, INTERNAL, REFUSED = 0, 1, 2, 3, 4
 """Exit codes: success; doctor found an [x]; wrong usage; an internal error; the run would refuse
 to start, as pytest does with its code 4."""
+
+_CODES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35,
+          "cyan": 36}  # fmt: skip
 
 
 class Piece(NamedTuple):
@@ -23,7 +25,7 @@ class Piece(NamedTuple):
 
     text: str
     style: str = ""
-    """A style of rich, such as `bold red`; empty: plain."""
+    """Words of `_CODES`, such as `bold red`; empty: plain."""
 
 
 Row = Sequence[Piece]
@@ -55,13 +57,11 @@ def can_show(text: str) -> bool:
 
 def show(rows: Iterable[Row]) -> None:
     """Print the rows to standard output."""
-    console = rich_console()
     encoding = getattr(sys.stdout, "encoding", None)
+    in_colour = has_colour()
     for row in rows:
-        if console is None:
-            sys.stdout.write(encodable(text_of(row), encoding).rstrip() + "\n")
-        else:
-            console.print(styled(row, encoding), soft_wrap=True)
+        text = styled(row) if in_colour else text_of(row).rstrip()
+        sys.stdout.write(encodable(text, encoding) + "\n")
     sys.stdout.flush()
 
 
@@ -77,26 +77,26 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def rich_console() -> Any:
-    """A console of rich for standard output; None without rich, or where it is no terminal."""
-    if not sys.stdout.isatty():
-        return None
-    try:
-        from rich.console import Console
-    except ImportError:
-        return None
-    return Console(highlight=False)
+def has_colour(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether to print in colour, by the same variables as pytest's `--color=auto`."""
+    if environment.get("PY_COLORS") in ("0", "1"):
+        return environment["PY_COLORS"] == "1"
+    if environment.get("NO_COLOR"):
+        return False
+    if environment.get("FORCE_COLOR"):
+        return True
+    return sys.stdout.isatty() and environment.get("TERM") != "dumb" and _understands_codes()
 
 
-def styled(row: Row, encoding: str | None = None) -> Any:
-    """The row as rich's Text; rich must be installed."""
-    from rich.text import Text
-
-    text = Text(no_wrap=True, overflow="crop")
-    for piece in row:
-        text.append(encodable(piece.text, encoding), piece.style)
-    text.rstrip()
-    return text
+def styled(row: Row) -> str:
+    """The line with the codes of its styles."""
+    last = len(row) - 1
+    parts = []
+    for at, piece in enumerate(row):
+        text = piece.text.rstrip() if at == last else piece.text
+        codes = ";".join(str(_CODES[word]) for word in piece.style.split())
+        parts.append(f"\x1b[{codes}m{text}\x1b[0m" if codes and text else text)
+    return "".join(parts)
 
 
 Rows = Callable[[int], Iterable[Row]]
@@ -114,29 +114,11 @@ def screen() -> Iterator[Draw | None]:
     if os.environ.get("TERM", "") == "dumb" or not _understands_codes():
         yield None
         return
-    console = rich_console()
-    if console is None:
-        with _plain() as draw:
-            yield draw
-        return
-    from rich.console import Group
-    from rich.live import Live
 
-    with Live(console=console, screen=True, auto_refresh=False) as live:
-
-        def draw(rows: Rows) -> None:
-            width, height = console.size
-            texts = [styled(row, console.encoding) for row in _cropped(rows(width), width, height)]
-            live.update(Group(*texts), refresh=True)
-
-        yield draw
-
-
-@contextmanager
-def _plain() -> Iterator[Draw]:
     def draw(rows: Rows) -> None:
         width, height = shutil.get_terminal_size()
-        shown = [text_of(row) for row in _cropped(rows(width), width, height)]
+        form = styled if has_colour() else text_of
+        shown = [form(row) for row in _cropped(rows(width), width, height)]
         text = "\r\n".join(f"{line}{_END_OF_LINE}" for line in shown)
         _write(f"{_HOME}{text}{_REST}")
 
@@ -166,8 +148,11 @@ def _row(row: Row, width: int) -> Row:
     """The row, cut at the terminal's width: a wrapped line would push the others down."""
     left, cut = width, []
     for piece in row:
-        cut.append(piece._replace(text=piece.text[:left]))
-        left -= len(cut[-1].text)
+        text = piece.text
+        while width_of(text) > left:
+            text = text[:-1]
+        cut.append(piece._replace(text=text))
+        left -= width_of(text)
     return cut
 
 

@@ -33,6 +33,9 @@ HISTORY = 60
 OLLAMA_EVERY = 2.0
 """The least number of seconds between two rounds of requests to Ollama, two GETs each."""
 
+_LEAST_AGE = 0.9
+"""Seconds for which readings are shown again: process lists are asked for once a second at most."""
+
 _OPEN_PATIENCE = 10.0
 
 
@@ -94,8 +97,10 @@ class Watcher:
         memory: Mapping[str, Memory] = {}
         processes: Mapping[str, tuple[GpuProcess, ...] | None] = {}
         if self._live is not None:
-            memory = self._live.memory(min(max_age, 0.5)).devices
-            processes = self._live.processes(max(max_age, 1.0)).devices
+            # Of one age, and read one after the other: the parts of a bar are of one moment.
+            age = max(max_age, _LEAST_AGE)
+            processes = self._live.processes(age).devices
+            memory = self._live.memory(age).devices
         usage = self._attribution.usage(
             memory,
             {

@@ -379,6 +379,13 @@ OPTIONS: tuple[Option, ...] = (
         in_json=False,
     ),
     Option(
+        "live",
+        lambda: kinds.Choice("auto", "on", "off"),
+        "auto",
+        "a line with the VRAM in use below the tests' output: auto (in a terminal), on (on CI and "
+        "with pytest's own progress too), off",
+    ),
+    Option(
         "config",
         lambda: kinds.Text(),
         "",

@@ -126,6 +126,8 @@ class Settings:
     """`uuid` or `index`: how CUDA_VISIBLE_DEVICES is written."""
     hosts: tuple[str, ...]
     """Lines that name the hosts of the run; none: this host alone."""
+    live: str
+    """`auto`, `on` or `off`: a line with the VRAM in use below the output of the tests."""
     config: str
     """The JSON file that was read; empty: none."""
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)

@@ -359,6 +359,8 @@ class DeviceSamples:
     def __init__(self, most_rows: int = MOST_ROWS) -> None:
         self.series = Series(most_rows)
         self.peaks = DevicePeaks()
+        self.last: DeviceUsage | None = None
+        """The newest sample."""
         self._listed: DeviceUsage | None = None
         """The usage at the last process list."""
         self._pending: list[DeviceUsage] = []
@@ -367,6 +369,7 @@ class DeviceSamples:
     def add(self, at: float, usage: DeviceUsage) -> None:
         """Keep a sample of the memory; `at` in seconds since the run started."""
         self.series.add(at, usage)
+        self.last = usage
         if usage.used > (self.peaks.used or 0) or self.peaks.used is None:
             self.peaks = replace(self.peaks, used=usage.used)
         self._pending.append(usage)

@@ -57,7 +57,7 @@ def assess(run: ActiveRun) -> Assessment:
         return Assessment()
     case = _case_of_run(run)
     members = [record for record in run.workers if record.role == "gpu"]
-    shortages = [*gpu_tests_without_gpu(run), *_out_of_memory(run), *_over(run, members)]
+    shortages = [*_shortage_of_gpus(run), *_out_of_memory(run), *_over(run, members)]
     advice: list[Advice] = []
     if run.plan.limited_by != (Limit.HOOK,):
         if not run.plan.slots:
@@ -93,14 +93,44 @@ def _case_of_run(run: ActiveRun) -> Case:
     )
 
 
-def gpu_tests_without_gpu(run: ActiveRun) -> Iterator[str]:
-    """GPU tests that ran on CPU workers since no GPU worker fits."""
-    if run.plan.slots or run.plan.absence:
-        return
-    failed = [t for t in run.tests if t.marked and t.outcome in ("failed", "error")]
-    if failed:
-        tests = plural(len(failed), "GPU test")
-        yield f"{tests} failed on CPU workers, which see no GPU ({shortage(run.plan)})"
+class WithoutGpu(NamedTuple):
+    """GPU tests that no GPU worker ran."""
+
+    failed: int
+    skipped: int
+    text: str
+    """How many, and why."""
+
+
+def gpu_tests_without_gpu(run: ActiveRun) -> WithoutGpu | None:
+    """GPU tests that failed or were skipped since there is no GPU worker; None: there are none."""
+    if run.plan.slots:
+        return None
+    outcomes = [test.outcome for test in run.tests if test.marked]
+    failed, skipped = sum(map(_FAILED.count, outcomes)), outcomes.count("skipped")
+    if not failed and not skipped:
+        return None
+    where = (
+        "in this process, which sees"
+        if run.plan.request.in_process
+        else "on CPU workers, which see"
+    )
+    what = f"{plural(failed, 'GPU test')} failed" if failed else ""
+    if failed and skipped:
+        what += f" and {skipped} {'was' if skipped == 1 else 'were'} skipped"
+    elif skipped:
+        what = f"{plural(skipped, 'GPU test')} {'was' if skipped == 1 else 'were'} skipped"
+    return WithoutGpu(failed, skipped, f"{what} {where} no GPU ({shortage(run.plan)})")
+
+
+_FAILED = ("failed", "error", "crashed")
+
+
+def _shortage_of_gpus(run: ActiveRun) -> Iterator[str]:
+    """As one of the shortages: where a device is there and has no room."""
+    found = gpu_tests_without_gpu(run)
+    if found is not None and found.failed and not run.plan.absence:
+        yield found.text
 
 
 def _skip(run: ActiveRun) -> list[Advice]:

@@ -50,11 +50,16 @@ class Advice(NamedTuple):
         return " ".join(f"{INI_PREFIX}{key}={value}" for key, value in _written(self.changes))
 
     @property
-    def text(self) -> str:
-        """The suggestion as one sentence, its settings as options of pytest."""
+    def change(self) -> str:
+        """What to change, its settings as options of pytest, and what that gives."""
         options = " ".join(f"-o {setting}" for setting in self.settings.split(" ") if setting)
         change = " and ".join(filter(None, [self.action, options]))
-        return f"{self.why}: {change} {self.gives}".strip()
+        return f"{change} {self.gives}".strip()
+
+    @property
+    def text(self) -> str:
+        """The suggestion as one sentence."""
+        return f"{self.why}: {self.change}".strip()
 
 
 class Case(NamedTuple):

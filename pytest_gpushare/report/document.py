@@ -24,7 +24,7 @@ from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
 from pytest_gpushare.report.advice import amount, assess
 from pytest_gpushare.report.by_host import add_hosts
 from pytest_gpushare.report.header import Line, header, left_out
-from pytest_gpushare.report.summary import verdict
+from pytest_gpushare.report.summary import HINT, verdict
 from pytest_gpushare.report.usage import highest_peaks, leak_in_words, usages
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import RecordedTest, leaks
@@ -368,7 +368,8 @@ _HARMLESS = frozenset(" .,:/%()=")
 
 
 def step_summary(run: ActiveRun, lines: Sequence[Line]) -> str:
-    """Markdown: the devices, the highest peaks of tests, and every problem; text is escaped."""
+    """Markdown: the devices, the highest peaks of tests, what became of Ollama's models, and every
+    problem; text is escaped."""
     parts = ["### gpu-share", "", *_table(run)]
     tests = highest_peaks(run)
     if tests:
@@ -376,10 +377,13 @@ def step_summary(run: ActiveRun, lines: Sequence[Line]) -> str:
         for test in tests:
             assert test.peak is not None
             parts.append(f"| {escaped(test.nodeid)} | {amount(test.peak)} |")
-    problems = [line.text for line in lines if line.problem]
-    problems += [advice.text for advice in assess(run).advice]
-    if problems:
-        parts += ["", *(f"- {escaped(text.strip())}" for text in problems)]
+    told = [
+        line.text.strip()
+        for line in lines
+        if line.problem or line.mark or line.text.startswith(HINT)
+    ]
+    if told:
+        parts += ["", *(f"- {escaped(text)}" for text in told)]
     return "\n".join([*parts, "", ""])
 
 

@@ -23,14 +23,22 @@ if TYPE_CHECKING:
 
 
 class Line(NamedTuple):
-    """A line of output and whether it is one that `-q` must not swallow."""
+    """A line of output."""
 
     text: str
     problem: bool = False
+    """Whether it needs attention."""
+    mark: str = ""
+    """`green` or `red`; empty: yellow for a problem, else plain."""
+
+    @property
+    def colour(self) -> str:
+        """The colour in a terminal; empty: none."""
+        return self.mark or ("yellow" if self.problem else "")
 
 
 class OutputOptions(NamedTuple):
-    """How much of it is wanted, and how wide the terminal is."""
+    """How much of it is wanted, and how wide a picture may be."""
 
     verbosity: int = 0
     """Below 0: problems only; 1 and more: details."""

@@ -14,7 +14,7 @@ from pytest_gpushare.events import Event
 from pytest_gpushare.report.header import Line, OutputOptions
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import leaks
-from pytest_gpushare.text import append_regular, redactor, write_whole
+from pytest_gpushare.text import append_regular, printable, redactor, write_whole
 
 if TYPE_CHECKING:
     import pytest
@@ -27,7 +27,7 @@ def write_reports(document: Mapping[str, Any], files: Sequence[Path]) -> Iterato
             write_whole(path, _text(document, path))
         except Exception as error:
             # A full disk, or whatever else: the tests have their results all the same.
-            yield f"no report in {path.name}: {why(error)}"
+            yield f"no report in {printable(str(path))}: {why(error)}"
 
 
 def _text(document: Mapping[str, Any], path: Path) -> str:
@@ -39,7 +39,7 @@ def _text(document: Mapping[str, Any], path: Path) -> str:
 
 
 def why(error: Exception) -> str:
-    """A reason in a few words, without the path, which may be long and nobody's business."""
+    """A reason in a few words, without the path."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error)[:200] or type(error).__name__
@@ -53,7 +53,7 @@ SUMMARY, ACTIONS = "GITHUB_STEP_SUMMARY", "GITHUB_ACTIONS"
 _WIDE = OutputOptions(0, 400)
 """For readers that are no terminal."""
 
-_PLAIN = str.maketrans("×▁▂▃▄▅▆▇█", "x_.-=+*#@")
+_PLAIN = str.maketrans("×·▁▂▃▄▅▆▇█", "x|_.-=+*#@")
 """Signs that stand for those that a terminal lacks."""
 
 
@@ -62,30 +62,47 @@ Header = Callable[[int], list[Line]]
 
 
 def header_lines(header: Header, config: pytest.Config) -> list[str]:
-    """The header's lines, problems in yellow where pytest uses colour."""
+    """The header's lines, in colour where pytest uses it."""
     writer = config.get_terminal_writer()
     return [
-        writer.markup(encodable(line.text), yellow=True) if line.problem else encodable(line.text)
-        for line in header(_verbosity(config))
+        writer.markup(encodable(line.text), **_markup(line))
+        for line in _laid_out(header(_verbosity(config)), config)
     ]
 
 
-def print_problems(header: Header, config: pytest.Config) -> None:
-    """At -q and under --no-header pytest prints no header: the problems are printed then."""
+def print_problems(header: Header, config: pytest.Config, *, has_summary: bool) -> None:
+    """Print the problems where pytest prints no header: under --no-header, and at -q where no
+    summary will say it."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    no_header = _verbosity(config) < 0 or getattr(config.option, "no_header", False)
-    if reporter is not None and no_header:
-        for line in header(-1):
-            reporter.write_line(encodable(line.text), yellow=True)
+    quiet = _verbosity(config) < 0
+    no_header = quiet or getattr(config.option, "no_header", False)
+    if reporter is not None and no_header and not (quiet and has_summary):
+        _print(header(-1), reporter)
 
 
 def print_summary(run: ActiveRun, reporter: pytest.TerminalReporter) -> None:
-    """What the tests used, and what went wrong, in red where it fails the run."""
-    failed = run.has_failed()
+    """What the tests used, and what went wrong."""
     _annotate(run, reporter)
-    for line in _summary(run, _view(reporter.config)):
-        marks = {"red": failed, "yellow": not failed} if line.problem else {}
-        reporter.write_line(encodable(line.text), **marks)
+    _print(_summary(run, _view(reporter.config)), reporter)
+
+
+def _print(lines: Sequence[Line], reporter: pytest.TerminalReporter) -> None:
+    for line in _laid_out(lines, reporter.config):
+        reporter.write_line(encodable(line.text), **_markup(line))
+
+
+def _markup(line: Line) -> dict[str, bool]:
+    return {line.colour: True} if line.colour else {}
+
+
+def _laid_out(lines: Sequence[Line], config: pytest.Config) -> Sequence[Line]:
+    """The lines as a terminal shows them; in a log or a pipe a fact stays one line."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not reporter.isatty:
+        return lines
+    from pytest_gpushare.report.layout import laid_out
+
+    return laid_out(lines, int(config.get_terminal_writer().fullwidth))
 
 
 def publish(run: ActiveRun, config: pytest.Config, exit_status: int) -> None:
@@ -97,7 +114,8 @@ def publish(run: ActiveRun, config: pytest.Config, exit_status: int) -> None:
     from pytest_gpushare.report.document import document
 
     try:
-        lines = [line.text for line in _summary(run, _view(config))]
+        view = OutputOptions(max(0, _verbosity(config)), _WIDE.columns)
+        lines = [line.text for line in _summary(run, view)]
         whole = document(run, exit_status, lines)
         run.unwritten += write_reports(whole, run.reports)
     except Exception as error:

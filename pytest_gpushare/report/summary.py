@@ -9,9 +9,14 @@ from pytest_gpushare.ollama.history import Life
 from pytest_gpushare.ollama.models import LoadedModel, described
 from pytest_gpushare.ollama.monitor import MonitoredServer
 from pytest_gpushare.ollama.spill import NO_GPU, held_by, uses_no_gpu, why
-from pytest_gpushare.report.advice import declared_too_small, gpu_tests_without_gpu, over_need
+from pytest_gpushare.report.advice import (
+    assess,
+    declared_too_small,
+    gpu_tests_without_gpu,
+    over_need,
+)
 from pytest_gpushare.report.by_host import lost_hosts
-from pytest_gpushare.report.header import Line, OutputOptions
+from pytest_gpushare.report.header import Line, OutputOptions, header
 from pytest_gpushare.report.usage import usage_lines
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.units import format_gb, plural
@@ -39,6 +44,7 @@ def routing(run: ActiveRun) -> Iterator[Line]:
             f"{plural(len(lost), 'test')}; mark with {marker} what needs one: "
             f"{', '.join(names)}{more}{kind}",
             problem=True,
+            mark=_mark(run),
         )
     if parity.by_skip:
         yield Line(
@@ -90,12 +96,6 @@ def needs_exceeded(run: ActiveRun) -> Iterator[Line]:
     yield from _first(texts, "took more VRAM than their needs", problem=True)
 
 
-def without_gpu(run: ActiveRun) -> Iterator[Line]:
-    """GPU tests that failed for lack of a GPU."""
-    for text in gpu_tests_without_gpu(run):
-        yield Line(f"gpu-share: {text}", problem=True)
-
-
 def needs_changed(run: ActiveRun) -> Iterator[Line]:
     """Tests that took another amount than the one by which they are packed."""
     # Elsewhere nothing is admitted by what was learned, and nobody has to know.
@@ -127,6 +127,8 @@ class Word(NamedTuple):
     is_problem: bool = False
     is_ours: bool = False
     """Whether it fails the run under --gpu-share-strict."""
+    mark: str = ""
+    """The colour in a terminal, as of a `Line`."""
 
 
 def verdict(server: MonitoredServer) -> list[Word]:
@@ -151,7 +153,7 @@ def _on(life: Life, server: MonitoredServer) -> Word:
     if not model.is_whole:
         return Word(f"Ollama held {described(model)}")
     where = f"on the GPU ({format_gb(model.size)}, 100 %)"
-    return Word(f"Ollama kept {model.name} {where} {_how_long(life, server)}")
+    return Word(f"Ollama kept {model.name} {where} {_how_long(life, server)}", mark="green")
 
 
 def _how_long(life: Life, server: MonitoredServer) -> str:
@@ -190,7 +192,8 @@ def _spilled(spills: list[Spill], life: Life, server: MonitoredServer) -> Word:
     ]
     if life.gone_at is None and life.model.is_whole:
         details.append(f"by the end all of it was on the GPU again ({format_gb(life.model.size)})")
-    return Word(text, tuple(details), is_problem=True, is_ours=any(s.is_ours for s in spills))
+    is_ours = any(spill.is_ours for spill in spills)
+    return Word(text, tuple(details), is_problem=True, is_ours=is_ours, mark="red")
 
 
 def _spilled_before(life: Life, server: MonitoredServer) -> Word:
@@ -198,7 +201,8 @@ def _spilled_before(life: Life, server: MonitoredServer) -> Word:
     if life.loads and model.is_whole:
         return Word(
             f"Ollama has all of {model.name} on the GPU ({format_gb(model.size)}, 100 %) since a "
-            "reload; before the tests a part of it was on the CPU"
+            "reload; before the tests a part of it was on the CPU",
+            mark="green",
         )
     free = max((held.free for held in server.promise.start.values()), default=None)
     if uses_no_gpu(model, free):
@@ -243,7 +247,12 @@ def _overwritten(run: ActiveRun) -> Iterator[Line]:
     kind = " (an error under --gpu-share-strict)" if run.strict else ""
     for worker, how in sorted(run.overwritten.items()):
         text = f"gpu-share: {worker} does not see the GPU that it was given: {how}{kind}"
-        yield Line(text, problem=True)
+        yield Line(text, problem=True, mark=_mark(run))
+
+
+def _mark(run: ActiveRun) -> str:
+    """Red where a problem of this kind fails the run."""
+    return "red" if run.strict else ""
 
 
 def _verdict(run: ActiveRun) -> Iterator[Line]:
@@ -258,9 +267,9 @@ def _verdict(run: ActiveRun) -> Iterator[Line]:
     for word in verdict(server):
         fails = word.is_ours and run.strict
         kind = " (an error under --gpu-share-strict)" if fails else ""
-        yield Line(f"gpu-share: {word.text}{kind}", word.is_problem)
+        yield Line(f"gpu-share: {word.text}{kind}", word.is_problem, word.mark)
         for detail in word.details:
-            yield Line(f"  {detail}", word.is_problem)
+            yield Line(f"  {detail}", word.is_problem, word.mark)
 
 
 def _unwritten(run: ActiveRun) -> Iterator[Line]:
@@ -282,7 +291,6 @@ _SUMMARY: tuple[Callable[[ActiveRun], Iterator[Line]], ...] = (
     _verdict,
     _model_tests,
     routing,
-    without_gpu,
     out_of_memory,
     needs_exceeded,
     needs_changed,
@@ -290,8 +298,38 @@ _SUMMARY: tuple[Callable[[ActiveRun], Iterator[Line]], ...] = (
 )
 
 
+HINT = "gpu-share: hint:"
+"""How a line begins that says what to change."""
+
+
+def _hints(run: ActiveRun) -> Iterator[Line]:
+    """What to change; at the very end what GPU tests lacked, with the best of it."""
+    advice = list(assess(run).advice)
+    lacking = gpu_tests_without_gpu(run)
+    best = advice.pop(0) if lacking is not None and advice else None
+    for each in advice:
+        yield Line(f"{HINT} {each.text}")
+    if lacking is not None:
+        # Somebody who has them skipped where there is no GPU knows that.
+        is_problem = bool(lacking.failed) or not run.plan.absence
+        change = f": {best.change}" if best is not None else ""
+        yield Line(f"gpu-share: {lacking.text}{change}", is_problem)
+
+
 def summary(run: ActiveRun, view: OutputOptions) -> list[Line]:
-    """The lines after the tests: what they used, and problems that showed while they ran."""
+    """The lines after the tests: problems that showed while they ran, what they used, and what to
+    change; at -q one line where anything needs attention."""
     lines = [line for part in _SUMMARY for line in part(run)]
-    lines += usage_lines(run, view)
-    return [line for line in lines if line.problem or view.verbosity >= 0]
+    lines += [*usage_lines(run, view), *_hints(run)]
+    return lines if view.verbosity >= 0 else _attention(run, lines)
+
+
+def _attention(run: ActiveRun, lines: Sequence[Line]) -> list[Line]:
+    """One line: the gravest problem of the run, its header included, and how many more."""
+    # What is indented belongs to the line above.
+    found = [line for line in lines if line.problem and not line.text.startswith(" ")]
+    found = [*sorted(found, key=lambda line: line.mark != "red"), *header(run, -1)]
+    if len(found) < 2:
+        return found
+    more = plural(len(found) - 1, "more problem")
+    return [found[0]._replace(text=f"{found[0].text} (and {more}: run without -q)")]

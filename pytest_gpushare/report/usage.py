@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pytest_gpushare.gpu.sampler import DevicePeaks, DeviceSamples
 from pytest_gpushare.planning.plan import DevicePlan
-from pytest_gpushare.report.advice import admits_by_needs, amount, assess
+from pytest_gpushare.report.advice import admits_by_needs, amount
 from pytest_gpushare.report.header import Line, OutputOptions
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import Leak, RecordedTest, leaks
@@ -24,8 +24,9 @@ WORTH_TELLING = 64 * MB
 MOST_PEAKS = 5
 _MOST_LEAKS = 3
 _NARROWEST, _WIDEST = 8, 40
+_SPARE = 4
+"""Columns for a blank, and for figures of other devices that are longer."""
 _BARS = "▁▂▃▄▅▆▇█"
-_SHORTEST_ID = 20
 
 
 class Usage(NamedTuple):
@@ -79,9 +80,7 @@ def highest_peaks(run: ActiveRun, most: int = MOST_PEAKS) -> list[RecordedTest]:
 
 
 def usage_lines(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
-    """Devices, leaks and hints; from -v also workers and the highest peaks; nothing at -q."""
-    if view.verbosity < 0:
-        return
+    """Devices and leaks; from -v also workers and the highest peaks."""
     members = [member for member in run.workers if member.role == "gpu"]
     peaks = [member for member in members if member.peak is not None]
     devices = [use for use in usages(run) if use.grown > WORTH_TELLING]
@@ -91,10 +90,9 @@ def usage_lines(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
         for member in members:
             yield _worker(member, run)
         for test in highest_peaks(run):
-            yield Line(_test(test, view))
+            if test.peak is not None:
+                yield Line(f"  VRAM {amount(test.peak)}: {printable(test.nodeid)}")
     yield from _leaks(leaks(run.tests, run.workers), view)
-    for advice in assess(run).advice:
-        yield Line(f"gpu-share: hint: {advice.text}")
 
 
 def _device(use: Usage, view: OutputOptions, counted: bool) -> Line:
@@ -109,7 +107,7 @@ def _device(use: Usage, view: OutputOptions, counted: bool) -> Line:
     elif not counted and plan.workers:
         text += f" (up {format_gb(use.grown)}, by which process is unknown)"
     over = use.is_attributed and plan.reach < peaks.rise
-    room = view.columns - len(text) - 1
+    room = view.columns - len(text) - _SPARE
     if room >= _NARROWEST:
         heights = use.watched.series.heights(min(room, _WIDEST))
         text += f" {sparkline(heights, plan.device.total)}"
@@ -134,16 +132,10 @@ def _worker(member: WorkerRecord, run: ActiveRun) -> Line:
     )
 
 
-def _test(test: RecordedTest, view: OutputOptions) -> str:
-    assert test.peak is not None
-    text = f"  VRAM {amount(test.peak)}: "
-    return text + shortened(test.nodeid, view.columns - len(text))
-
-
 def _leaks(found: Sequence[Leak], view: OutputOptions) -> Iterator[Line]:
     most = len(found) if view.verbosity >= 1 else _MOST_LEAKS
     for leak in found[:most]:
-        yield Line(f"gpu-share: {leak_in_words(leak, view.columns - 11)}", problem=True)
+        yield Line(f"gpu-share: {leak_in_words(leak)}", problem=True)
     if len(found) > most:
         rest = found[most:]
         size = format_gb(sum(leak.size for leak in rest))
@@ -151,27 +143,18 @@ def _leaks(found: Sequence[Leak], view: OutputOptions) -> Iterator[Line]:
         yield Line(f"gpu-share: {who} of VRAM, {size} in all (-v lists them)", problem=True)
 
 
-def leak_in_words(leak: Leak, room: int = 200) -> str:
+def leak_in_words(leak: Leak) -> str:
     """Which test left how much, or among which tests it is."""
-    size, first = format_gb(leak.size), leak.suspects[0]
+    size, first = format_gb(leak.size), printable(leak.suspects[0])
     if leak.among == 1:
-        end = f" left {size} of VRAM behind ({leak.worker})"
-        return shortened(first, room - len(end)) + end
-    start = f"{leak.worker} kept {size} of VRAM, left by one of {leak.among} tests from "
-    return f"{start}{shortened(first, room - len(start) - 3)} on"
+        return f"{first} left {size} of VRAM behind ({leak.worker})"
+    return f"{leak.worker} kept {size} of VRAM, left by one of {leak.among} tests from {first} on"
 
 
 def sparkline(heights: Sequence[int], most: int) -> str:
     """A bar for each height, in eighths of `most`."""
     top = len(_BARS) - 1
     return "".join(_BARS[min(top, height * len(_BARS) // max(1, most))] for height in heights)
-
-
-def shortened(nodeid: str, room: int) -> str:
-    """A node id in so much room, but never below what still says something: its end counts."""
-    nodeid = printable(nodeid)
-    room = max(room, _SHORTEST_ID)
-    return nodeid if len(nodeid) <= room else f"...{nodeid[len(nodeid) - room + 3 :]}"
 
 
 def _part(size: int, of: int) -> str:

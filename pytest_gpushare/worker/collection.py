@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,38 @@ class MarkerReader:
         return said, wanted(
             item.nodeid, said, self._rules, gpu_unless_marked=self._all_are_gpu_tests
         )
+
+
+class MarkerErrors:
+    """Reports invalid arguments of markers as errors of the collection, as pytest reports others.
+
+    Markers that are added after it are read when their test is to run.
+    """
+
+    def __init__(self, reader: MarkerReader) -> None:
+        self._reader = reader
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(
+        self,
+    ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        """Fail the report of a module or class in which a test has such a marker."""
+        report = yield
+        if report.outcome == "passed":
+            # Parametrised tests have one marker, and one error.
+            errors: dict[str, str] = {}
+            for item in report.result:
+                if isinstance(item, pytest.Item):
+                    refusal = self._reader.declared(item.iter_markers()).refusal
+                    if refusal:
+                        errors.setdefault(refusal, item.nodeid)
+            if errors:
+                report.outcome = "failed"
+                report.longrepr = "\n".join(
+                    f"gpu-share: {nodeid}: {refusal}" for refusal, nodeid in errors.items()
+                )
+                report.result = []
+        return report
 
 
 def collected_tests(items: Sequence[pytest.Item], reader: MarkerReader) -> CollectedTests:

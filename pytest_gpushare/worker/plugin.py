@@ -110,8 +110,11 @@ def watch_memory(config: pytest.Config, message: Mapping[str, Any], link: Link) 
 
 def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
     """Run the tests that the controller hands out; without any GPU, as the settings say."""
+    from pytest_gpushare.worker.collection import MarkerErrors, MarkerReader
+
     plugins = config.pluginmanager
     config.stash[TESTS] = message, link
+    plugins.register(MarkerErrors(MarkerReader(message)), "gpu-share-marker-errors")
     if hasattr(config, "workerinput") and not message["absence"]:
         from pytest_gpushare.worker.runner import RunLoop
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from pytest_gpushare.cli import main as command
@@ -12,7 +14,11 @@ from pytest_gpushare.errors import GpuShareError
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ((), 2, "required: COMMAND"),
+        (("doktor",), 2, "'doktor' is no command: did you mean doctor?"),
+        (("Plan",), 2, "did you mean plan?"),
+        (("xyz\x1b[2J",), 2, "the commands are plan, doctor, watch, hold, merge, compare"),
+        (("compare", "a.json"), 2, "the following arguments are required: FILE"),
+        (("--print-completion", "basic"), 2, "--print-completion: allowed is bash, zsh"),
         (("plan", "-n", "many"), 2, "allowed is a number of workers"),
         (("plan", "--cpus", "0"), 2, "is no number of CPUs"),
         (("plan", "--sim", "24GB"), 2, "unrecognized arguments: --sim 24GB"),
@@ -35,6 +41,34 @@ def test_command_line(
     said = capsys.readouterr()
     assert ended.value.code == code
     assert words in " ".join((said.out + said.err).split())
+
+
+def test_alone_it_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    said = capsys.readouterr()
+    assert "exit codes:" in said.out
+    assert said.err == ""
+
+
+def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
+    """shtab's script names each command."""
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(name in script for name in command.COMMANDS)
+
+
+def test_completion_without_shtab(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says what to install."""
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert ended.value.code == 2
+    assert "pip install 'pytest-gpushare[completion]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

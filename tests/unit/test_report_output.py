@@ -83,7 +83,7 @@ def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert list(write_reports({}, [path])) == ["no report in run.json: no space left on device"]
+    assert list(write_reports({}, [path])) == [f"no report in {path}: no space left on device"]
     assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
     assert path.read_text() == "old"
 
@@ -94,10 +94,10 @@ def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
     paths = [tmp_path / "d.json", tmp_path / "file" / "x.json", tmp_path / "ok.json"]
     told = list(write_reports({"schema": 1, "a": float("nan")}, paths[2:]))
     assert len(told) == 1
-    assert told[0].startswith("no report in ok.json: ")
+    assert told[0].startswith(f"no report in {paths[2]}: ")
     first, second = write_reports({"schema": 1}, paths)
-    assert first == "no report in d.json: d.json is a directory"
-    assert second.startswith("no report in x.json: ")
+    assert first == f"no report in {paths[0]}: d.json is a directory"
+    assert second.startswith(f"no report in {paths[1]}: ")
     assert (tmp_path / "ok.json").read_text() == '{"schema":1}\n'
 
 
@@ -114,7 +114,14 @@ def test_no_text_means_anything_to_markdown(text: str) -> None:
 def test_github_table() -> None:
     run = Scene()
     run.ran("test.py::x[<b>|*`a`]", 0, 3, holds=3.0)
-    text = step_summary(run.finish(), [Line("gpu-share: a | b", problem=True), Line("fine")])
+    text = step_summary(
+        run.finish(),
+        [
+            Line("gpu-share: a | b", problem=True),
+            Line("gpu-share: Ollama kept m on the GPU", mark="green"),
+            Line("fine"),
+        ],
+    )
     assert text.splitlines() == [
         "### gpu-share",
         "",
@@ -127,6 +134,7 @@ def test_github_table() -> None:
         "| test.py::x&#91;&#60;b&#62;&#124;&#42;&#96;a&#96;&#93; | at least 3.0 GB |",
         "",
         "- gpu&#45;share: a &#124; b",
+        "- gpu&#45;share: Ollama kept m on the GPU",
         "",
     ]
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
-from pytest_gpushare.report.header import OutputOptions
+from pytest_gpushare.report.header import Line, OutputOptions
+from pytest_gpushare.report.layout import laid_out
 from pytest_gpushare.report.output import in_encoding
 from pytest_gpushare.report.summary import summary
-from pytest_gpushare.report.usage import shortened, sparkline
+from pytest_gpushare.report.usage import sparkline
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import leaks
+from pytest_gpushare.text import width_of
 from pytest_gpushare.units import GB
 
 from .scene import CONTEXT, Scene
@@ -82,13 +84,18 @@ def unused() -> ActiveRun:
 
 @pytest.mark.parametrize("case", [counted, by_nvml, silent, needs, crashed, unused])
 def test_golden(case: Callable[[], ActiveRun]) -> None:
-    """Four verbosities and three widths; a terminal that can show ASCII alone at the end."""
+    """Four verbosities, a pipe and three widths; a terminal that shows ASCII alone at the end."""
     run = case()
-    parts = []
+    parts: list[str] = []
+    told: list[str] = []
     for verbosity, flag in ((-1, "-q"), (0, "default"), (1, "-v"), (2, "-vv")):
-        for columns in (60, 80, 200):
-            lines = [line.text for line in summary(run, OutputOptions(verbosity, columns))]
-            parts += [f"=== {flag}, {columns} columns", *lines]
+        lines = summary(run, OutputOptions(verbosity, 80))
+        parts += [f"=== {flag}, in a pipe", *(line.text for line in lines)]
+        told += [line.text for line in lines]
+        for columns in (60, 80, 120):
+            lines = laid_out(summary(run, OutputOptions(verbosity, columns)), columns)
+            parts += [f"=== {flag}, {columns} columns", *(line.text for line in lines)]
+            check_widths((line.text for line in lines), columns)
     lines = [line.text for line in summary(run, OutputOptions(1, 80))]
     parts += ["=== -v, 80 columns, ASCII", *(in_encoding(line, "ascii") for line in lines)]
     text = "\n".join(parts) + "\n"
@@ -97,8 +104,48 @@ def test_golden(case: Callable[[], ActiveRun]) -> None:
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
     # The founding write-up's grep finds every line.
-    told = [line for line in parts if not line.startswith("===")]
     assert all(any(word in line for word in ("VRAM", "GPU", "workers")) for line in told)
+
+
+def check_widths(lines: Iterable[str], columns: int) -> None:
+    """No line is longer than the terminal, unless it is one word, or -o with its setting."""
+    assert all(width_of(line) <= columns or len(line.split()) <= 2 for line in lines)
+
+
+ACCEPTANCE = Path(__file__).parents[1] / "acceptance" / "golden"
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_every_line_in_a_terminal(columns: int) -> None:
+    """Headers, verdicts and problems, as the acceptance tests have them in a pipe."""
+    names = ("two_devices", "resident", "fallback", "models", "monitor")
+    paths = [path for name in names for path in sorted(ACCEPTANCE.glob(f"{name}_*.txt"))]
+    assert len(paths) > 15
+    parts: list[str] = []
+    for path in paths:
+        whole = [Line(text) for text in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.text for line in laid_out(whole, columns)]
+        check_widths(lines, columns)
+        parts += [f"=== {path.name}", *lines]
+    text = "\n".join(parts) + "\n"
+    path = GOLDEN / f"terminal_{columns}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def test_at_most_one_line_when_quiet() -> None:
+    """The gravest problem, and how many more there are; nothing where nothing is wrong."""
+    assert summary(counted(), OutputOptions(-1)) == [
+        Line(
+            "gpu-share: tests/test_models.py::test_forward[3-some-long-parameter] left 1.0 GB of "
+            "VRAM behind (gw1)",
+            problem=True,
+        )
+    ]
+    (line,) = summary(crashed(), OutputOptions(-1))
+    assert line.text.endswith(" (and 3 more problems: run without -q)")
+    assert summary(needs(), OutputOptions(-1)) == []
 
 
 def test_leaks_are_problems() -> None:
@@ -116,12 +163,6 @@ def test_nothing_of_a_device_that_others_fill() -> None:
 def test_sparkline() -> None:
     assert sparkline([0, 3, 12, 24], 24) == "▁▂▅█"
     assert sparkline([5], 0) == "█"
-
-
-def test_shortened_keeps_the_end() -> None:
-    assert shortened("test_a.py::test_x", 40) == "test_a.py::test_x"
-    assert shortened("a" * 50 + "::test_x", 30) == "..." + "a" * 19 + "::test_x"
-    assert shortened("test_\x1b[31m", 40) == "test_?[31m"
 
 
 def test_a_skipped_test_is_no_suspect() -> None:

@@ -137,7 +137,7 @@ def _conftests(root: Path, until: float) -> Iterator[Path]:
             yield Path(folder, "conftest.py")
 
 
-_PACKAGES = ("pytest", "pytest-xdist", "execnet", "nvidia-ml-py", "httpx", "pynvml", "rich")
+_PACKAGES = ("pytest", "pytest-xdist", "execnet", "nvidia-ml-py", "httpx", "pynvml")
 _TOOLS = ("torch", "vllm", "deepspeed")
 _PATIENCE = 5.0
 """Seconds for an Ollama that did not answer within the time limit of a run."""

@@ -7,7 +7,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from textwrap import wrap
+from functools import lru_cache
+from importlib import metadata
 from typing import Any
 
 from pytest_gpushare.cli.doctor import Finding, Level, Section, broken
@@ -16,7 +17,7 @@ from pytest_gpushare.cli.doctor.machine import devices, driver, ollama, sessions
 from pytest_gpushare.cli.doctor.project import caps, files, packages, plan, settings, tools
 from pytest_gpushare.cli.terminal import FOUND, OK, Piece, Row, show, show_json, terminal_width
 from pytest_gpushare.report.document import PLAN_SCHEMA, generator
-from pytest_gpushare.text import redactor
+from pytest_gpushare.text import redactor, wrapped
 from pytest_gpushare.units import plural
 
 PAGE = "how-to/doctor"
@@ -95,6 +96,8 @@ def rows(sections: Sequence[Section], width: int | None = None) -> Iterator[Row]
             yield from _indented(mark, Piece(f"{finding.fact}{code}"), width)
             if finding.fix:
                 yield from _indented(Piece("       fix: ", "bold"), Piece(finding.fix), width)
+            if address := _address(finding.code):
+                yield [Piece("       see: ", "bold"), Piece(address)]
     yield [Piece("")]
     yield from _indented(Piece(""), _verdict(sections), width)
 
@@ -102,12 +105,10 @@ def rows(sections: Sequence[Section], width: int | None = None) -> Iterator[Row]
 def _indented(head: Piece, text: Piece, width: int | None) -> Iterator[Row]:
     """The text after the head, with a hanging indent where it takes several lines."""
     indent = len(head.text)
-    parts = [text.text]
-    if width is not None:
-        room = max(20, width - indent)
-        parts = wrap(text.text, room, break_long_words=False, break_on_hyphens=False) or [""]
+    whole = " " * indent + text.text
+    parts = [whole] if width is None else wrapped(whole, max(indent + 20, width), indent)
     for number, part in enumerate(parts):
-        yield [Piece(" " * indent) if number else head, Piece(part, text.style)]
+        yield [Piece(" " * indent) if number else head, Piece(part[indent:], text.style)]
 
 
 def document(sections: Sequence[Section]) -> dict[str, Any]:
@@ -126,6 +127,7 @@ def document(sections: Sequence[Section]) -> dict[str, Any]:
                         "code": finding.code or None,
                         "fact": finding.fact,
                         "fix": finding.fix or None,
+                        "url": _address(finding.code) or None,
                         # The older name of the same field.
                         "mend": finding.fix or None,
                     }
@@ -143,8 +145,24 @@ def _verdict(sections: Sequence[Section]) -> Piece:
         return Piece("Nothing to fix.", "green")
     parts = [f"{bad} broken"] if bad else []
     parts += [f"{plural(odd, 'thing')} to look at"] if odd else []
-    where = f"each word in brackets is a section of {PAGE} in the documentation"
-    return Piece(f"{', '.join(parts)}; {where}", "bold red" if bad else "bold yellow")
+    return Piece(", ".join(parts), "bold red" if bad else "bold yellow")
+
+
+@lru_cache(maxsize=1)
+def _documentation() -> str:
+    """The address of the documentation, as the package's metadata has it; else empty."""
+    try:
+        addresses = metadata.metadata(generator()["name"]).get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        return ""
+    found = dict(str(address).partition(", ")[::2] for address in addresses)
+    return found.get("Documentation", "").rstrip("/")
+
+
+def _address(code: str) -> str:
+    """The section about a finding; empty where the finding has none."""
+    base = _documentation()
+    return f"{base}/{PAGE}.html#{code}" if base and code else ""
 
 
 def _count(sections: Sequence[Section], level: Level) -> int:

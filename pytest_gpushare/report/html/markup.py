@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def severity(kind: str) -> str:
 
 
 # Elements that have no end.
-_VOID = frozenset({"input", "link", "meta"})
+_VOID = frozenset({"input", "link", "meta", "wbr"})
 
 # Control characters but for the tab and the end of a line, separators, marks that change the
 # direction of writing, and surrogates, which UTF-8 cannot express.
@@ -128,6 +129,13 @@ def visible(text: str) -> str:
 
 def _safe(text: str) -> str:
     return text if isinstance(text, Markup) else escape(visible(text), quote=True)
+
+
+def breakable(name: str) -> Iterator[str]:
+    """The parts of a name that may be broken after each `_` and `/`."""
+    for part in re.split(r"(?<=[_/])", name):
+        yield part
+        yield tag("wbr")
 
 
 def pairs(held: Iterable[tuple[str, str]]) -> Markup:

@@ -53,17 +53,17 @@ def page(document: Mapping[str, Any]) -> str:
     UTF-8 whatever the names are.
     """
     report = shown(document)
-    style = "".join(map(_asset, _STYLES))
+    style = "".join(map(asset, _STYLES))
     # The licence asks to go wherever the library goes.
-    library = f"/*!\n{_asset('uPlot.LICENSE.txt')}*/\n{_asset('uPlot.iife.min.js')}"
-    own = "".join(_asset(name) for name in _SCRIPTS)
+    library = f"/*!\n{asset('uPlot.LICENSE.txt')}*/\n{asset('uPlot.iife.min.js')}"
+    own = "".join(asset(name) for name in _SCRIPTS)
     # Nothing of ours in the page's global names.
     own = f'(() => {{\n"use strict";\n{own}}})();\n'
     scripts = [library, own]
     head = Markup("").join(
         [
             tag("meta", charset="utf-8"),
-            tag("meta", http_equiv="Content-Security-Policy", content=_policy(style, scripts)),
+            tag("meta", http_equiv="Content-Security-Policy", content=policy(style, scripts)),
             tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
             tag("meta", name="color-scheme", content="light dark"),
             tag("meta", name="generator", content=report.generator),
@@ -85,8 +85,9 @@ def page(document: Mapping[str, Any]) -> str:
     return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', content), lang='en')}\n"
 
 
-def _policy(style: str, scripts: list[str]) -> str:
-    allowed = " ".join(map(_hash, scripts))
+def policy(style: str, scripts: list[str]) -> str:
+    """The Content-Security-Policy that allows these texts and nothing else."""
+    allowed = " ".join(map(_hash, scripts)) or "'none'"
     return (
         f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -97,7 +98,8 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a file of the page's assets."""
     return (_ASSETS / name).read_text(encoding="utf-8")
 
 
@@ -308,7 +310,7 @@ def _timeline(report: Shown) -> Markup:
             "div",
             tag(
                 "p",
-                "Tests stand on the ground, Ollama hangs from the ceiling; between them is what is "
+                "Tests stack up from the bottom, Ollama down from the top; between them is what is "
                 "free. Drag to zoom, double-click for the whole run; keys: arrows, + and −, 0.",
                 cls="hint",
             ),

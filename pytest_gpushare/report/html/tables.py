@@ -7,6 +7,7 @@ from pytest_gpushare.report.html.markup import (
     UNKNOWN,
     Markup,
     Part,
+    breakable,
     clock,
     listed,
     meter,
@@ -149,7 +150,11 @@ def settings(report: Shown) -> Markup:
     """The plan, and each setting with its origin; those that are not defaults first."""
     plan = report.plan
     rows = [
-        [tag("code", f"gpu_share_{key}"), str(setting.get("value")), str(setting.get("origin"))]
+        [
+            tag("code", *breakable(f"gpu_share_{key}")),
+            str(setting.get("value")),
+            str(setting.get("origin")),
+        ]
         for key, setting in sorted(
             plan.settings.items(), key=lambda item: (item[1].get("origin") == "default", item[0])
         )

@@ -1,0 +1,85 @@
+"""`pytest-gpushare compare`: what differs between the reports of two runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pytest_gpushare.cli.terminal import OK, Piece, Row, show, show_json, terminal_width
+from pytest_gpushare.errors import GpuShareError
+from pytest_gpushare.report.html import comparison
+from pytest_gpushare.report.html.comparison import Difference, Section
+from pytest_gpushare.text import width_of, wrapped
+
+_STYLES = {"good": "green", "bad": "red", "": ""}
+_WIDEST = 44
+"""Columns of a name beyond which its figures stand in the next line."""
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Print the comparison, and write it as a page where one is asked for."""
+    from pytest_gpushare.report.reading import read_report
+
+    before, after = (read_report(Path(name)) for name in options.reports)
+    sections = comparison.compare(before, after)
+    if options.page is not None:
+        _write_page(Path(options.page), options.reports, sections)
+    if options.json:
+        show_json(comparison.document(sections))
+    else:
+        show(rows(sections, terminal_width()))
+    return OK
+
+
+def rows(sections: Sequence[Section], width: int | None = None) -> Iterator[Row]:
+    """The lines: a title per section, and a line for each difference."""
+    for number, section in enumerate(sections):
+        if number:
+            yield [Piece("")]
+        yield [Piece(section.title, "bold")]
+        yield from _table(section.rows, width)
+        if section.note:
+            yield [Piece(f"  {section.note}", "dim")]
+
+
+def _table(found: Sequence[Difference], width: int | None) -> Iterator[Row]:
+    name, old, new = (
+        max((width_of(text) for text in texts if width_of(text) <= _WIDEST), default=0)
+        for texts in zip(*((row.name, row.before, row.after) for row in found), strict=True)
+    ) if found else (0, 0, 0)  # fmt: skip
+    for row in found:
+        change = f"  {row.change}" if row.change else ""
+        after = _padded(row.after, new) if change else row.after
+        line = f"  {_padded(row.name, name)}  {_padded(row.before, old)} → {after}"
+        whole = f"{line}{change}"
+        if width is None:
+            # In a file each difference is one line.
+            yield [Piece(" ".join(whole.split()) if _is_long(row) else whole)]
+        elif width_of(whole) <= width and not _is_long(row):
+            yield [Piece(line), Piece(change, _STYLES[row.state])]
+        else:
+            for text in wrapped(f"  {row.name}", width, 4):
+                yield [Piece(text)]
+            for text in wrapped(f"    {row.before} → {row.after}{change}", width, 6):
+                yield [Piece(text, _STYLES[row.state])]
+
+
+def _is_long(row: Difference) -> bool:
+    return any(width_of(text) > _WIDEST for text in (row.name, row.before, row.after))
+
+
+def _padded(text: str, columns: int) -> str:
+    return text + " " * max(0, columns - width_of(text))
+
+
+def _write_page(path: Path, names: Sequence[str], sections: Sequence[Section]) -> None:
+    from pytest_gpushare.report.html.comparison_page import page
+    from pytest_gpushare.text import write_whole
+
+    if path.suffix.lower() != ".html":
+        raise GpuShareError(f"-o {path}: allowed is a file that ends in .html")
+    try:
+        write_whole(path, page(names, sections))
+    except OSError as error:
+        raise GpuShareError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,269 @@
+"""What differs between the reports of two runs: peaks, durations, outcomes, Ollama, settings.
+
+Works on report documents of schema version 1; nothing is required of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pytest_gpushare.report.html.markup import UNKNOWN, size, span
+from pytest_gpushare.report.html.shown import Shown, ShownModel, ShownTest, shown
+from pytest_gpushare.text import one_line
+from pytest_gpushare.units import GB, MB, plural
+
+MOST_TESTS = 10
+"""Tests that are listed, of each kind of difference."""
+_LONGEST = 200
+
+# Below these nothing has changed: clocks and allocators differ from run to run.
+_LEAST_SECONDS, _LEAST_BYTES, _LEAST_PART = 0.5, 64 * MB, 0.1
+
+
+class Difference(NamedTuple):
+    """One figure or fact of both runs."""
+
+    name: str
+    before: str
+    after: str
+    change: str = ""
+    """`+1.2 GB`, `-35 %`; empty where there is no measure."""
+    state: str = ""
+    """`good` or `bad` where that can be said, else empty."""
+
+
+class Section(NamedTuple):
+    """The differences of one subject."""
+
+    title: str
+    rows: tuple[Difference, ...]
+    note: str = ""
+    """How many more there are, or what cannot be compared."""
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Section]:
+    """The sections, without those in which nothing differs; `Run` is always there."""
+    old, new = shown(before), shown(after)
+    sections = [
+        Section("Run", tuple(_run(old, new))),
+        _devices(old, new),
+        *_tests(old, new),
+        Section("Ollama", tuple(_ollama(old, new))),
+        Section("Settings", tuple(_settings(old, new))),
+    ]
+    return [section for section in sections if section.rows or section.note]
+
+
+def _run(old: Shown, new: Shown) -> Iterator[Difference]:
+    yield Difference("started", _text(old.run.started), _text(new.run.started))
+    yield _duration("duration", old.run.duration_s, new.run.duration_s)
+    counts = [Counter(_text(test.outcome) for test in report.tests) for report in (old, new)]
+    for outcome in sorted(counts[0] | counts[1]):
+        before, more = counts[0][outcome], counts[1][outcome] - counts[0][outcome]
+        better = _BETTER.get(outcome)
+        state = "" if better is None or not more else "good" if (more > 0) == better else "bad"
+        change = f"{more:+d}" if more else ""
+        yield Difference(outcome, str(before), str(before + more), change, state)
+    for name, one, other in (
+        ("GPU workers", old.plan.gpu_workers, new.plan.gpu_workers),
+        ("CPU workers", old.plan.cpu_workers, new.plan.cpu_workers),
+    ):
+        yield Difference(name, _text(one), _text(other))
+    limits = [", ".join(report.plan.limited_by) for report in (old, new)]
+    yield from _changed("limited by", *limits)
+    for name in ("driver", "pytest", "xdist", "python", "platform", "simulated"):
+        yield from _changed(name, getattr(old.run, name), getattr(new.run, name))
+    yield from _changed("written by", old.generator, new.generator)
+
+
+_BETTER = {"passed": True, "failed": False, "error": False, "crashed": False}
+"""Outcome -> whether more of it is better."""
+
+
+def _devices(old: Shown, new: Shown) -> Section:
+    after = {device.uuid: device for device in new.devices}
+    pairs = [(one, after[one.uuid]) for one in old.devices if one.uuid in after]
+    note = ""
+    if not pairs and old.devices and new.devices:
+        # Two machines: device by device, as they are numbered.
+        pairs = list(zip(old.devices, new.devices, strict=False))
+        note = "the devices are not the same: they are compared by their order"
+    rows: list[Difference] = []
+    for one, other in pairs:
+        name = one_line(other.label, _LONGEST)
+        rows += _changed(f"{name} name", one.name, other.name)
+        for what, attribute, is_total in _OF_DEVICE:
+            figures = (getattr(device, attribute) for device in (one, other))
+            rows += _bytes(f"{name} {what}", *figures, always=is_total)
+    return Section("VRAM", tuple(rows), note)
+
+
+_OF_DEVICE = (
+    ("peak in use", "peak_used_bytes", True),
+    ("peak of tests", "peak_tests_bytes", True),
+    ("usable for tests", "budget_bytes", False),
+    ("kept for Ollama", "reservation_bytes", False),
+    ("total", "total_bytes", False),
+)
+
+
+def _tests(old: Shown, new: Shown) -> Iterator[Section]:
+    before = {test.nodeid: test for test in old.tests}
+    after = {test.nodeid: test for test in new.tests}
+    both = [(one, after[nodeid]) for nodeid, one in before.items() if nodeid in after]
+    outcomes = [
+        Difference(
+            _name(one),
+            _text(one.outcome),
+            _text(other.outcome),
+            "",
+            _STATES.get(_text(other.outcome), ""),
+        )
+        for one, other in both
+        if one.outcome != other.outcome
+    ]
+    yield _listed("Outcomes", outcomes)
+    yield _listed("Peaks of tests", _largest(both, lambda test: test.peak_bytes, _peaks))
+    yield _listed("Durations of tests", _largest(both, _took, _durations))
+    rows = [Difference(_name(t), "ran", "did not run") for n, t in before.items() if n not in after]
+    rows += [
+        Difference(_name(t), "did not run", "ran") for n, t in after.items() if n not in before
+    ]
+    yield _listed("Tests of one run only", rows)
+
+
+def _outcome(one: ShownTest, other: ShownTest) -> Difference:
+    now = _text(other.outcome)
+    return Difference(_name(one), _text(one.outcome), now, "", _STATES.get(now, ""))
+
+
+_STATES = {"passed": "good", "failed": "bad", "error": "bad", "crashed": "bad"}
+
+_Pair = tuple[ShownTest, ShownTest]
+
+
+def _largest(
+    both: Sequence[_Pair],
+    figure: Callable[[ShownTest], float | None],
+    rows: Callable[[ShownTest, ShownTest], Iterator[Difference]],
+) -> list[Difference]:
+    """The rows of tests whose figure changed, the largest change first."""
+    found: list[tuple[float, Difference]] = []
+    for one, other in both:
+        before, after = figure(one), figure(other)
+        if before is not None and after is not None:
+            found += [(abs(after - before), row) for row in rows(one, other)]
+    return [row for _, row in sorted(found, key=lambda pair: (-pair[0], pair[1].name))]
+
+
+def _peaks(one: ShownTest, other: ShownTest) -> Iterator[Difference]:
+    for row in _bytes(_name(one), one.peak_bytes, other.peak_bytes):
+        least = ["" if test.peak_exact else "at least " for test in (one, other)]
+        # Lower bounds are no measure of what has changed.
+        change = "" if any(least) else row.change
+        yield Difference(row.name, least[0] + row.before, least[1] + row.after, change)
+
+
+def _durations(one: ShownTest, other: ShownTest) -> Iterator[Difference]:
+    row = _duration(_name(one), _took(one), _took(other))
+    if row.state:
+        yield row
+
+
+def _took(test: ShownTest) -> float | None:
+    unknown = test.start_s is None or test.end_s is None
+    return None if unknown else (test.end_s or 0) - (test.start_s or 0)
+
+
+def _listed(title: str, rows: Sequence[Difference]) -> Section:
+    more = len(rows) - MOST_TESTS
+    note = f"and {plural(more, 'more test')}" if more > 0 else ""
+    return Section(title, tuple(rows[:MOST_TESTS]), note)
+
+
+def _ollama(old: Shown, new: Shown) -> Iterator[Difference]:
+    servers = (old.ollama, new.ollama)
+    yield from _changed("version", *(server and server.version for server in servers))
+    yield from _changed("answered", *(server and server.answered for server in servers))
+    models = [{model.name: model for model in report.models} for report in (old, new)]
+    for name in dict.fromkeys([*models[0], *models[1]]):
+        placed = (_placed(held.get(name)) for held in models)
+        yield from _changed(one_line(name, _LONGEST), *placed)
+    verdicts = ["; ".join(server.verdict) if server else "" for server in servers]
+    spilled = [bool(server and server.spilled_under_tests) for server in servers]
+    state = "" if spilled[0] == spilled[1] else "bad" if spilled[1] else "good"
+    for row in _changed("verdict", *verdicts):
+        yield row._replace(state=state)
+
+
+def _placed(model: ShownModel | None) -> str:
+    if model is None:
+        return "not loaded"
+    return f"{size(model.size_vram_bytes)} of {size(model.size_bytes)} on the GPU"
+
+
+def _settings(old: Shown, new: Shown) -> Iterator[Difference]:
+    before, after = old.plan.settings, new.plan.settings
+    for key in dict.fromkeys([*before, *after]):
+        values = (settings.get(key, {}).get("value") for settings in (before, after))
+        yield from _changed(f"gpu_share_{one_line(key, 80)}", *values)
+
+
+def _changed(name: str, before: object, after: object) -> Iterator[Difference]:
+    if before != after:
+        yield Difference(name, _text(before), _text(after))
+
+
+def _duration(name: str, before: float | None, after: float | None) -> Difference:
+    """A row of durations; without a state where it hardly changed."""
+    if before is None or after is None:
+        return Difference(name, span(before), span(after))
+    change = f"{100 * (after - before) / before:+.0f} %" if before > 0 else ""
+    state = ""
+    if abs(after - before) >= max(_LEAST_SECONDS, _LEAST_PART * before):
+        state = "bad" if after > before else "good"
+    return Difference(name, span(before), span(after), change, state)
+
+
+def _bytes(
+    name: str, before: float | None, after: float | None, *, always: bool = False
+) -> Iterator[Difference]:
+    """A row of sizes; none where they hardly changed, unless `always`."""
+    change = ""
+    if before is not None and after is not None:
+        more = after - before
+        always = always or abs(more) >= max(_LEAST_BYTES, _LEAST_PART * before)
+        if abs(more) >= GB / 100:
+            change = f"{'+' if more > 0 else '-'}{size(abs(more))}"
+    if always or (before is None) != (after is None):
+        yield Difference(name, size(before), size(after), change)
+
+
+def _text(value: object) -> str:
+    """A text, a number or a boolean of a document."""
+    if value is None or value == "":
+        return UNKNOWN
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return one_line(f"{value:g}" if isinstance(value, float) else str(value), 4 * _LONGEST)
+
+
+def _name(test: ShownTest) -> str:
+    return one_line(test.nodeid, 4 * _LONGEST)
+
+
+def document(sections: Sequence[Section]) -> dict[str, Any]:
+    """The comparison as a JSON document, its figures as they are shown."""
+    return {
+        "schema": 1,
+        "sections": [
+            {
+                "title": section.title,
+                "note": section.note or None,
+                "rows": [row._asdict() for row in section.rows],
+            }
+            for section in sections
+        ],
+    }
