@@ -12,8 +12,9 @@ Names of xdist and execnet that are used:
 - `DSession._clone_node`, `report_line`, `triggershutdown`, `_active_nodes`, `nodemanager` (since
   1.0): a worker of a host that is gone is not replaced. Without them xdist replaces it, and the
   run ends with its error.
-- `Gateway._io.kill` of execnet (since 1.0): ends the login of a host that is silent. Without it
-  ssh's own limit does.
+- `Gateway._io` of execnet and its `kill` and `wait` (since 1.0), `Group._gateways_to_join`: end the
+  login of a host that is silent, and ask nothing of one that is gone. Without them ssh's own limit
+  ends it, and execnet reports the lost gateways as an error at the end of the run.
 - The schedulers' `numnodes` (since 1.0): a host that is lost before it has collected is not waited
   for.
 """
@@ -31,6 +32,7 @@ from pytest_gpushare.compat.xdist_options import distribute
 if TYPE_CHECKING:
     import pytest
 
+_END = 2.0
 _DEATHS_FOR_EACH = 4
 """xdist replaces so many workers for each that it starts, where -n gives their number."""
 
@@ -67,6 +69,10 @@ def write_workers(options: Any, proxies: Sequence[str], specs: Sequence[str], co
     if options.maxworkerrestart is None:
         # Without -n it would replace them without a limit.
         options.maxworkerrestart = str(_DEATHS_FOR_EACH * count)
+
+
+def _nothing() -> None:
+    """In place of a question to a host that is gone."""
 
 
 class WorkerStart(NamedTuple):
@@ -176,3 +182,20 @@ class Replacements:
         if gateway is not None:
             with contextlib.suppress(Exception):
                 gateway._io.kill()
+
+    def forget(self, name: str) -> None:
+        """Do not fail at the end for what ran through the gateway of this name: it is gone."""
+        group = getattr(getattr(self._session, "nodemanager", None), "group", ())
+        waiting = getattr(group, "_gateways_to_join", ())
+        for gateway in (*group, *waiting):
+            io = getattr(gateway, "_io", None)
+            if io is not None and gateway.spec.via == name:
+                io.wait = _nothing
+                io.kill = _nothing
+
+    def end_all(self) -> None:
+        """End all gateways: xdist does not where it could not start its workers."""
+        group = getattr(getattr(self._session, "nodemanager", None), "group", None)
+        if group is not None:
+            with contextlib.suppress(Exception):
+                group.terminate(_END)

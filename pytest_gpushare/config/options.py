@@ -103,7 +103,8 @@ SWITCHES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     (
         "--gpu-share-report",
         "append",
-        "write what happened to FILE.json or FILE.html after the tests (repeatable)",
+        "write what happened to FILE.json or FILE.html after the tests; {host} and {job} in its "
+        "name make it unique among shards (repeatable)",
         {"metavar": "FILE"},
     ),
 )

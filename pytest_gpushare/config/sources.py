@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -374,6 +376,37 @@ def unused_options(config: pytest.Config) -> str:
     return text
 
 
+_JOBS = (
+    ("SLURM_JOB_ID", "SLURM_PROCID"),
+    ("JOB_COMPLETION_INDEX",),
+    ("BUILDKITE_JOB_ID",),
+    ("CI_JOB_ID",),
+    ("GITHUB_RUN_ID", "GITHUB_JOB", "RUNNER_NAME"),
+)
+"""The variables by which an engine names one job among those that run at the same time."""
+
+
+def job_name(environment: Mapping[str, str] = os.environ) -> str:
+    """A name for the job or shard that this process runs in; outside of one, its PID."""
+    for names in _JOBS:
+        values = [environment.get(name, "") for name in names]
+        if values[0]:
+            return _file_name("-".join(filter(None, values)))
+    return str(os.getpid())
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]", "-", text)[:80].strip(".") or "unknown"
+
+
+def _filled(text: str) -> str:
+    """A name of a report with this host and job in it, so that shards write different files."""
+    if "{" not in text:
+        return text
+    host = _file_name(platform.node().partition(".")[0])
+    return text.replace("{host}", host).replace("{job}", job_name())
+
+
 def report_files(
     given: Sequence[str] | None, directory: Path, flag: str = "--gpu-share-report"
 ) -> tuple[Path, ...]:
@@ -390,7 +423,7 @@ def report_files(
                 f"file that ends in {' or '.join(_REPORT_FORMATS)}"
             )
         try:
-            path = directory / Path(text).expanduser()
+            path = directory / Path(_filled(text)).expanduser()
         except RuntimeError:
             raise SettingsError(f"{flag} {name}: no such home directory: check the path") from None
         found[path] = None

@@ -236,6 +236,9 @@ class VramDispatch:
             said = {one for _, found in kinds.on_cpu for one in found.declared}
             rules = self._started.settings.ollama_tests
             return can_run and (bool(rules) or any(one.llm is not None for one in said))
+        if self._started.hosts:
+            # xdist's own scheduler does not know what a host that is lost had not begun.
+            return can_run
         if not (kinds.on_cpu or self._may_have_needs(kinds)):
             return False
         if not can_run:
@@ -282,7 +285,8 @@ class VramDispatch:
         if not started.plan.slots and not weighed.uses:
             return None
         packs = "packed" in started.settings.presets
-        if not (weighed.has_needs or kinds.on_cpu or packs or weighed.uses):
+        routes = kinds.on_cpu or weighed.uses or started.hosts
+        if not (weighed.has_needs or packs or routes):
             return None
         marks = weighed.uses or any(job.marked for job in weighed.jobs)
         if started.plan.request.fixed and not marks:

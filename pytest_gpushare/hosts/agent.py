@@ -6,6 +6,8 @@ It holds the host's lease, and ends with its standard input: with the controller
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -63,9 +65,11 @@ def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
         send_whole({"kind": "refused", "text": str(error)})
         return
     agent = _Agent(facts, send_whole)
+    cache = ""
     try:
+        cache = _written(request["cache"])
         state.wait(_GIT)
-        send_whole(_answer(facts, state.value or Checkout()))
+        send_whole(_answer(facts, state.value or Checkout(), cache))
         if request["only_asks"]:
             return
         agent.serve(lines)
@@ -75,6 +79,8 @@ def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
     finally:
         agent.stop()
         facts.close()
+        if cache:
+            shutil.rmtree(cache, ignore_errors=True)
 
 
 def _start(request: Mapping[str, Any]) -> StartFacts:
@@ -89,6 +95,18 @@ def _start(request: Mapping[str, Any]) -> StartFacts:
         no_gpu_tests=request["no_gpu_tests"],
         terms=Terms(Path.cwd(), only_asks=request["only_asks"]),
     )
+
+
+def _written(files: Mapping[str, str]) -> str:
+    """A directory for pytest's cache with these files; empty where there are none."""
+    if not files:
+        return ""
+    directory = tempfile.mkdtemp(prefix="gpu-share-cache-")
+    for name, text in files.items():
+        path = Path(directory, *name.split("/"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return directory
 
 
 def settings_as_texts(settings: Settings) -> dict[str, str]:
@@ -112,7 +130,7 @@ def settings_of(texts: Mapping[str, str]) -> Settings:
     return replace(Settings(**values), fallback_to_cpu_when_constrained=True, ollama_preload=False)
 
 
-def _answer(facts: StartFacts, checkout: Checkout) -> dict[str, Any]:
+def _answer(facts: StartFacts, checkout: Checkout, cache: str) -> dict[str, Any]:
     outer = without_caps_of_outer_run(os.environ)
     path = facts.lessee.ledger.record_path if facts.lessee is not None else None
     return encode(
@@ -129,6 +147,7 @@ def _answer(facts: StartFacts, checkout: Checkout) -> dict[str, Any]:
             facts.notes,
             facts.leases,
             checkout,
+            cache,
         )
     )
 

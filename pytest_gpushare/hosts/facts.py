@@ -58,6 +58,7 @@ class HostAnswer(NamedTuple):
     notes: tuple[str, ...]
     leases: tuple[str, ...]
     checkout: Checkout
+    cache: str
 
 
 class HostFacts(NamedTuple):
@@ -79,6 +80,8 @@ class HostFacts(NamedTuple):
     notes: tuple[str, ...]
     leases: tuple[str, ...]
     checkout: Checkout
+    cache: str
+    """The directory with the controller's cache of pytest there; empty: it is not needed."""
 
 
 def encode(answer: HostAnswer) -> dict[str, Any]:
@@ -115,6 +118,7 @@ def encode(answer: HostAnswer) -> dict[str, Any]:
         "leases": list(answer.leases),
         "commit": answer.checkout.commit,
         "changes": answer.checkout.changes,
+        "cache": answer.cache,
     }
 
 
@@ -277,6 +281,7 @@ def decode(message: object, host: str) -> HostFacts:
         found.texts("notes"),
         found.texts("leases"),
         Checkout(found.text_or_none("commit"), found.text_or_none("changes")),
+        found.text("cache", 4096),
     )
 
 

@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +26,6 @@ from pytest_gpushare.hosts.specs import HostSpec, proxy_id
 from pytest_gpushare.planning.placement import (
     NUMBER,
     PlacementContext,
-    message_of_tests,
-    message_to,
     seen,
     worker_environment,
 )
@@ -63,6 +61,8 @@ class HostPart:
     connection: Connection | None = None
     python: str = ""
     """The version of Python there."""
+    cache: str = ""
+    """The directory of pytest's cache for its workers; empty: the usual one."""
     notes: tuple[str, ...] = ()
     lost: str = ""
     """Why it takes no part any more; empty while it does."""
@@ -282,18 +282,15 @@ class HostedRun(ActiveRun):
     def _message(self, number: int) -> dict[str, Any]:
         part = self._hosts_of_numbers[number]
         own = part.own_number(number, len(self.plan.slots))
-        message = message_to(part.plan, own, part.around)
-        tests = message_of_tests(self.settings, part.plan, part.around)
+        lease = part.lease if part.number else self._lease_path
+        message = self._message_by(part.plan, own, part.around, lease)
+        tests = message["tests"]
         tests["absence"] = "" if self.plan.slots else shortage(self.plan)
         tests["budget"] = self.plan.usable
         tests["devices"] = self._most_devices
-        memory = {
-            "context": self.context_of(message["place"]["name"]),
-            "empty_caches": self.settings.empty_caches,
-            "needs": self.has_needs,
-        }
-        lease = part.lease if part.number else self._lease_path
-        return {**message, "memory": memory, "tests": tests, "lease": lease, "number": number}
+        if part.number and part.ollama.asked:
+            tests["ollama"]["url"] = f"http://{part.ollama.address}"
+        return {**message, "number": number}
 
     @cached_property
     def _most_devices(self) -> int:
@@ -327,6 +324,8 @@ class HostedRun(ActiveRun):
         arguments = [self._there(part, text) for text in start.arguments]
         if not any(text.startswith("--rootdir") for text in arguments):
             arguments = [f"--rootdir={part.root}", *arguments]
+        if part.cache:
+            arguments = ["-o", f"cache_dir={part.cache}", *arguments]
         basetemp = None
         if self._basetemp is not None:
             # Each worker empties its own when it starts.
@@ -377,9 +376,35 @@ class HostHooks:
         self._replacements: Replacements | None = None
         self._problems: dict[str, str] = {}
 
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionstart(self) -> Generator[None, Any, Any]:
+        """Follow the hosts from before xdist starts the workers; one may be lost meanwhile."""
+        self._begin()
+        try:
+            return (yield)
+        except Exception:
+            lost = [part.name for part in self._run.parts if self._is_lost(part)]
+            if not lost or self._replacements is None:
+                raise
+            self._replacements.end_all()
+            hosts = ", ".join(lost)
+            raise pytest.UsageError(
+                f"gpu-share: host {hosts}: lost while its workers were started: start the run again"
+            ) from None
+
     @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionstart(self) -> None:
-        """xdist is there, and its workers are not."""
+    def pytest_sessionfinish(self) -> None:
+        """Before xdist ends its workers: those of lost hosts are gone."""
+        for part in self._run.parts:
+            if self._is_lost(part) and self._replacements is not None:
+                self._replacements.forget(proxy_id(part.number))
+
+    def _is_lost(self, part: HostPart) -> bool:
+        if not part.number or not part.plan.workers or self._replacements is None:
+            return False
+        return bool(part.lost) or not self._replacements.is_connected(proxy_id(part.number))
+
+    def _begin(self) -> None:
         self._replacements = Replacements(self._plugins)
         self._replacements.ask(self._refusal)
         for part in self._run.parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,8 @@ from pytest_gpushare.session.start import (
     settings_of_run,
     start_locally,
 )
-from pytest_gpushare.text import one_line
+from pytest_gpushare.text import one_line, read_regular
+from pytest_gpushare.units import MB
 
 if TYPE_CHECKING:
     import pytest
@@ -115,6 +117,7 @@ def _connect(
         "contexts": dict(recall_contexts(config)),
         "no_gpu_tests": f"-m {expression!r} selects no GPU test" if excluded else "",
         "only_asks": only_asks(config),
+        "cache": _cache(config),
     }
     below = _below_root(config)
     found = []
@@ -123,6 +126,24 @@ def _connect(
             connection = Connection(_below(spec, below), request)
             stack.callback(connection.close)
             found.append(connection)
+    return found
+
+
+_SELECTING = ("lf", "failedfirst", "newfirst", "stepwise")
+_CACHED = ("v/cache/lastfailed", "v/cache/nodeids", "v/cache/stepwise")
+_MOST_CACHED = 16 * MB
+
+
+def _cache(config: pytest.Config) -> dict[str, str]:
+    """pytest's cache of earlier runs, where options select tests by it: name -> content."""
+    if not any(getattr(config.option, name, False) for name in _SELECTING):
+        return {}
+    found = {}
+    with contextlib.suppress(ValueError, KeyError):
+        directory = config.rootpath / config.getini("cache_dir")
+        for name in _CACHED:
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                found[name] = read_regular(directory / name, _MOST_CACHED).decode()
     return found
 
 
@@ -283,6 +304,7 @@ def _parts(
                 hello.path,
                 connection,
                 hello.python,
+                facts.cache,
                 facts.notes,
             )
         )

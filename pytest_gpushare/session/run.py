@@ -451,17 +451,22 @@ class ActiveRun:
         return (server or candidates(self.settings.ollama_host, os.environ)[0].address).url
 
     def _message(self, number: int) -> dict[str, Any]:
-        message = message_to(self.plan, number, self.around)
+        return self._message_by(self.plan, number, self.around, self._lease_path)
+
+    def _message_by(
+        self, plan: Plan, number: int, around: PlacementContext, lease: str
+    ) -> dict[str, Any]:
+        """The message to the worker of this number in a plan, which is its host's."""
+        message = message_to(plan, number, around)
         memory = {
             "context": self.context_of(message["place"]["name"]),
             "empty_caches": self.settings.empty_caches,
             "needs": self.has_needs,
         }
-        tests = message_of_tests(self.settings, self.plan, self.around)
+        tests = message_of_tests(self.settings, plan, around)
         tests["ollama"]["url"] = self._ollama_url
         tests["ollama"]["dispatched"] = not self.plan.request.in_process
         acquire = list(AcquireTerms.of(self.settings))
-        lease = self._lease_path
         return {**message, "memory": memory, "tests": tests, "lease": lease, "acquire": acquire}
 
     @property
