@@ -302,6 +302,8 @@ class Dispatcher:
                 self._gpu.note_change()
             elif (was_helped or not job.marked) and self._cpu.could_run(test):
                 cpu.append(test)
+            elif self._alone is not None:
+                units.append(Unit([test]))
             elif units and job.group and units[-1].key == job.group:
                 units[-1].tests.append(test)
             else:

@@ -64,6 +64,8 @@ class RunLoop:
         self._asked: int | None = None
         """The test of which it was asked what follows, by index."""
         self._index = -1
+        self._waited = 0.0
+        """Seconds for which the test that runs now waited for the next one to be known."""
         self._parked = False
         """Whether nothing follows for now."""
         self._ending = False
@@ -184,8 +186,10 @@ class RunLoop:
 
     def _next_item(self, interactor: Interactor) -> pytest.Item | None:
         """The test that follows; None: none, or none that is known, so all is torn down."""
+        start = time.perf_counter()
         while not (self._queue or self._parked or self._ending):
             self._receive(interactor)
+        self._waited += time.perf_counter() - start
         return self._items[self._queue[0]] if self._queue else None
 
     def _run_one(self, index: int, interactor: Interactor, *, looks_ahead: bool) -> None:
@@ -201,9 +205,9 @@ class RunLoop:
             nextitem: pytest.Item | None = self._items[follows]
         else:
             nextitem = None if self._own else self._next_item(interactor)
-        start = time.perf_counter()
+        start, self._waited = time.perf_counter(), 0.0
         self._config.hook.pytest_runtest_protocol(item=item, nextitem=nextitem)
-        interactor.complete(index, time.perf_counter() - start)
+        interactor.complete(index, time.perf_counter() - start - self._waited)
 
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         """As pytest itself runs a test, but that the next one is asked for after the call."""

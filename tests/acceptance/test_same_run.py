@@ -385,8 +385,12 @@ def test_order_after_a_crash(options: tuple[str, ...], project: Project, same: S
         import os, time
         import pytest
 
+        @pytest.fixture(scope="module")
+        def shared():
+            yield
+
         @pytest.mark.parametrize("i", range(24))
-        def test_each(i):
+        def test_each(i, shared):
             if i in (1, 9, 20):
                 os._exit(3)
             if i in (4, 5):

@@ -16,7 +16,8 @@ EXCEPTIONS = {
     "order after a crash": (
         "With `--dist` of another kind than load, what a dead worker leaves goes to the end of "
         "xdist's queue, in groups of which as many as had been sent; ours goes on where it was. "
-        "With one worker and load the order is stock's."
+        "With one worker and load the order is that of one of up to four stock runs: it depends on "
+        "which tests lasted 0.1 s or more."
     ),
     "worker's end": (
         "A worker that ends in the teardown of a module or class (`pytest.exit` there) is reported "
@@ -25,8 +26,7 @@ EXCEPTIONS = {
     ),
     "errors after a crash": (
         "How many wider teardowns fail depends on the distribution. Where no replay can tell, "
-        "after a crash or with a scheduler of the project's own, there must be errors where stock "
-        "has any."
+        "after a crash, there must be errors where stock has any."
     ),
     "last failed": (
         "`--lf`, `--ff` and `--nf` with two workers or more choose by what failed in the run "
@@ -36,7 +36,8 @@ EXCEPTIONS = {
     "distribution": (
         "Beside two workers or more, which worker runs which test is the scheduler's decision; "
         "stock differs from itself, too. What depends on it: the test that bears the error of a "
-        "wider teardown, how many tests run before a run is cut short, and the order of reports. "
+        "wider teardown, and so whether an expected failure hides that error and the run passes; "
+        "how many tests run before a run is cut short; the order of reports. "
         "Such a difference is none where stock, with one worker, makes the same reports of the "
         "same tests in the same order."
     ),

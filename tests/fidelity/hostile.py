@@ -16,7 +16,7 @@ class Hostile(NamedTuple):
     cuts_short: bool = False
     """Whether it may end the run early."""
     another_scheduler: bool = False
-    """Whether it brings a scheduler, in whose favour ours stands aside."""
+    """Whether it brings a scheduler: ours takes its place where tests have needs."""
     distribution: bool = False
     """Whether it sees the distribution of tests between workers."""
 

@@ -51,10 +51,12 @@ def compare(
     ours = one("ours", [*shared, *([] if STOCK_TWICE else [*OURS, *case.ours])])
     if case.workers == 1:
         found = exactly(one_more(), ours, dist=case.dist)
+        while found and case.crashes and len(stock) < 4:
+            # Who had been sent how many tests depends on which of them lasted 0.1 s.
+            found = exactly(one_more(), ours, dist=case.dist)
     else:
         # A crash leaves the rest to another worker, and a step before chooses the tests.
-        # A scheduler of the project's own would deal the tests anew.
-        whole = not (case.cut_short or case.crashes or case.steps or case.another_scheduler)
+        whole = not (case.cut_short or case.crashes or case.steps)
         found = within(
             one_more, ours, cut_short=case.cut_short, most=5, replay=replay if whole else None
         )

@@ -50,6 +50,15 @@ class Controller:
     def note(self, *row):
         _note(self.config, *row)
 
+    @pytest.hookimpl(optionalhook=True, tryfirst=True)
+    def pytest_xdist_make_scheduler(self, config, log):
+        """The tests that `FIDELITY_ORDER` names run in that order, whatever `--dist` says."""
+        if "FIDELITY_ORDER" in os.environ:
+            from xdist.scheduler import LoadScheduling
+
+            return LoadScheduling(config, log)
+        return None
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report):
         node = getattr(report, "node", None)
