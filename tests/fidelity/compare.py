@@ -98,8 +98,8 @@ def replayed(ours: Run, replay: Callable[[list[str]], Run]) -> list[str]:
         mine = [_report(it) for it in ours.reports if it["worker"] == rows[0][0]]
         theirs = [_report(it) for it in again.reports]
         # The worker's own progress, which it prints into what subtests capture.
-        # And the number that a hostile conftest gives to it.
-        own = r" *\[ *\d+%\]|\['number', '\d+'\]"
+        # The number that a hostile conftest gives to it, and how many tests pytest collected.
+        own = r" *\[ *\d+%\]|\['number', '\d+'\]|testscollected=\d+"
         mine, theirs = ([re.sub(own, "", it) for it in side] for side in (mine, theirs))
         found += _differ(f"reports of {rows[0][0]} and their replay", theirs, mine)
         for kind in ("phase", "next", "makereport", "up", "down"):
