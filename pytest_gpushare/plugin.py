@@ -320,7 +320,7 @@ def _options_if_asked(early_config: pytest.Config) -> Any | None:
 def _start_of(config: pytest.Config) -> Callable[..., ActiveRun | str | None]:
     """What starts the run: here, or on several hosts."""
     if _names_hosts(config):
-        from pytest_gpushare.hosts.start import start_on_hosts
+        from pytest_gpushare.hosts.launch import start_on_hosts
 
         return start_on_hosts
     from pytest_gpushare.session.start import start_workers

@@ -79,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
 
         return hold(options)
     if options.command == "merge":
-        from pytest_gpushare.cli.merge import merge
+        from pytest_gpushare.cli.merge_command import merge
 
         return merge(options)
     if options.command == "compare":

@@ -27,8 +27,8 @@ from pytest_gpushare.gpu.host import (
     parent_of,
 )
 from pytest_gpushare.gpu.sampler import Live
+from pytest_gpushare.hosts.answers import HERE, HostAnswer, encode
 from pytest_gpushare.hosts.checkout import Checkout, checkout_of
-from pytest_gpushare.hosts.facts import HERE, HostAnswer, encode
 from pytest_gpushare.ollama.monitor import Question
 from pytest_gpushare.planning.caps import without_caps_of_outer_run
 from pytest_gpushare.planning.leasing import Terms

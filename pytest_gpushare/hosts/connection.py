@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pytest_gpushare.hosts.facts import HostError
+from pytest_gpushare.hosts.answers import HostError
 from pytest_gpushare.hosts.specs import NO_DIRECTORY, HostSpec, login
 from pytest_gpushare.text import one_line
 
@@ -37,7 +37,7 @@ _END = 1.0
 _BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
 
 
-class Connection:
+class HostConnection:
     """The login to one host. Messages of it are handed on in a thread of its own."""
 
     def __init__(self, spec: HostSpec, request: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from pytest_gpushare.gpu.attribution import (
 )
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.sampler import MEMORY_AGE, PROCESSES_AGE, Live, Reading
-from pytest_gpushare.hosts.facts import ProcessRow, decode_sample
+from pytest_gpushare.hosts.answers import ProcessRow, decode_sample
 
 _SHIFT = 32
 _FRESH = 3.0

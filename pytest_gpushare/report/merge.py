@@ -79,7 +79,7 @@ def merged(documents: Sequence[Document], names: Sequence[str]) -> dict[str, Any
         for name, document, start in zip(names, documents, starts, strict=True)
     ]
     tests = [_test(shard, test) for shard in shards for test in shard.document["tests"]]
-    problems = _told(shards, "problems")
+    problems = _texts(shards, "problems")
     if len(tests) > MOST_TESTS:
         problems.append(f"{len(tests) - MOST_TESTS} more tests ran than a report can hold")
     return {
@@ -93,9 +93,9 @@ def merged(documents: Sequence[Document], names: Sequence[str]) -> dict[str, Any
         "ollama": _ollama(shards),
         "events": _events(shards),
         "samples": {"devices": _samples(shards)},
-        "summary": _told(shards, "summary"),
-        "hints": _told(shards, "hints"),
-        "shortages": _told(shards, "shortages"),
+        "summary": _texts(shards, "summary"),
+        "hints": _texts(shards, "hints"),
+        "shortages": _texts(shards, "shortages"),
         "leaks": [
             {**leak, "worker": shard.worker(leak["worker"])}
             for shard in shards
@@ -232,7 +232,7 @@ def _events(shards: Sequence[Shard]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda event: event["at_s"])
 
 
-def _told(shards: Sequence[Shard], name: str) -> list[str]:
+def _texts(shards: Sequence[Shard], name: str) -> list[str]:
     return [f"{shard.name}: {text}" for shard in shards for text in shard.document.get(name, ())]
 
 

@@ -19,14 +19,14 @@ from pytest_gpushare.compat.xdist_options import asks_for_hosts, count_of_auto
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import NoRoomError, SettingsError
 from pytest_gpushare.gpu.attribution import Attribution
-from pytest_gpushare.gpu.devices import GpuFacts
-from pytest_gpushare.gpu.devices import HostFacts as HostFigures
+from pytest_gpushare.gpu.devices import GpuFacts, HostFacts
 from pytest_gpushare.hosts.agent import settings_as_texts
+from pytest_gpushare.hosts.answers import Hello, HostError, RemoteFacts, decode, decode_hello
 from pytest_gpushare.hosts.checkout import Checkout, checkout_of
-from pytest_gpushare.hosts.connection import START_LIMIT, Connection
-from pytest_gpushare.hosts.facts import Hello, HostError, HostFacts, decode, decode_hello
+from pytest_gpushare.hosts.connection import START_LIMIT, HostConnection
+from pytest_gpushare.hosts.hooks import HostHooks
+from pytest_gpushare.hosts.hosted_run import HostedRun, HostPart, merged, named, notes_of
 from pytest_gpushare.hosts.live import AllLive, HostLive, global_pid
-from pytest_gpushare.hosts.run import HostedRun, HostHooks, HostPart, merged, named, notes_of
 from pytest_gpushare.hosts.specs import (
     HostSpec,
     parse_lines,
@@ -107,7 +107,7 @@ def _connect(
     settings: Settings,
     specs: Sequence[HostSpec],
     stack: ExitStack,
-) -> list[Connection]:
+) -> list[HostConnection]:
     expression = str(getattr(config.option, "markexpr", "") or "")
     excluded = excludes_gpu_tests(expression, settings)
     request = {
@@ -123,7 +123,7 @@ def _connect(
     found = []
     for spec in specs:
         if not spec.is_local:
-            connection = Connection(_below(spec, below), request)
+            connection = HostConnection(_below(spec, below), request)
             stack.callback(connection.close)
             found.append(connection)
     return found
@@ -165,11 +165,11 @@ def _version(name: str) -> str | None:
         return None
 
 
-Answer = tuple[Connection, Hello, HostFacts]
+Answer = tuple[HostConnection, Hello, RemoteFacts]
 
 
 def _answers(
-    config: pytest.Config, connections: Sequence[Connection], *, strict: bool
+    config: pytest.Config, connections: Sequence[HostConnection], *, strict: bool
 ) -> list[Answer]:
     """What all hosts answered. Raises `HostError` with a line for each that cannot take part."""
     until = time.monotonic() + START_LIMIT
@@ -190,7 +190,7 @@ def _answers(
     return [(c, hello, _with_note(facts, here)) for c, hello, facts in found]
 
 
-def _answer(connection: Connection, until: float) -> Answer:
+def _answer(connection: HostConnection, until: float) -> Answer:
     name = connection.name
     hello = None
     try:
@@ -249,7 +249,7 @@ def _doubt(here: Checkout, there: Checkout) -> str:
     return ""
 
 
-def _with_note(facts: HostFacts, here: Checkout) -> HostFacts:
+def _with_note(facts: RemoteFacts, here: Checkout) -> RemoteFacts:
     doubt = _doubt(here, facts.checkout)
     return facts._replace(notes=(*facts.notes, doubt)) if doubt else facts
 
@@ -274,7 +274,7 @@ def _parts(
             settings,
             facts.gpus,
             [facts.share],
-            HostFigures(facts.cpus, facts.ram if settings.ram_per_worker else None),
+            HostFacts(facts.cpus, facts.ram if settings.ram_per_worker else None),
             Request(),
             facts.leased,
         )
@@ -329,7 +329,7 @@ def _with_global_pids(devices: Any, number: int) -> list[Any]:
 
 def _around(
     settings: Settings,
-    facts: HostFacts,
+    facts: RemoteFacts,
     plan: Plan,
     contexts: Mapping[str, int],
     has_needs: bool,

@@ -61,7 +61,7 @@ class HostAnswer(NamedTuple):
     cache: str
 
 
-class HostFacts(NamedTuple):
+class RemoteFacts(NamedTuple):
     """The same as the controller knows it: figures to make the plan of, and what workers need."""
 
     gpus: GpuFacts
@@ -244,7 +244,7 @@ def decode_hello(message: object) -> Hello:
     )
 
 
-def decode(message: object, host: str) -> HostFacts:
+def decode(message: object, host: str) -> RemoteFacts:
     """The facts of a host, its devices named by it. Raises `ValueError`."""
     found = Foreign(message)
     ollama = Foreign(found.items("ollama", 20))
@@ -256,7 +256,7 @@ def decode(message: object, host: str) -> HostFacts:
         found.text_or_none("driver"),
         found.flag("simulated"),
     )
-    return HostFacts(
+    return RemoteFacts(
         gpus,
         NeighbourShare(
             OLLAMA, _sizes(found, "reservation"), _sizes(found, "resident"), found.flag("released")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-import threading
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpushare.compat.xdist_hosts import Replacements, WorkerStart, change_start
+from pytest_gpushare.compat.xdist_hosts import WorkerStart
 from pytest_gpushare.gpu.attribution import Attribution
 from pytest_gpushare.gpu.devices import Device
 from pytest_gpushare.gpu.sampler import DeviceSamples, Live
 from pytest_gpushare.gpu.visibility import VARIABLE
-from pytest_gpushare.hosts.connection import SILENCE, Connection
-from pytest_gpushare.hosts.live import AllAttribution, HostLive, global_pid
+from pytest_gpushare.hosts.connection import HostConnection
+from pytest_gpushare.hosts.live import AllAttribution, global_pid
 from pytest_gpushare.hosts.specs import HostSpec, proxy_id
 from pytest_gpushare.planning.placement import (
     NUMBER,
@@ -58,7 +56,7 @@ class HostPart:
     """The project's root directory there; empty: here."""
     path: tuple[str, ...] = ()
     """Its `sys.path`."""
-    connection: Connection | None = None
+    connection: HostConnection | None = None
     python: str = ""
     """The version of Python there."""
     cache: str = ""
@@ -364,132 +362,6 @@ class HostedRun(ActiveRun):
         """Whether another worker may come in the place of one that has died."""
         part = self.host_of(node.gateway.spec)
         return part is None or not part.lost
-
-
-class HostHooks:
-    """The hooks of a run on several hosts, beside those of every run."""
-
-    def __init__(self, run: HostedRun, config: pytest.Config) -> None:
-        self._run = run
-        self._plugins = config.pluginmanager
-        self._collected: set[str] = set()
-        self._replacements: Replacements | None = None
-        self._problems: dict[str, str] = {}
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_sessionstart(self) -> Generator[None, Any, Any]:
-        """Follow the hosts from before xdist starts the workers; one may be lost meanwhile."""
-        self._begin()
-        try:
-            return (yield)
-        except Exception:
-            lost = [part.name for part in self._run.parts if self._is_lost(part)]
-            if not lost or self._replacements is None:
-                raise
-            self._replacements.end_all()
-            hosts = ", ".join(lost)
-            raise pytest.UsageError(
-                f"gpu-share: host {hosts}: lost while its workers were started: start the run again"
-            ) from None
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self) -> None:
-        """Before xdist ends its workers: those of lost hosts are gone."""
-        for part in self._run.parts:
-            if self._is_lost(part) and self._replacements is not None:
-                self._replacements.forget(proxy_id(part.number))
-
-    def _is_lost(self, part: HostPart) -> bool:
-        if not part.number or not part.plan.workers or self._replacements is None:
-            return False
-        return bool(part.lost) or not self._replacements.is_connected(proxy_id(part.number))
-
-    def _begin(self) -> None:
-        self._replacements = Replacements(self._plugins)
-        self._replacements.ask(self._refusal)
-        for part in self._run.parts:
-            if part.connection is not None:
-                Watch(self._run, part, self._cut).begin()
-
-    def _cut(self, part: HostPart) -> None:
-        if self._replacements is not None:
-            self._replacements.cut(proxy_id(part.number))
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_configure_node(self, node: Any) -> None:
-        """A worker is about to be started."""
-        part = self._run.host_of(node.gateway.spec)
-        if part is not None and part.number:
-            worker = node.gateway.id
-            change_start(node, lambda start: self._run.start_of(worker, part, start))
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_node_collection_finished(self, node: Any) -> None:
-        """A worker has collected."""
-        self._collected.add(node.gateway.id)
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: Any, error: object) -> None:
-        """A worker has ended; is it the only one of its host?"""
-        part = self._run.host_of(node.gateway.spec)
-        if error is None or part is None or not part.number or self._replacements is None:
-            return
-        worker = node.gateway.id
-        if not part.lost and not self._replacements.is_connected(proxy_id(part.number)):
-            self._run.lose(part, "its connection has ended")
-        elif not part.lost and not hasattr(node, "workerinfo"):
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            why = lines[-1].strip()[:200] if lines else "no reason is known"
-            self._run.lose(part, f"{worker} cannot start there: {why}")
-
-    def _refusal(self, node: Any) -> str:
-        part = self._run.host_of(node.gateway.spec)
-        if part is None or not part.lost or self._replacements is None:
-            return ""
-        if node.gateway.id not in self._collected:
-            self._replacements.wait_for_one_less()
-        others = [each for each in self._run.parts if each.plan.workers and not each.lost]
-        if not others:
-            self._replacements.stop(f"no host is left: {part.name}: {part.lost}")
-        return f"worker {node.gateway.id} is not replaced: host {part.name}: {part.lost}"
-
-
-class Watch:
-    """Follows the connection to a host, and its silence."""
-
-    def __init__(self, run: HostedRun, part: HostPart, cut: Callable[[HostPart], object]) -> None:
-        self._run, self._part, self._cut = run, part, cut
-
-    def begin(self) -> None:
-        """Take its samples from now on."""
-        connection = self._part.connection
-        assert connection is not None
-        connection.listen(self._take)
-        threading.Thread(
-            target=self._follow, args=(connection,), name="gpu-share-host", daemon=True
-        ).start()
-
-    def _take(self, message: Mapping[str, Any]) -> None:
-        live = self._part.live
-        if message.get("kind") == "sample" and isinstance(live, HostLive):
-            try:
-                live.take(message)
-            except (ValueError, TypeError):
-                return
-
-    def _follow(self, connection: Connection) -> None:
-        while not connection.is_over:
-            silent = time.monotonic() - connection.heard_at
-            if silent >= SILENCE:
-                self._lost(f"silent for {SILENCE:g} s")
-                return
-            connection.wait(min(1.0, SILENCE - silent))
-        if not connection.is_closed:
-            self._lost(connection.problem)
-
-    def _lost(self, why: str) -> None:
-        if self._run.lose(self._part, why):
-            self._cut(self._part)
 
 
 def notes_of(parts: Iterable[HostPart]) -> tuple[str, ...]:
