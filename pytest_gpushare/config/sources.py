@@ -21,7 +21,7 @@ from pytest_gpushare.compat.pytest_options import (
     options_of,
     overrides,
 )
-from pytest_gpushare.config.kinds import Value, shown
+from pytest_gpushare.config.kinds import Value
 from pytest_gpushare.config.options import (
     BY_KEY,
     INI_PREFIX,
@@ -31,6 +31,7 @@ from pytest_gpushare.config.options import (
     merged,
 )
 from pytest_gpushare.config.settings import Settings
+from pytest_gpushare.config.wording import shown
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.text import FileTooLargeError, NotRegularFileError, printable, read_regular
 from pytest_gpushare.units import MB

@@ -277,7 +277,7 @@ class VramDispatch:
         """What hands the tests out; None where xdist's scheduler does as well."""
         started, dist = self._started, self._options.dist
         from pytest_gpushare.dispatch.executor import Executor, Timer, readings_of
-        from pytest_gpushare.dispatch.sharing import SharedDevices
+        from pytest_gpushare.dispatch.leases_by_test import SharedDevices
         from pytest_gpushare.dispatch.suite import Parity, weigh
         from pytest_gpushare.scheduler.dispatcher import Dispatcher
 

@@ -32,10 +32,10 @@ from pytest_gpushare.scheduler.types import (
 from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
-    from pytest_gpushare.dispatch.sharing import SharedDevices
+    from pytest_gpushare.dispatch.leases_by_test import SharedDevices
     from pytest_gpushare.scheduler.dispatcher import Dispatcher
     from pytest_gpushare.session.llm import LlmTests
-    from pytest_gpushare.session.run import ReadingSource
+    from pytest_gpushare.session.start_facts import ReadingSource
     from pytest_gpushare.session.tests import RecordedTests
     from pytest_gpushare.wire import Links
 

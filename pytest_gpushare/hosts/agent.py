@@ -34,8 +34,8 @@ from pytest_gpushare.planning.caps import without_caps_of_outer_run
 from pytest_gpushare.planning.leasing import Terms
 from pytest_gpushare.planning.plan import Request
 from pytest_gpushare.planning.startup import PlanHooks
-from pytest_gpushare.session.run import StartFacts
 from pytest_gpushare.session.start import EarlierRuns, Host, start
+from pytest_gpushare.session.start_facts import StartFacts
 from pytest_gpushare.timed import TimedCall
 
 Send = Callable[[dict[str, Any]], None]

@@ -28,8 +28,9 @@ from pytest_gpushare.planning.placement import (
     worker_environment,
 )
 from pytest_gpushare.planning.plan import DevicePlan, Plan, Slot, shortage
-from pytest_gpushare.session.run import ActiveRun, HostOfRun, ReadingSource, RunOptions, StartFacts
+from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.services import Sampler
+from pytest_gpushare.session.start_facts import HostOfRun, ReadingSource, RunOptions, StartFacts
 from pytest_gpushare.wire import Links
 
 if TYPE_CHECKING:

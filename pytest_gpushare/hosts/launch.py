@@ -41,7 +41,6 @@ from pytest_gpushare.planning.plan import Plan, Request, shortage
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.scheduler.needs import excludes_gpu_tests
 from pytest_gpushare.session.needs_store import may_have_needs, recall_contexts
-from pytest_gpushare.session.run import StartFacts, surroundings
 from pytest_gpushare.session.start import (
     environment_for_plan,
     only_asks,
@@ -49,6 +48,7 @@ from pytest_gpushare.session.start import (
     settings_of_run,
     start_locally,
 )
+from pytest_gpushare.session.start_facts import StartFacts, surroundings
 from pytest_gpushare.text import one_line, read_regular
 from pytest_gpushare.units import MB
 

@@ -41,7 +41,7 @@ class ModelLoadError(Exception):
     """A model cannot be loaded; the text has the server's own words."""
 
 
-class Loaded(NamedTuple):
+class ReadyModel(NamedTuple):
     """A model that its tests can use now."""
 
     model: LoadedModel
@@ -68,7 +68,7 @@ class Loader:
             return self._find(wanted)
         return None
 
-    def load(self, wanted: RunModel, limit: float) -> Loaded:
+    def load(self, wanted: RunModel, limit: float) -> ReadyModel:
         """Have a model loaded with its options, within so many seconds. Raises `ModelLoadError`.
 
         First without a keep-alive, so that the server's own is seen; a server that unloads at
@@ -77,7 +77,7 @@ class Loader:
         """
         found = self.there(wanted)
         if found is not None:
-            return Loaded(found)
+            return ReadyModel(found)
         began = time.monotonic()
         until = began + limit
         before = self._pids()
@@ -102,7 +102,7 @@ class Loader:
             is_prolonged=is_short,
             options=wanted.options,
         )
-        return Loaded(model, own, time.monotonic() - began)
+        return ReadyModel(model, own, time.monotonic() - began)
 
     def unload(self, own: PreloadedModel) -> bool:
         """Unload what this session loaded, and wait until it is gone, its process too."""

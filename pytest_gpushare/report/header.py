@@ -19,7 +19,8 @@ from pytest_gpushare.units import MB, format_gb, format_number, plural
 
 if TYPE_CHECKING:
     from pytest_gpushare.ollama.reservation import Demand, ModelNeed
-    from pytest_gpushare.session.run import ActiveRun, HostOfRun
+    from pytest_gpushare.session.run import ActiveRun
+    from pytest_gpushare.session.start_facts import HostOfRun
 
 
 class Line(NamedTuple):

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
-from pytest_gpushare.scheduler.cpu_pool import CpuPool
 from pytest_gpushare.scheduler.fairness import Backfilling
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
+from pytest_gpushare.scheduler.helping import Helping
 from pytest_gpushare.scheduler.queue import GROUPED, USUAL, Order, Unit
 from pytest_gpushare.scheduler.types import (
     Action,
     Admission,
     Admit,
     Park,
-    Recall,
     Run,
     Shutdown,
 )
@@ -29,9 +28,6 @@ CHAIN = 0.1
 """Seconds for which tests are expected to last that a worker is sent at once."""
 
 MOST_IN_CHAIN = 64
-
-LONG_HELP = 1.0
-"""From this duration on, in seconds, no GPU test is to wait for a worker that helps out."""
 
 
 def first_for(worker: GpuWorker, pool: GpuPool) -> Unit | None:
@@ -63,9 +59,9 @@ class ModelTests(Protocol):
 class Admitting:
     """Admits tests that wait, answers workers that ask, and serves idle ones."""
 
-    def __init__(self, pool: GpuPool, cpu: CpuPool, backfilling: Backfilling) -> None:
+    def __init__(self, pool: GpuPool, helping: Helping, backfilling: Backfilling) -> None:
         self._pool = pool
-        self._cpu = cpu
+        self._helping = helping
         self._backfilling = backfilling
         self._may_split = pool.policy.dist not in GROUPED
         self._may_share = self._may_split and any(job.group for job in pool.jobs)
@@ -125,7 +121,7 @@ class Admitting:
                 return [self._begin(worker, unit, while_ending=question == "end")]
             return [self._bind(worker, unit, waits=False, reserved=True)]
         if unit is None:
-            help_ = self.help(worker)
+            help_ = self._helping.help(worker)
             if help_ is not None:
                 return [help_]
             # One that has made room for a test that waits, and still is in its way, ends.
@@ -423,58 +419,6 @@ class Admitting:
         worker.latest = test
         source = known.source if need else ""
         return Admission(need, source, waited, alone, note, pool.refusals.get(test))
-
-    # --- CPU tests ---
-
-    def help(self, worker: GpuWorker) -> Run | None:
-        """CPU tests for a GPU worker that has nothing to do."""
-        pool, average = self._pool, self._cpu.average
-        if not self._cpu.waits or (worker.unit is not None and worker.unit.tests):
-            return None
-        if pool.pending.count and (average is None or average > LONG_HELP):
-            # A GPU test that could start soon would wait for this worker.
-            return None
-        tests = self._cpu.help(worker)
-        if not tests:
-            return None
-        worker.help_out([pool.jobs[test].group for test in tests])
-        pool.helped.update(tests)
-        worker.sent += tests
-        worker.deadline = None
-        pool.refresh(worker)
-        return Run(worker.id, tuple(tests))
-
-    def help_all(self) -> list[Run]:
-        """CPU tests for the idle GPU workers."""
-        if self._cpu.average is None or not self._cpu.waits:
-            return []
-        idle = [worker for idle in self._pool.idle.values() for worker in idle.values()]
-        return [run for worker in idle if (run := self.help(worker)) is not None]
-
-    # --- short tests that turn out long ---
-
-    def recall(self) -> list[Recall]:
-        """Take back short tests behind one that lasts, where others may run them."""
-        pool = self._pool
-        if len(pool.workers) < 2:
-            return []
-        late = [
-            worker for worker in pool.workers.values()
-            if worker.deadline is not None and worker.deadline <= pool.at and len(worker.sent) > 2
-        ]  # fmt: skip
-        for worker in late:
-            worker.deadline = None
-        return [Recall(worker.id) for worker in late]
-
-    @property
-    def next_deadline(self) -> float | None:
-        """When short tests of some worker should long be over."""
-        if len(self._pool.workers) < 2:
-            return None
-        found = [
-            worker.deadline for worker in self._pool.workers.values() if worker.deadline is not None
-        ]
-        return min(found, default=None)
 
 
 _PLAIN = Admission()

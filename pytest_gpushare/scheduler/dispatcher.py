@@ -15,6 +15,7 @@ from pytest_gpushare.scheduler.admission import Admitting
 from pytest_gpushare.scheduler.cpu_pool import CpuPool
 from pytest_gpushare.scheduler.fairness import Backfilling
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
+from pytest_gpushare.scheduler.helping import Helping
 from pytest_gpushare.scheduler.pressure import Pressure
 from pytest_gpushare.scheduler.queue import LoadOrder, Unit
 from pytest_gpushare.scheduler.routing import Fallback, ordered, routes
@@ -57,7 +58,8 @@ class Dispatcher:
         self._gpu = GpuPool(jobs, self._ledgers, policy)
         self._cpu = CpuPool(jobs, policy)
         self._backfilling = Backfilling(self._gpu)
-        self._admitting = Admitting(self._gpu, self._cpu, self._backfilling)
+        self._helping = Helping(self._gpu, self._cpu)
+        self._admitting = Admitting(self._gpu, self._helping, self._backfilling)
         self._pressure = Pressure(self._gpu, self._backfilling)
         self._sharing = Sharing(self._gpu, self._pressure)
         self._fallback = Fallback(self._gpu, self._cpu, self._pressure)
@@ -90,7 +92,7 @@ class Dispatcher:
         """When a step may do something though no event comes; None: not without an event."""
         if self._waits_for_vram:
             return float("-inf")
-        return self._admitting.next_deadline
+        return self._helping.next_deadline
 
     @property
     def _waits_for_vram(self) -> bool:
@@ -373,7 +375,7 @@ class Dispatcher:
             self._gone = False
             fallback.orphans()
             if self._models is not None:
-                self._drop_orphans(self._models)
+                self._models.drop_orphans()
         is_due = gpu.at >= pressure.due_at
         if is_due:
             pressure.look_everywhere()
@@ -395,9 +397,9 @@ class Dispatcher:
         actions += pressure.look(looked_at, at_all=is_due)
         if pressure.has_given_up:
             actions += fallback.sort_out()
-        actions += admitting.recall()
+        actions += self._helping.recall()
         if cpu.average is not None:
-            actions += admitting.help_all()
+            actions += self._helping.help_all()
         if cpu.workers:
             actions += cpu.refill(more_may_come=self._gpu_tests_may_come)
         if self._models is not None:
@@ -442,18 +444,6 @@ class Dispatcher:
             if not worker.sent and not busy and worker.emptying is None:
                 actions.append(self._pressure.reclaiming.ask(worker, withdraw=True))
         return actions
-
-    def _drop_orphans(self, models: ModelDispatch) -> None:
-        """Tests that use a model, and that no worker which is left has collected."""
-        gpu, cpu = self._gpu, self._cpu
-
-        def could_run(test: int) -> bool:
-            return cpu.could_run(test) or any(
-                worker.knows(test) and not worker.ending for worker in gpu.workers.values()
-            )
-
-        for test in models.queue.orphans(could_run):
-            self._fallback.dropped.append((test, "no worker that has collected it is left"))
 
     def _drop(self) -> list[Action]:
         drops: list[Action] = [Drop(test, reason) for test, reason in self._fallback.dropped]

@@ -48,6 +48,18 @@ class ModelDispatch:
             gpu = [test for test in gpu if self._jobs[test].model is None]
         return found._replace(cpu=cpu, gpu=gpu)
 
+    def drop_orphans(self) -> None:
+        """Drop the tests that no worker which is left has collected."""
+        gpu, cpu = self._gpu, self._cpu
+
+        def could_run(test: int) -> bool:
+            return cpu.could_run(test) or any(
+                worker.knows(test) and not worker.ending for worker in gpu.workers.values()
+            )
+
+        for test in self.queue.orphans(could_run):
+            self._fallback.dropped.append((test, "no worker that has collected it is left"))
+
     def _take_over(self, test: int) -> bool:
         """Take a test that would go to a CPU worker though it uses a model."""
         if self._jobs[test].model is None:

@@ -8,22 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
-from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Attribution, Holding, Statement, holding
-from pytest_gpushare.gpu.devices import GpuFacts
-from pytest_gpushare.gpu.host import installed_frameworks, mps_is_running
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.leases import AcquireTerms
 from pytest_gpushare.ollama.address import candidates
-from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
 from pytest_gpushare.planning.caps import (
     CONTEXT_ALLOWANCE,
-    without_caps_of_outer_run,
 )
 from pytest_gpushare.planning.placement import (
     NUMBER,
@@ -33,11 +28,20 @@ from pytest_gpushare.planning.placement import (
     seen,
     worker_environment,
 )
-from pytest_gpushare.planning.plan import Plan, Slot
+from pytest_gpushare.planning.plan import Slot
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.session.needs_store import ModelSizes, NeedsRecorder
 from pytest_gpushare.session.registry import SessionRecord
 from pytest_gpushare.session.services import Sampler, Service, Services, monitor_for
+from pytest_gpushare.session.start_facts import (
+    HostOfRun,
+    ReadingSource,
+    Routing,
+    RunOptions,
+    StartFacts,
+    nothing,
+    surroundings,
+)
 from pytest_gpushare.session.tests import RecordedTests
 from pytest_gpushare.session.workers import Workers
 from pytest_gpushare.wire import Links
@@ -46,138 +50,8 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_gpushare.gpu.sampler import Live
-    from pytest_gpushare.leases.lessee import Lessee
-    from pytest_gpushare.ollama.keep_alive import KeepAlive
     from pytest_gpushare.ollama.monitor import Monitor
     from pytest_gpushare.session.llm import LlmTests
-
-
-def _nothing() -> None:
-    """There is nothing to close."""
-
-
-class StartFacts(NamedTuple):
-    """What was found and decided before the run."""
-
-    settings: Settings
-    gpus: GpuFacts
-    ollama: OllamaFacts
-    plan: Plan
-    replan: Callable[[Settings], Plan] | None = None
-    """The plan for the same machine with other settings."""
-    live: Live | None = None
-    """Readings of NVML during the run; None under a what-if and without devices."""
-    close: Callable[[], None] = _nothing
-    """Releases NVML and preloaded models; harmless when called twice."""
-    notes: tuple[str, ...] = ()
-    """Problems that the user should know of, one sentence each."""
-    preloaded: tuple[str, ...] = ()
-    """One sentence for each model that was loaded before the run."""
-    preload_service: KeepAlive | None = None
-    """Keeps the preloaded models loaded."""
-    contexts: Mapping[str, int] = {}
-    """Device name -> bytes of a CUDA context, as earlier runs measured it."""
-    lessee: Lessee | None = None
-    """What this session leases; None where it takes no part in the ledger."""
-    leases: tuple[str, ...] = ()
-    """One sentence for each device and session that has leased VRAM there."""
-    alone: Mapping[str, int] = {}
-    """UUID -> the budget, in bytes, that the plan would have without other sessions."""
-    has_needs: bool = False
-    """Whether tests may have needs of their own, so that no slot may cap them."""
-
-
-class RunOptions(NamedTuple):
-    """What the command line says of the run's end, and how its process was placed."""
-
-    reports: tuple[Path, ...] = ()
-    """The files to write when the run is over."""
-    strict: bool = False
-    """`--gpu-share-strict`."""
-    unplaced: str = ""
-    """Why a run without workers could not place its process; empty where it did."""
-
-
-class CollectionDifferences(Protocol):
-    """What GPU workers and CPU workers collect or skip differently."""
-
-    has_cpu_workers: bool
-    gpu_tests: int
-    tests: int
-    by_skip: list[str]
-    only_on_gpu: int
-    only_on_cpu: int
-
-    @property
-    def lost(self) -> Sequence[Any]:
-        """Tests that were skipped on CPU workers and would run on a GPU."""
-
-
-class Routing:
-    """The plugin's own dispatch, once all workers have collected."""
-
-    def __init__(self, on_needs: Callable[[], object]) -> None:
-        """`on_needs` is called once it is known that tests have needs of their own."""
-        self._on_needs = on_needs
-        self.differences: CollectionDifferences | None = None
-        """None where xdist's scheduler distributes the tests."""
-
-    def begin(self, differences: CollectionDifferences, *, has_needs: bool) -> None:
-        """The plugin's own scheduler distributes the tests."""
-        self.differences = differences
-        if has_needs:
-            self._on_needs()
-
-
-class HostOfRun(NamedTuple):
-    """A host of a run that has several, for reports."""
-
-    name: str
-    """Empty: this host."""
-    plan: Plan
-    """Its own plan."""
-    ollama: OllamaFacts
-    python: str = ""
-    """The version of Python there."""
-    lost: str = ""
-    """Why it takes no part any more; empty while it does."""
-
-    @property
-    def label(self) -> str:
-        """Its name in a line of output."""
-        return self.name or "this host"
-
-
-class ReadingSource(NamedTuple):
-    """The devices of one host, as admission reads them."""
-
-    live: Live | None
-    devices: frozenset[str]
-    """UUIDs."""
-    resident: Callable[[], Mapping[str, int]]
-    """UUID -> bytes that Ollama holds there."""
-    attribution: Attribution
-
-
-def surroundings(facts: StartFacts, plan: Plan) -> PlacementContext:
-    """What beside the plan decides on the environments of workers on this host."""
-    settings, simulated = facts.settings, facts.gpus.simulated
-    capped = settings.cap_vram and bool(plan.slots) and not simulated
-    return PlacementContext(
-        outer=without_caps_of_outer_run(os.environ),
-        versions=installed_frameworks() if capped else {},
-        mps=capped and mps_is_running(os.environ),
-        cap_vram=settings.cap_vram,
-        by_index=settings.device_names == "index",
-        see_all=settings.visible_devices == "all",
-        simulated=simulated,
-        contexts=facts.contexts,
-        budgets={
-            d.device.uuid: max(d.budget, facts.alone.get(d.device.uuid, 0)) for d in plan.devices
-        }
-        if facts.has_needs
-        else {},
-    )
 
 
 class ActiveRun:
@@ -227,7 +101,7 @@ class ActiveRun:
         self.exclusive: ExclusiveAccess | None = None
         self.sampler: Sampler | None = None
         services: list[Service] = []
-        on_needs: Callable[[], object] = _nothing
+        on_needs: Callable[[], object] = nothing
         if self.live is not None and self.plan.devices:
             self.sampler = self._make_sampler(self.live)
             services.append(self.sampler)

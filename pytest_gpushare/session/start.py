@@ -50,7 +50,8 @@ from pytest_gpushare.session.needs_store import (
     recall_contexts,
     recall_ollama,
 )
-from pytest_gpushare.session.run import ActiveRun, RunOptions, StartFacts
+from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.session.start_facts import RunOptions, StartFacts
 from pytest_gpushare.session.tests import Observer
 from pytest_gpushare.units import format_gb
 from pytest_gpushare.wire import ITSELF

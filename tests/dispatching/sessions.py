@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from heapq import heappop
 
-from pytest_gpushare.dispatch.sharing import lease_on, others_on, share_of
+from pytest_gpushare.dispatch.leases_by_test import lease_on, others_on, share_of
 from pytest_gpushare.gpu.devices import GpuProcess
 from pytest_gpushare.leases.claims import DeviceClaims, claims_of
 from pytest_gpushare.leases.ledger import LiveSession
@@ -92,7 +92,7 @@ class Session(World):
         self.host.check()
 
     def publish(self) -> None:
-        """As `dispatch.sharing` does it, always beside others."""
+        """As `dispatch.leases_by_test` does it, always beside others."""
         own = self.dispatcher.shares()
         waits = frozenset((u, s.waits_for) for u, s in own.items() if s.waits_for is not None)
         ticket = self.record.ticket

@@ -13,7 +13,8 @@ from pytest_gpushare.gpu.sampler import Reading
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.planning.startup import plan_run
-from pytest_gpushare.session.run import ActiveRun, StartFacts
+from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.session.start_facts import StartFacts
 from pytest_gpushare.session.tests import PhaseReport
 from pytest_gpushare.units import GB
 

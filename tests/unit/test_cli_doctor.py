@@ -28,7 +28,9 @@ from pytest_gpushare.leases.records import LeaseRecord
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.planning.plan import Request
 from pytest_gpushare.planning.startup import plan_run
-from pytest_gpushare.session.run import ActiveRun, StartFacts
+from pytest_gpushare.session import start_facts
+from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.session.start_facts import StartFacts
 from pytest_gpushare.units import GB
 
 ROOT = Path(__file__).parents[2]
@@ -192,7 +194,7 @@ def test_tools_that_break_on_uuids(tool: str, version: str, breaks: bool) -> Non
 def test_caps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which caps hold, and which cannot."""
     versions = {"torch": "2.13.0", "JAX": "0.10.0"}
-    monkeypatch.setattr("pytest_gpushare.session.run.installed_frameworks", lambda: versions)
+    monkeypatch.setattr(start_facts, "installed_frameworks", lambda: versions)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     found = list(caps(examined()))
     assert found[0].fact.startswith("torch 2.13.0: 3.9")

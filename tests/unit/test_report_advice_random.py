@@ -18,7 +18,8 @@ from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.planning.startup import plan_run
 from pytest_gpushare.report.advice import assess
 from pytest_gpushare.report.candidates import Advice, Case, case_of, more_room
-from pytest_gpushare.session.run import ActiveRun, StartFacts
+from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.session.start_facts import StartFacts
 from pytest_gpushare.session.tests import PhaseReport
 from pytest_gpushare.units import GB, MB
 

@@ -10,7 +10,8 @@ import pytest_gpushare
 
 PACKAGE = Path(pytest_gpushare.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MOST_LINES = 450
+MOST_LINES = 480
+"""About 450, and some room."""
 SAME_NAME = {"__init__.py", "__main__.py", "plugin.py"}
 """Names that stand in several packages: each is what its package is."""
 
