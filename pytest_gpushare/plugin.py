@@ -238,9 +238,9 @@ class _RunHooks:
         self._run.services.start()
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None and reporter.isatty:
-            from pytest_gpushare.report import live
+            from pytest_gpushare.report import live_line
 
-            live.begin(self._run, session.config)
+            live_line.begin(self._run, session.config)
         return result
 
     @pytest.hookimpl(optionalhook=True, wrapper=True, tryfirst=True)

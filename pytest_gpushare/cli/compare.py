@@ -9,7 +9,7 @@ from pathlib import Path
 from pytest_gpushare.cli.terminal import OK, Piece, Row, show, show_json, terminal_width
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.report.html import comparison
-from pytest_gpushare.report.html.comparison import Difference, Section
+from pytest_gpushare.report.html.comparison import ComparedSubject, Difference
 from pytest_gpushare.text import width_of, wrapped
 
 _STYLES = {"good": "green", "bad": "red", "": ""}
@@ -32,7 +32,7 @@ def compare(options: argparse.Namespace) -> int:
     return OK
 
 
-def rows(sections: Sequence[Section], width: int | None = None) -> Iterator[Row]:
+def rows(sections: Sequence[ComparedSubject], width: int | None = None) -> Iterator[Row]:
     """The lines: a title per section, and a line for each difference."""
     for number, section in enumerate(sections):
         if number:
@@ -73,7 +73,7 @@ def _padded(text: str, columns: int) -> str:
     return text + " " * max(0, columns - width_of(text))
 
 
-def _write_page(path: Path, names: Sequence[str], sections: Sequence[Section]) -> None:
+def _write_page(path: Path, names: Sequence[str], sections: Sequence[ComparedSubject]) -> None:
     from pytest_gpushare.report.html.comparison_page import page
     from pytest_gpushare.text import write_whole
 

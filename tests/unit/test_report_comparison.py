@@ -10,12 +10,12 @@ from browser import documents
 
 from pytest_gpushare.cli.compare import rows
 from pytest_gpushare.cli.terminal import text_of
-from pytest_gpushare.report.html.comparison import Section, compare, document
+from pytest_gpushare.report.html.comparison import ComparedSubject, compare, document
 from pytest_gpushare.report.html.comparison_page import page
 from pytest_gpushare.units import GB
 
 
-def lines(sections: list[Section], width: int | None = None) -> list[str]:
+def lines(sections: list[ComparedSubject], width: int | None = None) -> list[str]:
     return [text_of(row) for row in rows(sections, width)]
 
 

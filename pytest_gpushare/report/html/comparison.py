@@ -34,7 +34,7 @@ class Difference(NamedTuple):
     """`good` or `bad` where that can be said, else empty."""
 
 
-class Section(NamedTuple):
+class ComparedSubject(NamedTuple):
     """The differences of one subject."""
 
     title: str
@@ -43,15 +43,15 @@ class Section(NamedTuple):
     """How many more there are, or what cannot be compared."""
 
 
-def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Section]:
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[ComparedSubject]:
     """The sections, without those in which nothing differs; `Run` is always there."""
     old, new = shown(before), shown(after)
     sections = [
-        Section("Run", tuple(_run(old, new))),
+        ComparedSubject("Run", tuple(_run(old, new))),
         _devices(old, new),
         *_tests(old, new),
-        Section("Ollama", tuple(_ollama(old, new))),
-        Section("Settings", tuple(_settings(old, new))),
+        ComparedSubject("Ollama", tuple(_ollama(old, new))),
+        ComparedSubject("Settings", tuple(_settings(old, new))),
     ]
     return [section for section in sections if section.rows or section.note]
 
@@ -82,7 +82,7 @@ _BETTER = {"passed": True, "failed": False, "error": False, "crashed": False}
 """Outcome -> whether more of it is better."""
 
 
-def _devices(old: Shown, new: Shown) -> Section:
+def _devices(old: Shown, new: Shown) -> ComparedSubject:
     after = {device.uuid: device for device in new.devices}
     pairs = [(one, after[one.uuid]) for one in old.devices if one.uuid in after]
     note = ""
@@ -97,7 +97,7 @@ def _devices(old: Shown, new: Shown) -> Section:
         for what, attribute, is_total in _OF_DEVICE:
             figures = (getattr(device, attribute) for device in (one, other))
             rows += _bytes(f"{name} {what}", *figures, always=is_total)
-    return Section("VRAM", tuple(rows), note)
+    return ComparedSubject("VRAM", tuple(rows), note)
 
 
 _OF_DEVICE = (
@@ -109,7 +109,7 @@ _OF_DEVICE = (
 )
 
 
-def _tests(old: Shown, new: Shown) -> Iterator[Section]:
+def _tests(old: Shown, new: Shown) -> Iterator[ComparedSubject]:
     before = {test.nodeid: test for test in old.tests}
     after = {test.nodeid: test for test in new.tests}
     both = [(one, after[nodeid]) for nodeid, one in before.items() if nodeid in after]
@@ -177,10 +177,10 @@ def _took(test: ShownTest) -> float | None:
     return None if unknown else (test.end_s or 0) - (test.start_s or 0)
 
 
-def _listed(title: str, rows: Sequence[Difference]) -> Section:
+def _listed(title: str, rows: Sequence[Difference]) -> ComparedSubject:
     more = len(rows) - MOST_TESTS
     note = f"and {plural(more, 'more test')}" if more > 0 else ""
-    return Section(title, tuple(rows[:MOST_TESTS]), note)
+    return ComparedSubject(title, tuple(rows[:MOST_TESTS]), note)
 
 
 def _ollama(old: Shown, new: Shown) -> Iterator[Difference]:
@@ -254,7 +254,7 @@ def _name(test: ShownTest) -> str:
     return one_line(test.nodeid, 4 * _LONGEST)
 
 
-def document(sections: Sequence[Section]) -> dict[str, Any]:
+def document(sections: Sequence[ComparedSubject]) -> dict[str, Any]:
     """The comparison as a JSON document, its figures as they are shown."""
     return {
         "schema": 1,

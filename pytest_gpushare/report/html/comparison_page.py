@@ -9,12 +9,12 @@ from pytest_gpushare.report.html.markup import Markup, breakable, tag
 from pytest_gpushare.report.html.page import asset, policy
 
 if TYPE_CHECKING:
-    from pytest_gpushare.report.html.comparison import Difference, Section
+    from pytest_gpushare.report.html.comparison import ComparedSubject, Difference
 
 _STYLES = ("page.css", "media.css")
 
 
-def page(names: Sequence[str], sections: Sequence[Section]) -> str:
+def page(names: Sequence[str], sections: Sequence[ComparedSubject]) -> str:
     """The HTML; `names` are those of the two files, the earlier run first."""
     style = "".join(map(asset, _STYLES))
     head = Markup("").join(
@@ -44,7 +44,7 @@ def page(names: Sequence[str], sections: Sequence[Section]) -> str:
     return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', body), lang='en')}\n"
 
 
-def _section(section: Section) -> Markup:
+def _section(section: ComparedSubject) -> Markup:
     heads = ("", "before", "after", "change")
     table = tag(
         "table",

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pytest_gpushare.compat.terminal import (
+from pytest_gpushare.compat.pytest_terminal import (
     LineBelow,
     captures_output,
     is_drawable,
