@@ -28,7 +28,7 @@ from pytest_gpushare.planning.placement import (
     seen,
     worker_environment,
 )
-from pytest_gpushare.planning.plan import Slot
+from pytest_gpushare.planning.plan import Plan, Slot
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.session.needs_store import ModelSizes, NeedsRecorder
 from pytest_gpushare.session.registry import SessionRecord
