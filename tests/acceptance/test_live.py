@@ -110,7 +110,7 @@ def test_at_most_four_times_a_second(start: Callable[..., Terminal]) -> None:
 def test_resize(start: Callable[..., Terminal]) -> None:
     """Narrower, lower, wider: the line follows, and nothing of it is left."""
     terminal = start("-n2", size=(100, 24))
-    terminal.read_until(lambda text: "GPU 0 ▁" in text or "GPU 0 ▂" in text)
+    terminal.read_until(lambda text: "of 24 GB" in text)
     terminal.resize((60, 24))
     terminal.read_until(lambda text: text.count("/62") > 3)
     terminal.resize((120, 24))
