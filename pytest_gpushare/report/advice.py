@@ -110,19 +110,17 @@ def gpu_tests_without_gpu(run: ActiveRun) -> WithoutGpu | None:
     failed, skipped = sum(map(_FAILED.count, outcomes)), outcomes.count("skipped")
     if not failed and not skipped:
         return None
-    where = (
-        "in this process, which sees"
-        if run.plan.request.in_process
-        else "on CPU workers, which see"
-    )
+    in_process = run.plan.request.in_process
+    where = "in this process, which sees no GPU" if in_process else _ON_CPU_WORKERS
     what = f"{plural(failed, 'GPU test')} failed" if failed else ""
     if failed and skipped:
         what += f" and {skipped} {'was' if skipped == 1 else 'were'} skipped"
     elif skipped:
         what = f"{plural(skipped, 'GPU test')} {'was' if skipped == 1 else 'were'} skipped"
-    return WithoutGpu(failed, skipped, f"{what} {where} no GPU ({shortage(run.plan)})")
+    return WithoutGpu(failed, skipped, f"{what} {where} ({shortage(run.plan)})")
 
 
+_ON_CPU_WORKERS = "on CPU workers, which see no GPU"
 _FAILED = ("failed", "error", "crashed")
 
 
