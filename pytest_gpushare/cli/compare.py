@@ -74,12 +74,11 @@ def _padded(text: str, columns: int) -> str:
 
 
 def _write_page(path: Path, names: Sequence[str], sections: Sequence[ComparedSubject]) -> None:
-    from pytest_gpushare.report.html.comparison_page import page
     from pytest_gpushare.text import write_whole
 
     if path.suffix.lower() != ".html":
         raise GpuShareError(f"-o {path}: allowed is a file that ends in .html")
     try:
-        write_whole(path, page(names, sections))
+        write_whole(path, comparison.page(names, sections))
     except OSError as error:
         raise GpuShareError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -129,7 +129,7 @@ def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> Non
 
 def load_models(config: pytest.Config, run: ActiveRun, message: dict[str, Any]) -> None:
     """Where this process runs the tests itself, load the models that they use."""
-    from pytest_gpushare.worker.models_in_process import ModelsInProcess
+    from pytest_gpushare.worker.in_process import ModelsInProcess
 
     config.pluginmanager.register(ModelsInProcess(run, message), "gpu-share-models")
 

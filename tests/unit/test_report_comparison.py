@@ -10,8 +10,7 @@ from browser import documents
 
 from pytest_gpushare.cli.compare import rows
 from pytest_gpushare.cli.terminal import text_of
-from pytest_gpushare.report.html.comparison import ComparedSubject, compare, document
-from pytest_gpushare.report.html.comparison_page import page
+from pytest_gpushare.report.html.comparison import ComparedSubject, compare, document, page
 from pytest_gpushare.units import GB
 
 
