@@ -79,11 +79,11 @@ def _run(options: argparse.Namespace) -> int:
 
         return hold(options)
     if options.command == "merge":
-        from pytest_gpushare.cli.merge_command import merge
+        from pytest_gpushare.cli.report_files import merge
 
         return merge(options)
     if options.command == "compare":
-        from pytest_gpushare.cli.compare import compare
+        from pytest_gpushare.cli.report_files import compare
 
         return compare(options)
     from pytest_gpushare.cli.watch import watch

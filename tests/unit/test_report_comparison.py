@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from browser import documents
 
-from pytest_gpushare.cli.compare import rows
+from pytest_gpushare.cli.report_files import rows
 from pytest_gpushare.cli.terminal import text_of
 from pytest_gpushare.report.html.comparison import ComparedSubject, compare, document, page
 from pytest_gpushare.units import GB

@@ -1,16 +1,31 @@
-"""`pytest-gpushare compare`: what differs between the reports of two runs."""
+"""The commands on report files: `compare` shows how two differ, `merge` makes one of several."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pytest_gpushare.cli.terminal import OK, Piece, Row, show, show_json, terminal_width
+from pytest_gpushare.cli.terminal import (
+    OK,
+    REFUSED,
+    Piece,
+    Row,
+    encodable,
+    show,
+    show_json,
+    terminal_width,
+)
+from pytest_gpushare.config.sources import report_files
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.report.html import comparison
 from pytest_gpushare.report.html.comparison import ComparedSubject, Difference
-from pytest_gpushare.text import width_of, wrapped
+from pytest_gpushare.report.merge import merged, names_of
+from pytest_gpushare.report.output import write_reports
+from pytest_gpushare.report.reading import read_report
+from pytest_gpushare.text import redacted, redactor, width_of, wrapped, write_whole
+from pytest_gpushare.units import plural
 
 _STYLES = {"good": "green", "bad": "red", "": ""}
 _WIDEST = 44
@@ -19,8 +34,6 @@ _WIDEST = 44
 
 def compare(options: argparse.Namespace) -> int:
     """Print the comparison, and write it as a page where one is asked for."""
-    from pytest_gpushare.report.reading import read_report
-
     before, after = (read_report(Path(name)) for name in options.reports)
     sections = comparison.compare(before, after)
     if options.page is not None:
@@ -74,11 +87,35 @@ def _padded(text: str, columns: int) -> str:
 
 
 def _write_page(path: Path, names: Sequence[str], sections: Sequence[ComparedSubject]) -> None:
-    from pytest_gpushare.text import write_whole
-
     if path.suffix.lower() != ".html":
         raise GpuShareError(f"-o {path}: allowed is a file that ends in .html")
     try:
         write_whole(path, comparison.page(names, sections))
     except OSError as error:
         raise GpuShareError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+MOST_REPORTS = 1000
+
+
+def merge(options: argparse.Namespace) -> int:
+    """Write the report. Returns the exit code."""
+    paths = [Path(text) for text in options.reports]
+    if len(paths) > MOST_REPORTS:
+        raise GpuShareError(f"{len(paths)} reports: at most {MOST_REPORTS} are merged")
+    files = report_files(options.output, Path.cwd(), "-o")
+    redact = redactor()
+    document = redacted(
+        merged([read_report(path) for path in paths], names_of(paths)),
+        # A foreign text may have halves of characters, which no file can hold.
+        lambda text: redact(text.encode("utf-8", "replace").decode("utf-8")),
+    )
+    problems = list(write_reports(document, files))
+    for text in problems:
+        print(f"ERROR: {text}", file=sys.stderr)  # noqa: T201
+    if problems:
+        return REFUSED
+    tests, shards = plural(len(document["tests"]), "test"), plural(len(paths), "report")
+    text = f"gpu-share: {shards} with {tests} merged into {', '.join(p.name for p in files)}"
+    print(encodable(text, sys.stdout.encoding))  # noqa: T201
+    return OK
