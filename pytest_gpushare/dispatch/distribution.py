@@ -14,7 +14,7 @@ from pytest_gpushare.dispatch.suite import KindsOfWorkers, Suite
 from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.planning.placement import NUMBER
 from pytest_gpushare.scheduler.needs import CollectedTests, read
-from pytest_gpushare.session.needs_store import LearnedNeeds, remember_needs
+from pytest_gpushare.session.needs_store import LearnedNeeds, remember_model_use, remember_needs
 from pytest_gpushare.session.run import ActiveRun
 
 if TYPE_CHECKING:
@@ -295,6 +295,7 @@ class VramDispatch:
         suite.is_closed = True
         if weighed.has_needs or packs:
             remember_needs(self._config)
+        remember_model_use(self._config, uses=bool(weighed.uses))
         if started.shares_devices:
             started.leases_by_the_test()
         capacities = self._capacities()
@@ -344,13 +345,26 @@ class VramDispatch:
         jobs, started = weighed.jobs, self._started
         work = {test: job.duration for test, job in enumerate(jobs) if job.duration is not None}
         llm = started.llm = LlmTests(
-            started, weighed.uses, work, [plain_id(job.nodeid, self._options.dist) for job in jobs]
+            started,
+            weighed.uses,
+            work,
+            [plain_id(job.nodeid, self._options.dist) for job in jobs],
+            holds_vram=started.facts.is_phased,
         )
         if not started.plan.slots:
             # Each worker decides by itself what becomes of tests that need a GPU.
             jobs = [job._replace(marked=False, need=None) for job in jobs]
         jobs = [job._replace(model=llm.of.get(test)) for test, job in enumerate(jobs)]
-        return jobs, ModelQueue(jobs, llm.groups)
+        models = ModelQueue(jobs, llm.groups)
+        if started.plan.slots:
+            gpu_tests = [
+                (job.need.vram or slot if job.need else slot, job.duration)
+                for job in jobs
+                if job.model is None and (job.marked or not started.plan.cpu_workers)
+                for slot in (started.plan.slots[0].unknown_need,)
+            ]
+            models.phase = llm.choose_phase(gpu_tests, started.plan)
+        return jobs, models
 
     def _may_have_needs(self, kinds: KindsOfWorkers) -> bool:
         """Whether a closer look is worth loading what it takes: most suites mark nothing."""

@@ -106,7 +106,9 @@ def _demand(run: ActiveRun, demand: Demand, verbosity: int) -> Iterator[Line]:
     if demand.asked and (follows or verbosity >= 1):
         each = ", ".join(f"{n.name} {format_gb(n.vram)} ({n.source.value})" for n in demand.needs)
         margin = format_gb(demand.margin)
-        yield Line(f"  VRAM that Ollama needs: {each}; {margin} to stay free when it loads")
+        while_used = " (kept while tests use it: gpu_share_ollama_phase)"
+        kept = while_used if run.facts.is_phased else ""
+        yield Line(f"  VRAM that Ollama needs: {each}; {margin} to stay free when it loads{kept}")
     for need in demand.needs:
         # Without an answer all are taken by name, as the line above has said.
         if need.reason and demand.asked:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pytest_gpushare.report.header import Line
+from pytest_gpushare.report.header import Line, OutputOptions
 from pytest_gpushare.units import plural
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.session.run import ActiveRun
 
 
-def lines_of(run: ActiveRun) -> Iterator[Line]:
+def lines_of(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
     """The lines; none in a run without such tests."""
     llm = run.llm
     if llm is None:
@@ -22,14 +22,38 @@ def lines_of(run: ActiveRun) -> Iterator[Line]:
     for why, count in llm.refused.items():
         outcome, _, reason = why.partition(": ")
         yield Line(f"gpu-share: {plural(count, 'test')} {outcome}: {reason}{kind}", problem=True)
+    if view.verbosity >= 2 and llm.estimate is not None and llm.estimate.seconds:
+        yield Line(
+            f"gpu-share: tests that use models, as estimated: {llm.estimate.text} "
+            f"(gpu_share_ollama_phase = {run.settings.ollama_phase})"
+        )
     for event in run.record.events("ollama-not-loaded", "ollama-marker"):
         yield Line(f"gpu-share: {event.text}", problem=event.kind == "ollama-not-loaded")
     yield from _loads(llm)
     for model, (tokens, seconds) in llm.answers().items():
         rate = f", {tokens / seconds:.1f} tokens/s" if seconds else ""
         yield Line(f"gpu-share: {model} gave {tokens} tokens in recorded answers{rate}")
+    if _could_be_phased(run, llm):
+        yield Line(
+            "gpu-share: hint: the next run keeps VRAM for Ollama only while tests use its models: "
+            "it knows now that they do"
+        )
     for text in llm.given_up:
         yield Line(f"gpu-share: {text}")
+
+
+def _could_be_phased(run: ActiveRun, llm: LlmTests) -> bool:
+    """Whether the plan kept VRAM as it could not know that tests say which models they use."""
+    settings = run.settings
+    return (
+        not llm.holds_vram
+        and settings.ollama_vram_reservation is None
+        and settings.ollama_phase != "beside"
+        and bool(run.plan.slots)
+        and run.ollama.answered
+        and run.ollama.on_this_host
+        and any(group.loads for group in llm.groups)
+    )
 
 
 def _loads(llm: LlmTests) -> Iterator[Line]:

@@ -277,19 +277,10 @@ def _unwritten(run: ActiveRun) -> Iterator[Line]:
         yield Line(f"gpu-share: {text}", problem=True)
 
 
-def _model_tests(run: ActiveRun) -> Iterator[Line]:
-    if run.llm is None:
-        return
-    from pytest_gpushare.report.model_tests import lines_of
-
-    yield from lines_of(run)
-
-
 _SUMMARY: tuple[Callable[[ActiveRun], Iterator[Line]], ...] = (
     _overwritten,
     lost_hosts,
     _verdict,
-    _model_tests,
     routing,
     out_of_memory,
     needs_exceeded,
@@ -320,6 +311,10 @@ def summary(run: ActiveRun, view: OutputOptions) -> list[Line]:
     """The lines after the tests: problems that showed while they ran, what they used, and what to
     change; at -q one line where anything needs attention."""
     lines = [line for part in _SUMMARY for line in part(run)]
+    if run.llm is not None:
+        from pytest_gpushare.report.model_tests import lines_of
+
+        lines += lines_of(run, view)
     lines += [*usage_lines(run, view), *_hints(run)]
     return lines if view.verbosity >= 0 else _attention(run, lines)
 

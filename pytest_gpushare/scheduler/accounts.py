@@ -51,7 +51,10 @@ class DeviceLedger:
     """
 
     def __init__(self, capacity: DeviceCapacity) -> None:
+        self.full = capacity
+        """As the plan leaves it to the tests."""
         self.capacity = capacity
+        """The same, less what is kept for a model that tests use."""
         self.accounts: dict[str, Account] = {}
         self.running: dict[str, Account] = {}
         """The workers that run a GPU test here."""
@@ -152,6 +155,21 @@ class DeviceLedger:
                     account.now = reading.held[worker] if attributed else None
                     self._post(account)
         return True
+
+    def hold(self, size: int) -> None:
+        """Keep so many bytes for Ollama's models, or what the plan keeps, where that is more."""
+        full = self.full
+        more = max(0, size - max(full.reservation, full.resident))
+        self.capacity = full._replace(
+            reservation=max(full.reservation, size), budget=max(0, full.budget - more)
+        )
+        self.kept = _kept(self.capacity, self.reading)
+        self.is_due = True
+
+    @property
+    def holds(self) -> bool:
+        """Whether VRAM is kept for a model that tests use."""
+        return self.capacity is not self.full and self.capacity.budget < self.full.budget
 
     def left(self, worker: str) -> int:
         """Bytes that this worker's whole process may hold by the plan's budget."""

@@ -55,6 +55,15 @@ class ModelTests(Protocol):
     def use(self, worker: GpuWorker) -> Run | None:
         """A test for a worker that has nothing else to go on with."""
 
+    def began(self, worker: GpuWorker, test: int) -> None:
+        """A test was admitted; one whose model is missing is refused."""
+
+    def allows(self, worker: str, test: int) -> bool:
+        """Whether a test may start as far as models go."""
+
+    def may_wait(self, worker: GpuWorker, test: int) -> bool:
+        """Whether a test may wait in a worker: not where models keep its VRAM for long."""
+
 
 class Admitting:
     """Admits tests that wait, answers workers that ask, and serves idle ones."""
@@ -92,7 +101,7 @@ class Admitting:
 
     def _fits(self, worker: GpuWorker, test: int) -> bool:
         pool = self._pool
-        if self.models is not None and not self.models.queue.may_start(worker.id, test):
+        if self.models is not None and not self.models.allows(worker.id, test):
             return False
         if test in pool.forced:
             return pool.may_force(worker, test)
@@ -114,6 +123,7 @@ class Admitting:
         if self.models is not None and (run := self.models.use(worker)) is not None:
             return [run]
         # A test that has only begun may last: what it holds is not given back soon.
+        self._set_aside(worker)
         reserves = question == "end" or (running is not None and self._is_short([running]))
         unit = self._fitting(worker)
         if unit is not None and reserves:
@@ -126,12 +136,28 @@ class Admitting:
                 return [help_]
             # One that has made room for a test that waits, and still is in its way, ends.
             unit = None if worker.emptied == 2 and self._pool.waiting else self._any(worker)
-        if unit is not None:
+        if unit is not None and self._may_wait(worker, unit):
             return [self._bind(worker, unit, waits=reserves)]
-        if self.models is not None and self.models.queue.waits:
+        if unit is not None or (self.models is not None and self.models.queue.waits):
             return [Park(worker.id)]
         worker.ending = True
         return [Shutdown(worker.id)]
+
+    def _overdue(self, worker: GpuWorker) -> Unit | None:
+        """The pending unit for which others wait; not one that models keep from starting."""
+        unit = self._backfilling.overdue()
+        return unit if unit is not None and self._may_wait(worker, unit) else None
+
+    def _set_aside(self, worker: GpuWorker) -> None:
+        """Put the rest of a worker's group back where a model keeps the VRAM for it."""
+        unit = worker.unit
+        if unit is None or not unit.tests or not self._may_split or self._may_wait(worker, unit):
+            return
+        worker.unit = None
+        self._pool.pending.back(unit)
+
+    def _may_wait(self, worker: GpuWorker, unit: Unit) -> bool:
+        return self.models is None or self.models.may_wait(worker, unit.tests[0])
 
     def _is_there(self, worker: GpuWorker, test: int) -> bool:
         """Whether the VRAM for this test is there, also if nothing of the running one comes back.
@@ -154,7 +180,7 @@ class Admitting:
         pool = self._pool
         if worker.unit is not None and worker.unit.tests:
             return worker.unit if self._unit_fits(worker, worker.unit) else None
-        overdue = self._backfilling.overdue()
+        overdue = self._overdue(worker)
         if overdue is not None and pool.may_begin(worker, overdue):
             return overdue if self._unit_fits(worker, overdue) else None
         unit = self._first(worker)
@@ -166,7 +192,7 @@ class Admitting:
         """What this worker has to do next, though it does not fit yet."""
         if worker.unit is not None and worker.unit.tests:
             return worker.unit
-        overdue = self._backfilling.overdue()
+        overdue = self._overdue(worker)
         if overdue is not None and self._pool.may_begin(worker, overdue):
             return overdue
         unit = self._soonest(worker) or first_for(worker, self._pool)
@@ -247,6 +273,7 @@ class Admitting:
             if self.models is not None and (run := self.models.use(worker)) is not None:
                 actions.append(run)
                 continue
+            self._set_aside(worker)
             has_group = worker.unit is not None and bool(worker.unit.tests)
             if not has_group and failed.get(worker.device, -1) >= self._held(worker):
                 # A worker that holds no less than this one, and may do as much, found nothing.
@@ -256,12 +283,13 @@ class Admitting:
                 failed.pop(worker.device, None)
                 actions.append(self._begin(worker, unit))
                 continue
-            overdue = self._backfilling.overdue()
+            overdue = self._overdue(worker)
             if worker.emptied == 2 and pool.waiting:
                 # It has made room for one that waits, and may have to end for it.
                 continue
             if has_group and worker.unit is not None:
-                actions.append(self._bind(worker, worker.unit, waits=True))
+                if self._may_wait(worker, worker.unit):
+                    actions.append(self._bind(worker, worker.unit, waits=True))
             elif overdue is not None and pool.may_begin(worker, overdue):
                 actions.append(self._bind(worker, overdue, waits=True))
             elif self._stands_for_others(worker):
@@ -289,7 +317,9 @@ class Admitting:
         sure = pool.is_exact and not pool.waiting and self.models is None
         for kind, tree in pending.trees.items():
             limit = pool.limit(worker, kind)
-            rank = self._first_cold(worker, tree, limit) if pool.cold else tree.first(limit)
+            # Where models decide too, what leaves room for others may have to wait for its model.
+            is_cold = pool.cold and self.models is None
+            rank = self._first_cold(worker, tree, limit) if is_cold else tree.first(limit)
             for _ in range(TRIES):
                 if rank < 0 or (0 <= best < rank):
                     break
@@ -412,10 +442,7 @@ class Admitting:
             note = f"started without room on its GPU: {pool.forced[test]}"
         alone = pool.assign(worker, test, ahead=ahead)
         if self.models is not None:
-            self.models.queue.begin(worker.id, test)
-            refusal = self.models.queue.refusal_of(test)
-            if refusal is not None:
-                pool.refusals[test] = refusal
+            self.models.began(worker, test)
         worker.latest = test
         source = known.source if need else ""
         return Admission(need, source, waited, alone, note, pool.refusals.get(test))

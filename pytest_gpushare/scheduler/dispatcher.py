@@ -67,7 +67,9 @@ class Dispatcher:
         if models is not None:
             from pytest_gpushare.scheduler.model_dispatch import ModelDispatch
 
-            self._models = ModelDispatch(models, jobs, self._gpu, self._cpu, self._fallback)
+            self._models = ModelDispatch(
+                models, jobs, self._gpu, self._cpu, self._fallback, self._pressure.reclaiming
+            )
             self._admitting.models = self._models
         self._left = len(jobs)
         self._readings: Mapping[str, DeviceReading] = {}
@@ -90,7 +92,7 @@ class Dispatcher:
     @property
     def due_at(self) -> float | None:
         """When a step may do something though no event comes; None: not without an event."""
-        if self._waits_for_vram:
+        if self._waits_for_vram or (self._models is not None and self._models.is_due):
             return float("-inf")
         return self._helping.next_deadline
 
@@ -110,6 +112,8 @@ class Dispatcher:
             # What no CPU worker takes may use the GPU, and gets a slot.
             return not self._cpu.knows_all or any(job.marked for job in self._jobs)
         gpu = self._gpu
+        if self._models is not None and self._models.is_due:
+            return True
         return gpu.is_waited_for and (
             bool(gpu.waiting)
             or gpu.pending.count > 0
@@ -284,12 +288,14 @@ class Dispatcher:
         """The model of this group cannot be loaded; `outcome` is `fail` or `skip`."""
         if self._models is not None:
             self._models.queue.not_opened(group, outcome, reason)
+            self._models.release(group)
             self._gpu.note_change()
 
     def closed(self, group: int) -> None:
         """Nothing keeps the model of this group any more."""
         if self._models is not None:
             self._models.queue.closed(group)
+            self._models.release(group)
             self._gpu.note_change()
 
     def _requeue(self, tests: Iterable[int]) -> None:

@@ -152,7 +152,7 @@ class GpuPool:
 
     def up(self, worker: Worker, collected: Collection[int] | None) -> None:
         """A worker is ready."""
-        capacities = {device: self.ledgers[device].capacity for device in worker.devices}
+        capacities = {device: self.ledgers[device].full for device in worker.devices}
         self.workers[worker.id] = gpu_worker = GpuWorker(worker, collected, capacities)
         for device in worker.devices:
             self.ledgers[device].open(worker.id)
@@ -254,6 +254,13 @@ class GpuPool:
         """From now on this test is reported so, and needs nothing for that."""
         self.refusals[test] = outcome, reason
         self._needs[test] = Need(0, source="")
+
+    def limit_unknown(self, test: int, most: int) -> None:
+        """From now on a test of unknown need gets no more than so many bytes."""
+        need = self._needs[test]
+        if need.vram is None:
+            slots = [worker.slot for worker in self.workers.values()]
+            self._needs[test] = need._replace(vram=max(0, min([most, *slots])))
 
     def force(self, test: int, reason: str) -> None:
         """From now on this test starts as soon as nothing else runs on its devices."""

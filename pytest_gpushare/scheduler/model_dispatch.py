@@ -9,16 +9,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pytest_gpushare.scheduler.phases import AFTER, BEFORE, too_large
 from pytest_gpushare.scheduler.queue import GROUPED, Unit, in_units
-from pytest_gpushare.scheduler.types import Action, Admission, Admit, EmptyCaches, Job, Run
+from pytest_gpushare.scheduler.types import (
+    Action,
+    Admission,
+    Admit,
+    CloseModel,
+    EmptyCaches,
+    Job,
+    OpenModel,
+    Run,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pytest_gpushare.scheduler.accounts import DeviceLedger
     from pytest_gpushare.scheduler.cpu_pool import CpuPool, CpuWorker
     from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
     from pytest_gpushare.scheduler.model_queue import ModelQueue, Offer
+    from pytest_gpushare.scheduler.pressure import Reclaiming
     from pytest_gpushare.scheduler.routing import Fallback, Routes
+
+
+IDLE = 1.0
+"""Seconds for which no worker runs anything before a model makes way that nobody can use."""
+
+DRAINED = 2.0
+"""Seconds after the last GPU test for which VRAM that comes back late is waited for."""
 
 
 class ModelDispatch:
@@ -31,8 +50,16 @@ class ModelDispatch:
         gpu: GpuPool,
         cpu: CpuPool,
         fallback: Fallback,
+        reclaiming: Reclaiming,
     ) -> None:
         self.queue = models
+        self._reclaiming = reclaiming
+        self._idle_since: float | None = None
+        """Since when no worker runs anything."""
+        self._due: dict[int, float] = {}
+        """Group -> since when its model waits for VRAM."""
+        self._drained_at: float | None = None
+        """When the last GPU test was over that ran where a model is to be loaded."""
         self._jobs, self._gpu, self._cpu, self._fallback = jobs, gpu, cpu, fallback
         cpu.divert = self._take_over
 
@@ -41,6 +68,13 @@ class ModelDispatch:
         cpu = self._take_unmarked(found.cpu)
         gpu = self._take_unmarked(found.gpu)
         both = [test for test in gpu if self._jobs[test].model is not None]
+        refused = {test: text for test in both if (text := self._too_large(test))}
+        if refused:
+            found = found._replace(refused={**found.refused, **refused})
+            both = [test for test in both if test not in refused]
+            gpu = [test for test in gpu if test not in refused]
+        for test in both:
+            self._limit_unknown(test)
         if self._gpu.policy.dist in GROUPED:
             self.queue.expect(both)
         else:
@@ -59,6 +93,30 @@ class ModelDispatch:
 
         for test in self.queue.orphans(could_run):
             self._fallback.dropped.append((test, "no worker that has collected it is left"))
+
+    def _limit_unknown(self, test: int) -> None:
+        """A need that nobody knows must leave room for the model, and for other contexts."""
+        model = self._jobs[test].model
+        workers = list(self._gpu.workers.values())
+        for ledger, size in self._devices_of(model) if model is not None else ():
+            others = sum(ledger.full.uuid in worker.devices for worker in workers) - 1
+            rest = ledger.full.budget - size - max(0, others) * ledger.full.context
+            self._gpu.limit_unknown(test, rest)
+
+    def _too_large(self, test: int) -> str:
+        model, need = self._jobs[test].model, self._gpu.need(test).vram
+        if model is None or need is None:
+            return ""
+        facts = self.queue.facts(model)
+        budgets = [
+            (self._gpu.ledgers[uuid].full.budget, size)
+            for uuid, size in facts.reservations.items()
+            if uuid in self._gpu.ledgers
+        ]
+        if not budgets or len(self._gpu.ledgers) > len(budgets):
+            return ""
+        budget, size = max(budgets)
+        return too_large(need, size, facts.name, budget)
 
     def _take_over(self, test: int) -> bool:
         """Take a test that would go to a CPU worker though it uses a model."""
@@ -109,8 +167,148 @@ class ModelDispatch:
 
     def loads(self) -> list[Action]:
         """The models to load, and those that nothing uses any more: after all was handed out."""
-        bound = [worker.bound for worker in self._gpu.waiting.values() if worker.bound is not None]
-        return self.queue.actions(bound, is_idle=self._is_idle())
+        gpu, queue = self._gpu, self.queue
+        bound = [worker.bound for worker in gpu.waiting.values() if worker.bound is not None]
+        is_idle = self._has_been_idle()
+        may_open = queue.phase != AFTER or is_idle or not self._gpu_tests_are_left()
+        actions: list[Action] = []
+        for action in queue.actions(bound, is_idle=is_idle, may_open=may_open):
+            if isinstance(action, OpenModel) and queue.facts(action.group).reservations:
+                self._hold(action.group)
+                self._due[action.group] = gpu.at
+                self._drained_at = None
+            elif isinstance(action, CloseModel):
+                has_room = bool(queue.facts(action.group).reservations)
+                more = queue.waits or self._gpu_tests_are_left()
+                actions.append(action._replace(makes_room=has_room and more))
+            else:
+                actions.append(action)
+        for group in list(self._due):
+            if self._has_room(group):
+                del self._due[group]
+                actions.append(OpenModel(group))
+            else:
+                actions += self._make_room(group)
+        if any(ledger.holds for ledger in gpu.ledgers.values()):
+            actions += self._withdraw()
+        return actions
+
+    def _has_been_idle(self) -> bool:
+        """Whether all have been idle for a moment, so that idle workers have given VRAM back."""
+        if not self._is_idle():
+            self._idle_since = None
+            return False
+        if self._idle_since is None:
+            self._idle_since = self._gpu.at
+        return self._gpu.at - self._idle_since >= IDLE or not self._gpu.workers
+
+    def _withdraw(self) -> Iterator[Action]:
+        """Take back tests that wait in workers for VRAM that a model has for long."""
+        for worker in list(self._gpu.waiting.values()):
+            test = worker.bound
+            if test is not None and worker.is_between_tests and not self.may_wait(worker, test):
+                yield self._reclaiming.ask(worker, withdraw=True)
+
+    # --- VRAM for models ---
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a model waits for VRAM, so that the devices are to be read."""
+        waits = bool(self._due) or (self._idle_since is not None and self.queue.is_stuck)
+        return waits and bool(self._gpu.workers or self._cpu.workers)
+
+    def began(self, worker: GpuWorker, test: int) -> None:
+        """A test was admitted; one whose model is missing is refused."""
+        queue, refusals = self.queue, self._gpu.refusals
+        refusal = queue.refusal_of(test)
+        if refusal is not None:
+            refusals.setdefault(test, refusal)
+        if test in refusals:
+            # It is reported without being run, and takes no place.
+            queue.forget([test])
+        else:
+            queue.begin(worker.id, test)
+
+    def allows(self, worker: str, test: int) -> bool:
+        """Whether a test may start as far as models go."""
+        queue = self.queue
+        if test in self._gpu.refusals:
+            return True
+        if queue.phase == BEFORE and self._jobs[test].model is None and queue.is_active:
+            return False
+        return queue.may_start(worker, test)
+
+    def may_wait(self, worker: GpuWorker, test: int) -> bool:
+        """Whether a test may wait in a worker: not where models keep its VRAM for long."""
+        gpu, queue = self._gpu, self.queue
+        if test in gpu.refusals:
+            return True
+        if queue.phase == BEFORE and self._jobs[test].model is None and queue.is_active:
+            return False
+        need = gpu.bytes_for(worker, test)
+        devices = gpu.devices(worker, gpu.need(test).devices)
+        return all(
+            need <= gpu.ledgers[device].capacity.budget or not gpu.ledgers[device].holds
+            for device in devices
+        )
+
+    def release(self, group: int) -> None:
+        """Nothing is kept for this model any more."""
+        self._due.pop(group, None)
+        for uuid in self.queue.facts(group).reservations:
+            if uuid in self._gpu.ledgers:
+                self._gpu.ledgers[uuid].hold(0)
+
+    def _hold(self, group: int) -> None:
+        for uuid, size in self.queue.facts(group).reservations.items():
+            ledger = self._gpu.ledgers.get(uuid)
+            if ledger is not None:
+                # What is resident now may be a model of ours that is being unloaded.
+                ledger.hold(ledger.full.resident + size)
+        self._gpu.note_change()
+
+    def _devices_of(self, group: int) -> list[tuple[DeviceLedger, int]]:
+        found = self.queue.facts(group).reservations.items()
+        ledgers = self._gpu.ledgers
+        return [(ledgers[uuid], size) for uuid, size in found if uuid in ledgers]
+
+    def _has_room(self, group: int) -> bool:
+        """Whether the model can be loaded now: the server takes the device with most VRAM free."""
+        devices = self._devices_of(group)
+        for ledger, size in devices:
+            free = ledger.reading.free
+            if free is None and ledger.committed <= ledger.capacity.budget:
+                return True
+            if free is not None and free - ledger.outstanding >= size:
+                return True
+        if not devices:
+            return True
+        if any(ledger.running for ledger, _ in devices):
+            self._drained_at = None
+            return False
+        if self._drained_at is None:
+            self._drained_at = self._gpu.at
+        # Nothing of ours is in the way any more: the server decides, as for any request.
+        return self._gpu.at - self._drained_at > DRAINED
+
+    def _make_room(self, group: int) -> Iterator[Action]:
+        """Take what idle workers hold."""
+        for ledger, _ in self._devices_of(group):
+            for name in ledger.accounts:
+                worker = self._gpu.workers.get(name)
+                if worker is None or not worker.is_between_tests:
+                    continue
+                if not ledger.running and worker.emptied < 2:
+                    yield self._reclaiming.ask(worker, withdraw=worker.emptied == 1)
+
+    def _gpu_tests_are_left(self) -> bool:
+        gpu = self._gpu
+        return bool(gpu.pending.count) or any(
+            worker.bound is not None
+            or (worker.unit is not None and worker.unit.tests)
+            or any(test not in gpu.helped for test in worker.sent)
+            for worker in gpu.workers.values()
+        )
 
     def _is_idle(self) -> bool:
         gate = self.queue.gate
@@ -129,7 +327,7 @@ class ModelDispatch:
         refusal = self.queue.refusal_of(test)
         if refusal is not None:
             self._gpu.refuse(test, *refusal)
-        unit = Unit([test], self._jobs[test].group)
+        unit = Unit([test])
         if self._gpu.anybody_could(unit):
             self._gpu.pending.back(unit)
             self._gpu.note_change()
@@ -146,7 +344,10 @@ class ModelDispatch:
 
     def use(self, worker: GpuWorker) -> Run | None:
         """A test for a GPU worker that has no group to go on with; None where it gets none."""
-        if worker.unit is not None and worker.unit.tests and not self.queue.has_chain(worker.id):
+        unit = worker.unit
+        has_group = unit is not None and bool(unit.tests) and not self.queue.has_chain(worker.id)
+        # It goes on with its group, unless models keep the VRAM for that.
+        if has_group and unit is not None and self.may_wait(worker, unit.tests[0]):
             return None
         # CPU workers are for these tests, where they have collected them.
         offer = self.queue.offer(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
+from pytest_gpushare.scheduler.phases import BESIDE
 from pytest_gpushare.scheduler.types import Action, CloseModel, Job, ModelGroup, OpenModel
 
 
@@ -52,6 +53,10 @@ class _Group:
         """Tests that need VRAM and come with a group of the GPU workers."""
         self.released: set[int] = set()
         """Those that were, and have not begun."""
+        self.was_used = False
+        """Whether a test has begun since it was opened last."""
+        self.in_vain = 0
+        """How often it was opened and closed again without one."""
         self.workers: dict[str, set[int]] = {}
         """The workers that hold a place, with the tests of the group that they have."""
 
@@ -73,6 +78,8 @@ class ModelQueue:
         self, jobs: Sequence[Job], groups: Sequence[ModelGroup], most_open: int = 1
     ) -> None:
         """`most_open`: how many models may be loaded for tests at once."""
+        self.phase = BESIDE
+        """Whether tests that use models run next to GPU tests, before or after them."""
         self._jobs = jobs
         self._groups = [_Group(facts) for facts in groups]
         self._most_open = most_open
@@ -249,6 +256,7 @@ class ModelQueue:
         group = self._groups[model]
         group.released.discard(test)
         group.elsewhere.discard(test)
+        group.was_used = True
         if group.refusal is None:
             group.workers.setdefault(worker, set()).add(test)
 
@@ -321,11 +329,30 @@ class ModelQueue:
         if self._groups[number].state is State.CLOSING:
             self._groups[number].state = State.CLOSED
 
-    def actions(self, bound: Iterable[int] = (), *, is_idle: bool = False) -> list[Action]:
+    def facts(self, number: int) -> ModelGroup:
+        """What is known of this group."""
+        return self._groups[number].facts
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a model is loaded that nobody uses, though tests are still to come."""
+        return any(
+            group.state is State.OPEN and not group.workers and self._is_left(number)
+            for number, group in enumerate(self._groups)
+        )
+
+    @property
+    def is_active(self) -> bool:
+        """Whether tests that use models run, or are to come."""
+        return self.waits or any(group.is_used for group in self._groups)
+
+    def actions(
+        self, bound: Iterable[int] = (), *, is_idle: bool = False, may_open: bool = True
+    ) -> list[Action]:
         """The models to load, and those that nothing uses any more.
 
         `bound`: tests that wait in GPU workers. `is_idle`: no worker runs anything, though each
-        was offered what may start.
+        was offered what may start. `may_open`: whether it is time to load models.
         """
         startable = self._startable()
         blocked, wanted = self._waited_for()
@@ -341,13 +368,18 @@ class ModelQueue:
             others = is_full and bool((wanted | blocked) - {number})
             # Where nobody can use it now, and each worker waits for another, it makes way.
             has_more = number in startable or bool(group.elsewhere)
-            if not self._is_left(number) or (others and (is_idle or not has_more)):
+            keeps_vram = bool(group.facts.reservations) and number not in startable
+            makes_way = others and (is_idle or not has_more)
+            if not self._is_left(number) or makes_way or (is_idle and keeps_vram):
                 group.state = State.CLOSING
+                group.in_vain += not group.was_used
                 actions.append(CloseModel(number))
-        for number in dict.fromkeys([*first, *sorted(blocked), *sorted(wanted)]):
+        in_turn = sorted(wanted, key=lambda number: (self._groups[number].in_vain, number))
+        for number in dict.fromkeys([*first, *sorted(blocked), *in_turn]):
             group = self._groups[number]
-            if group.state is State.CLOSED and self._count_open() < self._most_open:
+            if may_open and group.state is State.CLOSED and self._count_open() < self._most_open:
                 group.state = State.OPENING
+                group.was_used = False
                 actions.append(OpenModel(number))
         return actions
 

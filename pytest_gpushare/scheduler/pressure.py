@@ -296,12 +296,16 @@ class Pressure:
             return []
         for device in pool.devices(worker, count):
             ledger = pool.ledgers[device]
+            if ledger.holds and need > ledger.capacity.budget:
+                # The tests of a model have it for as long as they run.
+                return []
             if need > ledger.left(worker.id):
                 return reclaiming.reclaim(ledger, waiter, need)
             live = ledger.live(worker.id)
             if live is not None and need > live:
                 asked = reclaiming.empty(ledger, worker, need - live, ledger.runs_beside(worker.id))
-                if asked or reclaiming.is_under_way(ledger) or self._will_do(ledger, need):
+                is_on_its_way = reclaiming.is_under_way(ledger) or self._will_do(ledger, need)
+                if asked or is_on_its_way or ledger.holds:
                     return asked
                 return list(self._missing(ledger, waiter.test, need, live))
             if exclusive and ledger.runs_beside(worker.id):

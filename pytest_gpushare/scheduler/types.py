@@ -39,6 +39,9 @@ class ModelGroup(NamedTuple):
     """Whether the session loads it before its first test starts."""
     refusal: tuple[str, str] | None = None
     """(`fail` or `skip`, reason): its tests are reported so without being run."""
+    reservations: Mapping[str, int] = {}
+    """UUID -> bytes that have to be free there before it is loaded, and are kept for it as long
+    as it is used; empty where the plan keeps VRAM for Ollama all the time."""
 
 
 class Worker(NamedTuple):
@@ -194,6 +197,8 @@ class CloseModel(NamedTuple):
     """Nothing uses this model any more; `Dispatcher.closed` follows."""
 
     group: int
+    makes_room: bool = False
+    """Whether other tests need the VRAM that it has."""
 
 
 class Recall(NamedTuple):

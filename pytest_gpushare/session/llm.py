@@ -19,9 +19,12 @@ from pytest_gpushare.ollama.catalog import ask_models
 from pytest_gpushare.ollama.keep_alive import KeepAlive, PreloadedModel
 from pytest_gpushare.ollama.loading import Loader, ModelLoadError
 from pytest_gpushare.ollama.models import ModelFacts, described, full_name
+from pytest_gpushare.ollama.prediction import NOTHING_KNOWN
 from pytest_gpushare.ollama.preload import ollama_pids
+from pytest_gpushare.ollama.reservation import Demand, devices_of_ollama, need_of, server_of
 from pytest_gpushare.ollama.run_models import RunModel, grouped, in_order
 from pytest_gpushare.scheduler.llm_marks import ModelUse
+from pytest_gpushare.scheduler.phases import BESIDE, Estimate, ModelLoad, choose
 from pytest_gpushare.scheduler.types import CloseModel, ModelGroup, OpenModel
 from pytest_gpushare.text import printable
 from pytest_gpushare.timed import TimedCall
@@ -29,15 +32,19 @@ from pytest_gpushare.timed import TimedCall
 if TYPE_CHECKING:
     from pytest_gpushare.config.settings import Settings
     from pytest_gpushare.events import Record
-    from pytest_gpushare.gpu.devices import GpuFacts
+    from pytest_gpushare.gpu.devices import Device, GpuFacts
     from pytest_gpushare.gpu.sampler import Live
     from pytest_gpushare.leases.lessee import Lessee
     from pytest_gpushare.ollama.address import Address
     from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+    from pytest_gpushare.planning.plan import Plan
     from pytest_gpushare.wire import Links
 
 ASK_LIMIT = 2.0
 """Seconds for all questions about the models when the tests are collected."""
+
+LOADED_PER_SECOND = 1.25e9
+"""Bytes of a model that a server loads in a second, for estimates."""
 
 _IDLE = 3600.0
 """Seconds between two looks of a thread to which nobody says anything."""
@@ -103,8 +110,17 @@ class LlmTests:
         uses: Mapping[int, ModelUse],
         work: Mapping[int, float],
         nodeids: Sequence[str],
+        *,
+        holds_vram: bool = False,
     ) -> None:
-        """`uses`: test -> the model that it uses; `work`: test -> seconds, where known."""
+        """`uses`: test -> the model that it uses; `work`: test -> seconds, where known.
+
+        `holds_vram`: the plan keeps no VRAM for the models; it is kept while tests use them.
+        """
+        self.holds_vram = holds_vram
+        self.estimate: Estimate | None = None
+        """How long the run should take each way; None where nothing was to be chosen."""
+        self._work = work
         self._run = run
         self.tests = len(uses)
         self.loads: list[Load] = []
@@ -192,7 +208,48 @@ class LlmTests:
                 self._missing.add(number)
                 return group._replace(loads=True)
             return self._without(group, f"no model {model.name} {where}", tests)
-        return group._replace(loads=True)
+        return group._replace(loads=True, reservations=self._reservations(model))
+
+    def _vram(self, model: RunModel) -> int:
+        """Bytes that have to be free for a model before it is loaded."""
+        run = self._run
+        facts = model.facts or ModelFacts(model.name)
+        if model.context:
+            facts = facts._replace(num_ctx=model.context)
+        need = need_of(facts, server_of(run.settings, run.gpus, run.ollama), NOTHING_KNOWN)
+        return Demand((need,)).free_needed(len(self._devices()))
+
+    def _devices(self) -> Sequence[Device]:
+        """The devices on which the server may load a model."""
+        known = devices_of_ollama(self._run.settings.ollama_gpu, self._run.gpus)
+        return self._run.gpus.all_devices if known is None else known
+
+    def _reservations(self, model: RunModel) -> Mapping[str, int]:
+        if not self.holds_vram or any(model.is_same(loaded) for loaded in self._loaded):
+            return {}
+        size = self._vram(model)
+        return {device.uuid: size for device in self._devices()}
+
+    def choose_phase(self, gpu_tests: Sequence[tuple[int, float | None]], plan: Plan) -> str:
+        """Whether tests that use models run next to GPU tests, before or after them."""
+        wanted = self._run.settings.ollama_phase
+        if self.server is None or not self._run.ollama.on_this_host or not gpu_tests:
+            return BESIDE
+        loads = []
+        for number, group in enumerate(self.groups):
+            if group.refusal is not None:
+                continue
+            model = self.models[number]
+            is_there = any(model.is_same(loaded) for loaded in self._loaded)
+            size = self._vram(model) if model.name and group.loads and not is_there else 0
+            tests = [self._work.get(test) for test, at in self.of.items() if at == number]
+            loads.append(ModelLoad(size, size / LOADED_PER_SECOND, tests, group.parallel))
+        budget = max(device.budget for device in plan.devices)
+        if not self.holds_vram:
+            # What the models take is kept for them all the time.
+            loads = [load._replace(vram=0) for load in loads]
+        self.estimate = choose(gpu_tests, loads, budget, len(plan.slots), wanted)
+        return self.estimate.chosen
 
     def _without(self, group: ModelGroup, why: str, tests: int) -> ModelGroup:
         how = self._run.settings.without_ollama
@@ -274,6 +331,8 @@ class LlmTests:
             number = command.group
             try:
                 if isinstance(command, CloseModel):
+                    if command.makes_room:
+                        self._unload(number)
                     outcome: Opened | Closed = Closed(number)
                 else:
                     outcome = Opened(number, self._open(number))
@@ -292,7 +351,7 @@ class LlmTests:
         try:
             if number in self._missing:
                 self._pull(loader, number)
-            self._make_room(loader, number)
+            self._make_room(number)
             loaded = loader.load(model, float(run.settings.ollama_load_timeout))
         except ModelLoadError as error:
             where = f"at {run.ollama.address}"
@@ -315,18 +374,24 @@ class LlmTests:
             )
         return ""
 
-    def _make_room(self, loader: Loader, number: int) -> None:
+    def _make_room(self, number: int) -> None:
         """Unload what this session loaded for other tests: the server would not make room for
         a model that does not fit next to it, but put a part of the new one on the CPU."""
         if self._run.live is None:
             return
         used = self._run.lessee.models_of_others() if self._run.lessee is not None else frozenset()
-        for other, (own, kept) in list(self._ours.items()):
+        for other, (own, _) in list(self._ours.items()):
             if other == number or full_name(own.model.name) in used:
                 continue
-            del self._ours[other]
-            kept.give_up()
-            loader.unload(own)
+            self._unload(other)
+
+    def _unload(self, number: int) -> None:
+        """Unload what this session loaded for this group, and wait until it is gone."""
+        if number not in self._ours or self.server is None:
+            return
+        own, kept = self._ours.pop(number)
+        kept.give_up()
+        Loader(self.server, ollama_pids(self._run.live), self._over.is_set).unload(own)
 
     def _pull(self, loader: Loader, number: int) -> None:
         run, name = self._run, self.models[number].name

@@ -314,6 +314,20 @@ def remember_needs(config: pytest.Config) -> None:
         _store(config, HAS_NEEDS_KEY, True)
 
 
+MODEL_USE_KEY = "gpushare/tests-use-models"
+
+
+def recall_model_use(config: pytest.Config) -> bool:
+    """Whether tests of the last run said that they use models of Ollama's."""
+    return stored(config, MODEL_USE_KEY) is True
+
+
+def remember_model_use(config: pytest.Config, *, uses: bool) -> None:
+    """Note for the next run whether they do."""
+    if recall_model_use(config) != uses:
+        _store(config, MODEL_USE_KEY, uses)
+
+
 def stored(config: pytest.Config, key: str) -> object:
     """The value of a key in pytest's cache; None where there is none.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +34,7 @@ from pytest_gpushare.gpu.visibility import VARIABLE, cuda_is_up, set_variables
 from pytest_gpushare.leases import AcquireTerms, in_run
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
-from pytest_gpushare.ollama.reservation import seen_larger, unexpected
+from pytest_gpushare.ollama.reservation import devices_of_ollama, seen_larger, unexpected
 from pytest_gpushare.place import entered
 from pytest_gpushare.planning.leasing import Agreed, Terms, agree, lease_plan
 from pytest_gpushare.planning.placement import (
@@ -44,10 +45,12 @@ from pytest_gpushare.planning.placement import (
 )
 from pytest_gpushare.planning.plan import LeasedByOthers, Limit, Plan, Request, shortage
 from pytest_gpushare.planning.startup import PlanHooks, Probes, ask_ollama, plan_run, probe
+from pytest_gpushare.scheduler.llm_marks import uses_models
 from pytest_gpushare.scheduler.needs import excludes_gpu_tests
 from pytest_gpushare.session.needs_store import (
     may_have_needs,
     recall_contexts,
+    recall_model_use,
     recall_ollama,
 )
 from pytest_gpushare.session.run import ActiveRun
@@ -113,6 +116,8 @@ class EarlierRuns(NamedTuple):
     """Device name -> bytes of a CUDA context."""
     has_needs: bool = False
     """Whether tests may have needs of their own."""
+    uses_models: bool = False
+    """Whether tests said that they use models of Ollama's."""
 
 
 def start(
@@ -150,7 +155,11 @@ def start(
         live = LiveVram(probes.nvml) if probes.nvml is not None and gpus.all_devices else None
         ollama = _AskedAgain(settings, host, probes.ollama)
 
+        is_phased = _is_phased(settings, earlier, request, probes)
+
         def make(gpus: GpuFacts, leased: LeasedByOthers, changed: Settings = settings) -> Plan:
+            if is_phased:
+                changed = replace(changed, ollama_vram_reservation=Fraction(0))
             return plan_run(
                 changed, gpus, ollama.facts, facts, request, earlier.model_sizes, leased
             )
@@ -206,7 +215,8 @@ def start(
         leases=agreed.leases,
         alone=agreed.alone if plan is agreed.plan else {},
         contexts=earlier.contexts,
-        has_needs=earlier.has_needs and bool(plan.slots) and not gpus.simulated,
+        has_needs=(earlier.has_needs or is_phased) and bool(plan.slots) and not gpus.simulated,
+        is_phased=is_phased,
     )
     if loading is None:
         return found
@@ -217,6 +227,23 @@ def start(
         # Also where the run ends before its services began.
         close=close if loading.kept is None else _both(loading.undo, close),
     )
+
+
+def _is_phased(settings: Settings, earlier: EarlierRuns, request: Request, probes: Probes) -> bool:
+    """Whether VRAM is kept for Ollama only while tests use its models, so that the plan keeps none.
+
+    Only where it follows the models, and where it is known that tests say which they use: others
+    may use the server at any time.
+    """
+    known = settings.ollama_tests or settings.ollama_param or earlier.uses_models
+    if not known and not any(uses_models(alias) for alias in settings.markers):
+        return False
+    if settings.ollama_phase == "beside" or settings.ollama_vram_reservation is not None:
+        return False
+    ollama, gpus = probes.ollama, probes.gpus
+    if not (ollama.answered and ollama.on_this_host) or gpus.simulated or request.in_process:
+        return False
+    return bool(gpus.all_devices) and devices_of_ollama(settings.ollama_gpu, gpus) != ()
 
 
 def _probed(settings: Settings, host: Host, earlier: EarlierRuns) -> tuple[Probes, Loading | None]:
@@ -368,6 +395,7 @@ def start_locally(
         recall_ollama(config) if settings.enable_ollama_detection else NOTHING_KNOWN,
         recall_contexts(config),
         may_have_needs(settings, config),
+        recall_model_use(config),
     )
     expression = str(getattr(options, "markexpr", "") or "")
     return start(

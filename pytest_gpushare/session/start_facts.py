@@ -55,6 +55,8 @@ class StartFacts(NamedTuple):
     """UUID -> the budget, in bytes, that the plan would have without other sessions."""
     has_needs: bool = False
     """Whether tests may have needs of their own, so that no slot may cap them."""
+    is_phased: bool = False
+    """Whether VRAM is kept for Ollama only while tests use its models."""
 
 
 class RunOptions(NamedTuple):

@@ -323,3 +323,72 @@ def test_example(project: Project, server: OllamaServer) -> None:
     result = project.pytest("tests", "-n2", OLLAMA_HOST="127.0.0.1:9")
     assert (result.code, result.passed) == (0, 1), result.out
     assert "gpu-share: 2 tests skipped: no Ollama at 127.0.0.1:9: nothing listens" in result.out
+
+
+PHASED = (
+    SUITE
+    + """
+    import contextlib, gpusim
+
+    @pytest.mark.parametrize("i", range(4))
+    @pytest.mark.gpu(vram="5GB")
+    def test_gpu(i):
+        with gpusim.alloc("4.3GB") if gpusim.available() else contextlib.nullcontext():
+            time.sleep(0.3)
+
+    @pytest.mark.parametrize("i", range(4))
+    def test_answer(i):
+        ask("large:30b", 0.1)
+"""
+)
+
+
+def spills(server: OllamaServer) -> list[str]:
+    """Models of which a load left a part on the CPU."""
+    return server.scheduler.spills
+
+
+@pytest.mark.parametrize("phase", ["auto", "before", "after"])
+def test_model_that_does_not_fit_beside_the_tests(
+    project: Project,
+    machine_with: Callable[..., Machine],
+    ollama_with: Callable[..., Any],
+    phase: str,
+) -> None:
+    """18 GB beside tests of 5 GB on 24 GB: one after the other, no spill, nobody out of memory."""
+    machine_with(Device(total="24GB", used="1GB"))
+    server = ollama_with([Model("large:30b", "18GB")])
+    project.write(test_project=PHASED)
+    project.file(
+        "pytest.ini",
+        f"""
+        [pytest]
+        gpu_share = true
+        gpu_share_ollama_vram_reservation_mb = auto
+        gpu_share_ollama_models = large:30b
+        gpu_share_ollama_tests = test_project.py::test_answer = large:30b
+        gpu_share_ollama_phase = {phase}
+        """,
+    )
+    result = project.pytest("-vv")
+    assert (result.code, result.passed) == (0, 8), result.out + result.err
+    assert "gpu-share: 2 GPU workers" in result.out
+    assert server.scheduler.loads == ["large:30b"]
+    assert spills(server) == []
+    assert "gpu-share: tests that use models, as estimated: beside " in result.out
+
+
+def test_beside_keeps_the_reservation(
+    project: Project, machine_with: Callable[..., Machine], ollama_with: Callable[..., Any]
+) -> None:
+    """The same suite without phases: no GPU worker fits next to the model."""
+    machine_with(Device(total="24GB", used="1GB"))
+    server = ollama_with([Model("large:30b", "18GB")])
+    project.write(test_project=PHASED)
+    options = ["gpu_share_ollama_vram_reservation_mb=auto", "gpu_share_ollama_phase=beside"]
+    options += ["gpu_share_ollama_models=large:30b"]
+    options += ["gpu_share_ollama_tests=test_project.py::test_answer = large:30b"]
+    result = project.pytest("--gpu-share", "-n2", *(p for o in options for p in ("-o", o)))
+    assert (result.code, result.passed) == (0, 8), result.out
+    assert "gpu-share: 2 CPU workers (insufficient VRAM per worker" in result.out
+    assert spills(server) == []

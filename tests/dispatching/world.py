@@ -35,6 +35,7 @@ from pytest_gpushare.scheduler.types import (
     Shutdown,
     Worker,
 )
+from pytest_gpushare.units import GB
 
 TICK = 0.1
 """Seconds between two steps while tests wait."""
@@ -114,6 +115,7 @@ class World:
         models: Sequence[ModelGroup] = (),
         load: float = 8.0,
         failing: Collection[int] = (),
+        phase: str = "beside",
     ) -> None:
         """`models` take `load` seconds to be loaded; those that are `failing` cannot be."""
         self.jobs, self.rooms = jobs, {room.uuid: room for room in rooms}
@@ -122,11 +124,15 @@ class World:
         self.policy = policy or Policy()
         self.models = models
         queue = ModelQueue(jobs, models) if models else None
+        if queue is not None:
+            queue.phase = phase
         self.dispatcher = Dispatcher(jobs, rooms, self.policy, queue)
         self.loads: list[int] = []
         """The groups whose models were loaded, in order."""
         self.loaded: set[int] = set()
         """The groups whose models are there now."""
+        self.spills = 0
+        """Loads for which there was not enough VRAM."""
         self._load, self._failing = load, failing
         self.processes: dict[str, Process] = {}
         self.by_pid, self.late, self.restarts, self.live = by_pid, late, restarts, live
@@ -336,13 +342,16 @@ class World:
             if isinstance(action, Note):
                 continue
             if isinstance(action, OpenModel):
+                for uuid, size in self.models[action.group].reservations.items():
+                    if self._free(uuid) < size and self.live:
+                        self.spills += 1
                 delay = self._load if self.models[action.group].loads else 0.0
                 self._at(delay, self._opened, action.group)
                 continue
             if isinstance(action, CloseModel):
                 if self._users(action.group):
                     self.wrong.append(f"{action} while {self._users(action.group)} use it")
-                self.loaded.discard(action.group)
+                self._unload(action.group)
                 self._at(0.1, self._closed, action.group)
                 continue
             if isinstance(action, Drop):
@@ -384,8 +393,17 @@ class World:
         else:
             self.loads.append(group)
             self.loaded.add(group)
+            for uuid, size in self.models[group].reservations.items():
+                # A margin stays free beside it.
+                self.devices[uuid].ollama += size - GB
             self.dispatcher.opened(group)
         self._step()
+
+    def _unload(self, group: int) -> None:
+        if group in self.loaded:
+            self.loaded.discard(group)
+            for uuid, size in self.models[group].reservations.items():
+                self.devices[uuid].ollama -= size - GB
 
     def _closed(self, group: int) -> None:
         self.dispatcher.closed(group)
@@ -393,8 +411,12 @@ class World:
 
     def _users(self, group: int) -> list[int]:
         """The tests that use this model now."""
-        running = (p.running for p in self.processes.values() if p.alive)
-        return [t for t in running if t is not None and self.jobs[t].model == group]
+        return [
+            test
+            for process in self.processes.values()
+            if process.alive and (test := process.running) is not None
+            if self.jobs[test].model == group and not self._admission(process, test).refusal
+        ]
 
     def _check_model(self, test: int) -> None:
         """No more at once than the server answers, and none before its model is there."""

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_gpushare.scheduler.needs import Need
-from pytest_gpushare.scheduler.types import DeviceCapacity, Job, ModelGroup, Policy, Worker
+from pytest_gpushare.scheduler.types import DeviceCapacity, Job, ModelGroup, Policy, Run, Worker
 from pytest_gpushare.units import GB, MB
 
 CONTEXT = 600 * MB
@@ -127,11 +127,68 @@ def test_groups_of_xdist_stay_together(workers: list[Worker]) -> None:
     assert [test for test in world.outcomes if test < 4] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("phase", ["beside", "before", "after"])
+@pytest.mark.parametrize("cpus", [0, 1])
+def test_phases(phase: str, cpus: int) -> None:
+    """A model of 14 GB and tests of 9 GB on 20 GB: no spill, no test out of memory."""
+    capacity = DeviceCapacity("GPU-0", "GPU 0", 20 * GB, 0, GB, 21 * GB, context=CONTEXT)
+    groups = [ModelGroup("m0", loads=True, reservations={"GPU-0": 15 * GB})]
+    gpu = [Job(f"gpu{n}", True, Need(9 * GB, source="marker"), duration=1.0) for n in range(8)]
+    workers = [*GPU[:2], *([Worker("gw9")] if cpus else [])]
+    world = World(
+        mixed(uses(0, 6, duration=1.0), gpu), [capacity], workers, models=groups, phase=phase
+    ).run()
+    assert world.wrong == []
+    assert all(outcome == ["done"] for outcome in world.outcomes.values())
+    assert len(world.outcomes) == 14
+    assert (world.loads, world.spills, world.out_of_memory) == ([0], 0, 0)
+    first = next(iter(world.outcomes))
+    if phase == "after":
+        assert first >= 6 or world.jobs[first].model is None
+    # 4 s of GPU tests, two at a time; 8 s for the load and 6 s of tests of the model.
+    assert world.makespan <= 19.5
+
+
+def test_small_tests_run_beside_a_model() -> None:
+    """What fits next to the model runs meanwhile; what does not waits for it, and is not lost."""
+    capacity = DeviceCapacity("GPU-0", "GPU 0", 20 * GB, 0, GB, 21 * GB, context=CONTEXT)
+    groups = [ModelGroup("m0", loads=True, reservations={"GPU-0": 12 * GB})]
+    small = [Job(f"s{n}", True, Need(3 * GB, source="marker"), duration=1.0) for n in range(12)]
+    large = [Job(f"l{n}", True, Need(12 * GB, source="marker"), duration=1.0) for n in range(2)]
+    jobs = mixed(uses(0, 8, duration=1.0), large, small)
+    world = World(jobs, [capacity], [*GPU, Worker("gw9")], models=groups, load=2.0).run()
+    assert world.wrong == []
+    assert all(outcome == ["done"] for outcome in world.outcomes.values())
+    assert len(world.outcomes) == len(jobs)
+    assert (world.loads, world.spills, world.out_of_memory) == ([0], 0, 0)
+    assert world.makespan <= 14.0
+
+
+def test_test_that_does_not_fit_beside_its_own_model() -> None:
+    """It fails before the first test starts, with both figures."""
+    groups = [ModelGroup("m0", loads=True, reservations={"GPU-0": 15 * GB})]
+    jobs = uses(0, 2, marked=True, need=Need(9 * GB, source="marker"))
+    capacity = DeviceCapacity("GPU-0", "GPU 0", 20 * GB, 0, GB, 21 * GB, context=CONTEXT)
+    world = World(jobs, [capacity], GPU, models=groups).run()
+    assert world.loads == []
+    reasons = {
+        a.refusal[1]
+        for r in world.actions
+        if isinstance(r, Run)
+        for a in r.admissions.values()
+        if a.refusal
+    }
+    assert len(world.outcomes) == 2
+    assert all("next to its model m0, which takes 15.0 GB" in reason for reason in reasons)
+    assert reasons
+
+
 def suite(count: int, seed: int) -> dict[str, Any]:
     """The arguments of a world with models, VRAM, groups, crashes and models that are missing."""
     draw = Random(seed)
     budget = draw.randint(6, 24) * GB
     room = DeviceCapacity("GPU-0", "GPU 0", budget, 0, GB, budget + GB, context=CONTEXT)
+    holds = draw.random() < 0.5
     gpus, cpus = draw.choice([(0, 2), (2, 0), (1, 1), (3, 2), (1, 0), (0, 1)])
     workers = [Worker(f"gw{n}", ("GPU-0",), budget // max(1, gpus)) for n in range(gpus)]
     workers += [Worker(f"gw{gpus + n}") for n in range(cpus)]
@@ -140,6 +197,7 @@ def suite(count: int, seed: int) -> dict[str, Any]:
             f"m{number}",
             draw.randint(1, 3),
             loads=draw.random() < 0.8,
+            reservations={"GPU-0": draw.randint(2, budget // GB) * GB} if holds and gpus else {},
             refusal=("skip", "missing") if draw.random() < 0.2 else None,
         )
         for number in range(draw.randint(1, 4))
@@ -173,6 +231,7 @@ def suite(count: int, seed: int) -> dict[str, Any]:
         "failing": {n for n in range(len(groups)) if draw.random() < 0.1},
         "policy": Policy(draw.choice(["load", "worksteal", "loadgroup", "loadscope"])),
         "look_ahead": draw.random() < 0.3,
+        "phase": draw.choice(["beside", "beside", "before", "after"]),
     }
 
 

@@ -85,6 +85,8 @@ class Scheduler:
         self._loaded: dict[str, Loaded] = {}
         self.loads: list[str] = []
         """Every load so far, by full name."""
+        self.spills: list[str] = []
+        """Those loads that left a part of the model on the CPU."""
         self.most_at_once: dict[str, int] = {}
         """Full name -> requests that used the model at once, at most."""
         self._pending = 0
@@ -230,6 +232,8 @@ class Scheduler:
         with self._changed:
             self._loaded[model.blob] = entry
             self.loads.append(model.full_name)
+            if placement.vram < need and self._machine is not None:
+                self.spills.append(model.full_name)
             self._count(entry)
         return entry
 
