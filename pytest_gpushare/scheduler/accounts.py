@@ -141,9 +141,7 @@ class DeviceLedger:
             return False
         if reading is not self.reading:
             self.reading = reading
-            self.kept = _kept(self.capacity, reading)
-            limit, budget = reading.others.limit, self.capacity.budget
-            self.budget = budget if limit is None else min(limit, budget)
+            self._recount()
         self.is_due = False
         for account in self.running.values():
             account.fresh = False
@@ -163,8 +161,13 @@ class DeviceLedger:
         self.capacity = full._replace(
             reservation=max(full.reservation, size), budget=max(0, full.budget - more)
         )
-        self.kept = _kept(self.capacity, self.reading)
+        self._recount()
         self.is_due = True
+
+    def _recount(self) -> None:
+        limit, budget = self.reading.others.limit, self.capacity.budget
+        self.kept = _kept(self.capacity, self.reading)
+        self.budget = budget if limit is None else min(limit, budget)
 
     @property
     def holds(self) -> bool:

@@ -386,6 +386,9 @@ class Dispatcher:
         if is_due:
             pressure.look_everywhere()
         given = [] if self._models is None else list(self._models.actions())
+        if self._models is not None and not self._models.has_begun:
+            # Before GPU tests take the VRAM that the first model needs.
+            given += self._models.loads()
         changed = gpu.take_changed()
         looked_at = changed
         for _ in range(_PASSES):

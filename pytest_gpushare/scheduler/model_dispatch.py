@@ -54,6 +54,8 @@ class ModelDispatch:
     ) -> None:
         self.queue = models
         self._reclaiming = reclaiming
+        self.has_begun = False
+        """Whether it was decided which model comes first."""
         self._idle_since: float | None = None
         """Since when no worker runs anything."""
         self._due: dict[int, float] = {}
@@ -167,6 +169,7 @@ class ModelDispatch:
 
     def loads(self) -> list[Action]:
         """The models to load, and those that nothing uses any more: after all was handed out."""
+        self.has_begun = True
         gpu, queue = self._gpu, self.queue
         bound = [worker.bound for worker in gpu.waiting.values() if worker.bound is not None]
         is_idle = self._has_been_idle()

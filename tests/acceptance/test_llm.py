@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -366,6 +368,7 @@ def test_model_that_does_not_fit_beside_the_tests(
         gpu_share = true
         gpu_share_ollama_vram_reservation_mb = auto
         gpu_share_ollama_models = large:30b
+        gpu_share_ollama_context = 4096
         gpu_share_ollama_tests = test_project.py::test_answer = large:30b
         gpu_share_ollama_phase = {phase}
         """,
@@ -392,3 +395,127 @@ def test_beside_keeps_the_reservation(
     assert (result.code, result.passed) == (0, 8), result.out
     assert "gpu-share: 2 CPU workers (insufficient VRAM per worker" in result.out
     assert spills(server) == []
+
+
+def test_crash_and_first_failure(project: Project, server: OllamaServer) -> None:
+    """A crash in one test of a model loses no other; under -x nothing hangs."""
+    project.write(
+        test_project=SUITE
+        + """
+    @pytest.mark.parametrize("i", range(6))
+    @pytest.mark.ollama(model="a:1b")
+    def test_a(i):
+        ask("a:1b", 0.02)
+        if i == 2:
+            os._exit(1)
+
+    @pytest.mark.parametrize("i", range(3))
+    @pytest.mark.ollama(model="b:1b")
+    def test_b(i):
+        ask("b:1b", 0.02)
+    """
+    )
+    result = project.pytest("--gpu-share", "-n2")
+    assert (result.code, result.passed) == (1, 8), result.out
+    assert "crashed" in result.out
+    assert sorted(server.scheduler.loads) == ["a:1b", "b:1b"]
+    result = project.pytest("--gpu-share", "-n2", "-x")
+    assert result.code in (1, 2), result.out
+
+
+@pytest.mark.parametrize("dist", ["loadscope", "loadfile", "worksteal"])
+def test_groups_of_xdist(project: Project, server: OllamaServer, dist: str) -> None:
+    """A group stays on one worker, in order, though its tests use two models."""
+    project.write(
+        test_project=SUITE
+        + """
+    MODELS = ["a:1b", "b:1b"]
+
+    @pytest.mark.xdist_group("together")
+    class TestTogether:
+        @pytest.mark.parametrize("i", range(4))
+        def test_it(self, i, worker_id):
+            ask(MODELS[i % 2], 0.02)
+            with open("order.txt", "a") as file:
+                file.write(f"{worker_id} {i}\\n")
+
+    @pytest.mark.parametrize("i", range(4))
+    @pytest.mark.ollama(model="a:1b")
+    def test_a(i):
+        ask("a:1b", 0.02)
+    """
+    )
+    project.file(
+        "pytest.ini",
+        """
+        [pytest]
+        gpu_share = true
+        gpu_share_ollama_tests =
+            test_project.py::TestTogether::test_it[[0]] = a:1b
+            test_project.py::TestTogether = b:1b
+        """.replace("[[0]]", "[0]"),
+    )
+    result = project.pytest("-n3", f"--dist={dist}")
+    assert (result.code, result.passed) == (0, 8), result.out
+    assert most_at_once(server, "a:1b") <= 2
+    rows = [row.split() for row in (project.path / "order.txt").read_text().splitlines()]
+    if dist != "worksteal":
+        assert len({worker for worker, _ in rows}) == 1
+        assert [number for _, number in rows] == ["0", "1", "2", "3"]
+
+
+def test_run_again_and_last_failed(project: Project, server: OllamaServer) -> None:
+    """Reruns count as tests of the model, and --lf runs only what failed."""
+    project.write(
+        test_project=SUITE
+        + """
+    import pathlib
+
+    @pytest.mark.parametrize("i", range(3))
+    @pytest.mark.ollama(model="a:1b")
+    def test_a(i):
+        ask("a:1b", 0.02)
+        path = pathlib.Path(f"seen{i}")
+        if i == 1 and not path.exists():
+            path.write_text("")
+            assert 0
+    """
+    )
+    result = project.pytest("--gpu-share", "-n2", "--reruns=1", beside=["rerunfailures"])
+    assert (result.code, result.passed) == (0, 3), result.out
+    assert most_at_once(server, "a:1b") == 1
+    (project.path / "seen1").unlink()
+    command = [sys.executable, "-m", "pytest", "-p", "no:anyio", "--gpu-share", "-n2"]
+    assert project.command(command).code == 1
+    last = project.command([*command, "--lf"])
+    assert (last.code, last.passed) == (0, 1), last.out
+
+
+def test_two_sessions_two_models(project: Project, server: OllamaServer) -> None:
+    """Under MAX_LOADED_MODELS 1 each session loads its model; no test is lost, nothing spills."""
+    project.write(
+        test_one=SUITE
+        + """
+    @pytest.mark.parametrize("i", range(4))
+    @pytest.mark.ollama(model="a:1b")
+    def test_a(i):
+        ask("a:1b", 0.05)
+    """,
+        test_two=SUITE
+        + """
+    @pytest.mark.parametrize("i", range(4))
+    @pytest.mark.ollama(model="b:1b")
+    def test_b(i):
+        ask("b:1b", 0.05)
+    """,
+    )
+    with ThreadPoolExecutor() as pool:
+        runs = [
+            pool.submit(project.pytest, name, "--gpu-share", "-n1")
+            for name in ("test_one.py", "test_two.py")
+        ]
+        results = [run.result(timeout=120) for run in runs]
+    for result in results:
+        assert (result.code, result.passed) == (0, 4), result.out
+    assert server.scheduler.spills == []
+    assert set(server.scheduler.loads) == {"a:1b", "b:1b"}
