@@ -212,17 +212,23 @@ def _reading(
     free = None if memory is None else memory.free
     listed: dict[str, int] = {}
     held: dict[str, int | None] = {}
+    left_behind: dict[str, int] = {}
     others: list[tuple[int, str]] = []
     if split is not None:
         listed = {name: size for name, size in split.neighbours.items() if size}
         ids = set(workers.values())
         held = {worker: size for worker, size in split.workers.items() if worker in ids}
+        left_behind = {w: size for w, size in split.descendants.items() if w in ids}
         others = [(size, f"PID {p} {format_gb(size)}") for p, size in split.others.items() if size]
     held_by_ollama = resident if resident is not None else (sum(listed.values()) or None)
     names = [text for _, text in sorted(others, reverse=True)[:_MOST_HOLDERS]]
     if held_by_ollama:
         names.insert(0, f"{next(iter(listed), OLLAMA)} {format_gb(held_by_ollama)}")
-    return DeviceReading(free, held_by_ollama, held, ", ".join(names))
+    names += [
+        f"processes that tests of {worker} started {format_gb(size)}"
+        for worker, size in left_behind.items()
+    ]
+    return DeviceReading(free, held_by_ollama, held, ", ".join(names), left_behind=left_behind)
 
 
 class _Member:

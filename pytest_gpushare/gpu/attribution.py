@@ -39,7 +39,8 @@ class ProcessSplit(NamedTuple):
     workers: Mapping[str, int | None]
     """Worker -> all its processes, descendants included."""
     descendants: Mapping[str, int]
-    """Worker -> the part of it that other processes than the worker's own hold."""
+    """Worker -> the part of it that other processes than the worker's own hold, but for those that
+    its wider fixtures keep."""
     neighbours: Mapping[str, int | None]
     """Name -> its processes."""
     others: Mapping[int, int | None]
@@ -141,6 +142,7 @@ class Attribution:
         self._parent, self._alive = parent, alive
         self._owners: dict[int, str] = {}
         self._workers: dict[int, str] = {}
+        self._kept: dict[str, frozenset[int]] = {}
         self._proven: set[str] = set()
         """UUIDs of the devices on which a process was listed with its size. Before that an
         empty list proves nothing: in some containers and under WSL 2 it is always empty."""
@@ -174,6 +176,12 @@ class Attribution:
                 for uuid, now in memory.items()
             }
 
+    def keep(self, worker: str, pids: Iterable[int]) -> None:
+        """Count these processes, and what they start, as the worker's own: its fixtures keep
+        them. They take the place of those that were named before."""
+        with self._lock:
+            self._kept[worker] = frozenset(pids)
+
     def split(
         self, processes: Sequence[GpuProcess] | None, workers: Mapping[int, str]
     ) -> ProcessSplit | None:
@@ -198,7 +206,7 @@ class Attribution:
                     continue
                 _add(held, owner, used)
                 is_complete = is_complete and used is not None
-                if used and self._workers.get(pid) != owner:
+                if used and self._workers.get(pid) != owner and not self._is_kept(pid, owner):
                     descendants[owner] = descendants.get(owner, 0) + used
         return ProcessSplit(held, descendants, neighbours, others, is_complete)
 
@@ -206,6 +214,15 @@ class Attribution:
         """Forget processes that NVML lists no longer: their PIDs may be used again."""
         with self._lock:
             self._owners = {p: owner for p, owner in self._owners.items() if p in pids}
+
+    def _is_kept(self, pid: int, worker: str) -> bool:
+        kept, at = self._kept.get(worker), pid
+        for _ in range(_MOST_GENERATIONS if kept else 0):
+            parent = self._parent(at) if at not in (kept or ()) else at
+            if parent is None or parent <= 1 or parent == at:
+                return parent == at
+            at = parent
+        return False
 
     def _owner(self, pid: int) -> str | None:
         at: int | None = pid

@@ -122,6 +122,11 @@ class Nvml:
         """UUID -> processes that hold VRAM there; takes milliseconds under a lock of the driver."""
         return {uuid: self._processes(handle) for uuid, handle in self._handles.items()}
 
+    def processes_on(self, uuid: str) -> tuple[GpuProcess, ...] | None:
+        """Processes that hold VRAM on one device; None where the driver lists none."""
+        handle = self._handles.get(uuid)
+        return None if handle is None else self._processes(handle)
+
     def _devices_at(self, index: int, problems: list[str]) -> Iterator[Device]:
         label = f"GPU {index}"
         try:
@@ -236,6 +241,27 @@ class Nvml:
             return call()
         except Exception:
             return None
+
+
+class OneDevice:
+    """The process list of one device, for a worker that reads its own; opened by the first
+    reading and never closed: the end of the process does that."""
+
+    def __init__(self, uuid: str) -> None:
+        self._uuid = uuid
+        self._nvml: Nvml | None = None
+
+    def memory(self) -> dict[str, Memory]:
+        """Nothing: memory says nothing of this process."""
+        return {}
+
+    def processes(self) -> dict[str, tuple[GpuProcess, ...] | None]:
+        """The processes on the device; None without the driver."""
+        if self._nvml is None:
+            self._nvml = Nvml()
+            self._nvml.open()
+            self._nvml.read(None, None)
+        return {self._uuid: self._nvml.processes_on(self._uuid)}
 
 
 _OWN_TIMEOUT = 1.0

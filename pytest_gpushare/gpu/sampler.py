@@ -97,8 +97,16 @@ class LiveVram:
     than the time limit again.
     """
 
-    def __init__(self, reader: DeviceReader, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        reader: DeviceReader,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        timeout: float | None = None,
+    ) -> None:
+        """`timeout`: seconds that a caller waits for a reading; None: `READ_TIMEOUT`."""
         self._clock = clock
+        self._timeout = READ_TIMEOUT if timeout is None else timeout
         self._memory = _Query(reader.memory)
         self._processes = _Query(reader.processes)
         self._changed = threading.Condition()
@@ -142,7 +150,7 @@ class LiveVram:
             if not self._has_timed_out:
                 in_time = self._changed.wait_for(
                     lambda: query.last.at >= oldest or self._is_closed or self._has_timed_out,
-                    READ_TIMEOUT,
+                    self._timeout,
                 )
                 if not in_time:
                     self._has_timed_out = True
@@ -166,7 +174,7 @@ class LiveVram:
                 devices = {}
             with self._changed:
                 query.last = Reading(devices, query.began)
-                self._has_timed_out &= time.monotonic() - start >= READ_TIMEOUT
+                self._has_timed_out &= time.monotonic() - start >= self._timeout
                 self._changed.notify_all()
 
     def _next(self) -> _Query[Any] | None:
@@ -341,16 +349,31 @@ class DevicePeaks:
     tests held so much of it as the workers are known to have held; the rest is unattributed.
     Printed figures of the tests must not be smaller than this."""
 
+    is_missed: bool = False
+    """Whether a worker is known to have held more than any sample shows: the peak was missed."""
+
+    def beside(self, held: int) -> DevicePeaks:
+        """The same where one worker is known, by itself, to have held so many bytes."""
+        if not self.workers or held <= self.workers:
+            return self
+        rise, used = max(self.rise, held), max(self.used or 0, held)
+        is_missed = self.is_missed or 20 * (held - self.rise) > held
+        return replace(self, workers=held, rise=rise, used=used, is_missed=is_missed)
+
     @property
     def unattributed(self) -> int:
         """The part of the rise that no process list attributes to a worker."""
         return max(0, self.rise - (self.workers or 0))
 
     @property
-    def is_at_least(self) -> bool:
-        """Whether the tests may well have held more than `workers`: more than 5 % of the rise
-        is unattributed."""
+    def is_unattributed(self) -> bool:
+        """Whether more than 5 % of the rise is unattributed."""
         return 20 * self.unattributed > self.rise
+
+    @property
+    def is_at_least(self) -> bool:
+        """Whether the tests may well have held more than `rise`."""
+        return self.is_missed or self.is_unattributed
 
 
 class DeviceSamples:

@@ -6,7 +6,7 @@ was held at that moment, by which process, and whether the plan had promised it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, has_no_layer
 from pytest_gpushare.ollama.prediction import MARGIN, OVERHEAD, SHARE
 from pytest_gpushare.units import GB, MB, format_gb
 
+_RESERVATION = "ollama_vram_reservation_mb"
 _STEP_MB = 500
 _HALF_GB = GB // 2
 
@@ -64,7 +65,7 @@ def larger_reservation(needed: int, promise: Promise) -> Setting | None:
         held.free - max(0, kept - held.of(OLLAMA)) - promise.safety_buffer
         for held in promise.start.values()
     )
-    return Setting("ollama_vram_reservation_mb", str(megabytes), left < promise.needed)
+    return Setting(_RESERVATION, str(megabytes), left < promise.needed)
 
 
 _MOST_CONTEXT = 2 * GB
@@ -120,6 +121,17 @@ class Spill(NamedTuple):
     def is_ours(self) -> bool:
         """Whether the run answers for it."""
         return self.cause in OURS
+
+    def with_largest(self, spills: Iterable[Spill]) -> Spill:
+        """The same, with the largest reservation that any of these would have needed."""
+        if self.setting is None or self.setting.key != _RESERVATION:
+            return self
+        settings = [self.setting, *(s.setting for s in spills if s.setting is not None)]
+        largest = max(
+            (setting for setting in settings if setting.key == _RESERVATION),
+            key=lambda setting: int(setting.value),
+        )
+        return self._replace(setting=largest)
 
 
 def judge(

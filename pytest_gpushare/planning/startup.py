@@ -76,7 +76,9 @@ def probe(
     Raises `SettingsError` for a what-if that cannot be understood; nothing else.
     """
     if simulate:
-        return Probes(simulated(simulate), ask_ollama(settings, environment), _nothing)
+        # What a live server has loaded is on real devices: a what-if counts none of it.
+        ollama = ask_ollama(settings, environment)._replace(models=())
+        return Probes(simulated(simulate), ollama, _nothing)
     reading = _NvmlReading(environment)
     ollama = ask_ollama(settings, environment)
     return Probes(reading.finish(), ollama, reading.close, reading.nvml)

@@ -211,7 +211,7 @@ def _worker(member: WorkerRecord, needs: Mapping[str, int]) -> dict[str, Any]:
         "started_s": _seconds(member.started),
         "ended_s": _seconds(member.ended),
         "crashed": member.crashed,
-        **_peak(member.peak),
+        **_peak(member.held),
     }
 
 

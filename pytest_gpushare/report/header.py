@@ -61,12 +61,14 @@ def _server(run: ActiveRun) -> Line:
     if not ollama.answered:
         text = f"  {who} at {ollama.address}: {ollama.problem}; {what_stands(run)}"
         return Line(text, problem=ollama.reachable)
-    models = ", ".join(described(model) for model in ollama.models)
+    models = ", ".join(described(model) for model in ollama.models) or "no model in VRAM"
+    if run.gpus.simulated:
+        models = "what it has in VRAM is not counted on simulated devices"
     spilled = any(model.is_spilled for model in ollama.models)
     where = _found(run, ollama) + _elsewhere(run)
     odd = f"; left out: {'; '.join(ollama.odd)}" if ollama.odd else ""
     return Line(
-        f"  {who} at {ollama.address}{where}: {models or 'no model in VRAM'}{odd}",
+        f"  {who} at {ollama.address}{where}: {models}{odd}",
         problem=spilled or bool(odd),
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_gpushare.ollama.history import Life
 from pytest_gpushare.ollama.models import LoadedModel, described
 from pytest_gpushare.ollama.monitor import MonitoredServer
-from pytest_gpushare.ollama.spill import NO_GPU, held_by, uses_no_gpu, why
+from pytest_gpushare.ollama.spill import NO_GPU, Cause, held_by, uses_no_gpu, why
 from pytest_gpushare.report.advice import (
     assess,
     declared_too_small,
@@ -180,6 +180,8 @@ def _times(count: int) -> str:
 def _spilled(spills: list[Spill], life: Life, server: MonitoredServer) -> Word:
     # The worst one that the run answers for, else the worst of all.
     spill = max(spills, key=lambda spill: (spill.is_ours, spill.missing, -spill.at))
+    # One reservation that suffices for all: with a smaller one the next run has another spill.
+    spill = spill.with_largest(server.spills)
     model, promise = spill.model, server.promise
     again = f", and in part {life.spills - 1} more times" if life.spills > 1 else ""
     text = (
@@ -190,6 +192,10 @@ def _spilled(spills: list[Spill], life: Life, server: MonitoredServer) -> Word:
         held_by(spill),
         why(spill, promise.reservation, sum(promise.budgets.values())),
     ]
+    unfit = next((s for s in spills if s.cause is not spill.cause and s.cause is Cause.SIZE), None)
+    if unfit is not None and unfit.model.context != model.context:
+        reason = why(unfit, promise.reservation, sum(promise.budgets.values()))
+        details.append(f"at {unfit.model.context} tokens {reason}")
     if life.gone_at is None and life.model.is_whole:
         details.append(f"by the end all of it was on the GPU again ({format_gb(life.model.size)})")
     is_ours = any(spill.is_ours for spill in spills)

@@ -59,7 +59,9 @@ class Usage(NamedTuple):
             return ""
         if not peaks.is_at_least:
             return format_gb(peaks.rise)
-        part = f" ({format_gb(peaks.unattributed)} of it unattributed)"
+        part = ""
+        if peaks.is_unattributed:
+            part = f" ({format_gb(peaks.unattributed)} of it unattributed)"
         return f"at least {format_gb(peaks.rise)}{part}"
 
 
@@ -67,10 +69,16 @@ def usages(run: ActiveRun) -> list[Usage]:
     """The devices that were watched."""
     watched = {} if run.sampler is None else run.sampler.devices
     return [
-        Usage(plan, found.peaks, found)
+        Usage(plan, found.peaks.beside(_most_held(run, plan.device.uuid)), found)
         for plan in run.plan.devices
         if (found := watched.get(plan.device.uuid)) is not None and found.peaks.used is not None
     ]
+
+
+def _most_held(run: ActiveRun, uuid: str) -> int:
+    """The most bytes that one worker of a device is known to have held."""
+    held = [member.held for member in run.workers if member.device == uuid]
+    return max((peak.size for peak in held if peak is not None), default=0)
 
 
 def highest_peaks(run: ActiveRun, most: int = MOST_PEAKS) -> list[RecordedTest]:
@@ -82,7 +90,7 @@ def highest_peaks(run: ActiveRun, most: int = MOST_PEAKS) -> list[RecordedTest]:
 def usage_lines(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
     """Devices and leaks; from -v also workers and the highest peaks."""
     members = [member for member in run.workers if member.role == "gpu"]
-    peaks = [member for member in members if member.peak is not None]
+    peaks = [member for member in members if member.held is not None]
     devices = [use for use in usages(run) if use.grown > WORTH_TELLING]
     for use in devices:
         yield _device(use, view, any(m.device == use.plan.device.uuid for m in peaks))
@@ -97,12 +105,14 @@ def usage_lines(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
 
 def _device(use: Usage, view: OutputOptions, counted: bool) -> Line:
     plan = use.plan
-    text = f"gpu-share: {plan.device.label} VRAM peak {_part(use.peak_used, plan.device.total)}"
     peaks = use.peaks
+    least = "at least " if peaks.is_missed else ""
+    used = _part(use.peak_used, plan.device.total)
+    text = f"gpu-share: {plan.device.label} VRAM peak {least}{used}"
     if use.is_attributed:
         least = "at least " if peaks.is_at_least else ""
         text += f", tests {least}{_part(peaks.rise, plan.reach)}"
-        if peaks.is_at_least:
+        if peaks.is_unattributed:
             text += f" ({format_gb(peaks.unattributed)} unattributed)"
     elif not counted and plan.workers:
         text += f" (up {format_gb(use.grown)}, by which process is unknown)"
@@ -119,7 +129,7 @@ def _worker(member: WorkerRecord, run: ActiveRun) -> Line:
         plan.device.label for plan in run.plan.devices if plan.device.uuid == member.device
     )
     crashed = ", crashed" if member.crashed else ""
-    peak = member.peak
+    peak = member.held
     if peak is None:
         return Line(f"  {member.id} on {label}: VRAM peak unknown{crashed}")
     least = "" if peak.exact else "at least "

@@ -12,8 +12,8 @@ class Account:
     """What one worker has on one device, in bytes."""
 
     __slots__ = (
-        "ahead", "committed", "fresh", "held", "need", "now", "outstanding", "present", "running",
-        "used",
+        "ahead", "committed", "fresh", "held", "left_behind", "need", "now", "outstanding",
+        "present", "running", "used",
     )  # fmt: skip
 
     held: int
@@ -27,6 +27,8 @@ class Account:
     running: bool
     fresh: bool
     """Whether its test began after the device was read: it cannot be seen there yet."""
+    left_behind: int
+    """What processes hold that a test of this worker started and that have outlived it."""
     present: int
     """What it holds as far as is known."""
     committed: int
@@ -40,7 +42,7 @@ class Account:
     @classmethod
     def opened(cls) -> Account:
         """That of a worker which has done nothing yet."""
-        return cls(0, 0, None, False, False, False, 0, 0, 0, 0)
+        return cls(0, 0, None, False, False, False, 0, 0, 0, 0, 0)
 
 
 class DeviceLedger:
@@ -66,6 +68,8 @@ class DeviceLedger:
         other sessions claim."""
         self.budget = capacity.budget
         """That of the device, or what of it may be used while the other sessions are not known."""
+        self.has_left_behind = False
+        """Whether processes have outlived the tests that started them."""
         self._is_attributed = False
         """Whether NVML has reported what a worker holds here."""
         self.present = self.committed = self.outstanding = self.ahead = 0
@@ -145,6 +149,8 @@ class DeviceLedger:
         self.is_due = False
         for account in self.running.values():
             account.fresh = False
+        if reading.left_behind or self.has_left_behind:
+            self._note_left_behind(reading)
         if reading.held:
             # 0 bytes for every process, always, is what containers and WSL report for "unknown".
             self._is_attributed = attributed = self._is_attributed or any(reading.held.values())
@@ -173,6 +179,15 @@ class DeviceLedger:
     def holds(self) -> bool:
         """Whether VRAM is kept for a model that tests use."""
         return self.capacity is not self.full and self.capacity.budget < self.full.budget
+
+    def _note_left_behind(self, reading: DeviceReading) -> None:
+        for worker, account in self.accounts.items():
+            if reading.held.get(worker) is None:
+                continue
+            size = reading.left_behind.get(worker, 0)
+            # While a test runs, it may have started them itself.
+            account.left_behind = min(account.left_behind, size) if account.running else size
+        self.has_left_behind = any(account.left_behind for account in self.accounts.values())
 
     def left(self, worker: str) -> int:
         """Bytes that this worker's whole process may hold by the plan's budget."""
@@ -216,6 +231,9 @@ class DeviceLedger:
         live = free - self.kept - outstanding + own.present
         if self.ahead:
             live -= self.ahead - own.ahead
+        if own.left_behind:
+            # A need that is no more than a slot may count them in; but what they hold is not free.
+            live = min(live, free + own.present - own.left_behind)
         return live if live < left else left
 
     def floor(self, worker: str) -> int:

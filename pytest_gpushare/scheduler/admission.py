@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from pytest_gpushare.scheduler.fairness import Backfilling
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 from pytest_gpushare.scheduler.helping import Helping
-from pytest_gpushare.scheduler.queue import GROUPED, USUAL, Order, Unit
+from pytest_gpushare.scheduler.queue import GROUPED, USUAL, Kind, Order, Unit
 from pytest_gpushare.scheduler.types import (
     Action,
     Admission,
@@ -107,9 +107,22 @@ class Admitting:
             return pool.may_force(worker, test)
         kind = pool.kind_of(test)
         need = pool.bytes_for(worker, test)
-        return need <= pool.limit(worker, kind) and self._backfilling.allows(
-            worker, test, need, kind
+        if not (
+            need <= pool.limit(worker, kind) and self._backfilling.allows(worker, test, need, kind)
+        ):
+            return False
+        return not pool.has_left_behind(worker) or self._fits_beside_what_was_left(
+            worker, test, kind
         )
+
+    def _fits_beside_what_was_left(self, worker: GpuWorker, test: int, kind: Kind) -> bool:
+        """Whether the test fits though processes of earlier tests of this worker live on."""
+        pool = self._pool
+        for device in pool.devices(worker, kind[0]):
+            live = pool.ledgers[device].live(worker.id)
+            if live is not None and pool.live_need(worker, test, device) > live:
+                return False
+        return True
 
     def _unit_fits(self, worker: GpuWorker, unit: Unit) -> bool:
         return self._fits(worker, unit.tests[0])
@@ -314,7 +327,8 @@ class Admitting:
                 return unit
         best = -1
         plain = worker.collected is None
-        sure = pool.is_exact and not pool.waiting and self.models is None
+        left_behind = pool.has_left_behind(worker)
+        sure = pool.is_exact and not (pool.waiting or left_behind) and self.models is None
         for kind, tree in pending.trees.items():
             limit = pool.limit(worker, kind)
             # Where models decide too, what leaves room for others may have to wait for its model.

@@ -291,6 +291,23 @@ class GpuPool:
             return need.vram
         return min(worker.slot, worker.most.get(need.devices, worker.slot))
 
+    def has_left_behind(self, worker: GpuWorker) -> bool:
+        """Whether processes have outlived tests on a device of this worker."""
+        if len(worker.devices) == 1:
+            return self.ledgers[worker.device].has_left_behind
+        return any(self.ledgers[device].has_left_behind for device in worker.devices)
+
+    def live_need(self, worker: GpuWorker, test: int, device: str) -> int:
+        """Bytes that must be free on a device or held by the worker for this test to start.
+
+        With what earlier tests left behind there, where the test has a need of its own: its process
+        cannot use that.
+        """
+        need = self.bytes_for(worker, test)
+        if self._needs[test].source == "slot":
+            return need
+        return need + self.ledgers[device].accounts[worker.id].left_behind
+
     def expected(self, test: int) -> float | None:
         """Seconds that the test should last; None: nobody knows."""
         known = self.jobs[test].duration
@@ -376,9 +393,10 @@ class GpuPool:
             for device in self.devices(worker, count):
                 ledger = self.ledgers[device]
                 before = ledger.running.get(worker.id)
-                ledger.start(worker.id, need if before is None else max(need, before.need))
+                whole = self.live_need(worker, test, device) if need else 0
+                ledger.start(worker.id, whole if before is None else max(whole, before.need))
                 if ahead and before is not None:
-                    ledger.keep_ahead(worker.id, max(need, before.ahead))
+                    ledger.keep_ahead(worker.id, max(whole, before.ahead))
         if exclusive:
             self.exclusive.add(worker.id)
         self.idle[worker.device].pop(worker.id, None)

@@ -274,12 +274,11 @@ class Pressure:
     def gave_up(self, worker: GpuWorker, test: int) -> tuple[str, int] | None:
         """Device and bytes left there, where the test has waited long enough for others' VRAM."""
         pool = self._pool
-        need = pool.bytes_for(worker, test)
         for device in pool.devices(worker, pool.need(test).devices):
-            blocked = self._blocked.get(device)
-            live = pool.ledgers[device].live(worker.id)
+            blocked, ledger = self._blocked.get(device), pool.ledgers[device]
+            live, need = ledger.live(worker.id), pool.live_need(worker, test, device)
             if blocked is not None and blocked.given_up and live is not None and need > live:
-                return device, max(0, live)
+                return device, max(0, live - ledger.accounts[worker.id].left_behind)
         return None
 
     @property
@@ -301,13 +300,14 @@ class Pressure:
                 return []
             if need > ledger.left(worker.id):
                 return reclaiming.reclaim(ledger, waiter, need)
-            live = ledger.live(worker.id)
-            if live is not None and need > live:
-                asked = reclaiming.empty(ledger, worker, need - live, ledger.runs_beside(worker.id))
-                is_on_its_way = reclaiming.is_under_way(ledger) or self._will_do(ledger, need)
+            live, whole = ledger.live(worker.id), pool.live_need(worker, waiter.test, device)
+            if live is not None and whole > live:
+                short, busy = whole - live, ledger.runs_beside(worker.id)
+                asked = reclaiming.empty(ledger, worker, short, busy)
+                is_on_its_way = reclaiming.is_under_way(ledger) or self._will_do(ledger, whole)
                 if asked or is_on_its_way or ledger.holds:
                     return asked
-                return list(self._missing(ledger, waiter.test, need, live))
+                return list(self._missing(ledger, waiter.test, need, live, whole - need))
             if exclusive and ledger.runs_beside(worker.id):
                 return []
         return []
@@ -319,8 +319,14 @@ class Pressure:
         held = ledger.committed - ledger.outstanding
         return ledger.reading.free - ledger.kept + held >= need
 
-    def _missing(self, ledger: DeviceLedger, test: int, need: int, live: int) -> Iterator[Action]:
-        """VRAM that should be free is not: it comes back late, or others took it."""
+    def _missing(
+        self, ledger: DeviceLedger, test: int, need: int, live: int, left_behind: int
+    ) -> Iterator[Action]:
+        """VRAM that should be free is not: it comes back late, or others took it.
+
+        `left_behind`: bytes that processes hold which earlier tests of the worker started.
+        """
+        live -= left_behind
         pool, room = self._pool, ledger.capacity
         blocked = self._blocked.setdefault(room.uuid, Blocked(pool.at, pool.at))
         waited = pool.at - blocked.since
@@ -335,7 +341,7 @@ class Pressure:
         is_lent = need <= live + others.lent
         if is_lent and blocked.progress != others.progress:
             blocked.progress, blocked.counts_from = others.progress, pool.at
-        if need - live <= size and not is_lent:
+        if need - live <= size and not (is_lent or left_behind):
             late = pool.at - released
             if late < limit:
                 if waited >= 4 * PATIENCE and not blocked.noted_late:

@@ -114,6 +114,9 @@ class DeviceReading(NamedTuple):
     holders: str = ""
     """Who else holds VRAM there, in words for messages: `Ollama 10.8 GB, PID 7 3.0 GB`."""
     others: Others = NOBODY
+    left_behind: Mapping[str, int] = {}
+    """Worker -> the part of what it holds that processes hold which its tests started: where none
+    of its tests runs, the next one cannot use that."""
 
 
 class Policy(NamedTuple):

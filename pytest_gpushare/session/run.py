@@ -146,6 +146,8 @@ class ActiveRun:
         self.links.on("overwritten", self._note_overwritten)
         self.links.on("here", self.workers.came_up)
         self.links.on("test", self._note_test)
+        self.links.on("own", self._note_own)
+        self.links.on("kept", self._note_kept)
 
     def _make_links(self) -> Links:
         return Links()
@@ -352,6 +354,13 @@ class ActiveRun:
         record = self.workers.get(worker)
         context = self.context_on(record.device if record else None)
         self.tests.measured(worker, measured, context)
+
+    def _note_own(self, worker: str, told: Any) -> None:
+        self.tests.looked_at(worker, told, self.record.began_at)
+
+    def _note_kept(self, worker: str, pids: Any) -> None:
+        """Processes that the wider fixtures of a worker keep are not left behind by its tests."""
+        self.attribution.keep(worker, [pid for pid in pids if type(pid) is int])
 
     def _note_overwritten(self, worker: str, how: str) -> None:
         self.overwritten[worker] = how

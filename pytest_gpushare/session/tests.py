@@ -87,6 +87,8 @@ class RecordedTests:
         self._last: dict[str, RecordedTest] = {}
         """Worker -> its last test that has ended."""
         self._measured: dict[tuple[str, str], Counted] = {}
+        self._looked_at: dict[tuple[str, str], Peak] = {}
+        """What NVML showed a worker of itself while a test ran there."""
         self._needs: dict[str, tuple[int, str]] = {}
         self._waits: dict[str, float] = {}
         self._remarks: dict[str, list[str]] = {}
@@ -168,6 +170,7 @@ class RecordedTests:
             return
         member = self._workers.get(worker)
         nodeid, size, left = message["nodeid"], _bytes(message.get("peak")), message.get("left")
+        process = _bytes(message.get("process"))
         counted = Counted(
             Peak(size + context, "frameworks", message.get("exact") is True) if size else None,
             left if type(left) is int and abs(left) < _MOST_BYTES else None,
@@ -176,6 +179,10 @@ class RecordedTests:
         with self._lock:
             if member is not None:
                 member.counted = higher(member.counted, counted.peak)
+                if process:
+                    sure = message.get("process_exact") is True
+                    whole = Peak(process + context, "frameworks", sure)
+                    member.process = higher(member.process, whole)
                 if counted.left is not None:
                     member.growths.ran(nodeid, counted.left)
             for text in message.get("notes") or ():
@@ -186,6 +193,25 @@ class RecordedTests:
                 _give(last, counted)
             else:
                 self._measured[worker, nodeid] = counted
+
+    def looked_at(self, worker: str, told: Any, began_at: float) -> None:
+        """Take what NVML showed a worker of its own process; what makes no sense is dropped.
+
+        It is a lower bound of the test's peak. `began_at`: when the run started.
+        """
+        if not isinstance(told, Mapping) or not isinstance(told.get("nodeid"), str):
+            return
+        size, at, member = _bytes(told.get("held")), told.get("at"), self._workers.get(worker)
+        if not size or not isinstance(at, float) or member is None:
+            return
+        self._workers.looked_at(member, at - began_at, size)
+        key, peak = (worker, told["nodeid"]), Peak(size, "nvml", False)
+        with self._lock:
+            last = self._last.get(worker)
+            if key not in self._open and last is not None and last.nodeid == key[1]:
+                _raise(last, peak)
+            else:
+                self._looked_at[key] = higher(self._looked_at.get(key), peak) or peak
 
     def need(self, nodeid: str, size: int, source: str) -> None:
         """The VRAM that a test was admitted for, and who says so: marker, rule, learned, slot."""
@@ -234,8 +260,11 @@ class RecordedTests:
         counted = self._measured.pop(key, None)
         if counted is not None:
             _give(test, counted)
+        looked_at = self._looked_at.pop(key, None)
+        if looked_at is not None:
+            _raise(test, looked_at)
         member = self._workers.get(test.worker)
-        # NVML is read once a second: for most tests never.
+        # The controller reads NVML once a second: for most tests never.
         if member is not None and member.readings:
             _look_up(test, self._workers, member)
 
@@ -244,10 +273,13 @@ def _look_up(test: RecordedTest, workers: Workers, member: WorkerRecord) -> None
     """Without counters: what NVML reported while the test ran, where it was read in that time."""
     if test.start is None or test.end is None:
         return
-    seen = workers.peak_between(member, test.start, test.end)
+    _raise(test, workers.peak_between(member, test.start, test.end))
+
+
+def _raise(test: RecordedTest, seen: Peak | None) -> None:
     # Caches of earlier tests are in NVML's figure: where the frameworks counted, they know better.
-    if test.peak is None:
-        test.peak = seen
+    if test.peak is None or test.peak.source == "nvml":
+        test.peak = higher(test.peak, seen)
 
 
 def _give(test: RecordedTest, counted: Counted) -> None:

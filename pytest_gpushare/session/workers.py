@@ -70,7 +70,8 @@ class Peak(NamedTuple):
     size: int
     """Bytes, the CUDA context included."""
     source: str
-    """`frameworks`: their counters; `nvml`: readings a second apart."""
+    """`frameworks`: their counters; `nvml`: readings of the controller, a second apart, and of the
+    worker itself at the end of a test's call."""
     exact: bool = True
     """False: it was at least this much."""
 
@@ -106,6 +107,8 @@ class WorkerRecord:
     """Bytes that it held, by NVML, when its fixtures were torn down; None: nobody looked."""
     counted: Peak | None = None
     """The highest peak of its tests by the frameworks' counters."""
+    process: Peak | None = None
+    """The most that its frameworks held, what earlier tests left in their caches included."""
     seen: Peak | None = None
     """The highest figure of NVML for it and its descendants."""
     growths: LeftVram = field(default_factory=LeftVram)
@@ -114,8 +117,13 @@ class WorkerRecord:
 
     @property
     def peak(self) -> Peak | None:
-        """The most VRAM that it held; None where that is unknown."""
+        """The most VRAM that it needed for a test; None where that is unknown."""
         return higher(self.counted, self.seen)
+
+    @property
+    def held(self) -> Peak | None:
+        """The most VRAM that it held, caches included; None where that is unknown."""
+        return higher(self.process, self.peak)
 
 
 class Workers:
@@ -176,14 +184,18 @@ class Workers:
 
     def read(self, member: WorkerRecord, at: float, size: int) -> None:
         """NVML reported what a worker holds."""
-        member.seen = higher(member.seen, Peak(size, "nvml", False) if size else None)
-        if size <= member.context + LEAST_BY_NVML:
-            member.low_at = at
+        self.looked_at(member, at, size)
         with self._lock:
             member.readings.append((at, size))
             if len(member.readings) > _MOST_READINGS:
                 pairs = zip(member.readings[::2], member.readings[1::2], strict=False)
                 member.readings = [max(pair, key=lambda reading: reading[1]) for pair in pairs]
+
+    def looked_at(self, member: WorkerRecord, at: float, size: int) -> None:
+        """NVML showed the worker itself, at the end of a test's call, what it holds."""
+        member.seen = higher(member.seen, Peak(size, "nvml", False) if size else None)
+        if size <= member.context + LEAST_BY_NVML:
+            member.low_at = max(member.low_at, at)
 
     def peak_between(self, member: WorkerRecord, start: float, end: float) -> Peak | None:
         """The highest reading of a worker in this time; earlier ones are then forgotten."""

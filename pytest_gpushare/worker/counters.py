@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-_SLACK = 16
-"""A cache below 1/16 of the peak does not blur it: allocators round by more."""
+_SLACK = 20
+"""A cache below 1/20 of the peak does not blur it: allocators round by more."""
 
 
 class Count(NamedTuple):
@@ -51,6 +51,10 @@ class Measured(NamedTuple):
     """What live objects hold now, on all devices."""
     grown: int
     """By how much that is more than before; negative where it is less."""
+    process: int = 0
+    """The highest that the whole process held on one device, caches of earlier work included."""
+    process_exact: bool = False
+    """Whether that is the peak; else it was at least this much."""
 
 
 def counts(modules: Mapping[str, Any] = sys.modules, *, reset: bool = False) -> Counts | None:
@@ -74,6 +78,11 @@ def counts(modules: Mapping[str, Any] = sys.modules, *, reset: bool = False) -> 
     return found
 
 
+def may_count(modules: Mapping[str, Any] = sys.modules) -> bool:
+    """Whether a framework is imported that will count once it is up."""
+    return any(name in modules for name, _ in _READERS)
+
+
 def measured(before: Counts | None, after: Counts | None) -> Measured | None:
     """What was taken between two readings, the first of which reset the peaks.
 
@@ -83,15 +92,23 @@ def measured(before: Counts | None, after: Counts | None) -> Measured | None:
         return None
     before = before or {}
     devices = 1 + max(at for _, at in after)
-    peaks, helds, exact = [0] * devices, [0] * devices, True
+    peaks, helds, process, exact = [0] * devices, [0] * devices, [0] * devices, True
     for (name, at), now in after.items():
         peak, sure = _peak(before.get((name, at), _NOTHING), now)
         peaks[at] += peak
         helds[at] += now.held
+        process[at] += max(now.peak_held, now.held, now.peak_used)
         exact = exact and sure
     used = sum(count.used for count in after.values())
     return Measured(
-        tuple(peaks), exact, tuple(helds), used, used - sum(c.used for c in before.values())
+        tuple(peaks),
+        exact,
+        tuple(helds),
+        used,
+        used - sum(c.used for c in before.values()),
+        max(process),
+        # Only of a peak that was reset is it known what the process held since then.
+        all(count.tracked and count.allocations is None for count in after.values()),
     )
 
 

@@ -18,6 +18,7 @@ from pytest_gpushare.units import MB
 from pytest_gpushare.worker import counters
 from pytest_gpushare.worker.framework_caps import TorchCap
 from pytest_gpushare.worker.oom_retry import Retry
+from pytest_gpushare.worker.own_vram import OwnVram, own_children, reaped
 from pytest_gpushare.worker.runner import NEED
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ FIGURES = "gpushare_figures"
 """The attribute of a forked test's last report that carries its figures to the worker."""
 
 
-def watch(config: pytest.Config, memory: Mapping[str, Any], link: Link) -> None:
+def watch(
+    config: pytest.Config, place: Mapping[str, Any], memory: Mapping[str, Any], link: Link
+) -> None:
     """In a process that has a GPU: measure its tests, and let them share the device.
 
     `memory` is what the controller sends: the bytes of a CUDA context, when caches are
@@ -105,9 +108,11 @@ def watch(config: pytest.Config, memory: Mapping[str, Any], link: Link) -> None:
     link.on("pause", barrier.pause)
     link.on("resume", barrier.resume)
     link.on("closed", barrier.open)
-    retry = Retry(link, cap, memory)
+    slots = [uuid for uuid, _ in place["plan"]["slots"]]
+    own = OwnVram(place["device"], max(1, slots.count(place["device"])), link)
+    retry = Retry(link, cap, memory, own)
     config.pluginmanager.register(retry, "gpu-share-retry")
-    config.pluginmanager.register(Meter(link, barrier, retry, cap, memory), "gpu-share-meter")
+    config.pluginmanager.register(Meter(link, barrier, retry, cap, memory, own), "gpu-share-meter")
     if memory["needs"]:
         config.add_cleanup(cap.watch())
     link.send("here", os.getpid())
@@ -123,8 +128,10 @@ class Meter:
         retry: Retry,
         cap: TorchCap,
         memory: Mapping[str, Any],
+        own: OwnVram,
     ) -> None:
         self._link = link
+        self._own = own
         self._barrier = barrier
         self._retry = retry
         self._cap = cap
@@ -132,7 +139,14 @@ class Meter:
         self._empty_caches = str(memory["empty_caches"])
         self._pid = os.getpid()
         self._fixtures: dict[int, int] = {}
-        """id of a fixture of a wider scope -> bytes by which its set-up grew what is in use."""
+        """id of a fixture of a wider scope -> bytes by which its set-up grew what is in use,
+        without those of the fixtures that were set up meanwhile."""
+        self._children: dict[int, frozenset[int]] = {}
+        """id of a fixture of a wider scope -> PIDs of the processes that its set-up started."""
+        self._inside: list[int] = []
+        """For each fixture that is being set up, the bytes of those set up inside it."""
+        self._reaped: object = None
+        """What the processes cost that had been started and were over when the test began."""
         self._errors: list[BaseException] = []
         self._outcome = "passed"
         self._forked: dict[str, Any] | None = None
@@ -144,6 +158,7 @@ class Meter:
         self._barrier.enter()
         try:
             self._retry.begin()
+            self._own.prepare()
             self._outcome, self._forked = "passed", None
             need = item.stash.get(NEED, None)
             if need is not None:
@@ -151,6 +166,7 @@ class Meter:
             fixtures = sum(self._fixtures.values())
             cap = self._cap.size
             before, start = counters.counts(reset=True), time.time()
+            self._reaped = reaped()
             try:
                 return (yield)
             finally:
@@ -162,9 +178,12 @@ class Meter:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
-        self, call: pytest.CallInfo[None]
+        self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Keep how it went, and what it raised until its frames are cleared."""
+        if call.when == "call" or (call.when == "setup" and call.excinfo is not None):
+            # Its teardown is about to give back what it holds.
+            self._own.look(item.nodeid)
         report = yield
         if report.when == "setup" or self._outcome == "passed" or report.failed:
             self._outcome = report.outcome
@@ -186,17 +205,34 @@ class Meter:
         if fixturedef.scope == "function":
             return (yield)
         # None: no framework is up, and nothing is held. This fixture may be what brings it up.
-        before = counters.used() or 0
+        before, children = counters.used() or 0, own_children()
+        self._inside.append(0)
         try:
             return (yield)
         finally:
-            after = counters.used()
-            if after is not None and after != before:
-                self._fixtures[id(fixturedef)] = after - before
+            inside, after = self._inside.pop(), counters.used()
+            self._keep(id(fixturedef), own_children() - children)
+            if after is not None:
+                grown = after - before
+                if grown != inside:
+                    self._fixtures[id(fixturedef)] = grown - inside
+                if self._inside:
+                    self._inside[-1] += grown
 
     def pytest_fixture_post_finalizer(self, fixturedef: pytest.FixtureDef[Any]) -> None:
         """It has been torn down: what it does not give back is left behind from here on."""
         self._fixtures.pop(id(fixturedef), None)
+        self._keep(id(fixturedef), frozenset())
+
+    def _has_children(self) -> bool:
+        """Whether processes live that no fixture of a wider scope has started."""
+        return bool(own_children().difference(*self._children.values()))
+
+    def _keep(self, fixture: int, children: frozenset[int]) -> None:
+        """Send which processes the fixtures of wider scopes keep: no test has left them behind."""
+        if children != self._children.get(fixture, frozenset()):
+            self._children[fixture] = children
+            self._link.send("kept", sorted(frozenset().union(*self._children.values())))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take what a forked test's reports bring."""
@@ -258,8 +294,13 @@ class Meter:
         if self._empty_caches == "always" and any(figures.peaks):
             counters.empty()
             kept = counters.held() or 0
+        # No framework here counts what other processes held for the test.
+        alone = figures.exact and self._reaped == reaped() and not self._has_children()
         return {
             **_message_of(figures),
+            "exact": alone,
+            "process": figures.process,
+            "process_exact": figures.process_exact and alone,
             "held": kept,
             "left": left,
             "idle": counters.nothing_taken(before, after),

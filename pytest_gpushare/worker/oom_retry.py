@@ -28,6 +28,7 @@ if sys.version_info < (3, 11):
 if TYPE_CHECKING:
     from pytest_gpushare.wire import Link
     from pytest_gpushare.worker.framework_caps import TorchCap
+    from pytest_gpushare.worker.own_vram import OwnVram
 
 
 _TYPES = {
@@ -163,9 +164,10 @@ class _DeferredError:
 class Retry:
     """The plugin that watches set-up and call of each test of a GPU process."""
 
-    def __init__(self, link: Link, cap: TorchCap, memory: Mapping[str, Any]) -> None:
+    def __init__(self, link: Link, cap: TorchCap, memory: Mapping[str, Any], own: OwnVram) -> None:
         self._link = link
         self._cap = cap
+        self._own = own
         self._context = int(memory["context"])
         self._may_empty = memory["empty_caches"] != "never"
         self._answers: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
@@ -265,6 +267,7 @@ class Retry:
         if not said:
             return False
         self._looked = True
+        self._own.look(item.nodeid, urgent=True)
         answer = self._ask(item, said)
         if answer is None:
             return False

@@ -105,7 +105,7 @@ def watch_memory(config: pytest.Config, message: Mapping[str, Any], link: Link) 
     if message["place"]["role"] == "gpu" and message["visible"]:
         from pytest_gpushare.worker.memory import watch
 
-        watch(config, message["memory"], link)
+        watch(config, message["place"], message["memory"], link)
 
 
 def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:

@@ -11,7 +11,8 @@ from simulator import Device, Machine
 
 from .conftest import Project
 
-NO_OLLAMA = {"OLLAMA_HOST": "127.0.0.1:9"}
+# The fall-back starts as many CPU workers as there are CPUs.
+NO_OLLAMA = {"OLLAMA_HOST": "127.0.0.1:9", "PYTEST_XDIST_AUTO_NUM_WORKERS": "2"}
 REPORTS = ("--gpu-share-report=r.json", "--gpu-share-report=r.html")
 
 

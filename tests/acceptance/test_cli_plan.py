@@ -198,6 +198,36 @@ def test_devices_of_a_machine(project: Project, machine_with: Callable[..., Mach
     assert "GPU 0 " not in told.out
 
 
+def test_a_live_server_holds_nothing_of_simulated_devices(
+    project: Project, machine: Machine, ollama_with: Callable[..., Any]
+) -> None:
+    """What Ollama has loaded is on real devices: plan, its JSON, presets, named models, a run."""
+    what_if = ("--simulate", "24GB:used=2GB", "--cpus", "8")
+    alone = plan(project, *what_if)
+    server = ollama_with({"qwen2.5:14b": "10.8GB"}, load="qwen2.5:14b")
+    told = plan(project, *what_if)
+    assert (told.code, told.err) == (0, "")
+    assert told.out.splitlines()[:4] == alone.out.splitlines()[:4]
+    assert f"Ollama 0.33.0 at {server.host}: what it has in VRAM is not counted on" in told.out
+    document = json.loads(plan(project, *what_if, "--json").out)
+    assert document["plan"]["gpu_workers"] == 2
+    assert [d["resident_bytes"] for d in document["devices"]] == [0]
+    named = ("-o", "gpu_share_ollama_models=qwen2.5:14b")
+    auto = ("-o", "gpu_share_ollama_vram_reservation_mb=auto")
+    for more in ((), named, (*named, *auto), ("-o", "gpu_share_ollama_gpu=0")):
+        document = json.loads(plan(project, *what_if, "--json", *more).out)
+        (device,) = document["devices"]
+        assert (device["resident_bytes"], device["free_bytes"]) == (0, 22 << 30), more
+        assert device["outstanding_bytes"] == device["reservation_bytes"], more
+    run = project.pytest(
+        "--gpu-share-simulate=24GB:used=2GB", "--gpu-share", "--gpu-share-report=report.json"
+    )
+    assert (run.code, run.workers) == (0, 2), run.out
+    report = json.loads((project.path / "report.json").read_text())
+    assert [d["resident_bytes"] for d in report["devices"]] == [0]
+    assert "resident" not in run.out
+
+
 def test_no_model_is_loaded(
     project: Project, machine: Machine, ollama_with: Callable[..., Any]
 ) -> None:

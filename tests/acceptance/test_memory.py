@@ -454,3 +454,56 @@ def test_forked(project: Project, two: Machine) -> None:
     told = heard(project)
     assert (told["test_forked"]["peak"], told["test_forked"]["outcome"]) == (2 * GB, "passed")
     assert told["test_forked_too_large"]["outcome"] == "failed"
+
+
+NESTED = """
+    import pytest
+    import torch
+
+    GB, MB = 1024**3, 1024**2
+    KEPT = []
+
+    def take(nbytes):
+        return torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+
+    @pytest.fixture(scope="session")
+    def weights():
+        yield take(1 * GB)
+
+    @pytest.fixture(scope="module")
+    def model(request):
+        yield [request.getfixturevalue("weights"), take(2 * GB)]
+
+    @pytest.fixture(scope="class")
+    def pipeline(request):
+        yield [request.getfixturevalue("model"), take(512 * MB)]
+
+    class TestPipeline:
+        def test_leaks(self, request, pipeline):
+            KEPT.append(take(300 * MB))
+
+        def test_uses(self, pipeline):
+            take(100 * MB)
+
+    def test_after():
+        take(100 * MB)
+
+    def test_last():
+        pass
+"""
+
+
+def test_fixture_that_gets_another_one(project: Project, two: Machine) -> None:
+    """What a wide fixture gets by `getfixturevalue` is counted once: the real leak is named."""
+    project.write(test_project=NESTED)
+    result = project.pytest(*TWO[:2], "-n1", "--gpu-share-report=report.json")
+    assert (result.passed, result.code) == (4, 0), result.out
+    assert {name: told["left"] for name, told in heard(project).items()} == {
+        "test_leaks": 300 * MB,
+        "test_uses": 0,
+        "test_after": 0,
+        "test_last": 0,
+    }
+    (leak,) = json.loads((project.path / "report.json").read_text())["leaks"]
+    assert leak["nodeid"] == "test_project.py::TestPipeline::test_leaks"
+    assert (leak["bytes"], leak["source"]) == (300 * MB, "frameworks")

@@ -159,3 +159,36 @@ def test_empty_caches(project: Project, two: Machine) -> None:
     assert [told["held"] for told in lines(project, "heard")] == [2 * GB] * 3
     # What the failed test's frames hold stays with them.
     assert lines(project, "heard")[2]["left"] == 1 * GB
+
+
+UNDECLARED = (
+    HEAD
+    + """
+    import gpusim
+
+    @pytest.mark.parametrize("i", range(16))
+    def test_small(i):
+        held = take(500 * MB)
+        time.sleep(0.4)
+"""
+)
+
+
+def test_packed_by_what_was_learned(project: Project, machine: Machine) -> None:
+    """Tests that declare nothing: the first run takes each for a slot, the second packs them.
+
+    9 GB: two at once of 4.5 GB, then seven of (0.5 + 0.6) GB × 1.15.
+    """
+    project.with_frameworks()
+    project.write(test_project=UNDECLARED)
+    arguments = ("--gpu-share", "--gpu-share-preset=packed", "--gpu-share-report=report.json")
+    took = []
+    for source in ("slot", "learned"):
+        result = project.pytest(*arguments, *CACHED, PYTEST_XDIST_AUTO_NUM_WORKERS="8")
+        assert (result.code, result.passed, result.workers) == (0, 16, 8), result.out
+        tests = report(project).values()
+        assert {test["need_source"] for test in tests} == {source}
+        took.append(max(t["end_s"] for t in tests) - min(t["start_s"] for t in tests))
+    # 8 rounds of 0.4 s, then 3.
+    assert took[1] < 0.6 * took[0], took
+    assert machine.snapshot()[0].oom_count == 0

@@ -12,7 +12,7 @@ from .build import exported_functions
 from .hardware import Device, DeviceState, OutOfMemoryError
 from .records import fill_state
 from .sizes import Size, to_bytes, to_text
-from .store import Store, start_time
+from .store import Store, log_of, start_time
 
 STATE_VARIABLE = "GPUSHARE_SIM_STATE"
 """The environment variable that names the state file, for Python and the C library."""
@@ -33,6 +33,7 @@ class Machine:
         *,
         context: Size = "600MB",
         late_free: float = 0.0,
+        log: bool = False,
         driver: str = "580.95.05",
         cuda_version: int = 13000,
     ) -> Machine:
@@ -41,6 +42,7 @@ class Machine:
         context: what the first allocation of a process on a device takes on top.
         late_free: seconds that VRAM outlives its process, counted from the first access
             to the state that finds the process dead.
+        log: write every change of what is held to `store.log_of(path)`.
         """
         state = layout.State()
         fill_state(state, devices)
@@ -54,6 +56,8 @@ class Machine:
         with open(descriptor, "wb") as stream:
             stream.write(bytes(state))
         os.replace(scratch, path)
+        if log:
+            log_of(path).touch()
         return cls(path)
 
     @classmethod
@@ -139,6 +143,7 @@ class Machine:
             at = self._allocatable(device)
             self._refuse_beyond_free(at, wanted - int(state.devices[at].foreign))
             state.devices[at].foreign = wanted
+            self._store.note_change()
 
     def allocate(
         self,

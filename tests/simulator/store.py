@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import mmap
 import os
 import struct
@@ -10,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes import sizeof
 from pathlib import Path
 
@@ -30,6 +31,11 @@ def start_time(pid: int) -> int | None:
     # The command in parentheses may itself hold spaces and parentheses.
     fields = text[text.rindex(b")") + 2 :].split()
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def log_of(path: Path) -> Path:
+    """The file to which every change is written, where there is one when a process begins."""
+    return path.with_name(f"{path.name}-log")
 
 
 _here = threading.local()
@@ -71,6 +77,10 @@ class Store:
         self._processes: dict[tuple[int, int], int] = {}
         self._contexts: set[tuple[int, int]] = set()
         self._first_free = 0
+        self._log: int | None = None
+        with suppress(FileNotFoundError):
+            self._log = os.open(log_of(path), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._is_changed = False
 
     @contextmanager
     def locked(self) -> Iterator[layout.State]:
@@ -86,6 +96,8 @@ class Store:
             self._survey()
             yield self.state
             self._note_peaks()
+            if self._log is not None and self._is_changed:
+                self._write_log(self._log)
         finally:
             # Not by close alone: a child forked meanwhile has a copy that keeps the lock.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -124,6 +136,7 @@ class Store:
                 if now - dead_at >= state.late_free:
                     state.slots[index].state = layout.SLOT_FREE
                     self._first_free = min(self._first_free, index)
+                    self._is_changed = True
                     continue
             else:
                 self._processes[device, pid] = self._processes.get((device, pid), 0) + size
@@ -134,6 +147,19 @@ class Store:
         state.slot_count = end
         self._note_peaks()
 
+    def _write_log(self, log: int) -> None:
+        """Append who holds what now, as one line of JSON; with the lock held."""
+        self._is_changed = False
+        self._survey()
+        line = {
+            "at": time.time(),
+            "pid": os.getpid(),
+            "worker": os.environ.get("PYTEST_XDIST_WORKER", ""),
+            "used": [self.used(record) for record in range(self.state.device_count)],
+            "held": [[device, pid, size] for (device, pid), size in self._processes.items()],
+        }
+        os.write(log, (json.dumps(line, separators=(",", ":")) + "\n").encode())
+
     def _slot_bytes(self, count: int) -> bytes:
         begin = layout.State.slots.offset
         return self._map[begin : begin + count * sizeof(layout.SlotRecord)]
@@ -143,6 +169,10 @@ class Store:
             device, used = self.state.devices[record], self.used(record)
             if used > device.peak_used:
                 device.peak_used = used
+
+    def note_change(self) -> None:
+        """What is held has changed by other means than `take` and `give`."""
+        self._is_changed = True
 
     def used(self, record: int) -> int:
         """Return the bytes used on a device, without the driver's own; of a GPU in MIG mode,
@@ -191,6 +221,7 @@ class Store:
         state.slot_count = max(state.slot_count, index + 1)
         slot.state = kind
         self._held[record] += size
+        self._is_changed = True
         return int(slot.serial) * layout.SLOT_LIMIT + index
 
     def give(self, handle: int) -> bool:
@@ -201,4 +232,5 @@ class Store:
             return False
         slot.state = layout.SLOT_FREE
         self._held[slot.device] -= slot.size
+        self._is_changed = True
         return True

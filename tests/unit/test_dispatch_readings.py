@@ -46,7 +46,10 @@ def test_who_holds_what() -> None:
     assert found["GPU-0"].held == {"gw0": 2 * GB}
     assert found["GPU-0"].free == 20 * GB
     assert found["GPU-0"].resident == 10 * GB
-    assert found["GPU-0"].holders == f"Ollama 10.0 GB, PID {2**22 + 1} 1.0 GB"
+    assert found["GPU-0"].holders == (
+        f"Ollama 10.0 GB, PID {2**22 + 1} 1.0 GB, processes that tests of gw0 started 2.0 GB"
+    )
+    assert found["GPU-0"].left_behind == {"gw0": 2 * GB}
     assert found["GPU-1"].free is None
 
 

@@ -58,6 +58,18 @@ def test_a_worker_counts_with_its_descendants() -> None:
     assert (usage.others, usage.unattributed) == (46, 0)
 
 
+def test_what_a_fixture_keeps_is_the_worker_itself() -> None:
+    """The processes that it has started, and theirs: none was left behind by a test."""
+    here = Machine()
+    here.attribution.keep("gw0", [11])
+    usage = here.usage(100, listed((10, 5), (12, 7), (21, 2)))
+    assert usage.workers == {"gw0": 12, "gw1": 2}
+    assert usage.descendants == {"gw1": 2}
+    here.attribution.keep("gw0", [])
+    usage = here.usage(100, listed((10, 5), (12, 7)))
+    assert usage.descendants == {"gw0": 7}
+
+
 def test_a_child_outlives_its_parent() -> None:
     """A process that lost its parent to init keeps its owner while NVML lists it."""
     here = Machine()

@@ -10,7 +10,7 @@ import pytest
 from pytest_gpushare.gpu import sampler as live
 from pytest_gpushare.gpu.attribution import DeviceUsage
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
-from pytest_gpushare.gpu.sampler import DeviceSamples, LiveVram
+from pytest_gpushare.gpu.sampler import DevicePeaks, DeviceSamples, LiveVram
 
 
 class Card:
@@ -197,3 +197,17 @@ def test_without_process_lists_the_whole_rise_is_unattributed() -> None:
     samples.listed(None)
     assert (samples.peaks.workers, samples.peaks.unattributed) == (None, 100)
     assert samples.peaks.is_at_least
+
+
+def test_a_peak_that_no_sample_shows_is_at_least_what_a_worker_knows() -> None:
+    """By a framework's counters it held 400 where 120 were read."""
+    peaks = DevicePeaks(used=170, workers=120, rise=120)
+    assert peaks.beside(120) == peaks
+    known = peaks.beside(400)
+    assert (known.used, known.workers, known.rise, known.unattributed) == (400, 400, 400, 0)
+    assert known.is_at_least
+    assert not known.is_unattributed
+    # Within 5 % of what was read it is the same figure.
+    assert not peaks.beside(124).is_at_least
+    # Where the driver attributes nothing, one worker's figure says nothing of all.
+    assert DevicePeaks(used=170, workers=None, rise=20).beside(400).rise == 20

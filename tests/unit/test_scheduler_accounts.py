@@ -88,3 +88,25 @@ def test_what_the_next_test_takes_while_the_running_one_ends() -> None:
     ledger.close("gw0")
     ledger.read(DeviceReading(22 * GB, None, {"gw1": 0}))
     assert ledger.limit("gw1") == 21 * GB
+
+
+def test_what_a_child_left_behind_holds_is_not_free_for_the_next_test() -> None:
+    """5 GB of it on a card with 4 GB left: while it lives, no more than those 4 GB can be had."""
+    ledger = DeviceLedger(DeviceCapacity("GPU-0", "GPU 0", 9 * GB, context=GB))
+    ledger.open("gw0")
+    ledger.start("gw0", 6 * GB)
+    reading = DeviceReading(free=4 * GB, held={"gw0": 5 * GB}, left_behind={"gw0": 5 * GB})
+    ledger.read(reading)
+    # The running test may have started it for itself.
+    assert ledger.accounts["gw0"].left_behind == 0
+    ledger.stop("gw0", None)
+    ledger.read(reading._replace())
+    assert (ledger.accounts["gw0"].left_behind, ledger.has_left_behind) == (5 * GB, True)
+    assert ledger.limit("gw0") == 4 * GB
+    # It goes on for a part of the next test.
+    ledger.start("gw0", 2 * GB)
+    ledger.read(DeviceReading(free=8 * GB, held={"gw0": GB}))
+    assert (ledger.accounts["gw0"].left_behind, ledger.has_left_behind) == (0, False)
+    ledger.stop("gw0", 0)
+    ledger.read(DeviceReading(free=9 * GB, held={"gw0": 0}))
+    assert ledger.limit("gw0") == 9 * GB
