@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,10 @@ class GpuShareScheduling:
         )
         self._due = True
         # Also where the worker ended in order: a test may have ended it, by `pytest.exit`.
-        return self._executor.leave(node.gateway.id, replaced=replaced)
+        lost = self._executor.leave(node.gateway.id, replaced=replaced)
+        if not has_died and not self._executor.is_done:
+            self._dispatch.release(node)
+        return lost
 
     def _decide(self) -> None:
         collected = [(node, ids) for node, ids in self._nodes.items() if ids is not None]
@@ -225,6 +229,14 @@ class VramDispatch:
         """Whether a worker was placed on a GPU."""
         number = node.gateway.spec.env.get(NUMBER, "")
         return number.isdigit() and int(number) < len(self._started.plan.slots)
+
+    def release(self, node: Any) -> None:
+        """End the process of a worker that has no tests left while others have: only that gives
+        back the VRAM of its context and of its frameworks' caches."""
+        if self.has_gpu(node) and not node.gateway.spec.via:
+            self._started.look_again(node.gateway.id)
+            with contextlib.suppress(OSError):
+                node.gateway.exit()
 
     def is_wanted(self, kinds: KindsOfWorkers, *, can_run: bool) -> bool:
         """Whether there may be something to decide that xdist's scheduler does not.

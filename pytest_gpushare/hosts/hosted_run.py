@@ -177,10 +177,10 @@ class HostSamplers:
         for each in self._samplers:
             each.stop()
 
-    def last_look(self) -> None:
+    def last_look(self, worker: str = "") -> None:
         """See `Sampler`."""
         for each in self._samplers:
-            each.last_look()
+            each.last_look(worker)
 
 
 class HostedRun(ActiveRun):

@@ -202,12 +202,13 @@ class ActiveRun:
         if self._lease is not None:
             self._lease.leases_by_the_test(look)
 
-    def look_again(self) -> None:
-        """Read once more what workers hold: their fixtures are torn down, their processes alive."""
+    def look_again(self, worker: str = "") -> None:
+        """Read once more what workers hold, or one of them: their fixtures are torn down, their
+        processes alive."""
         if self.sampler is not None and self.services.runs(self.sampler):
             # Whatever NVML does now, the run has its result.
             with contextlib.suppress(Exception):
-                self.sampler.last_look()
+                self.sampler.last_look(worker)
 
     def end(self) -> None:
         """Stop the services; harmless when called twice."""

@@ -100,11 +100,16 @@ class Sampler:
         if self._thread.is_alive():
             self._thread.join(_STOP_TIMEOUT)
 
-    def last_look(self) -> None:
-        """All fixtures are torn down and the workers still there: what do they hold now?"""
+    def last_look(self, worker: str = "") -> None:
+        """All fixtures are torn down and the workers still there: what do they hold now?
+
+        `worker`: look at this one alone, the process of which ends before those of the others.
+        """
         begun = self._clock()
         self.sample(processes=True, workers=self._workers.not_crashed())
         for member in self._workers:
+            if member.kept is not None or worker not in ("", member.id):
+                continue
             if member.readings and member.readings[-1][0] >= self._record.since_start(begun):
                 member.kept = member.readings[-1][1]
 

@@ -192,3 +192,36 @@ def test_packed_by_what_was_learned(project: Project, machine: Machine) -> None:
     # 8 rounds of 0.4 s, then 3.
     assert took[1] < 0.6 * took[0], took
     assert machine.snapshot()[0].oom_count == 0
+
+
+LAST_TEST = (
+    HEAD
+    + """
+    import pathlib
+
+    @pytest.mark.gpu(vram="10GB")
+    def test_first():
+        take(9 * GB)
+
+    @pytest.mark.gpu(vram="4GB")
+    def test_second():
+        take(3 * GB)
+        time.sleep(1)
+
+    @pytest.mark.gpu(vram="14GB")
+    def test_last():
+        take(13 * GB)
+"""
+)
+
+
+def test_a_worker_without_tests_gives_its_vram_back(project: Project, two: Machine) -> None:
+    """What its framework keeps for reuse is there for the last test of the other worker."""
+    project.write(test_project=LAST_TEST)
+    result = project.pytest(
+        *("--gpu-share", "--gpu-share-preset=no-ollama", "-n2", "--gpu-share-report=report.json"),
+        *("-o", "gpu_share_empty_caches=never"),
+    )
+    assert (result.code, result.passed) == (0, 3), result.out
+    assert two.snapshot()[0].oom_count == 0
+    assert max(test["waited_s"] for test in report(project).values()) < 8

@@ -129,12 +129,12 @@ class _Runs:
         self._environment = dict(env)
         self._count = 0
 
-    def run(self, *more: str) -> tuple[str, dict[str, Any], str]:
+    def run(self, *more: str, text: str = "") -> tuple[str, dict[str, Any], str]:
         """Output, report and page of a run with more settings; the machine is as before."""
         host, self._count = self.host, self._count + 1
         place = self._place / str(self._count)
         place.mkdir(parents=True)
-        (place / "test_host.py").write_text(host.text)
+        (place / "test_host.py").write_text(text or host.text)
         ini = "".join(f"gpu_share_{key} = {value}\n" for key, value in host.ini)
         (place / "pytest.ini").write_text(
             f"[pytest]\nmarkers =\n    gpu: uses a GPU\n{ini}", encoding="utf-8"
@@ -191,14 +191,20 @@ def follow(seed: int, place: Path, library: Path, environment: Mapping[str, str]
 
 
 def _follow(hint: str, runs: _Runs, before: dict[str, Any], found: Followed) -> None:
-    settings = re.findall(r"-o (\S+)", hint)
+    settings, more = re.findall(r"-o (\S+)", hint), ""
     declared = re.search(r"^(\S+?) (?:held|ran out).*declare .*?vram=\"?([\d.]+GB)", hint)
     if declared:
-        size = declared[2]
-        settings.append(f"gpu_share_vram={declared[1]} = {size}")
-    if not settings:
+        size, number = declared[2], re.search(r"::test_(\d+)", declared[1])
+        assert number is not None
+        own = re.compile(rf"(\(vram=')[^']*('\)\n[^\n]*\ndef test_{number[1]}\()")
+        if own.search(runs.host.text):
+            # A marker goes before a rule: it is changed where it stands.
+            more = own.sub(rf"\g<1>{size}\g<2>", runs.host.text)
+        else:
+            settings.append(f"gpu_share_vram={declared[1]} = {size}")
+    if not (settings or more):
         return
-    _, document, _ = runs.run(*settings)
+    _, document, _ = runs.run(*settings, text=more)
     problem = _broken(hint, document, before, declared[1] if declared else "", runs.host.marked)
     if problem:
         found.wrong.append(f"{hint}: {problem}")

@@ -22,7 +22,10 @@ REMOTE = OllamaFacts(
 def lines(ollama: OllamaFacts, **settings: Any) -> list[str]:
     given = replace(DEFAULTS, **settings)
     run: Any = SimpleNamespace(
-        ollama=ollama, settings=given, plan=plan(device(22), ollama=ollama, **settings)
+        ollama=ollama,
+        settings=given,
+        plan=plan(device(22), ollama=ollama, **settings),
+        gpus=SimpleNamespace(simulated=False),
     )
     return [line.text for line in ollama_lines(run, 0)]
 
