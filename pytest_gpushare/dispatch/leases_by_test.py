@@ -54,7 +54,7 @@ def others_on(
         left = reading.free - own.reserved - own.outstanding - claims.leased - more
         capacity = reading.free - own.reserved - more + own.present + claims.held
     left = max(0, left)
-    ahead = claims.ahead(left, ticket, share)
+    ahead = claims.ahead(left, ticket, share, capacity)
     return Others(
         claimed=claims.leased + more + ahead,
         lent=claims.leased + claims.held + ahead,

@@ -24,6 +24,8 @@ class Waiting(NamedTuple):
     want: int
     """Bytes, beside those that it has leased."""
     seniority: Seniority = (0.0, "")
+    is_fixed: bool = False
+    """Whether it would keep them for as long as it lives, as one does that only starts."""
 
 
 class Share(NamedTuple):
@@ -78,22 +80,37 @@ class DeviceClaims(NamedTuple):
         """Bytes that they give back to one that waits, as their tests end."""
         return sum(share.spare for share in self.shares)
 
-    def ahead(self, room: int, ticket: int = 0, own: Share | None = None) -> int:
+    def ahead(
+        self, room: int, ticket: int = 0, own: Share | None = None, capacity: int | None = None
+    ) -> int:
         """Bytes of the room that are kept for those who asked before.
 
         `ticket` is the own one, 0 for whoever has none yet. One that cannot be satisfied, not
         even with what the others give back as their tests end and younger ones with workers
-        that they can do without, keeps nothing.
+        that they can do without, keeps nothing. Nor does a younger one that has to wait until an
+        older session has run its largest test; `capacity` is what the device has for all.
         """
         kept, own = 0, own or Share()
         spare = self.spare + own.spare
         for waiting in self.waiting:
             if ticket and waiting.ticket >= ticket:
                 break
+            may_pass = capacity is not None and own.seniority < waiting.seniority
+            if may_pass and self._has_to_wait(waiting, own, capacity or 0):
+                continue
             idle = sum(s.idle for s in (*self.shares, own) if s.seniority > waiting.seniority)
             if waiting.want <= room + spare + idle - kept:
                 kept += waiting.want
         return kept
+
+    def _has_to_wait(self, waiting: Waiting, own: Share, capacity: int) -> bool:
+        kept = waiting.want
+        for share in sorted((*self.shares, own), reverse=True):
+            needs_more = share.seniority < waiting.seniority and share.most > share.kept
+            if waiting.is_fixed and needs_more and share.most + kept > capacity:
+                return True
+            kept += share.kept
+        return False
 
     def keepable(self, capacity: int, own: Share) -> int | None:
         """Bytes that this session may keep between its tests, beyond what it keeps already.
@@ -187,7 +204,9 @@ def _claims_on(
             holders.append(Holder(session, lease, found))
         is_waiting = record.ticket and abs(now - record.renewed) <= TICKET_LIFE
         if is_waiting and published.want:
-            waiting.append(Waiting(record.ticket, published.want, seniority))
+            waiting.append(
+                Waiting(record.ticket, published.want, seniority, is_fixed=not published.most)
+            )
         if lease or is_waiting:
             spare = min(published.spare, lease)
             kept, most = lease - spare, min(published.most, total)

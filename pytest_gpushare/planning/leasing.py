@@ -137,8 +137,6 @@ class _Negotiation:
         self.plan: Plan | None = None
         self._without: Plan | None = None
         """The plan without the other sessions; None where there is none."""
-        self._most: dict[str, int] = {}
-        """UUID -> the most that may be leased there for the sake of older sessions."""
 
     def only_asked(self, lessee: Lessee) -> Agreed:
         """The plan of a run that is not to start: what it would be now."""
@@ -172,7 +170,6 @@ class _Negotiation:
 
     def decide(self, view: View) -> Wish:
         """The plan as of this view, and what it leases."""
-        self._most.clear()
         self.now = _updated(self._gpus, view)
         claims = view.claims
         if not any(claim.holders or claim.waiting or claim.reserved for claim in claims.values()):
@@ -209,10 +206,7 @@ class _Negotiation:
         claims = view.claims[planned.device.uuid]
         left = planned.device.free - planned.outstanding - planned.safety_buffer
         found = claims.keepable(left + claims.held, Share(self._seniority))
-        if found is None:
-            return planned.budget
-        self._most[planned.device.uuid] = max(0, found)
-        return max(0, found)
+        return planned.budget if found is None else max(0, found)
 
     def _wish(self, plan: Plan, *, is_explained: bool) -> Wish:
         slots = slots_by_device(plan)
@@ -222,7 +216,7 @@ class _Negotiation:
             {
                 planned.device.uuid: DeviceLease(
                     slots[planned.device.uuid],
-                    plan.needed if waits and self._may_want(planned, plan.needed) else 0,
+                    plan.needed if waits and planned.limited_by is Limit.BY_NEED else 0,
                     planned.reservation
                     if self._own is None
                     else self._own.get(planned.device.uuid, 0),
@@ -230,12 +224,6 @@ class _Negotiation:
                 for planned in plan.devices
             },
             is_explained,
-        )
-
-    def _may_want(self, planned: DevicePlan, size: int) -> bool:
-        """Whether so much may be waited for: not where it is what an older session will need."""
-        return planned.limited_by is Limit.BY_NEED and size <= self._most.get(
-            planned.device.uuid, size
         )
 
     def _planned_alone(self, view: View, reserved: Mapping[str, int]) -> Plan:

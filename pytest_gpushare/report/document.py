@@ -91,7 +91,7 @@ def document(run: ActiveRun, exit_status: int, summary: Sequence[str]) -> dict[s
             }
             for event in run.record.events()
         ],
-        "samples": {"devices": _samples(run)},
+        "samples": {"devices": _samples(run), "leases": _leases(run)},
         "summary": list(summary),
         "hints": [advice.text for advice in (*assessment.needs, *assessment.advice)],
         "shortages": list(assessment.shortages),
@@ -282,6 +282,20 @@ def _samples(run: ActiveRun) -> dict[str, Any]:
         }
         for uuid, watched in run.sampler.devices.items()
     }
+
+
+def _leases(run: ActiveRun) -> list[dict[str, Any]]:
+    """What other sessions had leased."""
+    return [
+        {
+            "device": lease.device,
+            "session": lease.session,
+            "start_s": _seconds(lease.begin),
+            "end_s": _seconds(lease.end),
+            "bytes": lease.size,
+        }
+        for lease in run.other_leases
+    ]
 
 
 def _problems(run: ActiveRun) -> list[str]:

@@ -92,7 +92,7 @@ def merged(documents: Sequence[Document], names: Sequence[str]) -> dict[str, Any
         "tests": tests[:MOST_TESTS],
         "ollama": _ollama(shards),
         "events": _events(shards),
-        "samples": {"devices": _samples(shards)},
+        "samples": {"devices": _samples(shards), "leases": list(_leases(shards))},
         "summary": _texts(shards, "summary"),
         "hints": _texts(shards, "hints"),
         "shortages": _texts(shards, "shortages"),
@@ -104,6 +104,13 @@ def merged(documents: Sequence[Document], names: Sequence[str]) -> dict[str, Any
         "problems": problems,
         "shards": [_shard(shard) for shard in shards],
     }
+
+
+def _leases(shards: Sequence[Shard]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        for lease in shard.document["samples"].get("leases", ()):
+            times = {name: round(lease[name] + shard.offset, 3) for name in ("start_s", "end_s")}
+            yield {**lease, **times}
 
 
 def _start(document: Document) -> datetime | None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.leases.ledger import Ledger, LedgerError, default_directory
 from pytest_gpushare.leases.records import SessionWorker
 from pytest_gpushare.planning.leasing import slots_by_device
 
 if TYPE_CHECKING:
-    from pytest_gpushare.leases.lessee import Lessee
+    from pytest_gpushare.leases.lessee import Lessee, View
     from pytest_gpushare.planning.plan import Plan
     from pytest_gpushare.session.tests import RecordedTests
     from pytest_gpushare.session.workers import WorkerRecord, Workers
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 INTERVAL = 0.5
 """Seconds between two looks at what has changed in this session."""
+
+MOST_LEASES = 2000
+"""Leases of other sessions that are kept; then the last ones last, with their largest size."""
 
 _LOOK = 0.1
 """Seconds between two looks for other sessions, while leases are made by the test."""
@@ -85,13 +89,68 @@ def _sorted(workers: Sequence[SessionWorker]) -> tuple[SessionWorker, ...]:
     return tuple(sorted(workers, key=lambda worker: (len(worker.id), worker.id)))
 
 
+class OtherLease(NamedTuple):
+    """What another session had leased of a device for some time."""
+
+    device: str
+    """UUID."""
+    session: str
+    """As reports name it."""
+    begin: float
+    """Seconds since the start of the run."""
+    end: float
+    size: int
+    """Bytes."""
+
+
+class OtherLeases:
+    """The leases of other sessions over time, as seen now and then."""
+
+    def __init__(self, naming: Naming, since_start: Callable[[], float]) -> None:
+        """`since_start`: seconds since the start of the run."""
+        self._naming, self._since_start = naming, since_start
+        self._found: list[OtherLease] = []
+        self._open: dict[tuple[str, str], int] = {}
+        """Device and record -> place of the lease that lasts."""
+
+    def see(self, view: View) -> None:
+        """Note what is leased now: the same as before goes on."""
+        now, seen = self._since_start(), dict[tuple[str, str], int]()
+        for uuid, claims in view.claims.items():
+            for holder in claims.holders:
+                key = uuid, holder.session.name
+                at = self._open.get(key)
+                last = None if at is None else self._found[at]
+                if last is not None and at is not None:
+                    is_full = len(self._found) >= MOST_LEASES
+                    size = max(last.size, holder.lease) if is_full else last.size
+                    self._found[at] = last._replace(end=now, size=size)
+                if last is None or (last.size != holder.lease and len(self._found) < MOST_LEASES):
+                    at = len(self._found)
+                    name = self._naming.session(holder.session)
+                    self._found.append(OtherLease(uuid, name, now, now, holder.lease))
+                seen[key] = at if at is not None else 0
+        self._open = seen
+
+    def __iter__(self) -> Iterator[OtherLease]:
+        """The leases in the order in which they were seen first."""
+        return iter(list(self._found))
+
+
 class SessionRecord:
     """The service that keeps this session's record up to date, and gives slots back."""
 
     def __init__(
-        self, lessee: Lessee, plan: Plan, workers: Workers, tests: RecordedTests, links: Links
+        self,
+        lessee: Lessee,
+        plan: Plan,
+        workers: Workers,
+        tests: RecordedTests,
+        links: Links,
+        others: OtherLeases,
     ) -> None:
-        self._lessee = lessee
+        """`others` notes what other sessions have leased."""
+        self._lessee, self._others = lessee, others
         self._plan, self._workers, self._tests, self._links = plan, workers, tests, links
         self._by_needs = False
         self._look: Callable[[], object] | None = None
@@ -132,6 +191,8 @@ class SessionRecord:
                 path = self.path
                 now = self._seen()
                 self._shrink(list(self._workers))
+                if self._lessee.claims_devices:
+                    self._others.see(self._lessee.look())
                 if now != before or self._lessee.is_lost():
                     if self._lessee.change(**now):
                         before = now

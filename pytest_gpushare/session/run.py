@@ -14,6 +14,7 @@ from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Attribution, Holding, Statement, holding
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.leases import AcquireTerms
+from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.ollama.address import candidates
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
@@ -31,7 +32,7 @@ from pytest_gpushare.planning.placement import (
 from pytest_gpushare.planning.plan import Plan, Slot
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.session.needs_store import ModelSizes, NeedsRecorder
-from pytest_gpushare.session.registry import SessionRecord
+from pytest_gpushare.session.registry import OtherLeases, SessionRecord
 from pytest_gpushare.session.services import Sampler, Service, Services, monitor_for
 from pytest_gpushare.session.start_facts import (
     HostOfRun,
@@ -124,10 +125,12 @@ class ActiveRun:
         self._alone = facts.alone
         self.lessee = facts.lessee
         """What this session leases; None where it takes no part in the ledger."""
+        self.other_leases = OtherLeases(Naming(self.settings.report_names), self.record.now)
+        """What other sessions had leased during the run."""
         self._lease: SessionRecord | None = None
         if facts.lessee is not None:
             self._lease = SessionRecord(
-                facts.lessee, self.plan, self.workers, self.tests, self.links
+                facts.lessee, self.plan, self.workers, self.tests, self.links, self.other_leases
             )
             services.append(self._lease)
             on_needs = self._lease.admits_by_needs

@@ -92,7 +92,7 @@ def waiting(ticket: int, want: int, renewed: float) -> LiveSession:
 
 def test_tickets_in_their_order_while_they_are_renewed() -> None:
     found = claims(waiting(7, GB, 99.0), waiting(5, 2 * GB, 96.0), waiting(4, GB, 94.0))
-    assert found.waiting == (Waiting(5, 2 * GB, (0.0, "5")), Waiting(7, GB, (0.0, "7")))
+    assert found.waiting == (Waiting(5, 2 * GB, (0.0, "5"), True), Waiting(7, GB, (0.0, "7"), True))
 
 
 def test_room_is_kept_for_those_who_asked_before() -> None:
@@ -122,6 +122,24 @@ def test_ticket_counts_with_what_younger_sessions_give_up() -> None:
     late = DeviceClaims(waiting=(Waiting(1, 10, YOUNG),), shares=(Share(OLD, kept=6, idle=5),))
     assert late.ahead(5) == 0
     assert late.ahead(5, own=Share(OWN, kept=6, idle=5)) == 0
+
+
+def test_newcomer_waits_for_the_largest_test_of_an_older_session() -> None:
+    """Then the older ones leave nothing for it; those that came later do."""
+    newcomer = Waiting(1, 5, OWN, is_fixed=True)
+    claims = DeviceClaims(waiting=(newcomer,), shares=(Share(OLD, kept=1, most=16),))
+    oldest = Share(OLDEST, kept=2, spare=4, most=20)
+    assert claims.ahead(10, own=oldest, capacity=24) == 0
+    assert claims.ahead(10, own=oldest._replace(most=18), capacity=24) == 5
+    assert claims.ahead(10, own=oldest._replace(most=0), capacity=21) == 5
+    assert claims.ahead(10, own=oldest._replace(most=0), capacity=20) == 0
+    assert claims.ahead(10, own=Share(YOUNG), capacity=20) == 5
+    assert (
+        claims._replace(waiting=(newcomer._replace(is_fixed=False),)).ahead(
+            10, own=oldest, capacity=24
+        )
+        == 5
+    )
 
 
 def test_what_may_be_kept_beside_older_sessions() -> None:

@@ -355,6 +355,20 @@ def test_figures_of_tests_are_exact() -> None:
     ]
 
 
+def test_leases_of_other_sessions_stand_by_their_device() -> None:
+    document = documents.small()
+    uuid = document["devices"][0]["uuid"]
+    lease = {"device": uuid, "session": "pid 7, ci", "start_s": 1.0, "end_s": 2.5, "bytes": GB}
+    document["samples"]["leases"] = [
+        lease,
+        {**lease, "device": "GPU-other"},
+        {**lease, "bytes": None},
+        "odd",
+    ]
+    found = data(shown(document))["devices"][0]["leases"]
+    assert found == [{"start": 1.0, "end": 2.5, "bytes": GB, "session": "pid 7, ci"}]
+
+
 def test_no_number_is_no_number() -> None:
     """What JSON cannot express is unknown, never an error."""
     document = copy.deepcopy(documents.small())

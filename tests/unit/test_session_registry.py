@@ -11,12 +11,13 @@ import pytest
 
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.devices import Device
-from pytest_gpushare.leases.ledger import Ledger
-from pytest_gpushare.leases.lessee import Lessee
+from pytest_gpushare.leases.claims import DeviceClaims, Holder, Naming
+from pytest_gpushare.leases.ledger import Ledger, LiveSession
+from pytest_gpushare.leases.lessee import Lessee, View
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 from pytest_gpushare.planning.plan import Limit, Plan, Request, Slot
 from pytest_gpushare.session import registry
-from pytest_gpushare.session.registry import SessionRecord, sessions
+from pytest_gpushare.session.registry import OtherLease, OtherLeases, SessionRecord, sessions
 from pytest_gpushare.session.tests import RecordedTests
 from pytest_gpushare.session.workers import Workers
 from pytest_gpushare.wire import Links
@@ -36,7 +37,10 @@ class Running:
         record = LeaseRecord(os.getpid(), root="/project", began=5.0)
         self.lessee = Lessee(Ledger(directory), record, {"GPU-0": 24}, None)
         self.lessee.change(devices={"GPU-0": DeviceLease(10)})
-        self.service = SessionRecord(self.lessee, PLAN, self.workers, self.tests, self.links)
+        self.others = OtherLeases(Naming(shows_everybody=False), lambda: 1.0)
+        self.service = SessionRecord(
+            self.lessee, PLAN, self.workers, self.tests, self.links, self.others
+        )
         for number in range(3):
             self.workers.join(f"gw{number}", number, 0.0)
             self.workers.came_up(f"gw{number}", 100 + number)
@@ -115,3 +119,31 @@ def test_record_of_another_process(tmp_path: Path) -> None:
     assert sessions(tmp_path / "leases")[0].pid == 7
     path.write_bytes(b"\0" * 4096)
     assert sessions(tmp_path / "leases") == []
+
+
+def test_leases_of_others_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One entry for as long as the lease is the same; sessions of others have no name."""
+    now = [0.0]
+    found = OtherLeases(Naming(shows_everybody=False), lambda: now[0])
+    mine = LiveSession("s-1", None, LeaseRecord(7, root="/srv/a", user="ci"))
+    other = LiveSession("s-2", 4_000_000, LeaseRecord(8, root="/srv/b", user="ci"))
+
+    def see(at: float, *holders: Holder) -> None:
+        now[0] = at
+        found.see(View(claims={"GPU-0": DeviceClaims(holders)}))
+
+    see(1.0, Holder(mine, 9, None))
+    see(2.0, Holder(mine, 9, None), Holder(other, 3, None))
+    see(3.0, Holder(mine, 4, None), Holder(other, 3, None))
+    see(4.0)
+    see(5.0, Holder(mine, 4, None))
+    own = "pid 7, ci, in /srv/a"
+    assert list(found) == [
+        OtherLease("GPU-0", own, 1.0, 3.0, 9),
+        OtherLease("GPU-0", "another user", 2.0, 3.0, 3),
+        OtherLease("GPU-0", own, 3.0, 3.0, 4),
+        OtherLease("GPU-0", own, 5.0, 5.0, 4),
+    ]
+    monkeypatch.setattr(registry, "MOST_LEASES", 4)
+    see(6.0, Holder(mine, 8, None))
+    assert list(found)[-1] == OtherLease("GPU-0", own, 5.0, 6.0, 8)

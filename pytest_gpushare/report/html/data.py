@@ -13,6 +13,7 @@ from pytest_gpushare.report.html.markup import severity, visible
 from pytest_gpushare.report.html.shown import (
     Shown,
     ShownDevice,
+    ShownLease,
     ShownSamples,
     ShownTest,
     ShownWorker,
@@ -206,7 +207,10 @@ def data(report: Shown) -> dict[str, Any]:
         "duration": _duration(report),
         "simulated": bool(report.run.simulated),
         "devices": [
-            _device(device, report.samples.get(device.uuid), most, report.workers)
+            {
+                **_device(device, report.samples.get(device.uuid), most, report.workers),
+                "leases": _leases(report.leases, device.uuid),
+            }
             for device in report.devices
         ],
         "workers": [
@@ -259,6 +263,20 @@ def _device(
         "budget": device.budget_bytes,
         "samples": drawn(samples, most, device.total_bytes, workers) if samples else None,
     }
+
+
+def _leases(leases: Sequence[ShownLease], uuid: str) -> list[dict[str, Any]]:
+    """What other sessions had leased of this device, and when."""
+    return [
+        {
+            "start": lease.start_s,
+            "end": lease.end_s,
+            "bytes": lease.bytes,
+            "session": visible(lease.session),
+        }
+        for lease in leases
+        if lease.device == uuid and lease.bytes is not None
+    ][:MOST_EVENTS]
 
 
 def _tests(tests: Sequence[ShownTest], workers: Sequence[ShownWorker]) -> dict[str, Any]:

@@ -170,6 +170,17 @@ class ShownSamples:
 
 
 @dataclass(frozen=True)
+class ShownLease:
+    """What another session had leased of a device."""
+
+    device: str
+    session: str
+    start_s: float | None
+    end_s: float | None
+    bytes: float | None
+
+
+@dataclass(frozen=True)
 class Shown:
     """All that the page shows."""
 
@@ -186,6 +197,7 @@ class Shown:
     models: list[ShownModel]
     samples: Mapping[str, ShownSamples]
     """UUID -> the samples of the device."""
+    leases: list[ShownLease]
     summary: list[str]
     hints: list[str]
     shortages: list[str]
@@ -195,7 +207,8 @@ class Shown:
 def shown(document: Mapping[str, Any]) -> Shown:
     """What the page shows of a document; nothing is required of it."""
     generator, ollama = _object(document.get("generator")), _object(document.get("ollama"))
-    samples = _object(_object(document.get("samples")).get("devices"))
+    sampled = _object(document.get("samples"))
+    samples = _object(sampled.get("devices"))
     return Shown(
         f"{generator.get('name', 'pytest-gpushare')} {generator.get('version', '')}".strip(),
         _read(ShownRun, document.get("run")),
@@ -208,6 +221,7 @@ def shown(document: Mapping[str, Any]) -> Shown:
         _read(ShownOllama, ollama) if ollama else None,
         _each(ShownModel, ollama.get("models")),
         {str(uuid): _read(ShownSamples, held) for uuid, held in samples.items()},
+        _each(ShownLease, sampled.get("leases")),
         _texts(document.get("summary")),
         _texts(document.get("hints")),
         _texts(document.get("shortages")),

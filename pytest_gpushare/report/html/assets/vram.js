@@ -44,10 +44,12 @@ function vramPlot(timeline, device, height) {
   for (const part of hanging) made.series.push(paint(part.colour, total));
   if (!parts.length) made.series.push(paint("rest", 0));
   const plan = planned(device, hanging.length > 0);
+  const leases = leasesOf(device);
   const events = timeline.data.events.filter((event) => event.at !== null && (!event.device || event.device === device.uuid));
   made.hooks.drawAxes = [(chart) => drawKept(timeline, chart, plan)];
   made.hooks.draw = [
     (chart) => drawLines(timeline, chart, plan),
+    (chart) => drawLeases(timeline, chart, leases),
     (chart) => drawEvents(timeline, chart, events, true),
   ];
 
@@ -57,6 +59,11 @@ function vramPlot(timeline, device, height) {
   if (plan.buffer) {
     const item = element("li");
     item.append(element("i", undefined, "swatch buffer"), `safety buffer ${size(plan.buffer)}`);
+    key.append(item);
+  }
+  if (leases.length) {
+    const item = element("li");
+    item.append(element("i", undefined, "swatch leases"), "leased by other sessions");
     key.append(item);
   }
   const whole = parts.map((part) => reduceMost(part.held));
@@ -81,6 +88,11 @@ function vramPlot(timeline, device, height) {
       const bytes = held(part.held, index);
       if (bytes !== 0) lines.push([part.swatch, part.name, size(bytes)]);
     }
+    for (const lease of leases) {
+      if (lease.start <= seconds && seconds < lease.end) {
+        lines.push(["leases", `leased by ${lease.session}`, size(lease.bytes)]);
+      }
+    }
     for (const [worker, test] of timeline.running(seconds, device.uuid)) {
       lines.push([null, `${worker.id}: ${timeline.tests.short(test)}`]);
     }
@@ -94,6 +106,34 @@ function vramPlot(timeline, device, height) {
   follow(timeline, plot, new uPlot(made, shown, panel));
   plot.tell(null);
   return plot;
+}
+
+// Other sessions are looked at twice a second: what was seen once lasts until the next look.
+function leasesOf(device) {
+  const known = (device.leases ?? []).filter((lease) => lease.start !== null && lease.end !== null);
+  return known.map((lease) => ({ ...lease, end: Math.max(lease.end, lease.start + 0.5) }));
+}
+
+// What all other sessions had leased, as a line over the ground.
+function drawLeases(timeline, chart, leases) {
+  if (!leases.length) return;
+  const moments = [...new Set(leases.flatMap((lease) => [lease.start, lease.end]))].sort((a, b) => a - b);
+  inside(chart, (ctx) => {
+    ctx.strokeStyle = timeline.palette.leases;
+    ctx.lineWidth = 1.5;
+    ctx.setLineDash([3, 3]);
+    ctx.beginPath();
+    let height = 0;
+    for (const moment of moments) {
+      const x = chart.valToPos(moment, "x");
+      ctx.lineTo(x, chart.valToPos(height / MB, "y"));
+      const now = leases.filter((lease) => lease.start <= moment && moment < lease.end);
+      height = now.reduce((sum, lease) => sum + lease.bytes, 0);
+      ctx.lineTo(x, chart.valToPos(height / MB, "y"));
+    }
+    ctx.stroke();
+    ctx.setLineDash([]);
+  });
 }
 
 function describe(timeline, part, values) {
