@@ -67,6 +67,26 @@ def test_figures_are_the_documents(opened: Open) -> None:
             assert peak.inner_text().strip() == size(test["peak_bytes"])
 
 
+def test_leases_of_other_sessions(opened: Open) -> None:
+    """A line in the chart of their device, and who they are at the moment under the pointer."""
+    document = documents.eventful()
+    uuid, end = document["devices"][0]["uuid"], document["run"]["duration_s"]
+    document["samples"]["leases"] = [
+        {
+            "device": uuid,
+            "session": "pid 7, ci",
+            "start_s": 0.0,
+            "end_s": end,
+            "bytes": documents.GB,
+        }
+    ]
+    here = opened(document)
+    keys = here.texts("#charts .swatch.leases")
+    assert len(keys) == 1
+    here.tab.locator("#charts .u-over").first.hover()
+    assert "leased by pid 7, ci" in here.text("body")
+
+
 def test_script_and_python_write_figures_alike(opened: Open) -> None:
     """Or the same figure would differ between the head of the page and its table."""
     here = opened(documents.empty())
