@@ -26,6 +26,11 @@ _PAUSE, _LONGEST_PAUSE = 0.025, 0.25
 """Seconds between two looks at the others while tests wait: longer while nothing happens."""
 
 
+_BEFORE_ALL = -1
+"""The ticket of a session that waited for its turn when it started: for its first tests it has
+what it has leased."""
+
+
 def share_of(own: OwnShare, seniority: Seniority) -> Share:
     """What this session has of a device, as the others see it."""
     return Share(seniority, own.kept, own.committed - own.kept, own.idle, own.most)
@@ -96,6 +101,7 @@ class SharedDevices:
         """Whether another session may name one of the devices, as far as is known."""
         self.is_due = True
         """Whether the others are to be looked at in the next step, whatever it is for."""
+        self._has_begun = False
         self._had_problem = False
         self._progress: object = None
         self._progressed = 0
@@ -127,10 +133,14 @@ class SharedDevices:
             for uuid, device in self._capacities.items():
                 reading, claims = found.get(uuid, DeviceReading()), view.claims.get(uuid, NOTHING)
                 share = share_of(own[uuid], self._lessee.seniority)
-                others = others_on(device, reading, claims, own[uuid], share, view.ticket)
+                ticket = view.ticket if self._has_begun else _BEFORE_ALL
+                others = others_on(device, reading, claims, own[uuid], share, ticket)
+                if not self._has_begun:
+                    others = others._replace(limit=self._lessee.record.lease(uuid).lease)
                 others = others._replace(progress=progress, names=self._names(claims))
                 readings[uuid] = reading._replace(others=others if claims.shares else NOBODY)
             actions = dispatcher.step(readings, time.monotonic())
+            self._has_begun = True
             return self._revision(view, dispatcher.shares(), has_acted=bool(actions))
 
         try:

@@ -141,6 +141,8 @@ class Lessee:
         self._clock, self._sleep = clock, sleep
         self._lock = threading.RLock()
         self._waits_for: frozenset[tuple[str, int]] = frozenset()
+        self._turn = 0
+        """The ticket with which it waited for its start: its first test has the same one."""
         self.problem = ""
         """Why the ledger could not be used the last time; empty where it could."""
 
@@ -230,6 +232,7 @@ class Lessee:
             waits = any(share.want for share in wish.devices.values()) or (
                 bool(self._record.ticket) and wish.is_explained
             )
+            self._turn = self._record.ticket or self._turn
             self._publish(view, wish.devices, waits=waits and not wish.is_granted)
         return view, wish
 
@@ -244,7 +247,9 @@ class Lessee:
             revision = decide(view)
             if not revision.waits_for & self._waits_for:
                 self._waits_for = revision.waits_for
-                self._record = self._record._replace(ticket=0)
+                self._record = self._record._replace(ticket=self._turn)
+                if revision.waits_for:
+                    self._turn = 0
             self._publish(view, revision.devices, waits=bool(revision.waits_for))
 
     def _publish(self, view: View, devices: Mapping[str, DeviceLease], *, waits: bool) -> None:

@@ -205,10 +205,11 @@ def crowd(count: int) -> None:
         ]
     passed = [result.passed for result in ended]
     pairs = [(a, b) for a in range(count) for b in range(count) if asked[a] + 0.05 < asked[b]]
-    late = sum(began[b] < began[a] for a, b in pairs)
+    late = [began[a] - began[b] for a, b in pairs if began[b] < began[a]]
     print(
         f"{count} sessions at once: {sum(passed)} of {4 * count} tests passed, first tests of "
-        f"{late} of {len(pairs)} pairs out of order, {max(r.seconds for r in ended):.0f} s"
+        f"{len(late)} of {len(pairs)} pairs out of order, at most "
+        f"{max(late, default=0):.1f} s, {max(r.seconds for r in ended):.0f} s"
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.leases import lessee as lessees
 from pytest_gpushare.leases.ledger import Ledger, LedgerError
-from pytest_gpushare.leases.lessee import Lessee, Outcome, View, WaitingLine, Wish
+from pytest_gpushare.leases.lessee import Lessee, Outcome, Revision, View, WaitingLine, Wish
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 
 TOTAL = 10
@@ -248,6 +248,26 @@ def test_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
         line.show(f"waiting {second} s")
     line.clear()
     assert capsys.readouterr().err == "waiting 0 s\nwaiting 60 s\nwaiting 120 s\n"
+
+
+def test_first_test_waits_with_the_ticket_of_the_start(world: World) -> None:
+    """Whoever started earlier comes first, also where the lease of the start does not do."""
+    holder, one, two = world.lessee(), world.lessee(), world.lessee()
+    claim(holder, 10)
+    world.clock.at(1.0, lambda: holder.shrink({"GPU-0": 8}))
+    assert claim(one, 2).is_granted
+    two.change(devices={"GPU-0": DeviceLease(0, 5)}, ticket=7, renewed=world.clock.now)
+
+    def revise(*tests: int) -> int:
+        share = {"GPU-0": DeviceLease(2, 3)}
+        one.revise(lambda _: Revision(share, frozenset(("GPU-0", test) for test in tests)))
+        return one.record.ticket
+
+    assert revise(4) == 1
+    assert revise(4, 5) == 1
+    assert revise(5) == 8
+    assert revise(6) == 8
+    assert revise() == 0
 
 
 def test_models_that_other_sessions_use(world: World) -> None:
