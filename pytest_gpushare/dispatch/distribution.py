@@ -342,7 +342,7 @@ class VramDispatch:
                 started.lessee,
                 [each for each in capacities if each.uuid in started.lessee.totals],
                 Naming(started.settings.report_names),
-                started.notes.append,
+                lambda text: started.record.note("leases-unknown", text),
                 lambda: wake(executor.node()),
             )
             started.look_for_others(executor.shared.look)

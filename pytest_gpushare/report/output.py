@@ -215,8 +215,8 @@ def in_encoding(text: str, encoding: str) -> str:
     return text
 
 
-WAITS = ("pressure", "late", "pressure-over")
-"""Kinds of events: tests wait for VRAM, it comes back late, they go on."""
+WAITS = ("pressure", "late", "pressure-over", "leases-unknown")
+"""Kinds of events: tests wait for VRAM, it comes back late, they go on; the ledger fails."""
 
 
 def progress(config: pytest.Config) -> Callable[[Event], None]:

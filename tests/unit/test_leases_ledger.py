@@ -11,7 +11,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -311,6 +311,79 @@ def test_full_disk(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LedgerError, match="No space left"):
         publish(one)
     assert len(files(directory)) == 1
+
+
+LIMITED = """
+    import resource, sys
+    from pathlib import Path
+    from pytest_gpushare.leases.ledger import Ledger, LedgerError
+    from pytest_gpushare.leases.records import LeaseRecord
+    ledger = Ledger(Path(sys.argv[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+    try:
+        with ledger.gate():
+            ledger.publish(LeaseRecord(1))
+    except LedgerError as error:
+        print(error)
+    print(sorted(path.name for path in Path(sys.argv[1]).iterdir()))
+"""
+
+
+def test_file_that_may_not_grow(directory: Path) -> None:
+    """As on a full disk, by the kernel: an error in words, and no record that is cut off."""
+    command = [sys.executable, "-c", textwrap.dedent(LIMITED), str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == [
+        f"{directory} cannot be written: No space left on device",
+        "['gate']",
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system, so root")
+def test_disk_that_is_full(tmp_path: Path) -> None:
+    """What was published before is written in place; a newcomer gets an error and no record."""
+    place = tmp_path / "small"
+    place.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=16k", "tmpfs", str(place)]
+    if subprocess.run(["mount", *options], capture_output=True, timeout=60).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        one, two = Ledger(place / "leases"), Ledger(place / "leases")
+        publish(one)
+        with suppress(OSError), (place / "filler").open("wb", buffering=0) as filler:
+            while filler.write(b"x" * 4096):
+                pass
+        with pytest.raises(LedgerError, match="cannot be written: No space left"):
+            publish(two)
+        publish(one, RECORD._replace(done=5))
+        (found,) = others(two)
+        assert found.record is not None
+        assert found.record.done == 5
+        one.close()
+        two.close()
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True, timeout=60)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a user who may not write there, so root")
+def test_directory_that_may_not_be_written(public: Path) -> None:
+    """Another user's, without room for others: an error for them."""
+    public.mkdir(mode=0o755)
+    code = """
+        import os, sys
+        from pathlib import Path
+        from pytest_gpushare.leases.ledger import Ledger, LedgerError
+        os.setgid(65534)
+        os.setuid(65534)
+        try:
+            with Ledger(Path(sys.argv[1])).gate():
+                pass
+        except LedgerError as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(public)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{public / 'gate'} cannot be locked: Permission denied\n", done.stderr
 
 
 def test_network_file_system(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

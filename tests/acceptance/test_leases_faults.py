@@ -1,0 +1,199 @@
+"""A ledger that fails, or in which somebody planted something: one line, no hang, no lost test."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from acceptance.conftest import Project
+from acceptance.sessions import (
+    LARGE_TESTS,
+    SLEEPER,
+    Session,
+    leases_directory,
+    passed,
+    records,
+    start,
+    wait_for,
+)
+from simulator import Machine
+from simulator.child import child_process
+
+from pytest_gpushare.leases import locks
+
+__all__ = ["start"]
+
+NO_OLLAMA = ("-o", "gpu_share_preset=no-ollama")
+PACKED = ("-o", "gpu_share_preset=no-ollama packed", "-n1")
+
+IN_GATE = """
+import os, sys, time
+from pathlib import Path
+from pytest_gpushare.leases.ledger import Ledger
+with Ledger(Path(sys.argv[1])).gate():
+    print("held", flush=True)
+    time.sleep(120)
+"""
+
+LASTS = """
+    import pathlib, time
+    import gpusim, pytest
+
+    @pytest.mark.gpu(vram="5GB")
+    def test_lasts():
+        with gpusim.alloc("2GB"):
+            pathlib.Path("sleeps").write_text("")
+            time.sleep(60)
+"""
+
+MANY = """
+    import pathlib, time
+    import gpusim, pytest
+
+    @pytest.mark.parametrize("i", range(12))
+    @pytest.mark.gpu(vram="5GB")
+    def test_declared(i):
+        pathlib.Path("began").write_text("")
+        with gpusim.alloc("4GB"):
+            time.sleep(0.3)
+"""
+
+
+@pytest.fixture
+def stopped_in_gate(project: Project) -> Iterator[Callable[[], None]]:
+    """Have a process stop (SIGSTOP) while it holds the gate."""
+    with ExitStack() as stack:
+
+        def stop() -> None:
+            command = [sys.executable, "-c", IN_GATE, str(leases_directory(project))]
+            process = stack.enter_context(child_process(command, stdout=subprocess.PIPE))
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"held\n"
+            os.kill(process.pid, signal.SIGSTOP)
+            stack.callback(process.kill)
+
+        yield stop
+
+
+def test_process_stopped_inside_the_gate(
+    start: Callable[..., Session], machine: Machine, stopped_in_gate: Callable[[], None]
+) -> None:
+    """Whoever starts goes on without a lease, with a warning."""
+    stopped_in_gate()
+    output = start(LARGE_TESTS, *NO_OLLAMA, "-n1").finish()
+    assert passed(output) == 4, output
+    assert output.count("no VRAM is leased: ") == 1
+    assert "was held by another process for 2 s" in output.replace("\n", " ")
+
+
+def test_process_stopped_inside_the_gate_during_a_run(
+    start: Callable[..., Session],
+    machine: Machine,
+    project: Project,
+    stopped_in_gate: Callable[[], None],
+) -> None:
+    """A session keeps its lease, does not grow, and loses no test."""
+    first = start(LASTS, *PACKED)
+    wait_for((first.path.parent / "worktree1" / "sleeps").exists)
+    second = start(MANY, *PACKED, "--gpu-share-report=report.json")
+    place = second.path.parent / "worktree2"
+    wait_for((place / "began").exists)
+    stopped_in_gate()
+    began = time.monotonic()
+    output = second.finish()
+    assert passed(output) == 12, output
+    assert time.monotonic() - began < 30
+    report = json.loads((place / "report.json").read_text())
+    (event,) = [event for event in report["events"] if event["kind"] == "leases-unknown"]
+    assert "the leases of other sessions are not known: " in event["text"]
+    assert "was held by another process for 2 s" in event["text"]
+    (lease,) = {lease["session"] for lease in report["samples"]["leases"]}
+    assert lease.startswith(f"pid {first.process.pid}, ")
+
+
+def test_waiter_that_is_stopped(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    """The next one gets the VRAM within 6 s of its return."""
+    holder = start(SLEEPER, *NO_OLLAMA, "-n1")
+    wait_for((holder.path.parent / "worktree1" / "sleeps").exists)
+    stopped = start(SLEEPER, *NO_OLLAMA, "-n1")
+    wait_for(lambda: any(record["ticket"] for record in records(project)))
+    # Not in the moment in which it holds the gate.
+    time.sleep(1)
+    os.kill(stopped.process.pid, signal.SIGSTOP)
+    last = start(LARGE_TESTS, *NO_OLLAMA, "-n1")
+    wait_for(lambda: any(record["ticket"] == 2 for record in records(project)))
+    os.kill(holder.process.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    pid = last.process.pid
+    wait_for(lambda: any(r["pid"] == pid and not r["ticket"] for r in records(project)), 20)
+    assert time.monotonic() - killed < 7
+    assert passed(last.finish()) == 4
+
+
+@pytest.fixture
+def planted(project: Project) -> Iterator[Path]:
+    """Records that are locked, so alive, and that nobody can understand."""
+    directory = leases_directory(project)
+    directory.mkdir(mode=0o777)
+    contents = {
+        "s-1-random.json": os.urandom(4096),
+        "s-2-short.json": b'{"v":1,"pid":77,"devi',
+        "s-3-newer.json": b'{"v":9}',
+        "s-4-empty.json": b"",
+    }
+    held = []
+    for name, content in contents.items():
+        (directory / name).write_bytes(content)
+        held.append(os.open(directory / name, os.O_RDONLY))
+        assert locks.try_shared(held[-1])
+    (directory / "s-5-link.json").symlink_to("/etc/passwd")
+    os.mkfifo(directory / "s-6-fifo.json")
+    (directory / "s-7-directory.json").mkdir()
+    yield directory
+    for descriptor in held:
+        os.close(descriptor)
+
+
+def test_records_that_nobody_understands(
+    start: Callable[..., Session], machine: Machine, planted: Path
+) -> None:
+    """A line for each that is alive; links, FIFOs and directories are none."""
+    output = start(LARGE_TESTS, *NO_OLLAMA, "-n1").finish()
+    assert passed(output) == 4, output
+    text = " ".join(output.split())
+    for name in ("s-1-random", "s-2-short", "s-4-empty"):
+        assert text.count(f"the lease {name}.json is not understood: it is damaged") == 1
+    assert text.count("s-3-newer.json is not understood: a newer version of pytest-gpushare") == 1
+    assert "s-5" not in text
+    assert "s-6" not in text
+    assert "s-7" not in text
+
+
+@pytest.mark.parametrize("what", ["files", "directory"])
+def test_cleaned_in_the_middle(
+    start: Callable[..., Session], machine: Machine, project: Project, what: str
+) -> None:
+    """Who cleans /tmp ends no test; a record that was removed is published again."""
+    first = start(LASTS, *PACKED)
+    wait_for((first.path.parent / "worktree1" / "sleeps").exists)
+    session = start(MANY, *PACKED)
+    wait_for((session.path.parent / "worktree2" / "began").exists)
+    if what == "files":
+        for path in leases_directory(project).iterdir():
+            path.unlink()
+        wait_for(lambda: len(records(project)) == 2)
+    else:
+        shutil.rmtree(leases_directory(project))
+    output = session.finish()
+    assert passed(output) == 12, output
