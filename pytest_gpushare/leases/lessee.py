@@ -141,6 +141,8 @@ class Lessee:
         self._clock, self._sleep = clock, sleep
         self._lock = threading.RLock()
         self._waits_for: frozenset[tuple[str, int]] = frozenset()
+        self._in_gate = 0.0
+        """Seconds for which it held the gate when it last looked whether it gets its lease."""
         self._turn = 0
         """The ticket with which it waited for its start: its first test has the same one."""
         self.problem = ""
@@ -197,8 +199,9 @@ class Lessee:
             while True:
                 pause = self._pause(began)
                 if not ahead and self._readings is not None:
-                    # VRAM may come back without anybody writing a record.
-                    renewal = pause
+                    # VRAM may come back without anybody writing a record; but the gate has to
+                    # be free most of the time, also where the driver is slow.
+                    renewal = max(pause, 5 * self._in_gate)
                 due = min(entered + min(renewal, _MOST_PAUSE), until) - self._clock()
                 self._sleep(max(0.0, min(pause, due)))
                 if self._clock() >= min(entered + min(renewal, _MOST_PAUSE), until):
@@ -226,8 +229,10 @@ class Lessee:
 
     def _decide(self, decide: Decide, *, is_first: bool) -> tuple[View, Wish]:
         with self._lock, self.ledger.gate():
+            entered = self._clock()
             view = self.view(may_reuse=is_first)
             wish = decide(view)
+            self._in_gate = self._clock() - entered
             # Who has asked keeps its place also while it would be in an older one's way.
             waits = any(share.want for share in wish.devices.values()) or (
                 bool(self._record.ticket) and wish.is_explained

@@ -120,6 +120,21 @@ def test_process_stopped_inside_the_gate_during_a_run(
     assert lease.startswith(f"pid {first.process.pid}, ")
 
 
+def stop_outside_the_gate(pid: int, gate: Path) -> None:
+    """Stop a process at a moment at which it does not hold the gate."""
+    descriptor = os.open(gate, os.O_RDONLY)
+    try:
+        for _ in range(100):
+            os.kill(pid, signal.SIGSTOP)
+            if locks.lock_within(0.2, descriptor):
+                return
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.03)
+        pytest.fail("it holds the gate all the time")
+    finally:
+        os.close(descriptor)
+
+
 def test_waiter_that_is_stopped(
     start: Callable[..., Session], machine: Machine, project: Project
 ) -> None:
@@ -128,9 +143,7 @@ def test_waiter_that_is_stopped(
     wait_for((holder.path.parent / "worktree1" / "sleeps").exists)
     stopped = start(SLEEPER, *NO_OLLAMA, "-n1")
     wait_for(lambda: any(record["ticket"] for record in records(project)))
-    # Not in the moment in which it holds the gate.
-    time.sleep(1)
-    os.kill(stopped.process.pid, signal.SIGSTOP)
+    stop_outside_the_gate(stopped.process.pid, leases_directory(project) / "gate")
     last = start(LARGE_TESTS, *NO_OLLAMA, "-n1")
     wait_for(lambda: any(record["ticket"] == 2 for record in records(project)))
     os.kill(holder.process.pid, signal.SIGKILL)
