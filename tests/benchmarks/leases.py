@@ -4,12 +4,14 @@
 
 A device of 24 GB without NVML: the ledger's own cost. Contended: each of the processes leases
 12 GB for 10 ms again and again; a wait less the time in which others held the VRAM is what the
-ledger adds.
+ledger adds. With reslock installed (`pip install reslock==0.12.3`) the same is done with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -75,6 +77,34 @@ def pairs(mine: Lessee, count: int) -> list[float]:
     return took
 
 
+class Reslock:
+    """The same device, as the library reslock shares it."""
+
+    def __init__(self, directory: Path) -> None:
+        import reslock
+
+        directory.mkdir(exist_ok=True)
+        self._pool = reslock.ResourcePool(directory / "state.json")
+        self._pool.set_resources({"vram_mb": TOTAL >> 20})
+
+    def hold(self) -> contextlib.AbstractContextManager[object]:
+        held: contextlib.AbstractContextManager[object] = self._pool.acquire(vram_mb=SIZE >> 20)
+        return held
+
+
+def contend_by_reslock(directory: Path, rounds: int, until: float) -> list[list[float]]:
+    """The same rows."""
+    pool, found = Reslock(directory), []
+    time.sleep(max(0.0, until - time.monotonic()))
+    for _ in range(rounds):
+        asked = time.monotonic()
+        with pool.hold():
+            got = time.monotonic()
+            time.sleep(HOLD)
+            found.append([asked, got, time.monotonic()])
+    return found
+
+
 def contend(directory: Path, rounds: int, until: float) -> list[list[float]]:
     """[asked, got, released] of each round, on the monotonic clock."""
     mine, found = lessee(directory), []
@@ -90,9 +120,11 @@ def contend(directory: Path, rounds: int, until: float) -> list[list[float]]:
     return found
 
 
-def crowd(directory: Path, processes: int, rounds: int) -> list[list[float]]:
+def crowd(
+    directory: Path, processes: int, rounds: int, child: str = "--child"
+) -> list[list[float]]:
     until = time.monotonic() + 2 + 0.3 * processes
-    command = [sys.executable, "-m", "tests.benchmarks.leases", "--child", str(directory),
+    command = [sys.executable, "-m", "tests.benchmarks.leases", child, str(directory),
                str(rounds), str(until)]  # fmt: skip
     with ExitStack() as stack:
         started = [
@@ -173,11 +205,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--child", nargs=3)
+    parser.add_argument("--reslock", nargs=3)
     options = parser.parse_args()
-    if options.child:
-        directory, rounds, until = options.child
-        print(json.dumps(contend(Path(directory), int(rounds), float(until))))
-        return
+    for child, take_part in ((options.child, contend), (options.reslock, contend_by_reslock)):
+        if child:
+            directory, rounds, until = child
+            print(json.dumps(take_part(Path(directory), int(rounds), float(until))))
+            return
     with tempfile.TemporaryDirectory() as folder:
         for name, nvml in (("", False), (", process list 4.5 ms", True)):
             mine = lessee(Path(folder, f"alone{nvml}"), nvml=nvml)
@@ -194,14 +228,31 @@ def main() -> None:
             [killed(Path(folder, f"kill{n}")) for n in range(5)],
         )
         rows = crowd(Path(folder, "crowd"), options.processes, options.rounds)
-        shown("contended: wait", [got - asked for asked, got, _ in rows])
-        shown("contended: wait without the others' holds", added(rows))
-        span = max(row[2] for row in rows) - min(row[0] for row in rows)
-        ideal = options.processes * options.rounds * HOLD / 2
-        print(
-            f"contended: {span / ideal:.2f} of the ideal time, at most "
-            f"{most_at_once(rows)} of 2 at once, {overtakings(rows)} overtakings"
-        )
+        shown_together("contended", rows, options.processes * options.rounds)
+        if importlib.util.find_spec("reslock") is None:
+            print("reslock is not installed")
+            return
+        pool, took = Reslock(Path(folder, "reslock-alone")), []
+        for _ in range(200):
+            began = time.perf_counter()
+            with pool.hold():
+                pass
+            took.append(time.perf_counter() - began)
+        shown("reslock: acquire + release, alone", took)
+        few = max(1, options.rounds // 4)
+        rows = crowd(Path(folder, "reslock"), options.processes, few, "--reslock")
+        shown_together("reslock, contended", rows, options.processes * few)
+
+
+def shown_together(name: str, rows: Sequence[Sequence[float]], count: int) -> None:
+    """What it was like for all of them: `count` times two of them could hold their half."""
+    shown(f"{name}: wait", [got - asked for asked, got, _ in rows])
+    shown(f"{name}: wait without the others' holds", added(rows))
+    span = max(row[2] for row in rows) - min(row[0] for row in rows)
+    print(
+        f"{name}: {span / (count * HOLD / 2):.2f} of the ideal time, at most "
+        f"{most_at_once(rows)} of 2 at once, {overtakings(rows)} overtakings"
+    )
 
 
 if __name__ == "__main__":
