@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,14 @@ def settings_of(texts: Mapping[str, str]) -> Settings:
         values[option.attribute] = (
             option.read(text, "controller") if text else option.default_value()
         )
-    # The controller decides for all hosts together whether CPU workers will do.
-    return replace(Settings(**values), fallback_to_cpu_when_constrained=True, ollama_preload=False)
+    # The controller decides for all hosts together whether CPU workers will do, and no host is
+    # waited for while the others have room.
+    return replace(
+        Settings(**values),
+        fallback_to_cpu_when_constrained=True,
+        ollama_preload=False,
+        wait=Fraction(0),
+    )
 
 
 def _answer(facts: StartFacts, checkout: Checkout, cache: str) -> dict[str, Any]:

@@ -1,19 +1,24 @@
-"""The hooks of a run on several hosts, and what follows the connection to each of them."""
+"""The hooks of a run on several hosts, and the watch over each host."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_gpushare.compat.xdist_hosts import Replacements, change_start
 from pytest_gpushare.hosts.connection import SILENCE, HostConnection
-from pytest_gpushare.hosts.hosted_run import HostedRun, HostPart
+from pytest_gpushare.hosts.hosted_run import HostedRun
 from pytest_gpushare.hosts.live import HostLive
+from pytest_gpushare.hosts.part import HostPart
 from pytest_gpushare.hosts.specs import proxy_id
+
+if TYPE_CHECKING:
+    pass
 
 
 class HostHooks:
@@ -120,12 +125,13 @@ class ConnectionWatch:
         ).start()
 
     def _take(self, message: Mapping[str, Any]) -> None:
-        live = self._part.live
-        if message.get("kind") == "sample" and isinstance(live, HostLive):
-            try:
+        live, there = self._part.live, self._part.there
+        # What makes no sense is no reading: the host is as one that says nothing.
+        with contextlib.suppress(ValueError, TypeError):
+            if message.get("kind") == "sample" and isinstance(live, HostLive):
                 live.take(message)
-            except (ValueError, TypeError):
-                return
+            elif message.get("kind") == "models" and there is not None and there.monitor:
+                there.monitor.take(message)
 
     def _follow(self, connection: HostConnection) -> None:
         while not connection.is_over:
@@ -140,3 +146,8 @@ class ConnectionWatch:
     def _lost(self, why: str) -> None:
         if self._run.lose(self._part, why):
             self._cut(self._part)
+
+
+def notes_of(parts: Iterable[HostPart]) -> tuple[str, ...]:
+    """The problems of all hosts, by host."""
+    return tuple(f"{part.name}: {note}" for part in parts if part.number for note in part.notes)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,120 +14,24 @@ import pytest
 
 from pytest_gpushare.compat.xdist_hosts import WorkerStart
 from pytest_gpushare.gpu.attribution import Attribution
-from pytest_gpushare.gpu.devices import Device
 from pytest_gpushare.gpu.sampler import DeviceSamples, Live
 from pytest_gpushare.gpu.visibility import VARIABLE
-from pytest_gpushare.hosts.connection import HostConnection
 from pytest_gpushare.hosts.live import AllAttribution, global_pid
-from pytest_gpushare.hosts.specs import HostSpec, proxy_id
+from pytest_gpushare.hosts.part import HostPart
+from pytest_gpushare.hosts.specs import proxy_id
 from pytest_gpushare.planning.placement import (
     NUMBER,
-    PlacementContext,
     seen,
     worker_environment,
 )
-from pytest_gpushare.planning.plan import DevicePlan, Plan, Slot, shortage
+from pytest_gpushare.planning.plan import Slot, shortage
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.services import Sampler
 from pytest_gpushare.session.start_facts import HostOfRun, ReadingSource, RunOptions, StartFacts
 from pytest_gpushare.wire import Links
 
 if TYPE_CHECKING:
-    from pytest_gpushare.ollama.models import OllamaFacts
-
-
-@dataclass(eq=False)
-class HostPart:
-    """One host of the run; this host is number 0, also where it has no workers."""
-
-    number: int
-    spec: HostSpec
-    plan: Plan
-    """Its own plan, with the UUIDs that its devices have there."""
-    keys: Mapping[str, str]
-    """UUID there -> the device's name in this run, which no device of another host has."""
-    around: PlacementContext
-    live: Live | None
-    attribution: Attribution
-    ollama: OllamaFacts
-    lease: str = ""
-    """The record that its workers keep alive."""
-    root: str = ""
-    """The project's root directory there; empty: here."""
-    path: tuple[str, ...] = ()
-    """Its `sys.path`."""
-    connection: HostConnection | None = None
-    python: str = ""
-    """The version of Python there."""
-    cache: str = ""
-    """The directory of pytest's cache for its workers; empty: the usual one."""
-    notes: tuple[str, ...] = ()
-    lost: str = ""
-    """Why it takes no part any more; empty while it does."""
-    first_slot: int = 0
-    """The number of its first GPU worker in the plan of the run."""
-    first_cpu: int = 0
-    """The number of its first CPU worker, less those of its GPU workers."""
-
-    @property
-    def name(self) -> str:
-        """As reports name it."""
-        return self.spec.name
-
-    @property
-    def devices(self) -> frozenset[str]:
-        """The names of its devices in this run."""
-        return frozenset(self.keys.values())
-
-    def numbers(self) -> Iterator[int]:
-        """The numbers of its workers in the plan of the run."""
-        slots = len(self.plan.slots)
-        for own in range(slots + self.plan.cpu_workers):
-            yield (self.first_slot if own < slots else self.first_cpu) + own
-
-    def own_number(self, number: int, slots: int) -> int:
-        """A worker's number in its own plan, from its number in that of the run."""
-        return number - (self.first_slot if number < slots else self.first_cpu)
-
-    def renamed(self, device: Device) -> Device:
-        """A device of its own as the run knows it."""
-        return named(device, self.keys.get(device.uuid, device.uuid), self.name)
-
-
-def named(device: Device, key: str, host: str) -> Device:
-    """A device under its name in the run."""
-    own = device.visible_as or (device.uuid if key != device.uuid else "")
-    return replace(device, uuid=key, visible_as=own, host=host)
-
-
-def merged(parts: Sequence[HostPart]) -> Plan:
-    """The plan of the run: the slots of all hosts, then their CPU workers."""
-    plans = [(part, part.plan) for part in parts]
-    slots: list[Slot] = []
-    devices: list[DevicePlan] = []
-    for part, plan in plans:
-        part.first_slot = len(slots)
-        slots += [replace(slot, device=part.renamed(slot.device)) for slot in plan.slots]
-        devices += [replace(each, device=part.renamed(each.device)) for each in plan.devices]
-    cpus = len(slots)
-    for part, plan in plans:
-        part.first_cpu = cpus - len(plan.slots)
-        cpus += plan.cpu_workers
-    first = plans[0][1]
-    absences = [f"{part.name or 'this host'}: {plan.absence}" for part, plan in plans
-                if plan.absence]  # fmt: skip
-    return replace(
-        first,
-        slots=tuple(slots),
-        cpu_workers=sum(plan.cpu_workers for _, plan in plans),
-        limited_by=tuple(dict.fromkeys(limit for _, plan in plans for limit in plan.limited_by)),
-        devices=tuple(devices),
-        limits=(),
-        absence="" if devices else "; ".join(absences),
-        needed=max(plan.needed for _, plan in plans),
-        demand=None,
-        is_released=all(plan.is_released for _, plan in plans),
-    )
+    from pytest_gpushare.ollama.monitor import Monitor
 
 
 class HostLinks(Links):
@@ -199,6 +102,11 @@ class HostedRun(ActiveRun):
         self._invocation = Path(config.invocation_params.dir)
         self._basetemp = getattr(config.option, "basetemp", None)
         super().__init__(facts, options, config=config)
+        for part in parts:
+            if part.there is not None and part.connection is not None:
+                monitor = part.there.follow(self.workers, self.record, part.connection)
+                if monitor is not None:
+                    self.services.include(monitor)
 
     def _make_links(self) -> Links:
         return HostLinks()
@@ -214,7 +122,7 @@ class HostedRun(ActiveRun):
                 sorted(part.devices),
                 self.workers,
                 self.record,
-                self.statements if not part.number else tuple,
+                self.statements if part.there is None else part.there.statements,
             )
             for part in self.parts
             if part.live is not None and part.devices
@@ -238,8 +146,22 @@ class HostedRun(ActiveRun):
     def readings(self) -> list[ReadingSource]:
         """One entry for each host: a slow one holds no other back."""
         return [
-            ReadingSource(part.live, part.devices, self.resident, part.attribution)
+            ReadingSource(part.live, part.devices, self._resident_on(part), part.attribution)
             for part in self.parts
+        ]
+
+    def _resident_on(self, part: HostPart) -> Callable[[], Mapping[str, int]]:
+        monitor = part.there.monitor if part.there is not None else None
+        if part.number:
+            return dict if monitor is None else monitor.resident
+        return self.resident
+
+    def monitors(self) -> list[tuple[str, Monitor]]:
+        """See `ActiveRun`."""
+        there = [(part.name, part.there) for part in self.parts if part.there is not None]
+        return [
+            *super().monitors(),
+            *((name, each.monitor) for name, each in there if each.monitor is not None),
         ]
 
     def host_of(self, spec: Any) -> HostPart | None:
@@ -363,8 +285,3 @@ class HostedRun(ActiveRun):
         """Whether another worker may come in the place of one that has died."""
         part = self.host_of(node.gateway.spec)
         return part is None or not part.lost
-
-
-def notes_of(parts: Iterable[HostPart]) -> tuple[str, ...]:
-    """The problems of all hosts, by host."""
-    return tuple(f"{part.name}: {note}" for part in parts if part.number for note in part.notes)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +17,15 @@ from pytest_gpushare.compat.xdist_options import asks_for_hosts, count_of_auto
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import NoRoomError, SettingsError
 from pytest_gpushare.gpu.attribution import Attribution
-from pytest_gpushare.gpu.devices import GpuFacts, HostFacts
-from pytest_gpushare.hosts.agent import settings_as_texts
-from pytest_gpushare.hosts.answers import Hello, HostError, RemoteFacts, decode, decode_hello
-from pytest_gpushare.hosts.checkout import Checkout, checkout_of
-from pytest_gpushare.hosts.connection import START_LIMIT, HostConnection
-from pytest_gpushare.hosts.hooks import HostHooks
-from pytest_gpushare.hosts.hosted_run import HostedRun, HostPart, merged, named, notes_of
+from pytest_gpushare.gpu.devices import GpuFacts
+from pytest_gpushare.hosts.answers import RemoteFacts
+from pytest_gpushare.hosts.asking import Answer, answers_of, request_for
+from pytest_gpushare.hosts.connection import HostConnection
+from pytest_gpushare.hosts.hooks import HostHooks, notes_of
+from pytest_gpushare.hosts.hosted_run import HostedRun
 from pytest_gpushare.hosts.live import AllLive, HostLive, global_pid
+from pytest_gpushare.hosts.monitoring import HostOllama
+from pytest_gpushare.hosts.part import HostPart, merged, merged_devices, named, plan_there
 from pytest_gpushare.hosts.specs import (
     HostSpec,
     parse_lines,
@@ -38,7 +37,6 @@ from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
 from pytest_gpushare.planning.placement import PlacementContext
 from pytest_gpushare.planning.plan import Plan, Request, shortage
-from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.scheduler.needs import excludes_gpu_tests
 from pytest_gpushare.session.needs_store import may_have_needs, recall_contexts
 from pytest_gpushare.session.start import (
@@ -49,13 +47,11 @@ from pytest_gpushare.session.start import (
     start_locally,
 )
 from pytest_gpushare.session.start_facts import StartFacts, surroundings
-from pytest_gpushare.text import one_line, read_regular
+from pytest_gpushare.text import read_regular
 from pytest_gpushare.units import MB
 
 if TYPE_CHECKING:
     import pytest
-
-_PACKAGES = ("pytest", "pytest-xdist", "pytest-gpushare")
 
 
 def start_on_hosts(
@@ -80,7 +76,7 @@ def start_on_hosts(
             request, cpus = Request(), count_of_auto(config)
             local = start_locally(config, options, request, cpus, environment)
             stack.callback(local.close)
-        answers = _answers(config, connections, strict=bool(options.gpu_share_strict))
+        answers = answers_of(connections, config.rootpath, strict=bool(options.gpu_share_strict))
         parts = _parts(config, settings, local, answers)
         plan = merged(parts)
         if not plan.slots and not settings.fallback_to_cpu_when_constrained:
@@ -110,20 +106,19 @@ def _connect(
 ) -> list[HostConnection]:
     expression = str(getattr(config.option, "markexpr", "") or "")
     excluded = excludes_gpu_tests(expression, settings)
-    request = {
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "settings": settings_as_texts(settings),
-        "simulate": list(config.option.gpu_share_simulate or ()),
-        "contexts": dict(recall_contexts(config)),
-        "no_gpu_tests": f"-m {expression!r} selects no GPU test" if excluded else "",
-        "only_asks": only_asks(config),
-        "cache": _cache(config),
-    }
+    request = request_for(
+        settings,
+        simulate=config.option.gpu_share_simulate or (),
+        contexts=recall_contexts(config),
+        no_gpu_tests=f"-m {expression!r} selects no GPU test" if excluded else "",
+        only_asks=only_asks(config),
+        cache=_cache(config),
+    )
     below = _below_root(config)
     found = []
     for spec in specs:
         if not spec.is_local:
-            connection = HostConnection(_below(spec, below), request)
+            connection = HostConnection(spec._replace(subdirectory=below), request)
             stack.callback(connection.close)
             found.append(connection)
     return found
@@ -153,107 +148,6 @@ def _below_root(config: pytest.Config) -> str:
     return directory.relative_to(root).as_posix() if root in directory.parents else ""
 
 
-def _below(spec: HostSpec, below: str) -> HostSpec:
-    """The host with the directory in which its workers run."""
-    return spec._replace(subdirectory=below)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-Answer = tuple[HostConnection, Hello, RemoteFacts]
-
-
-def _answers(
-    config: pytest.Config, connections: Sequence[HostConnection], *, strict: bool
-) -> list[Answer]:
-    """What all hosts answered. Raises `HostError` with a line for each that cannot take part."""
-    until = time.monotonic() + START_LIMIT
-    if connections:
-        until = connections[0].begun + START_LIMIT
-    here = checkout_of(config.rootpath)
-    found, problems = [], []
-    for connection in connections:
-        try:
-            found.append(_answer(connection, until))
-        except HostError as error:
-            problems.append(str(error))
-    for connection, _, facts in found:
-        if problem := _other_checkout(connection.name, here, facts.checkout, strict=strict):
-            problems.append(problem)
-    if problems:
-        raise HostError("\n".join(f"gpu-share: host {problem}" for problem in problems))
-    return [(c, hello, _with_note(facts, here)) for c, hello, facts in found]
-
-
-def _answer(connection: HostConnection, until: float) -> Answer:
-    name = connection.name
-    hello = None
-    try:
-        while (message := connection.next(until)) is not None:
-            kind = message.get("kind")
-            if kind == "hello":
-                hello = decode_hello(message)
-                _check_versions(name, hello)
-            elif kind == "refused":
-                text = one_line(str(message.get("text")), 500).removeprefix("gpu-share: ")
-                raise HostError(f"{name}: {text}")
-            elif kind == "facts" and hello is not None:
-                return connection, hello, decode(message, name)
-    except (ValueError, TypeError, LookupError):
-        raise HostError(
-            f"{name}: it answers nonsense: use the same pytest-gpushare there"
-        ) from None
-    if connection.is_over:
-        raise HostError(f"{name}: {connection.failure()}")
-    raise HostError(
-        f"{name}: no answer within {START_LIMIT:g} s: try "
-        f"`ssh {' '.join(connection.spec.ssh)} true`"
-    )
-
-
-def _check_versions(name: str, hello: Hello) -> None:
-    for package in _PACKAGES:
-        here, there = _version(package), hello.versions.get(package)
-        if there is None:
-            raise HostError(
-                f"{name}: {package} is not installed for {hello.executable}: install "
-                f"{package}=={here} there, or name another python="
-            )
-        if there != here:
-            raise HostError(
-                f"{name}: {package} {there} is installed there, {here} here: install the same"
-            )
-
-
-def _other_checkout(name: str, here: Checkout, there: Checkout, *, strict: bool) -> str:
-    if here.commit and there.commit and here.commit != there.commit:
-        return (
-            f"{name}: has commit {there.commit[:12]} checked out, this host {here.commit[:12]}: "
-            "check out the same commit there"
-        )
-    problem = _doubt(here, there)
-    return f"{name}: {problem} (an error under --gpu-share-strict)" if problem and strict else ""
-
-
-def _doubt(here: Checkout, there: Checkout) -> str:
-    """Why nobody can say that the tests are the same there; empty where they are."""
-    if here.commit is None or there.commit is None:
-        return "whether it has the same tests is unknown: there is no git checkout"
-    if here.changes != there.changes:
-        return "its uncommitted changes differ from those of this host"
-    return ""
-
-
-def _with_note(facts: RemoteFacts, here: Checkout) -> RemoteFacts:
-    doubt = _doubt(here, facts.checkout)
-    return facts._replace(notes=(*facts.notes, doubt)) if doubt else facts
-
-
 def _parts(
     config: pytest.Config,
     settings: Settings,
@@ -270,14 +164,7 @@ def _parts(
             d.uuid: f"{connection.name}:{d.uuid}" if d.uuid in taken else d.uuid for d in devices
         }
         taken.update(keys.values())
-        plan = make_plan(
-            settings,
-            facts.gpus,
-            [facts.share],
-            HostFacts(facts.cpus, facts.ram if settings.ram_per_worker else None),
-            Request(),
-            facts.leased,
-        )
+        plan = plan_there(settings, facts)
         number = len(parts)
         live = HostLive(number, partial(connection.say, "read"), keys) if plan.slots else None
         renamed = [named(device, keys[device.uuid], connection.name) for device in devices]
@@ -286,6 +173,11 @@ def _parts(
             parent=live.parent if live is not None else _unknown,
             alive=live.alive if live is not None else bool,
         )
+        there = None
+        if live is not None:
+            gpus = facts.gpus._replace(devices=tuple(renamed), all_devices=tuple(renamed))
+            own = merged_devices(plan, keys, connection.name)
+            there = HostOllama(settings, gpus, facts.ollama, own, live, attribution)
         directory = hello.directory.rstrip("/") or "/"
         below = connection.spec.subdirectory
         root = directory.removesuffix(f"/{below}") if below else directory
@@ -299,13 +191,14 @@ def _parts(
                 live,
                 attribution,
                 facts.ollama,
-                facts.lease,
-                root,
-                hello.path,
-                connection,
-                hello.python,
-                facts.cache,
-                facts.notes,
+                lease=facts.lease,
+                root=root,
+                path=hello.path,
+                connection=connection,
+                python=hello.python,
+                there=there,
+                cache=facts.cache,
+                notes=facts.notes,
             )
         )
     return parts

@@ -191,7 +191,7 @@ def _lines(run: ActiveRun, verbosity: int) -> Iterator[Line]:
     yield _headline(run)
     for note in run.notes:
         yield Line(f"  {note}", problem=True)
-    yield from (Line(_host(host)) for host in run.hosts)
+    yield from (Line(host_line(host)) for host in run.hosts)
     if run.hosts and verbosity < 1:
         return
     for device in plan.devices:
@@ -242,7 +242,7 @@ def _headline(run: ActiveRun) -> Line:
     )
 
 
-def _host(host: HostOfRun) -> str:
+def host_line(host: HostOfRun) -> str:
     """`  box: 2 GPU workers × 4.5 GB on GPU 0 RTX 3090 (22.0 of 24.0 GB of VRAM available)`."""
     plan = host.plan
     if not plan.slots:

@@ -262,20 +262,19 @@ def _mark(run: ActiveRun) -> str:
 
 
 def _verdict(run: ActiveRun) -> Iterator[Line]:
-    if run.monitor is not None and run.monitor.problem:
-        text = f"gpu-share: the monitor of Ollama's VRAM has failed: {run.monitor.problem}"
-        yield Line(text, problem=True)
     for text in run.kept_loaded.given_up if run.kept_loaded is not None else ():
         yield Line(f"gpu-share: {text}")
-    server = run.monitor.server if run.monitor is not None else None
-    if server is None:
-        return
-    for word in verdict(server):
-        fails = word.is_ours and run.strict
-        kind = " (an error under --gpu-share-strict)" if fails else ""
-        yield Line(f"gpu-share: {word.text}{kind}", word.is_problem, word.mark)
-        for detail in word.details:
-            yield Line(f"  {detail}", word.is_problem, word.mark)
+    for host, monitor in run.monitors():
+        where = f"{host}: " if host else ""
+        if monitor.problem:
+            text = f"{where}the monitor of Ollama's VRAM has failed: {monitor.problem}"
+            yield Line(f"gpu-share: {text}", problem=True)
+        for word in verdict(monitor.server) if monitor.server is not None else ():
+            fails = word.is_ours and run.strict
+            kind = " (an error under --gpu-share-strict)" if fails else ""
+            yield Line(f"gpu-share: {where}{word.text}{kind}", word.is_problem, word.mark)
+            for detail in word.details:
+                yield Line(f"  {detail}", word.is_problem, word.mark)
 
 
 def _unwritten(run: ActiveRun) -> Iterator[Line]:

@@ -167,6 +167,10 @@ class ActiveRun:
         """The hosts of a run that has several; none where it has this one alone."""
         return ()
 
+    def monitors(self) -> list[tuple[str, Monitor]]:
+        """What follows Ollama, with the name of the host; empty for this one."""
+        return [] if self.monitor is None else [("", self.monitor)]
+
     def host_named(self, _worker: str) -> str | None:
         """The name of a worker's host; None where the run has this host alone."""
         return None
@@ -315,7 +319,7 @@ class ActiveRun:
         """Whether `--gpu-share-strict` fails the run, whatever its tests say."""
         differences = self.routing.differences
         lost = differences is not None and bool(differences.lost)
-        spilled = self.monitor is not None and self.monitor.has_failed()
+        spilled = any(monitor.has_failed() for _, monitor in self.monitors())
         refused = self.llm is not None and bool(self.llm.refused)
         return self.strict and (bool(self.overwritten) or lost or spilled or refused)
 

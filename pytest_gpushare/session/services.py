@@ -219,6 +219,10 @@ class Services:
                 self._services.remove(service)
                 self._problem(f"{_name(service)} could not start: {error}")
 
+    def include(self, service: Service) -> None:
+        """Start one more with the others."""
+        self._services.append(service)
+
     def add(self, service: Service) -> None:
         """Start one more, and stop it before the others."""
         service.start()
@@ -268,12 +272,13 @@ def monitor_for(run: MonitoredRun) -> Monitor | None:
     known = devices_of_ollama(run.settings.ollama_gpu, run.gpus)
     if known == ():
         return None
-    return Monitor(ollama.server, lambda: _monitored_server(run, live, known))
+    return Monitor(ollama.server, lambda: monitored_server(run, live, known))
 
 
-def _monitored_server(
+def monitored_server(
     run: MonitoredRun, live: Live, known: Sequence[Device] | None
 ) -> MonitoredServer:
+    """What receives the answers of Ollama, and judges them by what is held on its devices."""
     # Imported in the monitor's thread, as the workers start meanwhile.
     from pytest_gpushare.ollama.monitor import MonitoredServer
     from pytest_gpushare.ollama.spill import Promise

@@ -6,7 +6,9 @@ simulated devices in it; nothing of the controller's /tmp is there.
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -76,9 +78,14 @@ class OtherHost:
 
 @contextmanager
 def other_host(
-    directory: Path, name: str, nvml: Path, *devices: Device, cpus: int = 64
+    directory: Path,
+    name: str,
+    nvml: Path,
+    *devices: Device,
+    cpus: int = 64,
+    ollama: Mapping[str, str] | None = None,
 ) -> Iterator[OtherHost]:
-    """A host with these devices, while the block lasts."""
+    """A host with these devices, while the block lasts; `ollama`: models that its server holds."""
     tmp = directory / name
     venv, home = tmp / f"venv-{name}", tmp / "home"
     for each in (venv, home, tmp / "nvml"):
@@ -87,19 +94,21 @@ def other_host(
     machine = Machine.create(tmp / "vram", devices)
     port = closed_port()
     config = _keys(directory, name, port)
+    ollama_port = closed_port()
     environment = {
         "HOME": "/tmp/home",
         "GPUSHARE_SIM_STATE": "/tmp/vram",
         "LD_LIBRARY_PATH": "/tmp/nvml",
         "PYTHONPATH": os.pathsep.join(map(str, (SIMULATOR.parent, SIMULATOR / "path"))),
         "PYTEST_XDIST_AUTO_NUM_WORKERS": str(cpus),
-        "OLLAMA_HOST": f"127.0.0.1:{closed_port()}",
+        "OLLAMA_HOST": f"127.0.0.1:{ollama_port}",
         "PATH": os.environ["PATH"],
         "TMPDIR": "/tmp",
     }
     server = _server(directory, name, port, environment)
     script = (
-        f"mount --bind {sys.prefix} {venv} && mount --rbind {tmp} /tmp && "
+        f"mount --bind {sys.prefix} {venv} && mount --rbind {tmp} /tmp || exit 1; "
+        f"{_serving(ollama, ollama_port, environment)}"
         f"mkdir -p /run/sshd && exec {SSHD} -D -e -f {server}"
     )
     with (
@@ -116,6 +125,8 @@ def other_host(
     ):
         host = OtherHost(name, tmp, machine, config, environment, process)
         _wait_for(port, directory / f"{name}.log")
+        if ollama:
+            _wait_for(ollama_port, tmp / "ollama.log", 30)
         try:
             yield host
         finally:
@@ -178,8 +189,19 @@ def _server(directory: Path, name: str, port: int, environment: Mapping[str, str
     return Path("/tmp/sshd_config")
 
 
-def _wait_for(port: int, log: Path) -> None:
-    until = time.monotonic() + 10
+def _serving(models: Mapping[str, str] | None, port: int, environment: Mapping[str, str]) -> str:
+    """The start of a simulated Ollama, as a part of the host's script."""
+    if not models:
+        return ""
+    command = [sys.executable, "-m", "simulator.ollama", "--port", str(port)]
+    command += ["--models", json.dumps(models)]
+    command += [word for name in models for word in ("--load", name)]
+    variables = [f"{key}={value}" for key, value in environment.items()]
+    return f"{shlex.join(['env', *variables, *command])} > /tmp/ollama.log 2>&1 & "
+
+
+def _wait_for(port: int, log: Path, limit: float = 10) -> None:
+    until = time.monotonic() + limit
     while True:
         with socket.socket() as client:
             client.settimeout(1)

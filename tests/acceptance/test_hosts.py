@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from simulator import Device
+from simulator import Device, Machine
 from simulator.child import child_process
 
 from pytest_gpushare.report.reading import read_report
@@ -24,6 +24,8 @@ from .other_hosts import OtherHost, missing, other_host
 
 if reason := missing():
     pytest.skip(reason, allow_module_level=True)
+
+GB = 1024**3
 
 SUITE = """
     import os
@@ -174,6 +176,58 @@ def test_needs_are_admitted_by_the_devices_of_each_host(
     assert max(peak or 0 for peak in peaks) > 18 * 1024**3
 
 
+def test_this_host_takes_part(
+    project: Project,
+    hosts: Callable[..., OtherHost],
+    machine_with: Callable[..., Machine],
+    tmp_path: Path,
+) -> None:
+    """`popen` beside another host: devices of one UUID on both are two devices."""
+    machine_with(Device(total="24GB", used="2GB"))
+    project.write(
+        test_project="""
+            import os
+            import time
+            import gpusim
+            import pytest
+
+            @pytest.mark.gpu(vram="3GB")
+            @pytest.mark.parametrize("i", range(12))
+            def test_it(i, gpu_share):
+                assert os.environ["CUDA_VISIBLE_DEVICES"] == gpu_share.device
+                with gpusim.alloc("2GB"):
+                    time.sleep(1.2)
+        """
+    )
+    commit(project)
+    host = hosts("small", Device(total="24GB", used="2GB"))
+    report = tmp_path / "r.json"
+    command = [*on(host), "--tx", "gpu-auto*popen", "-v", f"--gpu-share-report={report}"]
+    done = project.pytest(*command)
+    assert done.code == 0, done.out + done.err
+    assert "  this host: 2 GPU workers × 4.5 GB" in done.out
+    document = read_report(report)
+    assert {test["host"] for test in document["tests"]} == {None, "small"}
+    assert len({device["uuid"] for device in document["devices"]}) == 2
+    peaks = [device["peak_workers_bytes"] or 0 for device in document["devices"]]
+    # At least one test's VRAM and its context; VRAM of one device is not counted on the other.
+    assert all(2 * GB < peak < 6 * GB for peak in peaks), peaks
+
+
+def test_ollama_is_each_hosts_own(
+    project: Project, hosts: Callable[..., OtherHost], tmp_path: Path
+) -> None:
+    """The server on the loopback of a host is asked there, and monitored through its connection."""
+    project.write(test_project=LONG)
+    commit(project)
+    host = hosts("small", Device(total="24GB", used="2GB"), ollama={"qwen2.5:14b": "10.8GB"})
+    report = tmp_path / "r.json"
+    done = project.pytest(*on(host), f"--gpu-share-report={report}")
+    assert done.code == 0, done.out + done.err
+    assert "; Ollama: qwen2.5:14b 10.8 GB, 100 % on GPU" in done.out
+    assert "gpu-share: small: Ollama kept qwen2.5:14b on the GPU (10.8 GB, 100 %)" in done.out
+
+
 def test_arguments_mean_the_same_there(
     project: Project, two: Callable[[], list[OtherHost]]
 ) -> None:
@@ -303,6 +357,14 @@ def test_plan_and_ini(project: Project, hosts: Callable[..., OtherHost]) -> None
     plan = project.command([sys.executable, "-m", "pytest_gpushare", "plan", "--", "--tx", host.tx])
     assert plan.code == 0, plan.err
     assert "  small: 2 GPU workers × 4.5 GB on GPU 0" in plan.out
+    doctor = project.command(
+        [sys.executable, "-m", "pytest_gpushare", "doctor", "--", "--tx", host.tx]
+    )
+    assert "small: 2 GPU workers × 4.5 GB on GPU 0" in doctor.out, doctor.out + doctor.err
+    gone = project.command(
+        [sys.executable, "-m", "pytest_gpushare", "doctor", "--json", "--", "--tx", host.tx + "x"]
+    )
+    assert "host-unusable" in gone.out, gone.out + gone.err
     line = f"small:{host.root} -F {host.config} python={host.python}"
     project.file("pytest.ini", f"[pytest]\ngpu_share = true\ngpu_share_hosts =\n    {line}\n")
     shutil.copy(project.path / "pytest.ini", host.checkout)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.cli.doctor.examine import MARK
 from pytest_gpushare.cli.plan_command import ask_pytest
-from pytest_gpushare.compat.xdist_options import GPU_AUTO, has_xdist
+from pytest_gpushare.compat.xdist_hosts import given_specs
+from pytest_gpushare.compat.xdist_options import GPU_AUTO, asks_for_hosts, has_xdist
 from pytest_gpushare.config.sources import gather, switched_on
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.session.start import request_for
@@ -58,6 +59,7 @@ def _found(config: pytest.Config) -> dict[str, Any]:
         and not getattr(config.option, "disable_plugin_autoload", False),
         "request": request._asdict(),
         "cpus": cpus,
+        "tx": given_specs(config.option) if asks_for_hosts(config.option) else [],
     }
 
 

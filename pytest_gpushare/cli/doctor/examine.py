@@ -60,6 +60,8 @@ class PytestView:
     autoload: bool = True
     request: Request = field(default_factory=Request)
     cpus: int | None = None
+    tx: Sequence[str] = ()
+    """The specs of `--tx gpu-auto*...`."""
 
 
 def ask(arguments: Sequence[str]) -> PytestView:

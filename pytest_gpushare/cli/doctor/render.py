@@ -14,6 +14,7 @@ from typing import Any
 from pytest_gpushare.cli.doctor import Finding, Level, Section, broken
 from pytest_gpushare.cli.doctor.examine import Examined, examine
 from pytest_gpushare.cli.doctor.machine import devices, driver, ollama, sessions, visibility
+from pytest_gpushare.cli.doctor.other_hosts import other_hosts
 from pytest_gpushare.cli.doctor.project import caps, files, packages, plan, settings, tools
 from pytest_gpushare.cli.terminal import FOUND, OK, Piece, Row, show, show_json, terminal_width
 from pytest_gpushare.report.document import PLAN_SCHEMA, generator
@@ -35,6 +36,7 @@ _SECTIONS: Sequence[tuple[str, Sequence[Check]]] = (
     ("Sessions", (sessions,)),
     ("Settings", (settings,)),
     ("Plan", (plan,)),
+    ("Other hosts", (other_hosts,)),
     ("Caps", (caps, tools)),
     ("Project", (files,)),
 )
