@@ -59,7 +59,7 @@ def _found(config: pytest.Config) -> dict[str, Any]:
         and not getattr(config.option, "disable_plugin_autoload", False),
         "request": request._asdict(),
         "cpus": cpus,
-        "tx": given_specs(config.option) if asks_for_hosts(config.option) else [],
+        "named_hosts": given_specs(config.option) if asks_for_hosts(config.option) else [],
     }
 
 

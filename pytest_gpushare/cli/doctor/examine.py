@@ -60,7 +60,7 @@ class PytestView:
     autoload: bool = True
     request: Request = field(default_factory=Request)
     cpus: int | None = None
-    tx: Sequence[str] = ()
+    named_hosts: Sequence[str] = ()
     """The specs of `--tx gpu-auto*...`."""
 
 

@@ -14,7 +14,7 @@ from pytest_gpushare.session.start_facts import HostOfRun
 
 def other_hosts(found: Examined) -> Iterator[Finding]:
     """One finding for each host: what would run there, or why nothing can."""
-    given = found.pytest.tx
+    given = found.pytest.named_hosts
     if not (given or found.settings.hosts):
         return
     # Only a user who names hosts needs it.
