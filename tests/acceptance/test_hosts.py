@@ -426,17 +426,17 @@ def test_a_lost_host_loses_its_workers_and_no_test(
         assert found[0].process is not None
         found[0].process.kill()
         out, _ = process.communicate(timeout=90)
+    assert "INTERNALERROR" not in out, out
     rows = [line.split() for line in reports.read_text().splitlines()]
     crashed = [row for row in rows if row[1] == "???"]
     calls = [row[0] for row in rows if row[1] == "call"]
     assert len(crashed) <= 2
     assert sorted({*calls, *(row[0] for row in crashed)}) == sorted(
         f"test_project.py::test_long[{i}]" for i in range(40)
-    )
+    ), out
     assert len(calls) == len(set(calls))
     assert len({(row[0], row[1]) for row in rows}) == len(rows)
     assert "gpu-share: host small was lost: " in out
-    assert "INTERNALERROR" not in out
     assert process.returncode == (1 if crashed else 0)
 
 
