@@ -1,6 +1,8 @@
 """Random scenes beside a real Ollama: the run with the plugin, and with stock `pytest -n K`.
 
     python -m tests.real_ollama.scenes --count 30 --against 10
+    python -m tests.real_ollama.scenes --count 10 --advice
+    python -m tests.real_ollama.scenes --founding --against 1
 
 A card, what others hold of it, tests that hold VRAM, and a model that somebody asks for in the
 middle of the run. Each scene must keep what the plan says: where the model and at least one
@@ -17,6 +19,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -58,11 +61,14 @@ ASK = """
 
     def load():
         time.sleep({delay})
-        began = time.monotonic()
-        ask("/api/generate", {{"model": "{model}", "keep_alive": "20m", "stream": False}})
-        took = time.monotonic() - began
-        (entry,) = ask("/api/ps")["models"]
-        pathlib.Path("loaded.json").write_text(json.dumps({{"took": took, "entry": entry}}))
+        began, failure, entry = time.monotonic(), "", None
+        try:
+            ask("/api/generate", {{"model": "{model}", "keep_alive": "20m", "stream": False}})
+            (entry,) = ask("/api/ps")["models"]
+        except Exception as error:
+            failure = f"{{error}}: {{getattr(error, 'read', str)()}}"
+        found = {{"took": time.monotonic() - began, "entry": entry, "failure": failure}}
+        pathlib.Path("loaded.json").write_text(json.dumps(found))
 
     def pytest_configure(config):
         config.addinivalue_line("markers", "gpu: needs a GPU")
@@ -105,15 +111,23 @@ FOUNDING = Scene(24576, 2048, "q14", 8192, 1, 7680 - 600, 28, 4.0, 5.0, 600, 3)
 def random_scene(number: int) -> Scene:
     """Scene *number*."""
     draw = random.Random(number)
+    model, contexts = draw.choice(
+        (
+            *(("kv", (8192, 16384, 32768, 65536)),) * 4,
+            ("l1", (2048, 4096, 8192, 16384)),
+            ("q3s", (2048, 4096, 8192)),
+            ("g3", (4096, 16384)),
+        )
+    )
     return Scene(
         total=draw.choice((6, 8, 10, 12)) * 1024,
         used=draw.randrange(300, 1100, 50),
-        model=draw.choice(("l1", "l1", "q3s", "q3", "g3")),
-        context=draw.choice((2048, 4096, 8192, 16384)),
+        model=model,
+        context=draw.choice(contexts),
         parallel=draw.choice((1, 1, 2)),
         test=draw.randrange(800, 2500, 100),
         count=draw.randrange(12, 20),
-        seconds=draw.uniform(1.0, 2.0),
+        seconds=draw.uniform(0.8, 1.6),
         delay=draw.uniform(2.0, 6.0),
     )
 
@@ -123,7 +137,9 @@ class Outcome(NamedTuple):
 
     result: Result
     entry: dict[str, Any]
-    """The model as /api/ps listed it as soon as it was loaded."""
+    """The model as /api/ps listed it as soon as it was loaded; empty where that failed."""
+    failure: str
+    """How the request for it failed; empty where it did not."""
     took: float
     """Seconds that the request for it took."""
     makespan: float
@@ -133,13 +149,9 @@ class Outcome(NamedTuple):
     """The most VRAM in use, in MiB."""
 
     @property
-    def share(self) -> float:
-        """Of the model, what is on the GPU."""
-        return float(self.entry["size_vram"]) / float(self.entry["size"])
-
-    @property
     def is_whole(self) -> bool:
-        return bool(self.entry["size_vram"] == self.entry["size"])
+        """Whether all of the model is on the GPU."""
+        return bool(self.entry) and bool(self.entry["size_vram"] == self.entry["size"])
 
     @property
     def failed(self) -> int:
@@ -147,11 +159,14 @@ class Outcome(NamedTuple):
         return int(match[1]) if match else 0
 
     def __str__(self) -> str:
-        placed, size = (self.entry[key] / GIB for key in ("size_vram", "size"))
+        if self.entry:
+            placed, size = (self.entry[key] / GIB for key in ("size_vram", "size"))
+            model = f"model {placed:.2f} of {size:.2f} GB on the GPU"
+        else:
+            model = f"model not loaded ({self.failure})"
         return (
             f"{self.result.passed} passed, {self.failed} failed in {self.makespan:.1f} s; "
-            f"model {placed:.2f} of {size:.2f} GB on the GPU after {self.took:.1f} s; "
-            f"peak {self.peak / 1024:.1f} GB"
+            f"{model} after {self.took:.1f} s; peak {self.peak / 1024:.1f} GB"
         )
 
 
@@ -195,7 +210,8 @@ def ours(scene: Scene, reservation: str = "auto") -> list[str]:
         "preset": "packed",
     }
     options = [f"gpu_share_{key}={value}" for key, value in settings.items()]
-    return ["--gpu-share", "-n", str(scene.workers), *(f"-o{option}" for option in options)]
+    options = [f"-o{option}" for option in options]
+    return ["--gpu-share", "--gpu-share-report=r.json", "-n", str(scene.workers), *options]
 
 
 def stock(scene: Scene) -> list[str]:
@@ -211,18 +227,14 @@ def play(project: Project, arguments: list[str]) -> Outcome:
     machine = Machine.open(Path(project.environment["GPUSHARE_SIM_STATE"]))
     loaded = json.loads(text)
     seconds = re.search(r" in (\d+\.\d+)s", result.out)
-    workers = re.search(r"gpu-share: (\d+) GPU worker", result.out)
+    workers = 0
+    if "--gpu-share" in arguments:
+        report = json.loads((project.path / "r.json").read_text(encoding="utf-8"))
+        workers = report["plan"]["gpu_workers"]
     return Outcome(
-        result, loaded["entry"], loaded["took"],
-        float(seconds[1]) if seconds else 0.0, int(workers[1]) if workers else 0,
-        machine.snapshot()[0].peak_used // MIB,
+        result, loaded["entry"] or {}, loaded["failure"], loaded["took"],
+        float(seconds[1]) if seconds else 0.0, workers, machine.snapshot()[0].peak_used // MIB,
     )  # fmt: skip
-
-
-def warm_up(scene: Scene, server: RealOllama) -> None:
-    """Load and unload once, so that no run pays for kernels that are compiled at the first load."""
-    server.load(scene.model)
-    server.unload_all()
 
 
 class Advice(NamedTuple):
@@ -242,6 +254,50 @@ def advice_in(result: Result) -> Advice | None:
     return Advice(float(told[1]), float(told[2]), int(named[1]))
 
 
+def check(number: int, scene: Scene, installation: Installation, *, with_stock: bool) -> bool:
+    """Play a scene with the plugin, and with stock xdist; whether it kept what the plan says."""
+    arguments = ["--gpu-share", "--gpu-share-report=r.json"] if number == 0 else ours(scene)
+    with stage(scene, installation) as (server, project):
+        if not server.uses_gpu:
+            raise SystemExit("the server sees no simulated GPU")
+        print(f"{number:3} {scene}", flush=True)
+        outcome = play(project, arguments)
+        fits = outcome.gpu_workers > 0
+        is_kept = outcome.is_whole and (outcome.failed == 0 or not fits)
+        print(f"    ours  {outcome}; {outcome.gpu_workers} GPU workers", flush=True)
+        if not is_kept:
+            print(f"    BROKEN\n{outcome.result.out[-3000:]}", flush=True)
+        if with_stock:
+            server.unload_all()
+            print(f"    stock {play(project, stock(scene))}", flush=True)
+    return is_kept
+
+
+def check_advice(number: int, scene: Scene, installation: Installation) -> bool | None:
+    """Reserve too little; whether what is said of the spill is true. None: nothing spilled."""
+    # Two tests leave less than the model needs, and one more holds the rest.
+    scene = scene._replace(test=(scene.total - scene.used) // 2 - 900, count=8, seconds=4.0)
+    with stage(scene, installation) as (server, project):
+        print(f"{number:3} {scene}", flush=True)
+        small = play(project, ours(scene, "512"))
+        print(f"    512 MB reserved: {small}", flush=True)
+        if small.is_whole or not small.entry:
+            return None
+        told = advice_in(small.result)
+        size, placed = (small.entry[key] / GIB for key in ("size", "size_vram"))
+        if told is None:
+            print(f"    BROKEN: no advice\n{small.result.out[-3000:]}", flush=True)
+            return False
+        print(f"    {told}", flush=True)
+        is_true = abs(told.size_gb - size) < 0.06 and abs(told.on_cpu_gb - size + placed) < 0.06
+        server.unload_all()
+        again = play(project, ours(scene, str(told.reservation_mb)))
+        print(f"    {told.reservation_mb} MB reserved: {again}", flush=True)
+        if not (is_true and again.is_whole):
+            print(f"    BROKEN\n{small.result.out[-3000:]}\n{again.result.out[-3000:]}", flush=True)
+        return is_true and again.is_whole
+
+
 def main() -> None:
     """Print a line for each run; exit code 1 where a scene did not keep its promise."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -249,34 +305,25 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--against", type=int, default=0, help="scenes to run with stock, too")
     parser.add_argument("--founding", action="store_true", help="the founding scene alone")
+    parser.add_argument("--advice", action="store_true", help="reserve too little, follow advice")
     options = parser.parse_args()
+    # So that the server ends with this program.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     installation = _installation()
-    broken = 0
-    scenes = {number: random_scene(number) for number in
-              range(options.first, options.first + options.count)}  # fmt: skip
-    if options.founding:
-        scenes = {0: FOUNDING}
-    for number, scene in scenes.items():
-        with stage(scene, installation) as (server, project):
-            if not server.uses_gpu:
-                raise SystemExit("the server sees no simulated GPU")
-            installation.add(scene.model, {**ZEROS, "q14": QWEN14B}[scene.model])
-            warm_up(scene, server)
-            print(f"{number:3} {scene}", flush=True)
-            arguments = ["--gpu-share"] if options.founding else ours(scene)
-            outcome = play(project, arguments)
-            fits = outcome.gpu_workers > 0
-            kept = outcome.is_whole and (outcome.failed == 0 or not fits)
-            broken += not kept
-            print(f"    ours  {outcome}; {outcome.gpu_workers} GPU workers"
-                  f"{'' if kept else '; BROKEN'}", flush=True)  # fmt: skip
-            if not kept:
-                print(outcome.result.out[-3000:])
-            if options.founding or number < options.first + options.against:
-                server.unload_all()
-                print(f"    stock {play(project, stock(scene))}", flush=True)
-    print(f"{len(scenes)} scenes, {broken} broken")
-    raise SystemExit(1 if broken else 0)
+    for name, shape in (ZEROS | ({"q14": QWEN14B} if options.founding else {})).items():
+        installation.add(name, shape)
+    numbers = [0] if options.founding else range(options.first, options.first + options.count)
+    kept: list[bool | None] = []
+    for number in numbers:
+        scene = random_scene(number) if number else FOUNDING
+        if options.advice:
+            kept.append(check_advice(number, scene, installation))
+        else:
+            with_stock = number < options.first + options.against
+            kept.append(check(number, scene, installation, with_stock=with_stock))
+    spilled = f", {kept.count(None)} without a spill" if options.advice else ""
+    print(f"{len(kept)} scenes{spilled}, {kept.count(False)} broken")
+    raise SystemExit(1 if False in kept else 0)
 
 
 def _installation() -> Installation:

@@ -14,7 +14,11 @@ QWEN3 = Shape("qwen3", 12, 2560, 9728, 32, 8, 128, 151936)
 MIXTURE = Shape("qwen3moe", 8, 2048, 768, 32, 4, 128, 151936, experts=32, experts_used=8)
 QWEN14B = Shape("qwen2", 48, 5120, 13824, 40, 8, 128, 152064)
 
+CACHE = Shape("llama", 8, 1024, 2816, 16, 16, 64, 32000)
+"""A small model with a large cache: 32 KB for each token of context. It loads in seconds."""
+
 ZEROS = {
+    "kv": CACHE,
     "q3": QWEN2,
     "l1": LLAMA,
     "g3": GEMMA3,

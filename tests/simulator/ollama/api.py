@@ -17,7 +17,7 @@ from ..sizes import to_bytes
 from .durations import moment, seconds
 from .models import full_name
 from .runner import as_tuple
-from .scheduler import BusyError, LoadAbortedError, LoadError
+from .scheduler import RELOADING, BusyError, LoadAbortedError, LoadError
 
 if TYPE_CHECKING:
     from .scheduler import Loaded
@@ -110,8 +110,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _route(self, path: str, body: bytes) -> None:
-        get, post = self.command in ("GET", "HEAD"), self.command == "POST"
-        if path == "/" and get:
+        get, post = self.command == "GET", self.command == "POST"
+        if path == "/" and (get or self.command == "HEAD"):
             self._send(200, b"Ollama is running", "text/plain; charset=utf-8")
         elif path == "/api/version" and get:
             self._send_json({"version": self.ollama.version})
@@ -122,7 +122,10 @@ class Handler(BaseHTTPRequestHandler):
             self._send_json({"models": [m.tag() for m in self.ollama.models.values()]})
         elif path == "/api/show" and post:
             request = _object(body)
-            model = self._model(request.get("model") or request.get("name"))
+            name = request.get("model") or request.get("name")
+            if not name:
+                raise ApiError(400, "model is required")
+            model = self._model(name, shown=full_name(str(name)))
             self._send_json(model.show(verbose=bool(request.get("verbose"))))
         elif path == "/api/generate" and post:
             self._generate(_object(body))
@@ -160,7 +163,8 @@ class Handler(BaseHTTPRequestHandler):
         model = self.ollama.models.get(full_name(str(request.get("model"))))
         if model is None:
             text = f"model '{request.get('model')}' not found"
-            self._send_json({"error": {"message": text, "type": "not_found_error"}}, 404)
+            error = {"message": text, "type": "not_found_error", "param": None, "code": None}
+            self._send_json({"error": error}, 404)
             return
         scheduler = self.ollama.scheduler
         entry = scheduler.acquire(model, aborted=self._client_is_gone)
@@ -179,6 +183,9 @@ class Handler(BaseHTTPRequestHandler):
             raise ApiError(400, f'"{model.full_name}" does not support generate')
         prompt = request.get("messages" if chat else "prompt") or ""
         options = {**(request.get("options") or {}), "shift": request.get("shift")}
+        for key in ("num_ctx", *RELOADING):
+            if key != "shift" and type(options.get(key, 0)) is not int:
+                raise ApiError(500, f'option "{key}" must be of type integer')
         try:
             given = request.get("keep_alive")
             keep_alive = None if given is None else seconds(given)
@@ -206,7 +213,13 @@ class Handler(BaseHTTPRequestHandler):
         self._send_generated(request, model.full_name, words, "stop" if prompt else "load", began)
 
     def _embed(self, request: dict[str, Any]) -> None:
-        model = self._model(request.get("model"))
+        name = request.get("model")
+        model = self.ollama.models.get(full_name(str(name)))
+        if model is None:
+            raise ApiError(404, f'model "{name}" not found, try pulling it first')
+        if not model.embeds:
+            text = "This server does not support embeddings. Start it with `--embeddings`"
+            raise ApiError(501, text)
         given = request.get("keep_alive")
         keep_alive = None if given is None else seconds(given)
         scheduler = self.ollama.scheduler
@@ -250,20 +263,21 @@ class Handler(BaseHTTPRequestHandler):
         lines = b"".join(json.dumps(part).encode() + b"\n" for part in [*parts, last])
         self._send(200, lines, "application/x-ndjson")
 
-    def _model(self, name: Any) -> Any:
-        if not isinstance(name, str) or not name:
-            raise ApiError(400, "model is required")
-        model = self.ollama.models.get(full_name(name))
+    def _model(self, name: Any, shown: str = "") -> Any:
+        name = "" if name is None else str(name)
+        model = self.ollama.models.get(full_name(name)) if name else None
         if model is None:
-            raise ApiError(404, f"model '{name}' not found")
+            raise ApiError(404, f"model '{shown or name}' not found")
         return model
 
     def _host_is_local(self) -> bool:
         """The Host check: addresses, this host's name and names that lead nowhere else; names
         of /etc/hosts are foreign to it. A foreign Origin is refused alike."""
-        origin = urlsplit(self.headers.get("Origin", "")).hostname
-        host = self.headers.get("Host", "").rsplit(":", 1)[0].strip("[]").lower()
-        return all(_is_local(name) for name in (host, origin or ""))
+        origin = self.headers.get("Origin", "")
+        names = [self.headers.get("Host", "").rsplit(":", 1)[0].strip("[]").lower()]
+        if origin:
+            names.append(urlsplit(origin).hostname or origin)
+        return all(_is_local(name) for name in names)
 
     def _client_is_gone(self) -> bool:
         readable, _, _ = select.select([self.connection], [], [], 0)
@@ -298,6 +312,8 @@ def _is_local(name: str) -> bool:
 
 
 def _object(body: bytes) -> dict[str, Any]:
+    if not body:
+        raise ApiError(400, "missing request body")
     try:
         value = json.loads(body)
     except ValueError:
