@@ -145,6 +145,8 @@ class Outcome(NamedTuple):
     makespan: float
     """Seconds that pytest says."""
     gpu_workers: int
+    budget: int
+    """What the plan leaves to tests on the device, in MiB."""
     peak: int
     """The most VRAM in use, in MiB."""
 
@@ -227,14 +229,21 @@ def play(project: Project, arguments: list[str]) -> Outcome:
     machine = Machine.open(Path(project.environment["GPUSHARE_SIM_STATE"]))
     loaded = json.loads(text)
     seconds = re.search(r" in (\d+\.\d+)s", result.out)
-    workers = 0
+    workers = budget = 0
     if "--gpu-share" in arguments:
         report = json.loads((project.path / "r.json").read_text(encoding="utf-8"))
         workers = report["plan"]["gpu_workers"]
+        budget = report["devices"][0]["budget_bytes"] // MIB
     return Outcome(
-        result, loaded["entry"] or {}, loaded["failure"], loaded["took"],
-        float(seconds[1]) if seconds else 0.0, workers, machine.snapshot()[0].peak_used // MIB,
-    )  # fmt: skip
+        result,
+        loaded["entry"] or {},
+        loaded["failure"],
+        loaded["took"],
+        float(seconds[1]) if seconds else 0.0,
+        workers,
+        budget,
+        machine.snapshot()[0].peak_used // MIB,
+    )
 
 
 class Advice(NamedTuple):
@@ -262,9 +271,10 @@ def check(number: int, scene: Scene, installation: Installation, *, with_stock: 
             raise SystemExit("the server sees no simulated GPU")
         print(f"{number:3} {scene}", flush=True)
         outcome = play(project, arguments)
-        fits = outcome.gpu_workers > 0
+        fits = outcome.gpu_workers > 0 and scene.test + scene.cuda_context <= outcome.budget
         is_kept = outcome.is_whole and (outcome.failed == 0 or not fits)
-        print(f"    ours  {outcome}; {outcome.gpu_workers} GPU workers", flush=True)
+        said = "" if fits else "; the plan says that tests and model do not fit together"
+        print(f"    ours  {outcome}; {outcome.gpu_workers} GPU workers{said}", flush=True)
         if not is_kept:
             print(f"    BROKEN\n{outcome.result.out[-3000:]}", flush=True)
         if with_stock:
