@@ -17,7 +17,7 @@ from ..sizes import to_bytes
 from .durations import moment, seconds
 from .models import full_name
 from .runner import as_tuple
-from .scheduler import RELOADING, BusyError, LoadAbortedError, LoadError
+from .scheduler import NUMBERS, BusyError, LoadAbortedError, LoadError
 
 if TYPE_CHECKING:
     from .scheduler import Loaded
@@ -183,8 +183,8 @@ class Handler(BaseHTTPRequestHandler):
             raise ApiError(400, f'"{model.full_name}" does not support generate')
         prompt = request.get("messages" if chat else "prompt") or ""
         options = {**(request.get("options") or {}), "shift": request.get("shift")}
-        for key in ("num_ctx", *RELOADING):
-            if key != "shift" and type(options.get(key, 0)) is not int:
+        for key in ("num_ctx", *NUMBERS):
+            if type(options.get(key, 0)) is not int:
                 raise ApiError(500, f'option "{key}" must be of type integer')
         try:
             given = request.get("keep_alive")

@@ -13,7 +13,7 @@ def _options(reloads: bool, back: bool, **options: object) -> list[Case]:
 
 REQUESTS: list[Case] = [
     *_options(True, True, num_ctx=512, num_batch=64, num_thread=1, main_gpu=0),
-    *_options(True, True, draft_num_predict=2),
+    *_options(True, True, draft_num_predict=2, use_mmap=True),
     ({"shift": False}, True, True),
     *_options(True, False, num_gpu=0),
     *_options(False, False, seed=1, temperature=0.5, top_k=3, num_keep=2, num_predict=1),

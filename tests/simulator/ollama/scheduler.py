@@ -19,7 +19,8 @@ from .placement import Placement, Room, forced, place_alone, place_beside
 from .runner import Processes
 from .settings import Settings
 
-RELOADING = ("num_gpu", "num_batch", "num_thread", "main_gpu", "draft_num_predict", "shift")
+NUMBERS = ("num_gpu", "num_batch", "num_thread", "main_gpu", "draft_num_predict")
+RELOADING = (*NUMBERS, "use_mmap", "shift")
 """Options beside the context for which a loaded model is loaded anew; without them a model that
 was loaded with some is, too, but for `num_gpu`. `shift` is a field of the request, true where
 it is not set."""
