@@ -90,6 +90,9 @@ class Result:
 class Project:
     """A user's project in a directory of its own, and the ways to run it."""
 
+    limit = 120.0
+    """Seconds that a command may take."""
+
     def __init__(self, path: Path, environment: Mapping[str, str]) -> None:
         self.path = path
         # Every project is on a host of its own: no other run's leases may shine into it.
@@ -120,7 +123,7 @@ class Project:
             stdin=subprocess.DEVNULL,
             encoding="utf-8",
             errors="replace",
-            timeout=120,
+            timeout=self.limit,
         )
         return Result(done.returncode, done.stdout, done.stderr)
 

@@ -182,6 +182,7 @@ def stage(scene: Scene, installation: Installation) -> Iterator[tuple[RealOllama
         directory = Path(folder, "project")
         directory.mkdir()
         project = Project(directory, clean_environment())
+        project.limit = 600.0
         project.environment.update(machine.env(build(Path(folder, "nvml")).parent))
         project.environment["PYTEST_XDIST_AUTO_NUM_WORKERS"] = str(scene.workers)
         project.write(
