@@ -132,6 +132,10 @@ def random_scene(number: int) -> Scene:
     )
 
 
+class NoGpuError(RuntimeError):
+    """The server sees no simulated GPU."""
+
+
 class Outcome(NamedTuple):
     """How a scene ended."""
 
@@ -197,6 +201,10 @@ def stage(scene: Scene, installation: Installation) -> Iterator[tuple[RealOllama
             "OLLAMA_NUM_PARALLEL": str(scene.parallel),
         }
         with RealOllama(installation, machine, **variables) as server:
+            if not server.uses_gpu:
+                raise NoGpuError(
+                    "the server sees no simulated GPU: no Vulkan backend, or no llvmpipe"
+                )
             project.environment["OLLAMA_HOST"] = server.host
             yield server, project
 
@@ -264,32 +272,34 @@ def advice_in(result: Result) -> Advice | None:
     return Advice(float(told[1]), float(told[2]), int(named[1]))
 
 
-def check(number: int, scene: Scene, installation: Installation, *, with_stock: bool) -> bool:
-    """Play a scene with the plugin, and with stock xdist; whether it kept what the plan says."""
+def check(number: int, scene: Scene, installation: Installation) -> bool:
+    """Play a scene with the plugin; whether it kept what the plan says."""
     arguments = ["--gpu-share", "--gpu-share-report=r.json"] if number == 0 else ours(scene)
     with stage(scene, installation) as (server, project):
-        if not server.uses_gpu:
-            raise SystemExit("the server sees no simulated GPU")
-        print(f"{number:3} {scene}", flush=True)
         outcome = play(project, arguments)
         fits = outcome.gpu_workers > 0 and scene.test + scene.cuda_context <= outcome.budget
-        is_kept = outcome.is_whole and (outcome.failed == 0 or not fits)
         said = "" if fits else "; the plan says that tests and model do not fit together"
-        print(f"    ours  {outcome}; {outcome.gpu_workers} GPU workers{said}", flush=True)
-        if not is_kept:
-            print(f"    BROKEN\n{outcome.result.out[-3000:]}", flush=True)
-        if with_stock:
-            server.unload_all()
-            print(f"    stock {play(project, stock(scene))}", flush=True)
+        print(f"    ours  {outcome}; {server.layers()} layers;"
+              f" {outcome.gpu_workers} GPU workers{said}", flush=True)  # fmt: skip
+    is_kept = outcome.is_whole and (outcome.failed == 0 or not fits)
+    if not is_kept:
+        print(f"    BROKEN\n{outcome.result.out[-3000:]}", flush=True)
     return is_kept
 
 
-def check_advice(number: int, scene: Scene, installation: Installation) -> bool | None:
+def play_stock(scene: Scene, installation: Installation) -> None:
+    """Play a scene with stock xdist."""
+    with stage(scene, installation) as (server, project):
+        outcome = play(project, stock(scene))
+        print(f"    stock {outcome}; {server.layers()} layers", flush=True)
+
+
+def check_advice(scene: Scene, installation: Installation) -> bool | None:
     """Reserve too little; whether what is said of the spill is true. None: no spill to see."""
     # Two tests at once leave less than the model needs.
     scene = scene._replace(test=(scene.total - scene.used) // 2 - 900, count=16, seconds=4.0)
     with stage(scene, installation) as (server, project):
-        print(f"{number:3} {scene}", flush=True)
+        print(f"    tests of {scene.test / 1024:.1f} GB", flush=True)
         small = play(project, ours(scene, "512"))
         print(f"    512 MB reserved: {small}", flush=True)
         if small.is_whole or not small.entry or scene.delay + small.took > small.makespan - 3:
@@ -317,21 +327,24 @@ def main() -> None:
     parser.add_argument("--against", type=int, default=0, help="scenes to run with stock, too")
     parser.add_argument("--founding", action="store_true", help="the founding scene alone")
     parser.add_argument("--advice", action="store_true", help="reserve too little, follow advice")
+    parser.add_argument("--stock", action="store_true", help="stock xdist alone")
     options = parser.parse_args()
     # So that the server ends with this program.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     installation = _installation()
     for name, shape in (ZEROS | ({"q14": QWEN14B} if options.founding else {})).items():
         installation.add(name, shape)
-    numbers = [0] if options.founding else range(options.first, options.first + options.count)
+    numbers = [0] if options.founding else list(range(options.first, options.first + options.count))
     kept: list[bool | None] = []
     for number in numbers:
         scene = random_scene(number) if number else FOUNDING
+        print(f"{number:3} {scene}", flush=True)
         if options.advice:
-            kept.append(check_advice(number, scene, installation))
-        else:
-            with_stock = number < options.first + options.against
-            kept.append(check(number, scene, installation, with_stock=with_stock))
+            kept.append(check_advice(scene, installation))
+        elif not options.stock:
+            kept.append(check(number, scene, installation))
+        if options.stock or number in numbers[: options.against]:
+            play_stock(scene, installation)
     spilled = f", {kept.count(None)} without a spill to see" if options.advice else ""
     print(f"{len(kept)} scenes{spilled}, {kept.count(False)} broken")
     raise SystemExit(1 if False in kept else 0)

@@ -174,6 +174,12 @@ class RealOllama:
         """All that it logged."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
+    def layers(self) -> str:
+        """How many layers of the model that was loaded last are on the GPU, as "27/49"; it says so
+        long before the load is over."""
+        found = re.findall(r"offloaded (\d+/\d+) layers to GPU", self.text())
+        return found[-1] if found else "none"
+
     def requests(self) -> list[Seen]:
         """Every request so far, as it logged them."""
         return [Seen(m[2], m[3], int(m[1])) for m in _REQUEST.finditer(self.text())]

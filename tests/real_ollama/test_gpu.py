@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 from simulator import Device, Machine
@@ -15,7 +16,7 @@ from pytest_gpushare.ollama.prediction import Server, predict
 
 from ..acceptance.conftest import Project
 from .conftest import Start
-from .scenes import GIB, MIB, Scene, advice_in, ours, play, random_scene, stage
+from .scenes import GIB, MIB, NoGpuError, Scene, advice_in, ours, play, random_scene, stage
 from .server import Installation, RealOllama
 from .test_answers import PRELOAD, keeps
 
@@ -136,40 +137,50 @@ def test_what_the_process_takes_is_learned(
     assert "seen in an earlier run" in result.out
 
 
+Staged = Callable[[Scene], tuple[RealOllama, Project]]
+
+
+@pytest.fixture
+def staged(library: Installation) -> Iterator[Staged]:
+    """Build a scene: its server and project."""
+    with ExitStack() as stack:
+
+        def build(scene: Scene) -> tuple[RealOllama, Project]:
+            try:
+                return stack.enter_context(stage(scene, library))
+            except NoGpuError as error:
+                pytest.skip(str(error))
+
+        yield build
+
+
 def test_reservation_that_is_advised_is_enough(
-    library: Installation, record_property: Callable[[str, object], None]
+    staged: Staged, record_property: Callable[[str, object], None]
 ) -> None:
     """Too little is reserved: the verdict has the server's figures, and its advice is enough."""
-    scene = Scene(8192, 700, "l1", 4096, 1, 2500, 8, 3.0, 3.0)
-    with stage(scene, library) as (server, project):
-        _needs_gpu(server)
-        spilled = play(project, ours(scene, "512"))
-        print(spilled.result.out)
-        assert not spilled.is_whole, "the scene does not make the model spill"
-        advice = advice_in(spilled.result)
-        assert advice is not None, spilled.result.out
-        size, placed = spilled.entry["size"] / GIB, spilled.entry["size_vram"] / GIB
-        assert advice.size_gb == pytest.approx(size, abs=0.06)
-        assert advice.on_cpu_gb == pytest.approx(size - placed, abs=0.06)
-        server.unload_all()
-        again = play(project, ours(scene, str(advice.reservation_mb)))
-        record_property("figure", f"{advice.reservation_mb} MB")
-        assert again.is_whole, again.result.out
+    scene = Scene(8192, 700, "kv", 32768, 1, 2500, 20, 3.0, 3.0)
+    server, project = staged(scene)
+    spilled = play(project, ours(scene, "512"))
+    print(spilled.result.out)
+    assert not spilled.is_whole, "the scene does not make the model spill"
+    advice = advice_in(spilled.result)
+    assert advice is not None, spilled.result.out
+    size, placed = spilled.entry["size"] / GIB, spilled.entry["size_vram"] / GIB
+    assert advice.size_gb == pytest.approx(size, abs=0.06)
+    assert advice.on_cpu_gb == pytest.approx(size - placed, abs=0.06)
+    server.unload_all()
+    again = play(project, ours(scene, str(advice.reservation_mb)))
+    record_property("figure", f"{advice.reservation_mb} MB")
+    assert again.is_whole, again.result.out
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_random_scene(number: int, library: Installation) -> None:
+def test_random_scene(number: int, staged: Staged) -> None:
     """Where the plan says that model and workers fit, the model is wholly on the GPU."""
     scene = random_scene(number)
-    with stage(scene, library) as (server, project):
-        _needs_gpu(server)
-        outcome = play(project, ours(scene))
-        print(scene, outcome, sep="\n")
-        assert outcome.is_whole, outcome.result.out
-        fits = outcome.gpu_workers > 0 and scene.test + scene.cuda_context <= outcome.budget
-        assert outcome.failed == 0 or not fits, outcome.result.out
-
-
-def _needs_gpu(server: RealOllama) -> None:
-    if not server.uses_gpu:
-        pytest.skip("the server sees no simulated GPU: no Vulkan backend, or no llvmpipe")
+    _, project = staged(scene)
+    outcome = play(project, ours(scene))
+    print(scene, outcome, sep="\n")
+    assert outcome.is_whole, outcome.result.out
+    fits = outcome.gpu_workers > 0 and scene.test + scene.cuda_context <= outcome.budget
+    assert outcome.failed == 0 or not fits, outcome.result.out
