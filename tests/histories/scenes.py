@@ -31,6 +31,8 @@ def child(gigabytes, seconds):
         f"with gpusim.alloc('{gigabytes}GB'): time.sleep({seconds})"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+    # What a dead process held is taken from it by whoever looks next: the log is to have it now.
+    gpusim.mem_get_info()
 """
 
 TORCH = """
