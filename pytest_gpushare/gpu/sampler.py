@@ -420,6 +420,10 @@ class DeviceSamples:
             rise = max(workers, self.peaks.rise)
             self.peaks = replace(self.peaks, workers=workers, rise=rise)
 
+    def without_tests(self) -> None:
+        """No test runs: the samples since the last list say nothing of tests."""
+        self._pending, self._listed = [], None
+
 
 _MOST_PENDING = 1000
 

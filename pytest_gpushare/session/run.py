@@ -151,6 +151,7 @@ class ActiveRun:
         self.links.on("test", self._note_test)
         self.links.on("own", self._note_own)
         self.links.on("kept", self._note_kept)
+        self.links.on("ran-others", lambda worker, _: self.workers.ran_others(worker))
 
     def _make_links(self) -> Links:
         return Links()

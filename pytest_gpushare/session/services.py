@@ -85,6 +85,8 @@ class Sampler:
         self.cpu_time = 0.0
         """Seconds of CPU time of the sampling thread."""
         self._last_processes = float("-inf")
+        self._listed_workers: Mapping[int, str] = {}
+        """PID -> id of the workers of the last process list."""
         self._last_memory = float("-inf")
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -127,7 +129,7 @@ class Sampler:
         with self._lock:
             since = self._clock() - self._last_processes
             if not workers:
-                self._forget_processes()
+                self._settle()
             elif processes or since >= PROCESSES_INTERVAL:
                 self._read_processes(workers)
             reading = self._live.memory(INTERVAL / 2)
@@ -145,6 +147,7 @@ class Sampler:
 
     def _read_processes(self, workers: Mapping[int, str]) -> None:
         self._last_processes = self._clock()
+        self._listed_workers = workers
         before = self._live.memory(0.0).devices
         reading = self._live.processes(0.0)
         if reading.at < self._last_processes - PROCESSES_INTERVAL:
@@ -185,6 +188,15 @@ class Sampler:
             found = usage.get(member.device or "")
             if found is not None and found.workers is not None and member.id in present:
                 self._workers.read(member, at, held.get(member.id, 0))
+
+    def _settle(self) -> None:
+        """No worker is there: the last process list explains what was sampled since the one
+        before, and what is taken from here on is no test's."""
+        if self._listed_workers:
+            self._read_processes(self._listed_workers)
+        self._listed_workers, self._splits = {}, {}
+        for device in self.devices.values():
+            device.without_tests()
 
     def _forget_processes(self) -> None:
         self._splits = {}

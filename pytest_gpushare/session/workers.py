@@ -107,6 +107,8 @@ class WorkerRecord:
     """Bytes that it held, by NVML, when its fixtures were torn down; None: nobody looked."""
     counted: Peak | None = None
     """The highest peak of its tests by the frameworks' counters."""
+    ran_others: bool = False
+    """Whether its tests or fixtures ran other processes."""
     process: Peak | None = None
     """The most that its frameworks held, what earlier tests left in their caches included."""
     seen: Peak | None = None
@@ -123,7 +125,9 @@ class WorkerRecord:
     @property
     def held(self) -> Peak | None:
         """The most VRAM that it held, caches included; None where that is unknown."""
-        return higher(self.process, self.peak)
+        held = higher(self.process, self.peak)
+        # What its children held, no framework counts.
+        return held._replace(exact=held.exact and not self.ran_others) if held else None
 
 
 class Workers:
@@ -163,6 +167,11 @@ class Workers:
         member = self._members.get(worker)
         if member is not None and type(pid) is int and pid > 0:
             member.pid = pid
+
+    def ran_others(self, worker: str) -> None:
+        """Tests of a worker ran other processes."""
+        if member := self._members.get(worker):
+            member.ran_others = True
 
     def leave(self, worker: str, at: float, *, crashed: bool) -> None:
         """A worker has finished its tests, or died."""

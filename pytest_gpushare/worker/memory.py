@@ -145,6 +145,8 @@ class Meter:
         """id of a fixture of a wider scope -> PIDs of the processes that its set-up started."""
         self._inside: list[int] = []
         """For each fixture that is being set up, the bytes of those set up inside it."""
+        self._ran_others = False
+        """Whether a test was seen to run other processes."""
         self._reaped: object = None
         """What the processes cost that had been started and were over when the test began."""
         self._errors: list[BaseException] = []
@@ -224,10 +226,6 @@ class Meter:
         self._fixtures.pop(id(fixturedef), None)
         self._keep(id(fixturedef), frozenset())
 
-    def _has_children(self) -> bool:
-        """Whether processes live that no fixture of a wider scope has started."""
-        return bool(own_children().difference(*self._children.values()))
-
     def _keep(self, fixture: int, children: frozenset[int]) -> None:
         """Send which processes the fixtures of wider scopes keep: no test has left them behind."""
         if children != self._children.get(fixture, frozenset()):
@@ -256,12 +254,17 @@ class Meter:
         for error in errors:
             counters.clear_frames(error, kept)
         errors.clear()
+        # No framework here counts what other processes held for the test.
+        alone = self._reaped == reaped() and not own_children()
+        if not (alone or self._ran_others):
+            self._ran_others = True
+            self._link.send("ran-others", item.nodeid)
         after = counters.counts()
         if after is None and self._forked is None:
             return
         # A framework in an odd state must not fail the test that is over.
         with contextlib.suppress(Exception):
-            measured = self._forked or self._measured(before, after, fixtures)
+            measured = self._forked or self._measured(before, after, fixtures, alone)
             if measured is not None:
                 self._link.send(
                     "test",
@@ -278,7 +281,11 @@ class Meter:
                 )
 
     def _measured(
-        self, before: counters.Counts | None, after: counters.Counts | None, fixtures: int
+        self,
+        before: counters.Counts | None,
+        after: counters.Counts | None,
+        fixtures: int,
+        alone: bool,
     ) -> dict[str, Any] | None:
         figures = counters.measured(before, after)
         if figures is None:
@@ -294,13 +301,11 @@ class Meter:
         if self._empty_caches == "always" and any(figures.peaks):
             counters.empty()
             kept = counters.held() or 0
-        # No framework here counts what other processes held for the test.
-        alone = figures.exact and self._reaped == reaped() and not self._has_children()
         return {
             **_message_of(figures),
-            "exact": alone,
+            "exact": figures.exact and alone,
             "process": figures.process,
-            "process_exact": figures.process_exact and alone,
+            "process_exact": figures.process_exact,
             "held": kept,
             "left": left,
             "idle": counters.nothing_taken(before, after),

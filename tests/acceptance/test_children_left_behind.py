@@ -36,6 +36,7 @@ LEFT = (
     @pytest.mark.gpu(vram="6GB")
     def test_leaves_a_child():
         start_child(2.5)
+        time.sleep(0.3)
 
     @pytest.mark.gpu(vram="8GB")
     def test_next():

@@ -211,3 +211,15 @@ def test_a_peak_that_no_sample_shows_is_at_least_what_a_worker_knows() -> None:
     assert not peaks.beside(124).is_at_least
     # Where the driver attributes nothing, one worker's figure says nothing of all.
     assert DevicePeaks(used=170, workers=None, rise=20).beside(400).rise == 20
+
+
+def test_what_is_taken_while_no_test_runs_is_not_laid_to_the_tests() -> None:
+    """Ollama loads a model before the first worker is there, or after the last one."""
+    samples = DeviceSamples()
+    samples.add(0.2, reading(None, 450))
+    samples.without_tests()
+    samples.listed(reading({"gw0": 100}, 550, ollama=330, others=120))
+    samples.add(0.4, reading({"gw0": 100}, 550, ollama=330, others=120))
+    samples.listed(reading({"gw0": 100}, 550, ollama=330, others=120))
+    assert samples.peaks.rise == 100
+    assert not samples.peaks.is_at_least
