@@ -171,12 +171,13 @@ def claims_of(
     the list of processes. `ancestors` gives a process and those that started it.
     """
     known = [session for session in sessions if session.record is not None]
-    owners = {
-        pid: session.name
-        for session in known
-        if space and session.record is not None and session.record.space == space
-        for pid in session.record.pids
-    }
+    owners: dict[int, str] = {}
+    for session in known:
+        record = session.record
+        if space and record is not None and record.space == space:
+            owners.setdefault(record.pid, session.name)
+            # A test may lease more by itself: what its process holds is its run's, once.
+            owners.update((w.pid, session.name) for w in record.workers if w.pid)
     return {
         uuid: _claims_on(uuid, total, known, _held(processes.get(uuid), owners, ancestors), now)
         for uuid, total in totals.items()

@@ -16,6 +16,8 @@ from pytest_gpushare.leases.ledger import Ledger, LedgerError, LiveSession
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pytest_gpushare.gpu.sampler import LiveVram
 
 DEFAULT_WAIT = 300.0
@@ -306,9 +308,7 @@ class Lessee:
 
     def models_of_others(self) -> frozenset[str]:
         """The models of Ollama's that other sessions use, by full name."""
-        records = (session.record for session in self.ledger.look())
-        names = (name for record in records if record is not None for name in record.models)
-        return frozenset(name if ":" in name else f"{name}:latest" for name in names)
+        return _models_of(self.ledger.look())
 
     def change(self, **fields: object) -> bool:
         """Publish other values of fields of the record. Returns whether that was possible.
@@ -353,6 +353,24 @@ class Lessee:
         self._record = record
         self.ledger.publish(record)
         self.problem = ""
+
+
+def models_in_use(directory: Path) -> frozenset[str]:
+    """The models of Ollama's that sessions use, by full name, before this one takes part."""
+    try:
+        ledger = Ledger(directory, is_reader=True)
+    except LedgerError:
+        return frozenset()
+    try:
+        return _models_of(ledger.look())
+    finally:
+        ledger.close()
+
+
+def _models_of(sessions: Iterable[LiveSession]) -> frozenset[str]:
+    records = (session.record for session in sessions)
+    names = (name for record in records if record is not None for name in record.models)
+    return frozenset(name if ":" in name else f"{name}:latest" for name in names)
 
 
 def _line_of(pid: int) -> Sequence[int]:

@@ -11,7 +11,7 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from pytest_gpushare.config.settings import Settings
@@ -90,6 +90,8 @@ class VramFacts(NamedTuple):
     """Ollama's processes that hold VRAM; None where NVML does not show processes."""
     most_models: int | None = None
     """OLLAMA_MAX_LOADED_MODELS, where it is set; None: unknown."""
+    used_by_others: Callable[[], Collection[str]] = frozenset
+    """Full names of the models that other sessions of this host use now."""
 
 
 def preload(
@@ -278,6 +280,8 @@ class _ModelLoader:
 
     def _unload(self, model: LoadedModel) -> str:
         """Unload a model that we loaded, and wait until it is gone; what became of it."""
+        if full_name(model.name) in self._vram.used_by_others():
+            return "another session uses it, so it was not unloaded"
         until = time.monotonic() + UNLOAD_LIMIT
         try:
             request(self._server, model.name, 0, until, lambda _: None)

@@ -243,8 +243,8 @@ class _Negotiation:
             claim.holders for claim in view.claims.values()
         ):
             text += (
-                " (sessions share a GPU where their tests declare their needs: "
-                "gpu_share_preset = packed)"
+                " (sessions whose tests declare their needs, or with gpu_share_preset = packed, "
+                "run at the same time)"
             )
         self._line.show(text)
         if self._refresh is not None and waited - self._refreshed >= _OLLAMA_EVERY:

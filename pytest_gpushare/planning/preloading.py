@@ -8,6 +8,8 @@ from typing import NamedTuple
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import PreloadError, SettingsError
 from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.leases.ledger import directory_of
+from pytest_gpushare.leases.lessee import models_in_use
 from pytest_gpushare.ollama.keep_alive import KeepAlive, PreloadedModel
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.preload import Preloaded, ProgressLine, ollama_pids, preload, vram_of
@@ -60,7 +62,9 @@ def load_first(
         done = preload(
             settings.ollama_models,
             probes.ollama,
-            vram_of(settings, probes.gpus, probes.ollama, _live(probes), environment, sizes),
+            vram_of(
+                settings, probes.gpus, probes.ollama, _live(probes), environment, sizes
+            )._replace(used_by_others=lambda: models_in_use(directory_of(settings.leases))),
             progress.show,
             ours,
         )

@@ -11,12 +11,16 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
 from simulator import Device, Machine
 from simulator.child import child_process
 from simulator.ollama import FaultyServer, Model, OllamaServer
+
+from pytest_gpushare.leases.ledger import Ledger
+from pytest_gpushare.leases.records import LeaseRecord
 
 from .conftest import TRIVIAL, Project
 
@@ -180,6 +184,23 @@ def test_half_on_the_cpu_is_unloaded_again(
     fail = ["-o", "gpu_share_ollama_preload_failed=fail"]
     assert project.pytest(*ON, "-n1", "-o", f"{MODELS}big:7b", *fail).code == 4
     assert server.ps() == []
+
+
+def test_model_that_another_session_uses_is_not_unloaded(
+    project: Project, machine_with: Callable[..., Machine], ollama_with: Callable[..., Any]
+) -> None:
+    """Though it is half on the CPU: the other session began to use it meanwhile."""
+    machine_with(Device(total="8GB", used="3GB"))
+    server = ollama_with({"big:7b": Model("big:7b", "4.6GB", info={"qwen2.block_count": 0})})
+    ledger = Ledger(Path(project.environment["PYTEST_GPUSHARE_LEASES"]))
+    with ledger.gate():
+        ledger.publish(LeaseRecord(os.getpid(), models=("big:7b",)))
+    result = project.pytest(*ON, "-n1", "-o", f"{MODELS}big:7b")
+    assert (result.code, result.passed) == (0, 4), result.out
+    (problem,) = [line for line in result.said if "was not preloaded" in line]
+    assert problem.endswith("; another session uses it, so it was not unloaded")
+    assert len(server.ps()) == 1
+    ledger.close()
 
 
 @pytest.mark.parametrize("most", [1, 3])

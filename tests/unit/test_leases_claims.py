@@ -69,6 +69,15 @@ def test_pid_of_another_namespace_is_somebody_else() -> None:
     assert found.leased == 9 * GB
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_what_a_test_leases_by_itself(first: bool) -> None:
+    """What its process holds counts for its run, whichever record is read first."""
+    own = session("own", pid=1300, workers=(), devices={"GPU-0": DeviceLease(2 * GB)})
+    both = (own, session()) if first else (session(), own)
+    found = claims(*both, processes=(GpuProcess(1300, 5 * GB),))
+    assert {h.session.name: h.held for h in found.holders} == {"a": 5 * GB, "own": 0}
+
+
 def test_claim_beyond_the_device_is_cut() -> None:
     assert claims(session(devices={"GPU-0": DeviceLease(100 * GB)})).leased == 24 * GB
 
