@@ -384,8 +384,9 @@ class DeviceSamples:
         self.peaks = DevicePeaks()
         self.last: DeviceUsage | None = None
         """The newest sample."""
-        self._listed: DeviceUsage | None = None
-        """The usage at the last process list."""
+        self._listed: list[DeviceUsage] = []
+        """The usage at the last two process lists: VRAM of a process that was in the one before
+        may come back after the last."""
         self._pending: list[DeviceUsage] = []
         """The samples since then: the next list may explain them."""
 
@@ -402,10 +403,10 @@ class DeviceSamples:
     def listed(self, usage: DeviceUsage | None = None) -> None:
         """A process list was read, or none will be: the samples since the last one are settled.
 
-        What a neighbour or another process held in either list explains that much of the
-        samples between the two.
+        What a neighbour or another process held in these lists explains that much of the samples
+        between them.
         """
-        lists = [each for each in (self._listed, usage) if each is not None]
+        lists = [*self._listed, *([] if usage is None else [usage])]
         neighbours = max((sum(each.neighbours.values()) for each in lists), default=0)
         foreign = max((_foreign(each) for each in lists), default=0)
         for sample in self._pending:
@@ -414,7 +415,7 @@ class DeviceSamples:
             if rise > self.peaks.rise:
                 self.peaks = replace(self.peaks, rise=rise)
         self._pending = []
-        self._listed = usage
+        self._listed = lists[-2:] if usage is not None else []
         if usage is not None and usage.tests is not None:
             workers = max(usage.tests, self.peaks.workers or 0)
             rise = max(workers, self.peaks.rise)
@@ -422,7 +423,7 @@ class DeviceSamples:
 
     def without_tests(self) -> None:
         """No test runs: the samples since the last list say nothing of tests."""
-        self._pending, self._listed = [], None
+        self._pending, self._listed = [], []
 
 
 _MOST_PENDING = 1000

@@ -223,3 +223,13 @@ def test_what_is_taken_while_no_test_runs_is_not_laid_to_the_tests() -> None:
     samples.listed(reading({"gw0": 100}, 550, ollama=330, others=120))
     assert samples.peaks.rise == 100
     assert not samples.peaks.is_at_least
+
+
+def test_vram_of_a_process_that_has_just_ended_is_not_laid_to_the_tests() -> None:
+    """It is in the list no more, and comes back a moment later."""
+    samples = DeviceSamples()
+    samples.listed(reading({"gw0": 100}, 550, ollama=330, others=120))
+    samples.listed(reading({"gw0": 100}, 550, ollama=330, others=20))
+    samples.add(0.2, reading({"gw0": 100}, 550, ollama=330, others=20))
+    samples.listed(reading({"gw0": 100}, 450, ollama=330, others=20))
+    assert samples.peaks.rise == 100
