@@ -266,7 +266,17 @@ def _ollama(run: ActiveRun) -> Mapping[str, Any] | None:
         **found,
         "verdict": ["; ".join((word.text, *word.details)) for word in words],
         "spilled_under_tests": any(word.is_ours for word in words),
+        "tests": _model_tests(run),
     }
+
+
+def _model_tests(run: ActiveRun) -> Mapping[str, Any] | None:
+    """The tests that used models; null where there were none."""
+    if run.llm is None:
+        return None
+    from pytest_gpushare.report.model_tests import document_of
+
+    return document_of(run.llm)
 
 
 def _samples(run: ActiveRun) -> dict[str, Any]:

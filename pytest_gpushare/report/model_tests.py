@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pytest_gpushare.ollama.models import full_name
 from pytest_gpushare.report.header import Line, OutputOptions
 from pytest_gpushare.units import plural
 
@@ -38,8 +39,54 @@ def lines_of(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
             "gpu-share: hint: the next run keeps VRAM for Ollama only while tests use its models: "
             "it knows now that they do"
         )
+    yield from _hints(run, llm)
     for text in llm.given_up:
         yield Line(f"gpu-share: {text}")
+
+
+def document_of(llm: LlmTests) -> dict[str, Any]:
+    """The same for the JSON report."""
+    return {
+        "tests": llm.tests,
+        "phase": None if llm.estimate is None else llm.estimate.chosen,
+        "loads": [
+            {"model": load.model, "at_s": round(load.at, 3), "seconds": round(load.seconds, 3)}
+            for load in llm.loads
+        ],
+        "not_run": [{"reason": why, "tests": count} for why, count in llm.refused.items()],
+        "answers": [
+            {"model": model, "tokens": tokens, "seconds": round(seconds, 3)}
+            for model, (tokens, seconds) in llm.answers().items()
+        ],
+    }
+
+
+_WORTH_A_HINT = 10.0
+"""Seconds of tests that wait for one another."""
+
+
+def _hints(run: ActiveRun, llm: LlmTests) -> Iterator[Line]:
+    """What costs time: calls that load a model again, and tests that run one at a time."""
+    reloaded = {str(event.facts.get("model")) for event in run.record.events("ollama-reloaded")}
+    for model in llm.models:
+        if model.context and reloaded & {full_name(name) for name in model.names}:
+            yield Line(
+                f"gpu-share: hint: {model.name} was loaded again while its tests ran: a call "
+                "without its context, such as one by OpenAI's paths, does that; a model of your "
+                f"own with PARAMETER num_ctx {model.context} keeps one context",
+            )
+    busy = sum(
+        test.end - test.start
+        for test in run.tests
+        if llm.uses(test.nodeid) and test.start is not None and test.end is not None
+    )
+    took, workers = run.record.now(), run.plan.workers
+    if run.settings.ollama_parallel == 1 and workers > 1 and busy > max(_WORTH_A_HINT, took / 2):
+        yield Line(
+            f"gpu-share: hint: tests that use models ran one at a time, for {busy:.0f} s of "
+            f"{took:.0f} s: a server with OLLAMA_NUM_PARALLEL = 2 answers two, with "
+            "gpu_share_ollama_parallel = 2"
+        )
 
 
 def _could_be_phased(run: ActiveRun, llm: LlmTests) -> bool:

@@ -166,6 +166,8 @@ class Admitting:
         unit = worker.unit
         if unit is None or not unit.tests or not self._may_split or self._may_wait(worker, unit):
             return
+        if self._unit_fits(worker, unit):
+            return
         worker.unit = None
         self._pool.pending.back(unit)
 

@@ -278,10 +278,11 @@ class Dispatcher:
         """Say whether the run ends before its tests are done: then nothing more is handed out."""
         self._stopping = stopping
 
-    def opened(self, group: int) -> None:
-        """The model of this group is loaded."""
+    def opened(self, group: int, size: int | None = None) -> None:
+        """The model of this group is loaded, with so many bytes of VRAM."""
         if self._models is not None:
             self._models.queue.opened(group)
+            self._models.opened(group, size)
             self._gpu.note_change()
 
     def not_opened(self, group: int, outcome: str, reason: str) -> None:

@@ -18,6 +18,7 @@ from pytest_gpushare.scheduler.types import (
     CloseModel,
     EmptyCaches,
     Job,
+    Note,
     OpenModel,
     Run,
 )
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 IDLE = 1.0
 """Seconds for which no worker runs anything before a model makes way that nobody can use."""
+
+WORTH_A_NOTE = 0.5
+"""Seconds."""
 
 DRAINED = 2.0
 """Seconds after the last GPU test for which VRAM that comes back late is waited for."""
@@ -188,7 +192,11 @@ class ModelDispatch:
                 actions.append(action)
         for group in list(self._due):
             if self._has_room(group):
-                del self._due[group]
+                waited = gpu.at - self._due.pop(group)
+                if waited >= WORTH_A_NOTE:
+                    name = queue.facts(group).name
+                    text = f"{name} waited {waited:.1f} s for VRAM before it was loaded"
+                    actions.append(Note("ollama-waited", text, {"waited_s": round(waited, 3)}))
                 actions.append(OpenModel(group))
             else:
                 actions += self._make_room(group)
@@ -207,9 +215,13 @@ class ModelDispatch:
 
     def _withdraw(self) -> Iterator[Action]:
         """Take back tests that wait in workers for VRAM that a model has for long."""
-        for worker in list(self._gpu.waiting.values()):
+        gpu = self._gpu
+        starves = not any(gpu.idle.values()) and self.queue.has_offers
+        for worker in list(gpu.waiting.values()):
             test = worker.bound
-            if test is not None and worker.is_between_tests and not self.may_wait(worker, test):
+            if test is None or not worker.is_between_tests or self.may_wait(worker, test):
+                continue
+            if starves or gpu.bytes_for(worker, test) > gpu.ledgers[worker.device].capacity.budget:
                 yield self._reclaiming.ask(worker, withdraw=True)
 
     # --- VRAM for models ---
@@ -217,7 +229,8 @@ class ModelDispatch:
     @property
     def is_due(self) -> bool:
         """Whether a model waits for VRAM, so that the devices are to be read."""
-        waits = bool(self._due) or (self._idle_since is not None and self.queue.is_stuck)
+        since = self._idle_since
+        waits = bool(self._due) or (since is not None and self._gpu.at - since < 2 * IDLE)
         return waits and bool(self._gpu.workers or self._cpu.workers)
 
     def began(self, worker: GpuWorker, test: int) -> None:
@@ -250,17 +263,28 @@ class ModelDispatch:
             return False
         need = gpu.bytes_for(worker, test)
         devices = gpu.devices(worker, gpu.need(test).devices)
-        return all(
-            need <= gpu.ledgers[device].capacity.budget or not gpu.ledgers[device].holds
-            for device in devices
-        )
+        held = [gpu.ledgers[device] for device in devices if gpu.ledgers[device].holds]
+        if held and queue.waits and not self._cpu.workers:
+            # The worker is for the tests of the model, until this one fits.
+            return False
+        return all(need <= ledger.capacity.budget for ledger in held)
 
     def release(self, group: int) -> None:
         """Nothing is kept for this model any more."""
         self._due.pop(group, None)
+        self._idle_since = None
         for uuid in self.queue.facts(group).reservations:
             if uuid in self._gpu.ledgers:
                 self._gpu.ledgers[uuid].hold(0)
+
+    def opened(self, group: int, size: int | None) -> None:
+        """A model is loaded, and takes so many bytes, where that is known."""
+        self._idle_since = None
+        devices = self._devices_of(group)
+        if size is not None and len(devices) == 1:
+            ledger, predicted = devices[0]
+            ledger.hold(ledger.full.resident + min(size, predicted))
+            self._gpu.note_change()
 
     def _hold(self, group: int) -> None:
         for uuid, size in self.queue.facts(group).reservations.items():

@@ -334,12 +334,16 @@ class ModelQueue:
         return self._groups[number].facts
 
     @property
-    def is_stuck(self) -> bool:
-        """Whether a model is loaded that nobody uses, though tests are still to come."""
+    def has_offers(self) -> bool:
+        """Whether a test could begin now, were there a worker for it."""
         return any(
-            group.state is State.OPEN and not group.workers and self._is_left(number)
-            for number, group in enumerate(self._groups)
-        )
+            group.state is State.OPEN and group.pending and group.has_place("")
+            for group in self._groups
+        ) or any(self._is_ready_chain(chain) for chain in self._chains)
+
+    def _is_ready_chain(self, chain: Iterable[int]) -> bool:
+        first = self._first_use(chain)
+        return first is None or self._could_start("", self._group(first))
 
     @property
     def is_active(self) -> bool:

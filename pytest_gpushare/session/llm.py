@@ -19,7 +19,7 @@ from pytest_gpushare.ollama.catalog import ask_models
 from pytest_gpushare.ollama.keep_alive import KeepAlive, PreloadedModel
 from pytest_gpushare.ollama.loading import Loader, ModelLoadError
 from pytest_gpushare.ollama.models import ModelFacts, described, full_name
-from pytest_gpushare.ollama.prediction import NOTHING_KNOWN
+from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, OVERHEAD
 from pytest_gpushare.ollama.preload import ollama_pids
 from pytest_gpushare.ollama.reservation import Demand, devices_of_ollama, need_of, server_of
 from pytest_gpushare.ollama.run_models import RunModel, grouped, in_order
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.planning.plan import Plan
     from pytest_gpushare.wire import Links
 
-ASK_LIMIT = 2.0
+ASK_LIMIT = 5.0
 """Seconds for all questions about the models when the tests are collected."""
 
 LOADED_PER_SECOND = 1.25e9
@@ -70,8 +70,8 @@ class Closed(NamedTuple):
 class Receiver(Protocol):
     """The dispatcher, as far as models go."""
 
-    def opened(self, group: int) -> None:
-        """The model of this group is loaded."""
+    def opened(self, group: int, size: int | None) -> None:
+        """The model of this group is loaded, with so many bytes of VRAM, where that is known."""
 
     def not_opened(self, group: int, outcome: str, reason: str) -> None:
         """It cannot be loaded."""
@@ -136,6 +136,8 @@ class LlmTests:
         """Called, from another thread, when there is something for `deliver`."""
         self._ours: dict[int, tuple[PreloadedModel, KeepAlive]] = {}
         """Group -> what this session loaded for it and has not unloaded."""
+        self._sizes: dict[int, int] = {}
+        """Group -> bytes that its model takes."""
         self._kept: list[KeepAlive] = []
         """All that were kept in this run."""
         self._lock = threading.Lock()
@@ -291,7 +293,7 @@ class LlmTests:
                 elif outcome.problem:
                     receiver.not_opened(outcome.group, "fail", outcome.problem)
                 else:
-                    receiver.opened(outcome.group)
+                    receiver.opened(outcome.group, self._sizes.get(outcome.group))
 
     def open_now(self, number: int) -> str:
         """Load the model of a group in this thread: a process without workers waits for it.
@@ -299,6 +301,10 @@ class LlmTests:
         Returns why that is not possible; empty where it is.
         """
         return self._open(number)
+
+    def uses(self, nodeid: str) -> bool:
+        """Whether a test uses a model."""
+        return nodeid in self._model_of
 
     def answers(self) -> dict[str, tuple[int, float]]:
         """Model -> tokens and seconds of the answers that tests have recorded."""
@@ -358,6 +364,8 @@ class LlmTests:
             text = f"Ollama {where} cannot load {model.shown}: {error}"
             run.record.note("ollama-not-loaded", text, model=model.name)
             return text
+        if loaded.model.on_gpu:
+            self._sizes[number] = loaded.model.on_gpu + OVERHEAD
         if loaded.own is not None:
             kept = KeepAlive(server, [loaded.own], ollama_pids(run.live))
             if run.lessee is not None:

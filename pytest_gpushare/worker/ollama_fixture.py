@@ -23,7 +23,7 @@ SEED = 42
 ANSWER = "ollama-answer"
 """The kind of message with what a recorded answer says."""
 
-_LIMIT = 2.0
+_LIMIT = 5.0
 """Seconds for the question whether server and model are there."""
 
 
@@ -141,7 +141,10 @@ def _check(use: ModelUse, facts: Mapping[str, Any]) -> None:
 def missing(server: Address, model: str) -> str:
     """Why a test cannot use this model; empty where it can. No model: the server alone counts."""
     from pytest_gpushare.ollama.catalog import ask, ask_models
+    from pytest_gpushare.ollama.client import load
 
+    # Imported now, so that its cost counts against no limit.
+    load()
     found = ask(server, _LIMIT)
     if not found.answered:
         return f"no Ollama at {server.shown}: {found.problem}"

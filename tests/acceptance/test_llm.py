@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -246,8 +247,15 @@ def test_fixture(project: Project, server: OllamaServer) -> None:
     )
     for workers in ("-n2", "-n0"):
         server.scheduler.loads.clear()
-        result = project.pytest("--gpu-share", workers)
+        result = project.pytest("--gpu-share", workers, "--gpu-share-report=r.json")
         assert (result.code, result.passed) == (0, 3), result.out
+        report = json.loads((project.path / "r.json").read_text(encoding="utf-8"))
+        tests = report["ollama"]["tests"]
+        assert (tests["tests"], len(tests["loads"]), tests["not_run"]) == (2, 2, [])
+        assert {each["model"]: each["tokens"] for each in tests["answers"]} == {
+            "a:1b at 2048 tokens": 3,
+            "b:1b": 3,
+        }
         assert "gpu-share: a:1b at 2048 tokens gave 3 tokens in recorded answers" in result.out
         # The load had the same options as the requests of the test.
         assert server.scheduler.loads.count("a:1b") <= 1

@@ -188,6 +188,7 @@ def _ini(way: str) -> str:
         f"gpu_share_ollama_vram_reservation_mb = {reservation}\n"
         f"gpu_share_ollama_models = {' '.join(MODELS)}\n"
         f"gpu_share_ollama_phase = {phase}\n"
+        "gpu_share_ollama_context = 4096\n"
         "gpu_share_max_workers_per_gpu = 4\n"
         "gpu_share_max_workers_per_gb = 0\n"
         "gpu_share_min_vram_per_worker_gb = 2.5\n"
