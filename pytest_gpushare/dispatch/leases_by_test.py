@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 _PAUSE, _LONGEST_PAUSE = 0.025, 0.25
 """Seconds between two looks at the others while tests wait: longer while nothing happens."""
 
+_MOST_PAUSE = 1.0
+"""The same where many wait that asked before."""
+
+_GIVING_UP = 1.0
+"""Seconds between two looks whether another session needs what idle workers keep."""
+
 
 _BEFORE_ALL = -1
 """The ticket of a session that waited for its turn when it started: for its first tests it has
@@ -102,6 +108,7 @@ class SharedDevices:
         self.is_due = True
         """Whether the others are to be looked at in the next step, whatever it is for."""
         self._has_begun = False
+        self._woke_at = float("-inf")
         self._had_problem = False
         self._progress: object = None
         self._progressed = 0
@@ -111,9 +118,14 @@ class SharedDevices:
 
     def look(self) -> None:
         """Look at the other sessions without the gate, in a thread of its own, now and then."""
-        claims = self._lessee.look().claims.values()
-        is_new = any(claim.shares for claim in claims) and not self.is_shared
-        if is_new or any(claim.waiting for claim in claims):
+        claims, now = self._lessee.look().claims, time.monotonic()
+        is_new = not self.is_shared and any(claim.shares for claim in claims.values())
+        # Beside others only what its workers hold is leased: nothing else can be given up.
+        is_asked = now - self._woke_at >= _GIVING_UP and any(
+            claim.waiting and self._lessee.record.lease(uuid).idle for uuid, claim in claims.items()
+        )
+        if is_new or is_asked:
+            self._woke_at = now
             self.is_shared = self.is_due = True
             self._wake()
 
@@ -145,6 +157,7 @@ class SharedDevices:
 
         try:
             self._lessee.revise(decide)
+            self._had_problem = False
         except LedgerError as error:
             self._note(error)
             if actions is None:
@@ -165,7 +178,6 @@ class SharedDevices:
 
     def _revision(self, view: View, own: Mapping[str, OwnShare], *, has_acted: bool) -> Revision:
         self.is_shared = any(claims.shares for claims in view.claims.values())
-        self._had_problem = False
         devices = {
             uuid: lease_on(device, own[uuid], is_shared=self.is_shared)
             for uuid, device in self._capacities.items()
@@ -176,7 +188,11 @@ class SharedDevices:
             if share.waits_for is not None and self.is_shared
         )
         self._pause = _PAUSE if has_acted else min(1.5 * self._pause, _LONGEST_PAUSE)
-        self.due_at = time.monotonic() + self._pause if waits else float("-inf")
+        before = {
+            w.ticket for c in view.claims.values() for w in c.waiting if w.ticket < view.ticket
+        }
+        pause = min(self._pause * (1 + len(before) / 4), _MOST_PAUSE)
+        self.due_at = time.monotonic() + pause if waits else float("-inf")
         return Revision(devices, waits)
 
     def _kept_to(self, readings: Mapping[str, DeviceReading]) -> Mapping[str, DeviceReading]:

@@ -12,6 +12,9 @@ from pytest_gpushare.scheduler.pressure import Pressure
 _SOONEST, _TESTS_A_SECOND = 0.1, 20_000
 """The largest pending need is looked for so often: in seconds, and by how many tests there are."""
 
+_FEW = 100
+"""So many tests are looked through after each one that starts."""
+
 
 class OwnShare(NamedTuple):
     """One device, in bytes."""
@@ -42,7 +45,7 @@ class Sharing:
     def __init__(self, pool: GpuPool, pressure: Pressure) -> None:
         self._pool, self._pressure = pool, pressure
         self._largest: dict[str, int] = {}
-        self._looked_at = float("-inf")
+        self._looked_at, self._serial = float("-inf"), -1
 
     def of(self, device: str) -> OwnShare:
         """The figures of one device now."""
@@ -83,8 +86,9 @@ class Sharing:
     def _largest_pending(self, device: str) -> int:
         pool = self._pool
         pause = _SOONEST + pool.pending.count / _TESTS_A_SECOND
-        if pool.at - self._looked_at >= pause:
-            self._looked_at = pool.at
+        is_cheap = pool.pending.count <= _FEW and self._serial != pool.serial
+        if is_cheap or pool.at - self._looked_at >= pause:
+            self._looked_at, self._serial = pool.at, pool.serial
             self._largest = self._largest_by_device()
         return self._largest.get(device, 0)
 
