@@ -1,0 +1,151 @@
+"""What comes from another host is foreign: it is checked, and what is damaged is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_gpushare.config.sources import Written, load
+from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, HostFacts
+from pytest_gpushare.hosts.agent import settings_as_texts, settings_of
+from pytest_gpushare.hosts.answers import (
+    HostAnswer,
+    decode,
+    decode_hello,
+    decode_sample,
+    encode,
+)
+from pytest_gpushare.hosts.checkout import Checkout
+from pytest_gpushare.hosts.live import HostLive, global_pid
+from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.planning.plan import Request
+from pytest_gpushare.planning.startup import plan_run
+from pytest_gpushare.units import GB
+
+HERE = Path("/nowhere")
+SETTINGS = load(Written({}, {"gpu_share_config": ""}, {}, "", HERE, HERE, HERE))
+DEVICE = Device("GPU-1", "a card", "0", 24 * GB, 2 * GB, 22 * GB, (GpuProcess(7, GB, "Ollama"),))
+
+
+def answer() -> dict[str, Any]:
+    gpus = GpuFacts((DEVICE,), (DEVICE,), driver="580")
+    ollama = OllamaFacts(
+        "127.0.0.1:1", True, True, "0.33.0", (LoadedModel("m:1b", GB, GB, context=4096),)
+    )
+    plan = plan_run(SETTINGS, gpus, ollama, HostFacts(8), Request())
+    made = HostAnswer(
+        gpus, plan, ollama, 8, None, {"XLA_FLAGS": "x", "HOME": "/root"}, {"torch": "2.1"},
+        False, "/tmp/lease", ("a note",), (), Checkout("abc", "def"), "",
+    )  # fmt: skip
+    return dict(json.loads(json.dumps(encode(made))))
+
+
+def test_an_answer_comes_back_with_its_host() -> None:
+    facts = decode(answer(), "box")
+    assert facts.gpus.devices[0].label == "box GPU 0"
+    assert facts.gpus.devices[0].processes == DEVICE.processes
+    assert facts.share.reservation == {"GPU-1": 12 * GB}
+    assert facts.ollama.models[0].name == "m:1b"
+    assert facts.checkout == Checkout("abc", "def")
+    # Nothing of the environment but what caps depend on.
+    assert facts.outer == {"XLA_FLAGS": "x"}
+
+
+def test_settings_arrive_as_they_were() -> None:
+    written = {"gpu_share_max_workers_per_gb": "0.33", "gpu_share_safety_buffer_mb": "1500",
+               "gpu_share_preset": "packed", "gpu_share_ollama_gpu": "0"}  # fmt: skip
+    settings = load(Written({}, {**written, "gpu_share_config": ""}, {}, "", HERE, HERE, HERE))
+    there = settings_of(json.loads(json.dumps(settings_as_texts(settings))))
+    for name in (
+        "max_workers_per_gb",
+        "safety_buffer",
+        "presets",
+        "ollama_gpu",
+        "min_vram_per_worker",
+        "max_workers_per_gpu",
+        "ollama_vram_reservation",
+    ):
+        assert getattr(there, name) == getattr(settings, name), name
+    assert there.wait == 0
+
+
+def places_of(value: Any, way: tuple[Any, ...] = ()) -> Any:
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in pairs:
+        yield (*way, key)
+        if isinstance(part, (dict, list)):
+            yield from places_of(part, (*way, key))
+
+
+SAMPLE = {
+    "kind": "sample",
+    "now": 5.0,
+    "memory_at": 4.9,
+    "memory": {"GPU-1": [24 * GB, 2 * GB, 22 * GB]},
+    "answering": True,
+    "processes_at": 4.8,
+    "processes": {"GPU-1": [[7, GB, "", [3, 2], True]]},
+}
+HELLO = {
+    "kind": "hello",
+    "python": "3.12",
+    "executable": "/p",
+    "directory": "/d",
+    "path": ["/x"],
+    "versions": {"pytest": "9"},
+}
+
+
+@pytest.mark.parametrize("which", ["answer", "sample", "hello"])
+def test_damaged_messages_raise_nothing_but_value_errors(which: str) -> None:
+    """Each value is replaced by values of other types: what is accepted makes sense."""
+    whole: dict[str, Any] = {"answer": answer(), "sample": SAMPLE, "hello": HELLO}[which]
+    read: Any = {
+        "answer": lambda message: decode(message, "box"),
+        "sample": decode_sample,
+        "hello": decode_hello,
+    }[which]
+    read(copy.deepcopy(whole))
+    chance = random.Random(20)
+    places = list(places_of(whole))
+    refused = 0
+    for _ in range(600):
+        damaged = copy.deepcopy(whole)
+        *way, last = chance.choice(places)
+        at: Any = damaged
+        for step in way:
+            at = at[step]
+        at[last] = chance.choice(
+            [None, True, -1, 2**70, 1.5, float("nan"), "x\x1b[31m", "y" * 10_000, [], {}, [[]]]
+        )
+        try:
+            read(damaged)
+        except (ValueError, TypeError):
+            refused += 1
+    assert refused > 200
+
+
+def test_readings_are_put_on_this_hosts_clock_and_numbers() -> None:
+    asked: list[int] = []
+    now = [1000.0]
+    live = HostLive(2, lambda: asked.append(1), {"GPU-1": "box:GPU-1"}, clock=lambda: now[0])
+    assert not live.is_answering
+    assert live.memory(0.1).devices == {}
+    assert len(asked) == 1
+    live.take(SAMPLE)
+    assert live.is_answering
+    assert live.memory(1.0).at == pytest.approx(999.9)
+    assert live.memory(1.0).devices["box:GPU-1"].free == 22 * GB
+    (process,) = live.processes(1.0).devices["box:GPU-1"] or ()
+    assert process.pid == global_pid(2, 7)
+    assert live.parent(global_pid(2, 7)) == global_pid(2, 3)
+    assert live.alive(global_pid(2, 7))
+    now[0] += 10
+    assert not live.is_answering
+    # Nobody waits: the last reading is what there is.
+    assert live.memory(0.0).at == pytest.approx(999.9)
