@@ -178,6 +178,55 @@ def test_hold(start: Callable[..., Session], machine: Machine, project: Project)
     assert project.command([*HOLD, "--vram", "much", "--", "true"]).code == 2
 
 
+def test_hold_follows_the_configuration_file(
+    start: Callable[..., Session], machine: Machine, project: Project, tmp_path: Path
+) -> None:
+    """The ledger and the wait of the project in whose directory it is started."""
+    ledger = tmp_path / "ledger"
+    project.file("pytest.ini", f"[pytest]\ngpu_share_leases = {ledger}\ngpu_share_wait = 0.5\n")
+    command = [*HOLD, "--vram", "20GB", "--", "sleep", "60"]
+    with child_process(command, env=project.environment, cwd=project.path) as process:
+        wait_for(lambda: len(list(ledger.glob(f"s-{process.pid}-*"))) == 1)
+        refused = project.command([*HOLD, "--vram", "8GB", "--", "true"])
+        assert refused.code == 4
+        assert "8.0 GB of VRAM are not to be had on GPU 0 after " in refused.err
+        assert f"pid {process.pid}, " in refused.err
+    assert not leases_directory(project).exists()
+    project.file("pytest.ini", "[pytest]\ngpu_share_leases = off\n")
+    assert project.command([*HOLD, "--vram", "99GB", "--", "true"]).code == 0
+
+
+def test_acquire_in_a_test_follows_its_run(project: Project, machine: Machine) -> None:
+    """What goes beyond the slot is leased in the ledger of the run."""
+    ledger = project.path / "ledger"
+    project.write(
+        test_project="""
+            import pathlib
+            from pytest_gpushare.leases import acquire
+
+            def records():
+                return len(list(pathlib.Path("ledger").glob("s-*")))
+
+            def test_more():
+                assert records() == 1
+                with acquire("0", "2GB"):
+                    assert records() == 1
+                with acquire("0", "8GB") as lease:
+                    assert lease.size == 8 * 2**30
+                    assert records() == 2
+                assert records() == 1
+        """
+    )
+    result = project.pytest(
+        "--gpu-share", "-n3", "-o", f"gpu_share_leases={ledger}",
+        "-o", "gpu_share_preset=no-ollama", "-o", "gpu_share_max_workers_per_gpu=3",
+        "-o", "gpu_share_safety_buffer_mb=4096",
+        "-o", "gpu_share_min_vram_per_worker_gb=5",
+    )  # fmt: skip
+    assert result.passed == 1, result.out
+    assert list(ledger.glob("s-*")) == []
+
+
 def test_run_inside_hold(project: Project, machine: Machine) -> None:
     """It plans with the VRAM of the lease, and takes no second one."""
     pytest_command = [sys.executable, "-m", "pytest", "--gpu-share", "-p", "no:cacheprovider"]

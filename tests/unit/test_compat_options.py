@@ -125,6 +125,18 @@ def test_without_the_names_the_option_keeps_its_type(group: Any) -> None:
     xdist_options.accept_gpu_auto(parser)
 
 
+def test_configuration_file_of_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run there would read it; nothing where pytest lacks the name or cannot read the file."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\ngpu_share_wait = 7\n")
+    found, path = pytest_options.ini_near(tmp_path)
+    assert (found["gpu_share_wait"], path) == ("7", tmp_path / "pytest.ini")
+    (tmp_path / "pytest.ini").write_text("[pytest\n")
+    assert pytest_options.ini_near(tmp_path) == ({}, None)
+    (tmp_path / "pytest.ini").write_text("[pytest]\ngpu_share_wait = 7\n")
+    monkeypatch.setitem(sys.modules, "_pytest.config.findpaths", None)
+    assert pytest_options.ini_near(tmp_path) == ({}, None)
+
+
 def test_usage_hint() -> None:
     """Printed and taken back; without the dictionary nothing happens."""
     parser: Any = SimpleNamespace(extra_info={"other": "stays"})
