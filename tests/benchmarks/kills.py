@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from .scene import Scene, scene
+from .scene import LIMIT, Scene, scene
 
 from fidelity.runs import NEEDS, OURS, Run, run  # isort: skip - scene sets the path
 
@@ -149,7 +149,7 @@ def _once(here: Scene, dice: random.Random, stock: bool) -> tuple[Run, set[str]]
         ours = () if stock else (*OURS, *NEEDS)
         arguments = ["-n", str(WORKERS), "--max-worker-restart=1000", "-p", "no:cacheprovider"]
         with Killer(place, dice, dice.randint(3, 8)) as killer:
-            done = run(here.path, place, [*arguments, *ours], here.environment, timeout=120)
+            done = run(here.path, place, [*arguments, *ours], here.environment, timeout=LIMIT)
         return done, killer.killed
 
 

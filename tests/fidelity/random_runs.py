@@ -10,6 +10,9 @@ from .compare import exactly, more_setups, replayed, within
 from .generator import Case, draw
 from .runs import OURS, STOCK_TWICE, Run, run
 
+LIMIT = 240.0
+"""Seconds for one run of a project, on a machine that does much else."""
+
 
 @dataclass
 class Compared:
@@ -38,11 +41,14 @@ def compare(
 
     def one(where: str, arguments: list[str]) -> Run:
         files = ("results.txt",)
-        return run(project, place / where, arguments, environment, steps=case.steps, files=files)
+        return run(
+            project, place / where, arguments, environment,
+            steps=case.steps, files=files, timeout=LIMIT,
+        )  # fmt: skip
 
     def replay(order: list[str]) -> Run:
         arguments = [*case.arguments, "-n", "1"]
-        return run(project, place / "replay", arguments, environment, order=order)
+        return run(project, place / "replay", arguments, environment, order=order, timeout=LIMIT)
 
     def one_more() -> Run:
         stock.append(one("stock", shared))
