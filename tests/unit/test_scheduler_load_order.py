@@ -6,9 +6,13 @@ from random import Random
 from typing import Any
 
 import pytest
+from dispatching import Script, World
 from xdist.scheduler.load import LoadScheduling
 
+from pytest_gpushare.scheduler.needs import Need
 from pytest_gpushare.scheduler.queue import LoadOrder
+from pytest_gpushare.scheduler.types import DeviceCapacity, Job, Worker
+from pytest_gpushare.units import GB
 
 
 class Node:
@@ -71,3 +75,28 @@ def test_order_beside_xdist(seed: int) -> None:
             duration = draw.choice([0.01, 0.2])
             mine.done(test, duration)
             sched.mark_test_complete(node, test, duration)
+
+
+@pytest.mark.parametrize("group", ["", "shared"])
+@pytest.mark.parametrize("duration", [0.005, 0.04, 0.3])
+def test_order_of_the_dispatcher(duration: float, group: str) -> None:
+    """One worker that dies runs the tests so, whether they were sent together or one by one."""
+    count, deaths = 40, (1, 9, 10, 30)
+    expected, order = list[int](), LoadOrder(range(count), None)
+    left = list(range(count))
+    while left:
+        test = left.pop(0)
+        expected.append(test)
+        if test in deaths:
+            left.sort(key=order.down(test).__getitem__)
+            order.up()
+        else:
+            order.done(test, duration)
+    need = Need(GB, source="marker")
+    world = World(
+        [Job(f"t{number}", True, need, group) for number in range(count)],
+        [DeviceCapacity("GPU-0", "GPU 0", 8 * GB)],
+        [Worker("gw0", ("GPU-0",), 8 * GB)],
+        scripts={n: Script(duration, crashes=n in deaths) for n in range(count)},
+    ).run()
+    assert list(world.outcomes) == expected
