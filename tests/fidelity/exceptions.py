@@ -19,6 +19,10 @@ EXCEPTIONS = {
         "With one worker and load the order is that of one of up to four stock runs: it depends on "
         "which tests lasted 0.1 s or more."
     ),
+    "a scheduler of the project's own": (
+        "Where tests have needs, ours takes its place and follows `--dist`: compared as beside two "
+        "workers or more, with one, too."
+    ),
     "worker's end": (
         "A worker that ends in the teardown of a module or class (`pytest.exit` there) is reported "
         "for its last test; which test that is, and whether a second worker ends so, too, depends "

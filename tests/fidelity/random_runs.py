@@ -55,7 +55,7 @@ def compare(
         return stock[-1]
 
     ours = one("ours", [*shared, *([] if STOCK_TWICE else [*OURS, *case.ours])])
-    if case.workers == 1:
+    if case.workers == 1 and case.dist:
         found = exactly(one_more(), ours, dist=case.dist)
         while found and case.crashes and len(stock) < 4:
             # Who had been sent how many tests depends on which of them lasted 0.1 s.
