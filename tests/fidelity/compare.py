@@ -90,11 +90,13 @@ def within(
 def replayed(ours: Run, replay: Callable[[list[str]], Run]) -> list[str]:
     """What differs between each worker of ours and stock with the same tests in that order."""
     found: list[str] = []
+    codes: set[int] = set()
     for rows in ours.workers.values():
         begun = [row[2] for row in rows if row[1] == "begun"]
         if not begun:
             continue
         again = replay(begun)
+        codes.add(again.code)
         mine = [_report(it) for it in ours.reports if it["worker"] == rows[0][0]]
         theirs = [_report(it) for it in again.reports]
         # The worker's own progress, which it prints into what subtests capture.
@@ -105,6 +107,8 @@ def replayed(ours: Run, replay: Callable[[list[str]], Run]) -> list[str]:
         for kind in ("phase", "next", "makereport", "up", "down"):
             pair = [_process(it, kind) for it in (next(iter(again.workers.values())), rows)]
             found += _differ(f"in {rows[0][0]} and its replay: {kind}", *pair)
+    if codes and codes | {ours.code} <= {0, 1}:
+        found += _differ("exit code and that of the replays", [max(codes)], [ours.code])
     return found
 
 

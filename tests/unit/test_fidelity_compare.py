@@ -120,6 +120,12 @@ def test_what_the_distribution_decides() -> None:
     assert asked == [["a", "b", "c"]]
     sound = within(lambda: a_run("a", "b", "c"), ours, replay=lambda order: a_run(*order))
     assert len(sound) == 2
+    # Whether anything failed, too, but only where the replay says the same.
+    ours.code = 1
+    assert within(lambda: a_run("a", "b", "c"), ours, replay=replay)
+    failed = damaged("error of a teardown")
+    failed.code = 1
+    assert within(lambda: a_run("a", "b", "c"), ours, replay=lambda _: failed) == []
 
 
 def test_cases_are_drawn_by_their_seed() -> None:
