@@ -19,4 +19,5 @@ nitpicky = True
 
 html_theme = "furo"
 html_title = f"pytest-gpushare {release}"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["wrap.css"]
