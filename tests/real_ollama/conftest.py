@@ -59,6 +59,8 @@ def library(installation: Installation) -> Installation:
 @pytest.fixture
 def start(library: Installation, project: Project) -> Iterator[Start]:
     """Start a server for the project, on a machine's GPU or on the CPU alone."""
+    # Computing a token in software may keep the machine busy for longer than 0.5 s.
+    project.file("pytest.ini", "[pytest]\ngpu_share_ollama_timeout_s = 20\n")
     with ExitStack() as stack:
 
         def started(machine: Machine | None = None, **variables: str) -> RealOllama:

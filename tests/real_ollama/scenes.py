@@ -216,7 +216,7 @@ def ours(scene: Scene, reservation: str = "auto") -> list[str]:
         "ollama_models": scene.model,
         "ollama_context": str(scene.context),
         "ollama_parallel": str(scene.parallel),
-        "ollama_timeout_s": "10",
+        "ollama_timeout_s": "20",
         "safety_buffer_mb": "256",
         "preset": "packed",
     }

@@ -21,10 +21,10 @@ from simulator.machine import STATE_VARIABLE, Machine
 
 from .gguf import Shape, write_model
 
-START_LIMIT = 60.0
+START_LIMIT = 120.0
 LOAD_LIMIT = 280.0
 """Seconds; a first load compiles the kernels of its operations for the CPU."""
-UNLOAD_LIMIT = 30.0
+UNLOAD_LIMIT = 120.0
 
 _REQUEST = re.compile(r'^\[GIN\].*?\|\s+(\d{3}) \|.*?\| (\w+)\s+"([^"]*)"', re.MULTILINE)
 
@@ -186,7 +186,7 @@ class RealOllama:
 
     # --- requests ---
 
-    def get(self, path: str, timeout: float = 10.0) -> Any:
+    def get(self, path: str, timeout: float = 60.0) -> Any:
         """The decoded answer of a GET."""
         return self._ask("GET", path, None, timeout)
 

@@ -43,7 +43,7 @@ def test_version_and_models(server: RealOllama) -> None:
     assert re.match(r"\d+\.\d+\.\d+", server.version)
     server.load("tiny", num_ctx=1024)
     with contextlib.closing(connect(parse_address(server.host), lambda _: None)) as connection:
-        answer = loaded_models(connection, time.monotonic() + 10)
+        answer = loaded_models(connection, time.monotonic() + 60)
     entry = server.entry("tiny")
     (model,) = answer.models
     assert answer.odd == ()
@@ -58,7 +58,7 @@ def test_version_and_models(server: RealOllama) -> None:
 )  # fmt: skip
 def test_metadata(server: RealOllama, name: str, shape: Shape) -> None:
     """`/api/tags` and `/api/show` give the whole shape."""
-    (facts,) = ask_models(parse_address(server.host), [name], time.monotonic() + 10, lambda _: None)
+    (facts,) = ask_models(parse_address(server.host), [name], time.monotonic() + 60, lambda _: None)
     assert (facts.problem, facts.is_missing, facts.is_remote) == ("", False, False)
     assert facts.info is not None
     assert facts.tensors is not None

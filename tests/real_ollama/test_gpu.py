@@ -56,7 +56,7 @@ def test_prediction(
     entry = server.load(model)
     assert entry["size_vram"] == entry["size"]
     address = parse_address(server.host)
-    (facts,) = ask_models(address, [model], time.monotonic() + 10, lambda _: None)
+    (facts,) = ask_models(address, [model], time.monotonic() + 60, lambda _: None)
     predicted = predict(facts, Server(12 * GIB, server.version, context, parallel, cache_type))
     (held,) = [size for pid, size in machine.snapshot()[0].processes if pid in server.runners()]
     # With a sliding window the server's figure leaves one of the two caches out.

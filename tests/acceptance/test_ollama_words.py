@@ -1,0 +1,81 @@
+"""What is said of a server that cannot be asked, and of a model that changes in mid-run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from simulator import Device, Machine
+from simulator.ollama import FaultyServer, Model, OllamaServer
+
+from .conftest import Project
+from .test_cli_doctor import COMMAND, DoctorOutput, doctor
+from .test_localhost import with_hosts
+from .test_preload import MODELS, ON, changes
+
+OllamaWith = Callable[..., OllamaServer]
+
+# A test loads the model with another number of threads, and then runs past the next look at it.
+RELOAD = """
+    import json, os, time, urllib.request
+
+    def test_it():
+        body = {"model": "small:1b", "prompt": "a", "stream": False, "options": {"num_thread": 1}}
+        url = f"http://{os.environ['OLLAMA_HOST']}/api/generate"
+        request = urllib.request.Request(url, data=json.dumps(body).encode())
+        urllib.request.urlopen(request, timeout=60).read()
+        time.sleep(8)
+"""
+
+
+def test_doctor_beside_a_server_that_hangs(project: Project, machine: Machine) -> None:
+    """It is there, and does not answer: starting it would not help."""
+    with FaultyServer("silent") as server:
+        report = doctor(project, OLLAMA_HOST=server.host)
+    assert report.level("ollama-hangs") == "look"
+    assert "raise gpu_share_ollama_timeout_s" in report.fix("ollama-hangs")
+    assert "restart it" in report.fix("ollama-hangs")
+    assert "ollama serve" not in report.result.out
+
+
+def test_host_check(project: Project, machine: Machine, ollama_with: OllamaWith) -> None:
+    """A name of /etc/hosts, as that of a Compose service, is refused: doctor says why."""
+    server = ollama_with({"qwen2.5:14b": "10.8GB"}, load="qwen2.5:14b")
+    hosts = project.file("hosts", "127.0.0.1 localhost gpu-box\n")
+    host = f"gpu-box:{server.port}"
+    report = DoctorOutput(project.command(with_hosts(hosts, *COMMAND, "--json"), OLLAMA_HOST=host))
+    assert "status 403" in report.fact("ollama-host-check")
+    assert "IP address" in report.fix("ollama-host-check")
+    assert ".internal" in report.fix("ollama-host-check")
+    pytest = [sys.executable, "-m", "pytest", "--gpu-share", "-p", "no:cacheprovider"]
+    result = project.command(with_hosts(hosts, *pytest), OLLAMA_HOST=host)
+    assert (result.code, result.passed) == (0, 4), result.out
+    assert any(f"Ollama at {host}" in line and "status 403" in line for line in result.said)
+
+
+def test_a_model_that_a_test_reloads(
+    project: Project, machine_with: Callable[..., Machine], ollama_with: OllamaWith
+) -> None:
+    """It is the test's from then on: nothing is sent, and the verdict says so."""
+    machine_with(Device(total="24GB", used="2GB"))
+    server = ollama_with([Model("small:1b", "1GB")], keep_alive="18s")
+    project.write(test_project=RELOAD)
+    result = project.pytest(*ON, "-n1", "-o", f"{MODELS}small:1b")
+    assert (result.code, result.passed) == (0, 1), result.out
+    asked = [body.get("options") for path, body in changes(server) if path == "/api/generate"]
+    assert asked == [None, {"num_thread": 1}]
+    line = "gpu-share: small:1b was not kept loaded any more: somebody reloaded it"
+    assert line in result.out.replace(":latest", "")
+
+
+def test_small_sizes(project: Project, machine: Machine, ollama_with: OllamaWith) -> None:
+    """MB where GB would be 0.0, in header and verdict."""
+    tiny = Model("tiny:1b", "60MB", layers=2, heads=4, kv_heads=2, key_length=16, value_length=16,
+                 embedding_length=64)  # fmt: skip
+    ollama_with([tiny], load="tiny:1b")
+    result = project.pytest("--gpu-share")
+    assert (result.code, result.passed) == (0, 4), result.out
+    told = [line for line in result.said if "tiny:1b" in line]
+    assert len(told) == 2
+    assert all("60 MB" in line for line in told), told
+    assert "0.0 GB" not in result.out
