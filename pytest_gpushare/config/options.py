@@ -90,8 +90,8 @@ SWITCHES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     (
         "--gpu-share-strict",
         "store_true",
-        "fail the run (exit code 1) where a worker's placement was changed behind the plan, "
-        "or the tests drove a part of a model of Ollama's off the GPU",
+        "fail the run (exit code 1) where a worker's placement was changed after planning, "
+        "the tests pushed part of an Ollama model off the GPU, or a model was missing",
         {},
     ),
     (

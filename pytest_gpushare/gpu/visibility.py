@@ -46,7 +46,7 @@ def visible(devices: Sequence[Device], value: str | None, order: str | None = No
         if device is None:
             problem = (
                 f'{written}: "{_short(entry.strip())}" names no device: it and what follows '
-                "count for nothing"
+                "are ignored"
             )
             break
         if device in found:
@@ -67,7 +67,7 @@ def _named(gpus: Mapping[str, Sequence[Device]], entry: str) -> Device | None:
     """The device that an entry means; of a GPU that is cut into MIG instances, its first one."""
     ordinal = _ORDINAL.match(entry)
     if ordinal is not None:
-        # What follows the digits counts for nothing: "1gpu2" is 1. Compared as text, since
+        # What follows the digits is ignored: "1gpu2" is 1. Compared as text, since
         # Python converts no integer of more than 4300 digits.
         sign, digits = ordinal.group(1), ordinal.group(2).lstrip("0") or "0"
         number = digits if digits == "0" else sign.replace("+", "") + digits

@@ -315,7 +315,7 @@ def why(spill: Spill, reservation: int, budget: int) -> str:
             "whenever VRAM was looked at, there was room for all of it on the GPU: a request set "
             "num_gpu, the server's own settings limit it, or somebody held VRAM for a moment"
         )
-    return "NVML told nothing of the GPU then, so the cause is unknown"
+    return "NVML gave no reading at that time, so the cause is unknown"
 
 
 def _would(setting: Setting | None) -> str:

@@ -333,7 +333,7 @@ def _arithmetic(run: ActiveRun) -> Iterator[str]:
             steps.append(f"by compute mode {device.by_mode}")
         yield f"  {label} workers: {', '.join(steps)}: {device.fitting}"
     for name, most in plan.limits:
-        yield f"  workers of the run: {name.value} allows {most}"
+        yield f"  workers of the run: limit by {name.value}: {most}"
     for option in OPTIONS:
         origin = settings.origins.get(option.key, "default")
         if origin != "default":

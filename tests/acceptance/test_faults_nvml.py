@@ -669,7 +669,7 @@ def test_run_inside_outer_visibility(
     assert set(project.places().values()) == {f"gpu {uuids[2]}", f"gpu {uuids[0]}"}
     assert result.said[1] == (
         f'  CUDA_VISIBLE_DEVICES={uuids[2]},0,7: "7" names no device: '
-        "it and what follows count for nothing"
+        "it and what follows are ignored"
     )
 
 

@@ -80,10 +80,7 @@ def test_seen(value: str | None, expected: tuple[Device, ...]) -> None:
 def test_hidden(value: str, expected: tuple[Device, ...], odd: str) -> None:
     """An entry that names no single device hides itself and all that follow, and that is told."""
     found = visible(ALL, value, "PCI_BUS_ID")
-    text = (
-        f'CUDA_VISIBLE_DEVICES={value}: "{odd}" names no device: '
-        "it and what follows count for nothing"
-    )
+    text = f'CUDA_VISIBLE_DEVICES={value}: "{odd}" names no device: it and what follows are ignored'
     assert found.devices == expected
     assert (found.problem, found.absence) == ((text, "") if expected else ("", text))
 

@@ -148,7 +148,7 @@ def test_nvml_tells_nothing() -> None:
     spill = judge(3.0, MODEL, (), [{}], promise())
     assert (spill.cause, spill.is_ours) == (Cause.UNKNOWN, False)
     assert in_words(spill) == "who held VRAM then is unknown"
-    assert reason(spill) == "NVML told nothing of the GPU then, so the cause is unknown"
+    assert reason(spill) == "NVML gave no reading at that time, so the cause is unknown"
 
 
 def test_held_for_a_moment() -> None:
