@@ -72,6 +72,8 @@ class DeviceUsage(NamedTuple):
     """Neighbour -> bytes of its processes in NVML's list; no entry where it shows none."""
     descendants: Mapping[str, int] = {}
     """Worker -> the part of its bytes that processes hold which it has started."""
+    explained: int = 0
+    """What other processes explain: what they held before the run, and what they took since."""
 
     def of(self, neighbour: str) -> int:
         """Resident bytes of a neighbour."""
@@ -263,6 +265,7 @@ class Attribution:
             max(0, beside - explained),
             identified,
             split.descendants if split else {},
+            explained,
         )
 
     def _held(

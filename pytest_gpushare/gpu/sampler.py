@@ -431,4 +431,6 @@ _MOST_PENDING = 1000
 
 def _foreign(usage: DeviceUsage) -> int:
     """Bytes that other processes explain."""
-    return max(0, usage.net_of_neighbours - (usage.tests or 0) - usage.unattributed)
+    # Workers give VRAM back between the process list and the memory: the difference is too small.
+    seen = usage.net_of_neighbours - (usage.tests or 0) - usage.unattributed
+    return max(0, usage.explained, seen)

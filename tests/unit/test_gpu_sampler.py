@@ -233,3 +233,12 @@ def test_vram_of_a_process_that_has_just_ended_is_not_laid_to_the_tests() -> Non
     samples.add(0.2, reading({"gw0": 100}, 550, ollama=330, others=20))
     samples.listed(reading({"gw0": 100}, 450, ollama=330, others=20))
     assert samples.peaks.rise == 100
+
+
+def test_what_was_there_before_the_run_explains_itself_whenever_memory_is_read() -> None:
+    """A worker that gives VRAM back between the list and the memory makes others look smaller."""
+    samples = DeviceSamples()
+    samples.listed(reading({"gw0": 500}, 520)._replace(explained=120))
+    samples.add(0.2, reading({"gw0": 500}, 620)._replace(explained=120))
+    samples.listed(reading({"gw0": 500}, 520)._replace(explained=120))
+    assert samples.peaks.rise == 500
