@@ -160,6 +160,7 @@ class LlmTests:
         """Test -> the number of its group."""
         self._model_of = {nodeids[test]: self.models[at].shown for test, at in self.of.items()}
         run.links.on("ollama-answer", self._received)
+        self._publish()
         for text in {
             f"@pytest.mark.ollama: {use.odd}: means nothing to this plugin, which knows "
             "model=... and context=..."
@@ -167,6 +168,13 @@ class LlmTests:
             if use.odd
         }:
             run.record.note("ollama-marker", text)
+
+    def _publish(self) -> None:
+        """Let other sessions know which models are in use: they do not unload them."""
+        lessee = self._run.lessee
+        names = [name for model in self.models for name in model.names]
+        if lessee is not None and names:
+            lessee.change(models=tuple(dict.fromkeys([*lessee.record.models, *names])))
 
     # --- what the server says ---
 

@@ -251,7 +251,9 @@ def test_fixture(project: Project, server: OllamaServer) -> None:
         assert (result.code, result.passed) == (0, 3), result.out
         report = json.loads((project.path / "r.json").read_text(encoding="utf-8"))
         tests = report["ollama"]["tests"]
-        assert (tests["tests"], len(tests["loads"]), tests["not_run"]) == (2, 2, [])
+        assert (tests["tests"], tests["not_run"]) == (2, [])
+        # The model of the last test is still there when the second run begins.
+        assert len(tests["loads"]) == (2 if workers == "-n2" else 1)
         assert {each["model"]: each["tokens"] for each in tests["answers"]} == {
             "a:1b at 2048 tokens": 3,
             "b:1b": 3,
@@ -527,3 +529,64 @@ def test_two_sessions_two_models(project: Project, server: OllamaServer) -> None
         assert (result.code, result.passed) == (0, 4), result.out
     assert server.scheduler.spills == []
     assert set(server.scheduler.loads) == {"a:1b", "b:1b"}
+
+
+def test_reload_is_named_with_its_remedy(project: Project, server: OllamaServer) -> None:
+    """A call by OpenAI's paths cannot set the context that the tests of the model declare."""
+    project.write(
+        test_project=SUITE
+        + """
+    def complete(ollama):
+        body = {"model": ollama.model, "messages": [{"role": "user", "content": "a"}]}
+        url = ollama.openai_base_url + "/chat/completions"
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode())) as a:
+            return json.loads(a.read())
+
+    @pytest.mark.parametrize("i", range(2))
+    @pytest.mark.ollama(model="a:1b", context=2048)
+    def test_both(ollama, i):
+        ask(ollama.model, **ollama.options)
+        complete(ollama)
+        # Long enough to be seen.
+        time.sleep(3)
+    """
+    )
+    result = project.pytest("--gpu-share", "-n2")
+    assert (result.code, result.passed) == (0, 2), result.out
+    assert "gpu-share: hint: a:1b was loaded again while its tests ran" in result.out
+    assert "PARAMETER num_ctx 2048 keeps one context" in result.out
+
+
+def test_busy_server_is_asked_again(project: Project, server: OllamaServer) -> None:
+    """A full queue of loads (503) is no failure until the time for a load is over."""
+    project.write(
+        test_project=SUITE
+        + """
+    @pytest.mark.ollama(model="a:1b")
+    def test_a():
+        pass
+    """
+    )
+    server.errors["/api/generate"] = (503, "server busy, please try again.")
+    result = project.pytest("--gpu-share", "-n2", "-o", "gpu_share_ollama_load_timeout_s=3")
+    assert (result.code, result.passed) == (1, 0), result.out
+    assert "cannot load a:1b: " in result.out
+    assert len([r for r in server.requests if r.path == "/api/generate"]) > 2
+
+
+def test_unknown_arguments_of_a_foreign_marker(project: Project, server: OllamaServer) -> None:
+    """Another suite's `ollama` marker is not an error; what means nothing here is named once."""
+    project.write(
+        test_project=SUITE
+        + """
+    @pytest.mark.parametrize("i", range(3))
+    @pytest.mark.ollama(backend="local", retries=2)
+    def test_a(i):
+        ask("a:1b", 0.02)
+    """
+    )
+    result = project.pytest("--gpu-share", "-n2")
+    assert (result.code, result.passed) == (0, 3), result.out
+    assert result.out.count("gpu-share: @pytest.mark.ollama: backend, retries: means nothing") == 1
+    # Nobody knows the model: nothing is loaded by the run, and one test at a time uses it.
+    assert most_at_once(server, "a:1b") == 1
