@@ -176,6 +176,11 @@ class Nvml:
         name = self._or_none(lambda: self._library.nvmlDeviceGetName(handle))
         memory = self._memory(handle)
         unified = memory is None
+        processes = self._processes(handle)
+        later = self._memory(handle) if memory is not None else None
+        if memory is not None and later is not None and later.used > memory.used:
+            # Somebody allocated meanwhile, and may be in the list already.
+            memory = later
         total, used, free = _checked(memory or _unified())
         if not uuid.isprintable() or not 0 < len(uuid) < 97 or "," in uuid:
             raise ValueError("NVML gives no UUID by which CUDA can select it")
@@ -189,7 +194,7 @@ class Nvml:
             total=total,
             used=used,
             free=free,
-            processes=self._processes(handle),
+            processes=processes,
             compute_mode=_compute_mode(
                 self._or_none(lambda: self._library.nvmlDeviceGetComputeMode(whole))
             ),
