@@ -12,6 +12,8 @@ Names of xdist and execnet that are used:
 - `DSession._clone_node`, `report_line`, `triggershutdown`, `_active_nodes`, `nodemanager` (since
   1.0): a worker of a host that is gone is not replaced. Without them xdist replaces it, and the
   run ends with its error.
+- `Gateway._channelfactory.finished` of execnet (since 1.0): whether its connection is over. Without
+  it a host that is lost may be noticed too late, when xdist cannot replace a worker of it.
 - `Gateway._io` of execnet and its `kill` and `wait` (since 1.0), `Group._gateways_to_join`: end the
   login of a host that is silent, and ask nothing of one that is gone. Without them ssh's own limit
   ends it, and execnet reports the lost gateways as an error at the end of the run.
@@ -143,7 +145,13 @@ class Replacements:
             text = refusal(node)
             if not text:
                 report(f"{replacing}{node.gateway.id}")
-                return clone(node)
+                try:
+                    return clone(node)
+                except (OSError, EOFError, AssertionError):
+                    # Its host has gone at this very moment.
+                    if not node.gateway.spec.via:
+                        raise
+                    text = f"worker {node.gateway.id} is not replaced: its host is gone"
             report(f"\n{text}")
             if len(session._active_nodes) <= 1:
                 # xdist takes a run without workers for an error of its own.
@@ -174,7 +182,10 @@ class Replacements:
     def is_connected(self, name: str) -> bool:
         """Whether the gateway of this name still receives."""
         gateway = self.gateway(name)
-        return gateway is not None and bool(gateway.hasreceiver())
+        if gateway is None or not gateway.hasreceiver():
+            return False
+        # Set before the channels of the gateway are closed, and so before a worker is missed.
+        return not getattr(getattr(gateway, "_channelfactory", None), "finished", False)
 
     def cut(self, name: str) -> None:
         """End the login behind the gateway of this name, and with it all its workers."""

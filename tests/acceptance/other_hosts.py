@@ -76,6 +76,41 @@ class OtherHost:
         return f"gpu-auto*ssh=-F {self.config} {self.name}//chdir={self.root}//python={self.python}"
 
 
+class Link:
+    """A network between this host and one other, which can be cut."""
+
+    def __init__(self, number: int) -> None:
+        self.name = f"gs{os.getpid() % 100000}n{number}"
+        self._net = f"10.77.{os.getpid() % 250}"
+        self.address = f"{self._net}.2"
+        self.inside = ("ip", "netns", "exec", self.name)
+
+    def __enter__(self) -> Link:
+        self._ip("netns", "add", self.name)
+        self._ip("link", "add", f"{self.name}a", "type", "veth", "peer", "name", f"{self.name}b")
+        self._ip("link", "set", f"{self.name}b", "netns", self.name)
+        self._ip("addr", "add", f"{self._net}.1/24", "dev", f"{self.name}a")
+        self._ip("link", "set", f"{self.name}a", "up")
+        for words in (
+            ("addr", "add", f"{self.address}/24", "dev", f"{self.name}b"),
+            ("link", "set", f"{self.name}b", "up"),
+            ("link", "set", "lo", "up"),
+        ):
+            self._ip("netns", "exec", self.name, "ip", *words)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for words in (("link", "del", f"{self.name}a"), ("netns", "del", self.name)):
+            subprocess.run(["ip", *words], capture_output=True, timeout=10)
+
+    def cut(self) -> None:
+        """Nothing arrives any more, in either direction, and nobody is informed."""
+        self._ip("netns", "exec", self.name, "ip", "link", "set", f"{self.name}b", "down")
+
+    def _ip(self, *words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
+
+
 @contextmanager
 def other_host(
     directory: Path,
@@ -84,8 +119,15 @@ def other_host(
     *devices: Device,
     cpus: int = 64,
     ollama: Mapping[str, str] | None = None,
+    prefix: str = sys.prefix,
+    link: Link | None = None,
 ) -> Iterator[OtherHost]:
-    """A host with these devices, while the block lasts; `ollama`: models that its server holds."""
+    """A host with these devices, while the block lasts.
+
+    `ollama`: models that its server holds. `prefix`: its environment of Python. `link`: the
+    network by which it is reached; None: loopback.
+    """
+    address = link.address if link else "127.0.0.1"
     tmp = directory / name
     venv, home = tmp / f"venv-{name}", tmp / "home"
     for each in (venv, home, tmp / "nvml"):
@@ -93,7 +135,7 @@ def other_host(
     shutil.copytree(nvml, tmp / "nvml", dirs_exist_ok=True)
     machine = Machine.create(tmp / "vram", devices)
     port = closed_port()
-    config = _keys(directory, name, port)
+    config = _keys(directory, name, address, port)
     ollama_port = closed_port()
     environment = {
         "HOME": "/tmp/home",
@@ -105,9 +147,9 @@ def other_host(
         "PATH": os.environ["PATH"],
         "TMPDIR": "/tmp",
     }
-    server = _server(directory, name, port, environment)
+    server = _server(directory, name, address, port, environment)
     script = (
-        f"mount --bind {sys.prefix} {venv} && mount --rbind {tmp} /tmp || exit 1; "
+        f"mount --bind {prefix} {venv} && mount --rbind {tmp} /tmp || exit 1; "
         f"{_serving(ollama, ollama_port, environment)}"
         f"mkdir -p /run/sshd && exec {SSHD} -D -e -f {server}"
     )
@@ -115,7 +157,7 @@ def other_host(
         (directory / f"{name}.log").open("w") as log,
         child_process(
             # With process numbers of its own; whatever runs there ends with its first process.
-            [*_NAMESPACES, "sh", "-c", script],
+            [*(link.inside if link else ()), *_NAMESPACES, "sh", "-c", script],
             env={**clean_environment(), "PATH": os.environ["PATH"]},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -124,16 +166,16 @@ def other_host(
         ) as process,
     ):
         host = OtherHost(name, tmp, machine, config, environment, process)
-        _wait_for(port, directory / f"{name}.log")
+        _wait_for(address, port, directory / f"{name}.log")
         if ollama:
-            _wait_for(ollama_port, tmp / "ollama.log", 30)
+            _wait_for("127.0.0.1", ollama_port, tmp / "ollama.log", 30)
         try:
             yield host
         finally:
             process.kill()
 
 
-def _keys(directory: Path, name: str, port: int) -> Path:
+def _keys(directory: Path, name: str, address: str, port: int) -> Path:
     """Keys for the host and for its user; returns a configuration of ssh."""
     for kind in ("host", "user"):
         subprocess.run(
@@ -143,13 +185,13 @@ def _keys(directory: Path, name: str, port: int) -> Path:
         )
     public = (directory / f"{name}-host.pub").read_text()
     known = directory / f"{name}-known"
-    known.write_text(f"[127.0.0.1]:{port} {public}")
+    known.write_text(f"[{address}]:{port} {public}")
     config = directory / f"{name}-ssh"
     config.write_text(
         textwrap.dedent(
             f"""
             Host {name}
-                HostName 127.0.0.1
+                HostName {address}
                 Port {port}
                 IdentityFile {directory}/{name}-user
                 IdentitiesOnly yes
@@ -161,7 +203,9 @@ def _keys(directory: Path, name: str, port: int) -> Path:
     return config
 
 
-def _server(directory: Path, name: str, port: int, environment: Mapping[str, str]) -> Path:
+def _server(
+    directory: Path, name: str, address: str, port: int, environment: Mapping[str, str]
+) -> Path:
     # Read before /tmp is another one, and so copied to where it is then.
     own = directory / name
     for file in (f"{name}-host", f"{name}-user.pub"):
@@ -173,7 +217,7 @@ def _server(directory: Path, name: str, port: int, environment: Mapping[str, str
         textwrap.dedent(
             f"""
             Port {port}
-            ListenAddress 127.0.0.1
+            ListenAddress {address}
             HostKey /tmp/{name}-host
             AuthorizedKeysFile /tmp/{name}-user.pub
             StrictModes no
@@ -200,12 +244,12 @@ def _serving(models: Mapping[str, str] | None, port: int, environment: Mapping[s
     return f"{shlex.join(['env', *variables, *command])} > /tmp/ollama.log 2>&1 & "
 
 
-def _wait_for(port: int, log: Path, limit: float = 10) -> None:
+def _wait_for(address: str, port: int, log: Path, limit: float = 10) -> None:
     until = time.monotonic() + limit
     while True:
         with socket.socket() as client:
             client.settimeout(1)
-            if client.connect_ex(("127.0.0.1", port)) == 0:
+            if client.connect_ex((address, port)) == 0:
                 return
         if time.monotonic() > until:
             raise RuntimeError(f"sshd does not listen: {log.read_text()}")

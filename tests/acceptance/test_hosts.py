@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,7 +22,7 @@ from simulator.child import child_process
 from pytest_gpushare.report.reading import read_report
 
 from .conftest import Project
-from .other_hosts import OtherHost, missing, other_host
+from .other_hosts import Link, OtherHost, missing, other_host
 
 if reason := missing():
     pytest.skip(reason, allow_module_level=True)
@@ -53,7 +55,7 @@ def git(directory: Path, *arguments: str) -> str:
 
 
 def commit(project: Project) -> None:
-    project.file(".gitignore", "__pycache__/\n")
+    project.file(".gitignore", "__pycache__/\nreports\n")
     git(project.path, "init", "-q")
     git(project.path, "add", "-A")
     git(project.path, "commit", "-qm", "all")
@@ -388,25 +390,18 @@ LONG = """
 """
 
 
-@pytest.mark.parametrize("after", [3, 11])
-def test_a_lost_host_loses_its_workers_and_no_test(
-    project: Project, two: Callable[[], list[OtherHost]], tmp_path: Path, after: int
-) -> None:
-    """Its tests that had begun are reported as crashed, all others run elsewhere."""
-    project.write(test_project=LONG)
-    project.file(
-        "conftest.py",
-        """
-        import pathlib
+REPORTS = """
+    import pathlib
 
-        def pytest_runtest_logreport(report):
-            if hasattr(report, "node"):
-                with open("reports", "a") as file:
-                    file.write(f"{report.nodeid} {report.when} {report.outcome}\\n")
-        """,
-    )
-    project.file(".gitignore", "__pycache__/\nreports\n")
-    found = two()
+    def pytest_runtest_logreport(report):
+        if hasattr(report, "node"):
+            with open("reports", "a") as file:
+                file.write(f"{report.nodeid} {report.when} {report.outcome}\\n")
+"""
+
+
+def lose(project: Project, found: list[OtherHost], after: int, cut: Callable[[], object]) -> None:
+    """Run `LONG` there and lose the first host after so many tests; every test is reported."""
     reports = project.path / "reports"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *on(*found)]
     with child_process(
@@ -423,9 +418,8 @@ def test_a_lost_host_loses_its_workers_and_no_test(
             assert time.monotonic() < until
             assert process.poll() is None
             time.sleep(0.05)
-        assert found[0].process is not None
-        found[0].process.kill()
-        out, _ = process.communicate(timeout=90)
+        cut()
+        out, _ = process.communicate(timeout=120)
     assert "INTERNALERROR" not in out, out
     rows = [line.split() for line in reports.read_text().splitlines()]
     crashed = [row for row in rows if row[1] == "???"]
@@ -436,8 +430,56 @@ def test_a_lost_host_loses_its_workers_and_no_test(
     ), out
     assert len(calls) == len(set(calls))
     assert len({(row[0], row[1]) for row in rows}) == len(rows)
-    assert "gpu-share: host small was lost: " in out
+    assert f"gpu-share: host {found[0].name} was lost: " in out
     assert process.returncode == (1 if crashed else 0)
+
+
+@pytest.mark.parametrize("after", [3, 11])
+def test_a_lost_host_loses_its_workers_and_no_test(
+    project: Project, two: Callable[[], list[OtherHost]], after: int
+) -> None:
+    """Its tests that had begun are reported as crashed, all others run elsewhere."""
+    project.write(test_project=LONG)
+    project.file("conftest.py", REPORTS)
+    found = two()
+    process = found[0].process
+    assert process is not None
+    lose(project, found, after, process.kill)
+
+
+def test_a_cut_link_is_a_lost_host(project: Project, hosts: Callable[..., OtherHost]) -> None:
+    """The network is gone and nobody says so: a host that is silent for 20 seconds is lost."""
+    project.write(test_project=LONG)
+    project.file("conftest.py", REPORTS)
+    commit(project)
+    with ExitStack() as stack:
+        try:
+            link = stack.enter_context(Link(1))
+        except (OSError, subprocess.SubprocessError):
+            pytest.skip("network namespaces are not allowed here")
+        far = hosts("far", Device(total="24GB", used="2GB"), link=link)
+        near = hosts("near", Device(total="24GB", used="2GB"))
+        begun = time.monotonic()
+        lose(project, [far, near], 5, link.cut)
+        assert time.monotonic() - begun < 90
+
+
+def test_another_minor_version_of_python(project: Project, hosts: Callable[..., OtherHost]) -> None:
+    """The environment that GPUSHARE_TEST_OTHER_VENV names has the same packages."""
+    prefix = os.environ.get("GPUSHARE_TEST_OTHER_VENV")
+    if not prefix:
+        pytest.skip("no other Python: GPUSHARE_TEST_OTHER_VENV names its environment")
+    project.write(test_project=SUITE)
+    commit(project)
+    found = [
+        hosts("small", Device(total="24GB", used="2GB")),
+        hosts("other", Device(total="24GB", used="2GB"), prefix=prefix),
+    ]
+    done = project.pytest(*on(*found), "-v")
+    assert done.code == 0, done.out + done.err
+    assert done.passed == 12
+    versions = set(re.findall(r"\[gw[0-9]\] linux Python (3\.[0-9]+)", done.out))
+    assert len(versions) == 2, versions
 
 
 def test_workers_that_cannot_start_do_not_hang_the_run(
