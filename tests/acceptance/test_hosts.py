@@ -403,7 +403,9 @@ REPORTS = """
 def lose(project: Project, found: list[OtherHost], after: int, cut: Callable[[], object]) -> None:
     """Run `LONG` there and lose the first host after so many tests; every test is reported."""
     reports = project.path / "reports"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *on(*found)]
+    # pytest-rerunfailures has its workers connect to the controller's port on their own loopback.
+    left_out = ["-p", "no:cacheprovider", "-p", "no:rerunfailures"]
+    command = [sys.executable, "-m", "pytest", *left_out, *on(*found)]
     with child_process(
         command,
         cwd=project.path,
@@ -416,7 +418,7 @@ def lose(project: Project, found: list[OtherHost], after: int, cut: Callable[[],
         until = time.monotonic() + 60
         while not reports.exists() or reports.read_text().count(" call ") < after:
             assert time.monotonic() < until
-            assert process.poll() is None
+            assert process.poll() is None, process.communicate(timeout=10)[0]
             time.sleep(0.05)
         cut()
         out, _ = process.communicate(timeout=120)
