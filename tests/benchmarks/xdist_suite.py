@@ -17,7 +17,11 @@ from pathlib import Path
 
 from .scene import scene
 
-EXPECTED: dict[str, str] = {}
+EXPECTED = {
+    "testing.acceptance_test.TestLoadScope::test_workqueue_ordered_by_size": (
+        "It asserts which worker runs which scope."
+    ),
+}
 """Test -> why its outcome differs."""
 
 PLUGIN = '''
