@@ -61,7 +61,7 @@ def assess(run: ActiveRun) -> Assessment:
     advice: list[Advice] = []
     if run.plan.limited_by != (Limit.HOOK,):
         if not run.plan.slots:
-            if any(test.marked for test in run.tests):
+            if any(test.marked for test in run.tests) or gpu_tests_without_gpu(run):
                 advice += more_room(case)
         elif members:
             advice += idle_devices(case)
@@ -103,20 +103,26 @@ class WithoutGpu(NamedTuple):
 
 
 def gpu_tests_without_gpu(run: ActiveRun) -> WithoutGpu | None:
-    """GPU tests that failed or were skipped since there is no GPU worker; None: there are none."""
+    """GPU tests that failed or were skipped since there is no GPU worker; None: there are none.
+
+    Where no test is marked any may need a GPU: those that failed count if the VRAM was short.
+    """
     if run.plan.slots:
         return None
     outcomes = [test.outcome for test in run.tests if test.marked]
-    failed, skipped = sum(map(_FAILED.count, outcomes)), outcomes.count("skipped")
+    noun, skipped = "GPU test", outcomes.count("skipped")
+    if not outcomes and not run.plan.absence:
+        noun, outcomes = "test", [test.outcome for test in run.tests]
+    failed = sum(map(_FAILED.count, outcomes))
     if not failed and not skipped:
         return None
     in_process = run.plan.request.in_process
     where = "in this process, which sees no GPU" if in_process else _ON_CPU_WORKERS
-    what = f"{plural(failed, 'GPU test')} failed" if failed else ""
+    what = f"{plural(failed, noun)} failed" if failed else ""
     if failed and skipped:
         what += f" and {skipped} {'was' if skipped == 1 else 'were'} skipped"
     elif skipped:
-        what = f"{plural(skipped, 'GPU test')} {'was' if skipped == 1 else 'were'} skipped"
+        what = f"{plural(skipped, noun)} {'was' if skipped == 1 else 'were'} skipped"
     return WithoutGpu(failed, skipped, f"{what} {where} ({shortage(run.plan)})")
 
 

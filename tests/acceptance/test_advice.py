@@ -62,6 +62,36 @@ def test_gpu_tests_on_cpu_workers(project: Project, machine_with: Callable[..., 
     assert skipped.code == 0, skipped.out
 
 
+def test_unmarked_tests_on_cpu_workers(
+    project: Project, machine_with: Callable[..., Machine]
+) -> None:
+    """Where no test is marked, those that failed count; a run that passed lacked nothing."""
+    machine_with(Device(total="10GB", used="0.5GB"))
+    project.write(
+        test_project="""
+            import os
+
+            def test_gpu():
+                assert os.environ["CUDA_VISIBLE_DEVICES"]
+
+            def test_cpu():
+                pass
+        """
+    )
+    result = project.pytest("--gpu-share", "-n2", *REPORTS, **NO_OLLAMA)
+    assert result.code == 1
+    why = (
+        "1 test failed on CPU workers, which see no GPU (insufficient VRAM per worker: "
+        "0.0 GB usable, 3.0 GB needed; gpu_share_min_vram_per_worker_gb)"
+    )
+    (last,) = (line for line in result.said if line.startswith(f"gpu-share: {why}: "))
+    assert "-o gpu_share_ollama_vram_reservation_mb=5632" in last
+    assert "no better setting was found" not in page(project)
+    passed = project.pytest("--gpu-share", "-n2", "-k", "cpu", **NO_OLLAMA)
+    assert passed.code == 0, passed.out
+    assert "which see no GPU" not in passed.out
+
+
 def test_idle_device(project: Project, machine_with: Callable[..., Machine]) -> None:
     """A second GPU is idle as nobody knows which one Ollama uses: saying so gives it work."""
     machine_with(Device(total="16GB", used="12GB"), Device(total="12GB", used="0.5GB"))
