@@ -189,7 +189,9 @@ def group_of(nodeid: str, fixtures: str, dist: str) -> str:
 
 
 _SPEAKS_OF_GPU = re.compile(
-    r"gpu|cuda|nvidia|nvml|vram|nccl|cudnn|cupy|triton|accelerator|(no|needs?|requires?) device",
+    # Not the names of options here, as in a skip for lack of a model.
+    r"gpu(?!_share_)|cuda|nvidia|nvml|vram|nccl|cudnn|cupy|triton|accelerator|"
+    r"(no|needs?|requires?) device",
     re.I,
 )
 

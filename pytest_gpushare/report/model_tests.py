@@ -30,7 +30,7 @@ def lines_of(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
         )
     for event in run.record.events("ollama-not-loaded", "ollama-marker"):
         yield Line(f"gpu-share: {event.text}", problem=event.kind == "ollama-not-loaded")
-    yield from _loads(llm)
+    yield from _loads(run, llm)
     for model, (tokens, seconds) in llm.answers().items():
         rate = f", {tokens / seconds:.1f} tokens/s" if seconds else ""
         yield Line(f"gpu-share: {model} gave {tokens} tokens in recorded answers{rate}")
@@ -103,13 +103,13 @@ def _could_be_phased(run: ActiveRun, llm: LlmTests) -> bool:
     )
 
 
-def _loads(llm: LlmTests) -> Iterator[Line]:
+def _loads(run: ActiveRun, llm: LlmTests) -> Iterator[Line]:
     used = [group for group in llm.groups if group.refusal is None]
-    if not used:
+    if not used or run.gpus.simulated:
         return
     tests = plural(llm.tests - sum(llm.refused.values()), "test")
-    models = plural(len(used), "model")
-    text = f"gpu-share: {tests} used {models} of Ollama's"
+    models = plural(len(used), "Ollama model")
+    text = f"gpu-share: {tests} used {models}"
     if llm.loads:
         seconds = sum(load.seconds for load in llm.loads)
         text += f": {plural(len(llm.loads), 'load')}, {seconds:.1f} s"

@@ -98,7 +98,7 @@ def test_grouped_and_limited(project: Project, server: OllamaServer, arguments: 
     assert len(turns(server)) == 2
     assert sorted(server.scheduler.loads) == ["a:1b", "b:1b"]
     assert most_at_once(server, "a:1b") == most_at_once(server, "b:1b") == 1
-    assert "gpu-share: 8 tests used 2 models of Ollama's: 2 loads" in result.out
+    assert "gpu-share: 8 tests used 2 Ollama models: 2 loads" in result.out
 
 
 def test_parallel(project: Project, server: OllamaServer) -> None:
@@ -173,6 +173,18 @@ def test_absent_server_is_an_error_under_strict(project: Project, machine: Machi
     assert "(an error under --gpu-share-strict)" in result.out
 
 
+def test_skips_for_lack_of_a_model_are_not_for_lack_of_a_gpu(
+    project: Project, machine_with: Callable[..., Machine]
+) -> None:
+    """On CPU workers, where each skip that speaks of a GPU is counted."""
+    machine_with(Device(total="4GB", used="3GB"))
+    project.write(test_project=MARKED)
+    result = project.pytest("--gpu-share", "-n2")
+    assert (result.code, result.passed) == (0, 12), result.out
+    assert "gpu-share: 8 tests skipped: no Ollama at 127.0.0.1" in result.out
+    assert "for lack of a GPU" not in result.out
+
+
 def test_rules_aliases_and_parameters(project: Project, server: OllamaServer) -> None:
     """No test is edited: lines of the ini file say which tests use which model."""
     project.write(
@@ -219,7 +231,7 @@ def test_rules_aliases_and_parameters(project: Project, server: OllamaServer) ->
     assert (result.code, result.passed) == (0, 6), result.out
     assert sorted(server.scheduler.loads) == ["a:1b", "b:1b", "c:1b"]
     assert len(turns(server)) == 3
-    assert "gpu-share: 5 tests used 3 models of Ollama's: 3 loads" in result.out
+    assert "gpu-share: 5 tests used 3 Ollama models: 3 loads" in result.out
 
 
 def test_fixture(project: Project, server: OllamaServer) -> None:
@@ -330,7 +342,7 @@ def test_example(project: Project, server: OllamaServer) -> None:
     shutil.copytree(EXAMPLE, project.path, dirs_exist_ok=True)
     result = project.pytest("tests", "-n2")
     assert (result.code, result.passed) == (0, 3), result.out
-    assert "gpu-share: 2 tests used 1 model of Ollama's: 1 load" in result.out
+    assert "gpu-share: 2 tests used 1 Ollama model: 1 load" in result.out
     assert "gpu-share: qwen2.5:0.5b gave 6 tokens in recorded answers" in result.out
     result = project.pytest("tests", "-n2", OLLAMA_HOST="127.0.0.1:9")
     assert (result.code, result.passed) == (0, 1), result.out

@@ -72,7 +72,7 @@ def test_four_workers_three_clients_two_models(project: Project, server: RealOll
     project.write(test_project=SUITE)
     result = project.pytest("--gpu-share", "-n4")
     assert (result.code, result.passed) == (0, 12), result.out
-    assert "gpu-share: 12 tests used 2 models of Ollama's: 2 loads" in result.out
+    assert "gpu-share: 12 tests used 2 Ollama models: 2 loads" in result.out
     assert "gave" in result.out
     asked = [r for r in server.requests() if r.method == "POST"]
     assert all(request.status == 200 for request in asked), asked
@@ -97,7 +97,7 @@ def test_context_of_a_group(project: Project, server: RealOllama) -> None:
     result = project.pytest("--gpu-share", "-n2", "-k", "test_context")
     assert (result.code, result.passed) == (0, 3), result.out
     assert server.entry("tiny")["context_length"] == 512
-    assert "3 tests used 1 model of Ollama's: 1 load" in result.out
+    assert "3 tests used 1 Ollama model: 1 load" in result.out
 
 
 def test_missing_model(project: Project, server: RealOllama) -> None:
@@ -121,4 +121,4 @@ def test_model_loaded_before_is_left_alone(project: Project, server: RealOllama)
     project.write(test_project=SUITE)
     result = project.pytest("--gpu-share", "-n2", "-k", "tiny- and not tiny-b and generate")
     assert result.code == 0, result.out
-    assert "loads" not in result.out.partition("models of Ollama's")[2].partition("\n")[0]
+    assert "loads" not in result.out.partition("Ollama models")[2].partition("\n")[0]
