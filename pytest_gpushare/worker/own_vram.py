@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pytest_gpushare.timed import TimedCall
 from pytest_gpushare.worker import counters
 
 if TYPE_CHECKING:
@@ -55,13 +54,14 @@ class OwnVram:
         self._next = dict.fromkeys(self._pause, float("-inf"))
 
     def prepare(self) -> None:
-        """Before a test: let the driver's library be opened meanwhile, where no framework is there
-        that would count."""
+        """Before a test: open the driver's library, where no framework is there that would count.
+
+        Not while the test runs, which may fork, or look at the threads of its process.
+        """
         if self._live is None and not counters.may_count():
-            live = self._open()
             # Where no thread can be started, the first reading opens it.
             with contextlib.suppress(RuntimeError):
-                TimedCall(lambda: live.processes(0.0), "own-vram")
+                self._open().processes(0.0)
 
     def look(self, nodeid: str, *, urgent: bool = False) -> None:
         """Send what is held now as a lower bound of this test's peak; `urgent`: it ran out.

@@ -318,8 +318,11 @@ INVISIBLE = """
     @pytest.mark.parametrize("i", range(4))
     def test_invisible(i, worker_id):
         assert worker_id in ("gw0", "gw1")
-        assert not {"pynvml", "httpx", "torch", "jax", "cupy", "tensorflow"} & set(sys.modules)
-        assert not [t for t in threading.enumerate() if "gpu-share" in t.name]
+        # Not pynvml, by which a GPU worker reads what its own process holds.
+        assert not {"httpx", "torch", "jax", "cupy", "tensorflow"} & set(sys.modules)
+        # One that waits for a driver that hangs, started before the first test.
+        ours = {t.name for t in threading.enumerate() if "gpu-share" in t.name}
+        assert ours <= {"gpu-share-live"}
 """
 
 

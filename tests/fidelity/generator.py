@@ -385,7 +385,9 @@ class _Drawing:
             case.ours += ["-o", "gpu_share_vram=*test_0* = 9GB\n*Test* = 3GB\n* = 1GB"]
             case.fits = case.workers < 3
         elif case.workers > 1:
-            case.ours += ["-o", "gpu_share_cpu_workers=1"]
+            # Fewer GPU workers than the number of -n: the CPU worker is one of them.
+            most = f"gpu_share_max_workers_per_gpu={case.workers - 1}"
+            case.ours += ["-o", "gpu_share_cpu_workers=1", "-o", most]
             marks = [None, "gpu", "gpu(vram='3GB')"]
             case.fits = False
         else:
