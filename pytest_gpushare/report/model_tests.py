@@ -61,6 +61,26 @@ def document_of(llm: LlmTests) -> dict[str, Any]:
     }
 
 
+def _with_another_context(run: ActiveRun, llm: LlmTests) -> set[str]:
+    """Names of models that were last seen with a context that no test declares.
+
+    Reloads between two questions to the server leave no other trace.
+    """
+    server = run.monitor.server if run.monitor is not None else None
+    if server is None:
+        return set()
+    declared: dict[str, set[int | None]] = {}
+    for model in llm.models:
+        for name in model.names:
+            declared.setdefault(full_name(name), set()).add(model.context)
+    seen = {name: life.model.context for name, life in server.history.lives.items()}
+    return {
+        name
+        for name, contexts in declared.items()
+        if seen.get(name) is not None and None not in contexts and seen[name] not in contexts
+    }
+
+
 _WORTH_A_HINT = 10.0
 """Seconds of tests that wait for one another."""
 
@@ -68,6 +88,7 @@ _WORTH_A_HINT = 10.0
 def _hints(run: ActiveRun, llm: LlmTests) -> Iterator[Line]:
     """What costs time: calls that load a model again, and tests that run one at a time."""
     reloaded = {str(event.facts.get("model")) for event in run.record.events("ollama-reloaded")}
+    reloaded |= _with_another_context(run, llm)
     for model in llm.models:
         if model.context and reloaded & {full_name(name) for name in model.names}:
             yield Line(
