@@ -191,6 +191,8 @@ def test_hold_follows_the_configuration_file(
         assert refused.code == 4
         assert "8.0 GB of VRAM are not to be had on GPU 0 after " in refused.err
         assert f"pid {process.pid}, " in refused.err
+        # The command that it runs ends with it.
+        process.terminate()
     assert not leases_directory(project).exists()
     project.file("pytest.ini", "[pytest]\ngpu_share_leases = off\n")
     assert project.command([*HOLD, "--vram", "99GB", "--", "true"]).code == 0
