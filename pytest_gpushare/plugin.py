@@ -277,7 +277,7 @@ class _RunHooks:
         from pytest_gpushare import wire
 
         self._run.links.close(node.gateway.id)
-        self._run.gone(node.gateway.id)
+        self._run.gone(node.gateway.id, in_order=hasattr(node, "workeroutput"))
         measured = getattr(node, "workeroutput", {}).get(wire.CONTEXT)
         if measured:
             from pytest_gpushare.session.needs_store import keep_context

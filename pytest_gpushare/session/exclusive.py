@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 LATE = 30.0
 """Seconds for which the VRAM of workers that are gone is waited for."""
+BRIEF = 2.0
+"""The same for a worker that ended in order. Its process is being ended by now, or it stays and
+keeps its VRAM until the session is over."""
 
 
 @dataclass(eq=False, repr=False)
@@ -56,6 +59,8 @@ class ExclusiveAccess:
         self._devices: dict[str, frozenset[str]] = {}
         self._pids: dict[str, int] = {}
         """Also of workers that are gone: their VRAM comes back late at times."""
+        self._ended: dict[str, float] = {}
+        """Worker that ended in order -> when, on the monotonic clock."""
         self._queue: list[_Request] = []
         self._resting: dict[str, tuple[int, bool]] = {}
         """Worker -> (number of the request to rest, whether it has said that it does)."""
@@ -71,9 +76,11 @@ class ExclusiveAccess:
             self._devices[worker] = frozenset(devices)
             self._go_on()
 
-    def gone(self, worker: str) -> None:
+    def gone(self, worker: str, *, in_order: bool = False) -> None:
         """A worker has ended or died, perhaps in the middle of all this."""
         with self._lock:
+            if in_order:
+                self._ended[worker] = time.monotonic()
             self._devices.pop(worker, None)
             self._resting.pop(worker, None)
             self._queue = [request for request in self._queue if request.worker != worker]
@@ -204,7 +211,9 @@ class ExclusiveAccess:
         return self._holding(uuid, label, {pid: worker for worker, pid in self._pids.items()})
 
     def _late(self, found: Iterable[Holding]) -> bool:
-        """Whether workers that are gone hold VRAM still."""
+        """Whether workers that are gone hold VRAM still, and may be about to give it back."""
+        latest = time.monotonic() - BRIEF
         with self._lock:
             gone = self._pids.keys() - self._devices.keys()
+            gone -= {worker for worker, at in self._ended.items() if at < latest}
         return any(gone & each.by.keys() for each in found)

@@ -269,10 +269,10 @@ class ActiveRun:
             # A worker that sees several devices may use them all.
             self.exclusive.joined(worker, self.seen_by(slot))
 
-    def gone(self, worker: str) -> None:
-        """A worker has ended or died."""
+    def gone(self, worker: str, *, in_order: bool = False) -> None:
+        """A worker has ended, in order or not."""
         if self.exclusive is not None:
-            self.exclusive.gone(worker)
+            self.exclusive.gone(worker, in_order=in_order)
 
     def device_of(self, worker: str) -> str | None:
         """The UUID of a worker's device; None for a CPU worker and an unknown one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,6 +131,26 @@ def test_who_dies_is_waited_for_no_longer(dies: str) -> None:
         run.go("gw0")
         assert sorted(run.read()[-2:]) == ["gw1 resume", "gw2 resume"]
         assert not run.exclusive.busy("A")
+
+
+@pytest.mark.parametrize(("in_order", "ago", "verdict"), [
+    (False, 20.0, "wait"), (True, 0.0, "wait"), (True, 3.0, "no"),
+])  # fmt: skip
+def test_who_ended_in_order_keeps_its_vram(
+    monkeypatch: pytest.MonkeyPatch, in_order: bool, ago: float, verdict: str
+) -> None:
+    """That of a worker that died comes back late; the process of the other stays to the end."""
+    run = Run(gw0=("a",), gw1=("a",))
+    held = Holding("GPU 0", Memory(24 * GB, 2 * GB, 22 * GB), {"gw1": 2 * GB})
+    monkeypatch.setattr(run.exclusive, "_holding", lambda *_: held)
+    run.say("gw1", "here", 11)
+    now = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr("time.monotonic", lambda: now - ago)
+        run.links.close("gw1")
+        run.exclusive.gone("gw1", in_order=in_order)
+    run.ran_out("gw0")
+    assert [answer["verdict"] for to, kind, answer in run.mail if kind == "alone"][:1] == [verdict]
 
 
 def test_a_replacement_rests_before_its_first_test() -> None:
