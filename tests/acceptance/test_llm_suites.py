@@ -186,7 +186,7 @@ def test_suite(name: str, project: Project, server: OllamaServer) -> None:
     assert (result.code, result.passed) == (0, passed), result.out + result.err
     assert sorted(server.scheduler.loads) == models
     assert all(most == 1 for most in server.scheduler.most_at_once.values())
-    assert f"used {len(models)} model" in result.out
+    assert f"used {len(models)} Ollama model" in result.out
     result = project.pytest(*arguments, OLLAMA_HOST="127.0.0.1:9")
     assert result.code in (0, 5), result.out
     assert f"gpu-share: {skipped} tests skipped: no Ollama at 127.0.0.1:9" in result.out
