@@ -69,7 +69,7 @@ def _with_another_context(run: ActiveRun, llm: LlmTests) -> set[str]:
     server = run.monitor.server if run.monitor is not None else None
     if server is None:
         return set()
-    declared: dict[str, set[int | None]] = {}
+    declared: dict[str, set[int]] = {}
     for model in llm.models:
         for name in model.names:
             declared.setdefault(full_name(name), set()).add(model.context)
@@ -77,7 +77,8 @@ def _with_another_context(run: ActiveRun, llm: LlmTests) -> set[str]:
     return {
         name
         for name, contexts in declared.items()
-        if seen.get(name) is not None and None not in contexts and seen[name] not in contexts
+        # 0 is the server's own context, whatever that is.
+        if seen.get(name) and 0 not in contexts and seen[name] not in contexts
     }
 
 
