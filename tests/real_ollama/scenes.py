@@ -3,12 +3,14 @@
     python -m tests.real_ollama.scenes --count 30 --against 10
     python -m tests.real_ollama.scenes --count 10 --advice
     python -m tests.real_ollama.scenes --founding --against 1
+    python -m tests.real_ollama.scenes --count 10 --requests
 
 A card, what others hold of it, tests that hold VRAM, and a model that somebody asks for in the
 middle of the run. Each scene must keep what the plan says: where the model and at least one
 GPU worker fit, the model is loaded wholly on the GPU and no test runs out of memory. A second
 kind of scene reserves too little: the verdict's figures must be the server's, and the reservation
-that it advises must be enough in a second run.
+that it advises must be enough in a second run. A third kind asks a model that answers over and
+over, and compares how long that takes with the plugin, with stock xdist, and without a run.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +38,8 @@ from simulator import Device, Machine, build
 from simulator.build import build_vulkan_layer
 
 from ..acceptance.conftest import Project, Result, clean_environment
-from .server import Installation, RealOllama
-from .shapes import QWEN14B, ZEROS
+from .server import LOAD_LIMIT, AnswerError, Installation, RealOllama
+from .shapes import QWEN14B, TINY, ZEROS
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -130,6 +135,45 @@ def random_scene(number: int) -> Scene:
         seconds=draw.uniform(0.8, 1.6),
         delay=draw.uniform(2.0, 6.0),
     )
+
+
+class Caller:
+    """Asks a loaded model over and over while the block runs."""
+
+    def __init__(self, server: RealOllama) -> None:
+        self.seconds: list[float] = []
+        """How long each answer took."""
+        self.failures: list[str] = []
+        self._server = server
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+
+    def __enter__(self) -> Caller:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._is_over.set()
+        self._thread.join(LOAD_LIMIT)
+
+    def __str__(self) -> str:
+        median, *_, late = statistics.quantiles(self.seconds, n=20)[9:]
+        median, late, most = (1000 * each for each in (median, late, max(self.seconds)))
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        return (
+            f"{len(self.seconds)} answers{failed}: "
+            f"median {median:.0f} ms, 95 % {late:.0f}, most {most:.0f}"
+        )
+
+    def _ask(self) -> None:
+        body = {"model": "tiny", "prompt": "a", "stream": False, "options": {"num_predict": 8}}
+        while not self._is_over.wait(0.1):
+            began = time.monotonic()
+            try:
+                self._server.post("/api/generate", body)
+                self.seconds.append(time.monotonic() - began)
+            except (AnswerError, OSError) as error:
+                self.failures.append(str(error))
 
 
 class NoGpuError(RuntimeError):
@@ -233,11 +277,11 @@ def stock(scene: Scene) -> list[str]:
 def play(project: Project, arguments: list[str]) -> Outcome:
     """Run the scene's tests once."""
     (project.path / "loaded.json").unlink(missing_ok=True)
-    result = project.pytest("-q", *arguments)
+    result = project.pytest(*arguments)
     text = (project.path / "loaded.json").read_text(encoding="utf-8")
     machine = Machine.open(Path(project.environment["GPUSHARE_SIM_STATE"]))
     loaded = json.loads(text)
-    seconds = re.search(r" in (\d+\.\d+)s", result.out)
+    seconds = re.search(r"^=+ .* in (\d+\.\d+)s", result.out, re.MULTILINE)
     workers = budget = 0
     if "--gpu-share" in arguments:
         report = json.loads((project.path / "r.json").read_text(encoding="utf-8"))
@@ -319,6 +363,20 @@ def check_advice(scene: Scene, installation: Installation) -> bool | None:
         return is_true and again.is_whole
 
 
+def compare_requests(scene: Scene, installation: Installation) -> None:
+    """Ask a small model while nothing runs, while the plugin runs, and while stock xdist does."""
+    scene = scene._replace(model="tiny", context=2048, parallel=1)
+    with stage(scene, installation) as (server, project):
+        server.load(scene.model, keep_alive="1h")
+        with Caller(server) as caller:
+            time.sleep(5)
+        print(f"    alone {caller}", flush=True)
+        for name, arguments in (("ours", ours(scene)), ("stock", stock(scene))):
+            with Caller(server) as caller:
+                outcome = play(project, arguments)
+            print(f"    {name:5} {caller}; {outcome}", flush=True)
+
+
 def main() -> None:
     """Print a line for each run; exit code 1 where a scene did not keep its promise."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -327,11 +385,13 @@ def main() -> None:
     parser.add_argument("--against", type=int, default=0, help="scenes to run with stock, too")
     parser.add_argument("--founding", action="store_true", help="the founding scene alone")
     parser.add_argument("--advice", action="store_true", help="reserve too little, follow advice")
+    parser.add_argument("--requests", action="store_true", help="how long requests take meanwhile")
     parser.add_argument("--stock", action="store_true", help="stock xdist alone")
     options = parser.parse_args()
     # So that the server ends with this program.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     installation = _installation()
+    installation.add("tiny", TINY, seed=1)
     for name, shape in (ZEROS | ({"q14": QWEN14B} if options.founding else {})).items():
         installation.add(name, shape)
     numbers = [0] if options.founding else list(range(options.first, options.first + options.count))
@@ -339,6 +399,9 @@ def main() -> None:
     for number in numbers:
         scene = random_scene(number) if number else FOUNDING
         print(f"{number:3} {scene}", flush=True)
+        if options.requests:
+            compare_requests(scene, installation)
+            continue
         if options.advice:
             kept.append(check_advice(scene, installation))
         elif not options.stock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import http.client
 import json
@@ -126,9 +127,10 @@ class RealOllama:
         self._installation = installation
         self.port = _free_port()
         self.host = f"127.0.0.1:{self.port}"
-        for folder in (installation.models / "blobs", installation.directory / "home"):
+        logs = installation.directory / "logs"
+        for folder in (installation.models / "blobs", installation.directory / "home", logs):
             folder.mkdir(parents=True, exist_ok=True)
-        self.log = installation.directory / f"server-{self.port}.log"
+        self.log = logs / f"{self.port}.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [installation.executable, "serve"],
@@ -138,6 +140,7 @@ class RealOllama:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         try:
             self._wait_until_up()
@@ -277,6 +280,14 @@ def _stored(path: Path, media_type: str) -> dict[str, object]:
     size = path.stat().st_size
     path.replace(path.with_name(f"sha256-{digest.hexdigest()}"))
     return {"mediaType": media_type, "digest": f"sha256:{digest.hexdigest()}", "size": size}
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Have Linux send SIGTERM to this process when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
+import socket
+import subprocess
+import sys
 import time
 from datetime import datetime, timezone
+from pathlib import Path
 
 import pytest
 from simulator import Device
+from simulator.child import child_process
 from simulator.ollama.reloads import REQUESTS
 
 from pytest_gpushare.ollama.address import parse_address
@@ -19,7 +25,7 @@ from pytest_gpushare.ollama.client import connect
 from ..acceptance.conftest import Project
 from .conftest import Start
 from .gguf import Shape
-from .server import AnswerError, RealOllama, same_but_for_time
+from .server import AnswerError, Installation, RealOllama, same_but_for_time
 from .shapes import GEMMA3, LLAMA, MIXTURE, QWEN2, TINY
 
 PRELOAD = ("--gpu-share", "-o", "gpu_share_ollama_preload=true")
@@ -50,6 +56,35 @@ def test_version_and_models(server: RealOllama) -> None:
     assert (model.name, model.size, model.on_gpu) == ("tiny:latest", entry["size"], 0)
     assert (model.digest, model.context) == (entry["digest"], 1024)
     assert model.expires_at == entry["expires_at"]
+
+
+SERVE = """
+import sys, time
+from pathlib import Path
+from real_ollama.server import Installation, RealOllama
+with RealOllama(Installation(sys.argv[1], Path(sys.argv[2]), None)) as server:
+    server.load("tiny")
+    print(server.port, server._process.pid, *server.runners(), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_server_ends_with_the_tests(number: signal.Signals, library: Installation) -> None:
+    """Also where their process is killed: neither it nor its runner is left."""
+    command = [sys.executable, "-c", SERVE, library.executable, str(library.directory)]
+    tests = Path(__file__).parents[1]
+    with child_process(command, cwd=tests, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port, *pids = (int(word) for word in process.stdout.readline().split())
+        assert len(pids) == 2
+        process.send_signal(number)
+        until = time.monotonic() + 20
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            assert time.monotonic() < until, "a process of the server is left"
+            time.sleep(0.05)
+    with socket.socket() as sock:
+        assert sock.connect_ex(("127.0.0.1", port)) != 0
 
 
 @pytest.mark.parametrize(
