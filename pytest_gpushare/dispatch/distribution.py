@@ -17,6 +17,7 @@ from pytest_gpushare.planning.placement import NUMBER
 from pytest_gpushare.scheduler.needs import CollectedTests, read
 from pytest_gpushare.session.needs_store import LearnedNeeds, remember_model_use, remember_needs
 from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.session.services import AtSigterm
 
 if TYPE_CHECKING:
     from pytest_gpushare.dispatch.executor import Executor
@@ -330,7 +331,7 @@ class VramDispatch:
         if started.llm is not None:
             executor.models = started.llm
             started.llm.on_outcome = lambda: wake(executor.node())
-            started.services.add(started.llm)
+            started.services.add(AtSigterm(started.llm))
         self._parity = Parity(weighed, kinds)
         started.routing.begin(self._parity, has_needs=weighed.has_needs)
         self._plugins.register(self._parity, "gpu-share-parity")

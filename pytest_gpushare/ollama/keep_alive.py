@@ -38,6 +38,7 @@ LOOK_EVERY = 60.0
 RESTORE_LIMIT = 3.0
 """Seconds that the end of the run waits for it."""
 
+_TICK = 0.05
 _DEFAULT = "5m"
 _FOREVER = 365 * 86400.0
 
@@ -136,6 +137,61 @@ def seconds_left(model: LoadedModel, now: float) -> float | None:
     return float("inf") if left > _FOREVER else left
 
 
+def load_kept(
+    load: Callable[[str | None], object],
+    find: Callable[[], LoadedModel | None],
+    pids: Callable[[], frozenset[int] | None],
+    options: Mapping[str, int],
+) -> PreloadedModel | None:
+    """Have a model loaded; None where it is gone at once.
+
+    `load` sends the request with a keep-alive, `find` reads the model as it is listed. First
+    without a keep-alive, so that the server's own is seen; a server that unloads at once, or
+    within seconds, is asked a second time to keep it for longer.
+    """
+    before = pids()
+    load(None)
+    model, now = find(), time.time()
+    own = 0.0 if model is None else seconds_left(model, now)
+    is_prolonged = own is None or own <= SHORTEST
+    if is_prolonged:
+        load(SHORT)
+        model = find()
+    if model is None:
+        return None
+    after = pids()
+    new = after - before if before is not None and after is not None else frozenset()
+    return PreloadedModel(
+        model,
+        pid=next(iter(new)) if len(new) == 1 else None,
+        # What is in the past, by a clock that differs, says nothing.
+        keep_alive=None if own is None or own < 0 else own,
+        is_prolonged=is_prolonged,
+        options=options,
+    )
+
+
+def unload(
+    server: Address,
+    model: PreloadedModel,
+    limit: float,
+    is_there: Callable[[], bool],
+    is_over: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Unload a model that this run loaded; whether it is gone within so many seconds."""
+    until = time.monotonic() + limit
+    try:
+        with hanging_up() as opened:
+            request(server, model.model.name, 0, until, opened, model.options)
+        while is_there():
+            if time.monotonic() > until or is_over():
+                return False
+            time.sleep(_TICK)
+    except (TimeoutError, UnreachableError, NonsenseError):
+        return False
+    return True
+
+
 class KeepAlive:
     """The service that keeps the models that this run loaded from running out.
 
@@ -167,7 +223,7 @@ class KeepAlive:
         self.used_by_others: Callable[[], Collection[str]] = frozenset
         """The models that other sessions use now: their keep-alive is left as it is."""
         self._stop = threading.Event()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._is_restored = False
 
     def start(self) -> None:

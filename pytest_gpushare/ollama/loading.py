@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.ollama.client import NonsenseError, StatusError, UnreachableError, connect
 from pytest_gpushare.ollama.keep_alive import (
-    SHORT,
-    SHORTEST,
     PreloadedModel,
     ask,
     hanging_up,
+    load_kept,
     request,
-    seconds_left,
+    unload,
 )
 from pytest_gpushare.text import printable
 from pytest_gpushare.timed import TimedCall
@@ -71,52 +70,29 @@ class Loader:
     def load(self, wanted: RunModel, limit: float) -> ReadyModel:
         """Have a model loaded with its options, within so many seconds. Raises `ModelLoadError`.
 
-        First without a keep-alive, so that the server's own is seen; a server that unloads at
-        once, or within seconds, is asked a second time to keep it for longer. A model that is
-        there gets no request.
+        A model that is there gets no request.
         """
         found = self.there(wanted)
         if found is not None:
             return ReadyModel(found)
         began = time.monotonic()
         until = began + limit
-        before = self._pids()
         try:
-            self._ask_to_load(wanted, None, until)
-            model, now = self._find(wanted), time.time()
-            keeps = None if model is None else seconds_left(model, now)
-            is_short = model is None or keeps is None or keeps <= SHORTEST
-            if is_short:
-                self._ask_to_load(wanted, SHORT, until)
-                model = self._find(wanted)
+            own = load_kept(
+                lambda keep_alive: self._ask_to_load(wanted, keep_alive, until),
+                lambda: self._find(wanted),
+                self._pids,
+                wanted.options,
+            )
         except (TimeoutError, UnreachableError, NonsenseError) as error:
             raise ModelLoadError(_reason(error, limit)) from None
-        if model is None:
+        if own is None:
             raise ModelLoadError("it was gone as soon as it was loaded")
-        after = self._pids()
-        new = after - before if before is not None and after is not None else frozenset()
-        own = PreloadedModel(
-            model,
-            pid=next(iter(new)) if len(new) == 1 else None,
-            keep_alive=None if keeps is None or keeps < 0 else keeps,
-            is_prolonged=is_short,
-            options=wanted.options,
-        )
-        return ReadyModel(model, own, time.monotonic() - began)
+        return ReadyModel(own.model, own, time.monotonic() - began)
 
     def unload(self, own: PreloadedModel) -> bool:
         """Unload what this session loaded, and wait until it is gone, its process too."""
-        until = time.monotonic() + UNLOAD_LIMIT
-        try:
-            with hanging_up() as opened:
-                request(self._server, own.model.name, 0, until, opened, own.options)
-            while self._is_there(own):
-                if time.monotonic() > until or self._is_over():
-                    return False
-                time.sleep(_TICK)
-        except (TimeoutError, UnreachableError, NonsenseError):
-            return False
-        return True
+        return unload(self._server, own, UNLOAD_LIMIT, lambda: self._is_there(own), self._is_over)
 
     def _is_there(self, own: PreloadedModel) -> bool:
         if any(model.name == own.model.name for model in ask(self._server)):

@@ -22,13 +22,12 @@ from pytest_gpushare.ollama.catalog import blob_of
 from pytest_gpushare.ollama.client import NonsenseError, StatusError, UnreachableError, connect
 from pytest_gpushare.ollama.keep_alive import (
     ASK_LIMIT,
-    SHORT,
-    SHORTEST,
     PreloadedModel,
     ask,
     hanging_up,
+    load_kept,
     request,
-    seconds_left,
+    unload,
 )
 from pytest_gpushare.ollama.models import (
     OLLAMA,
@@ -84,6 +83,8 @@ class VramFacts(NamedTuple):
     """Full name of a model -> bytes that its process will take with all of it on the GPU."""
     devices: int = 1
     """Devices that Ollama may choose from."""
+    largest: int | None = None
+    """Bytes of the largest of them; None where NVML does not report it."""
     free: Callable[[], int | None] = lambda: None
     """Bytes that are free on the roomiest device; None where NVML does not report them."""
     pids: Callable[[], frozenset[int] | None] = lambda: None
@@ -165,6 +166,13 @@ class _ModelLoader:
         facts = self._facts_of(name)
         if facts.is_missing:
             return facts.problem
+        need, largest = self._vram.needs.get(full_name(name), 0), self._vram.largest
+        if largest is not None and largest < need + MARGIN:
+            which = "largest device" if self._vram.devices > 1 else "device"
+            return (
+                f"it does not fit wholly on the GPU: it needs {format_gb(need + MARGIN)} of free "
+                f"VRAM, and the {which} has {format_gb(largest)}; it was not loaded"
+            )
         most, ours = self._vram.most_models, {full_name(each.model.name) for each in self._ours}
         strangers = [m.name for full, m in self._there.items() if full not in named | ours]
         if strangers and (most is None or len(self._there) >= most):
@@ -173,8 +181,7 @@ class _ModelLoader:
                 f"(ollama stop {strangers[0]}), name it in gpu_share_ollama_models too, or set "
                 "OLLAMA_MAX_LOADED_MODELS for the tests as it is set for the server"
             )
-        need, free = self._vram.needs.get(full_name(name)), self._vram.free()
-        needed = 0 if need is None else self._free_needed(need)
+        free, needed = self._vram.free(), self._free_needed(need) if need else 0
         if free is not None and free < needed:
             return (
                 f"it does not fit wholly on the GPU: it needs {format_gb(needed)} of free "
@@ -226,9 +233,13 @@ class _ModelLoader:
     def _load(self, name: str, of: str) -> str:
         """Why it could not be loaded as a whole; empty where it was."""
         free, began = self._vram.free(), time.monotonic()
-        before = self._vram.pids()
         try:
-            own = self._loaded(name, of)
+            own = load_kept(
+                lambda keep_alive: self._ask_to_load(name, keep_alive, of),
+                lambda: self._find(name),
+                self._vram.pids,
+                {},
+            )
         except (TimeoutError, UnreachableError, NonsenseError) as error:
             room = _free_text(free) if getattr(error, "status", 500) >= 500 else ""
             return f"{_reason(error)}{room}"
@@ -236,34 +247,12 @@ class _ModelLoader:
             return f"it was gone as soon as it was loaded{_free_text(free)}"
         model = own.model
         if model.is_spilled:
-            return f"{_does_not_fit(model, free)}; {self._unload(model)}"
-        after = self._vram.pids()
-        new = after - before if before is not None and after is not None else frozenset()
-        pid = next(iter(new)) if len(new) == 1 else None
-        self._ours.append(own._replace(pid=pid))
+            return f"{_does_not_fit(model, free)}; {self._unload(own)}"
+        self._ours.append(own)
         self._there[full_name(model.name)] = model
         seconds = time.monotonic() - began
         self._events.append(f"Ollama loaded {described(model)} before the tests ({seconds:.0f} s)")
         return ""
-
-    def _loaded(self, name: str, of: str) -> PreloadedModel | None:
-        """The model as Ollama lists it once it is loaded; None where it does not.
-
-        First without a keep-alive, so that the server's own is seen; a server that unloads at
-        once, or within seconds, is asked a second time to keep it for longer.
-        """
-        self._ask_to_load(name, None, of)
-        model, now = self._find(name, ask(self._server)), time.time()
-        own = 0.0 if model is None else seconds_left(model, now)
-        if model is not None and own is not None and own > SHORTEST:
-            return PreloadedModel(model, keep_alive=own)
-        self._ask_to_load(name, SHORT, of)
-        model = self._find(name, ask(self._server))
-        if model is None:
-            return None
-        # What is in the past, by a clock that differs, says nothing.
-        own = None if own is None or own < 0 else own
-        return PreloadedModel(model, keep_alive=own, is_prolonged=True)
 
     def _ask_to_load(self, name: str, keep_alive: str | None, of: str) -> None:
         until = time.monotonic() + LOAD_LIMIT
@@ -275,23 +264,17 @@ class _ModelLoader:
                 self._progress(f"Ollama loads {name} into VRAM, {call.seconds:.0f} s{of}")
             call.result()
 
-    def _find(self, name: str, models: Sequence[LoadedModel]) -> LoadedModel | None:
-        return next((m for m in models if full_name(m.name) == full_name(name)), None)
+    def _find(self, name: str) -> LoadedModel | None:
+        return next((m for m in ask(self._server) if full_name(m.name) == full_name(name)), None)
 
-    def _unload(self, model: LoadedModel) -> str:
-        """Unload a model that we loaded, and wait until it is gone; what became of it."""
-        if full_name(model.name) in self._vram.used_by_others():
+    def _unload(self, own: PreloadedModel) -> str:
+        """Unload a model that we loaded; what became of it."""
+        name = own.model.name
+        if full_name(name) in self._vram.used_by_others():
             return "another session uses it, so it was not unloaded"
-        until = time.monotonic() + UNLOAD_LIMIT
-        try:
-            request(self._server, model.name, 0, until, lambda _: None)
-            while self._find(model.name, ask(self._server)) is not None:
-                if time.monotonic() > until:
-                    return "it could not be unloaded again"
-                time.sleep(0.05)
-        except (TimeoutError, UnreachableError, NonsenseError):
-            return "it could not be unloaded again"
-        return "it was unloaded again"
+        if unload(self._server, own, UNLOAD_LIMIT, lambda: self._find(name) is not None):
+            return "it was unloaded again"
+        return "it could not be unloaded again"
 
     def _look_again(self) -> None:
         """Which models that were loaded are gone: loading one may have evicted another."""
@@ -352,6 +335,7 @@ def vram_of(
     return VramFacts(
         needs,
         devices=max(1, len(gpus.all_devices)),
+        largest=max((device.total for device in gpus.all_devices), default=None),
         free=_free(live),
         pids=ollama_pids(live),
         most_models=int(most) if re.fullmatch(r"[1-9][0-9]{0,3}", most) else None,

@@ -263,6 +263,18 @@ NO_GPU = (
 )
 
 
+def why_in_ram(model: LoadedModel) -> str:
+    """Why a model is in RAM that was loaded at an unknown time, and what to do; its buffers are
+    on the GPU if the server has one."""
+    reload = f"reload it (ollama stop {model.name})"
+    if model.on_gpu:
+        return (
+            "it was loaded while VRAM was taken, and a loaded model is never moved: "
+            f"{reload}; if it stays in RAM, {NO_GPU}"
+        )
+    return f"{NO_GPU}; or it was loaded while VRAM was taken: then {reload}"
+
+
 _MOST_WORKERS = 8
 
 

@@ -113,14 +113,15 @@ def _demand(run: ActiveRun, demand: Demand, verbosity: int) -> Iterator[Line]:
         yield Line(f"  VRAM that Ollama needs: {each}; {margin} to stay free when it loads{kept}")
     for need in demand.needs:
         # Without an answer all are taken by name, as the line above has said.
-        if need.reason and demand.asked:
-            name, size = need.name, format_gb(need.vram)
+        name, size = need.name, format_gb(need.vram)
+        is_said = f"{name} was not preloaded: {need.reason}" in run.notes
+        if need.reason and demand.asked and not is_said:
             text = f"  VRAM for {name}: {size} by the size in its name: {need.reason}"
             yield Line(text, problem=True)
     short = 0 if follows else _shortage(run, demand)
     if short:
         yield Line(
-            f"  VRAM that Ollama needs is more than is reserved: "
+            "  Ollama needs more VRAM than is reserved: "
             f"gpu_share_ollama_vram_reservation_mb = {short // MB} would hold its models",
             problem=True,
         )

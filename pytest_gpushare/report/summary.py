@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_gpushare.ollama.history import Life
 from pytest_gpushare.ollama.models import LoadedModel, described
 from pytest_gpushare.ollama.monitor import MonitoredServer
-from pytest_gpushare.ollama.spill import NO_GPU, Cause, held_by, uses_no_gpu, why
+from pytest_gpushare.ollama.spill import Cause, held_by, uses_no_gpu, why, why_in_ram
 from pytest_gpushare.report.advice import (
     assess,
     declared_too_small,
@@ -214,7 +214,7 @@ def _spilled_before(life: Life, server: MonitoredServer) -> Word:
     if uses_no_gpu(model, free):
         return Word(
             f"Ollama had {model.name} ({format_gb(model.size)}) in RAM before the tests began, "
-            f"though {format_gb(free or 0)} of VRAM were free: {NO_GPU}",
+            f"though {format_gb(free or 0)} of VRAM were free: {why_in_ram(model)}",
             is_problem=True,
         )
     text = (

@@ -33,7 +33,7 @@ from pytest_gpushare.planning.plan import Plan, Slot
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.session.needs_store import ModelSizes, NeedsRecorder
 from pytest_gpushare.session.registry import OtherLeases, SessionRecord
-from pytest_gpushare.session.services import Sampler, Service, Services, monitor_for
+from pytest_gpushare.session.services import AtSigterm, Sampler, Service, Services, monitor_for
 from pytest_gpushare.session.start_facts import (
     HostOfRun,
     ReadingSource,
@@ -109,7 +109,7 @@ class ActiveRun:
         self.kept_loaded = facts.preload_service
         """What keeps the models that this run loaded; None where it loaded none."""
         if self.kept_loaded is not None:
-            services.append(self.kept_loaded)
+            services.append(AtSigterm(self.kept_loaded))
         if self.plan.slots and not self.gpus.simulated:
             self.exclusive = ExclusiveAccess(
                 self.plan,

@@ -128,9 +128,10 @@ class ModelsInProcess:
         if not uses:
             return
         from pytest_gpushare.session.llm import LlmTests
+        from pytest_gpushare.session.services import AtSigterm
 
         self._llm = self._run.llm = LlmTests(self._run, uses, {}, [item.nodeid for item in items])
-        self._run.services.add(self._llm)
+        self._run.services.add(AtSigterm(self._llm))
         self._groups = {items[at]: group for at, group in self._llm.of.items()}
         if len(self._llm.groups) > 1:
             places = sorted(uses)

@@ -95,7 +95,7 @@ def test_reservation_that_is_too_small(
     small = project.pytest("--gpu-share", *AUTO, "-o", "gpu_share_ollama_vram_reservation_mb=8192",
                            *models("qwen2.5:14b"))  # fmt: skip
     assert small.code == 0
-    said = "  VRAM that Ollama needs is more than is reserved: "
+    said = "  Ollama needs more VRAM than is reserved: "
     line = next(line for line in small.said if line.startswith(said))
     setting = line.removeprefix(said).partition(" would hold its models")[0]
     number = int(setting.partition(" = ")[2])

@@ -13,6 +13,7 @@ from simulator import Device, Machine
 from simulator.ollama import OllamaServer
 
 from .conftest import Project, Result
+from .test_cli_doctor import doctor
 
 OllamaWith = Callable[..., OllamaServer]
 
@@ -311,15 +312,34 @@ def test_server_without_a_gpu(
 ) -> None:
     """Every model in RAM while VRAM is free: that is what is said, not how to make room."""
     machine_with(Device(total="24GB", used="2GB"))
-    ollama_with({"m": "1GB"}, load="m", visible="", cpu_bytes="40MB")
+    ollama_with({"m": "1GB"}, load="m", visible="")
     result = project.pytest("--gpu-share")
-    assert result.said[3].endswith(": m:latest 1.0 GB, 3 % on GPU, perhaps no layer")
+    assert result.said[3].endswith(": m:latest 1.0 GB, on the CPU, not on GPU")
     (said,) = [line for line in result.said if line.startswith("gpu-share: Ollama had")]
     assert said.startswith(
         "gpu-share: Ollama had m:latest (1.0 GB) in RAM before the tests began, though 22.0 GB of "
         "VRAM were free: the server uses no GPU, or num_gpu"
     )
-    assert "reload it" not in result.out
+    assert "free VRAM" not in result.out
+
+
+def test_model_that_was_loaded_while_vram_was_taken(
+    project: Project, machine_with: Callable[..., Machine], ollama_with: OllamaWith
+) -> None:
+    """Its buffers are on the GPU, so the server has one: to reload it is what helps."""
+    machine = machine_with(Device(total="24GB", used="23GB"))
+    ollama_with({"m": "1GB"}, load="m", cpu_bytes="40MB")
+    machine.set_used(0, "2GB")
+    result = project.pytest("--gpu-share")
+    assert result.said[3].endswith(": m:latest 1.0 GB, 3 % on GPU, perhaps no layer")
+    (said,) = [line for line in result.said if line.startswith("gpu-share: Ollama had")]
+    assert said.startswith(
+        "gpu-share: Ollama had m:latest (1.0 GB) in RAM before the tests began, though 22.0 GB of "
+        "VRAM were free: it was loaded while VRAM was taken, and a loaded model is never moved: "
+        "reload it (ollama stop m:latest); if it stays in RAM, the server uses no GPU, or num_gpu"
+    )
+    report = doctor(project)
+    assert report.fix("ollama-without-gpu").startswith("it was loaded while VRAM was taken")
 
 
 def test_a_spilled_model_that_was_unloaded(

@@ -323,7 +323,7 @@ def check(number: int, scene: Scene, installation: Installation) -> bool:
         outcome = play(project, arguments)
         fits = outcome.gpu_workers > 0 and scene.test + scene.cuda_context <= outcome.budget
         said = "" if fits else "; the plan says that tests and model do not fit together"
-        print(f"    ours  {outcome}; {server.layers()} layers;"
+        print(f"    ours  {outcome}; {', '.join(server.layers()[-1:])} layers;"
               f" {outcome.gpu_workers} GPU workers{said}", flush=True)  # fmt: skip
     is_kept = outcome.is_whole and (outcome.failed == 0 or not fits)
     if not is_kept:
@@ -335,7 +335,7 @@ def play_stock(scene: Scene, installation: Installation) -> None:
     """Play a scene with stock xdist."""
     with stage(scene, installation) as (server, project):
         outcome = play(project, stock(scene))
-        print(f"    stock {outcome}; {server.layers()} layers", flush=True)
+        print(f"    stock {outcome}; {', '.join(server.layers()[-1:])} layers", flush=True)
 
 
 def check_advice(scene: Scene, installation: Installation) -> bool | None:

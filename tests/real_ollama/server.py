@@ -177,11 +177,14 @@ class RealOllama:
         """All that it logged."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def layers(self) -> str:
-        """How many layers of the model that was loaded last are on the GPU, as "27/49"; it says so
+    def layers(self) -> list[str]:
+        """How many layers of each model that was loaded are on the GPU, as "27/49"; it says so
         long before the load is over."""
-        found = re.findall(r"offloaded (\d+/\d+) layers to GPU", self.text())
-        return found[-1] if found else "none"
+        return re.findall(r"offloaded (\d+/\d+) layers to GPU", self.text())
+
+    def loads(self) -> int:
+        """How many models it has loaded, reloads included."""
+        return self.text().count('msg="loading model via llama-server"')
 
     def requests(self) -> list[Seen]:
         """Every request so far, as it logged them."""

@@ -1,11 +1,14 @@
 """Tests that use models, beside a real server: loaded once each, kept, limited, given back.
 
-Nothing depends on what the models say: they are made of random numbers.
+Nothing depends on what the models say: they are made of random numbers, or of zeros.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from simulator import Device, Machine
 
 from ..acceptance.conftest import Project
 from .conftest import Start
@@ -74,6 +77,7 @@ def test_four_workers_three_clients_two_models(project: Project, server: RealOll
     assert (result.code, result.passed) == (0, 12), result.out
     assert "gpu-share: 12 tests used 2 Ollama models: 2 loads" in result.out
     assert "gave" in result.out
+    assert server.loads() == 2
     asked = [r for r in server.requests() if r.method == "POST"]
     assert all(request.status == 200 for request in asked), asked
     # The last one is given back with the server's own keep-alive.
@@ -98,6 +102,7 @@ def test_context_of_a_group(project: Project, server: RealOllama) -> None:
     assert (result.code, result.passed) == (0, 3), result.out
     assert server.entry("tiny")["context_length"] == 512
     assert "3 tests used 1 Ollama model: 1 load" in result.out
+    assert server.loads() == 1
 
 
 def test_missing_model(project: Project, server: RealOllama) -> None:
@@ -122,3 +127,81 @@ def test_model_loaded_before_is_left_alone(project: Project, server: RealOllama)
     result = project.pytest("--gpu-share", "-n2", "-k", "tiny- and not tiny-b and generate")
     assert result.code == 0, result.out
     assert "loads" not in result.out.partition("Ollama models")[2].partition("\n")[0]
+
+
+BESIDE_GPU_TESTS = """
+    import gpusim, json, time, urllib.request
+    import pytest
+
+    def load(ollama):
+        body = {"model": ollama.model, "options": ollama.options, "stream": False}
+        url = f"{ollama.base_url}/api/generate"
+        with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=200) as answer:
+            assert json.loads(answer.read())["done"]
+        with urllib.request.urlopen(f"{ollama.base_url}/api/ps", timeout=60) as answer:
+            (entry,) = json.loads(answer.read())["models"]
+        assert entry["name"] == f"{ollama.model}:latest"
+        assert entry["size_vram"] == entry["size"]
+
+    @pytest.mark.parametrize("i", range(3))
+    def test_kv(ollama, i):
+        load(ollama)
+        time.sleep(0.5)
+
+    @pytest.mark.gpu(vram="@DECLAREDMB")
+    @pytest.mark.parametrize("i", range(6))
+    def test_gpu(i):
+        with gpusim.alloc("@SIZEMB"):
+            time.sleep(1)
+
+    @pytest.mark.parametrize("i", range(3))
+    def test_l1(ollama, i):
+        load(ollama)
+        time.sleep(0.5)
+"""
+
+RULES = """\
+[pytest]
+gpu_share_ollama_timeout_s = 20
+gpu_share_ollama_models = kv l1
+gpu_share_ollama_context = 16384
+gpu_share_ollama_vram_reservation_mb = auto
+gpu_share_ollama_phase = @PHASE
+gpu_share_safety_buffer_mb = 256
+gpu_share_preset = packed
+gpu_share_ollama_tests =
+    *test_kv* = kv
+    *test_l1* = l1
+"""
+
+
+@pytest.mark.parametrize(
+    ("phase", "size"), [("beside", 1000), ("before", 5600), ("after", 5600), ("auto", 5600)]
+)
+def test_gpu_tests_and_models(
+    phase: str,
+    size: int,
+    project: Project,
+    start: Start,
+    machine_with: Callable[..., Machine],
+) -> None:
+    """Next to each other where they fit, else in phases: two loads, each wholly on the GPU."""
+    machine = machine_with(Device(total="8GB", used="0.5GB"), context="400MB")
+    server = start(
+        machine,
+        OLLAMA_MAX_LOADED_MODELS="1",
+        OLLAMA_NUM_PARALLEL="1",
+        OLLAMA_CONTEXT_LENGTH="16384",
+    )
+    project.file("pytest.ini", RULES.replace("@PHASE", phase))
+    text = BESIDE_GPU_TESTS.replace("@SIZE", str(size)).replace("@DECLARED", str(size + 400))
+    project.write(test_project=text)
+    result = project.pytest("--gpu-share", "-n4", "-vv")
+    print(result.out)
+    assert (result.code, result.passed) == (0, 12), result.out
+    assert server.loads() == 2
+    placed = [layers.split("/") for layers in server.layers()]
+    assert len(placed) == 2
+    assert all(on_gpu == of for on_gpu, of in placed), placed
+    assert all(r.status == 200 for r in server.requests() if r.method == "POST")
+    assert machine.snapshot()[0].peak_used <= 8 << 30

@@ -15,7 +15,7 @@ from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.leases.ledger import MEETING_PLACE, OFF, Ledger, LedgerError, directory_of
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama
-from pytest_gpushare.ollama.spill import NO_GPU, uses_no_gpu
+from pytest_gpushare.ollama.spill import uses_no_gpu, why_in_ram
 from pytest_gpushare.report.header import ollama_lines, what_stands
 from pytest_gpushare.units import format_gb, plural
 
@@ -289,7 +289,7 @@ def _model(model: LoadedModel, free: int | None) -> Finding:
         return look(
             "ollama-without-gpu",
             f"{model.name}: {size}, in RAM though {format_gb(free or 0)} of VRAM are free",
-            NO_GPU,
+            why_in_ram(model),
         )
     part = 100 * model.size_vram // model.size
     where = f"{part} % on the GPU, the rest" if model.size_vram else "all of it"
