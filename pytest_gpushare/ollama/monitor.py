@@ -67,23 +67,20 @@ class Question:
         try:
             with contextlib.closing(connect(self._address, self._opened)) as connection:
                 self.models = loaded_models(connection, self._deadline).models
+            return
         except TimeoutError:
-            pass
+            return
         except UnreachableError as error:
             self.is_refused = True
-            self.problem = _line(f"cannot be reached: {error}") if str(error) else "nothing listens"
+            problem = f"cannot be reached: {error}" if str(error) else "nothing listens"
         except NonsenseError as odd:
-            self.problem = _line(f"answers nonsense: {odd}")
+            problem = f"answers nonsense: {odd}"
         except Exception as error:
-            self.problem = _line(f"cannot be asked: {type(error).__name__}: {error}")
+            problem = f"cannot be asked: {type(error).__name__}: {error}"
+        self.problem = printable(problem, 200)
 
     def _opened(self, connection: Connection) -> None:
         self._connection = connection
-
-
-def _line(text: str) -> str:
-    """A text from outside, fit for one line of a terminal."""
-    return printable(text, 200)
 
 
 _MOST_SAMPLES = 600

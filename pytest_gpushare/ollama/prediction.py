@@ -239,7 +239,7 @@ def arithmetic(model: ModelFacts, server: Server) -> Iterator[str]:
         f"{shape.feed_forward or 'unknown'}, embedding {shape.embedding_length} (the formula of "
         f"{f'Ollama {since} and newer' if since != 'old' else 'Ollama before 0.30'})"
     )
-    source = "assumed; the first load measures it"
+    source = "assumed; a run next to one loaded model measures it"
     if server.overhead is not None:
         source = "measured in an earlier run"
     yield f"process {format_gb(found.overhead)}: CUDA context and libraries, {source}"

@@ -157,13 +157,14 @@ def _parts(need: ModelNeed, verbosity: int) -> Iterator[str]:
     prediction = need.prediction
     if prediction is None:
         return
-    yield (
-        f"VRAM of {need.name} as predicted: weights {format_gb(prediction.weights)}, KV cache "
-        f"{format_gb(prediction.kv_cache)} for {prediction.context} tokens, buffers "
-        f"{format_gb(prediction.graph)}, its process {format_gb(prediction.overhead)}"
-    )
     if verbosity >= 2:
         yield from (f"VRAM of {need.name}: {line}" for line in need.arithmetic)
+    else:
+        yield (
+            f"VRAM of {need.name} as predicted: weights {format_gb(prediction.weights)}, KV cache "
+            f"{format_gb(prediction.kv_cache)} for {prediction.context} tokens, buffers "
+            f"{format_gb(prediction.graph)}, its process {format_gb(prediction.overhead)}"
+        )
     if need.difference is not None:
         more = "more" if need.difference >= 0 else "less"
         yield (

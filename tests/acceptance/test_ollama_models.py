@@ -204,8 +204,8 @@ def test_arithmetic(project: Project, machine: Machine, ollama_with: OllamaWith)
         "each (f16)",
         "VRAM of qwen2.5:14b: buffers 0.12 GB: 512 tokens at once, feed-forward 13824, embedding "
         "5120 (the formula of Ollama 0.33 and newer)",
-        "VRAM of qwen2.5:14b: process 0.5 GB: CUDA context and libraries, assumed; the first load "
-        "measures it",
+        "VRAM of qwen2.5:14b: process 0.5 GB: CUDA context and libraries, assumed; a run "
+        "next to one loaded model measures it",
     ]
 
 

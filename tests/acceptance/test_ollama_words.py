@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+import pytest
 from simulator import Device, Machine
 from simulator.ollama import FaultyServer, Model, OllamaServer
 
@@ -15,17 +16,20 @@ from .test_preload import MODELS, ON, changes
 
 OllamaWith = Callable[..., OllamaServer]
 
-# A test loads the model with another number of threads, and then runs past the next look at it.
-RELOAD = """
+# A test uses the model, and then runs past the next look at it.
+USE = """
     import json, os, time, urllib.request
 
     def test_it():
-        body = {"model": "small:1b", "prompt": "a", "stream": False, "options": {"num_thread": 1}}
+        time.sleep(3)
+        body = {"model": "small:1b", "prompt": "a", "stream": False, "options": @OPTIONS}
         url = f"http://{os.environ['OLLAMA_HOST']}/api/generate"
         request = urllib.request.Request(url, data=json.dumps(body).encode())
-        urllib.request.urlopen(request, timeout=60).read()
-        time.sleep(8)
+        if @IS_ASKED:
+            urllib.request.urlopen(request, timeout=60).read()
+        time.sleep(10)
 """
+RENEWED = ("/api/generate", {"model": "small:1b", "keep_alive": "18s", "stream": False})
 
 
 def test_doctor_beside_a_server_that_hangs(project: Project, machine: Machine) -> None:
@@ -53,19 +57,42 @@ def test_host_check(project: Project, machine: Machine, ollama_with: OllamaWith)
     assert any(f"Ollama at {host}" in line and "status 403" in line for line in result.said)
 
 
-def test_a_model_that_a_test_reloads(
-    project: Project, machine_with: Callable[..., Machine], ollama_with: OllamaWith
+@pytest.mark.parametrize(
+    ("is_asked", "options", "hides", "why"),
+    [
+        (False, {}, False, ""),
+        (True, {}, False, ""),
+        (True, {"num_thread": 1}, False, "somebody reloaded it"),
+        (True, {"num_ctx": 512}, False, "somebody loaded it with other settings"),
+        (False, {}, True, ""),
+        (True, {}, True, "somebody used it, and whether it was reloaded cannot be seen here"),
+    ],
+    ids=["unused", "used", "reloaded", "context", "unused, hidden", "used, hidden"],
+)
+def test_keeping_a_preloaded_model(
+    is_asked: bool,
+    options: dict[str, int],
+    hides: bool,
+    why: str,
+    project: Project,
+    machine_with: Callable[..., Machine],
+    ollama_with: OllamaWith,
 ) -> None:
-    """It is the test's from then on: nothing is sent, and the verdict says so."""
-    machine_with(Device(total="24GB", used="2GB"))
+    """Renewed with the server's own keep-alive while it is ours; else no request is sent for it."""
+    machine = machine_with(Device(total="24GB", used="2GB"))
+    if hides:
+        machine.inject("nvmlDeviceGetComputeRunningProcesses*", code=3)
     server = ollama_with([Model("small:1b", "1GB")], keep_alive="18s")
-    project.write(test_project=RELOAD)
+    use = USE.replace("@OPTIONS", repr(options)).replace("@IS_ASKED", str(is_asked))
+    project.write(test_project=use)
     result = project.pytest(*ON, "-n1", "-o", f"{MODELS}small:1b")
     assert (result.code, result.passed) == (0, 1), result.out
-    asked = [body.get("options") for path, body in changes(server) if path == "/api/generate"]
-    assert asked == [None, {"num_thread": 1}]
-    line = "gpu-share: small:1b was not kept loaded any more: somebody reloaded it"
-    assert line in result.out.replace(":latest", "")
+    ours = [change for change in changes(server) if "prompt" not in change[1]]
+    assert ours[0] == ("/api/generate", {"model": "small:1b", "stream": False})
+    assert (ours[1:] == []) == bool(why)
+    assert all(change == RENEWED for change in ours[1:])
+    told = [line for line in result.said if "not kept loaded any more" in line]
+    assert [line.partition("any more: ")[2] for line in told] == ([why] if why else [])
 
 
 def test_small_sizes(project: Project, machine: Machine, ollama_with: OllamaWith) -> None:

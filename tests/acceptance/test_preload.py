@@ -323,7 +323,7 @@ def test_nothing_to_load(project: Project, server: OllamaServer) -> None:
 
 
 def test_plan_loads_nothing(project: Project, server: OllamaServer) -> None:
-    """`pytest-gpushare plan` tells what would be, and changes nothing."""
+    """`pytest-gpushare plan` and simulated devices: what would be, by questions alone."""
     project.file(
         "pytest.ini",
         f"[pytest]\ngpu_share_ollama_preload = true\n{MODELS.strip('=')} = {QWEN}\n",
@@ -331,8 +331,10 @@ def test_plan_loads_nothing(project: Project, server: OllamaServer) -> None:
     code = "import sys; from pytest_gpushare.cli.main import main; sys.exit(main(['plan']))"
     result = project.command([sys.executable, "-c", code])
     assert (result.code, "2 GPU workers" in result.out) == (0, True), result.out + result.err
-    assert server.requests
-    assert changes(server) == []
+    simulated = project.pytest("--gpu-share", "--gpu-share-simulate=24GB:used=2GB", "-n1")
+    assert (simulated.code, simulated.passed) == (0, 4), simulated.out
+    questions = {"/api/version", "/api/ps", "/api/tags", "/api/show"}
+    assert {request.path for request in server.requests} == questions
 
 
 def test_interrupt(project: Project, server: OllamaServer) -> None:

@@ -157,7 +157,7 @@ class Caller:
         self._thread.join(LOAD_LIMIT)
 
     def __str__(self) -> str:
-        median, *_, late = statistics.quantiles(self.seconds, n=20)[9:]
+        median, *_, late = statistics.quantiles(self.seconds, n=20, method="inclusive")[9:]
         median, late, most = (1000 * each for each in (median, late, max(self.seconds)))
         failed = f", {len(self.failures)} failed" if self.failures else ""
         return (
