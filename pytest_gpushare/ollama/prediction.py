@@ -23,9 +23,6 @@ from pytest_gpushare.units import GB, MB, MOST_VRAM, format_gb
 MARGIN = 1024 * MB
 """Bytes that Ollama from 0.30 on wants to stay free on a device when it loads a model there."""
 
-SHARE = (4, 5)
-"""Of a device's free VRAM, what a model may take where Ollama has several devices to choose."""
-
 OVERHEAD = 512 * MB
 """Bytes that the process of a model takes beyond weights, cache and buffers, until they were
 measured: CUDA context, libraries and their pools."""
@@ -47,6 +44,16 @@ _EMBEDDING_NAMES = ("embed", "minilm", "bge")
 _PARAMETERS = re.compile(
     r"(?:^|[^a-z0-9.])(?:([0-9]{1,3})x)?([0-9]{1,4}(?:\.[0-9]{1,3})?)([bm])(?![a-z0-9])", re.ASCII
 )
+
+
+def free_needed(need: int, *, has_choice: bool) -> int:
+    """Bytes that must be free on a device, so that Ollama puts all of a model there.
+
+    A margin stays free; beside other models, or where it has several devices to choose from
+    (`has_choice`), a model takes no more than 80 % of what is free.
+    """
+    least = need + MARGIN
+    return max(least, -(-need * 5 // 4)) if has_choice else least
 
 
 class Server(NamedTuple):

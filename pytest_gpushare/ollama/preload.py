@@ -37,7 +37,7 @@ from pytest_gpushare.ollama.models import (
     described,
     full_name,
 )
-from pytest_gpushare.ollama.prediction import MARGIN, SHARE, KnownSizes
+from pytest_gpushare.ollama.prediction import MARGIN, KnownSizes, free_needed
 from pytest_gpushare.ollama.reservation import Source, need_of, server_of
 from pytest_gpushare.ollama.spill import NO_GPU, uses_no_gpu
 from pytest_gpushare.text import printable
@@ -181,20 +181,15 @@ class _ModelLoader:
                 f"(ollama stop {strangers[0]}), name it in gpu_share_ollama_models too, or set "
                 "OLLAMA_MAX_LOADED_MODELS for the tests as it is set for the server"
             )
-        free, needed = self._vram.free(), self._free_needed(need) if need else 0
+        free = self._vram.free()
+        has_choice = bool(self._there) or self._vram.devices > 1
+        needed = free_needed(need, has_choice=has_choice) if need else 0
         if free is not None and free < needed:
             return (
                 f"it does not fit wholly on the GPU: it needs {format_gb(needed)} of free "
                 f"VRAM, and {format_gb(free)} are free; it was not loaded"
             )
         return ""
-
-    def _free_needed(self, need: int) -> int:
-        """Bytes that must be free for a model: beside others Ollama takes 80 % of them."""
-        least = need + MARGIN
-        if self._there or self._vram.devices > 1:
-            least = max(least, -(-need * SHARE[1] // SHARE[0]))
-        return least
 
     def _difference(self, name: str, same: LoadedModel) -> str:
         """Why a model must not be loaded beside the one of the same file; empty where requests

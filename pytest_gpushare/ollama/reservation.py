@@ -25,13 +25,13 @@ from pytest_gpushare.ollama.prediction import (
     MARGIN,
     NOTHING_KNOWN,
     OVERHEAD,
-    SHARE,
     KnownSizes,
     Prediction,
     Server,
     arithmetic,
     by_name,
     context_of,
+    free_needed,
     overhead_key,
     predict,
 )
@@ -194,15 +194,10 @@ class Demand(NamedTuple):
         return MARGIN if self.asked else 0
 
     def free_needed(self, choices: int) -> int:
-        """Bytes that must be free on a device, beside what Ollama holds there already.
-
-        Where Ollama has several devices to choose from it takes no more than 80 % of what is
-        free on one, so that so much more must be free.
-        """
-        least = self.pending + self.margin
-        if choices < 2 or not self.asked:
-            return least
-        return max(least, -(-self.pending * SHARE[1] // SHARE[0]))
+        """Bytes that must be free on one of so many devices, beside what Ollama holds there."""
+        if not self.asked:
+            return self.pending
+        return free_needed(self.pending, has_choice=choices > 1)
 
     def document(self) -> list[dict[str, object]]:
         """The needs in builtin types, for reports; sizes in bytes."""

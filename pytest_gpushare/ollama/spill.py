@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pytest_gpushare.config.options import INI_PREFIX
 from pytest_gpushare.gpu.attribution import DeviceUsage, combined
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, has_no_layer
-from pytest_gpushare.ollama.prediction import MARGIN, OVERHEAD, SHARE
+from pytest_gpushare.ollama.prediction import MARGIN, OVERHEAD, free_needed
 from pytest_gpushare.units import GB, MB, format_gb
 
 _RESERVATION = "ollama_vram_reservation_mb"
@@ -224,13 +224,9 @@ def required_free(
 ) -> int:
     """Bytes that the reservation must keep, so that Ollama loads all of a model on one device.
 
-    By its own rules: a margin stays free, and beside other models, or where it has several
-    devices to choose from, it takes no more than 80 % of what is free.
+    By its own rules, and with what the other models take.
     """
-    alone = model.size + context
-    least = alone + MARGIN
-    if other_models or devices > 1:
-        least = max(least, -(-alone * SHARE[1] // SHARE[0]))
+    least = free_needed(model.size + context, has_choice=bool(other_models) or devices > 1)
     return least + sum(each.on_gpu + context for each in other_models)
 
 
