@@ -184,12 +184,15 @@ def project(tmp_path: Path) -> Project:
 
 @pytest.fixture
 def machine_with(project: Project, tmp_path: Path, nvml_library: Path) -> Callable[..., Machine]:
-    """Give the project's machine these devices; CPUs do not decide there."""
+    """Give the project's machine these devices; CPUs do not decide there.
+
+    Not many of them: a run that falls back to the CPU starts that many workers.
+    """
 
     def create(*devices: Device, **options: object) -> Machine:
         machine = Machine.create(tmp_path / "vram", devices, **options)  # type: ignore[arg-type]
         project.environment.update(machine.env(nvml_library))
-        project.environment["PYTEST_XDIST_AUTO_NUM_WORKERS"] = "64"
+        project.environment["PYTEST_XDIST_AUTO_NUM_WORKERS"] = "8"
         return machine
 
     return create
