@@ -14,7 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from pytest_gpushare import __version__
-from pytest_gpushare.config.options import OPTIONS, Option
+from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.sampler import DevicePeaks
 from pytest_gpushare.ollama.address import without_secrets
@@ -34,21 +34,16 @@ from pytest_gpushare.units import format_gb
 
 
 def in_force(settings: Settings) -> dict[str, dict[str, str]]:
-    """Key -> `value` and `origin`."""
-    return {
+    """Key -> `value`, as its user would write it, and `origin`; no secrets of a URL."""
+    found = {
         option.key: {
-            "value": in_words(option, getattr(settings, option.attribute)),
+            "value": option.kind.write(getattr(settings, option.attribute)),
             "origin": settings.origins.get(option.key, "default"),
         }
         for option in OPTIONS
     }
-
-
-def in_words(option: Option, value: object) -> str:
-    """A value as its user would write it, without the secrets of a URL."""
-    if option.key == "ollama_host":
-        return without_secrets(str(value))
-    return option.kind.write(value)
+    found["ollama_host"]["value"] = without_secrets(settings.ollama_host)
+    return found
 
 
 SCHEMA = 1

@@ -1,4 +1,4 @@
-"""Checks of the machine: driver, devices, visibility, and the Ollama server."""
+"""Checks of the machine: driver, devices, visibility, Ollama, sessions, and other hosts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 from pytest_gpushare.cli.doctor import Finding, broken, look, ok
 from pytest_gpushare.cli.doctor.examine import Examined, Platform
 from pytest_gpushare.cli.doctor.project import release
+from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.devices import ComputeMode, Device
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.leases.ledger import MEETING_PLACE, OFF, Ledger, LedgerError, directory_of
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama
 from pytest_gpushare.ollama.spill import uses_no_gpu, why_in_ram
-from pytest_gpushare.report.header import ollama_lines, what_stands
+from pytest_gpushare.report.header import host_line, ollama_lines, what_stands
+from pytest_gpushare.session.start_facts import HostOfRun
 from pytest_gpushare.units import format_gb, plural
 
 _CONTAINER = "start the container with the GPU: docker run --gpus all"
@@ -394,3 +396,29 @@ def _is_private(directory: Path) -> bool:
     return directory.is_relative_to("/tmp") and any(
         place[4] == "/tmp" and "systemd-private" in place[3] for place in places if len(place) > 4
     )
+
+
+def other_hosts(found: Examined) -> Iterator[Finding]:
+    """One finding for each other host, asked as the run would: what would run there, or why not."""
+    given = found.pytest.named_hosts
+    if not (given or found.settings.hosts):
+        return
+    # Only a user who names hosts needs it.
+    from pytest_gpushare.hosts.asking import look_at
+    from pytest_gpushare.hosts.part import plan_there
+    from pytest_gpushare.hosts.specs import parse_lines, parse_tx
+
+    try:
+        specs = parse_tx(given) if given else parse_lines(found.settings.hosts, "configuration")
+    except GpuShareError as error:
+        yield broken("host-unusable", str(error), "correct the line")
+        return
+    root = Path(found.pytest.root) if found.pytest.root else Path.cwd()
+    for name, facts, problem in look_at(specs, found.settings, root):
+        if facts is None:
+            yield broken("host-unusable", problem, "pytest-gpushare plan shows it again")
+            continue
+        host = HostOfRun(name, plan_there(found.settings, facts), facts.ollama)
+        yield ok(host_line(host).strip())
+        for note in facts.notes:
+            yield look("host-doubtful", f"{name}: {note}", "synchronise the host")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from pytest_gpushare.cli.doctor import Finding, broken, look, ok
 from pytest_gpushare.cli.doctor.examine import Examined, executable
-from pytest_gpushare.config.options import JSON_FILE, OPTIONS
+from pytest_gpushare.config.options import INI_PREFIX, JSON_FILE
 from pytest_gpushare.gpu.host import installed_frameworks
 from pytest_gpushare.planning.placement import caps_of
 from pytest_gpushare.planning.plan import Limit, shortage
 from pytest_gpushare.report.candidates import case_of, more_room
-from pytest_gpushare.report.document import in_words
+from pytest_gpushare.report.document import in_force
 from pytest_gpushare.report.header import header
 
 _OLDEST = {"pytest": (8, 0), "pytest-xdist": (3, 6, 1), "nvidia-ml-py": (12, 535), "httpx": (0, 27)}
@@ -180,11 +180,9 @@ def settings(found: Examined) -> Iterator[Finding]:
             "is not installed, its keys there are an error",
             f"move them to {JSON_FILE}, and use --gpu-share on the command line",
         )
-    for option in OPTIONS:
-        origin = found.settings.origins.get(option.key, "default")
-        if origin != "default":
-            value = getattr(found.settings, option.attribute)
-            yield ok(f"{option.ini} = {in_words(option, value)} ({origin})")
+    for key, setting in in_force(found.settings).items():
+        if setting["origin"] != "default":
+            yield ok(f"{INI_PREFIX}{key} = {setting['value']} ({setting['origin']})")
 
 
 def _asked(found: Examined) -> Iterator[Finding]:

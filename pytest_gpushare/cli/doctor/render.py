@@ -13,8 +13,14 @@ from typing import Any
 
 from pytest_gpushare.cli.doctor import Finding, Level, Section, broken
 from pytest_gpushare.cli.doctor.examine import Examined, examine
-from pytest_gpushare.cli.doctor.machine import devices, driver, ollama, sessions, visibility
-from pytest_gpushare.cli.doctor.other_hosts import other_hosts
+from pytest_gpushare.cli.doctor.machine import (
+    devices,
+    driver,
+    ollama,
+    other_hosts,
+    sessions,
+    visibility,
+)
 from pytest_gpushare.cli.doctor.project import caps, files, packages, plan, settings, tools
 from pytest_gpushare.cli.terminal import FOUND, OK, Piece, Row, show, show_json, terminal_width
 from pytest_gpushare.report.document import PLAN_SCHEMA, generator
