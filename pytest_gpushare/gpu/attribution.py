@@ -81,7 +81,7 @@ class DeviceUsage(NamedTuple):
 
     @property
     def tests(self) -> int | None:
-        """All workers together; None where the driver does not attribute processes."""
+        """What all workers hold; None where the driver does not attribute processes."""
         return None if self.workers is None else sum(self.workers.values())
 
     @property

@@ -193,7 +193,7 @@ class HostedRun(ActiveRun):
     def _environment(self, number: int) -> dict[str, str]:
         part = self._hosts_of_numbers[number]
         own = part.own_number(number, len(self.plan.slots))
-        environment = worker_environment(part.plan, own, part.around)
+        environment = worker_environment(part.plan, own, part.placement)
         if part.number:
             for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
                 if text := os.environ.get(name):
@@ -204,7 +204,7 @@ class HostedRun(ActiveRun):
         part = self._hosts_of_numbers[number]
         own = part.own_number(number, len(self.plan.slots))
         lease = part.lease if part.number else self._lease_path
-        message = self._message_by(part.plan, own, part.around, lease)
+        message = self._message_by(part.plan, own, part.placement, lease)
         tests = message["tests"]
         tests["absence"] = "" if self.plan.slots else shortage(self.plan)
         tests["budget"] = self.plan.usable
@@ -234,7 +234,7 @@ class HostedRun(ActiveRun):
         for part in self.parts:
             for device in (planned.device for planned in part.plan.devices):
                 if part.keys.get(device.uuid) == slot.device.uuid:
-                    found = seen(part.plan, device, part.around)
+                    found = seen(part.plan, device, part.placement)
                     return tuple(part.keys[each.uuid] for each in found)
         return (slot.device.uuid,)
 

@@ -46,7 +46,7 @@ from pytest_gpushare.session.start import (
     settings_of_run,
     start_locally,
 )
-from pytest_gpushare.session.start_facts import StartFacts, surroundings
+from pytest_gpushare.session.start_facts import StartFacts, placement_context
 from pytest_gpushare.text import read_regular
 from pytest_gpushare.units import MB
 
@@ -246,13 +246,13 @@ def _local_part(settings: Settings, local: StartFacts | None) -> HostPart:
     spec = HostSpec("")
     if local is None:
         nothing = Plan((), 0, (), (), (), Request(), "no worker runs there")
-        around = PlacementContext(dict(os.environ))
-        return HostPart(0, spec, nothing, {}, around, None, Attribution(), OllamaFacts())
+        placement = PlacementContext(dict(os.environ))
+        return HostPart(0, spec, nothing, {}, placement, None, Attribution(), OllamaFacts())
     known = devices_of_ollama(settings.ollama_gpu, local.gpus)
     attribution = Attribution(local.gpus.all_devices, statements(known, local.ollama))
     keys = {d.device.uuid: d.device.uuid for d in local.plan.devices}
-    around = surroundings(local, local.plan)
-    return HostPart(0, spec, local.plan, keys, around, local.live, attribution, local.ollama)
+    placement = placement_context(local, local.plan)
+    return HostPart(0, spec, local.plan, keys, placement, local.live, attribution, local.ollama)
 
 
 def _run(

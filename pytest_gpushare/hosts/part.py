@@ -35,7 +35,7 @@ class HostPart:
     """Its own plan, with the UUIDs that its devices have there."""
     keys: Mapping[str, str]
     """UUID there -> the device's name in this run, which no device of another host has."""
-    around: PlacementContext
+    placement: PlacementContext
     live: Live | None
     attribution: Attribution
     ollama: OllamaFacts

@@ -3,7 +3,7 @@
 A record counts while a process of its session holds the lock on it, so the kernel removes the
 claims of a session that is killed. Whoever reads, decides and writes holds the lock on the
 file `gate` meanwhile. Nothing in the directory is trusted: links are not followed, only regular
-files are read, and whose record it is says the owner of the file.
+files are read, and a record belongs to the owner of its file.
 """
 
 from __future__ import annotations

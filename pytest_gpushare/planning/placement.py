@@ -57,36 +57,36 @@ class PlacementContext(NamedTuple):
     """UUID -> the device's budget in bytes, where tests have needs of their own; else empty."""
 
 
-def worker_environment(plan: Plan, number: int, around: PlacementContext) -> dict[str, str]:
+def worker_environment(plan: Plan, number: int, placement: PlacementContext) -> dict[str, str]:
     """The variables for the worker of this number, from 0: GPU workers first, then CPU workers.
 
     A GPU worker sees its device, alone or first; a CPU worker sees none.
     """
     slot = plan.slots[number] if number < len(plan.slots) else None
     # Variables of an outer run must not reach a worker of this one: empty ones undo them.
-    environment = {name: "" for name in (TORCH_HOOK, TENSORFLOW_HOOK) if name in around.outer}
+    environment = {name: "" for name in (TORCH_HOOK, TENSORFLOW_HOOK) if name in placement.outer}
     if slot is None:
         environment.update({ROLE: "cpu", SLOT: "0"})
     else:
         environment.update({ROLE: "gpu", SLOT: str(slot.vram)})
-        environment.update(with_mark(caps_of(slot, around).environment))
-    if not around.simulated:
-        environment.update(visibility(plan, slot.device if slot else None, around))
+        environment.update(with_mark(caps_of(slot, placement).environment))
+    if not placement.simulated:
+        environment.update(visibility(plan, slot.device if slot else None, placement))
     return environment
 
 
-def caps_of(slot: Slot, around: PlacementContext) -> Caps:
+def caps_of(slot: Slot, placement: PlacementContext) -> Caps:
     """What caps the frameworks of a worker in this slot, where anything does."""
-    if not around.cap_vram or around.simulated or slot.device.variable != VARIABLE:
+    if not placement.cap_vram or placement.simulated or slot.device.variable != VARIABLE:
         return Caps()
-    context = around.contexts.get(slot.device.name, CONTEXT_ALLOWANCE)
+    context = placement.contexts.get(slot.device.name, CONTEXT_ALLOWANCE)
     return caps_for(
         slot,
-        around.outer,
-        around.versions,
+        placement.outer,
+        placement.versions,
         context=context,
-        mps=around.mps,
-        budget=around.budgets.get(slot.device.uuid),
+        mps=placement.mps,
+        budget=placement.budgets.get(slot.device.uuid),
     )
 
 
@@ -98,23 +98,23 @@ def slot_of_outer_run(environment: Mapping[str, str]) -> int | None:
     return int(text)
 
 
-def visibility(plan: Plan, device: Device | None, around: PlacementContext) -> dict[str, str]:
+def visibility(plan: Plan, device: Device | None, placement: PlacementContext) -> dict[str, str]:
     """The variables that show a worker what it is to see, and hide all others from it."""
     # A worker that is given one kind of accelerator sees none of the others.
     hidden = dict.fromkeys([VARIABLE, *(d.device.variable for d in plan.devices)], NO_DEVICE)
     if device is None:
         return hidden
-    devices = seen(plan, device, around)
+    devices = seen(plan, device, placement)
     # MIG instances have no index that CUDA knows.
-    if around.by_index and device.variable == VARIABLE and not _is_instance(device):
+    if placement.by_index and device.variable == VARIABLE and not _is_instance(device):
         return {**hidden, VARIABLE: ",".join(d.index for d in devices), ORDER: "PCI_BUS_ID"}
     return {**hidden, device.variable: ",".join(d.visible_as or d.uuid for d in devices)}
 
 
-def seen(plan: Plan, device: Device, around: PlacementContext) -> tuple[Device, ...]:
+def seen(plan: Plan, device: Device, placement: PlacementContext) -> tuple[Device, ...]:
     """What a worker on this device sees: its own device first, the others only if they may be."""
     # A process of CUDA can use one MIG instance, and no GPU besides it.
-    if not around.see_all or _is_instance(device):
+    if not placement.see_all or _is_instance(device):
         return (device,)
     others = (planned.device for planned in plan.devices)
     return (
@@ -150,14 +150,14 @@ def place_of(plan: Plan, number: int) -> Place:
     return Place("gpu", device.uuid, device.name, device.index, slot.vram, document)
 
 
-def message_to(plan: Plan, number: int, around: PlacementContext) -> dict[str, Any]:
+def message_to(plan: Plan, number: int, placement: PlacementContext) -> dict[str, Any]:
     """The placement of a worker, in the builtin types that execnet carries."""
     slot = plan.slots[number] if number < len(plan.slots) else None
-    own = {} if around.simulated else visibility(plan, slot.device if slot else None, around)
+    own = {} if placement.simulated else visibility(plan, slot.device if slot else None, placement)
     return {"place": vars(place_of(plan, number)), "visible": own}
 
 
-def message_of_tests(settings: Settings, plan: Plan, around: PlacementContext) -> dict[str, Any]:
+def message_of_tests(settings: Settings, plan: Plan, placement: PlacementContext) -> dict[str, Any]:
     """What a worker must know to find its GPU tests."""
     return {
         "marker": settings.marker,
@@ -167,7 +167,7 @@ def message_of_tests(settings: Settings, plan: Plan, around: PlacementContext) -
         "without_gpu": settings.without_gpu,
         "absence": "" if plan.slots else shortage(plan),
         "budget": plan.usable,
-        "devices": len(seen(plan, plan.slots[0].device, around)) if plan.slots else 0,
+        "devices": len(seen(plan, plan.slots[0].device, placement)) if plan.slots else 0,
         "ollama": message_of_models(settings),
     }
 

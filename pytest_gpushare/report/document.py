@@ -355,21 +355,21 @@ def _plan_document(run: ActiveRun) -> dict[str, Any]:
         "driver": run.gpus.driver,
         "plan": _plan(run),
         "devices": [_device(device) for device in run.plan.devices],
-        "workers": _workers(run.plan, run.around),
+        "workers": _workers(run.plan, run.placement),
         "ollama": ollama_document(run.ollama),
         "problems": list(run.notes),
         "lines": lines,
     }
 
 
-def _workers(plan: Plan, around: PlacementContext) -> list[dict[str, Any]]:
+def _workers(plan: Plan, placement: PlacementContext) -> list[dict[str, Any]]:
     gpu: list[dict[str, Any]] = [
         {
             "id": "this process" if plan.request.in_process else f"gw{number}",
             "role": "gpu",
             "device": slot.device.uuid,
             "slot_bytes": slot.vram,
-            "caps": list(caps_of(slot, around).descriptions),
+            "caps": list(caps_of(slot, placement).descriptions),
         }
         for number, slot in enumerate(plan.slots)
     ]

@@ -301,7 +301,7 @@ def _workers(run: ActiveRun) -> Iterator[str]:
     name = "worker " if plan.request.fixed else "gw"
     for number, slot in enumerate(plan.slots):
         who = "this process" if plan.request.in_process else f"{name}{number}"
-        caps = ", ".join(caps_of(slot, run.around).descriptions)
+        caps = ", ".join(caps_of(slot, run.placement).descriptions)
         yield (
             f"  {who}: {slot.device.label} ({slot.device.uuid}), "
             f"VRAM {format_gb(slot.vram)}{f', capped: {caps}' if caps else ''}"

@@ -1,9 +1,9 @@
-"""A device for one test alone: for what ran out of memory beside others, once more.
+"""Exclusive use of a device by one test: one that ran out of memory beside others runs again.
 
 Workers say that a test of theirs ran out of memory (`oom`). If others of ours share the
 device, these are asked to rest between two tests (`pause`, answered by `quiet`), and the
-worker gets the device to itself (`alone`) until the end of that test (`alone-over`). Nobody is
-interrupted, nothing is dispatched again, and who dies in the middle is waited for no longer.
+worker gets the device to itself (`alone`) until the end of that test (`alone-over`). No test is
+interrupted or dispatched again, and a worker that dies meanwhile is not waited for.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.gpu.attribution import Holding
@@ -41,7 +42,7 @@ class _Request:
 
 
 class ExclusiveAccess:
-    """Who has which device alone, who waits for that, and who rests for it."""
+    """Decides which worker has which devices to itself, and which workers rest meanwhile."""
 
     def __init__(
         self,
@@ -65,44 +66,45 @@ class ExclusiveAccess:
         self._resting: dict[str, tuple[int, bool]] = {}
         """Worker -> (number of the request to rest, whether it has said that it does)."""
         self._number = 0
-        links.on("here", self._here)
+        links.on("here", self._note_pid)
         links.on("oom", self._ran_out)
-        links.on("quiet", self._quiet)
-        links.on("alone-over", self._over)
+        links.on("quiet", self._note_rest)
+        links.on("alone-over", self._note_end)
 
     def joined(self, worker: str, devices: Iterable[str]) -> None:
-        """A worker with these devices is on its way."""
+        """A worker with these devices is starting."""
         with self._lock:
             self._devices[worker] = frozenset(devices)
-            self._go_on()
+            self._advance()
 
     def gone(self, worker: str, *, in_order: bool = False) -> None:
-        """A worker has ended or died, perhaps in the middle of all this."""
+        """A worker has ended or died, perhaps while it was waiting or resting."""
         with self._lock:
             if in_order:
                 self._ended[worker] = time.monotonic()
             self._devices.pop(worker, None)
             self._resting.pop(worker, None)
             self._queue = [request for request in self._queue if request.worker != worker]
-            self._go_on()
+            self._advance()
 
     def busy(self, device: str) -> bool:
         """Whether a test has this device alone now, or waits for it."""
         with self._lock:
             return any(device in request.devices for request in self._queue)
 
-    def _here(self, worker: str, pid: int) -> None:
+    def _note_pid(self, worker: str, pid: int) -> None:
         self._pids[worker] = int(pid)
 
     def _ran_out(self, worker: str, message: Mapping[str, Any]) -> None:
         """Note who holds what at this moment, and say whether the test may run alone."""
-        nodeid, own = str(message["nodeid"]), self._devices.get(worker) or self._itself()
+        nodeid = str(message["nodeid"])
+        own = self._devices.get(worker) or self._devices_in_process()
         labels = {d.device.uuid: d.device.label for d in self._plan.devices}
-        found = [self._held_on(uuid, labels.get(uuid, uuid)) for uuid in sorted(own)]
+        found = [self._holding_of(uuid, labels.get(uuid, uuid)) for uuid in sorted(own)]
         text = "; ".join(each.text(worker) for each in found)
         with self._lock:
-            late = self._late(found)
-            # The last words of a worker that has died by now must not hold up the others.
+            late = self._returns_late(found)
+            # A worker that has died since it sent this must not hold up the others.
             others = worker in self._devices and (late or self._neighbours(worker, own))
             shared = bool(others and message.get("again", True))
             answer = {
@@ -114,7 +116,7 @@ class ExclusiveAccess:
             self._links.send(worker, "alone", answer)
             if shared:
                 self._queue.append(_Request(worker, own, late))
-                self._go_on()
+                self._advance()
         free = [each.memory.free for each in found if each.memory is not None]
         self._record.note(
             "oom",
@@ -128,32 +130,32 @@ class ExclusiveAccess:
             shared=bool(shared),
         )
 
-    def _quiet(self, worker: str, message: Mapping[str, Any]) -> None:
+    def _note_rest(self, worker: str, message: Mapping[str, Any]) -> None:
         with self._lock:
             number, _ = self._resting.get(worker, (None, False))
             if number is not None and number == message.get("number"):
                 self._resting[worker] = (number, True)
-                self._go_on()
+                self._advance()
 
-    def _over(self, worker: str, message: Mapping[str, Any]) -> None:
+    def _note_end(self, worker: str, message: Mapping[str, Any]) -> None:
         with self._lock:
             self._queue = [request for request in self._queue if request.worker != worker]
-            self._go_on()
+            self._advance()
         if message.get("ran"):
             nodeid, outcome = str(message["nodeid"]), str(message["outcome"])
             self._record.note(
                 "oom-retried", f"{nodeid} {outcome} alone", nodeid=nodeid, outcome=outcome
             )
 
-    def _itself(self) -> frozenset[str]:
+    def _devices_in_process(self) -> frozenset[str]:
         """The devices of a run without workers."""
         return frozenset(slot.device.uuid for slot in self._plan.slots[:1])
 
     def _neighbours(self, worker: str, devices: frozenset[str]) -> list[str]:
         return [other for other, own in self._devices.items() if other != worker and own & devices]
 
-    def _go_on(self) -> None:
-        """Ask for rest, grant and release, as far as it goes; with the lock held."""
+    def _advance(self) -> None:
+        """Send whatever requests and answers are due now; with the lock held."""
         taken: set[str] = set()
         wanted: set[str] = set()
         waiting = {request.worker for request in self._queue if not request.granted}
@@ -179,12 +181,12 @@ class ExclusiveAccess:
     def _grant(self, request: _Request) -> None:
         if request.late:
             # Waited for elsewhere: this may be the thread that receives from the other workers.
-            name = "gpu-share-late-vram"
-            threading.Thread(target=self._wait_for, args=(request,), name=name, daemon=True).start()
+            wait = partial(self._grant_later, request)
+            threading.Thread(target=wait, name="gpu-share-late-vram", daemon=True).start()
         else:
-            self._links.send(request.worker, "alone", self._go(request))
+            self._links.send(request.worker, "alone", self._permission(request))
 
-    def _go(self, request: _Request) -> dict[str, Any]:
+    def _permission(self, request: _Request) -> dict[str, Any]:
         budgets = [
             planned.budget
             for planned in self._plan.devices
@@ -192,26 +194,26 @@ class ExclusiveAccess:
         ]
         return {"verdict": "go", "budget": min(budgets, default=0)}
 
-    def _wait_for(self, request: _Request) -> None:
-        """Grant once the VRAM of the dead has come back, or has been waited for long enough."""
+    def _grant_later(self, request: _Request) -> None:
+        """Grant once the VRAM of workers that are gone has come back, or after `LATE` seconds."""
         end = time.monotonic() + LATE
-        while time.monotonic() < end and self._held_by_the_gone(request.devices):
+        while time.monotonic() < end and self._is_held_by_the_gone(request.devices):
             time.sleep(0.1)
         with self._lock:
             if request in self._queue:
-                self._links.send(request.worker, "alone", self._go(request))
+                self._links.send(request.worker, "alone", self._permission(request))
 
-    def _held_by_the_gone(self, devices: frozenset[str]) -> bool:
-        return self._late([self._held_on(uuid, uuid) for uuid in devices])
+    def _is_held_by_the_gone(self, devices: frozenset[str]) -> bool:
+        return self._returns_late([self._holding_of(uuid, uuid) for uuid in devices])
 
-    def _held_on(self, uuid: str, label: str) -> Holding:
+    def _holding_of(self, uuid: str, label: str) -> Holding:
         """Who holds the VRAM of a device now."""
         if self._holding is None:
             return Holding(label, None)
         return self._holding(uuid, label, {pid: worker for worker, pid in self._pids.items()})
 
-    def _late(self, found: Iterable[Holding]) -> bool:
-        """Whether workers that are gone hold VRAM still, and may be about to give it back."""
+    def _returns_late(self, found: Iterable[Holding]) -> bool:
+        """Whether workers that are gone still hold VRAM that may be about to come back."""
         latest = time.monotonic() - BRIEF
         with self._lock:
             gone = self._pids.keys() - self._devices.keys()

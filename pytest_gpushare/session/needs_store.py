@@ -1,8 +1,8 @@
 """What tests took in earlier runs, by node id and model of device: kept in pytest's cache.
 
 Peaks that the frameworks counted set a test's figure; what NVML saw once a second, or what a
-large cache blurred, is a lower bound, which raises a figure and never sets one lower. The file
-is outside data: what is no sensible figure in it is left out.
+large cache blurred, is a lower bound, which raises a figure and never lowers it. The file is not
+trusted: what is no sensible figure is left out.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ class Learned(NamedTuple):
 def recall_needs(config: pytest.Config, device: str) -> dict[str, Learned]:
     """Node id -> what the test took on this model of device; empty where nothing is kept."""
     path = _path(config)
-    return _sensible(_read(path).get(device)) if path is not None else {}
+    return _validated(_read(path).get(device)) if path is not None else {}
 
 
 class MeasuredRun(Protocol):
-    """What is asked of the active run whose tests are measured."""
+    """The parts of the active run that the recorder uses."""
 
     settings: Settings
     plan: Plan
@@ -98,10 +98,10 @@ class NeedsRecorder:
         self._found: dict[str, dict[str, Learned]] = {}
         """Device's name -> node id -> what was learned in this run."""
         self._before: dict[str, dict[str, Learned]] = {}
-        self._heard_of: set[str] = set()
+        self._measured: set[str] = set()
         """Tests whose workers have reported how long they took."""
         self._names = {slot.device.uuid: slot.device.name for slot in run.plan.slots}
-        run.links.on("test", self._heard)
+        run.links.on("test", self._note_measured)
 
     def start(self) -> None:
         """Read what earlier runs kept; nothing is written before the end."""
@@ -109,12 +109,12 @@ class NeedsRecorder:
             self._before[name] = recall_needs(self._config, name)
 
     def stop(self) -> None:
-        """Write it, once and atomically; what cannot be written is a note."""
-        self._look_up()
+        """Write what was measured, once and atomically; a failure becomes a note."""
+        self._take_unmeasured()
         path = _path(self._config)
         if path is None or not any(self._found.values()):
             return
-        kept = {name: _sensible(tests) for name, tests in _read(path).items()}
+        kept = {name: _validated(tests) for name, tests in _read(path).items()}
         for name, tests in self._found.items():
             merged = {**kept.get(name, {}), **tests}
             newest = sorted(merged.items(), key=lambda entry: entry[1].date, reverse=True)
@@ -131,10 +131,10 @@ class NeedsRecorder:
     def at_least(self, device: str, nodeid: str, size: int) -> None:
         """A lower bound of a test's peak, such as NVML's samples give: it may raise its figure.
 
-        `size` is in bytes, without the CUDA context. A figure that there is not is not set by
-        it: between two samples the test may have held any amount.
+        `size` is in bytes, without the CUDA context. A test without a figure gets none from it:
+        between two samples the test may have held any amount.
         """
-        before = self._before_of(device, nodeid)
+        before = self._last_known(device, nodeid)
         if before is not None and before.peak is not None:
             self._keep(device, nodeid, size, None, exact=False)
 
@@ -142,11 +142,11 @@ class NeedsRecorder:
         """How long a test took that no framework measured; without a device: on the CPU."""
         self._keep(device, nodeid, None, seconds, exact=False)
 
-    def _before_of(self, device: str, nodeid: str) -> Learned | None:
+    def _last_known(self, device: str, nodeid: str) -> Learned | None:
         return self._found.get(device, {}).get(nodeid) or self.learned(device).get(nodeid)
 
-    def _look_up(self) -> None:
-        """Take what the workers' frameworks did not measure of the tests that passed."""
+    def _take_unmeasured(self) -> None:
+        """Record the tests that passed and that no framework measured."""
         for test in self._run.tests:
             if test.outcome != "passed" or test.start is None or test.end is None:
                 continue
@@ -154,21 +154,21 @@ class NeedsRecorder:
             if device and test.peak is not None and test.peak.source == "nvml":
                 size = test.peak.size - self._run.context_of(device)
                 self.at_least(device, test.nodeid, max(0, size))
-            if test.nodeid not in self._heard_of:
+            if test.nodeid not in self._measured:
                 self.took(test.nodeid, max(0.0, test.end - test.start), device)
 
-    def _heard(self, worker: str, message: Mapping[str, Any]) -> None:
+    def _note_measured(self, worker: str, message: Mapping[str, Any]) -> None:
         device = self._run.device_of(worker)
         name = self._names.get(device or "")
         if name is not None:
             self._compare(name, message)
         if name is None or message["outcome"] != "passed":
-            # A test that failed or was skipped on its way may not have got to its peak.
+            # A test that failed or was skipped may not have reached its peak.
             return
         duration = max(0.0, float(message["end"]) - float(message["start"]))
         if message["attempts"] > 1:
             duration = 0.0
-        self._heard_of.add(str(message["nodeid"]))
+        self._measured.add(str(message["nodeid"]))
         self._keep(
             name, str(message["nodeid"]), message["peak"], duration or None, message["exact"]
         )
@@ -192,9 +192,9 @@ class NeedsRecorder:
     def _keep(
         self, device: str, nodeid: str, peak: int | None, duration: float | None, exact: bool
     ) -> None:
-        before = self._before_of(device, nodeid)
+        before = self._last_known(device, nodeid)
         old = before.peak if before is not None else None
-        new = _joined(old, peak, exact)
+        new = _merged(old, peak, exact)
         if before is not None and old is not None and new is not None and _differ(old, new):
             self._run.record.note(
                 "need-changed",
@@ -210,8 +210,8 @@ class NeedsRecorder:
         self._found.setdefault(device, {})[nodeid] = Learned(new, duration, today)
 
 
-def _joined(old: int | None, new: int | None, exact: bool) -> int | None:
-    """The figure to keep: a counted peak wins, a lower bound only raises."""
+def _merged(old: int | None, new: int | None, exact: bool) -> int | None:
+    """The figure to keep: a counted peak replaces it, a lower bound can only raise it."""
     if new is None or (not exact and old is not None and new <= old):
         return old
     return new
@@ -243,7 +243,7 @@ def _read(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _sensible(tests: object) -> dict[str, Learned]:
+def _validated(tests: object) -> dict[str, Learned]:
     if not isinstance(tests, dict):
         return {}
     found: dict[str, Learned] = {}

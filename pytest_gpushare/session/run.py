@@ -41,7 +41,7 @@ from pytest_gpushare.session.start_facts import (
     RunOptions,
     StartFacts,
     nothing,
-    surroundings,
+    placement_context,
 )
 from pytest_gpushare.session.tests import RecordedTests
 from pytest_gpushare.session.workers import Workers
@@ -252,7 +252,7 @@ class ActiveRun:
                 spec.env = {**self._placed[number][1], **theirs}
             elif spec.popen and not spec.via and VARIABLE not in theirs:
                 number = next(free)
-                environment = worker_environment(self.plan, number, self.around)
+                environment = worker_environment(self.plan, number, self.placement)
                 environment = {**environment, NUMBER: str(number)}
                 self._placed[number] = spec, environment
                 spec.env = {**theirs, **environment}
@@ -280,7 +280,7 @@ class ActiveRun:
 
     def seen_by(self, slot: Slot) -> tuple[str, ...]:
         """UUIDs of the devices that the worker in this slot sees, its own first."""
-        return tuple(device.uuid for device in seen(self.plan, slot.device, self.around))
+        return tuple(device.uuid for device in seen(self.plan, slot.device, self.placement))
 
     def context_of(self, name: str | None) -> int:
         """Bytes of a CUDA context on devices of that name: measured by earlier runs, or assumed."""
@@ -325,9 +325,9 @@ class ActiveRun:
         return self.strict and (bool(self.overwritten) or lost or spilled or refused)
 
     @cached_property
-    def around(self) -> PlacementContext:
+    def placement(self) -> PlacementContext:
         """What beside the plan decides on the environments of workers."""
-        return surroundings(self.facts, self.plan)
+        return placement_context(self.facts, self.plan)
 
     @cached_property
     def _ollama_url(self) -> str:
@@ -336,19 +336,19 @@ class ActiveRun:
         return (server or candidates(self.settings.ollama_host, os.environ)[0].address).url
 
     def _message(self, number: int) -> dict[str, Any]:
-        return self._message_by(self.plan, number, self.around, self._lease_path)
+        return self._message_by(self.plan, number, self.placement, self._lease_path)
 
     def _message_by(
-        self, plan: Plan, number: int, around: PlacementContext, lease: str
+        self, plan: Plan, number: int, placement: PlacementContext, lease: str
     ) -> dict[str, Any]:
         """The message to the worker of this number in a plan, which is its host's."""
-        message = message_to(plan, number, around)
+        message = message_to(plan, number, placement)
         memory = {
             "context": self.context_of(message["place"]["name"]),
             "empty_caches": self.settings.empty_caches,
             "needs": self.has_needs,
         }
-        tests = message_of_tests(self.settings, plan, around)
+        tests = message_of_tests(self.settings, plan, placement)
         tests["ollama"]["url"] = self._ollama_url
         tests["ollama"]["dispatched"] = not self.plan.request.in_process
         acquire = list(AcquireTerms.of(self.settings))
@@ -364,8 +364,8 @@ class ActiveRun:
         context = self.context_on(record.device if record else None)
         self.tests.measured(worker, measured, context)
 
-    def _note_own(self, worker: str, told: Any) -> None:
-        self.tests.looked_at(worker, told, self.record.began_at)
+    def _note_own(self, worker: str, message: Any) -> None:
+        self.tests.looked_at(worker, message, self.record.began_at)
 
     def _note_kept(self, worker: str, pids: Any) -> None:
         """Processes that the wider fixtures of a worker keep are not left behind by its tests."""

@@ -98,7 +98,7 @@ class Sampler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Sample no more."""
+        """Stop sampling."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(_STOP_TIMEOUT)

@@ -192,9 +192,9 @@ def start(
         if loading is not None:
             loading.undo()
         raise
-    close = probes.close if live is None else _both(live.close, probes.close)
+    close = probes.close if live is None else _in_order(live.close, probes.close)
     if agreed.lessee is not None:
-        close = _both(agreed.lessee.close, close)
+        close = _in_order(agreed.lessee.close, close)
         if loading is not None and loading.kept is not None:
             loading.kept.used_by_others = agreed.lessee.models_of_others
     found = StartFacts(
@@ -225,7 +225,7 @@ def start(
         preloaded=loading.sentences,
         preload_service=loading.kept,
         # Also where the run ends before its services began.
-        close=close if loading.kept is None else _both(loading.undo, close),
+        close=close if loading.kept is None else _in_order(loading.undo, close),
     )
 
 
@@ -291,7 +291,7 @@ def _unexpected(settings: Settings, gpus: GpuFacts) -> list[str]:
     ]
 
 
-def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+def _in_order(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
     def both() -> None:
         first()
         second()
@@ -338,7 +338,7 @@ def start_in_process(config: pytest.Config, environment: Mapping[str, str]) -> A
     unplaced = "CUDA is up in this process already" if is_up else ""
     run = _active(facts, config, options, unplaced)
     if not unplaced:
-        config.add_cleanup(set_variables(worker_environment(run.plan, 0, run.around)))
+        config.add_cleanup(set_variables(worker_environment(run.plan, 0, run.placement)))
         config.add_cleanup(entered(place_of(run.plan, 0)))
     return run
 

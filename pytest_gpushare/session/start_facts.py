@@ -131,7 +131,7 @@ class ReadingSource(NamedTuple):
     attribution: Attribution
 
 
-def surroundings(facts: StartFacts, plan: Plan) -> PlacementContext:
+def placement_context(facts: StartFacts, plan: Plan) -> PlacementContext:
     """What beside the plan decides on the environments of workers on this host."""
     settings, simulated = facts.settings, facts.gpus.simulated
     capped = settings.cap_vram and bool(plan.slots) and not simulated

@@ -194,18 +194,18 @@ class RecordedTests:
             else:
                 self._measured[worker, nodeid] = counted
 
-    def looked_at(self, worker: str, told: Any, began_at: float) -> None:
+    def looked_at(self, worker: str, message: Any, began_at: float) -> None:
         """Take what NVML showed a worker of its own process; what makes no sense is dropped.
 
         It is a lower bound of the test's peak. `began_at`: when the run started.
         """
-        if not isinstance(told, Mapping) or not isinstance(told.get("nodeid"), str):
+        if not isinstance(message, Mapping) or not isinstance(message.get("nodeid"), str):
             return
-        size, at, member = _bytes(told.get("held")), told.get("at"), self._workers.get(worker)
+        size, at, member = _bytes(message.get("held")), message.get("at"), self._workers.get(worker)
         if not size or not isinstance(at, float) or member is None:
             return
         self._workers.looked_at(member, at - began_at, size)
-        key, peak = (worker, told["nodeid"]), Peak(size, "nvml", False)
+        key, peak = (worker, message["nodeid"]), Peak(size, "nvml", False)
         with self._lock:
             last = self._last.get(worker)
             if key not in self._open and last is not None and last.nodeid == key[1]:

@@ -117,7 +117,7 @@ _FIRST_WITH_UUIDS = {"torch": (2, 0), "vllm": (0, 21), "deepspeed": (10**9,)}
 def caps(found: Examined) -> Iterator[Finding]:
     """The cap of each framework in a GPU worker."""
     started = found.started
-    frameworks = started.around.versions or installed_frameworks()
+    frameworks = started.placement.versions or installed_frameworks()
     if not frameworks:
         yield ok("none of torch, JAX, CuPy and TensorFlow is installed: nothing to cap")
     elif not found.settings.cap_vram:
@@ -131,7 +131,7 @@ def caps(found: Examined) -> Iterator[Finding]:
         names = ", ".join(f"{name} {version}" for name, version in frameworks.items())
         yield ok(f"{names}: no GPU worker to cap")
     else:
-        for text in caps_of(started.plan.slots[0], started.around).descriptions:
+        for text in caps_of(started.plan.slots[0], started.placement).descriptions:
             yield _cap(text)
 
 
