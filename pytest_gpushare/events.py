@@ -57,7 +57,7 @@ class Record:
             else:
                 self.dropped += 1
         for listener in self._listeners:
-            # Whoever notes something has other things to do than to fail here.
+            # A failing listener must not disturb the code that notes an event.
             with contextlib.suppress(Exception):
                 listener(event)
         return event

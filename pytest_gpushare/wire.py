@@ -1,4 +1,4 @@
-"""The private channels between controller and workers: xdist's own takes no foreign words.
+"""The plugin's own channels between controller and workers: xdist's accept only its messages.
 
 Messages are (kind, payload) with builtin types. Handlers run in the thread in which execnet
 receives, so they must be quick and must not wait.
@@ -29,7 +29,7 @@ class Links:
         self._lock = threading.Lock()
 
     def on(self, kind: str, handler: Handler) -> None:
-        """Receive messages of this kind from every worker, those that came already among them."""
+        """Receive messages of this kind from every worker, also those that have already arrived."""
         with self._lock:
             self._handlers.setdefault(kind, []).append(handler)
             early = self._early.pop(kind, [])
@@ -66,13 +66,13 @@ class Links:
         return True
 
     def receive(self, worker: str, message: Any) -> None:
-        """Hand a message on; what comes from a worker gone wild is dropped."""
+        """Pass a message to its handler; malformed ones are dropped."""
         if not (isinstance(message, tuple) and len(message) == 2):
             return
         kind, payload = message
         with self._lock:
             handlers = list(self._handlers.get(kind, ()))
-            # A quick worker has collected before a slow controller is ready to listen.
+            # A worker may have collected before the controller has registered its handler.
             if not handlers and sum(map(len, self._early.values())) < MOST_EARLY:
                 self._early.setdefault(kind, []).append((worker, payload))
         for handler in handlers:
@@ -112,7 +112,7 @@ class Link:
         self._handlers.setdefault(kind, []).append(handler)
 
     def receive(self, message: Any) -> None:
-        """Hand a message of the controller on."""
+        """Pass a message of the controller to its handler."""
         kind, payload = message
         for handler in self._handlers.get(kind, ()):
             # An error here would end execnet's receiver, and with it this worker.

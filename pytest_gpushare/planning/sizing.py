@@ -167,7 +167,7 @@ def _by_compute_mode(device: Device) -> int | None:
 def _ram_limit(settings: Settings, host: HostFacts) -> int | None:
     if not settings.ram_per_worker or host.available_ram is None:
         return None
-    # A run needs one worker at least; whether that one fits is not for us to forbid.
+    # A run needs at least one worker, also where its RAM may not suffice.
     return max(1, int(host.available_ram / settings.ram_per_worker))
 
 
@@ -189,7 +189,7 @@ def _trim(devices: Sequence[DevicePlan], most: int) -> list[DevicePlan]:
     Each time from a device with the most slots; of those from the one whose slots are
     smallest, since its remaining workers gain most. Equal ones go by UUID, last first.
     """
-    # No device keeps more than all may have: millions of tiny slots must not go one by one.
+    # Cut to `most` per device first: millions of tiny slots would be removed one by one.
     left = [replace(device, workers=min(device.workers, most)) for device in devices]
     for _ in range(sum(device.workers for device in left) - most):
         at = max(

@@ -1,7 +1,7 @@
 """The start of a run: asks the devices and the neighbours at the same time, and plans.
 
-Each question has a time limit; a call that hangs is left behind in a daemon thread, since
-neither a DNS look-up nor a call into a stuck driver can be cancelled.
+Each question has a time limit; a call that hangs continues in a daemon thread, since neither a
+DNS look-up nor a call into a driver that hangs can be cancelled.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class _NvmlReading:
             self.nvml.open()
             return self.nvml.read(*self._visible)
         except Exception as error:
-            # Or it would be reported as a time-out, which it is not.
+            # Else it would be reported as a time-out.
             return GpuFacts(absence=reason(error))
 
     def finish(self) -> GpuFacts:
@@ -167,7 +167,7 @@ class _NvmlReading:
         return facts._replace(absence=f"{facts.absence}; {hidden}")
 
     def close(self) -> None:
-        # A driver that hangs already is not waited for once more.
+        # A driver that hangs is not waited for a second time.
         limit = _CLOSE_TIMEOUT if self._call.is_over else 0.0
         call_within(limit, self.nvml.close, "nvml-close")
 
@@ -233,7 +233,7 @@ class _OllamaAsking:
         return facts._replace(found_by=self._place.found_by, server=self._place.address)
 
     def hang_up(self) -> None:
-        """End what is still under way: its answer is not waited for."""
+        """Close connections that are still open, without waiting for answers."""
         _hang_up(self._connections)
 
 

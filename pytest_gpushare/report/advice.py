@@ -138,7 +138,7 @@ def _shortage_of_gpus(run: ActiveRun) -> Iterator[str]:
 
 
 def _skip(run: ActiveRun) -> list[Advice]:
-    """GPU tests fail for lack of a GPU: they can be skipped."""
+    """Where GPU tests fail for lack of a GPU: the setting that skips them."""
     if run.plan.slots or run.settings.without_gpu != "run":
         return []
     failed = [t for t in run.tests if t.marked and t.outcome in ("failed", "error")]

@@ -131,7 +131,7 @@ def more_room(case: Case) -> list[Advice]:
 
 
 def _no_reservation(case: Case, why: str, need: int) -> list[Advice]:
-    """Ollama gives its VRAM up: it is not there, or runs its models on the CPU."""
+    """No reservation for an Ollama that is absent, or that runs its models on the CPU."""
     if not any(device.outstanding for device in case.plan.devices):
         return []
     action = "start no Ollama here"

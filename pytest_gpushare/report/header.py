@@ -48,7 +48,7 @@ class OutputOptions(NamedTuple):
 
 def ollama_lines(run: ActiveRun, verbosity: int) -> Iterator[Line]:
     """The server and its models; what the models need, where some are named."""
-    # Where there is no device, a server that is not there either is no news.
+    # Without a device nobody expects a server.
     if run.ollama.asked and (run.plan.devices or run.ollama.reachable):
         yield _server(run)
     if run.plan.demand is not None and run.plan.devices:
@@ -74,7 +74,7 @@ def _server(run: ActiveRun) -> Line:
 
 
 def what_stands(run: ActiveRun) -> str:
-    """What becomes of the reservation where the server does not answer."""
+    """What happens to the reservation where the server does not answer."""
     if not run.plan.devices:
         return "no GPU to share with it"
     if run.plan.is_released:
@@ -208,7 +208,7 @@ def _lines(run: ActiveRun, verbosity: int) -> Iterator[Line]:
 
 
 def _alone(line: Line) -> Line:
-    """A line that stands without the others says whose it is."""
+    """The line with the name of the plugin, where it stands without the others."""
     text = line.text.strip()
     return line if text.startswith("gpu-share:") else Line(f"gpu-share: {text}", line.problem)
 

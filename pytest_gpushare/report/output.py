@@ -26,7 +26,7 @@ def write_reports(document: Mapping[str, Any], files: Sequence[Path]) -> Iterato
         try:
             write_whole(path, _text(document, path))
         except Exception as error:
-            # A full disk, or whatever else: the tests have their results all the same.
+            # A full disk or any other error: the tests keep their results.
             yield f"no report in {printable(str(path))}: {why(error)}"
 
 
@@ -119,7 +119,7 @@ def publish(run: ActiveRun, config: pytest.Config, exit_status: int) -> None:
         whole = document(run, exit_status, lines)
         run.unwritten += write_reports(whole, run.reports)
     except Exception as error:
-        # The tests have their results; a report is not worth an internal error.
+        # The tests have their results: a report must not end in an internal error.
         run.unwritten.append(f"no report: {type(error).__name__}: {error}"[:300])
 
 

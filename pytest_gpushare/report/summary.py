@@ -30,7 +30,7 @@ _MOST_NAMES = 3
 
 
 def routing(run: ActiveRun) -> Iterator[Line]:
-    """What went elsewhere than its marker says, and what was skipped for it."""
+    """Tests that ran on other workers than their markers say, and tests skipped because of that."""
     parity, marker = run.routing.differences, run.settings.marker
     if parity is None:
         return
@@ -83,7 +83,7 @@ def _sentence(event: Event, again: Event | None) -> str:
 
 
 def needs_exceeded(run: ActiveRun) -> Iterator[Line]:
-    """Tests that took more than they were admitted with: their neighbours pay for it."""
+    """Tests that took more than they were admitted with, which their neighbours then lack."""
     declared = list(declared_too_small(run))
     named = {test.nodeid for test, _ in over_need(run)}
     others = {
@@ -111,7 +111,7 @@ def _latest(run: ActiveRun, kind: str) -> list[str]:
 
 
 def _first(texts: Sequence[str], others: str, *, problem: bool) -> Iterator[Line]:
-    """A line for each of the first, and one that says of how many more the same is true."""
+    """A line for each of the first few, and one with the number of the others."""
     for text in texts[:MOST]:
         yield Line(f"gpu-share: {text}", problem=problem)
     if len(texts) > MOST:
@@ -132,7 +132,7 @@ class Word(NamedTuple):
 
 
 def verdict(server: MonitoredServer) -> list[Word]:
-    """One word for each model that was loaded at any time, and one for each silence."""
+    """One sentence for each model that was loaded at any time, and one for each silence."""
     words = [_on(life, server) for life in server.history.lives.values()]
     return [*words, *_silences(server)]
 
@@ -306,7 +306,7 @@ def _hints(run: ActiveRun) -> Iterator[Line]:
     for each in advice:
         yield Line(f"{HINT} {each.text}")
     if lacking is not None:
-        # Somebody who has them skipped where there is no GPU knows that.
+        # Whoever has set them to be skipped without a GPU knows that.
         is_problem = bool(lacking.failed) or not run.plan.absence
         change = f": {best.change}" if best is not None else ""
         yield Line(f"gpu-share: {lacking.text}{change}", is_problem)

@@ -351,7 +351,7 @@ class LlmTests:
                 else:
                     outcome = Opened(number, self._open(number))
             except Exception as error:
-                # Its tests are reported with it, rather than never.
+                # Its tests are reported with this reason; else they would never be reported.
                 outcome = Opened(number, printable(f"{type(error).__name__}: {error}", 200))
             self._outcomes.put(outcome)
             self.on_outcome()

@@ -214,7 +214,7 @@ class ActiveRun:
         """Read once more what workers hold, or one of them: their fixtures are torn down, their
         processes alive."""
         if self.sampler is not None and self.services.runs(self.sampler):
-            # Whatever NVML does now, the run has its result.
+            # An error of NVML must not change the result of the run.
             with contextlib.suppress(Exception):
                 self.sampler.last_look(worker)
 
