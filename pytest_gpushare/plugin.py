@@ -76,7 +76,7 @@ class _Early:
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Register the options of the table; all are unset by default, so that precedence holds."""
-    group = parser.getgroup("gpu-share", "GPU workers beside Ollama (pytest-gpushare)")
+    group = parser.getgroup("gpu-share", "GPU workers next to Ollama (pytest-gpushare)")
     for flag, action, meaning, rest in SWITCHES:
         group.addoption(flag, action=action, default=None, help=meaning, **rest)
     parser.addini("gpu_share", "size the xdist workers by VRAM (pytest-gpushare)", default=None)

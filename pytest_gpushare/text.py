@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -112,15 +112,40 @@ def width_of(text: str) -> int:
     )
 
 
+_BARS = "▁▂▃▄▅▆▇█"
+_ASCII = str.maketrans(f"{_BARS}▓▒░×·…→", "_.-=+*#@%=.x|~>")
+
+
+def encodable(text: str, encoding: str | None) -> str:
+    """The text with what this encoding lacks replaced; Windows code pages lack block characters.
+
+    A file without an encoding takes any text.
+    """
+    encoding = encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_ASCII).encode(encoding, "replace").decode(encoding)
+    return text
+
+
+def sparkline(parts: Iterable[float]) -> str:
+    """One character for each part from 0 to 1, in eighths."""
+    return "".join(_BARS[min(7, max(0, int(part * 8)))] for part in parts)
+
+
 _TIED = "\0"
-_TIE = re.compile(r"(?<=\d) (?=(?:[GMk]?B|ms|s|%)(?!\w))|(?<= -o) ")
+_TIE = re.compile(
+    r"(?<=\d) (?=(?:[GMk]?B|ms|s|%)(?!\w))|(?<= -o) | (?== \S)|(?<= [=×]) (?=\S)|(?<=\d) (?=×)"
+)
 
 
 def wrapped(text: str, columns: int, indent: int) -> list[str]:
     """The text in lines of at most so many columns, broken at blanks alone.
 
     The first line keeps its own indent, the others have `indent` blanks. A word that is longer
-    than a line stands alone in one. A number stays with its unit, and `-o` with its setting.
+    than a line stands alone in one. A number stays with its unit, `-o` with its setting, a
+    setting with its value, and a product whole.
     """
     if width_of(text) <= columns or not text.strip():
         return [text]

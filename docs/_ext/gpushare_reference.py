@@ -1,7 +1,7 @@
 """The reference of options and presets, made from the tables that the plugin itself uses.
 
-`table`, `options` and `presets` return MyST text; the directives `gpu-share-table`,
-`gpu-share-options` and `gpu-share-presets` put it into a page.
+`table`, `options` and `presets` return MyST text. The directives `gpu-share-options` and
+`gpu-share-presets` put it into a page; the table is written there, to be read without Sphinx too.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _sentence(text: str) -> str:
 
 
 def setup(app: Sphinx) -> dict[str, object]:
-    """Register the three directives."""
+    """Register the directives."""
     from sphinx.util.docutils import SphinxDirective
 
     def directive(make):
@@ -82,7 +82,6 @@ def setup(app: Sphinx) -> dict[str, object]:
 
         return Generated
 
-    app.add_directive("gpu-share-table", directive(table))
     app.add_directive("gpu-share-options", directive(options))
     app.add_directive("gpu-share-presets", directive(presets))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

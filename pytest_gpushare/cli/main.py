@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from pytest_gpushare.cli.terminal import INTERNAL, OK, REFUSED
 from pytest_gpushare.errors import GpuShareError
@@ -19,7 +20,15 @@ from pytest_gpushare.units import MOST_VRAM, parse_size
 TRACEBACK = "PYTEST_GPUSHARE_TRACEBACK"
 
 COMPLETION = "--print-completion"
-COMMANDS = ("plan", "doctor", "watch", "hold", "merge", "compare")
+COMMANDS = {
+    "plan": ("pytest_gpushare.cli.plan_command", "plan"),
+    "doctor": ("pytest_gpushare.cli.doctor.render", "doctor"),
+    "watch": ("pytest_gpushare.cli.watch", "watch"),
+    "hold": ("pytest_gpushare.cli.hold", "hold"),
+    "merge": ("pytest_gpushare.cli.report_files", "merge"),
+    "compare": ("pytest_gpushare.cli.report_files", "compare"),
+}
+"""Command -> the module and the function that run it."""
 
 _EPILOG = """\
 exit codes:
@@ -66,29 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.command == "plan":
-        from pytest_gpushare.cli.plan_command import plan
-
-        return plan(options)
-    if options.command == "doctor":
-        from pytest_gpushare.cli.doctor.render import doctor
-
-        return doctor(options)
-    if options.command == "hold":
-        from pytest_gpushare.cli.hold import hold
-
-        return hold(options)
-    if options.command == "merge":
-        from pytest_gpushare.cli.report_files import merge
-
-        return merge(options)
-    if options.command == "compare":
-        from pytest_gpushare.cli.report_files import compare
-
-        return compare(options)
-    from pytest_gpushare.cli.watch import watch
-
-    return watch(options)
+    module, name = COMMANDS[options.command]
+    run: Callable[[argparse.Namespace], int] = getattr(import_module(module), name)
+    return run(options)
 
 
 def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -106,7 +95,7 @@ def _check_command(parser: argparse.ArgumentParser, own: Sequence[str]) -> None:
 
     near = get_close_matches(first.lower(), COMMANDS, 1)
     hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-    parser.error(f"{one_line(first, 80)!r} is no command: {hint}")
+    parser.error(f"{one_line(first, 80)!r} is not a command: {hint}")
 
 
 class _PrintCompletion(argparse.Action):
@@ -120,8 +109,6 @@ class _PrintCompletion(argparse.Action):
         _flag: object = None,
     ) -> None:
         """See `argparse.Action`."""
-        from importlib import import_module
-
         try:
             shtab = import_module("shtab")
         except ImportError:
@@ -138,7 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="pytest-gpushare",
-        description="Look at the GPUs, Ollama and the settings that a test run would find here.",
+        description="Plan, check and watch test runs that share a GPU with Ollama.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -150,7 +137,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SHELL",
         help="print the script that completes this command in a shell, such as bash or zsh",
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True
+    )
     _add_plan(commands)
     _add_doctor(commands)
     _add_watch(commands)
@@ -246,7 +235,7 @@ def _add_hold(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "Wait until the VRAM can be leased, run the command after --, and give the VRAM back. "
         "Test runs and other hold commands on this host leave it to the command and to what it "
         "starts. A test run inside plans with this VRAM. The exit code is the command's; 4: the "
-        "VRAM is not to be had.",
+        "VRAM is not available.",
         "--vram SIZE -- COMMAND",
     )
     parser.add_argument(
@@ -275,7 +264,7 @@ def _add_merge(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "merge",
         "make one report of those of several shards",
         "Read reports that --gpu-share-report FILE.json has written, one of each shard, and write "
-        "one report of all. The files may come from anybody: they are checked, and their texts "
+        "one report of all. The files may come from others: they are checked, and their texts "
         "are escaped.",
         "REPORT.json ... -o FILE",
     )
@@ -347,20 +336,20 @@ def _vram(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= 604800:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r}: allowed is a number from 0 to 604800")
-    return seconds
+    return _seconds_between(text, 0, 604800)
 
 
 def _interval(text: str) -> float:
+    return _seconds_between(text, 0.2, 3600)
+
+
+def _seconds_between(text: str, least: float, most: float) -> float:
     try:
-        seconds = float(text)
+        number = float(text)
     except ValueError:
-        seconds = 0.0
-    if not 0.2 <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a number from 0.2 to 3600 seconds")
-    return seconds
+        number = -1.0
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(
+            f"{text[:80]!r}: allowed is a number of seconds from {least:g} to {most:g}"
+        )
+    return number

@@ -12,10 +12,10 @@ from pytest_gpushare.cli.terminal import (
     REFUSED,
     Piece,
     Row,
-    encodable,
     show,
     show_json,
     terminal_width,
+    write_lines,
 )
 from pytest_gpushare.config.sources import report_files
 from pytest_gpushare.errors import GpuShareError
@@ -117,5 +117,5 @@ def merge(options: argparse.Namespace) -> int:
         return REFUSED
     tests, shards = plural(len(document["tests"]), "test"), plural(len(paths), "report")
     text = f"gpu-share: {shards} with {tests} merged into {', '.join(p.name for p in files)}"
-    print(encodable(text, sys.stdout.encoding))  # noqa: T201
+    write_lines([text])
     return OK

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from pytest_gpushare.text import width_of
+from pytest_gpushare.text import encodable, width_of
 
 OK, FOUND, USAGE, INTERNAL, REFUSED = 0, 1, 2, 3, 4
 """Exit codes: success; doctor found an [x]; wrong usage; an internal error; the run would refuse
@@ -30,46 +30,26 @@ class Piece(NamedTuple):
 
 Row = Sequence[Piece]
 
-_PLAIN = str.maketrans({"×": "x", "█": "#", "▒": "=", "░": ".", "…": "~", "→": ">"})
-
 
 def text_of(row: Row) -> str:
     """The line without its styles."""
     return "".join(piece.text for piece in row)
 
 
-def encodable(text: str, encoding: str | None) -> str:
-    """The text with what this encoding lacks replaced; Windows code pages lack block characters."""
-    if not encoding:
-        # A Python object instead of a terminal: it takes any text.
-        return text
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return text.translate(_PLAIN).encode(encoding, "replace").decode(encoding)
-    return text
-
-
-def can_show(text: str) -> bool:
-    """Whether standard output can show these characters."""
-    return encodable(text, getattr(sys.stdout, "encoding", None)) == text
-
-
 def show(rows: Iterable[Row]) -> None:
     """Print the rows to standard output."""
-    encoding = getattr(sys.stdout, "encoding", None)
     in_colour = has_colour()
-    for row in rows:
-        text = styled(row) if in_colour else text_of(row).rstrip()
-        sys.stdout.write(encodable(text, encoding) + "\n")
-    sys.stdout.flush()
+    write_lines(styled(row) if in_colour else text_of(row).rstrip() for row in rows)
+
+
+def write_lines(lines: Iterable[str]) -> None:
+    """Print the lines to standard output."""
+    _write("".join(f"{line}\n" for line in lines))
 
 
 def show_json(document: Mapping[str, Any]) -> None:
     """Print a document as indented JSON."""
-    json.dump(document, sys.stdout, indent=1, ensure_ascii=True)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    write_lines([json.dumps(document, indent=1)])
 
 
 def terminal_width() -> int | None:
@@ -130,7 +110,7 @@ def screen() -> Iterator[Draw | None]:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(encodable(text, sys.stdout.encoding))
+    sys.stdout.write(encodable(text, getattr(sys.stdout, "encoding", None)))
     sys.stdout.flush()
 
 

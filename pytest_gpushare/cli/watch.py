@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pytest_gpushare.cli.terminal import OK, can_show, encodable, screen, show
+from pytest_gpushare.cli.terminal import OK, screen, show, write_lines
 from pytest_gpushare.cli.watch_view import Snapshot, Watcher, document, lines, rows
 from pytest_gpushare.config.settings import Settings
 
@@ -45,26 +45,20 @@ def _loop(watcher: Watcher, show_snapshot: Show, options: argparse.Namespace) ->
 def _output(options: argparse.Namespace) -> Iterator[Show]:
     """How a snapshot is shown: as JSON, redrawn in a terminal, or as lines."""
     if options.json:
-        yield lambda snapshot: _write(json.dumps(document(snapshot)))
+        yield lambda snapshot: write_lines([json.dumps(document(snapshot))])
         return
     if not sys.stdout.isatty():
-        yield lambda snapshot: _write("\n".join(lines(snapshot)))
+        yield lambda snapshot: write_lines(lines(snapshot))
         return
-    unicode = can_show("█░▁▂▃▄▅▆▇█")
     if options.once:
-        yield lambda snapshot: show(rows(snapshot, 80, unicode=unicode))
+        yield lambda snapshot: show(rows(snapshot, 80))
         return
     with screen() as drawn:
         if drawn is None:
             # The terminal cannot be redrawn, as with TERM=dumb.
-            yield lambda snapshot: _write("\n".join(lines(snapshot)))
+            yield lambda snapshot: write_lines(lines(snapshot))
         else:
-            yield lambda snapshot: drawn(lambda width: rows(snapshot, width, unicode=unicode))
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(encodable(text, sys.stdout.encoding) + "\n")
-    sys.stdout.flush()
+            yield lambda snapshot: drawn(lambda width: rows(snapshot, width))
 
 
 def _settings() -> Settings:

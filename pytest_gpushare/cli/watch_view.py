@@ -24,6 +24,7 @@ from pytest_gpushare.ollama.reservation import statements
 from pytest_gpushare.planning.startup import host_probe
 from pytest_gpushare.report.document import PLAN_SCHEMA, ollama_document
 from pytest_gpushare.session.registry import RunningSession, sessions
+from pytest_gpushare.text import sparkline
 from pytest_gpushare.timed import call_within
 from pytest_gpushare.units import format_gb, plural
 
@@ -191,13 +192,12 @@ def _held(usage: Mapping[str, DeviceUsage], running: Sequence[RunningSession]) -
     return held
 
 
-_LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
-_SIGNS, _ASCII_SIGNS = "█▓▒░", "OT#."
+_SIGNS = "█▓▒░"
 """The parts of a bar: Ollama, tests, others, free."""
 _STYLES = ("magenta", "green", "blue", "dim")
 
 
-def rows(snapshot: Snapshot, width: int, *, unicode: bool = True) -> Iterator[Row]:
+def rows(snapshot: Snapshot, width: int) -> Iterator[Row]:
     """The snapshot for a terminal of this width."""
     driver = f", driver {snapshot.driver}" if snapshot.driver else ""
     yield [Piece("pytest-gpushare watch", "bold"), Piece(f"  {_clock(snapshot.at)}{driver}", "dim")]
@@ -206,8 +206,8 @@ def rows(snapshot: Snapshot, width: int, *, unicode: bool = True) -> Iterator[Ro
     for seen in snapshot.devices:
         yield [Piece("")]
         yield [Piece(f"{seen.device.label} {seen.device.name}", "bold")]
-        yield _bar(seen, width, unicode=unicode)
-        yield [Piece("  "), *_legend(seen, unicode=unicode)]
+        yield _bar(seen, width)
+        yield [Piece("  "), *_legend(seen)]
     for problem in snapshot.problems:
         yield [Piece(problem, "yellow")]
     yield [Piece("")]
@@ -241,13 +241,6 @@ def document(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def sparkline(parts: Sequence[float], *, unicode: bool = True) -> str:
-    """One character for each part from 0 to 1."""
-    levels = _LEVELS if unicode else _ASCII_LEVELS
-    top = len(levels) - 1
-    return "".join(levels[min(top, max(0, round(part * top)))] for part in parts)
-
-
 def _facts(snapshot: Snapshot) -> Iterator[str]:
     if snapshot.absence:
         yield f"no GPU: {snapshot.absence}"
@@ -264,7 +257,7 @@ def _facts(snapshot: Snapshot) -> Iterator[str]:
     )
 
 
-def _bar(seen: SeenDevice, width: int, *, unicode: bool) -> Row:
+def _bar(seen: SeenDevice, width: int) -> Row:
     memory = seen.memory
     if memory is None or not memory.total:
         return [Piece("  no reading: the device does not answer", "yellow")]
@@ -277,14 +270,13 @@ def _bar(seen: SeenDevice, width: int, *, unicode: bool) -> Row:
         seen.tests or 0,
         memory.used - (seen.ollama or 0) - (seen.tests or 0),
     )
-    signs = _SIGNS if unicode else _ASCII_SIGNS
     bar = [
         Piece(sign * count, style)
         for sign, count, style in zip(
-            signs, _shares(parts, memory.total, cells), _STYLES, strict=True
+            _SIGNS, _shares(parts, memory.total, cells), _STYLES, strict=True
         )
     ]
-    spark = sparkline(seen.history[-room:] if room else (), unicode=unicode)
+    spark = sparkline(seen.history[-room:] if room else ())
     return [Piece("  "), *bar, Piece(text), Piece(spark, "cyan")]
 
 
@@ -297,13 +289,12 @@ def _shares(parts: Sequence[int], total: int, cells: int) -> list[int]:
     return [end - start for start, end in zip([0, *ends], [*ends, cells], strict=True)]
 
 
-def _legend(seen: SeenDevice, *, unicode: bool) -> Row:
+def _legend(seen: SeenDevice) -> Row:
     if seen.ollama is None:
         return [Piece(_holders(seen), "dim")]
-    signs = _SIGNS if unicode else _ASCII_SIGNS
     words = _holders(seen).split(", ")
     row: list[Piece] = []
-    for sign, style, word in zip(signs, _STYLES, words, strict=False):
+    for sign, style, word in zip(_SIGNS, _STYLES, words, strict=False):
         row += [Piece(f"{sign} ", style), Piece(f"{word}  ")]
     return row
 

@@ -35,16 +35,21 @@ _STYLE = re.compile(r"\x1b\[[0-9;]*m|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 """Sequences that do not move the cursor: colours and titles."""
 
 
+_ADDS_LINES = "pytest_instafail"
+"""A plugin whose reporter writes more lines, in the way of pytest's own."""
+
+
 def reporter_file(config: pytest.Config) -> TextIO | None:
     """The file of pytest's own reporter, where that is a terminal.
 
     Uses `TerminalWriter._file` (pytest 5.4). None without it, and where another plugin has put
-    its reporter in the place of pytest's, as pytest-sugar does: no line is drawn then.
+    a reporter that moves the cursor in the place of pytest's, as pytest-sugar does: no line is
+    drawn then.
     """
     import pytest
 
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if type(reporter) is not pytest.TerminalReporter:
+    kind = type(config.pluginmanager.get_plugin("terminalreporter"))
+    if kind is not pytest.TerminalReporter and kind.__module__ != _ADDS_LINES:
         return None
     file = getattr(config.get_terminal_writer(), "_file", None)
     try:

@@ -190,7 +190,7 @@ OPTIONS: tuple[Option, ...] = (
         "ollama_unreachable",
         lambda: kinds.Choice("reserve", "release", "fail"),
         "reserve",
-        "where Ollama gives no answer: reserve (keep its VRAM all the same), release (keep "
+        "where Ollama does not answer: reserve (keep its VRAM all the same), release (keep "
         "nothing if no server is reached), fail (an error)",
     ),
     Option(
@@ -203,7 +203,7 @@ OPTIONS: tuple[Option, ...] = (
         "ollama_preload",
         lambda: kinds.Boolean(),
         "false",
-        "load gpu_share_ollama_models before the workers start, and keep them till the end",
+        "load gpu_share_ollama_models before the workers start, and keep them loaded",
     ),
     Option(
         "ollama_preload_failed",
@@ -228,7 +228,7 @@ OPTIONS: tuple[Option, ...] = (
         "ollama_phase",
         lambda: kinds.Choice("auto", "beside", "before", "after"),
         "auto",
-        "when tests that use a model run: beside the GPU tests, before or after them, or as "
+        "when tests that use a model run: `beside` the GPU tests, before or after them, or as "
         "arithmetic says (auto)",
     ),
     Option(
@@ -280,7 +280,7 @@ OPTIONS: tuple[Option, ...] = (
         "ollama_timeout_s",
         lambda: kinds.Number(low="0.01", high="60", unit="s"),
         "0.5",
-        "seconds for the whole of the questions that are asked of Ollama at the start",
+        "seconds for all requests to Ollama at the start",
         field="ollama_timeout",
     ),
     Option(
@@ -307,13 +307,13 @@ OPTIONS: tuple[Option, ...] = (
         "cpu_workers",
         lambda: kinds.Integer(high="1024", auto=True),
         "0",
-        "CPU workers beside the GPU workers; auto: the CPUs that GPU workers leave",
+        "CPU workers next to the GPU workers; auto: the CPUs that GPU workers leave",
     ),
     Option(
         "without_gpu",
         lambda: kinds.Choice("run", "skip", "fail"),
         "run",
-        "what a GPU test does when no GPU can be had: run (on the CPU), skip, fail",
+        "what a GPU test does without a GPU: run (on the CPU), skip, fail",
     ),
     Option(
         "empty_caches",

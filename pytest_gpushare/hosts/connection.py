@@ -162,7 +162,7 @@ class HostConnection:
                 if not line.startswith(_PREFIX):
                     noise += len(line)
                     if noise > _MOST_NOISE:
-                        problem = "it prints too much beside its answers"
+                        problem = "it prints too much in addition to its answers"
                         break
                     continue
                 message = json.loads(line[len(_PREFIX) :])

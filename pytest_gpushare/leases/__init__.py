@@ -182,7 +182,7 @@ def _claim(lessee: Lessee, device: Device, size: int, wait: float | None) -> Non
         line.clear()
     if not outcome.is_granted:
         raise LeaseUnavailable(
-            f"{format_gb(size)} of VRAM are not to be had on {device.label} after "
+            f"{format_gb(size)} of VRAM are not available on {device.label} after "
             f"{outcome.waited:.0f} s: {holders(outcome.view)}"
         )
 

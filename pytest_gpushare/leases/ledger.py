@@ -248,7 +248,7 @@ class Ledger:
         try:
             _make_readable(descriptor)
             if not locks.lock_within(GATE_LIMIT, descriptor, shared=True):
-                raise OSError(errno.EAGAIN, "its record is locked by somebody else")
+                raise OSError(errno.EAGAIN, "its record is locked by another process")
             if os.write(descriptor, content) != SIZE:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except BaseException:

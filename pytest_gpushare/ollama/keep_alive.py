@@ -288,16 +288,16 @@ class KeepAlive:
         if now is None:
             return "it was unloaded"
         if (now.digest, now.context, now.size) != (before.digest, before.context, before.size):
-            return "somebody loaded it with other settings"
+            return "another client loaded it with other settings"
         pids = self._pids()
         if ours.pid is not None and pids is not None:
-            return "" if ours.pid in pids else "somebody reloaded it"
+            return "" if ours.pid in pids else "another client reloaded it"
         # Without processes to compare, somebody's request may have reloaded it unseen.
         left, expected = seconds_left(now, time.time()), self._expected.get(before.name)
         if left is None or expected is None or left == expected == float("inf"):
             return ""
         if abs(time.time() + left - expected) > 2.0:
-            return "somebody used it, and whether it was reloaded cannot be seen here"
+            return "another client used it, and whether it was reloaded cannot be seen here"
         return ""
 
     def _renew(self, ours: PreloadedModel, opened: Callable[[Connection], object]) -> None:

@@ -410,7 +410,7 @@ def seen_larger(
     )
     if needed > max((device.total for device in gpus.all_devices), default=0):
         return (
-            f"{text}no device here holds it with 1.0 GB free beside it: use a smaller context "
+            f"{text}no device here holds it with 1.0 GB free next to it: use a smaller context "
             "(OLLAMA_CONTEXT_LENGTH)",
         )
     return (f"{text}gpu_share_ollama_vram_reservation_mb = {needed // MB} would hold it",)

@@ -287,7 +287,7 @@ def held_by(spill: Spill) -> str:
         return "who held VRAM then is unknown"
     free = f"{format_gb(spill.free)} free"
     if spill.tests is None:
-        return f"VRAM then: {free}; the driver does not tell who held the rest"
+        return f"VRAM then: {free}; the driver does not report which processes held the rest"
     others = "" if spill.others is None else f"others {format_gb(spill.others)}, "
     return f"VRAM then: tests {format_gb(spill.tests)}{_workers(spill.by_worker)}, {others}{free}"
 
@@ -310,7 +310,7 @@ def why(spill: Spill, reservation: int, budget: int) -> str:
     if spill.cause is Cause.DOUBT:
         return (
             f"tests or other processes held {format_gb(spill.excess)} more than the "
-            f"{format_gb(budget)} of VRAM that the tests had; the driver does not tell which"
+            f"{format_gb(budget)} of VRAM that the tests had; the driver does not report which"
             f"{_would(spill.setting)}"
         )
     if spill.cause is Cause.SIZE:
@@ -321,7 +321,7 @@ def why(spill: Spill, reservation: int, budget: int) -> str:
     if spill.cause is Cause.OPTIONS:
         return (
             "whenever VRAM was looked at, there was room for all of it on the GPU: a request set "
-            "num_gpu, the server's own settings limit it, or somebody held VRAM for a moment"
+            "num_gpu, the server's own settings limit it, or another process held VRAM for a moment"
         )
     return "NVML gave no reading at that time, so the cause is unknown"
 
@@ -329,7 +329,7 @@ def why(spill: Spill, reservation: int, budget: int) -> str:
 def _would(setting: Setting | None) -> str:
     if setting is None:
         return ""
-    price = ", without any GPU worker beside it" if setting.is_without_workers else ""
+    price = ", without any GPU worker next to it" if setting.is_without_workers else ""
     return f": {INI_PREFIX}{setting.key} = {setting.value} would have kept it on the GPU{price}"
 
 

@@ -294,7 +294,7 @@ def _declare_what_passed_alone(run: ActiveRun, case: Case) -> Iterator[Advice]:
         size = _rounded(Fraction(peak.size))
         if size <= case.plan.usable:
             yield Advice(
-                f"{printable(nodeid)} ran out of VRAM beside others and passed alone",
+                f"{printable(nodeid)} ran out of VRAM next to others and passed alone",
                 "would keep that much for it from the start",
                 action=f'declare @pytest.mark.{run.settings.marker}(vram="{size / GB:g}GB")',
             )

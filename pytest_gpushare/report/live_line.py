@@ -17,8 +17,8 @@ from pytest_gpushare.compat.pytest_terminal import (
 )
 from pytest_gpushare.gpu.attribution import DeviceUsage
 from pytest_gpushare.ollama.models import OLLAMA
-from pytest_gpushare.report.output import in_encoding
 from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.text import encodable
 from pytest_gpushare.units import GB
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class LiveLine:
     def _serve(self) -> None:
         while not self._stopped.wait(INTERVAL):
             try:
-                text = in_encoding(line(self._run), self._encoding)
+                text = encodable(line(self._run), self._encoding)
             except Exception:
                 # The line is no reason to disturb a run.
                 self._place.remove()

@@ -14,7 +14,7 @@ from pytest_gpushare.events import Event
 from pytest_gpushare.report.header import Line, OutputOptions
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import leaks
-from pytest_gpushare.text import append_regular, printable, redactor, write_whole
+from pytest_gpushare.text import append_regular, encodable, printable, redactor, write_whole
 
 if TYPE_CHECKING:
     import pytest
@@ -53,10 +53,6 @@ SUMMARY, ACTIONS = "GITHUB_STEP_SUMMARY", "GITHUB_ACTIONS"
 _WIDE = OutputOptions(0, 400)
 """For readers that are no terminal."""
 
-_PLAIN = str.maketrans("×·▁▂▃▄▅▆▇█", "x|_.-=+*#@")
-"""Signs that stand for those that a terminal lacks."""
-
-
 Header = Callable[[int], list[Line]]
 """The lines of the header, by verbosity."""
 
@@ -65,7 +61,7 @@ def header_lines(header: Header, config: pytest.Config) -> list[str]:
     """The header's lines, in colour where pytest uses it."""
     writer = config.get_terminal_writer()
     return [
-        writer.markup(encodable(line.text), **_markup(line))
+        writer.markup(_shown(line.text), **_markup(line))
         for line in _laid_out(header(_verbosity(config)), config)
     ]
 
@@ -88,7 +84,7 @@ def print_summary(run: ActiveRun, reporter: pytest.TerminalReporter) -> None:
 
 def _print(lines: Sequence[Line], reporter: pytest.TerminalReporter) -> None:
     for line in _laid_out(lines, reporter.config):
-        reporter.write_line(encodable(line.text), **_markup(line))
+        reporter.write_line(_shown(line.text), **_markup(line))
 
 
 def _markup(line: Line) -> dict[str, bool]:
@@ -155,7 +151,7 @@ def _annotate(run: ActiveRun, reporter: pytest.TerminalReporter) -> None:
 
     clean = redactor()
     for text in workflow_commands(run):
-        reporter.write_line(encodable(clean(text)))
+        reporter.write_line(_shown(clean(text)))
 
 
 def _summary(run: ActiveRun, view: OutputOptions) -> list[Line]:
@@ -201,18 +197,9 @@ def _log(logger: logging.Logger, line: Line) -> None:
     logger.log(logging.WARNING if line.problem else logging.INFO, "%s", line.text.strip())
 
 
-def encodable(text: str) -> str:
+def _shown(text: str) -> str:
     """The text as standard output can show it."""
-    return in_encoding(text, getattr(sys.stdout, "encoding", None) or "ascii")
-
-
-def in_encoding(text: str, encoding: str) -> str:
-    """The text as the terminal can show it; Windows code pages may lack the signs."""
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        return text.translate(_PLAIN).encode(encoding, "replace").decode(encoding)
-    return text
+    return encodable(text, getattr(sys.stdout, "encoding", None) or "ascii")
 
 
 WAITS = ("pressure", "late", "pressure-over", "leases-unknown")
@@ -229,6 +216,6 @@ def progress(config: pytest.Config) -> Callable[[Event], None]:
         if reporter is not None and reporter.isatty:
             # The dots of the tests so far end without a newline.
             reporter.ensure_newline()
-            reporter.write_line(encodable(f"gpu-share: {event.text}"))
+            reporter.write_line(_shown(f"gpu-share: {event.text}"))
 
     return tell

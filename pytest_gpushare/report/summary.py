@@ -186,7 +186,7 @@ def _spilled(spills: list[Spill], life: Life, server: MonitoredServer) -> Word:
     again = f", and in part {life.spills - 1} more times" if life.spills > 1 else ""
     text = (
         f"Ollama put {format_gb(spill.missing)} of {model.name} ({format_gb(model.size)}) on the "
-        f"CPU, not on the GPU, when it loaded it {spill.at:.0f} s into the run{again}"
+        f"CPU when it loaded the model {spill.at:.0f} s into the run{again}"
     )
     details = [
         held_by(spill),

@@ -15,7 +15,7 @@ from pytest_gpushare.report.header import Line, OutputOptions
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import Leak, RecordedTest, leaks
 from pytest_gpushare.session.workers import WorkerRecord
-from pytest_gpushare.text import printable
+from pytest_gpushare.text import printable, sparkline
 from pytest_gpushare.units import MB, format_gb, plural
 
 WORTH_TELLING = 64 * MB
@@ -26,7 +26,6 @@ _MOST_LEAKS = 3
 _NARROWEST, _WIDEST = 8, 40
 _SPARE = 4
 """Columns for a blank, and for figures of other devices that are longer."""
-_BARS = "▁▂▃▄▅▆▇█"
 
 
 class Usage(NamedTuple):
@@ -120,7 +119,7 @@ def _device(use: Usage, view: OutputOptions, counted: bool) -> Line:
     room = view.columns - len(text) - _SPARE
     if room >= _NARROWEST:
         heights = use.watched.series.heights(min(room, _WIDEST))
-        text += f" {sparkline(heights, plan.device.total)}"
+        text += f" {sparkline(height / max(1, plan.device.total) for height in heights)}"
     return Line(text, problem=over)
 
 
@@ -159,12 +158,6 @@ def leak_in_words(leak: Leak) -> str:
     if leak.among == 1:
         return f"{first} left {size} of VRAM behind ({leak.worker})"
     return f"{leak.worker} kept {size} of VRAM, left by one of {leak.among} tests from {first} on"
-
-
-def sparkline(heights: Sequence[int], most: int) -> str:
-    """A bar for each height, in eighths of `most`."""
-    top = len(_BARS) - 1
-    return "".join(_BARS[min(top, height * len(_BARS) // max(1, most))] for height in heights)
 
 
 def _part(size: int, of: int) -> str:

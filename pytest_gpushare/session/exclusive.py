@@ -120,7 +120,7 @@ class ExclusiveAccess:
         free = [each.memory.free for each in found if each.memory is not None]
         self._record.note(
             "oom",
-            f"{nodeid} {'ran out of VRAM beside others' if shared else 'ran out of VRAM'}: {text}",
+            f"{nodeid} {'ran out of VRAM next to others' if shared else 'ran out of VRAM'}: {text}",
             nodeid=nodeid,
             worker=worker,
             said=str(message.get("said", "")),

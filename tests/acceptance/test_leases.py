@@ -172,7 +172,7 @@ def test_hold(start: Callable[..., Session], machine: Machine, project: Project)
     assert (result.code, result.out.strip()) == (7, machine.snapshot()[0].uuid)
     refused = project.command([*HOLD, "--vram", "23GB", "--", "true"])
     assert refused.code == 4
-    assert "23.0 GB of VRAM are not to be had on GPU 0" in refused.err
+    assert "23.0 GB of VRAM are not available on GPU 0" in refused.err
     assert project.command([*HOLD, "--vram", "8GB", "--device", "3", "--", "true"]).code == 4
     assert project.command([*HOLD, "--vram", "8GB", "--", "/nowhere"]).code == 4
     assert project.command([*HOLD, "--vram", "much", "--", "true"]).code == 2
@@ -189,7 +189,7 @@ def test_hold_follows_the_configuration_file(
         wait_for(lambda: len(list(ledger.glob(f"s-{process.pid}-*"))) == 1)
         refused = project.command([*HOLD, "--vram", "8GB", "--", "true"])
         assert refused.code == 4
-        assert "8.0 GB of VRAM are not to be had on GPU 0 after " in refused.err
+        assert "8.0 GB of VRAM are not available on GPU 0 after " in refused.err
         assert f"pid {process.pid}, " in refused.err
         # The command that it runs ends with it.
         process.terminate()

@@ -67,6 +67,7 @@ MODES = {
     "verbose": ["-v"],
     "live_log": ["-o", "log_cli=true", "-o", "log_cli_level=INFO"],
     "warnings": ["-p", "conftest_prints"],
+    "instant_failures": ["-p", "pytest_instafail"],
 }
 
 
@@ -87,7 +88,25 @@ def test_same_screen(
                     sys.stderr.write("to standard error\\n")
                     sys.stderr.write("not ended ")
                     warnings.warn("a warning")
-        """
+        """,
+        # As the plugin of that name does it.
+        pytest_instafail="""
+            import pytest
+
+            class Reporter(pytest.TerminalReporter):
+                def pytest_runtest_logreport(self, report):
+                    super().pytest_runtest_logreport(report)
+                    if report.failed:
+                        self._tw.line()
+                        report.toterminal(self._tw)
+
+            @pytest.hookimpl(trylast=True)
+            def pytest_configure(config):
+                old = config.pluginmanager.getplugin("terminalreporter")
+                if old:
+                    config.pluginmanager.unregister(old)
+                    config.pluginmanager.register(Reporter(config), "terminalreporter")
+        """,
     )
     terminal = start("-n2", *MODES[mode], size=(80, rows))
     assert terminal.end() == 1

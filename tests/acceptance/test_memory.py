@@ -249,7 +249,7 @@ def test_fails_again(project: Project, two: Machine) -> None:
     assert len(re.findall(rf"-+ gpu-share -+\n{note}", result.out)) == 1
     assert note in (project.path / "junit.xml").read_text()
     assert any(
-        line.startswith("gpu-share: test_right.py::test_too_large ran out of VRAM beside others")
+        line.startswith("gpu-share: test_right.py::test_too_large ran out of VRAM next to others")
         and line.endswith("; failed alone")
         for line in result.said
     )

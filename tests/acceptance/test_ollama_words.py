@@ -62,10 +62,10 @@ def test_host_check(project: Project, machine: Machine, ollama_with: OllamaWith)
     [
         (False, {}, False, ""),
         (True, {}, False, ""),
-        (True, {"num_thread": 1}, False, "somebody reloaded it"),
-        (True, {"num_ctx": 512}, False, "somebody loaded it with other settings"),
+        (True, {"num_thread": 1}, False, "another client reloaded it"),
+        (True, {"num_ctx": 512}, False, "another client loaded it with other settings"),
         (False, {}, True, ""),
-        (True, {}, True, "somebody used it, and whether it was reloaded cannot be seen here"),
+        (True, {}, True, "another client used it, and whether it was reloaded cannot be seen here"),
     ],
     ids=["unused", "used", "reloaded", "context", "unused, hidden", "used, hidden"],
 )

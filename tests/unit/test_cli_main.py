@@ -14,7 +14,7 @@ from pytest_gpushare.errors import GpuShareError
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("doktor",), 2, "'doktor' is no command: did you mean doctor?"),
+        (("doktor",), 2, "'doktor' is not a command: did you mean doctor?"),
         (("Plan",), 2, "did you mean plan?"),
         (("xyz\x1b[2J",), 2, "the commands are plan, doctor, watch, hold, merge, compare"),
         (("compare", "a.json"), 2, "the following arguments are required: FILE"),
@@ -22,8 +22,8 @@ from pytest_gpushare.errors import GpuShareError
         (("plan", "-n", "many"), 2, "allowed is a number of workers"),
         (("plan", "--cpus", "0"), 2, "is no number of CPUs"),
         (("plan", "--sim", "24GB"), 2, "unrecognized arguments: --sim 24GB"),
-        (("watch", "--interval", "0"), 2, "allowed is a number from 0.2 to 3600 seconds"),
-        (("watch", "--interval", "nan"), 2, "allowed is a number from 0.2 to 3600 seconds"),
+        (("watch", "--interval", "0"), 2, "allowed is a number of seconds from 0.2 to 3600"),
+        (("watch", "--interval", "nan"), 2, "allowed is a number of seconds from 0.2 to 3600"),
         (("watch", "--", "x"), 2, "nothing may follow --"),
         (("--help",), 0, "exit codes:"),
         (("plan", "--help"), 0, "without running a test"),

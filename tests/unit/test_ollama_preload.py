@@ -179,7 +179,9 @@ def test_reloaded_by_a_test(option: str, server: OllamaServer) -> None:
     pids = server.runner_pids()
     server.requests.clear()
     assert kept.look(60.0) == []
-    assert kept.service.given_up == ["m:1b was not kept loaded any more: somebody reloaded it"]
+    assert kept.service.given_up == [
+        "m:1b was not kept loaded any more: another client reloaded it"
+    ]
     assert server.runner_pids() == pids != [kept.pid]
 
 
@@ -191,8 +193,8 @@ def test_hidden_processes(server: OllamaServer) -> None:
     server.requests.clear()
     assert kept.look(60.0) == []
     assert kept.service.given_up == [
-        "m:1b was not kept loaded any more: somebody used it, and whether it was reloaded cannot "
-        "be seen here"
+        "m:1b was not kept loaded any more: another client used it, and whether it was reloaded "
+        "cannot be seen here"
     ]
 
 
@@ -202,7 +204,7 @@ def test_other_settings_and_gone(server: OllamaServer) -> None:
     server.load("m:1b", num_ctx=8192)
     assert kept.look(400.0)[-1:] == [("/api/generate", None)]  # the load above
     assert kept.service.given_up == [
-        "m:1b was not kept loaded any more: somebody loaded it with other settings"
+        "m:1b was not kept loaded any more: another client loaded it with other settings"
     ]
     server.unload("m:1b")
     kept = Kept(server)

@@ -86,7 +86,9 @@ def test_one_test_larger_than_the_budget() -> None:
     """No GPU worker would be left; that is said, too."""
     spill = judged(device({"gw0": 14.1}))
     assert spill.setting == Setting("min_vram_per_worker_gb", "14.5", is_without_workers=True)
-    assert reason(spill).endswith("would have kept it on the GPU, without any GPU worker beside it")
+    assert reason(spill).endswith(
+        "would have kept it on the GPU, without any GPU worker next to it"
+    )
 
 
 def test_other_processes() -> None:
@@ -114,10 +116,12 @@ def test_driver_does_not_tell() -> None:
     assert (spill.cause, spill.is_ours) == (Cause.DOUBT, True)
     assert reason(spill) == (
         "tests or other processes held 5.5 GB more than the 9.0 GB of VRAM that the tests had; "
-        "the driver does not tell which: gpu_share_ollama_vram_reservation_mb = 17500 would have "
+        "the driver does not report which: gpu_share_ollama_vram_reservation_mb = 17500 would have "
         "kept it on the GPU"
     )
-    assert in_words(spill).endswith("7.5 GB free; the driver does not tell who held the rest")
+    assert in_words(spill).endswith(
+        "7.5 GB free; the driver does not report which processes held the rest"
+    )
     kept = promise(4 * GB)
     spill = judged(untold(device(others=16.5)), kept=kept)
     assert (spill.cause, spill.is_ours) == (Cause.RESERVATION, True)
@@ -140,7 +144,7 @@ def test_num_gpu() -> None:
     assert (spill.cause, spill.is_ours) == (Cause.OPTIONS, False)
     assert reason(spill) == (
         "whenever VRAM was looked at, there was room for all of it on the GPU: a request set "
-        "num_gpu, the server's own settings limit it, or somebody held VRAM for a moment"
+        "num_gpu, the server's own settings limit it, or another process held VRAM for a moment"
     )
 
 

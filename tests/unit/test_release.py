@@ -39,3 +39,15 @@ def test_addresses() -> None:
     addresses = PROJECT["project"]["urls"]
     assert {"Documentation", "Changelog", "Source", "Issues"} <= set(addresses)
     assert all(address.startswith("https://") for address in addresses.values())
+
+
+def test_links_of_the_readme() -> None:
+    """Each leads to a file that is there, and on a package index to that file's address."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    inside = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert len(inside) > 10
+    assert [name for name in inside if not (ROOT / name).exists()] == []
+    for each in PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(each["pattern"], each["replacement"], text)
+    assert re.findall(r"\]\((?!https://)[^)]+\)", text) == []
+    assert "/pytest-gpushare/v$HFPR_VERSION/docs/images/report-light.png)" in text

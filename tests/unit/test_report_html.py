@@ -211,7 +211,7 @@ def test_verdict_is_never_nothing_where_vram_lacked() -> None:
 def test_verdict_where_nobody_can_tell() -> None:
     _, near, ollama, change = answers(shown(documents.untold()))
     assert near.details[-1] == "what tests held of their budget of 9.0 GB is unknown"
-    assert (ollama.state, ollama.answer) == ("neutral", "Nobody can tell")
+    assert (ollama.state, ollama.answer) == ("neutral", "Unknown")
     assert (change.state, change.answer) == ("good", "Nothing")
     assert answers(shown(documents.empty()))[1].answer == "Not measured"
     assert answers(shown(documents.cpu_only()))[0].details == [

@@ -10,12 +10,10 @@ import pytest
 
 from pytest_gpushare.report.header import Line, OutputOptions
 from pytest_gpushare.report.layout import laid_out
-from pytest_gpushare.report.output import in_encoding
 from pytest_gpushare.report.summary import summary
-from pytest_gpushare.report.usage import sparkline
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import leaks
-from pytest_gpushare.text import width_of
+from pytest_gpushare.text import encodable, width_of
 from pytest_gpushare.units import GB
 
 from .scene import CONTEXT, Scene
@@ -97,7 +95,7 @@ def test_golden(case: Callable[[], ActiveRun]) -> None:
             parts += [f"=== {flag}, {columns} columns", *(line.text for line in lines)]
             check_widths((line.text for line in lines), columns)
     lines = [line.text for line in summary(run, OutputOptions(1, 80))]
-    parts += ["=== -v, 80 columns, ASCII", *(in_encoding(line, "ascii") for line in lines)]
+    parts += ["=== -v, 80 columns, ASCII", *(encodable(line, "ascii") for line in lines)]
     text = "\n".join(parts) + "\n"
     path = GOLDEN / f"usage_{case.__name__}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
@@ -158,11 +156,6 @@ def test_nothing_of_a_device_that_others_fill() -> None:
     run.card.held[1] = 50 * 2**20
     run.ran("test_a.py::test_nothing")
     assert summary(run.finish(), OutputOptions(2, 200)) == []
-
-
-def test_sparkline() -> None:
-    assert sparkline([0, 3, 12, 24], 24) == "▁▂▅█"
-    assert sparkline([5], 0) == "█"
 
 
 def test_a_skipped_test_is_no_suspect() -> None:

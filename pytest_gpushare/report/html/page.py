@@ -20,6 +20,7 @@ from pytest_gpushare.report.html.markup import (
     Edges,
     Markup,
     Part,
+    breakable,
     clock,
     meter,
     pairs,
@@ -286,10 +287,17 @@ def _list(texts: list[str]) -> Markup:
 
 
 def code(text: str) -> Markup:
-    """The text with what stands between backticks as code."""
+    """The text with what stands between backticks as code; a setting may be broken at each `_`."""
     parts = re.split(r"`([^`]+)`", text)
     return Markup("").join(
-        tag("code", part) if index % 2 else part for index, part in enumerate(parts)
+        tag("code", part) if index % 2 else _with_breaks(part) for index, part in enumerate(parts)
+    )
+
+
+def _with_breaks(text: str) -> Markup:
+    words = re.split(r"(gpu_share_\w+)", text)
+    return Markup("").join(
+        piece for at, word in enumerate(words) for piece in (breakable(word) if at % 2 else [word])
     )
 
 

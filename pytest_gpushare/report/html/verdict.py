@@ -56,7 +56,7 @@ def _who(report: Shown) -> Answer:
     question = "Who used which GPU?"
     on_gpu = [worker for worker in report.workers if worker.role == "gpu"]
     cpu = len(report.workers) - len(on_gpu)
-    also = [plural(cpu, "CPU worker") + " beside"] if cpu and on_gpu else []
+    also = ["and " + plural(cpu, "CPU worker")] if cpu and on_gpu else []
     if report.run.simulated:
         workers = _workers(report.plan, len(report.workers))
         return Answer(question, NEUTRAL, "Nobody: simulated devices", [workers, *also])
@@ -123,7 +123,7 @@ def _ollama(report: Shown) -> Answer:
         return Answer(question, BAD, "Yes, while tests ran", lines)
     if not ollama.answered:
         where = f"{ollama.address or 'its server'}: {ollama.problem or 'no answer'}"
-        return Answer(question, NEUTRAL, "Nobody can tell", [where, *lines])
+        return Answer(question, NEUTRAL, "Unknown", [where, *lines])
     spilled = any(model.spilled for model in report.models)
     if spilled or kinds & {"ollama-spilled", "ollama-unreachable", "ollama-reloaded"}:
         return Answer(question, WARNING, "Something happened to it", lines)
