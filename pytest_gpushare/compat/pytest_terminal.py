@@ -42,14 +42,12 @@ _ADDS_LINES = "pytest_instafail"
 def reporter_file(config: pytest.Config) -> TextIO | None:
     """The file of pytest's own reporter, where that is a terminal.
 
-    Uses `TerminalWriter._file` (pytest 5.4). None without it, and where another plugin has put
-    a reporter that moves the cursor in the place of pytest's, as pytest-sugar does: no line is
-    drawn then.
+    Uses `TerminalWriter._file` (pytest 5.4), and the module of the reporter's class, which is not
+    public in pytest 8.0. None without them, and where another plugin has put a reporter that moves
+    the cursor in the place of pytest's, as pytest-sugar does: no line is drawn then.
     """
-    import pytest
-
-    kind = type(config.pluginmanager.get_plugin("terminalreporter"))
-    if kind is not pytest.TerminalReporter and kind.__module__ != _ADDS_LINES:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if type(reporter).__module__ not in ("_pytest.terminal", _ADDS_LINES):
         return None
     file = getattr(config.get_terminal_writer(), "_file", None)
     try:

@@ -183,8 +183,9 @@ def test_off(
         test_project="import time\n\ndef test_a():\n    time.sleep(0.6)\n",
         sugar_like="""
             import pytest
+            from _pytest.terminal import TerminalReporter
 
-            class Sugar(pytest.TerminalReporter):
+            class Sugar(TerminalReporter):
                 pass
 
             @pytest.hookimpl(trylast=True)

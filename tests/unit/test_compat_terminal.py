@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, TextIO
 
 import pytest
+from _pytest.terminal import TerminalReporter
 
 from pytest_gpushare.compat.pytest_terminal import (
     DRAW,
@@ -100,7 +101,7 @@ def test_a_file_that_does_not_allow_it() -> None:
 
 def test_without_the_private_name() -> None:
     """Another reporter, a writer without a file, a file that is closed: no line."""
-    reporter = object.__new__(pytest.TerminalReporter)
+    reporter = object.__new__(TerminalReporter)
 
     def config(reporter: object, **writer: object) -> Any:
         return SimpleNamespace(
