@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -297,12 +296,3 @@ def _free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
-
-
-def same_but_for_time(before: list[Mapping[str, Any]], after: list[Mapping[str, Any]]) -> bool:
-    """Whether two answers of /api/ps differ in `expires_at` at most."""
-
-    def stripped(entries: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in entry.items() if k != "expires_at"} for entry in entries]
-
-    return stripped(before) == stripped(after)
