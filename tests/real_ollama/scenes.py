@@ -341,7 +341,7 @@ def play_stock(scene: Scene, installation: Installation) -> None:
 def check_advice(scene: Scene, installation: Installation) -> bool | None:
     """Reserve too little; whether what is said of the spill is true. None: no spill to see."""
     # Two tests at once leave less than the model needs.
-    scene = scene._replace(test=(scene.total - scene.used) // 2 - 900, count=16, seconds=4.0)
+    scene = scene._replace(test=(scene.total - scene.used) // 2 - 900, count=10, seconds=4.0)
     with stage(scene, installation) as (server, project):
         print(f"    tests of {scene.test / 1024:.1f} GB", flush=True)
         small = play(project, ours(scene, "512"))
