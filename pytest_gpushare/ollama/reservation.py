@@ -233,11 +233,14 @@ def demand_of(
     if not ollama.on_this_host:
         # What is loaded elsewhere is not resident here, so that VRAM for all of it is kept.
         needs = [need._replace(missing=need.vram) for need in needs]
-    loaded_digests = {model.digest for model in ollama.models}
+    # Two names of one file share one process, which is listed under the first of them.
+    counted = {model.digest for model in ollama.models if model.digest}
+    counted |= {f"{facts[name].blob} {facts[name].num_ctx}" for name in loaded if name in facts}
     for name, written in {full_name(written): written for written in names}.items():
         model = facts.get(name, ModelFacts(written, problem="it was not asked for"))
-        # Two names of one file share one process, which is listed under the first of them.
-        if name not in loaded and (not model.digest or model.digest not in loaded_digests):
+        file = f"{model.blob} {model.num_ctx}" if model.blob else name
+        if name not in loaded and not counted & {model.digest, file}:
+            counted.add(file)
             needs.append(need_of(model, server, sizes))
     return Demand(tuple(needs))
 

@@ -248,9 +248,14 @@ def _tests(spill: Spill, excess: int, promise: Promise) -> Spill:
     return spill._replace(cause=Cause.TESTS, excess=excess, setting=setting)
 
 
+def has_room(model: LoadedModel, free: int | None) -> bool:
+    """Whether there is VRAM for all of a model of which a part is on the CPU."""
+    return free is not None and free > model.size + MARGIN + OVERHEAD
+
+
 def uses_no_gpu(model: LoadedModel, free: int | None) -> bool:
     """Whether a model is in RAM though there was VRAM for all of it."""
-    return has_no_layer(model) and free is not None and free > model.size + MARGIN + OVERHEAD
+    return has_no_layer(model) and has_room(model, free)
 
 
 NO_GPU = (

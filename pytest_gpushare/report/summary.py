@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_gpushare.ollama.history import Life
 from pytest_gpushare.ollama.models import LoadedModel, described
 from pytest_gpushare.ollama.monitor import MonitoredServer
-from pytest_gpushare.ollama.spill import Cause, held_by, uses_no_gpu, why, why_in_ram
+from pytest_gpushare.ollama.spill import Cause, has_room, held_by, uses_no_gpu, why, why_in_ram
 from pytest_gpushare.report.advice import (
     assess,
     declared_too_small,
@@ -223,9 +223,9 @@ def _spilled_before(life: Life, server: MonitoredServer) -> Word:
     )
     if life.gone_at is not None:
         return Word(f"{text}, and unloaded it {life.gone_at:.0f} s into the run", is_problem=True)
+    first = "" if has_room(model, free) else "free VRAM, then "
     return Word(
-        f"{text}: a loaded model is never moved; free VRAM, then reload it (ollama stop "
-        f"{model.name})",
+        f"{text}: a loaded model is never moved; {first}reload it (ollama stop {model.name})",
         is_problem=True,
     )
 

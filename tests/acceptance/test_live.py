@@ -92,8 +92,9 @@ def test_same_screen(
         # As the plugin of that name does it.
         pytest_instafail="""
             import pytest
+            from _pytest.terminal import TerminalReporter
 
-            class Reporter(pytest.TerminalReporter):
+            class Reporter(TerminalReporter):
                 def pytest_runtest_logreport(self, report):
                     super().pytest_runtest_logreport(report)
                     if report.failed:

@@ -210,6 +210,19 @@ def test_names_of_the_same_model(written: str) -> None:
     assert sources(result) == [("qwen2.5:14b", Source.LOADED)]
 
 
+def test_two_names_of_one_file() -> None:
+    """One process, loaded or not; with another context of its own it would be another load."""
+    names = {**AUTO, "ollama_models": ("qwen2.5:14b", "alias")}
+    here = FACTS._replace(blob="b" * 64)
+    alias = here._replace(name="alias", digest="a" * 64)
+    idle = answering()._replace(relied_on=(here, alias))
+    assert sources(plan(device(22), ollama=idle, **names)) == [("qwen2.5:14b", Source.PREDICTED)]
+    loaded = idle._replace(models=(LoadedModel("qwen2.5:14b", 9 * GB, 9 * GB, "d" * 64, 4096),))
+    assert sources(plan(device(12), ollama=loaded, **names)) == [("qwen2.5:14b", Source.LOADED)]
+    longer = idle._replace(relied_on=(here, alias._replace(num_ctx=8192)))
+    assert len(sources(plan(device(22), ollama=longer, **names))) == 2
+
+
 def test_nvml_tells_more_than_the_server() -> None:
     """A process holds its context, too: it is resident, and not kept twice."""
     runner = GpuProcess(7, 11 * GB, neighbour="Ollama")

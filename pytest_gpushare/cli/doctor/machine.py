@@ -16,7 +16,7 @@ from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.leases.ledger import MEETING_PLACE, OFF, Ledger, LedgerError, directory_of
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama
-from pytest_gpushare.ollama.spill import uses_no_gpu, why_in_ram
+from pytest_gpushare.ollama.spill import has_room, uses_no_gpu, why_in_ram
 from pytest_gpushare.report.header import host_line, ollama_lines, what_stands
 from pytest_gpushare.session.start_facts import HostOfRun
 from pytest_gpushare.units import format_gb, plural
@@ -299,8 +299,8 @@ def _model(model: LoadedModel, free: int | None) -> Finding:
         "ollama-spilled",
         f"{model.name}: {size}, {where} on the CPU, where it is slow; it stays so until it is "
         "loaded again",
-        f"free VRAM, then ollama stop {model.name} and ask it something; to keep room for it, "
-        "raise gpu_share_ollama_vram_reservation_mb",
+        f"{'' if has_room(model, free) else 'free VRAM, then '}ollama stop {model.name} and ask it "
+        "something; to keep room for it, raise gpu_share_ollama_vram_reservation_mb",
     )
 
 
