@@ -22,8 +22,8 @@ from pytest_gpushare.config.settings import (
     parse_model_rules,
     parse_rules,
 )
-from pytest_gpushare.config.wording import nearest, shown, shown_text
 from pytest_gpushare.errors import LineError, SettingsError
+from pytest_gpushare.text import nearest, shown_text, shown_value
 from pytest_gpushare.units import format_gb, format_number, parse_size
 
 _TRUE = frozenset({"true", "yes", "on", "1"})
@@ -59,14 +59,14 @@ class Kind(ABC):
         except LineError as error:
             problem = shown_text(error.problem)
             raise SettingsError(
-                f"{place}, line {shown(error.line)}: {problem}: {self.describe()}"
+                f"{place}, line {shown_value(error.line)}: {problem}: {self.describe()}"
             ) from None
         except (ValueError, ArithmeticError, TypeError):
             hint = nearest(raw, self.choices)
-            raise SettingsError(f"{place} = {shown(raw)}: {self.describe()}{hint}") from None
+            raise SettingsError(f"{place} = {shown_value(raw)}: {self.describe()}{hint}") from None
         if typed and isinstance(raw, str) and self.is_untyped(raw):
             raise SettingsError(
-                f"{place} = {shown(raw)}: {self.describe()}; write it without quotes"
+                f"{place} = {shown_value(raw)}: {self.describe()}; write it without quotes"
             )
         return value
 

@@ -21,7 +21,7 @@ from pytest_gpushare.compat.pytest_options import (
     options_of,
     overrides,
 )
-from pytest_gpushare.config.kinds import Value
+from pytest_gpushare.config.kinds import Boolean, Value
 from pytest_gpushare.config.options import (
     BY_KEY,
     INI_PREFIX,
@@ -31,9 +31,14 @@ from pytest_gpushare.config.options import (
     merged,
 )
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.config.wording import shown
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.text import FileTooLargeError, NotRegularFileError, printable, read_regular
+from pytest_gpushare.text import (
+    FileTooLargeError,
+    NotRegularFileError,
+    printable,
+    read_regular,
+    shown_value,
+)
 from pytest_gpushare.units import MB
 
 if TYPE_CHECKING:
@@ -47,7 +52,6 @@ MOST_BYTES = MB
 """The largest file that is read: a settings file of more than this is some other file."""
 
 _DEFAULT, _JSON, _INI, _COMMAND_LINE = range(4)
-_TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off", ""}
 _REPORT_FORMATS = (".json", ".html")
 
 
@@ -157,7 +161,9 @@ def _unknown(name: str, where: str, names: Iterable[str]) -> SettingsError:
 
     # Without a cutoff there always is a nearest one; a list of all would fill the screen.
     near = difflib.get_close_matches(name[:80], sorted(names), 1, 0.0)
-    return SettingsError(f"{where}: unknown key {shown(name)}: the nearest known one is {near[0]}")
+    return SettingsError(
+        f"{where}: unknown key {shown_value(name)}: the nearest known one is {near[0]}"
+    )
 
 
 def _shown_path(path: str) -> str:
@@ -250,7 +256,7 @@ def _parse(text: str, name: str) -> object:
         result: dict[str, object] = {}
         for key, value in items:
             if key in result:
-                raise SettingsError(f"{name}: the key {shown(key)} occurs twice: keep one")
+                raise SettingsError(f"{name}: the key {shown_value(key)} occurs twice: keep one")
             result[key] = value
         return result
 
@@ -261,7 +267,7 @@ def _parse(text: str, name: str) -> object:
             return Decimal(digits)
         except InvalidOperation:
             raise SettingsError(
-                f"{name}: {shown(digits)} is beyond all bounds: write a smaller number"
+                f"{name}: {shown_value(digits)} is beyond all bounds: write a smaller number"
             ) from None
 
     try:
@@ -288,7 +294,7 @@ def _near_section(document: Mapping[str, object]) -> str:
     import difflib
 
     near = difflib.get_close_matches(JSON_SECTION, document)
-    return f"; the nearest to it is {shown(near[0])}" if near else ""
+    return f"; the nearest to it is {shown_value(near[0])}" if near else ""
 
 
 def _type_name(value: object) -> str:
@@ -331,11 +337,9 @@ def gather_near(directory: Path) -> Written:
 def switched_on(config: pytest.Config) -> bool:
     """Whether the ini key `gpu_share` asks for the plugin. Raises `SettingsError`."""
     value = _read_ini(config, SWITCH, ini_values(config))
-    if value is None or isinstance(value, bool):
-        return bool(value)
-    if isinstance(value, str) and value.strip().lower() in _TRUE | _FALSE:
-        return value.strip().lower() in _TRUE
-    raise SettingsError(f"{_ini_file(config)}: {SWITCH} = {shown(value)}: allowed is true or false")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return False
+    return bool(Boolean().read_or_explain(value, f"{_ini_file(config)}: {SWITCH}"))
 
 
 def _read_ini(config: pytest.Config, name: str, in_file: Mapping[str, object]) -> object:
