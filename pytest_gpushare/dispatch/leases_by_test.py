@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pytest_gpushare.leases.claims import NOTHING, DeviceClaims, Naming, Seniority, Share
+from pytest_gpushare.leases.claims import NOTHING, DeviceClaims, Naming, Share
 from pytest_gpushare.leases.ledger import LedgerError
 from pytest_gpushare.leases.lessee import Lessee, Revision, View, progress_of
-from pytest_gpushare.leases.records import DeviceLease
+from pytest_gpushare.leases.records import DeviceLease, Seniority
 from pytest_gpushare.scheduler.types import NOBODY, Action, DeviceCapacity, DeviceReading, Others
 
 if TYPE_CHECKING:
@@ -61,9 +61,13 @@ def others_on(
     if reading.free is None:
         left = device.budget - own.committed - claims.leased - more
         capacity = device.budget
+        claims = claims._replace(counts_twice=False)
     else:
         left = reading.free - own.reserved - own.outstanding - claims.leased - more
         capacity = reading.free - own.reserved - more + own.present + claims.held
+        if claims.counts_twice:
+            # What the others hold of it is not known.
+            capacity = max(capacity, device.budget - more)
     left = max(0, left)
     ahead = claims.ahead(left, ticket, share, capacity)
     return Others(

@@ -7,14 +7,11 @@ from typing import NamedTuple
 
 from pytest_gpushare.gpu.devices import GpuProcess
 from pytest_gpushare.leases.ledger import LiveSession
+from pytest_gpushare.leases.records import Seniority
 from pytest_gpushare.units import format_gb
 
 TICKET_LIFE = 5.0
 """Seconds for which a ticket counts after it was renewed: a stopped session blocks nobody."""
-
-
-Seniority = tuple[float, str]
-"""When a session began, and the name of its record: the smaller, the older."""
 
 
 class Waiting(NamedTuple):
@@ -64,6 +61,9 @@ class DeviceClaims(NamedTuple):
     """The largest reservation for Ollama that one of them publishes."""
     shares: tuple[Share, ...] = ()
     """What they have, the oldest session first."""
+    counts_twice: bool = False
+    """Whether nobody knows which VRAM in use is leased: then it is missing once as used, and once
+    as leased by others."""
 
     @property
     def leased(self) -> int:
@@ -92,6 +92,7 @@ class DeviceClaims(NamedTuple):
         """
         kept, own = 0, own or Share()
         spare = self.spare + own.spare
+        room = self._for_others(room, own)
         for waiting in self.waiting:
             if ticket and waiting.ticket >= ticket:
                 break
@@ -104,10 +105,10 @@ class DeviceClaims(NamedTuple):
         return kept
 
     def _has_to_wait(self, waiting: Waiting, own: Share, capacity: int) -> bool:
-        kept = waiting.want
+        kept, weight = waiting.want, 1 + self.counts_twice
         for share in sorted((*self.shares, own), reverse=True):
             needs_more = share.seniority < waiting.seniority and share.most > share.kept
-            if waiting.is_fixed and needs_more and share.most + kept > capacity:
+            if waiting.is_fixed and needs_more and share.most + weight * kept > capacity:
                 return True
             kept += share.kept
         return False
@@ -120,13 +121,14 @@ class DeviceClaims(NamedTuple):
         the tests of all sessions. None: no older session has such a test.
         """
         kept = own.kept + sum(s.kept for s in self.shares if s.seniority > own.seniority)
+        weight = 1 + self.counts_twice
         least: int | None = None
         for share in reversed(self.shares):
             if share.seniority > own.seniority:
                 continue
             # One that needs no more than it has is in nobody's way but by that.
             if share.most > share.kept:
-                left = capacity - share.most - kept
+                left = (capacity - share.most) // weight - kept
                 least = left if least is None else min(least, left)
             kept += share.kept
         return least
@@ -139,11 +141,16 @@ class DeviceClaims(NamedTuple):
         """
         is_stuck = self._missing(room, own, want) > 0
         wants = [w.want for w in self.waiting if is_stuck or w.seniority < own.seniority]
+        room = self._for_others(room, own)
         return min(own.idle, self._missing(room, own, max(wants, default=0)))
 
     def lacks(self, room: int, own: Share, want: int) -> int:
         """Bytes that a test of this session lacks, and that no other one gives back."""
         return min(own.idle, self._missing(room, own, want))
+
+    def _for_others(self, room: int, own: Share) -> int:
+        """The room as other sessions see it, at least."""
+        return room - own.kept if self.counts_twice else room
 
     def _missing(self, room: int, own: Share, want: int) -> int:
         idle = sum(s.idle for s in self.shares if s.seniority > own.seniority)
@@ -197,7 +204,7 @@ def _claims_on(
         record = session.record
         if record is None or uuid not in record.devices:
             continue
-        published, seniority = record.lease(uuid), (record.began, session.name)
+        published, seniority = record.lease(uuid), record.seniority(session.name)
         reserved = max(reserved, min(published.reserved, total))
         lease = min(published.lease, total)
         if lease:
@@ -212,7 +219,13 @@ def _claims_on(
             spare = min(published.spare, lease)
             kept, most = lease - spare, min(published.most, total)
             shares.append(Share(seniority, kept, spare, min(published.idle, kept), most))
-    return DeviceClaims(tuple(holders), tuple(sorted(waiting)), reserved, tuple(sorted(shares)))
+    return DeviceClaims(
+        tuple(holders),
+        tuple(sorted(waiting)),
+        reserved,
+        tuple(sorted(shares)),
+        counts_twice=held is None,
+    )
 
 
 def _held(

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.host import parent_of, pid_space
-from pytest_gpushare.leases.claims import DeviceClaims, Seniority, claims_of, names_device
+from pytest_gpushare.leases.claims import DeviceClaims, claims_of, names_device
 from pytest_gpushare.leases.ledger import Ledger, LedgerError, LiveSession
-from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
+from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, Seniority
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -251,6 +251,8 @@ class Lessee:
         """
         with self._lock, self.ledger.gate():
             view = self.view(may_reuse=True)
+            if not self._record.since:
+                self._begin_to_revise(view)
             revision = decide(view)
             if not revision.waits_for & self._waits_for:
                 self._waits_for = revision.waits_for
@@ -258,6 +260,16 @@ class Lessee:
                 if revision.waits_for:
                     self._turn = 0
             self._publish(view, revision.devices, waits=bool(revision.waits_for))
+
+    def _begin_to_revise(self, view: View) -> None:
+        """From now on this session is younger than all that lease by the test already.
+
+        Those have been asked before whether each of them can run its largest test; when this one
+        was started does not matter to that.
+        """
+        others = (s.record.since for s in view.sessions if s.record is not None)
+        since = max(time.time(), max(others, default=0.0) + 0.001)
+        self._record = self._record._replace(since=since)
 
     def _publish(self, view: View, devices: Mapping[str, DeviceLease], *, waits: bool) -> None:
         ticket = 0
@@ -270,7 +282,7 @@ class Lessee:
     def seniority(self) -> Seniority:
         """This session among the others, as they read it."""
         path = self.ledger.record_path
-        return round(self._record.began, 3), "" if path is None else path.name
+        return self._record.seniority("" if path is None else path.name)
 
     def view(self, *, may_reuse: bool = False) -> View:
         """The others as they are now; to be called while the gate is held.

@@ -21,6 +21,10 @@ _MOST_MODELS = 16
 _MOST_PID = 2**31
 
 
+Seniority = tuple[float, str]
+"""Since when a session leases, and the name of its record: the smaller, the older."""
+
+
 class UnreadableError(ValueError):
     """A record that cannot be understood; its text says why."""
 
@@ -66,6 +70,8 @@ class LeaseRecord(NamedTuple):
     """For systems on which files have no owner."""
     began: float = 0.0
     """Seconds since the epoch."""
+    since: float = 0.0
+    """The same, when it began to lease by the test; 0: it leases for as long as it lives."""
     devices: Mapping[str, DeviceLease] = {}
     """By UUID."""
     ticket: int = 0
@@ -86,6 +92,10 @@ class LeaseRecord(NamedTuple):
     def pids(self) -> tuple[int, ...]:
         """The processes of the session, in its own namespace."""
         return (self.pid, *(worker.pid for worker in self.workers if worker.pid))
+
+    def seniority(self, name: str) -> Seniority:
+        """This session among the others; `name` is that of the record."""
+        return round(self.since or self.began, 3), name
 
     def lease(self, uuid: str) -> DeviceLease:
         """What it claims of a device."""
@@ -128,6 +138,7 @@ def _text(record: LeaseRecord, workers: Iterable[SessionWorker]) -> bytes:
         "user": record.user,
         "root": _cut(record.root),
         "began": round(record.began, 3),
+        "since": round(record.since, 3),
         "devices": {uuid: _cut_zeros(share) for uuid, share in record.devices.items()},
         "ticket": record.ticket,
         "renewed": round(record.renewed, 3),
@@ -187,6 +198,7 @@ def _record(found: Mapping[str, Any]) -> LeaseRecord:
         root=one_line(str(found["root"]), _MOST_TEXT),
         user=one_line(str(found["user"]), 40),
         began=_real(found["began"]),
+        since=_real(found["since"]),
         devices=devices,
         ticket=_integer(found["ticket"], 2**53),
         renewed=_real(found["renewed"]),

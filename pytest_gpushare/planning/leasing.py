@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import Device, GpuFacts
 from pytest_gpushare.gpu.host import pid_space
-from pytest_gpushare.leases.claims import Naming, Seniority, Share
+from pytest_gpushare.leases.claims import Naming, Share
 from pytest_gpushare.leases.ledger import OFF, Ledger, LedgerError, directory_of
 from pytest_gpushare.leases.lessee import Lessee, LiveReadings, View, WaitingLine, Wish
-from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
+from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, Seniority
 from pytest_gpushare.planning.plan import DevicePlan, LeasedByOthers, Limit, Plan
 from pytest_gpushare.units import format_gb
 

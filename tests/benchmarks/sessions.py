@@ -1,12 +1,13 @@
 """Random pairs and triples of sessions on one simulated device: is a test lost to a sibling?
 
-    python -m tests.benchmarks.sessions [--rounds 25] [--first 0] [--off] [--crowd 20]
+    python -m tests.benchmarks.sessions [--rounds 10] [--first 0] [--crowd 20]
 
-Each round draws two or three sessions: with declared needs or without, presets, workers, fixtures
-that stay, times to start; in some one session is killed in the middle. A test counts as lost if it
-does not pass, and a session as fallen back if it ran without the GPU. `--off` runs the same rounds
-with leases off, as before there were any; `--crowd` starts so many sessions at once instead, with
-tests of 2 GB, and compares the order of their first tests with that of their start.
+Each round draws two or three sessions whose tests need a third of the VRAM or more: with declared
+needs or without, presets, workers, fixtures that stay, times to start; in some one session is
+killed in the middle. It is played with leases and, as before there were any, without. A test
+counts as lost if it does not pass, and a session as fallen back if it ran without the GPU.
+`--crowd` starts so many sessions at once instead, with tests of 2 GB, and compares the order of
+their first tests with that of their start.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from contextlib import ExitStack, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from .scene import Scene, scene
 
 MODULE = """
-    import os, pathlib, time
+    import pathlib, time
     import gpusim, pytest
 
     @pytest.fixture(scope="session")
@@ -38,15 +41,20 @@ MODULE = """
     @pytest.mark.parametrize("i", range({count}))
     @pytest.mark.gpu{need}
     def test_of_the_device(i, kept):
-        with gpusim.alloc("{takes}"):
-            path = pathlib.Path("began")
-            if not path.exists():
-                path.write_text(repr(time.time()))
-            time.sleep({seconds})
+        began = time.time()
+        with gpusim.alloc("{half}"):
+            time.sleep({seconds} / 2)
+            with gpusim.alloc("{half}"):
+                time.sleep({seconds} / 2)
+        with pathlib.Path("times").open("a") as file:
+            print(began, time.time(), file=file)
 """
 
-LIMIT = 900.0
+LIMIT = 120.0
 """Seconds that a session may take: on a machine with nothing else to do it takes ten."""
+
+BUDGETS = {"no-ollama": 21.0, "no-ollama packed": 21.0, "packed": 9.0, "conservative": 9.0}
+"""Preset -> GB of the device for tests."""
 
 
 class Drawn(NamedTuple):
@@ -67,22 +75,27 @@ def drawn(seed: int) -> list[Drawn]:
     """The sessions of a round."""
     draw = random.Random(seed)
     number = draw.choice([2, 2, 3])
-    victim = draw.randrange(number) if draw.random() < 0.25 else -1
+    victim = draw.randrange(number) if draw.random() < 0.3 else -1
     found = []
     for at in range(number):
-        size = draw.choice([2, 4, 6, 8])
+        preset = draw.choice(list(BUDGETS))
+        workers = draw.choice([1, 2])
+        budget = BUDGETS[preset]
         declared = draw.random() < 0.6
-        preset = draw.choice(["no-ollama", "no-ollama packed", "conservative", "aggressive"])
-        count = 60 if at == victim else draw.randint(3, 6)
+        need = round(budget * draw.uniform(0.35, 0.8), 1)
+        takes = need if declared else min(budget / workers, 14.0)
+        keeps = draw.choice([0, 0, 0.3])
+        count = 40 if at == victim else draw.randint(4, 7)
         module = MODULE.format(
-            keeps=draw.choice(["", "", "300MB"]),
+            keeps=f"{keeps}GB" if keeps else "",
             count=count,
-            need=f'(vram="{size}GB")' if declared else "",
-            takes=f"{size - 1}GB" if declared else "1.8GB",
-            seconds=round(draw.uniform(0.05, 0.4), 2),
+            need=f'(vram="{need}GB")' if declared else "",
+            # A context is half a gigabyte.
+            half=f"{(takes - keeps - 0.8) / 2:.2f}GB",
+            seconds=round(draw.uniform(0.5, 1.0), 2),
         )
-        options = ("-o", f"gpu_share_preset={preset}", f"-n{draw.choice([1, 2])}")
-        delay = draw.choice([0.0, draw.uniform(0.0, 3.0)])
+        options = ("-o", f"gpu_share_preset={preset}", f"-n{workers}")
+        delay = draw.uniform(0.0, 2.0)
         found.append(Drawn(textwrap.dedent(module), options, count, delay, at == victim))
     return found
 
@@ -151,44 +164,102 @@ def play(at: Scene, sessions: list[Drawn], *more: str) -> list[Ended]:
         for number, session in zip(order, running, strict=True):
             if sessions[number].is_killed:
                 until = time.monotonic() + 30
-                while not (session.path / "began").exists() and time.monotonic() < until:
+                while not (session.path / "times").exists() and time.monotonic() < until:
                     time.sleep(0.05)
+                time.sleep(0.3)
                 os.kill(session.process.pid, signal.SIGKILL)
         ended = {n: session.end() for n, session in zip(order, running, strict=True)}
     return [ended[number] for number in range(len(sessions))]
 
 
-def rounds(first: int, count: int, *more: str) -> None:
-    lost = failed = fallen = memory = 0
-    for seed in range(first, first + count):
-        sessions = drawn(seed)
-        with scene() as at:
-            at.environment["PYTEST_GPUSHARE_LEASES"] = str(at.path.parent / "leases")
-            ended = play(at, sessions, *more)
-        missing = 0
-        for each, result in zip(sessions, ended, strict=True):
-            if each.is_killed:
-                continue
-            missing += each.count - result.passed
-            fallen += result.ran_without_gpu
-            memory += result.output.count("OutOfMemoryError")
-            if each.count != result.passed:
-                print(f"  seed {seed}: {each.shown()}: {result.passed} passed", flush=True)
-                print(textwrap.indent(result.output[-2000:], "    "), file=sys.stderr, flush=True)
-        lost += missing
-        failed += bool(missing)
-        took = max(result.seconds for result in ended)
-        print(f"seed {seed}: {len(sessions)} sessions, {missing} lost, {took:.0f} s", flush=True)
-    print(
-        f"{count} rounds: {failed} with lost tests, {lost} tests lost, {memory} times out of "
-        f"memory, {fallen} sessions without a GPU"
+def times_of(path: Path) -> list[tuple[float, float]]:
+    """When the tests of a session ran, in seconds since the epoch."""
+    with suppress(OSError):
+        rows = (line.split() for line in path.read_text().splitlines())
+        return [(float(began), float(ended)) for began, ended in rows]
+    return []
+
+
+def overlap(sessions: list[list[tuple[float, float]]]) -> float:
+    """Seconds in which tests of several sessions ran."""
+    events = sorted(
+        event
+        for number, times in enumerate(sessions)
+        for began, ended in times
+        for event in ((began, 1, number), (ended, -1, number))
     )
+    running: Counter[int] = Counter()
+    total = 0.0
+    for (at, step, number), (following, *_) in pairwise(events):
+        running[number] += step
+        if sum(count > 0 for count in running.values()) > 1:
+            total += following - at
+    return total
+
+
+class Result(NamedTuple):
+    """What became of a round, or of several."""
+
+    lost: int = 0
+    rounds_with_lost: int = 0
+    out_of_memory: int = 0
+    fallen_back: int = 0
+    seconds: float = 0.0
+    overlap: float = 0.0
+
+    def __add__(self, other: Result) -> Result:  # type: ignore[override]
+        return Result(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.lost} lost in {self.rounds_with_lost}, {self.out_of_memory} out of memory, "
+            f"{self.fallen_back} without a GPU, {self.seconds:.0f} s, {self.overlap:.1f} s at once"
+        )
+
+
+def round_of(seed: int, *more: str) -> Result:
+    """The sessions of a seed, once."""
+    sessions = drawn(seed)
+    with scene() as at:
+        at.environment["PYTEST_GPUSHARE_LEASES"] = str(at.path.parent / "leases")
+        ended = play(at, sessions, *more)
+        times = [times_of(at.path.parent / f"s{n}" / "times") for n in range(len(sessions))]
+    total = Result()
+    for each, result in zip(sessions, ended, strict=True):
+        if each.is_killed:
+            continue
+        missing = each.count - result.passed
+        if missing:
+            print(f"  seed {seed}: {each.shown()}: {result.passed} passed", flush=True)
+            print(textwrap.indent(result.output[-2000:], "    "), file=sys.stderr, flush=True)
+        memory = result.output.count("OutOfMemoryError")
+        total += Result(missing, 0, memory, result.ran_without_gpu, 0.0)
+    return total._replace(
+        rounds_with_lost=int(total.lost > 0),
+        seconds=max(result.seconds for result in ended),
+        overlap=overlap(times),
+    )
+
+
+def rounds(first: int, count: int) -> None:
+    """With leases and without, side by side."""
+    ways = {"on": (), "off": ("-o", "gpu_share_leases=off")}
+    totals = dict.fromkeys(ways, Result())
+    for seed in range(first, first + count):
+        kinds = [f"{'killed, ' * each.is_killed}{each.options[1][17:]}" for each in drawn(seed)]
+        print(f"seed {seed}: {'; '.join(kinds)}", flush=True)
+        for way, more in ways.items():
+            result = round_of(seed, *more)
+            totals[way] += result
+            print(f"  leases {way}: {result}", flush=True)
+    for way, total in totals.items():
+        print(f"{count} rounds, leases {way}: {total}")
 
 
 def crowd(count: int) -> None:
     """So many sessions at once on 24 GB, each with four tests of 2 GB."""
     module = textwrap.dedent(
-        MODULE.format(keeps="", count=4, need='(vram="2GB")', takes="1GB", seconds=0.3)
+        MODULE.format(keeps="", count=4, need='(vram="2GB")', half="500MB", seconds=0.3)
     )
     options = ("-o", "gpu_share_preset=no-ollama packed", "-n1")
     with scene() as at, ExitStack() as stack:
@@ -199,10 +270,8 @@ def crowd(count: int) -> None:
             stack.callback(running[-1].close)
         asked = asked_at(at, running)
         ended = [session.end() for session in running]
-        began = [
-            float(path.read_text()) if (path := session.path / "began").exists() else 0.0
-            for session in running
-        ]
+        times = [times_of(session.path / "times") for session in running]
+    began = [min(each, default=(0.0, 0.0))[0] for each in times]
     passed = [result.passed for result in ended]
     pairs = [(a, b) for a in range(count) for b in range(count) if asked[a] + 0.05 < asked[b]]
     late = [began[a] - began[b] for a, b in pairs if began[b] < began[a]]
@@ -231,16 +300,14 @@ def asked_at(at: Scene, running: list[Running]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--off", action="store_true")
     parser.add_argument("--crowd", type=int, default=0)
     options = parser.parse_args()
     if options.crowd:
         crowd(options.crowd)
-        return
-    more = ("-o", "gpu_share_leases=off") if options.off else ()
-    rounds(options.first, options.rounds, *more)
+    else:
+        rounds(options.first, options.rounds)
 
 
 if __name__ == "__main__":

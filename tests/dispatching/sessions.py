@@ -79,7 +79,7 @@ class Session(World):
         for uuid, room in self.rooms.items():
             claims = self.host.claims(self, uuid)
             reading = found.get(uuid, DeviceReading())
-            share = share_of(own[uuid], (self.record.began, self.name))
+            share = share_of(own[uuid], self.record.seniority(self.name))
             others = others_on(room, reading, claims, own[uuid], share, self.record.ticket)
             others = others._replace(progress=self.host.progress(self), names="others")
             result[uuid] = reading._replace(others=others if claims.shares else NOBODY)
@@ -196,6 +196,8 @@ class Host:
             assert self.now < since + patience, f"nothing goes on: {state}"
             if what == "begin":
                 began.add(number)
+                # Who leases by the test since longer is the older one.
+                session.record = session.record._replace(since=self.now + number / 1e6)
                 session._step()
             elif what == "event":
                 session.happen()

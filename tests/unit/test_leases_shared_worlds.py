@@ -118,9 +118,41 @@ def test_in_order_of_arrival() -> None:
     assert firsts == sorted(firsts)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_random_sessions(seed: int) -> None:
-    """Whatever needs, fixtures, devices, workers and starts: all end, nothing is overcommitted."""
+@pytest.mark.parametrize("by_pid", [True, False], ids=["", "hidden PIDs"])
+def test_session_that_comes_late_to_its_tests(by_pid: bool) -> None:
+    """Each has a test that needs all of the device: who leases by the test first goes first.
+
+    The one that was started first may take longer to collect.
+    """
+    at = host(9)
+    late = session(at, [5, 9], 1, by_pid=by_pid)
+    early = session(at, [2] * 8 + [9], 1, by_pid=by_pid)
+    at.run(starts=[3.0, 0.0])
+    assert_well(at)
+    assert late.first is not None
+    assert early.last <= late.first + 1.0
+
+
+def test_where_pids_are_hidden_what_workers_keep_is_missing_twice() -> None:
+    """Once as used and once as leased: the younger session gives up its fixtures and workers."""
+    at = host(12)
+    session(at, [3] * 7, 1, by_pid=False)
+    session(at, [5] * 9, 3, keeps=1, by_pid=False)
+    at.run(starts=[0.0, 1.0])
+    assert_well(at)
+
+
+SEEDS = [(seed, True) for seed in (*range(40), 397)] + [
+    (seed, False) for seed in (*range(20), 21, 53, 63, 70, 76, 78, 83, 91, 125, 139, 149)
+]
+
+
+@pytest.mark.parametrize(("seed", "by_pid"), SEEDS)
+def test_random_sessions(seed: int, by_pid: bool) -> None:
+    """Whatever needs, fixtures, devices, workers and starts: all end, nothing is overcommitted.
+
+    `by_pid`: whether the driver names the processes that hold VRAM.
+    """
     draw = Random(seed)
     devices = draw.choice([1, 1, 2])
     total = draw.choice([9, 12, 24])
@@ -136,6 +168,7 @@ def test_random_sessions(seed: int) -> None:
             keeps=draw.choice([0, 0, 1, 3]),
             duration=draw.choice([0.05, 0.5, 2.0]),
             several=devices > 1 and draw.random() < 0.5,
+            by_pid=by_pid,
         )
         starts.append(draw.uniform(0.0, 5.0))
     at.run(starts)
