@@ -221,6 +221,7 @@ class _RunHooks:
             worker_plugin.load_models(config, run, own["tests"])
             worker_plugin.watch_memory(config, own, link)
             if run.lessee is not None and run.lessee.claims_devices and run.plan.slots:
+                from pytest_gpushare.leases import in_tests
                 from pytest_gpushare.worker.in_process import LeasePerTest
 
                 wait = run.settings.wait
@@ -230,6 +231,7 @@ class _RunHooks:
                     ),
                     "gpu-share-lease-per-test",
                 )
+                config.add_cleanup(partial(in_tests, None))
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> Generator[None, Any, Any]:

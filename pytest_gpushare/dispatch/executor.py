@@ -24,6 +24,7 @@ from pytest_gpushare.scheduler.types import (
     Note,
     OpenModel,
     Park,
+    Raised,
     Recall,
     Run,
     Shutdown,
@@ -346,6 +347,9 @@ class Executor:
                 self._readings.has_reported(worker)
                 self._has_changed = True
                 self._dispatcher.emptied(worker, self._by_device(worker, payload[0]))
+            elif kind == "raise":
+                self._has_changed = True
+                self._dispatcher.wants_more(worker, int(payload[0]), int(payload[1]))
             elif kind == "returned":
                 numbers = [member.collection.numbers[index] for index in payload[0]]
                 member.sent.difference_update(numbers)
@@ -412,7 +416,7 @@ class Executor:
         self,
         worker: str,
         member: _Member,
-        action: Run | Admit | Park | EmptyCaches | Recall | Shutdown,
+        action: Run | Admit | Park | EmptyCaches | Recall | Raised | Shutdown,
     ) -> None:
         if isinstance(action, Run):
             self._run(worker, member, action)
@@ -431,6 +435,8 @@ class Executor:
             self._links.send(worker, "empty", action.withdraw)
         elif isinstance(action, Recall):
             self._links.send(worker, "recall")
+        elif isinstance(action, Raised):
+            self._links.send(worker, "raised", action._asdict())
         elif isinstance(action, Shutdown):
             member.node.shutdown()
 

@@ -26,6 +26,10 @@ SAFETY_BUFFER = GB
 """Bytes that a lease leaves free on its device."""
 
 
+DEFAULT_WAIT = 300.0
+"""Seconds without progress of the others for which VRAM that they lease is waited for."""
+
+
 class LeaseUnavailable(GpuShareError):
     """The VRAM is not to be had; the text says who holds it."""
 
@@ -38,8 +42,7 @@ class Lease(NamedTuple):
     size: int
     """Bytes."""
     descriptor: int | None = None
-    """A process that inherits this open file keeps the lease; None where nothing was leased, as
-    it lives in the slot of a worker."""
+    """A process that inherits this open file keeps the lease; None where it is part of a run's."""
 
 
 class AcquireTerms(NamedTuple):
@@ -56,6 +59,11 @@ class AcquireTerms(NamedTuple):
 
 _terms: AcquireTerms | None = None
 
+Raise = Callable[[int, float | None], contextlib.AbstractContextManager[None]]
+"""Has the running test use so many bytes within a block, after waiting at most so many seconds."""
+
+_raise: Raise | None = None
+
 
 def in_run(terms: AcquireTerms) -> Callable[[], None]:
     """Have `acquire` follow the settings of a run in this process until the result is called."""
@@ -67,6 +75,12 @@ def in_run(terms: AcquireTerms) -> Callable[[], None]:
 def _set(terms: AcquireTerms | None) -> None:
     global _terms
     _terms = terms
+
+
+def in_tests(raised: Raise | None) -> None:
+    """Have `acquire` raise the need of the test that runs, where tests are admitted by needs."""
+    global _raise
+    _raise = raised
 
 
 def _terms_now() -> AcquireTerms:
@@ -87,20 +101,27 @@ def acquire(
     `device` is an index or a UUID, `size` is in bytes or a text such as `8GB`. `wait` is in
     seconds, `directory` is that of the ledger; without them the settings `gpu_share_wait` and
     `gpu_share_leases` of the run hold, or those that a run in the working directory would read.
-    In a GPU worker of a run only what goes beyond its slot is leased. Raises `LeaseUnavailable`.
+    In a GPU worker of a run the need of the running test is raised to it, on the worker's own
+    device; where tests have no needs, what goes beyond the slot is leased. Raises
+    `LeaseUnavailable`.
     """
     from pytest_gpushare.place import current
 
     wanted = size if isinstance(size, int) else int(parse_size(size, "MB"))
     place = current()
-    own = place.vram if device in (place.device, place.index) or device == 0 else 0
-    if place.role == "gpu" and own >= wanted:
-        yield Lease(str(place.device), wanted)
-        return
+    is_own = place.role == "gpu" and (device in (place.device, place.index) or device == 0)
+    own = place.vram if is_own else 0
     if wait is None or not directory:
         terms = _terms_now()
         wait = terms.wait if wait is None else wait
         directory = directory or terms.directory
+    if is_own and _raise is not None:
+        with _raise(wanted, wait):
+            yield Lease(str(place.device), wanted)
+        return
+    if own >= wanted:
+        yield Lease(str(place.device), wanted)
+        return
     with _opened(device, directory) as (found, lessee):
         if lessee is None:
             yield Lease(found.uuid, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -177,18 +178,50 @@ def claims_of(
     `space` is where the reader's PIDs hold: only sessions of the same place can be found in
     the list of processes. `ancestors` gives a process and those that started it.
     """
-    known = [session for session in sessions if session.record is not None]
+    known = _with_what_tests_lease([session for session in sessions if session.record is not None])
     owners: dict[int, str] = {}
     for session in known:
         record = session.record
         if space and record is not None and record.space == space:
             owners.setdefault(record.pid, session.name)
-            # A test may lease more by itself: what its process holds is its run's, once.
-            owners.update((w.pid, session.name) for w in record.workers if w.pid)
+            owners.update((worker.pid, session.name) for worker in record.workers if worker.pid)
     return {
         uuid: _claims_on(uuid, total, known, _held(processes.get(uuid), owners, ancestors), now)
         for uuid, total in totals.items()
     }
+
+
+def _with_what_tests_lease(sessions: Sequence[LiveSession]) -> Sequence[LiveSession]:
+    """The sessions, each with what its workers have leased by themselves, beyond their slots.
+
+    What such a process holds is in use for both leases, and cannot be separated.
+    """
+    runs = {
+        (session.record.space, worker.pid): session.name
+        for session in sessions
+        if session.record is not None
+        for worker in session.record.workers
+    }
+    more: dict[str, Counter[str]] = {}
+    found = []
+    for session in sessions:
+        record = session.record
+        run = None if record is None else runs.get((record.space, record.pid))
+        if record is None or run is None or run == session.name:
+            found.append(session)
+            continue
+        sizes = {uuid: share.lease for uuid, share in record.devices.items()}
+        more.setdefault(run, Counter()).update(sizes)
+        rest = {uuid: share._replace(lease=0) for uuid, share in record.devices.items()}
+        found.append(session._replace(record=record._replace(devices=rest)))
+    if not more:
+        return sessions
+    return [
+        session._replace(record=session.record.with_more(more[session.name]))
+        if session.record is not None and session.name in more
+        else session
+        for session in found
+    ]
 
 
 def _claims_on(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.host import parent_of, pid_space
+from pytest_gpushare.leases import DEFAULT_WAIT
 from pytest_gpushare.leases.claims import DeviceClaims, claims_of, names_device
 from pytest_gpushare.leases.ledger import Ledger, LedgerError, LiveSession
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, Seniority
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_gpushare.gpu.sampler import LiveVram
-
-DEFAULT_WAIT = 300.0
-"""Seconds without progress of the others for which VRAM that they lease is waited for."""
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25
 """Seconds between two looks at the ledger: the longer the wait, the longer the pause."""

@@ -88,11 +88,6 @@ class LeaseRecord(NamedTuple):
     by_needs: bool = False
     """Whether tests are admitted by needs of their own."""
 
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """The processes of the session, in its own namespace."""
-        return (self.pid, *(worker.pid for worker in self.workers if worker.pid))
-
     def seniority(self, name: str) -> Seniority:
         """This session among the others; `name` is that of the record."""
         return round(self.since or self.began, 3), name
@@ -100,6 +95,15 @@ class LeaseRecord(NamedTuple):
     def lease(self, uuid: str) -> DeviceLease:
         """What it claims of a device."""
         return self.devices.get(uuid, _NOTHING)
+
+    def with_more(self, sizes: Mapping[str, int]) -> LeaseRecord:
+        """The record with so much more leased, by UUID."""
+        more = {
+            uuid: share._replace(lease=share.lease + size)
+            for uuid, size in sizes.items()
+            for share in (self.lease(uuid),)
+        }
+        return self._replace(devices={**self.devices, **more})
 
     @property
     def leased(self) -> int:

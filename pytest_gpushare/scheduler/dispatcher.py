@@ -18,6 +18,7 @@ from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 from pytest_gpushare.scheduler.helping import Helping
 from pytest_gpushare.scheduler.pressure import Pressure
 from pytest_gpushare.scheduler.queue import LoadOrder, Unit
+from pytest_gpushare.scheduler.raising import raise_needs
 from pytest_gpushare.scheduler.routing import Fallback, ordered, routes
 from pytest_gpushare.scheduler.sharing import OwnShare, Sharing
 from pytest_gpushare.scheduler.types import (
@@ -28,6 +29,7 @@ from pytest_gpushare.scheduler.types import (
     Drop,
     Job,
     Lost,
+    MoreWanted,
     Policy,
     Run,
     Worker,
@@ -101,9 +103,9 @@ class Dispatcher:
         gpu = self._gpu
         if not self._begun or not gpu.is_waited_for:
             return False
-        return bool(gpu.waiting or (gpu.pending.count and not self._stopping)) or any(
-            worker.emptying is not None for worker in gpu.workers.values()
-        )
+        return bool(
+            gpu.waiting or gpu.raising or (gpu.pending.count and not self._stopping)
+        ) or any(worker.emptying is not None for worker in gpu.workers.values())
 
     @property
     def wants_reading(self) -> bool:
@@ -115,7 +117,7 @@ class Dispatcher:
         if self._models is not None and self._models.is_due:
             return True
         return gpu.is_waited_for and (
-            bool(gpu.waiting)
+            bool(gpu.waiting or gpu.raising)
             or gpu.pending.count > 0
             or any(worker.unit is not None and worker.unit.tests for worker in gpu.workers.values())
         )
@@ -250,6 +252,16 @@ class Dispatcher:
         self._gpu.refresh(gpu_worker)
         self._gpu.note_change()
 
+    def wants_more(self, worker: str, number: int, size: int) -> None:
+        """The running test of a worker wants so many bytes of its device in all; `Raised` follows.
+
+        So it gives back, too, what it does not want any more; that has no answer.
+        """
+        gpu_worker = self._gpu.workers.get(worker)
+        if gpu_worker is not None and gpu_worker.sent:
+            gpu_worker.more = MoreWanted(number, size)
+            self._gpu.raising[worker] = gpu_worker
+
     def returned(self, worker: str, tests: Collection[int]) -> None:
         """The worker has given back these tests, which it had not begun."""
         gpu_worker = self._gpu.workers.get(worker)
@@ -336,9 +348,10 @@ class Dispatcher:
         self.prepare(at)
         if self._reported or readings is not self._readings:
             self._read(readings)
-        if self._stopping:
-            return self._stop()
-        return self._actions()
+        raised = (
+            list(raise_needs(self._gpu, self._pressure.reclaiming)) if self._gpu.raising else []
+        )
+        return raised + (self._stop() if self._stopping else self._actions())
 
     def prepare(self, at: float) -> None:
         """Find the order before the first step, which may take a while."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pytest_gpushare.scheduler.accounts import DeviceLedger
 from pytest_gpushare.scheduler.needs import IN_ORDER, Need
 from pytest_gpushare.scheduler.queue import Kind, Pending, Unit, kind_of
-from pytest_gpushare.scheduler.types import DeviceCapacity, Job, Policy, Worker
+from pytest_gpushare.scheduler.types import DeviceCapacity, Job, MoreWanted, Policy, Worker
 
 UNKNOWN = Need()
 
@@ -18,7 +18,7 @@ class GpuWorker:
     __slots__ = (
         "bound", "collected", "deadline", "device", "devices", "emptied",
         "emptying", "ending", "helps_in", "id", "last_group", "latest", "leaves", "left_groups",
-        "most", "own_device", "question", "reserved", "sent", "serial", "slot", "unit",
+        "more", "most", "own_device", "question", "reserved", "sent", "serial", "slot", "unit",
         "waiting_since",
     )  # fmt: skip
 
@@ -48,6 +48,8 @@ class GpuWorker:
         """When the bound test was first found not to fit."""
         self.question = ""
         """`start` or `end`: it asked for its next test at that moment of the one that it runs."""
+        self.more: MoreWanted | None = None
+        """The last wish of a running test for more than its need."""
         self.deadline: float | None = None
         """When its short tests should long be over."""
         self.latest = -1
@@ -141,6 +143,8 @@ class GpuPool:
         """Device -> the idle workers of that device."""
         self.waiting: dict[str, GpuWorker] = {}
         """The workers whose next test waits for its admission, in the order of binding."""
+        self.raising: dict[str, GpuWorker] = {}
+        """The workers whose running test wants more than its need, and waits for that."""
         self.changed: set[str] = set()
         """The devices on which something changed, so that what did not fit may fit now."""
         self.filled: dict[str, float] = dict.fromkeys(ledgers, float("-inf"))
@@ -165,6 +169,7 @@ class GpuPool:
         del self.workers[worker.id]
         self.idle[worker.device].pop(worker.id, None)
         self.waiting.pop(worker.id, None)
+        self.raising.pop(worker.id, None)
         self.exclusive.discard(worker.id)
         self.note_change()
         if worker.bound is not None:
@@ -227,7 +232,7 @@ class GpuPool:
     def is_waited_for(self) -> bool:
         """Whether a worker has nothing to run, or asks for what follows."""
         return (
-            bool(self.waiting)
+            bool(self.waiting or self.raising)
             or any(self.idle.values())
             or any(
                 worker.question or worker.emptying is not None for worker in self.workers.values()
@@ -353,6 +358,11 @@ class GpuPool:
         What the worker's own test holds comes back before its next one starts: it counts as free.
         """
         count, exclusive = kind
+        if self.raising and worker.id not in self.raising:
+            # A test that runs already and waits for more goes before those that have not begun.
+            wanted = self.devices(worker, count)
+            if any(other.device in wanted for other in self.raising.values()):
+                return -1
         if count == 1 and not exclusive and not self.exclusive:
             return self.ledgers[worker.device].limit(worker.id)
         devices = self.devices(worker, count)
@@ -419,10 +429,16 @@ class GpuPool:
         `held`: device -> bytes that the worker holds now, as far as it is known.
         """
         worker.sent.remove(test)
+        self.raising.pop(worker.id, None)
         if not worker.sent:
             worker.deadline = None
         if test in self.helped:
             self.helped.discard(test)
+            ledger = self.ledgers[worker.device]
+            if not worker.sent and worker.id in ledger.running:
+                # It has acquired VRAM by itself.
+                size = None if held is None else held.get(worker.device)
+                return {worker.device: ledger.stop(worker.id, size)}
             return {}
         count, exclusive = self.kind_of(test)
         exclusive = exclusive or test in self.forced

@@ -352,21 +352,24 @@ class Pressure:
             if blocked.noted_late:
                 blocked.noted_late = False
                 back = format_gb(need - live)
-                text = f"{room.label}: {back} did not come back within {limit:.0f} s{_by(ledger)}"
+                text = (
+                    f"{room.label}: {back} did not come back within {limit:.0f} s{held_by(ledger)}"
+                )
                 yield Note("late", text, facts)
         if waited >= PATIENCE and not blocked.noted:
             blocked.noted = True
             name = pool.jobs[test].nodeid
             text = (
                 f"{room.label}: {name} needs {format_gb(need)} and waits: "
-                f"{format_gb(max(0, live))} is left for tests{_by(ledger)}"
+                f"{format_gb(max(0, live))} is left for tests{held_by(ledger)}"
             )
             yield Note("pressure", text, facts)
         if pool.at - blocked.counts_from >= pool.policy.pressure_timeout:
             blocked.given_up = True
 
 
-def _by(ledger: DeviceLedger) -> str:
+def held_by(ledger: DeviceLedger) -> str:
+    """Who else has VRAM of the device, as the end of a message."""
     holders, names = ledger.reading.holders, ledger.reading.others.names
     held = f"; held by {holders}" if holders else ""
     return held + (f"; leased by {names}" if names else "")

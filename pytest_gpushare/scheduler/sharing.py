@@ -71,17 +71,24 @@ class Sharing:
         )
 
     def _wanted(self, device: str, ledger: DeviceLedger) -> tuple[int | None, int]:
-        waiter = self._pressure.first_waiter(device)
-        if waiter is None:
-            return None, 0
-        worker = waiter.worker
-        need, live = self._pool.bytes_for(worker, waiter.test), ledger.live(worker.id)
+        pool = self._pool
+        raising = (w for w in pool.raising.values() if w.device == device and w.more and w.sent)
+        worker = next(raising, None)
+        if worker is not None and worker.more is not None:
+            test, need = worker.sent[0], worker.more.size
+        else:
+            waiter = self._pressure.first_waiter(device)
+            if waiter is None:
+                return None, 0
+            worker, test = waiter.worker, waiter.test
+            need = pool.bytes_for(worker, test)
+        live = ledger.live(worker.id)
         if need > ledger.left(worker.id) or live is None or need <= live:
             # Tests of this session are in its way, or nothing is.
             return None, 0
         if ledger.bars(ledger.accounts[worker.id]):
             return None, 0
-        return waiter.test, need - ledger.accounts[worker.id].committed
+        return test, need - ledger.accounts[worker.id].committed
 
     def _largest_pending(self, device: str) -> int:
         pool = self._pool

@@ -190,6 +190,29 @@ class EmptyCaches(NamedTuple):
     """Also take back the test that waits in the worker, and tear down the fixtures kept for it."""
 
 
+class MoreWanted(NamedTuple):
+    """What a running test wants of its device."""
+
+    number: int
+    size: int
+    """Bytes in all."""
+    is_noted: bool = False
+    """Whether the test knows that it waits."""
+
+
+class Raised(NamedTuple):
+    """What became of a running test's wish for more VRAM: it waits for this answer."""
+
+    worker: str
+    number: int
+    """That of the wish."""
+    granted: bool
+    is_final: bool = True
+    """False: it waits."""
+    text: str = ""
+    """What is in the way."""
+
+
 class OpenModel(NamedTuple):
     """Have this model loaded; `Dispatcher.opened` or `not_opened` follows."""
 
@@ -233,7 +256,17 @@ class Note(NamedTuple):
 
 
 Action: TypeAlias = (
-    Run | Admit | Park | EmptyCaches | Recall | Shutdown | Drop | Note | OpenModel | CloseModel
+    Run
+    | Admit
+    | Park
+    | EmptyCaches
+    | Recall
+    | Shutdown
+    | Raised
+    | Drop
+    | Note
+    | OpenModel
+    | CloseModel
 )
 
 

@@ -5,14 +5,16 @@ It leases VRAM by the test, not by the run, and has each model of Ollama's loade
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_gpushare.leases import LeaseUnavailable, in_tests
 from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.leases.ledger import LedgerError
 from pytest_gpushare.leases.lessee import Lessee, View, WaitingLine, Wish
@@ -39,6 +41,9 @@ class LeasePerTest:
         self._device = next(d for d in plan.devices if d.device == self._slot.device)
         self._reader = MarkerReader(tests)
         self._is_explained = False
+        self._need = self._acquired = 0
+        """Bytes that the running test has by its need, and by what it acquired."""
+        in_tests(self.raised)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self) -> Generator[None, Any, Any]:
@@ -46,7 +51,9 @@ class LeasePerTest:
         try:
             return (yield)
         finally:
-            self._lessee.shrink({})
+            self._need = 0
+            # What a fixture of a wider scope has acquired, the next tests have.
+            self._lessee.shrink({self._slot.device.uuid: self._acquired})
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -55,28 +62,48 @@ class LeasePerTest:
         size = self._slot.vram if need is None or need.vram is None else need.vram
         if not size:
             return
+        self._need = size
+        refused = self._lease(max(size, self._acquired), item.nodeid, self._wait)
+        if refused and self._is_explained:
+            pytest.fail(
+                f"{format_gb(size)} of VRAM are leased by other sessions, {refused}", pytrace=False
+            )
+
+    @contextlib.contextmanager
+    def raised(self, size: int, wait: float | None) -> Iterator[None]:
+        """Have so many bytes within a block, with what blocks around it have; or fail."""
+        before = self._acquired
+        refused = self._lease(max(before + size, self._need), "a test", wait)
+        if refused:
+            raise LeaseUnavailable(f"{format_gb(size)} of VRAM are not to be had, {refused}")
+        self._acquired = before + size
+        try:
+            yield
+        finally:
+            self._acquired = before
+            self._lessee.shrink({self._slot.device.uuid: max(before, self._need)})
+
+    def _lease(self, size: int, name: str, wait: float | None) -> str:
+        """Lease so much in all; returns what is said where that cannot be had, else nothing."""
         line = WaitingLine()
         uuid = self._slot.device.uuid
 
         def report(view: View, waited: float) -> None:
             line.show(
-                f"gpu-share: {item.nodeid} waits for {format_gb(size)} of VRAM, {waited:.0f} s: "
+                f"gpu-share: {name} waits for {format_gb(size)} of VRAM, {waited:.0f} s: "
                 f"{_holders(view, uuid)}"
             )
 
         try:
-            outcome = self._lessee.claim(partial(self._decide, size), self._wait, report)
+            outcome = self._lessee.claim(partial(self._decide, size), wait, report)
         except LedgerError:
             # Without the ledger the test runs as it would alone.
-            return
+            return ""
         finally:
             line.clear()
-        if not outcome.is_granted and self._is_explained:
-            pytest.fail(
-                f"{format_gb(size)} of VRAM are leased by other sessions, waited "
-                f"{outcome.waited:.0f} s: {_holders(outcome.view, uuid)}",
-                pytrace=False,
-            )
+        if outcome.is_granted:
+            return ""
+        return f"waited {outcome.waited:.0f} s: {_holders(outcome.view, uuid)}"
 
     def _decide(self, size: int, view: View) -> Wish:
         device, claims = self._slot.device, view.claims[self._slot.device.uuid]
@@ -90,8 +117,10 @@ class LeasePerTest:
         fits = is_alone or size - own <= room - claims.ahead(room, view.ticket)
         others = claims.leased + sum(holder.held or 0 for holder in claims.holders)
         self._is_explained = bool(claims.holders) and size - own <= room + others
-        share = DeviceLease(size if fits else 0, 0 if fits else size, self._device.reservation)
-        return Wish({device.uuid: share}, self._is_explained)
+        has = self._lessee.record.lease(device.uuid).lease
+        share = DeviceLease(max(size, has)) if fits else DeviceLease(has, max(0, size - has))
+        share = share._replace(reserved=self._device.reservation)
+        return Wish({device.uuid: share}, self._is_explained, granted=fits)
 
 
 def _holders(view: View, uuid: str) -> str:

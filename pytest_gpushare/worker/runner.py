@@ -13,14 +13,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import pytest
 
 from pytest_gpushare.compat import pytest_items
 from pytest_gpushare.compat.xdist_events import Commands, Interactor, interactor_of
+from pytest_gpushare.leases import in_tests
 from pytest_gpushare.scheduler.needs import written
 from pytest_gpushare.worker.collection import MarkerReader, collected_tests
+from pytest_gpushare.worker.raised_need import RaisedNeed
 from pytest_gpushare.worker.refusals import REFUSAL, Refusals, sent_by_the_controller
 
 NEED: pytest.StashKey[int] = pytest.StashKey()
@@ -102,6 +105,8 @@ class RunLoop:
     def _run(self, session: pytest.Session, interactor: Interactor, commands: Commands) -> None:
         commands.forget()
         self._items = session.items
+        in_tests(RaisedNeed(self._link.on, partial(interactor.send, "raise")))
+        self._config.add_cleanup(partial(in_tests, None))
         looks_ahead = pytest_items.run_phases is None or (
             pytest_items.others_want_the_next_test(session.config, self)
         )

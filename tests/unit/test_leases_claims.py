@@ -71,11 +71,13 @@ def test_pid_of_another_namespace_is_somebody_else() -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_what_a_test_leases_by_itself(first: bool) -> None:
-    """What its process holds counts for its run, whichever record is read first."""
+    """It is part of what its run has leased, whichever record is read first: 9 and 2 GB."""
     own = session("own", pid=1300, workers=(), devices={"GPU-0": DeviceLease(2 * GB)})
     both = (own, session()) if first else (session(), own)
-    found = claims(*both, processes=(GpuProcess(1300, 5 * GB),))
-    assert {h.session.name: h.held for h in found.holders} == {"a": 5 * GB, "own": 0}
+    found = claims(*both, processes=(GpuProcess(1300, 10 * GB),))
+    assert [(h.session.name, h.lease, h.held) for h in found.holders] == [("a", 11 * GB, 10 * GB)]
+    assert found.leased == GB
+    assert claims(*both, processes=None).leased == 11 * GB
 
 
 def test_claim_beyond_the_device_is_cut() -> None:

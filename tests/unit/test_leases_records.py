@@ -44,7 +44,6 @@ def test_comes_back_as_it_was_written() -> None:
     content = to_bytes(RECORD)
     assert len(content) == SIZE
     assert from_bytes(content) == RECORD
-    assert RECORD.pids == (1234, 1300)
 
 
 def test_workers_beyond_the_block_are_left_out() -> None:

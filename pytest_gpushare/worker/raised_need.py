@@ -1,0 +1,71 @@
+"""The need of the running test, raised by what it acquires while it runs (`leases.acquire`)."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from pytest_gpushare.leases import DEFAULT_WAIT, LeaseUnavailable
+from pytest_gpushare.units import format_gb
+
+_ANSWER_WITHIN = 10.0
+"""Seconds for the controller's first answer."""
+
+
+class RaisedNeed:
+    """Asks the controller, which waits for tests of this run and of other sessions."""
+
+    def __init__(
+        self,
+        on: Callable[[str, Callable[[Any], None]], object],
+        ask: Callable[[int, int], object],
+    ) -> None:
+        """`on` receives messages of a kind from the controller; `ask` sends it the number of a
+        question and the bytes that are wanted."""
+        self._ask = ask
+        self._answers: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
+        self._number = self._total = 0
+        on("raised", self._answers.put)
+
+    @contextlib.contextmanager
+    def __call__(self, size: int, wait: float | None) -> Iterator[None]:
+        """Have `size` bytes in this worker, with what blocks around this one have."""
+        self._raise_to(self._total + size, DEFAULT_WAIT if wait is None else wait)
+        self._total += size
+        try:
+            yield
+        finally:
+            self._total -= size
+            self._lower()
+
+    def _raise_to(self, size: int, wait: float) -> None:
+        self._number += 1
+        self._ask(self._number, size)
+        asked, why = time.monotonic(), ""
+        while True:
+            # The controller says at once what is in the way.
+            until = asked + (wait if why else max(wait, _ANSWER_WITHIN))
+            try:
+                answer = self._answers.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                break
+            if answer["number"] != self._number:
+                continue
+            if answer["granted"]:
+                return
+            why = answer["text"]
+            if answer["is_final"]:
+                break
+        self._lower()
+        waited = time.monotonic() - asked
+        raise LeaseUnavailable(
+            f"{format_gb(size)} of VRAM are not to be had for this test after {waited:.0f} s"
+            f"{': ' * bool(why)}{why}"
+        )
+
+    def _lower(self) -> None:
+        self._number += 1
+        self._ask(self._number, self._total)
