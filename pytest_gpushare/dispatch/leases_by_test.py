@@ -72,7 +72,7 @@ def others_on(
     ahead = claims.ahead(left, ticket, share, capacity)
     return Others(
         claimed=claims.leased + more + ahead,
-        lent=claims.leased + claims.held + ahead,
+        lent=claims.leased + claims.held + ahead + max(0, more),
         keepable=claims.keepable(capacity, share),
         owed=claims.owed(left, share, own.want),
         lacks=claims.lacks(left, share, own.want),

@@ -197,7 +197,7 @@ class _Negotiation:
             self.others = LeasedByOthers(more, reserved)
             plan = self._make(self.now, self.others)
         self.plan = plan
-        self._without = self._planned_alone(view, reserved)
+        self._without = self._planned_alone(view)
         explained = not plan.slots and bool(self._without.slots)
         return self._wish(plan, is_explained=explained)
 
@@ -226,14 +226,13 @@ class _Negotiation:
             is_explained,
         )
 
-    def _planned_alone(self, view: View, reserved: Mapping[str, int]) -> Plan:
-        """The plan if the other sessions had leased nothing."""
+    def _planned_alone(self, view: View) -> Plan:
+        """The plan if the other sessions had leased nothing, and kept nothing for Ollama."""
         devices = tuple(
             _freed(device, view.claims[device.uuid].held) if device.uuid in view.claims else device
             for device in self.now.devices
         )
-        gpus = self.now._replace(devices=devices)
-        return self._make(gpus, LeasedByOthers({}, reserved))
+        return self._make(self.now._replace(devices=devices), LeasedByOthers())
 
     def _report(self, view: View, waited: float) -> None:
         needed = format_gb(self.plan.needed) if self.plan is not None else "VRAM"

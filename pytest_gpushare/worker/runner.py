@@ -99,14 +99,16 @@ class RunLoop:
         if self._inbox.get()[0] != "dispatch":
             commands.hand_over()
             return None
-        self._run(session, interactor, commands)
+        in_tests(RaisedNeed(self._link.on, partial(interactor.send, "raise")))
+        try:
+            self._run(session, interactor, commands)
+        finally:
+            in_tests(None)
         return True
 
     def _run(self, session: pytest.Session, interactor: Interactor, commands: Commands) -> None:
         commands.forget()
         self._items = session.items
-        in_tests(RaisedNeed(self._link.on, partial(interactor.send, "raise")))
-        self._config.add_cleanup(partial(in_tests, None))
         looks_ahead = pytest_items.run_phases is None or (
             pytest_items.others_want_the_next_test(session.config, self)
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 from acceptance.conftest import Project
-from acceptance.sessions import SLEEPER, Session, passed, records, start, wait_for
+from acceptance.sessions import LARGE_TESTS, SLEEPER, Session, passed, records, start, wait_for
 from simulator import Machine
 
 __all__ = ["start"]
@@ -84,6 +84,20 @@ def test_one_test_left_holds_no_more_than_it_needs(
     output = start(suite_of("16GB", 2, 0.1, more="15GB"), *PACKED, "-n1").finish()
     assert passed(output) == 2, output
     assert first.process.poll() is None
+
+
+def test_what_others_keep_for_ollama_is_waited_for(
+    start: Callable[..., Session], project: Project, machine: Machine
+) -> None:
+    """12 GB that only the other session keeps limit no test for longer than that one lives."""
+    first = start(suite_of("4GB", 8, 0.5), "-n1")
+    wait_for((first.path.parent / "worktree1" / "began0").exists)
+    declared = start(suite_of("14GB", 2, 0.1, more="13GB"), *PACKED, "-n1")
+    large = ("-o", "gpu_share_min_vram_per_worker_gb=14")
+    undeclared = start(LARGE_TESTS, "-o", "gpu_share_preset=no-ollama", "-n1", *large)
+    outputs = [session.finish() for session in (first, declared, undeclared)]
+    assert [passed(output) for output in outputs] == [8, 2, 4], "\n".join(outputs)
+    assert "CPU worker" not in outputs[2]
 
 
 HOLD = [sys.executable, "-m", "pytest_gpushare", "hold"]
