@@ -336,7 +336,8 @@ def _highest(column: array[int]) -> int:
 class DevicePeaks:
     """The most VRAM that was seen in use on one device during a run, in bytes.
 
-    Every figure is a lower bound: memory is sampled five times a second, process lists once.
+    Memory is sampled five times a second, process lists once, so every figure is a lower bound;
+    `counted` adds what the workers themselves know.
     """
 
     used: int | None = None
@@ -348,17 +349,17 @@ class DevicePeaks:
     """What was in use at one moment beyond what neighbours and other processes explain. The
     tests held so much of it as the workers are known to have held; the rest is unattributed.
     Printed figures of the tests must not be smaller than this."""
+    missed: int | None = None
+    """What the tests may have held beyond that between two samples; None where nobody knows."""
 
-    is_missed: bool = False
-    """Whether a worker is known to have held more than any sample shows: the peak was missed."""
-
-    def beside(self, held: int) -> DevicePeaks:
-        """The same where one worker is known, by itself, to have held so many bytes."""
-        if not self.workers or held <= self.workers:
-            return self
-        rise, used = max(self.rise, held), max(self.used or 0, held)
-        is_missed = self.is_missed or 20 * (held - self.rise) > held
-        return replace(self, workers=held, rise=rise, used=used, is_missed=is_missed)
+    def counted(self, least: int, most: int | None) -> DevicePeaks:
+        """The same where one worker is known, by itself, to have held `least` bytes, and all of
+        them together to have held no more than `most`; None where that is unknown."""
+        peaks = self
+        if self.workers and least > self.workers:
+            rise, used = max(self.rise, least), max(self.used or 0, least)
+            peaks = replace(self, workers=least, rise=rise, used=used)
+        return replace(peaks, missed=None if most is None else max(0, most - peaks.rise))
 
     @property
     def unattributed(self) -> int:
@@ -371,9 +372,15 @@ class DevicePeaks:
         return 20 * self.unattributed > self.rise
 
     @property
-    def is_at_least(self) -> bool:
-        """Whether the tests may well have held more than `rise`."""
-        return self.is_missed or self.is_unattributed
+    def is_used_exact(self) -> bool:
+        """Whether no more than 5 % beyond `used` can have been in use between two samples."""
+        return self.missed is not None and 20 * self.missed <= (self.used or 0)
+
+    @property
+    def is_rise_exact(self) -> bool:
+        """The same of the tests' part."""
+        missed = self.missed
+        return missed is not None and 20 * missed <= self.rise and not self.is_unattributed
 
 
 class DeviceSamples:

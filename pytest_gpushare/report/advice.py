@@ -12,6 +12,7 @@ from fractions import Fraction
 from itertools import combinations
 from typing import NamedTuple
 
+from pytest_gpushare.gpu.attribution import OTHERS
 from pytest_gpushare.planning.plan import Limit, shortage
 from pytest_gpushare.report.candidates import (
     LEAST_RESERVATION,
@@ -70,6 +71,7 @@ def assess(run: ActiveRun) -> Assessment:
             advice += _too_large(run, case)
             advice += _cpu_workers(run, case)
     advice += _skip(run)
+    advice += _wait_for_others(run)
     advice += _declare_what_passed_alone(run, case)
     return Assessment(tuple(shortages), tuple(advice), tuple(declared_too_small(run)))
 
@@ -279,6 +281,22 @@ def declared_too_small(run: ActiveRun) -> Iterator[Advice]:
             f"{format_gb(need)}",
             "" if fits else f"is needed, and {format_gb(run.plan.usable)} are there for tests",
             action=f"declare vram={size / GB:g}GB" if fits else f"{size / GB:g} GB",
+        )
+
+
+def _wait_for_others(run: ActiveRun) -> Iterator[Advice]:
+    """Tests ran out of VRAM that other processes took, and xdist scheduled them."""
+    if run.routing.differences is not None:
+        return
+    before = max((u.remainder or 0 for u in run.attribution.start.values()), default=0)
+    taken = [e for e in run.record.events("oom") if e.facts["held"].get(OTHERS, 0) > before + GB]
+    slot = min((slot.vram for slot in run.plan.slots), default=0) // STEP * STEP
+    if taken and slot:
+        yield Advice(
+            f"{plural(len(taken), 'test')} ran out of VRAM that other processes took, and did not "
+            "wait for it, having no need",
+            "would let them wait",
+            action=f'-o "gpu_share_vram=* = {slot / GB:g}GB"',
         )
 
 

@@ -189,8 +189,10 @@ def _peaks(peaks: DevicePeaks | None) -> dict[str, int | None]:
     is_known = bool(peaks.workers)
     return {
         "peak_used_bytes": peaks.used,
+        "peak_used_exact": None if peaks.used is None else peaks.is_used_exact,
         "peak_workers_bytes": peaks.workers or None,
         "peak_tests_bytes": peaks.rise if is_known else None,
+        "peak_tests_exact": peaks.is_rise_exact if is_known else None,
         "peak_unattributed_bytes": peaks.unattributed if is_known else None,
     }
 
@@ -437,7 +439,7 @@ def _table(run: ActiveRun) -> Iterator[str]:
         use = seen.get(plan.device.uuid)
         cells = [
             f"{plan.device.label} {plan.device.name}",
-            "unknown" if use is None else format_gb(use.peak_used),
+            "unknown" if use is None else use.used,
             format_gb(plan.device.total),
             (use.tests if use is not None else "") or "unknown",
             format_gb(plan.budget),

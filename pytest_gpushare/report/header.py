@@ -200,11 +200,27 @@ def _lines(run: ActiveRun, verbosity: int) -> Iterator[Line]:
         yield Line(_device(device))
         yield Line(_vram(device, several=len(plan.devices) > 1))
     yield from (Line(f"  {text}") for text in run.leases)
+    if _may_not_wait(run, verbosity):
+        yield Line(
+            "  VRAM that other processes take during the run: only tests with a need of their own "
+            "wait for it (gpu_share_vram)"
+        )
     yield from ollama_lines(run, verbosity)
     if verbosity >= 1:
         yield from (Line(text) for text in _workers(run))
     if verbosity >= 2:
         yield from (Line(text) for text in _arithmetic(run))
+
+
+def _may_not_wait(run: ActiveRun, verbosity: int) -> bool:
+    """Whether xdist may schedule the tests, and it matters: others hold as much as a worker's
+    slot, or details are wanted."""
+    plan = run.plan
+    if run.has_needs or plan.cpu_workers or plan.request.in_process or run.gpus.simulated:
+        return False
+    used = [device for device in plan.devices if device.workers]
+    held = [device.device.used - device.resident >= device.slot_vram for device in used]
+    return any(held) or (bool(used) and verbosity >= 1)
 
 
 def _alone(line: Line) -> Line:

@@ -204,6 +204,10 @@ def _devices(shards: Sequence[Shard]) -> Iterator[dict[str, Any]]:
             values = [device[name] for device in devices if device.get(name) is not None]
             if name in first or values:
                 first[name] = max(values, default=None)
+        for name in ("peak_used_exact", "peak_tests_exact"):
+            exact = [device[name] for device in devices if device.get(name) is not None]
+            if name in first or exact:
+                first[name] = all(exact) if exact else None
         first["free_at_start_bytes"] = min(device["free_at_start_bytes"] for device in devices)
         first["budget_bytes"] = max(device["budget_bytes"] for device in devices)
         first["workers"] = max(device["workers"] for device in devices)

@@ -5,7 +5,7 @@ A run that took no VRAM has nothing to say here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from pytest_gpushare.gpu.sampler import DevicePeaks, DeviceSamples
@@ -23,7 +23,7 @@ WORTH_TELLING = 64 * MB
 
 MOST_PEAKS = 5
 _MOST_LEAKS = 3
-_NARROWEST, _WIDEST = 8, 40
+_NARROWEST, _USUAL, _WIDEST = 8, 14, 40
 _SPARE = 4
 """Columns for a blank, and for figures of other devices that are longer."""
 
@@ -51,33 +51,48 @@ class Usage(NamedTuple):
         return bool(self.peaks.workers)
 
     @property
+    def used(self) -> str:
+        """`at least 7.2 GB`, with `at_least`."""
+        return f"{at_least(self.peaks.is_used_exact)}{format_gb(self.peak_used)}"
+
+    @property
     def tests(self) -> str:
         """`5.2 GB`, `at least 7.4 GB (3.9 GB of it unattributed)`; empty where unknown."""
         peaks = self.peaks
         if not self.is_attributed:
             return ""
-        if not peaks.is_at_least:
-            return format_gb(peaks.rise)
         part = ""
         if peaks.is_unattributed:
             part = f" ({format_gb(peaks.unattributed)} of it unattributed)"
-        return f"at least {format_gb(peaks.rise)}{part}"
+        return f"{at_least(peaks.is_rise_exact)}{format_gb(peaks.rise)}{part}"
+
+
+def at_least(exact: bool) -> str:
+    """What stands before a lower bound."""
+    return "" if exact else "at least "
 
 
 def usages(run: ActiveRun) -> list[Usage]:
     """The devices that were watched."""
     watched = {} if run.sampler is None else run.sampler.devices
+    busy = {test.worker for test in run.tests}
     return [
-        Usage(plan, found.peaks.beside(_most_held(run, plan.device.uuid)), found)
+        Usage(plan, found.peaks.counted(*_held(run, plan.device.uuid, busy)), found)
         for plan in run.plan.devices
         if (found := watched.get(plan.device.uuid)) is not None and found.peaks.used is not None
     ]
 
 
-def _most_held(run: ActiveRun, uuid: str) -> int:
-    """The most bytes that one worker of a device is known to have held."""
-    held = [member.held for member in run.workers if member.device == uuid]
-    return max((peak.size for peak in held if peak is not None), default=0)
+def _held(run: ActiveRun, uuid: str, busy: Collection[str]) -> tuple[int, int | None]:
+    """The bytes that one worker of a device is known to have held, and that all of them together
+    have held at most; None where a worker, of those that ran tests, does not know."""
+    held = [member.held for member in run.workers if member.device == uuid and member.id in busy]
+    known = [peak for peak in held if peak is not None]
+    least = max((peak.size for peak in known), default=0)
+    is_alone = run.settings.visible_devices == "own"
+    if is_alone and len(known) == len(held) and all(peak.exact for peak in known):
+        return least, sum(peak.size for peak in known)
+    return least, None
 
 
 def highest_peaks(run: ActiveRun, most: int = MOST_PEAKS) -> list[RecordedTest]:
@@ -105,21 +120,20 @@ def usage_lines(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
 def _device(use: Usage, view: OutputOptions, counted: bool) -> Line:
     plan = use.plan
     peaks = use.peaks
-    least = "at least " if peaks.is_missed else ""
+    least = at_least(peaks.is_used_exact)
     used = _part(use.peak_used, plan.device.total)
     text = f"gpu-share: {plan.device.label} VRAM peak {least}{used}"
     if use.is_attributed:
-        least = "at least " if peaks.is_at_least else ""
-        text += f", tests {least}{_part(peaks.rise, plan.reach)}"
+        text += f", tests {at_least(peaks.is_rise_exact)}{_part(peaks.rise, plan.reach)}"
         if peaks.is_unattributed:
             text += f" ({format_gb(peaks.unattributed)} unattributed)"
     elif not counted and plan.workers:
-        text += f" (up {format_gb(use.grown)}, by which process is unknown)"
+        text += f" (up {least}{format_gb(use.grown)}, by which process is unknown)"
     over = use.is_attributed and plan.reach < peaks.rise
     room = view.columns - len(text) - _SPARE
-    if room >= _NARROWEST:
-        heights = use.watched.series.heights(min(room, _WIDEST))
-        text += f" {sparkline(height / max(1, plan.device.total) for height in heights)}"
+    # Where the line has no room for it, it stands on the next one.
+    heights = use.watched.series.heights(min(room, _WIDEST) if room >= _NARROWEST else _USUAL)
+    text += f" {sparkline(height / max(1, plan.device.total) for height in heights)}"
     return Line(text, problem=over)
 
 
@@ -131,7 +145,7 @@ def _worker(member: WorkerRecord, run: ActiveRun) -> Line:
     peak = member.held
     if peak is None:
         return Line(f"  {member.id} on {label}: VRAM peak unknown{crashed}")
-    least = "" if peak.exact else "at least "
+    least = at_least(peak.exact)
     if admits_by_needs(run):
         # A need may be more than a slot.
         return Line(f"  {member.id} on {label}: VRAM peak {least}{format_gb(peak.size)}{crashed}")

@@ -221,6 +221,7 @@ class ActiveRun:
     def end(self) -> None:
         """Stop the services; harmless when called twice."""
         self.services.stop()
+        self.tests.settle()
 
     def message_to_itself(self) -> dict[str, Any] | None:
         """The placement of this process where it runs the tests itself."""

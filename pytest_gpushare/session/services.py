@@ -165,12 +165,13 @@ class Sampler:
             if uuid in memory
         }
         usage = self._usage(memory)
+        # Of a worker that sees several devices, on the one where it holds the most: as counted.
         held: dict[str, int] = {}
         for uuid, device in self.devices.items():
             found = usage.get(uuid)
             device.listed(found)
             for worker, size in ((found and found.workers) or {}).items():
-                held[worker] = held.get(worker, 0) + size
+                held[worker] = max(size, held.get(worker, 0))
         at = self._record.since_start(reading.at)
         self._note_readings(at, held, usage, set(workers.values()))
         self._attribution.forget_all_but(

@@ -129,6 +129,13 @@ class WorkerRecord:
         # What its children held, no framework counts.
         return held._replace(exact=held.exact and not self.ran_others) if held else None
 
+    @property
+    def is_undercounted(self) -> bool:
+        """Whether NVML showed more of it than its frameworks count: another library, or a child,
+        holds VRAM there."""
+        counted, seen = self.process, self.seen
+        return bool(counted and seen and seen.size > counted.size + LEAST_BY_NVML)
+
 
 class Workers:
     """All workers of the run, those that crashed among them; used by several threads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -33,10 +34,15 @@ SHORT = """
 """
 
 
+def report(project: Project) -> dict[str, Any]:
+    """The JSON report."""
+    document: dict[str, Any] = json.loads((project.path / "report.json").read_text())
+    return document
+
+
 def recorded(project: Project) -> dict[str, dict[str, Any]]:
     """Test's name -> what the JSON report says of it."""
-    document = json.loads((project.path / "report.json").read_text())
-    return {test["nodeid"].rpartition("::")[2]: test for test in document["tests"]}
+    return {test["nodeid"].rpartition("::")[2]: test for test in report(project)["tests"]}
 
 
 def test_peaks_of_short_tests(project: Project, machine: Machine) -> None:
@@ -71,3 +77,64 @@ def test_several_devices(
     peaks = {test["peak_bytes"] for test in recorded(project).values()}
     assert peaks <= {None, GB + 600 * MB}
     assert GB + 600 * MB in peaks
+
+
+BESIDE_TORCH = """
+    import time
+    import gpusim
+    import torch
+
+    def test_counted():
+        torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+
+    def test_both():
+        held = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        with gpusim.alloc("3GB"):
+            time.sleep(2.5)
+"""
+
+
+@pytest.mark.parametrize("other", ["another library", "nothing"])
+def test_a_library_that_no_framework_counts(
+    other: str, project: Project, machine: Machine
+) -> None:
+    """What torch counts is a lower bound once NVML has shown that the process holds more."""
+    project.with_frameworks()
+    text = BESIDE_TORCH if other != "nothing" else BESIDE_TORCH.replace("3GB", "1MB")
+    project.write(test_project=text)
+    result = project.pytest(*NO_OLLAMA, "-n1", "-v")
+    assert (result.code, result.passed) == (0, 2), result.out
+    tests, device = recorded(project), report(project)["devices"][0]
+    is_exact = other == "nothing"
+    assert tests["test_counted"]["peak_bytes"] == 2 * GB + 600 * MB
+    assert [test["peak_exact"] for test in tests.values()] == [is_exact, False]
+    assert (device["peak_used_exact"], device["peak_tests_exact"]) == (is_exact, is_exact)
+    least = "" if is_exact else "at least "
+    assert f"gpu-share: GPU 0 VRAM peak {least}" in result.out
+    assert f"  gw0 on GPU 0: VRAM peak {least}" in result.out
+    assert f"  VRAM {least}2.59 GB: test_project.py::test_counted" in result.out
+
+
+def test_a_peak_between_two_samples(project: Project, machine: Machine) -> None:
+    """What nobody counts may have been higher than every reading: the figures say so."""
+    project.write(
+        test_project="""
+            import time
+            import gpusim
+
+            def test_short():
+                with gpusim.alloc("1GB"):
+                    time.sleep(1.5)
+                with gpusim.alloc("8GB"):
+                    time.sleep(0.01)
+        """
+    )
+    result = project.pytest(*NO_OLLAMA, "-n1", "--gpu-share-report=report.html")
+    assert result.code == 0, result.out
+    (device,) = report(project)["devices"]
+    assert (device["peak_used_exact"], device["peak_tests_exact"]) == (False, False)
+    (line,) = (line for line in result.said if "VRAM peak" in line)
+    assert re.search(r"VRAM peak at least \S+ of 24.0 GB, tests at least \S+ of 21.0 GB", line)
+    page = re.sub("<[^>]+>", "", (project.path / "report.html").read_text(encoding="utf-8"))
+    peak = device["peak_used_bytes"] / GB
+    assert re.search(rf"at least {peak:.2g}\d* GB of 24.0 GB", page)

@@ -182,6 +182,12 @@ def _check_device(
     _never_above(f"{name} in use", device["peak_used_bytes"], highest(used), result)
     _never_above(f"{name} workers", device["peak_workers_bytes"], highest(tests), result)
     _never_above(f"{name} tests", device["peak_tests_bytes"], highest(tests), result)
+    for kind, found in (("used", used), ("tests", tests)):
+        printed, true = device[f"peak_{kind}_bytes"], highest(found)
+        if device[f"peak_{kind}_exact"]:
+            result.count("device exact")
+            if printed < NEAR * true:
+                result.wrong.append(f"{name} {kind}: printed {printed} as exact, was {true}")
     if not moments:
         return
     inside = within(used, moments[0], moments[-1])

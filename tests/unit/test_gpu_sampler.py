@@ -177,7 +177,7 @@ def test_peaks_of_tests_are_never_below_the_rise_that_nobody_explains() -> None:
     samples.listed(reading({"gw0": 120}, 170))
     peaks = samples.peaks
     assert (peaks.used, peaks.workers, peaks.rise, peaks.unattributed) == (650, 120, 600, 480)
-    assert peaks.is_at_least
+    assert not peaks.counted(0, 600).is_rise_exact
     assert samples.series.unattributed() == [0, 500, 0]
 
 
@@ -188,7 +188,6 @@ def test_what_a_neighbour_or_another_process_took_is_not_laid_to_the_tests() -> 
     samples.add(0.2, reading({"gw0": 100}, 550))
     samples.listed(reading({"gw0": 100}, 550, ollama=330, others=120))
     assert (samples.peaks.workers, samples.peaks.rise) == (100, 100)
-    assert not samples.peaks.is_at_least
 
 
 def test_without_process_lists_the_whole_rise_is_unattributed() -> None:
@@ -196,21 +195,37 @@ def test_without_process_lists_the_whole_rise_is_unattributed() -> None:
     samples.add(0.2, reading(None, 150))
     samples.listed(None)
     assert (samples.peaks.workers, samples.peaks.unattributed) == (None, 100)
-    assert samples.peaks.is_at_least
+    assert not samples.peaks.counted(0, 100).is_rise_exact
 
 
 def test_a_peak_that_no_sample_shows_is_at_least_what_a_worker_knows() -> None:
     """By a framework's counters it held 400 where 120 were read."""
     peaks = DevicePeaks(used=170, workers=120, rise=120)
-    assert peaks.beside(120) == peaks
-    known = peaks.beside(400)
+    assert peaks.counted(120, None) == peaks
+    known = peaks.counted(400, None)
     assert (known.used, known.workers, known.rise, known.unattributed) == (400, 400, 400, 0)
-    assert known.is_at_least
     assert not known.is_unattributed
-    # Within 5 % of what was read it is the same figure.
-    assert not peaks.beside(124).is_at_least
     # Where the driver attributes nothing, one worker's figure says nothing of all.
-    assert DevicePeaks(used=170, workers=None, rise=20).beside(400).rise == 20
+    assert DevicePeaks(used=170, workers=None, rise=20).counted(400, 400).rise == 20
+
+
+def test_peaks_are_lower_bounds_unless_the_counters_show_that_little_was_missed() -> None:
+    peaks = DevicePeaks(used=400, workers=100, rise=100)
+    assert (peaks.is_used_exact, peaks.is_rise_exact) == (False, False)
+    for most, is_used_exact, is_rise_exact in (
+        (None, False, False),
+        (100, True, True),
+        (105, True, True),
+        # 20 bytes more are 5 % of the device's 400, and 20 % of the tests' 100.
+        (120, True, False),
+        (121, False, False),
+        # The counters' assumed context may be larger than the real one.
+        (90, True, True),
+    ):
+        known = peaks.counted(100, most)
+        assert (known.is_used_exact, known.is_rise_exact) == (is_used_exact, is_rise_exact), most
+    # What no list attributes is no exact figure of the tests.
+    assert not DevicePeaks(used=400, workers=80, rise=100).counted(80, 80).is_rise_exact
 
 
 def test_what_is_taken_while_no_test_runs_is_not_laid_to_the_tests() -> None:
@@ -222,7 +237,6 @@ def test_what_is_taken_while_no_test_runs_is_not_laid_to_the_tests() -> None:
     samples.add(0.4, reading({"gw0": 100}, 550, ollama=330, others=120))
     samples.listed(reading({"gw0": 100}, 550, ollama=330, others=120))
     assert samples.peaks.rise == 100
-    assert not samples.peaks.is_at_least
 
 
 def test_vram_of_a_process_that_has_just_ended_is_not_laid_to_the_tests() -> None:

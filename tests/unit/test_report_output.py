@@ -127,7 +127,7 @@ def test_github_table() -> None:
         "",
         "| device | VRAM peak | of | tests, peak | usable for tests | GPU workers |",
         "|---|---|---|---|---|---|",
-        "| GPU 0 card | 5.0 GB | 24.0 GB | 3.0 GB | 9.0 GB | 2 |",
+        "| GPU 0 card | at least 5.0 GB | 24.0 GB | at least 3.0 GB | 9.0 GB | 2 |",
         "",
         "| test | VRAM |",
         "|---|---|",

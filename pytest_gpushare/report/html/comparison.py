@@ -9,7 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pytest_gpushare.report.html.markup import UNKNOWN, Markup, breakable, size, span, tag
+from pytest_gpushare.report.html.markup import (
+    UNKNOWN,
+    Markup,
+    breakable,
+    peak_text,
+    size,
+    span,
+    tag,
+)
 from pytest_gpushare.report.html.page import asset, policy
 from pytest_gpushare.report.html.shown import Shown, ShownModel, ShownTest, shown
 from pytest_gpushare.text import one_line
@@ -95,18 +103,21 @@ def _devices(old: Shown, new: Shown) -> ComparedSubject:
     for one, other in pairs:
         name = one_line(other.label, _LONGEST)
         rows += _changed(f"{name} name", one.name, other.name)
-        for what, attribute, is_total in _OF_DEVICE:
+        for what, kind in (("in use", "used"), ("of tests", "tests")):
+            peaks, exact = f"peak_{kind}_bytes", f"peak_{kind}_exact"
+            figures = (getattr(device, peaks) for device in (one, other))
+            is_least = [getattr(device, exact) is False for device in (one, other)]
+            rows += _peaks(f"{name} peak {what}", *figures, is_least, always=True)
+        for what, attribute in _OF_DEVICE:
             figures = (getattr(device, attribute) for device in (one, other))
-            rows += _bytes(f"{name} {what}", *figures, always=is_total)
+            rows += _bytes(f"{name} {what}", *figures)
     return ComparedSubject("VRAM", tuple(rows), note)
 
 
 _OF_DEVICE = (
-    ("peak in use", "peak_used_bytes", True),
-    ("peak of tests", "peak_tests_bytes", True),
-    ("usable for tests", "budget_bytes", False),
-    ("kept for Ollama", "reservation_bytes", False),
-    ("total", "total_bytes", False),
+    ("usable for tests", "budget_bytes"),
+    ("kept for Ollama", "reservation_bytes"),
+    ("total", "total_bytes"),
 )
 
 
@@ -126,7 +137,7 @@ def _tests(old: Shown, new: Shown) -> Iterator[ComparedSubject]:
         if one.outcome != other.outcome
     ]
     yield _listed("Outcomes", outcomes)
-    yield _listed("Peaks of tests", _largest(both, lambda test: test.peak_bytes, _peaks))
+    yield _listed("Peaks of tests", _largest(both, lambda test: test.peak_bytes, _test_peaks))
     yield _listed("Durations of tests", _largest(both, _took, _durations))
     rows = [Difference(_name(t), "ran", "did not run") for n, t in before.items() if n not in after]
     rows += [
@@ -159,12 +170,27 @@ def _largest(
     return [row for _, row in sorted(found, key=lambda pair: (-pair[0], pair[1].name))]
 
 
-def _peaks(one: ShownTest, other: ShownTest) -> Iterator[Difference]:
-    for row in _bytes(_name(one), one.peak_bytes, other.peak_bytes):
-        least = ["" if test.peak_exact else "at least " for test in (one, other)]
-        # Lower bounds are no measure of what has changed.
-        change = "" if any(least) else row.change
-        yield Difference(row.name, least[0] + row.before, least[1] + row.after, change)
+def _test_peaks(one: ShownTest, other: ShownTest) -> Iterator[Difference]:
+    is_least = [not test.peak_exact for test in (one, other)]
+    return _peaks(_name(one), one.peak_bytes, other.peak_bytes, is_least)
+
+
+def _peaks(
+    name: str,
+    before: float | None,
+    after: float | None,
+    is_least: Sequence[bool],
+    *,
+    always: bool = False,
+) -> Iterator[Difference]:
+    """As `_bytes`; `is_least`: which of them are lower bounds. `always`: they are read often."""
+    for row in _bytes(name, before, after, always=always):
+        texts = (
+            peak_text(size, not least)
+            for size, least in zip((before, after), is_least, strict=True)
+        )
+        # A lower bound that is read by chance is no measure of what has changed.
+        yield Difference(name, *texts, "" if any(is_least) and not always else row.change)
 
 
 def _durations(one: ShownTest, other: ShownTest) -> Iterator[Difference]:

@@ -63,11 +63,16 @@ def listed(names: list[str], most: int = 6) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
+def peak_text(held: float | None, exact: bool | None) -> str:
+    """`4.5 GB`, `at least 4.5 GB` for a lower bound, or `unknown`."""
+    return f"{'at least ' if exact is False and held is not None else ''}{size(held)}"
+
+
 def tests_peak(device: ShownDevice) -> str:
     """What the tests held at most: `at least 7.4 GB, 3.9 GB of it unattributed`."""
     held, left = device.peak_tests_bytes, device.peak_unattributed_bytes or 0
     if held is None or 20 * left <= held:
-        return size(held)
+        return peak_text(held, device.peak_tests_exact)
     return f"at least {size(held)}, {size(left)} of it unattributed"
 
 

@@ -24,6 +24,7 @@ from pytest_gpushare.report.html.markup import (
     clock,
     meter,
     pairs,
+    peak_text,
     size,
     tag,
     tests_peak,
@@ -125,6 +126,7 @@ def meters(report: Shown) -> Markup:
 
 def _meter(report: Shown, device: ShownDevice) -> Markup:
     total, peak = device.total_bytes, device.peak_used_bytes
+    most = peak_text(peak, device.peak_used_exact)
     at, parts = _fullest(report, device)
     if not parts and peak:
         parts = [Part("rest", "in use", peak)]
@@ -134,7 +136,7 @@ def _meter(report: Shown, device: ShownDevice) -> Markup:
         tag("h3", tag("b", device.label), " ", device.name),
         tag(
             "p",
-            tag("b", size(peak), data_bytes=peak),
+            tag("b", most, data_bytes=peak),
             f" of {size(total)} used{when}" if peak is not None else f" used of {size(total)}",
             cls="figure",
         ),

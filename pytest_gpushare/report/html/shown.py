@@ -59,7 +59,9 @@ class ShownDevice:
     safety_buffer_bytes: float | None
     budget_bytes: float | None
     peak_used_bytes: float | None
+    peak_used_exact: bool | None
     peak_tests_bytes: float | None
+    peak_tests_exact: bool | None
     peak_unattributed_bytes: float | None
     host: str
 

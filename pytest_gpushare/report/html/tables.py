@@ -12,6 +12,7 @@ from pytest_gpushare.report.html.markup import (
     listed,
     meter,
     pairs,
+    peak_text,
     percent,
     severity,
     size,
@@ -97,13 +98,12 @@ def workers(report: Shown) -> Markup:
         share = Markup("")
         if allowed and peak is not None:
             share = meter([Part(kind, "peak", peak)], allowed)
-        least = "at least " if worker.peak_exact is False else ""
         rows.append(
             [
                 tag("span", tag("i", cls=f"swatch {kind}"), worker.id),
                 names.get(device or "", device or "CPU"),
                 size(slot) if slot else "–",
-                tag("b", least, size(peak), data_bytes=peak) if slot else "–",
+                tag("b", peak_text(peak, worker.peak_exact), data_bytes=peak) if slot else "–",
                 tag("span", share, percent(peak, allowed) if allowed and peak is not None else ""),
                 worker.peak_source or (UNKNOWN if slot else "–"),
                 "crashed" if worker.crashed else span(worker.lived),

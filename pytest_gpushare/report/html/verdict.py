@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from pytest_gpushare.report.html.markup import listed, percent, size, span, tests_peak
+from pytest_gpushare.report.html.markup import listed, peak_text, percent, size, span, tests_peak
 from pytest_gpushare.report.html.shown import Shown, ShownModel, ShownPlan
 from pytest_gpushare.units import plural
 
@@ -98,7 +98,8 @@ def _how_near(report: Shown) -> Answer:
     state = BAD if short else WARNING if peak > total - buffer else GOOD
     several = len(measured) > 1
     where = f" of {nearest.label}, the fullest of {len(measured)} GPUs" if several else ""
-    details = [f"{size(peak)} of {size(total)} at the peak{where}"]
+    most = peak_text(peak, nearest.peak_used_exact)
+    details = [f"{most} of {size(total)} at the peak{where}"]
     if peak > total - buffer and buffer:
         details.append(f"{size(peak - (total - buffer))} into the safety buffer of {size(buffer)}")
     held, budget = nearest.peak_tests_bytes, nearest.budget_bytes
