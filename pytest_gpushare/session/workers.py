@@ -125,9 +125,13 @@ class WorkerRecord:
     @property
     def held(self) -> Peak | None:
         """The most VRAM that it held, caches included; None where that is unknown."""
-        held = higher(self.process, self.peak)
+        held, counted = higher(self.process, self.peak), self.process
+        if held is None:
+            return None
+        # NVML's figure is that of the counters where it is within 5 % of it.
+        is_same = counted and counted.exact and 20 * (held.size - counted.size) <= held.size
         # What its children held, no framework counts.
-        return held._replace(exact=held.exact and not self.ran_others) if held else None
+        return held._replace(exact=bool(held.exact or is_same) and not self.ran_others)
 
     @property
     def is_undercounted(self) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from simulator import Device, Machine
+from simulator.child import child_process
 
-from .conftest import Project
+from .conftest import Project, Result
 
 # The fall-back starts as many CPU workers as there are CPUs.
 NO_OLLAMA = {"OLLAMA_HOST": "127.0.0.1:9", "PYTEST_XDIST_AUTO_NUM_WORKERS": "2"}
@@ -203,3 +205,54 @@ def test_one_figure_of_ollama(
     assert abs(float(held[1]) * 2**30 - resident) < 2**28, bar[1]
     others = re.search(r"others ([\d.]+) GB", bar[1])
     assert others is None or float(others[1]) < 2, bar[1]
+
+
+UNDER_PRESSURE = """
+    import pathlib, time
+    import gpusim
+    import pytest
+
+    @pytest.mark.parametrize("i", range(3))
+    def test_takes(i):
+        if i == 0:
+            pathlib.Path("started").touch()
+            while not pathlib.Path("taken").exists():
+                time.sleep(0.02)
+        else:
+            gpusim.alloc("2.5GB").free()
+"""
+OTHER_PROCESS = """
+    import pathlib, time
+    import gpusim
+
+    while not pathlib.Path("started").exists():
+        time.sleep(0.02)
+    with gpusim.alloc("20GB"):
+        pathlib.Path("taken").touch()
+        time.sleep(2)
+"""
+
+
+def test_vram_that_others_take(project: Project, machine: Machine) -> None:
+    """Where xdist schedules no test waits for it: header and advice say so, and with it they do."""
+    project.write(test_project=UNDER_PRESSURE, other=OTHER_PROCESS)
+    arguments = ("--gpu-share", "--gpu-share-preset=no-ollama", "-n1", "-v", *REPORTS)
+
+    def run(*more: str) -> Result:
+        for name in ("started", "taken"):
+            (project.path / name).unlink(missing_ok=True)
+        with child_process([sys.executable, "other.py"], cwd=project.path, env=project.environment):
+            return project.pytest(*arguments, *more)
+
+    result = run()
+    assert "2 failed, 1 passed" in result.out
+    note = "only tests with a need of their own wait for it (gpu_share_vram)"
+    assert any(note in line for line in result.said)
+    report = json.loads((project.path / "r.json").read_text(encoding="utf-8"))
+    (hint,) = report["hints"]
+    assert hint.startswith("2 tests ran out of VRAM that other processes took, and did not wait")
+    option = re.search(r'-o "(gpu_share_vram=[^"]+)"', hint)
+    assert option is not None
+    result = run("-o", option[1])
+    assert (result.code, result.passed) == (0, 3), result.out
+    assert not any(note in line for line in result.said)
