@@ -104,10 +104,8 @@ def _devices(old: Shown, new: Shown) -> ComparedSubject:
         name = one_line(other.label, _LONGEST)
         rows += _changed(f"{name} name", one.name, other.name)
         for what, kind in (("in use", "used"), ("of tests", "tests")):
-            peaks, exact = f"peak_{kind}_bytes", f"peak_{kind}_exact"
-            figures = (getattr(device, peaks) for device in (one, other))
-            is_least = [getattr(device, exact) is False for device in (one, other)]
-            rows += _peaks(f"{name} peak {what}", *figures, is_least, always=True)
+            before, after = (_peak_of(device, f"peak_{kind}") for device in (one, other))
+            rows += _peaks(f"{name} peak {what}", before, after, always=True)
         for what, attribute in _OF_DEVICE:
             figures = (getattr(device, attribute) for device in (one, other))
             rows += _bytes(f"{name} {what}", *figures)
@@ -170,27 +168,28 @@ def _largest(
     return [row for _, row in sorted(found, key=lambda pair: (-pair[0], pair[1].name))]
 
 
+def _peak_of(shown: object, name: str) -> tuple[float | None, bool]:
+    """The figure, and whether it is a lower bound."""
+    return getattr(shown, f"{name}_bytes"), getattr(shown, f"{name}_exact") is False
+
+
 def _test_peaks(one: ShownTest, other: ShownTest) -> Iterator[Difference]:
-    is_least = [not test.peak_exact for test in (one, other)]
-    return _peaks(_name(one), one.peak_bytes, other.peak_bytes, is_least)
+    return _peaks(_name(one), _peak_of(one, "peak"), _peak_of(other, "peak"))
 
 
 def _peaks(
     name: str,
-    before: float | None,
-    after: float | None,
-    is_least: Sequence[bool],
+    before: tuple[float | None, bool],
+    after: tuple[float | None, bool],
     *,
     always: bool = False,
 ) -> Iterator[Difference]:
-    """As `_bytes`; `is_least`: which of them are lower bounds. `always`: they are read often."""
-    for row in _bytes(name, before, after, always=always):
-        texts = (
-            peak_text(size, not least)
-            for size, least in zip((before, after), is_least, strict=True)
-        )
-        # A lower bound that is read by chance is no measure of what has changed.
-        yield Difference(name, *texts, "" if any(is_least) and not always else row.change)
+    """As `_bytes`, of figures that may be lower bounds."""
+    for row in _bytes(name, before[0], after[0], always=always):
+        # A lower bound that is read by chance, as a test's is, is no measure of what has changed.
+        is_measure = always or not (before[1] or after[1])
+        texts = [peak_text(held, not is_least) for held, is_least in (before, after)]
+        yield row._replace(before=texts[0], after=texts[1], change=row.change * is_measure)
 
 
 def _durations(one: ShownTest, other: ShownTest) -> Iterator[Difference]:
