@@ -104,8 +104,8 @@ def _devices(old: Shown, new: Shown) -> ComparedSubject:
         name = one_line(other.label, _LONGEST)
         rows += _changed(f"{name} name", one.name, other.name)
         for what, kind in (("in use", "used"), ("of tests", "tests")):
-            before, after = (_peak_of(device, f"peak_{kind}") for device in (one, other))
-            rows += _peaks(f"{name} peak {what}", before, after, always=True)
+            peaks = [_peak_of(device, f"peak_{kind}") for device in (one, other)]
+            rows += _peaks(f"{name} peak {what}", *peaks, always=True)
         for what, attribute in _OF_DEVICE:
             figures = (getattr(device, attribute) for device in (one, other))
             rows += _bytes(f"{name} {what}", *figures)
