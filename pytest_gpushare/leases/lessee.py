@@ -292,7 +292,7 @@ class Lessee:
         processes: Mapping[str, tuple[GpuProcess, ...] | None] = {}
         names = names_device(sessions, self.totals)
         if self._readings is not None and (names or not may_reuse):
-            memory, processes = _read(self._readings, with_processes=names)
+            memory, processes = _read(self._readings)
         claims = claims_of(
             sessions,
             self.totals,
@@ -396,7 +396,7 @@ def _line_of(pid: int) -> Sequence[int]:
 
 
 def _read(
-    readings: Readings, *, with_processes: bool
+    readings: Readings,
 ) -> tuple[Mapping[str, Memory], Mapping[str, tuple[GpuProcess, ...] | None]]:
     """VRAM, and who holds it, as of one moment.
 
@@ -404,8 +404,6 @@ def _read(
     memory is read before and after the processes, and the smaller figure holds.
     """
     before = readings.memory()
-    if not with_processes:
-        return before, {}
     processes = readings.processes()
     after = readings.memory()
     # A device that could not be read twice is left out: its figures at the start have to do.

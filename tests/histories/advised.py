@@ -141,6 +141,7 @@ class _Runs:
         )
         machine = Machine.create(place / "vram", list(host.devices))
         env = {**self._environment, **machine.env(self._library)}
+        env["PYTEST_GPUSHARE_LEASES"] = str(self._place / "leases")
         env["PYTEST_XDIST_AUTO_NUM_WORKERS"] = str(host.cpus)
         if host.framework:
             env["PYTHONPATH"] += f":{Path(__file__).parents[1] / 'simulator' / 'frameworks'}"

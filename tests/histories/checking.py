@@ -63,6 +63,8 @@ def check_seed(seed: int, place: Path, library: Path, environment: Mapping[str, 
     machine.set_used(0, machine.snapshot()[0].used)
     result = Checked(seed)
     whole = {**environment, **machine.env(library), "PYTEST_XDIST_AUTO_NUM_WORKERS": "8"}
+    # Sessions beside this one are on machines of their own.
+    whole["PYTEST_GPUSHARE_LEASES"] = str(place / "leases")
     if scene.framework:
         frameworks = Path(__file__).parents[1] / "simulator" / "frameworks"
         whole["PYTHONPATH"] += f":{frameworks}"

@@ -239,6 +239,13 @@ def test_larger_reservation_of_the_two_readings(world: World) -> None:
     assert view.memory == {"GPU-0": Memory(TOTAL, 7, 3)}
 
 
+def test_vram_and_who_holds_it_are_of_one_moment(world: World) -> None:
+    """Also where no other session is left: one that was waited for is in no list any more."""
+    view = world.lessee(Readings()).view()
+    assert view.memory == {"GPU-0": Memory(TOTAL, 0, TOTAL)}
+    assert view.processes == {"GPU-0": ()}
+
+
 def test_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     """One at the start, and one a minute."""
     clock = Clock()

@@ -43,6 +43,7 @@ class Run:
         card = SimpleNamespace(uuid="GPU-1", name=CARD)
         self.plan = SimpleNamespace(slots=[SimpleNamespace(device=card)])
         self.tests: list[Any] = []
+        self.workers: dict[str, Any] = {}
         self.profile = NeedsRecorder(self, self.config)  # type: ignore[arg-type]
         self.profile.start()
 
@@ -164,6 +165,17 @@ def test_what_no_framework_told(run: Run) -> None:
     run.tests = [seen(worker="gw9")]
     run.ended()
     assert recall_needs(run.config, "")["t"].duration == 0.5
+
+
+def test_nothing_is_learned_beside_a_library_that_no_framework_counts(run: Run) -> None:
+    """A need that leaves out its VRAM would be too small."""
+    for is_undercounted, peak in ((False, 1 * GB), (True, None)):
+        run.test(1 * GB)
+        run.tests = [seen()]
+        run.workers = {"gw0": SimpleNamespace(is_undercounted=is_undercounted)}
+        kept = run.ended()
+        assert kept is not None
+        assert (kept.peak, kept.duration) == (peak, 2.5)
 
 
 def test_durations_of_tests_without_a_gpu(run: Run) -> None:

@@ -231,7 +231,9 @@ def _make_room(found: Examined) -> str:
         " and ".join(filter(None, [advice.action, *advice.settings.split(" ")]))
         for advice in more_room(case_of(run.settings, run.gpus, run.ollama, run.plan, run.replan))
     ]
-    return "; or ".join([*(way.replace("=", " = ", 1) for way in ways), "free VRAM on the device"])
+    return "; or ".join(
+        [*(re.sub(r"(?<=\w)=", " = ", way) for way in ways), "free VRAM on the device"]
+    )
 
 
 def files(found: Examined) -> Iterator[Finding]:
