@@ -293,8 +293,8 @@ def _wait_for_others(run: ActiveRun) -> Iterator[Advice]:
     slot = min((slot.vram for slot in run.plan.slots), default=0) // STEP * STEP
     if taken and slot:
         yield Advice(
-            f"{plural(len(taken), 'test')} ran out of VRAM that other processes took, and did not "
-            "wait for it, having no need",
+            f"{plural(len(taken), 'test')} ran out of VRAM that other processes took, "
+            "and did not wait for it, having no need",
             "would let them wait",
             action=f'-o "gpu_share_vram=* = {slot / GB:g}GB"',
         )
