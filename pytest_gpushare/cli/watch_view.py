@@ -24,7 +24,7 @@ from pytest_gpushare.ollama.reservation import statements
 from pytest_gpushare.planning.startup import host_probe
 from pytest_gpushare.report.document import PLAN_SCHEMA, ollama_document
 from pytest_gpushare.session.registry import RunningSession, sessions
-from pytest_gpushare.text import sparkline
+from pytest_gpushare.text import sparkline, wrapped
 from pytest_gpushare.timed import call_within
 from pytest_gpushare.units import format_gb, plural
 
@@ -202,23 +202,29 @@ def rows(snapshot: Snapshot, width: int) -> Iterator[Row]:
     driver = f", driver {snapshot.driver}" if snapshot.driver else ""
     yield [Piece("pytest-gpushare watch", "bold"), Piece(f"  {_clock(snapshot.at)}{driver}", "dim")]
     if snapshot.absence:
-        yield [Piece(f"no GPU: {snapshot.absence}", "yellow")]
+        yield from _broken(f"no GPU: {snapshot.absence}", width, "yellow")
     for seen in snapshot.devices:
         yield [Piece("")]
         yield [Piece(f"{seen.device.label} {seen.device.name}", "bold")]
         yield _bar(seen, width)
         yield [Piece("  "), *_legend(seen)]
     for problem in snapshot.problems:
-        yield [Piece(problem, "yellow")]
+        yield from _broken(problem, width, "yellow")
     yield [Piece("")]
     if not snapshot.sessions:
         yield [Piece("no session runs under the plugin")]
     for session in snapshot.sessions:
-        yield [Piece(_session(session, snapshot.at), "bold")]
+        yield from _broken(_session(session, snapshot.at), width, "bold")
         for worker in session.workers:
-            yield [Piece(f"  {_worker(worker, snapshot)}")]
+            yield from _broken(f"  {_worker(worker, snapshot)}", width)
     yield [Piece("")]
-    yield from _ollama_rows(snapshot.ollama)
+    for text, style in _ollama(snapshot.ollama):
+        yield from _broken(text, width, style)
+
+
+def _broken(text: str, width: int, style: str = "") -> Iterator[Row]:
+    for part in wrapped(text, width, 4):
+        yield [Piece(part, style)]
 
 
 def lines(snapshot: Snapshot) -> Iterator[str]:
@@ -252,9 +258,7 @@ def _facts(snapshot: Snapshot) -> Iterator[str]:
     for session in snapshot.sessions:
         yield _session(session, snapshot.at)
         yield from (f"{_worker(w, snapshot)} (session {session.pid})" for w in session.workers)
-    yield from (
-        "".join(piece.text for piece in row).strip() for row in _ollama_rows(snapshot.ollama)
-    )
+    yield from (text.strip() for text, _ in _ollama(snapshot.ollama))
 
 
 def _bar(seen: SeenDevice, width: int) -> Row:
@@ -345,20 +349,20 @@ def _worker(worker: SessionWorker, snapshot: Snapshot) -> str:
     return f"{worker.id}: {label}, {holds} of {format_gb(worker.slot)}{over}, PID {worker.pid}"
 
 
-def _ollama_rows(ollama: OllamaFacts) -> Iterator[Row]:
+def _ollama(ollama: OllamaFacts) -> Iterator[tuple[str, str]]:
+    """The lines about it, each with its style."""
     if not ollama.asked:
-        yield [Piece("Ollama is not asked")]
+        yield "Ollama is not asked", ""
         return
     who = f"Ollama {ollama.version}" if ollama.version else "Ollama"
     if not ollama.answered:
-        yield [Piece(f"{who} at {ollama.address}: {ollama.problem}")]
+        yield f"{who} at {ollama.address}: {ollama.problem}", ""
         return
     away = "" if ollama.on_this_host else ", another machine"
     none = "" if ollama.models else ": no model in VRAM"
-    yield [Piece(f"{who} at {ollama.address}{away}{none}", "bold")]
+    yield f"{who} at {ollama.address}{away}{none}", "bold"
     for model in ollama.models:
-        spilled = model.is_spilled
-        yield [Piece(f"  {described(model)}", "bold red" if spilled else "")]
+        yield f"  {described(model)}", "bold red" if model.is_spilled else ""
 
 
 def _device_document(seen: SeenDevice) -> dict[str, Any]:

@@ -200,6 +200,17 @@ def test_verdict_of_a_run_in_trouble() -> None:
     assert change.details[-1] == "1 test left 0.6 GB behind: see the leaks below"
 
 
+def test_what_would_have_kept_a_model_is_a_suggestion() -> None:
+    document = documents.small()
+    document["hints"] = []
+    setting = "gpu_share_ollama_vram_reservation_mb = 13000 would have kept it on the GPU"
+    document["ollama"]["verdict"] = [
+        f"Ollama put 5.0 GB of m on the CPU; VRAM then: 1.1 GB free; short: {setting}; by the end"
+    ]
+    change = answers(shown(document))[3]
+    assert (change.answer, change.details) == ("1 suggestion", [setting])
+
+
 def test_verdict_is_never_nothing_where_vram_lacked() -> None:
     document = {**documents.eventful(), "hints": [], "leaks": [], "problems": []}
     document["shortages"] = ["29 GPU tests failed on CPU workers, which see no GPU"]

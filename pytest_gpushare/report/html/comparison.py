@@ -66,7 +66,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Compare
 
 
 def _run(old: Shown, new: Shown) -> Iterator[Difference]:
-    yield Difference("started", _text(old.run.started), _text(new.run.started))
+    yield Difference("started", *(run.started[:19].replace("T", " ") for run in (old.run, new.run)))
     yield _duration("duration", old.run.duration_s, new.run.duration_s)
     counts = [Counter(_text(test.outcome) for test in report.tests) for report in (old, new)]
     for outcome in sorted(counts[0] | counts[1]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ GOOD, WARNING, BAD, NEUTRAL = "good", "warning", "bad", "neutral"
 
 _OUTCOMES = ("failed", "error", "crashed", "passed", "skipped", "xfailed", "xpassed")
 _EXITS = {2: "interrupted", 3: "ended by an internal error", 4: "ended by wrong usage"}
+
+_KEPT = re.compile(r"gpu_share_\w+ = [^;]* would have kept [^;]*")
+"""What the verdict on a model says to change."""
 
 
 class Answer(NamedTuple):
@@ -141,6 +145,8 @@ def _change(report: Shown) -> Answer:
     if leaks:
         left = sum(leak.bytes or 0 for leak in leaks)
         hints.append(f"{plural(len(leaks), 'test')} left {size(left)} behind: see the leaks below")
+    verdict = report.ollama.verdict if report.ollama is not None else []
+    hints += [found for line in verdict for found in _KEPT.findall(line)]
     lines = [*report.shortages, *report.problems, *hints]
     if report.shortages and not hints:
         return Answer(question, WARNING, "No setting would have helped", lines)
