@@ -79,9 +79,12 @@ def test_same_screen(
     """Dots, lines, live logging, and a plugin that prints to both streams in the controller."""
     project.write(
         conftest_prints="""
-            import logging, sys, warnings
+            import os, sys, warnings
 
             def pytest_runtest_logreport(report):
+                # What a worker writes to the same terminal cannot be seen by the controller.
+                if "PYTEST_XDIST_WORKER" in os.environ:
+                    return
                 if report.when == "call" and report.nodeid.endswith(("7]", "fails")):
                     print("a plugin prints", report.nodeid)
                     print("and part of a line", end="")

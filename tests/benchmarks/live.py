@@ -44,9 +44,11 @@ def test_long():
     time.sleep({long})
 """
 PRINTS = """
-import sys
+import os, sys
 
 def pytest_runtest_logreport(report):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
     if report.when == "call" and report.nodeid.endswith("07]"):
         print("a plugin prints", report.nodeid)
         print("and part of a line", end="")
