@@ -99,7 +99,6 @@ class HostedRun(ActiveRun):
         self.parts = parts
         self._hosts_of_numbers = {number: part for part in parts for number in part.numbers()}
         self._root = config.rootpath
-        self._invocation = Path(config.invocation_params.dir)
         self._basetemp = getattr(config.option, "basetemp", None)
         super().__init__(facts, options, config=config)
         for part in parts:

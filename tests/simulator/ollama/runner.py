@@ -35,11 +35,6 @@ class Processes:
             env={},
         )
 
-    @property
-    def server_pid(self) -> int:
-        """The PID of ``ollama serve``."""
-        return self._server.pid
-
     def start(self, blob: str, port: int) -> int:
         """Start a runner for the model in that blob; return its PID."""
         arguments = ["--model", f"{BLOBS}/sha256-{blob}", "--port", str(port)]
