@@ -39,9 +39,9 @@ def main(arguments: list[str]) -> int:
 
 
 def distribution() -> list[str]:
-    """The options of pytest-xdist: more workers than CPUs, since tests often wait."""
+    """The options of pytest-xdist: half as many workers again as CPUs, since tests often wait."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ["-n", str(cpus + max(2, cpus // 2)), "--dist", "loadgroup"]
+    return ["-n", str(cpus + (cpus + 1) // 2), "--dist", "loadgroup"]
 
 
 if __name__ == "__main__":

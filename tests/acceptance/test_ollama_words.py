@@ -52,7 +52,9 @@ def test_host_check(project: Project, machine: Machine, ollama_with: OllamaWith)
     assert "IP address" in report.fix("ollama-host-check")
     assert ".internal" in report.fix("ollama-host-check")
     pytest = [sys.executable, "-m", "pytest", "--gpu-share", "-p", "no:cacheprovider"]
-    result = project.command(with_hosts(hosts, *pytest), OLLAMA_HOST=host)
+    result = project.command(
+        with_hosts(hosts, *pytest), OLLAMA_HOST=host, PYTEST_XDIST_AUTO_NUM_WORKERS="2"
+    )
     assert (result.code, result.passed) == (0, 4), result.out
     assert any(f"Ollama at {host}" in line and "status 403" in line for line in result.said)
 
