@@ -52,9 +52,14 @@ def has_xdist(options: Any) -> bool:
 
 
 def is_in_process(options: Any) -> bool:
-    """Whether the process itself runs the tests: `-n 0`, `--pdb`, or no xdist."""
+    """Whether the process itself runs the tests: `-n 0`, `--pdb`, or no xdist.
+
+    With `--pdb` xdist refuses a number of workers, and those that `--tx` names.
+    """
     number = getattr(options, "numprocesses", 0)
-    return bool(getattr(options, "usepdb", False)) or (isinstance(number, int) and number <= 0)
+    if isinstance(number, int):
+        return number <= 0
+    return bool(getattr(options, "usepdb", False)) and not _starts_own_workers(options)
 
 
 def asks_for_gpu_auto(options: Any) -> bool:
@@ -95,6 +100,12 @@ def keeps_own_workers(options: Any) -> bool:
     Uses `tx` (xdist 1). Without it no worker is named.
     """
     return bool(getattr(options, "tx", None)) and given_number(options) is None
+
+
+def _starts_own_workers(options: Any) -> bool:
+    """Whether xdist starts those of `--tx`: as `--dist` says, or `-d` (`distload`, xdist 1)."""
+    is_asked = getattr(options, "distload", False) or getattr(options, "dist", "no") != "no"
+    return keeps_own_workers(options) and is_asked
 
 
 def asks_for_hosts(options: Any) -> bool:

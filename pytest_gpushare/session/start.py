@@ -353,7 +353,7 @@ def start_workers(
     options = config.option
     if not runs_tests(options):
         return None
-    own_workers = keeps_own_workers(options)
+    own_workers = keeps_own_workers(options) and not is_in_process(options)
     if own_workers:
         distribute(options)
     named = TxWorkers(options)

@@ -248,12 +248,13 @@ class Meter:
         limits: Mapping[str, int | None],
     ) -> None:
         end = time.time()
-        errors, self._errors = self._errors, []
-        # pytest shows the error of a failed class or module fixture again with the next test.
-        kept = {id(e) for each in kept_errors(item) for e in counters.errors_of(each)}
-        for error in errors:
-            counters.clear_frames(error, kept)
-        errors.clear()
+        if self._errors:
+            errors, self._errors = self._errors, []
+            # pytest shows the error of a failed class or module fixture again with the next test.
+            kept = {id(e) for each in kept_errors(item) for e in counters.errors_of(each)}
+            for error in errors:
+                counters.clear_frames(error, kept)
+            errors.clear()
         # No framework here counts what other processes held for the test.
         alone = self._reaped == reaped() and not own_children()
         if not (alone or self._ran_others):

@@ -33,6 +33,8 @@ nobody waits again until it has answered."""
 
 _SELF = "self"
 _MOST_BYTES = 64 * 1024
+_WALL = 0x40000000
+"""Linux's `__WALL`: children that end with another signal than SIGCHLD count, too."""
 
 
 class OwnVram:
@@ -102,12 +104,29 @@ class OwnVram:
 def own_children() -> frozenset[int]:
     """PIDs of the processes that this one has started and that live; empty where unknown."""
     found: set[int] = set()
+    if not _has_children():
+        return frozenset()
     # Threads and processes come and go meanwhile.
     with contextlib.suppress(OSError, ValueError):
         for thread in os.listdir("/proc/self/task"):  # noqa: PTH208
             with open(f"/proc/self/task/{thread}/children", "rb") as file:  # noqa: PTH123
                 found.update(map(int, file.read(_MOST_BYTES).split()))
     return frozenset(found)
+
+
+def _has_children() -> bool:
+    """Whether there are any, by one system call; True where that is unknown."""
+    if sys.platform != "linux":
+        return True
+    options = os.WEXITED | os.WNOHANG | os.WNOWAIT | _WALL
+    try:
+        os.waitid(os.P_ALL, 0, options)
+    except ChildProcessError:
+        return False
+    except OSError:
+        # Older kernels know `_WALL` only elsewhere.
+        return True
+    return True
 
 
 def reaped() -> object:

@@ -489,6 +489,22 @@ def test_loaded_too_late(project: Project, machine: Machine) -> None:
     )
 
 
+@pytest.mark.parametrize("workers", [["-n", "3"], ["-d", "--tx", "2*popen"]])
+@pytest.mark.parametrize("asking", [["--gpu-share"], ["-o", "gpu_share=true"]])
+def test_debugger_beside_workers(
+    asking: list[str], workers: list[str], project: Project, machine: Machine
+) -> None:
+    """`--pdb` with workers is xdist's usage error, also where a conftest loads the plugin."""
+    late = asking != ["--gpu-share"]
+    if late:
+        project.write(conftest="pytest_plugins = ['pytest_gpushare.plugin']\n")
+        asking = ["-p", "xdist.plugin", *asking]
+    variables = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} if late else {}
+    result = project.pytest(*asking, "--pdb", *workers, **variables)
+    assert (result.code, result.passed) == (4, 0)
+    assert "--pdb is incompatible with distributing tests" in result.err
+
+
 def test_no_header(project: Project, machine: Machine) -> None:
     """A fall-back is told also where pytest prints no header."""
     result = project.pytest(

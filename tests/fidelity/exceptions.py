@@ -37,6 +37,11 @@ EXCEPTIONS = {
         "before, where errors of wider teardowns fall on other tests: compared as a run that is "
         "cut short."
     ),
+    "no reference": (
+        "Stock that hangs, or that runs a test again which ours runs once, shows nothing: its "
+        "loadscope, loadfile and loadgroup do so after a worker's end. Nothing may be lost or run "
+        "twice in ours."
+    ),
     "distribution": (
         "Beside two workers or more, which worker runs which test is the scheduler's decision; "
         "stock differs from itself, too. What depends on it: the test that bears the error of a "

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .compare import exactly, more_setups, replayed, within
+from .compare import broken_rules, exactly, more_setups, replayed, within
 from .generator import Case, draw
-from .runs import OURS, STOCK_TWICE, Run, run
+from .runs import KILLED, OURS, STOCK_TWICE, Run, run
 
 LIMIT = 240.0
 """Seconds for one run of a project, on a machine that does much else."""
+PATIENCE = 30.0
+"""Seconds for a run of stock, beyond five times what ours took."""
+
+
+class _NoReference(Exception):
+    """A run of stock hung, or ran a test again; see `exceptions`."""
 
 
 @dataclass
@@ -39,22 +46,53 @@ def compare(
     shared = [*case.arguments, "-n", str(case.workers)]
     stock: list[Run] = []
 
-    def one(where: str, arguments: list[str]) -> Run:
+    def one(where: str, arguments: list[str], limit: float = LIMIT) -> Run:
         files = ("results.txt",)
         return run(
             project, place / where, arguments, environment,
-            steps=case.steps, files=files, timeout=LIMIT,
+            steps=case.steps, files=files, timeout=limit,
         )  # fmt: skip
 
     def replay(order: list[str]) -> Run:
         arguments = [*case.arguments, "-n", "1"]
         return run(project, place / "replay", arguments, environment, order=order, timeout=LIMIT)
 
-    def one_more() -> Run:
-        stock.append(one("stock", shared))
-        return stock[-1]
-
+    start = time.monotonic()
     ours = one("ours", [*shared, *([] if STOCK_TWICE else [*OURS, *case.ours])])
+    patience = min(LIMIT, PATIENCE + 5 * (time.monotonic() - start))
+
+    def one_more() -> Run:
+        found = one("stock", shared, patience)
+        repeated = [nodeid for nodeid, count in found.begun.items() if count > 1]
+        if found.code == KILLED or (repeated and all(ours.begun[it] <= 1 for it in repeated)):
+            raise _NoReference
+        stock.append(found)
+        return found
+
+    try:
+        found = _differences(case, one_more, stock, ours, replay, always_replay)
+    except _NoReference:
+        found = broken_rules(ours)
+    if ours.code == KILLED:
+        found.append(f"it did not end within {LIMIT:g} s")
+    if ours.code in (3, 4) and not ours.collected:
+        found.append(f"nothing was collected: {(ours.out + ours.err)[-500:]}")
+    other = case.another_scheduler or any(it.startswith("--dist") for it in case.arguments)
+    if not (STOCK_TWICE or ours.own_scheduler or other) and ours.begun:
+        found.append("the own scheduler was not in charge")
+    scopes = {scope for it in stock for scope in it.setups}
+    return Compared(case, found, ours, {s: max(it.setups[s] for it in stock) for s in scopes})
+
+
+def _differences(
+    case: Case,
+    one_more: Callable[[], Run],
+    stock: list[Run],
+    ours: Run,
+    replay: Callable[[list[str]], Run],
+    always_replay: bool,
+) -> list[str]:
+    """What differs; `one_more` adds a run to *stock*, of which there may be five."""
     if case.workers == 1 and case.dist:
         found = exactly(one_more(), ours, dist=case.dist)
         while found and case.crashes and len(stock) < 4:
@@ -70,10 +108,4 @@ def compare(
             found = replayed(ours, replay)
         while whole and not found and more_setups(stock, ours) and len(stock) < 5:
             one_more()
-    if ours.code in (3, 4) and not ours.collected:
-        found.append(f"nothing was collected: {(ours.out + ours.err)[-500:]}")
-    other = case.another_scheduler or any(it.startswith("--dist") for it in case.arguments)
-    if not (STOCK_TWICE or ours.own_scheduler or other) and ours.begun:
-        found.append("the own scheduler was not in charge")
-    scopes = {scope for it in stock for scope in it.setups}
-    return Compared(case, found, ours, {s: max(it.setups[s] for it in stock) for s in scopes})
+    return found

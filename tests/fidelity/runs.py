@@ -27,6 +27,9 @@ OURS = () if STOCK_TWICE else ("--gpu-share", "--gpu-share-preset=no-ollama")
 NEEDS = () if STOCK_TWICE else ("-o", "gpu_share_vram=* = 1GB")
 """A need for every test, which puts the own scheduler in charge."""
 
+KILLED = -signal.SIGKILL
+"""The exit code of a run that did not end within its time."""
+
 _LEFT_OUT = [part for name in ("hypothesispytest", "anyio") for part in ("-p", f"no:{name}")]
 
 
@@ -204,7 +207,10 @@ def _once(
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate(timeout=30)
-        return -signal.SIGKILL, out, err + f"\nkilled after {limit} s"
+        return KILLED, out, err + f"\nkilled after {limit} s"
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, out, err
 
 
