@@ -25,6 +25,8 @@ pytest-rerunfailures has used them for years:
   the values of variables from the second test on.
 - `item.callspec.params` (since 2.5): the values of its parameters. Without it no parameter names
   the model that a test uses.
+- `pytest_rerunfailures.get_reruns_count` (since 2.2): None for a test that it leaves to pytest.
+  Without it the next test is asked for at the start of each one.
 - `item.callspec._arg2scope` (since 3.0): the scopes of its parameters. Without it the values of a
   parametrised fixture of a class or module may be set up more often.
 """
@@ -212,21 +214,22 @@ def _runner() -> Any:
 run_phases = protocol_of(_runner())
 
 
-def others_want_the_next_test(config: pytest.Config, own: object) -> bool:
-    """Whether a plugin or conftest file has a protocol of its own, or sees the next test in one.
+def who_wants_the_next_test(config: pytest.Config, own: object) -> Callable[[pytest.Item], bool]:
+    """Find which tests a plugin or conftest file runs by itself, or sees with the next one.
 
     A wrapper that does not name `nextitem` does neither.
     """
     runner = _runner()
-    return any(
-        found.plugin is not own
-        and found.plugin is not runner
-        and (
-            not (found.hookwrapper or getattr(found, "wrapper", False))
-            or "nextitem" in found.argnames
-        )
-        for found in config.hook.pytest_runtest_protocol.get_hookimpls()
-    )
+    counts: list[Callable[[pytest.Item], Any]] = []
+    for found in config.hook.pytest_runtest_protocol.get_hookimpls():
+        is_wrapper = found.hookwrapper or getattr(found, "wrapper", False)
+        if found.plugin in (own, runner) or (is_wrapper and "nextitem" not in found.argnames):
+            continue
+        count = getattr(found.plugin, "get_reruns_count", None)
+        if not callable(count):
+            return lambda _: True
+        counts.append(count)
+    return lambda item: any(count(item) is not None for count in counts)
 
 
 def tear_down_all(session: pytest.Session) -> None:

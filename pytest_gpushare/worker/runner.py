@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -75,6 +75,8 @@ class RunLoop:
         self._last: pytest.Item | None = None
         self._own = False
         """Whether the test that runs now is run by the protocol below."""
+        self._looks_ahead: Callable[[pytest.Item], bool] = lambda _: True
+        """Whether the next test must be known when a test starts."""
         self._items: Sequence[pytest.Item] = ()
         for kind in ("dispatch", "run", "admit", "park", "empty"):
             link.on(kind, lambda payload, kind=kind: self._inbox.put((kind, payload)))
@@ -109,14 +111,13 @@ class RunLoop:
     def _run(self, session: pytest.Session, interactor: Interactor, commands: Commands) -> None:
         commands.forget()
         self._items = session.items
-        looks_ahead = pytest_items.run_phases is None or (
-            pytest_items.others_want_the_next_test(session.config, self)
-        )
+        if pytest_items.run_phases is not None:
+            self._looks_ahead = pytest_items.who_wants_the_next_test(session.config, self)
         while not (session.shouldfail or session.shouldstop):
             index = self._next_to_run(interactor)
             if index is None:
                 break
-            self._run_one(index, interactor, looks_ahead=looks_ahead)
+            self._run_one(index, interactor)
 
     def _next_to_run(self, interactor: Interactor) -> int | None:
         """Wait for a test that may start; None: there will be none."""
@@ -199,11 +200,12 @@ class RunLoop:
         self._waited += time.perf_counter() - start
         return self._items[self._queue[0]] if self._queue else None
 
-    def _run_one(self, index: int, interactor: Interactor, *, looks_ahead: bool) -> None:
+    def _run_one(self, index: int, interactor: Interactor) -> None:
         item = self._last = self._items[index]
         self._index = index
         interactor.begin(index)
-        if len(self._queue) < self._ahead or (looks_ahead and not self._queue):
+        looks_ahead = not self._queue and self._looks_ahead(item)
+        if looks_ahead or len(self._queue) < self._ahead:
             self._ask("start", interactor)
         with self._lock:
             follows = self._queue[0] if self._queue else None

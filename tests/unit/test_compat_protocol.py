@@ -13,12 +13,12 @@ from pytest_gpushare.compat.pytest_items import (
     error_of_unittest,
     excinfos,
     fixtures_of,
-    others_want_the_next_test,
     parameter_scopes,
     protocol_of,
     renew,
     run_phases,
     tear_down_all,
+    who_wants_the_next_test,
 )
 
 
@@ -123,13 +123,28 @@ def sees(item: pytest.Item, nextitem: pytest.Item | None) -> Any:
     return (yield)
 
 
+def sees_alone(item: pytest.Item, nextitem: pytest.Item | None) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("hook", "wants"), [(plain, True), (wraps, False), (wraps_as_ever, False), (sees, True)]
 )
 def test_whether_others_want_the_next_test(hook: Any, wants: bool) -> None:
     """A protocol of their own does, and a wrapper that names `nextitem`."""
     own = plugin_of(plain)
-    assert others_want_the_next_test(config_with(runner, own, plugin_of(hook)), own) is wants
+    item: Any = None
+    assert who_wants_the_next_test(config_with(runner, own, plugin_of(hook)), own)(item) is wants
+
+
+def test_who_wants_the_next_test_beside_rerunfailures() -> None:
+    """It runs those tests alone that may be run again; without the function, each one."""
+    own, reruns = plugin_of(plain), plugin_of(sees_alone)
+    type(reruns).get_reruns_count = staticmethod(lambda item: item)
+    wants = who_wants_the_next_test(config_with(runner, own, reruns), own)
+    counts: Any = [None, 0, 2]
+    assert [wants(count) for count in counts] == [False, True, True]
+    del type(reruns).get_reruns_count
+    assert who_wants_the_next_test(config_with(runner, own, reruns), own)(counts[0])
 
 
 def test_without_the_stack_of_what_is_set_up() -> None:

@@ -92,7 +92,9 @@ class Run:
         monkeypatch.setattr(
             pytest_items, "run_phases", lambda item, ask: self.ran.append((item, ask()))
         )
-        monkeypatch.setattr(pytest_items, "others_want_the_next_test", lambda *_: looks_ahead)
+        monkeypatch.setattr(
+            pytest_items, "who_wants_the_next_test", lambda *_: lambda _: looks_ahead
+        )
         monkeypatch.setattr(runner, "_empty_caches", lambda: [7])
 
     def _answer(self, *words: Any) -> None:
