@@ -79,10 +79,12 @@ class Timer:
             # Before the look: who sets it meanwhile must not be missed.
             self._changed.clear()
             due = self._due_in()
-            if due is None:
-                self._changed.wait()
-            elif not self._stop.wait(max(PAUSE, due)) and self._due_in() == 0.0:
+            if due is None or due > 0:
+                self._changed.wait(due)
+            else:
                 self._wake()
+                # The step says when the next one is due.
+                self._changed.wait(PAUSE)
 
 
 SOONEST = 0.02
@@ -114,7 +116,7 @@ class DeviceReadings:
         self._reported: dict[str, float] = {}
         self._naming: set[str] = set()
         """UUIDs of devices of which the driver has named what a worker holds there."""
-        self._last_report = float("-inf")
+        self._last_report = self._read_at = float("-inf")
         self._basis: object = None
         """What the last answer was made of."""
         self._found: dict[str, DeviceReading] = {}
@@ -122,6 +124,11 @@ class DeviceReadings:
     def has_reported(self, worker: str) -> None:
         """A GPU worker has done a test: what was read before shows what it held then."""
         self._last_report = self._reported[worker] = self._clock()
+
+    @property
+    def due_at(self) -> float:
+        """When the devices may be read again, if a test is over that the last answer lacks."""
+        return self._read_at + SOONEST if self._read_at < self._last_report else float("inf")
 
     def now(self) -> Mapping[str, DeviceReading]:
         """UUID -> reading; empty where nobody can be asked.
@@ -134,6 +141,7 @@ class DeviceReadings:
         # much as its worker does, or the room would be counted twice.
         age = max(SOONEST, self._clock() - self._last_report)
         processes = self._live.processes(min(PROCESSES_AGE, age))
+        self._read_at = processes.at
         # Free VRAM that is older than the processes lacks what they have taken since: it would
         # be given away twice. One thread reads both, so the younger one began after the other.
         younger = max(0.0, self._clock() - processes.at)
@@ -183,6 +191,11 @@ class AllReadings(DeviceReadings):
         """See `DeviceReadings`."""
         for part in self._parts:
             part.has_reported(worker)
+
+    @property
+    def due_at(self) -> float:
+        """See `DeviceReadings`."""
+        return min((part.due_at for part in self._parts), default=float("inf"))
 
     def now(self) -> Mapping[str, DeviceReading]:
         """See `DeviceReadings`."""
@@ -382,10 +395,15 @@ class Executor:
         for action in self._decided():
             self._carry_out(action)
         # Kept for the timer's thread, which must not look into the dispatcher.
-        self._due = dispatcher.due_at
-        if self._due is not None:
+        due = dispatcher.due_at
+        if due is not None:
             if self.shared is not None and self.shared.is_shared:
-                self._due = max(self._due, self.shared.due_at)
+                due = max(due, self.shared.due_at)
+            if due == float("-inf"):
+                now, soon = time.monotonic(), self._readings.due_at
+                due = min(now + PAUSE, soon if soon > now else float("inf"))
+        self._due = due
+        if due is not None:
             self.on_due()
 
     def _decided(self) -> list[Action]:

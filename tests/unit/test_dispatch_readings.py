@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pytest_gpushare.dispatch.executor import DeviceReadings, Timer
+from pytest_gpushare.dispatch.executor import SOONEST, DeviceReadings, Timer
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.sampler import LiveVram
 from pytest_gpushare.units import GB
@@ -110,6 +110,24 @@ def test_who_is_not_in_the_list_holds_nothing() -> None:
     nvml.held = ()
     clock[0] += 2
     assert readings.now()["GPU-0"].held == {"gw0": 0, "gw1": 0}
+    live.close()
+
+
+def test_when_a_report_can_be_seen() -> None:
+    """A test that is over just after a reading is looked for as soon as one is allowed again."""
+    clock = [100.0]
+    live = LiveVram(Nvml(GpuProcess(os.getpid(), GB)), lambda: clock[0])
+    readings = DeviceReadings(live, ["GPU-0"], clock=lambda: clock[0])
+    readings.workers[os.getpid()] = "gw0"
+    readings.now()
+    assert readings.due_at == float("inf")
+    clock[0] += 0.005
+    readings.has_reported("gw0")
+    readings.now()
+    assert readings.due_at == pytest.approx(100.0 + SOONEST)
+    clock[0] = 100.0 + SOONEST + 0.001
+    readings.now()
+    assert readings.due_at == float("inf")
     live.close()
 
 
