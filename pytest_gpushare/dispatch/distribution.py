@@ -289,7 +289,8 @@ class VramDispatch:
     def begin(self, suite: Suite, kinds: KindsOfWorkers) -> Executor | None:
         """What hands the tests out; None where xdist's scheduler does as well."""
         started, dist = self._started, self._options.dist
-        from pytest_gpushare.dispatch.executor import Executor, Timer, readings_of
+        from pytest_gpushare.dispatch.device_readings import readings_of
+        from pytest_gpushare.dispatch.executor import Executor, Timer
         from pytest_gpushare.dispatch.leases_by_test import SharedDevices
         from pytest_gpushare.dispatch.suite import Parity, weigh
         from pytest_gpushare.scheduler.dispatcher import Dispatcher

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from pytest_gpushare.dispatch.executor import SOONEST, DeviceReadings, Timer
+from pytest_gpushare.dispatch.device_readings import SOONEST, DeviceReadings
+from pytest_gpushare.dispatch.executor import Timer
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.sampler import LiveVram
 from pytest_gpushare.units import GB
