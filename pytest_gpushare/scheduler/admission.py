@@ -27,7 +27,7 @@ TRIES = 64
 CHAIN = 0.1
 """Seconds for which tests are expected to last that a worker is sent at once."""
 
-MOST_IN_CHAIN = 64
+MOST_IN_CHAIN = 128
 
 
 def first_for(worker: GpuWorker, pool: GpuPool) -> Unit | None:
@@ -190,14 +190,19 @@ class Admitting:
                 return False
         return True
 
+    def _due(self, worker: GpuWorker) -> Unit | None:
+        """What comes before all else: the rest of its group, or a test for which others wait."""
+        if worker.unit is not None and worker.unit.tests:
+            return worker.unit
+        overdue = self._overdue(worker)
+        may_begin = overdue is not None and self._pool.may_begin(worker, overdue)
+        return overdue if may_begin else None
+
     def _fitting(self, worker: GpuWorker) -> Unit | None:
         """What this worker can begin now."""
-        pool = self._pool
-        if worker.unit is not None and worker.unit.tests:
-            return worker.unit if self._unit_fits(worker, worker.unit) else None
-        overdue = self._overdue(worker)
-        if overdue is not None and pool.may_begin(worker, overdue):
-            return overdue if self._unit_fits(worker, overdue) else None
+        due = self._due(worker)
+        if due is not None:
+            return due if self._unit_fits(worker, due) else None
         unit = self._first(worker)
         if unit is None and self._may_share:
             unit = self._share(worker, must_fit=True)
@@ -205,11 +210,9 @@ class Admitting:
 
     def _any(self, worker: GpuWorker) -> Unit | None:
         """What this worker has to do next, though it does not fit yet."""
-        if worker.unit is not None and worker.unit.tests:
-            return worker.unit
-        overdue = self._overdue(worker)
-        if overdue is not None and self._pool.may_begin(worker, overdue):
-            return overdue
+        due = self._due(worker)
+        if due is not None:
+            return due
         unit = self._soonest(worker) or first_for(worker, self._pool)
         if unit is None and self._may_share:
             unit = self._share(worker, must_fit=False)
@@ -298,15 +301,13 @@ class Admitting:
                 failed.pop(worker.device, None)
                 actions.append(self._begin(worker, unit))
                 continue
-            overdue = self._overdue(worker)
             if worker.emptied == 2 and pool.waiting:
                 # It has made room for one that waits, and may have to end for it.
                 continue
-            if has_group and worker.unit is not None:
-                if self._may_wait(worker, worker.unit):
-                    actions.append(self._bind(worker, worker.unit, waits=True))
-            elif overdue is not None and pool.may_begin(worker, overdue):
-                actions.append(self._bind(worker, overdue, waits=True))
+            due = self._due(worker)
+            if due is not None:
+                if self._may_wait(worker, due):
+                    actions.append(self._bind(worker, due, waits=True))
             elif self._stands_for_others(worker):
                 failed[worker.device] = self._held(worker)
         return actions

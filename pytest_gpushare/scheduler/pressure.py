@@ -130,11 +130,8 @@ class Reclaiming:
             if other.is_idle and len(staying) > 1:
                 staying.remove(other)
                 owed -= size
-                other.ending = True
-                pool.refresh(other)
-                text = f"{other.id} ended: other sessions wait for the {format_gb(size)} it kept"
-                actions.append(Shutdown(other.id))
-                actions.append(Note("worker-ended", text, {"worker": other.id, "bytes": size}))
+                why = f"other sessions wait for the {format_gb(size)} it kept"
+                actions += self._end_one(other, size, why)
             elif owed > 0 and other.bound is not None and other.is_between_tests:
                 # It keeps fixtures for a test that waits. When it is idle it can be ended, unless
                 # it is the last one: that gives up its fixtures alone.
@@ -159,13 +156,17 @@ class Reclaiming:
             if short <= 0 or size <= 0:
                 break
             short -= size
-            other.ending = True
-            pool.refresh(other)
             name = pool.jobs[waiter.test].nodeid
-            text = f"{other.id} ended: its {format_gb(size)} were in the way of {name}"
-            actions.append(Shutdown(other.id))
-            actions.append(Note("worker-ended", text, {"worker": other.id, "bytes": size}))
+            actions += self._end_one(
+                other, size, f"its {format_gb(size)} were in the way of {name}"
+            )
         return actions
+
+    def _end_one(self, worker: GpuWorker, size: int, why: str) -> list[Action]:
+        worker.ending = True
+        self._pool.refresh(worker)
+        facts: dict[str, int | float | str] = {"worker": worker.id, "bytes": size}
+        return [Shutdown(worker.id), Note("worker-ended", f"{worker.id} ended: {why}", facts)]
 
 
 @dataclass
