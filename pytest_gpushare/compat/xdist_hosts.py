@@ -127,9 +127,10 @@ class Replacements:
     def __init__(self, plugins: pytest.PytestPluginManager) -> None:
         self._session = plugins.get_plugin("dsession")
 
-    def ask(self, refusal: Callable[[Any], str]) -> None:
-        """`refusal` gets a worker that has died; it gives the line to print in place of
-        replacing it, or an empty text where it may be replaced."""
+    def ask(self, refusal: Callable[[Any, str], str]) -> None:
+        """`refusal` gets a worker that has died, and why no other could be started in its place,
+        empty where that was not tried. It gives the line to print in place of replacing it, or
+        an empty text where it may be replaced."""
         session = self._session
         clone = getattr(session, "_clone_node", None)
         report = getattr(session, "report_line", None)
@@ -142,16 +143,16 @@ class Replacements:
                 report(line)
 
         def clone_node(node: Any) -> Any:
-            text = refusal(node)
+            text = refusal(node, "")
             if not text:
                 report(f"{replacing}{node.gateway.id}")
                 try:
                     return clone(node)
-                except (OSError, EOFError, AssertionError):
-                    # Its host has gone at this very moment.
+                except Exception as error:
+                    # Of any kind: a host may go away at each step of the start.
                     if not node.gateway.spec.via:
                         raise
-                    text = f"worker {node.gateway.id} is not replaced: its host is gone"
+                    text = refusal(node, f"{type(error).__name__}: {error}")
             report(f"\n{text}")
             if len(session._active_nodes) <= 1:
                 # xdist takes a run without workers for an error of its own.

@@ -22,6 +22,7 @@ from pytest_gpushare.session.services import AtSigterm
 if TYPE_CHECKING:
     from pytest_gpushare.dispatch.executor import Executor
     from pytest_gpushare.dispatch.suite import KindsOfWorkers, Learned, Parity, Suite, Weighed
+    from pytest_gpushare.scheduler.llm_marks import ModelUse
     from pytest_gpushare.scheduler.model_queue import ModelQueue
     from pytest_gpushare.scheduler.types import DeviceCapacity, Job, Policy, Worker
     from pytest_gpushare.wire import Links
@@ -199,6 +200,8 @@ class GpuShareScheduling:
             if ids is not None and not executor.knows(node.gateway.id):
                 found = self._collected.get(node.gateway.id, _NOTHING)
                 collection = self._suite.add(ids)
+                if barred := self._dispatch.barred(node):
+                    collection = collection.without(barred)
                 executor.join(node, self._dispatch.joins(node, self._suite), collection, found.pid)
 
 
@@ -214,6 +217,8 @@ class VramDispatch:
         report_difference: Callable[[str, str], None],
     ) -> None:
         self._started = started
+        self._uses: Mapping[int, ModelUse] = {}
+        """The models of Ollama's that tests use, by their numbers."""
         self._config = config
         self._options: Any = config.option
         self._learned = learned
@@ -230,6 +235,10 @@ class VramDispatch:
         """Whether a worker was placed on a GPU."""
         number = node.gateway.spec.env.get(NUMBER, "")
         return number.isdigit() and int(number) < len(self._started.plan.slots)
+
+    def barred(self, node: Any) -> frozenset[int]:
+        """Tests that this worker must not run."""
+        return self._started.barred(node.gateway.spec, self._uses)
 
     def release(self, node: Any) -> None:
         """End the process of a worker that has no tests left while others have: only that gives
@@ -310,6 +319,7 @@ class VramDispatch:
         if weighed.has_needs or packs:
             remember_needs(self._config)
         remember_model_use(self._config, uses=bool(weighed.uses))
+        self._uses = weighed.uses
         if started.shares_devices:
             started.leases_by_the_test()
         capacities = self._capacities()
@@ -364,6 +374,7 @@ class VramDispatch:
             work,
             [plain_id(job.nodeid, self._options.dist) for job in jobs],
             holds_vram=started.facts.is_phased,
+            has_server=not started.hosts,
         )
         if not started.plan.slots:
             # Each worker decides by itself what becomes of tests that need a GPU.

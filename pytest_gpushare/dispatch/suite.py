@@ -31,6 +31,12 @@ class Collection(NamedTuple):
     indices: Mapping[int, int] | None
     """The test's number -> its index; None where the two are equal."""
 
+    def without(self, tests: frozenset[int]) -> Collection:
+        """The same, as of a worker that has not collected these tests."""
+        indices = self.indices or {number: index for index, number in enumerate(self.numbers)}
+        left = {number: index for number, index in indices.items() if number not in tests}
+        return self._replace(indices=left)
+
     def place(self, number: int) -> int:
         """The worker's index of the test of this number."""
         return number if self.indices is None else self.indices[number]

@@ -29,12 +29,16 @@ from pytest_gpushare.gpu.host import (
     parent_of,
 )
 from pytest_gpushare.gpu.sampler import Live
-from pytest_gpushare.hosts.answers import HERE, HostAnswer, encode
+from pytest_gpushare.hosts.answers import HERE, RemoteFacts, encode, rows_of
 from pytest_gpushare.hosts.checkout import Checkout, checkout_of
+from pytest_gpushare.leases.lessee import Lessee
+from pytest_gpushare.leases.records import SessionWorker
+from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
 from pytest_gpushare.ollama.monitor import Question
+from pytest_gpushare.ollama.prediction import known_sizes
 from pytest_gpushare.planning.caps import without_caps_of_outer_run
 from pytest_gpushare.planning.leasing import Terms
-from pytest_gpushare.planning.plan import Request
+from pytest_gpushare.planning.plan import NeighbourShare, Plan, Request
 from pytest_gpushare.planning.startup import PlanHooks
 from pytest_gpushare.session.start import EarlierRuns, Host, start
 from pytest_gpushare.session.start_facts import StartFacts
@@ -50,6 +54,8 @@ _PROCESSES_EVERY = 0.4
 
 _MOST_GENERATIONS = 32
 _GIT = 5.0
+_ASKING = 2.0
+"""Seconds for the question which models Ollama has."""
 
 
 def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
@@ -71,7 +77,7 @@ def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
     try:
         cache = _written(request["cache"])
         state.wait(_GIT)
-        send_whole(_answer(facts, state.value or Checkout(), cache))
+        send_whole(encode(_found(facts, state.value or Checkout(), cache)))
         if request["only_asks"]:
             return
         agent.serve(lines)
@@ -93,10 +99,19 @@ def _start(request: Mapping[str, Any]) -> StartFacts:
         Request(),
         Host(tuple(request["simulate"]), count_of_cpus(), environment),
         PlanHooks(),
-        EarlierRuns(contexts=dict(request["contexts"])),
+        EarlierRuns(known_sizes(request["sizes"]), dict(request["contexts"])),
         no_gpu_tests=request["no_gpu_tests"],
         terms=Terms(Path.cwd(), only_asks=request["only_asks"]),
     )
+
+
+def models_of_server(ollama: OllamaFacts) -> tuple[str, ...]:
+    """The full names of the models that a server has; none where it has not answered."""
+    if not ollama.answered or ollama.server is None:
+        return ()
+    from pytest_gpushare.ollama.catalog import names_of
+
+    return names_of(ollama.server, _ASKING)
 
 
 def _written(files: Mapping[str, str]) -> str:
@@ -131,33 +146,68 @@ def settings_of(texts: Mapping[str, str]) -> Settings:
     # The controller decides for all hosts together whether CPU workers will do, and no host is
     # waited for while the others have room.
     return replace(
-        Settings(**values),
+        on_several_hosts(Settings(**values)),
         fallback_to_cpu_when_constrained=True,
         ollama_preload=False,
         wait=Fraction(0),
     )
 
 
-def _answer(facts: StartFacts, checkout: Checkout, cache: str) -> dict[str, Any]:
-    outer = without_caps_of_outer_run(os.environ)
+def on_several_hosts(settings: Settings) -> Settings:
+    """The settings as each host of a run goes by them.
+
+    The server of each host loads models as its tests ask for them, at any time, so that VRAM is
+    kept for it throughout.
+    """
+    return replace(settings, ollama_phase="beside")
+
+
+def _found(facts: StartFacts, checkout: Checkout, cache: str) -> RemoteFacts:
+    plan = facts.plan
     path = facts.lessee.ledger.record_path if facts.lessee is not None else None
-    return encode(
-        HostAnswer(
-            facts.gpus,
-            facts.plan,
-            facts.ollama,
-            count_of_cpus(),
-            available_ram(),
-            outer,
-            installed_frameworks() if facts.plan.slots else {},
-            mps_is_running(os.environ),
-            "" if path is None else str(path),
-            facts.notes,
-            facts.leases,
-            checkout,
-            cache,
-        )
+    share = NeighbourShare(
+        OLLAMA,
+        {each.device.uuid: each.reservation for each in plan.devices},
+        {each.device.uuid: each.resident for each in plan.devices},
+        plan.is_released,
     )
+    return RemoteFacts(
+        facts.gpus,
+        share,
+        {each.device.uuid: each.leases for each in plan.devices},
+        facts.ollama,
+        models_of_server(facts.ollama),
+        count_of_cpus(),
+        available_ram(),
+        without_caps_of_outer_run(os.environ),
+        installed_frameworks() if plan.slots else {},
+        mps_is_running(os.environ),
+        "" if path is None else str(path),
+        facts.notes,
+        facts.leases,
+        checkout,
+        cache,
+    )
+
+
+class _Lease:
+    """What the run leases on this host, as other sessions here see it."""
+
+    def __init__(self, lessee: Lessee, plan: Plan) -> None:
+        self._lessee, self._plan = lessee, plan
+        self._workers: dict[int, SessionWorker] = {}
+        """Number in the plan -> the worker that has this place now."""
+
+    def joined(self, line: str) -> None:
+        """`0 gw3 1234`: number in the plan, name and PID of a worker that is here now."""
+        number, name, pid = line.split()
+        slots = self._plan.slots
+        slot = slots[int(number)] if int(number) < len(slots) else None
+        role, device = ("cpu", None) if slot is None else ("gpu", slot.device.uuid)
+        size = 0 if slot is None else slot.vram
+        self._workers[int(number)] = SessionWorker(name, int(pid), role, device, size)
+        # What its processes hold is not counted beside the lease.
+        self._lessee.change(workers=tuple(self._workers.values()))
 
 
 class _Agent:
@@ -166,6 +216,7 @@ class _Agent:
     def __init__(self, facts: StartFacts, send: Send) -> None:
         self._live: Live | None = facts.live
         self._server = facts.ollama.server
+        self._lease = _Lease(facts.lessee, facts.plan) if facts.lessee is not None else None
         self._send = send
         self._wanted = threading.Event()
         self._stopped = threading.Event()
@@ -181,6 +232,8 @@ class _Agent:
                 self._wanted.set()
             elif word == "models" and rest.isdigit():
                 threading.Thread(target=self._ask, args=(int(rest),), daemon=True).start()
+            elif word == "worker" and self._lease is not None:
+                self._lease.joined(rest)
             elif word == "end":
                 return
 
@@ -193,7 +246,7 @@ class _Agent:
         try:
             while not self._stopped.is_set():
                 self._wanted.clear()
-                sample = {"kind": "sample", "now": time.monotonic()}
+                sample: dict[str, Any] = {"kind": "sample", **_clocks()}
                 # Whatever a reading runs into, the host is still there, and says so.
                 with contextlib.suppress(Exception):
                     sample = self._sample()
@@ -222,9 +275,8 @@ class _Agent:
             sample["memory_at"] = memory.at
             sample["memory"] = {uuid: list(found) for uuid, found in memory.devices.items()}
             sample["answering"] = self._live.is_answering
-        # Clocks of two hosts are compared by it: as late as can be.
-        sample["now"] = time.monotonic()
-        return sample
+        # As late as can be.
+        return {**sample, **_clocks()}
 
     def _ask(self, number: int) -> None:
         if self._server is None:
@@ -235,9 +287,7 @@ class _Agent:
         answer = {
             "kind": "models",
             "number": number,
-            "models": None
-            if models is None
-            else [[m.name, m.size, m.size_vram, m.context] for m in models],
+            "models": None if models is None else rows_of(models),
             "problem": question.problem,
             "refused": question.is_refused,
         }
@@ -245,6 +295,11 @@ class _Agent:
             self._send(answer)
         except OSError:
             return
+
+
+def _clocks() -> dict[str, float]:
+    """What those of another host are compared with."""
+    return {"now": time.monotonic(), "wall": time.time()}
 
 
 def _ancestors(pid: int) -> list[int]:

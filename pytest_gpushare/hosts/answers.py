@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, GpuProcess, Memory
 from pytest_gpushare.hosts.checkout import Checkout
+from pytest_gpushare.ollama.address import parse_address
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
-from pytest_gpushare.planning.plan import NeighbourShare, Plan
+from pytest_gpushare.planning.plan import NeighbourShare
 from pytest_gpushare.text import one_line
 from pytest_gpushare.units import MOST_VRAM
 
@@ -43,32 +44,16 @@ class Hello(NamedTuple):
     versions: Mapping[str, str | None]
 
 
-class HostAnswer(NamedTuple):
-    """What was found on a host, on that host."""
-
-    gpus: GpuFacts
-    plan: Plan
-    ollama: OllamaFacts
-    cpus: int
-    ram: int | None
-    outer: Mapping[str, str]
-    versions: Mapping[str, str]
-    mps: bool
-    lease: str
-    notes: tuple[str, ...]
-    leases: tuple[str, ...]
-    checkout: Checkout
-    cache: str
-
-
 class RemoteFacts(NamedTuple):
-    """The same as the controller knows it: figures to make the plan of, and what workers need."""
+    """What was found on a host: the figures of which its plan is made, and what workers need."""
 
     gpus: GpuFacts
     share: NeighbourShare
     leased: Mapping[str, int]
     """UUID -> bytes that other sessions there have leased and not yet taken."""
     ollama: OllamaFacts
+    models: tuple[str, ...]
+    """The full names of the models that its Ollama has."""
     cpus: int
     ram: int | None
     outer: Mapping[str, str]
@@ -84,20 +69,20 @@ class RemoteFacts(NamedTuple):
     """The directory with the controller's cache of pytest there; empty: it is not needed."""
 
 
-def encode(answer: HostAnswer) -> dict[str, Any]:
-    """The message with an answer."""
-    plan, ollama = answer.plan, answer.ollama
+def encode(facts: RemoteFacts) -> dict[str, Any]:
+    """The message with what was found."""
+    share, ollama = facts.share, facts.ollama
     return {
         "kind": "facts",
-        "devices": [_device(device) for device in answer.gpus.devices],
-        "all_devices": [_device(device) for device in answer.gpus.all_devices],
-        "absence": answer.gpus.absence,
-        "driver": answer.gpus.driver,
-        "simulated": answer.gpus.simulated,
-        "reservation": {d.device.uuid: d.reservation for d in plan.devices},
-        "resident": {d.device.uuid: d.resident for d in plan.devices},
-        "leased": {d.device.uuid: d.leases for d in plan.devices},
-        "released": plan.is_released,
+        "devices": [_device(device) for device in facts.gpus.devices],
+        "all_devices": [_device(device) for device in facts.gpus.all_devices],
+        "absence": facts.gpus.absence,
+        "driver": facts.gpus.driver,
+        "simulated": facts.gpus.simulated,
+        "reservation": dict(share.reservation),
+        "resident": dict(share.resident),
+        "leased": dict(facts.leased),
+        "released": share.is_released,
         "ollama": {
             "address": ollama.address,
             "asked": ollama.asked,
@@ -106,19 +91,21 @@ def encode(answer: HostAnswer) -> dict[str, Any]:
             "problem": ollama.problem,
             "reachable": ollama.reachable,
             "on_this_host": ollama.on_this_host,
-            "models": [[m.name, m.size, m.size_vram, m.context] for m in ollama.models],
+            "url": ollama.server.url if ollama.server is not None else None,
+            "models": rows_of(ollama.models),
         },
-        "cpus": answer.cpus,
-        "ram": answer.ram,
-        "outer": {n: value for n, value in answer.outer.items() if n.startswith(_CAPS)},
-        "versions": dict(answer.versions),
-        "mps": answer.mps,
-        "lease": answer.lease,
-        "notes": list(answer.notes),
-        "leases": list(answer.leases),
-        "commit": answer.checkout.commit,
-        "changes": answer.checkout.changes,
-        "cache": answer.cache,
+        "models": list(facts.models),
+        "cpus": facts.cpus,
+        "ram": facts.ram,
+        "outer": {n: value for n, value in facts.outer.items() if n.startswith(_CAPS)},
+        "versions": dict(facts.versions),
+        "mps": facts.mps,
+        "lease": facts.lease,
+        "notes": list(facts.notes),
+        "leases": list(facts.leases),
+        "commit": facts.checkout.commit,
+        "changes": facts.checkout.changes,
+        "cache": facts.cache,
     }
 
 
@@ -271,7 +258,9 @@ def decode(message: object, host: str) -> RemoteFacts:
             problem=ollama.text("problem"),
             reachable=ollama.flag("reachable"),
             on_this_host=ollama.flag("on_this_host"),
+            server=None if ollama.is_null("url") else parse_address(ollama.text("url")),
         ),
+        found.texts("models", 1000),
         max(1, found.whole("cpus", 100_000)),
         found.whole_or_none("ram"),
         {name: as_text(value, 10_000) for name, value in found.items("outer", 500).items()},
@@ -327,6 +316,11 @@ def _size_or_none(value: object) -> int | None:
     return None if value is None else as_whole(value, MOST_VRAM)
 
 
+def rows_of(models: Iterable[LoadedModel]) -> list[list[Any]]:
+    """Models of Ollama's, as `models_of` reads them."""
+    return [[m.name, m.size, m.size_vram, m.digest, m.context] for m in models]
+
+
 def models_of(rows: Sequence[Any]) -> tuple[LoadedModel, ...]:
     """The models of Ollama's, from a message. Raises `ValueError`."""
     return tuple(
@@ -334,9 +328,10 @@ def models_of(rows: Sequence[Any]) -> tuple[LoadedModel, ...]:
             as_text(name, 256),
             as_whole(size, MOST_VRAM),
             _size_or_none(vram),
-            context=None if context is None else as_whole(context, 2**31),
+            as_text(digest, 100),
+            None if context is None else as_whole(context, 2**31),
         )
-        for name, size, vram, context in rows
+        for name, size, vram, digest, context in rows
     )
 
 
@@ -352,6 +347,8 @@ class Sample(NamedTuple):
     """Readings of a host's devices; times on that host's clock."""
 
     now: float
+    wall: float
+    """Seconds since the epoch."""
     memory_at: float | None = None
     memory: Mapping[str, Memory] = {}
     processes_at: float | None = None
@@ -362,7 +359,7 @@ class Sample(NamedTuple):
 def decode_sample(message: object) -> Sample:
     """The readings in a message. Raises `ValueError`."""
     found = Foreign(message)
-    sample = Sample(found.number("now"))
+    sample = Sample(found.number("now"), found.number("wall"))
     if found.has("memory"):
         memory = {uuid: _memory(row) for uuid, row in found.items("memory", _MOST_DEVICES).items()}
         sample = sample._replace(

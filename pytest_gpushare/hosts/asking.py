@@ -15,6 +15,7 @@ from pytest_gpushare.hosts.answers import Hello, HostError, RemoteFacts, decode,
 from pytest_gpushare.hosts.checkout import Checkout, checkout_of
 from pytest_gpushare.hosts.connection import START_LIMIT, HostConnection
 from pytest_gpushare.hosts.specs import HostSpec
+from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.text import one_line
 
 _PACKAGES = ("pytest", "pytest-xdist", "pytest-gpushare")
@@ -25,6 +26,7 @@ def request_for(
     *,
     simulate: Sequence[str] = (),
     contexts: Mapping[str, int] | None = None,
+    sizes: KnownSizes = NOTHING_KNOWN,
     no_gpu_tests: str = "",
     only_asks: bool = True,
     cache: Mapping[str, str] | None = None,
@@ -35,6 +37,7 @@ def request_for(
         "settings": settings_as_texts(settings),
         "simulate": list(simulate),
         "contexts": dict(contexts or {}),
+        "sizes": sizes.document(),
         "no_gpu_tests": no_gpu_tests,
         "only_asks": only_asks,
         "cache": dict(cache or {}),

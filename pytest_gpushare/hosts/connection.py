@@ -181,7 +181,8 @@ class HostConnection:
         with self._changed:
             self.heard_at = time.monotonic()
             handler = self._handler
-            if handler is None:
+            # Nobody needs a sample of before the run.
+            if handler is None and message.get("kind") != "sample":
                 self._early.append(message)
                 self._changed.notify_all()
         if handler is not None:

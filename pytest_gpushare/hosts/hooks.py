@@ -6,26 +6,25 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from pytest_gpushare.compat.xdist_hosts import Replacements, change_start
+from pytest_gpushare.hosts.answers import decode_sample
 from pytest_gpushare.hosts.connection import SILENCE, HostConnection
 from pytest_gpushare.hosts.hosted_run import HostedRun
 from pytest_gpushare.hosts.live import HostLive
 from pytest_gpushare.hosts.part import HostPart
 from pytest_gpushare.hosts.specs import proxy_id
-
-if TYPE_CHECKING:
-    pass
+from pytest_gpushare.text import one_line
 
 
 class HostHooks:
     """The hooks of a run on several hosts, beside those of every run."""
 
     def __init__(self, run: HostedRun, config: pytest.Config) -> None:
-        self._run = run
+        self._run, self._config = run, config
         self._plugins = config.pluginmanager
         self._collected: set[str] = set()
         self._replacements: Replacements | None = None
@@ -51,13 +50,15 @@ class HostHooks:
     def pytest_sessionfinish(self) -> None:
         """Before xdist ends its workers: those of lost hosts are gone."""
         for part in self._run.parts:
+            if part.there is not None:
+                part.there.model_sizes.keep(self._config)
             if self._is_lost(part) and self._replacements is not None:
                 self._replacements.forget(proxy_id(part.number))
 
     def _is_lost(self, part: HostPart) -> bool:
         if not part.number or not part.plan.workers or self._replacements is None:
             return False
-        return bool(part.lost) or not self._replacements.is_connected(proxy_id(part.number))
+        return bool(part.lost) or not self._is_connected(part)
 
     def _begin(self) -> None:
         self._replacements = Replacements(self._plugins)
@@ -89,16 +90,26 @@ class HostHooks:
         part = self._run.host_of(node.gateway.spec)
         if error is None or part is None or not part.number or self._replacements is None:
             return
-        worker = node.gateway.id
-        if not part.lost and not self._replacements.is_connected(proxy_id(part.number)):
-            self._run.lose(part, "its connection has ended")
-        elif not part.lost and not hasattr(node, "workerinfo"):
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            why = lines[-1].strip()[:200] if lines else "no reason is known"
-            self._run.lose(part, f"{worker} cannot start there: {why}")
+        if not hasattr(node, "workerinfo") or not self._is_connected(part):
+            self._cannot_start(part, node, str(error))
 
-    def _refusal(self, node: Any) -> str:
+    def _cannot_start(self, part: HostPart, node: Any, error: str) -> None:
+        """A worker of a host is gone and no other can come in its place."""
+        if not self._is_connected(part):
+            self._run.lose(part, "its connection has ended")
+            return
+        lines = [line for line in error.splitlines() if line.strip()]
+        why = one_line(lines[-1], 200) if lines else "no reason is known"
+        self._run.lose(part, f"{node.gateway.id} cannot start there: {why}")
+
+    def _is_connected(self, part: HostPart) -> bool:
+        replacements = self._replacements
+        return replacements is not None and replacements.is_connected(proxy_id(part.number))
+
+    def _refusal(self, node: Any, problem: str) -> str:
         part = self._run.host_of(node.gateway.spec)
+        if part is not None and problem:
+            self._cannot_start(part, node, problem)
         if part is None or not part.lost or self._replacements is None:
             return ""
         if node.gateway.id not in self._collected:
@@ -128,8 +139,11 @@ class ConnectionWatch:
         live, there = self._part.live, self._part.there
         # What makes no sense is no reading: the host is as one that says nothing.
         with contextlib.suppress(ValueError, TypeError):
-            if message.get("kind") == "sample" and isinstance(live, HostLive):
-                live.take(message)
+            if message.get("kind") == "sample":
+                sample = decode_sample(message)
+                self._part.shift = min(self._part.shift, time.time() - sample.wall)
+                if isinstance(live, HostLive):
+                    live.take(sample)
             elif message.get("kind") == "models" and there is not None and there.monitor:
                 there.monitor.take(message)
 

@@ -27,11 +27,18 @@ from pytest_gpushare.planning.placement import (
 from pytest_gpushare.planning.plan import Slot, shortage
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.services import Sampler
-from pytest_gpushare.session.start_facts import HostOfRun, ReadingSource, RunOptions, StartFacts
+from pytest_gpushare.session.start_facts import (
+    HostOfRun,
+    ReadingSource,
+    RunOptions,
+    StartFacts,
+)
+from pytest_gpushare.session.workers import WorkerRecord
 from pytest_gpushare.wire import Links
 
 if TYPE_CHECKING:
     from pytest_gpushare.ollama.monitor import Monitor
+    from pytest_gpushare.scheduler.llm_marks import ModelUse
 
 
 class HostLinks(Links):
@@ -39,18 +46,21 @@ class HostLinks(Links):
 
     def __init__(self) -> None:
         super().__init__()
-        self.hosts: dict[str, int] = {}
-        """Worker -> the number of its host."""
+        self.places: dict[str, tuple[HostPart, int]] = {}
+        """Worker -> its host, and its number in the plan of the host."""
 
     def receive(self, worker: str, message: Any) -> None:
         """See `Links`."""
-        host = self.hosts.get(worker, 0)
-        if host and isinstance(message, tuple) and len(message) == 2:
+        part, number = self.places.get(worker, (None, 0))
+        if part is not None and part.number and isinstance(message, tuple) and len(message) == 2:
             kind, payload = message
             if kind == "here" and type(payload) is int:
-                message = kind, global_pid(host, payload)
+                message = kind, global_pid(part.number, payload)
+                if part.connection is not None:
+                    # Sessions there do not count what it holds beside what is leased for it.
+                    part.connection.say(f"worker {number} {worker} {payload}")
             elif isinstance(payload, dict) and type(payload.get("pid")) is int:
-                message = kind, {**payload, "pid": global_pid(host, payload["pid"])}
+                message = kind, {**payload, "pid": global_pid(part.number, payload["pid"])}
         super().receive(worker, message)
 
 
@@ -100,6 +110,7 @@ class HostedRun(ActiveRun):
         self._hosts_of_numbers = {number: part for part in parts for number in part.numbers()}
         self._root = config.rootpath
         self._basetemp = getattr(config.option, "basetemp", None)
+        self._host_links = HostLinks()
         super().__init__(facts, options, config=config)
         for part in parts:
             if part.there is not None and part.connection is not None:
@@ -108,7 +119,7 @@ class HostedRun(ActiveRun):
                     self.services.include(monitor)
 
     def _make_links(self) -> Links:
-        return HostLinks()
+        return self._host_links
 
     def _make_attribution(self) -> Attribution:
         return AllAttribution([(part.devices, part.attribution) for part in self.parts])
@@ -139,8 +150,25 @@ class HostedRun(ActiveRun):
 
     def host_named(self, _worker: str) -> str | None:
         """See `ActiveRun`."""
-        number = self.links.hosts.get(_worker) if isinstance(self.links, HostLinks) else None
-        return None if number is None else self.parts[number].name or None
+        part, _ = self._host_links.places.get(_worker, (None, 0))
+        return None if part is None else part.name or None
+
+    def shift_of(self, worker: str) -> float:
+        """See `ActiveRun`."""
+        part, _ = self._host_links.places.get(worker, (None, 0))
+        return 0.0 if part is None else part.on_this_clock()
+
+    def barred(self, spec: Any, uses: Mapping[int, ModelUse]) -> frozenset[int]:
+        """See `ActiveRun`."""
+        here = self.host_of(spec)
+        others = [part for part in self.parts if part.plan.workers and not part.lost]
+        if here is None:
+            return frozenset()
+        return frozenset(
+            test
+            for test, use in uses.items()
+            if not here.has_model(use.model) and any(part.has_model(use.model) for part in others)
+        )
 
     def readings(self) -> list[ReadingSource]:
         """One entry for each host: a slow one holds no other back."""
@@ -208,8 +236,10 @@ class HostedRun(ActiveRun):
         tests["absence"] = "" if self.plan.slots else shortage(self.plan)
         tests["budget"] = self.plan.usable
         tests["devices"] = self._most_devices
-        if part.number and part.ollama.asked:
-            tests["ollama"]["url"] = f"http://{part.ollama.address}"
+        if part.number and part.ollama.server is not None:
+            tests["ollama"]["url"] = part.ollama.server.url
+        # Each test asks for its model itself: what this host's server has says nothing there.
+        tests["ollama"]["dispatched"] = False
         return {**message, "number": number}
 
     @cached_property
@@ -221,8 +251,8 @@ class HostedRun(ActiveRun):
         """A worker with this placement is starting."""
         number = message["number"]
         part = self._hosts_of_numbers[number]
-        if isinstance(self.links, HostLinks):
-            self.links.hosts[worker] = part.number
+        own = part.own_number(number, len(self.plan.slots))
+        self._host_links.places[worker] = part, own
         slot = self.plan.slots[number] if number < len(self.plan.slots) else None
         self._devices[worker] = slot.device.uuid if slot is not None else None
         if self.exclusive is not None and slot is not None:
@@ -268,6 +298,9 @@ class HostedRun(ActiveRun):
         roots = sorted({str(self._root), os.path.realpath(self._root)}, key=len, reverse=True)
         here = "|".join(re.escape(root) for root in roots if len(root) > 1)
         return re.sub(rf"(?<![\w./-])(?:{here})(?![\w.-])", lambda _: part.root, text)
+
+    def _workers_here(self) -> list[WorkerRecord]:
+        return [member for member in self.workers if self.host_named(member.id) is None]
 
     # --- hosts that are lost ---
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -18,13 +18,13 @@ from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import NoRoomError, SettingsError
 from pytest_gpushare.gpu.attribution import Attribution
 from pytest_gpushare.gpu.devices import GpuFacts
+from pytest_gpushare.hosts.agent import models_of_server, on_several_hosts
 from pytest_gpushare.hosts.answers import RemoteFacts
 from pytest_gpushare.hosts.asking import Answer, answers_of, request_for
 from pytest_gpushare.hosts.connection import HostConnection
 from pytest_gpushare.hosts.hooks import HostHooks, notes_of
 from pytest_gpushare.hosts.hosted_run import HostedRun
-from pytest_gpushare.hosts.live import AllLive, HostLive, global_pid
-from pytest_gpushare.hosts.monitoring import HostOllama
+from pytest_gpushare.hosts.live import AllLive, HostLive, HostOllama, global_pid
 from pytest_gpushare.hosts.part import HostPart, merged, merged_devices, named, plan_there
 from pytest_gpushare.hosts.specs import (
     HostSpec,
@@ -38,7 +38,7 @@ from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
 from pytest_gpushare.planning.placement import PlacementContext
 from pytest_gpushare.planning.plan import Plan, Request, shortage
 from pytest_gpushare.scheduler.needs import excludes_gpu_tests
-from pytest_gpushare.session.needs_store import may_have_needs, recall_contexts
+from pytest_gpushare.session.needs_store import may_have_needs, recall_contexts, recall_ollama
 from pytest_gpushare.session.start import (
     environment_for_plan,
     only_asks,
@@ -66,7 +66,7 @@ def start_on_hosts(
         return None
     if not takes_proxies(options):
         raise SettingsError("workers on other hosts need pytest-xdist 3.6.1 or newer: upgrade it")
-    settings = settings_of_run(config)
+    settings = on_several_hosts(settings_of_run(config))
     specs = _asked(options, settings)
     with ExitStack() as stack:
         connections = _connect(config, settings, specs, stack)
@@ -74,7 +74,7 @@ def start_on_hosts(
         local = None
         if any(spec.is_local for spec in specs):
             request, cpus = Request(), count_of_auto(config)
-            local = start_locally(config, options, request, cpus, environment)
+            local = start_locally(config, options, request, cpus, environment, settings)
             stack.callback(local.close)
         answers = answers_of(connections, config.rootpath, strict=bool(options.gpu_share_strict))
         parts = _parts(config, settings, local, answers)
@@ -110,6 +110,7 @@ def _connect(
         settings,
         simulate=config.option.gpu_share_simulate or (),
         contexts=recall_contexts(config),
+        sizes=recall_ollama(config),
         no_gpu_tests=f"-m {expression!r} selects no GPU test" if excluded else "",
         only_asks=only_asks(config),
         cache=_cache(config),
@@ -191,7 +192,8 @@ def _parts(
                 live,
                 attribution,
                 facts.ollama,
-                lease=facts.lease,
+                facts.models,
+                facts.lease,
                 root=root,
                 path=hello.path,
                 connection=connection,
@@ -199,6 +201,7 @@ def _parts(
                 there=there,
                 cache=facts.cache,
                 notes=facts.notes,
+                leases=facts.leases,
             )
         )
     return parts
@@ -251,8 +254,10 @@ def _local_part(settings: Settings, local: StartFacts | None) -> HostPart:
     known = devices_of_ollama(settings.ollama_gpu, local.gpus)
     attribution = Attribution(local.gpus.all_devices, statements(known, local.ollama))
     keys = {d.device.uuid: d.device.uuid for d in local.plan.devices}
-    placement = placement_context(local, local.plan)
-    return HostPart(0, spec, local.plan, keys, placement, local.live, attribution, local.ollama)
+    placement, models = placement_context(local, local.plan), models_of_server(local.ollama)
+    return HostPart(
+        0, spec, local.plan, keys, placement, local.live, attribution, local.ollama, models
+    )
 
 
 def _run(
@@ -271,14 +276,21 @@ def _run(
             contexts=recall_contexts(config),
             has_needs=may_have_needs(settings, config),
         )
+    lives = [part.live for part in parts if part.live is not None]
     facts = local._replace(
         plan=plan,
         replan=None,
-        live=AllLive(parts) if any(part.live is not None for part in parts) else None,
-        notes=(*local.notes, *notes_of(parts)),
+        live=AllLive(lives) if lives else None,
+        notes=(*local.notes, *notes_of(parts), *_not_there(settings)),
+        leases=(*local.leases, *(f"{part.name} {text}" for part in parts for text in part.leases)),
         has_needs=may_have_needs(settings, config) and bool(plan.slots),
     )
     return HostedRun(facts, parts, run_options(config, config.option, ""), config)
+
+
+def _not_there(settings: Settings) -> Iterator[str]:
+    if settings.ollama_preload:
+        yield "gpu_share_ollama_preload: no models are loaded on other hosts before the run"
 
 
 def _write_workers(options: Any, parts: Sequence[HostPart]) -> None:

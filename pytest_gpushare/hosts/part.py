@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from math import inf, isfinite
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.attribution import Attribution
@@ -13,16 +13,14 @@ from pytest_gpushare.gpu.devices import HostFacts as Figures
 from pytest_gpushare.gpu.sampler import Live
 from pytest_gpushare.hosts.answers import RemoteFacts
 from pytest_gpushare.hosts.connection import HostConnection
-from pytest_gpushare.hosts.monitoring import HostOllama
+from pytest_gpushare.hosts.live import HostOllama
 from pytest_gpushare.hosts.specs import HostSpec
+from pytest_gpushare.ollama.models import OllamaFacts, full_name
 from pytest_gpushare.planning.placement import (
     PlacementContext,
 )
 from pytest_gpushare.planning.plan import DevicePlan, Plan, Request, Slot
 from pytest_gpushare.planning.sizing import make_plan
-
-if TYPE_CHECKING:
-    from pytest_gpushare.ollama.models import OllamaFacts
 
 
 @dataclass(eq=False)
@@ -39,6 +37,8 @@ class HostPart:
     live: Live | None
     attribution: Attribution
     ollama: OllamaFacts
+    models: tuple[str, ...] = ()
+    """The full names of the models that its Ollama has."""
     lease: str = ""
     """The record that its workers keep alive."""
     root: str = ""
@@ -53,6 +53,10 @@ class HostPart:
     cache: str = ""
     """The directory of pytest's cache for its workers; empty: the usual one."""
     notes: tuple[str, ...] = ()
+    leases: tuple[str, ...] = ()
+    """What other sessions there have leased, one sentence each."""
+    shift: float = inf
+    """Seconds to add to times by its clock; the least that was seen is best, infinity: none was."""
     lost: str = ""
     """Why it takes no part any more; empty while it does."""
     first_slot: int = 0
@@ -69,6 +73,14 @@ class HostPart:
     def devices(self) -> frozenset[str]:
         """The names of its devices in this run."""
         return frozenset(self.keys.values())
+
+    def has_model(self, name: str) -> bool:
+        """Whether its Ollama has this model; of no name: whether there is one."""
+        return full_name(name) in self.models if name else self.ollama.answered
+
+    def on_this_clock(self) -> float:
+        """Seconds to add to a time that was taken there."""
+        return self.shift if self.number and isfinite(self.shift) else 0.0
 
     def numbers(self) -> Iterator[int]:
         """The numbers of its workers in the plan of the run."""

@@ -35,6 +35,7 @@ from pytest_gpushare.text import printable
 from pytest_gpushare.units import MB, MOST_VRAM
 
 _MOST_MODELS = 256
+_LONGEST_NAME = 256
 
 
 _MOST_CONTEXT = 2**27
@@ -234,6 +235,19 @@ def ask_models(
     except Exception as error:
         problem = printable(f"{type(error).__name__}: {error}", 200)
     return tuple(found.get(name) or ModelFacts(name, problem=problem) for name in names)
+
+
+def names_of(address: Address, timeout: float) -> tuple[str, ...]:
+    """The full names of the models that the server has. Never raises; empty where it is unknown."""
+    try:
+        connection = connect(address, lambda _: None)
+        try:
+            found = _listed(connection, time.monotonic() + timeout)
+        finally:
+            connection.close()
+    except Exception:
+        return ()
+    return tuple(printable(name, _LONGEST_NAME) for name in found)[:_MOST_MODELS]
 
 
 def _listed(connection: Connection, deadline: float) -> Mapping[str, Mapping[str, object]]:

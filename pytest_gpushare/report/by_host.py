@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,20 @@ def add_hosts(document: dict[str, Any], run: ActiveRun) -> dict[str, Any]:
     for test in document.get("tests", ()):
         test["host"] = workers.get(test["worker"])
     return document
+
+
+def host_rows(run: ActiveRun) -> Iterator[list[str]]:
+    """For each host: its name, GPU and CPU workers, tests that ran there, and what went wrong."""
+    tests = Counter(run.host_named(test.worker) for test in run.tests)
+    for host in run.hosts:
+        missing = "" if host.plan.slots else shortage(host.plan)
+        yield [
+            host.label,
+            str(len(host.plan.slots)),
+            str(host.plan.cpu_workers),
+            str(tests[host.name or None]),
+            f"lost: {host.lost}" if host.lost else missing,
+        ]
 
 
 def lost_hosts(run: ActiveRun) -> Iterator[Line]:

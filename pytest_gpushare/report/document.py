@@ -22,7 +22,7 @@ from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.planning.placement import PlacementContext, caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
 from pytest_gpushare.report.advice import amount, assess
-from pytest_gpushare.report.by_host import add_hosts
+from pytest_gpushare.report.by_host import add_hosts, host_rows
 from pytest_gpushare.report.header import Line, header, left_out
 from pytest_gpushare.report.summary import HINT, verdict
 from pytest_gpushare.report.usage import highest_peaks, leak_in_words, usages
@@ -389,9 +389,12 @@ _HARMLESS = frozenset(" .,:/%()=")
 
 
 def step_summary(run: ActiveRun, lines: Sequence[Line]) -> str:
-    """Markdown: the devices, the highest peaks of tests, what became of Ollama's models, and every
+    """Markdown: the devices, hosts, highest peaks, what became of Ollama's models, and every
     problem; text is escaped."""
     parts = ["### gpu-share", "", *_table(run)]
+    if run.hosts:
+        parts += ["", "| host | GPU workers | CPU workers | tests | |", "|---|---|---|---|---|"]
+        parts += [f"| {' | '.join(map(escaped, row))} |" for row in host_rows(run)]
     tests = highest_peaks(run)
     if tests:
         parts += ["", "| test | VRAM |", "|---|---|"]

@@ -194,12 +194,13 @@ def _lines(run: ActiveRun, verbosity: int) -> Iterator[Line]:
     for note in run.notes:
         yield Line(f"  {note}", problem=True)
     yield from (Line(host_line(host)) for host in run.hosts)
-    if run.hosts and verbosity < 1:
-        return
-    for device in plan.devices:
+    is_short = bool(run.hosts) and verbosity < 1
+    for device in () if is_short else plan.devices:
         yield Line(_device(device))
         yield Line(_vram(device, several=len(plan.devices) > 1))
     yield from (Line(f"  {text}") for text in run.leases)
+    if is_short:
+        return
     if _may_not_wait(run, verbosity):
         yield Line(
             "  VRAM that other processes take during the run: only tests with a need of their own "

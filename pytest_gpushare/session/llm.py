@@ -112,12 +112,15 @@ class LlmTests:
         nodeids: Sequence[str],
         *,
         holds_vram: bool = False,
+        has_server: bool = True,
     ) -> None:
         """`uses`: test -> the model that it uses; `work`: test -> seconds, where known.
 
         `holds_vram`: the plan keeps no VRAM for the models; it is kept while tests use them.
+        `has_server`: one server has the models of all tests; False: each host has its own, which
+        loads them as it is asked, and the tests are grouped by model alone.
         """
-        self.holds_vram = holds_vram
+        self.holds_vram, self._has_server = holds_vram, has_server
         self.estimate: Estimate | None = None
         """How long the run should take each way; None where nothing was to be chosen."""
         self._work = work
@@ -182,7 +185,7 @@ class LlmTests:
         """What the server says of the models; it is asked only where the settings allow it."""
         run = self._run
         first = run.ollama
-        if not first.asked or first.server is None or run.gpus.simulated:
+        if not (self._has_server and first.asked) or first.server is None or run.gpus.simulated:
             return {}
         self.server = server = first.server
         limit = max(ASK_LIMIT, float(run.settings.ollama_timeout))

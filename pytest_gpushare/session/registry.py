@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.leases.lessee import Lessee, View
     from pytest_gpushare.planning.plan import Plan
     from pytest_gpushare.session.tests import RecordedTests
-    from pytest_gpushare.session.workers import WorkerRecord, Workers
+    from pytest_gpushare.session.workers import WorkerRecord
     from pytest_gpushare.wire import Links
 
 INTERVAL = 0.5
@@ -144,7 +144,7 @@ class SessionRecord:
         self,
         lessee: Lessee,
         plan: Plan,
-        workers: Workers,
+        workers: Callable[[], Sequence[WorkerRecord]],
         tests: RecordedTests,
         links: Links,
         others: OtherLeases,
@@ -190,7 +190,7 @@ class SessionRecord:
             with contextlib.suppress(Exception):
                 path = self.path
                 now = self._seen()
-                self._shrink(list(self._workers))
+                self._shrink(self._workers())
                 if self._lessee.claims_devices:
                     self._others.see(self._lessee.look())
                 if now != before or self._lessee.is_lost():
@@ -214,13 +214,13 @@ class SessionRecord:
         return self._stop.is_set()
 
     def _send_path(self) -> None:
-        for member in self._workers:
+        for member in self._workers():
             if member.ended is None:
                 self._links.send(member.id, LEASE, self.path)
 
     def _seen(self) -> dict[str, object]:
         """The fields of the record as they are now."""
-        members = list(self._workers)
+        members = self._workers()
         total = self._tests.total
         seen: dict[str, object] = {
             "workers": tuple(

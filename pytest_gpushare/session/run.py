@@ -44,7 +44,7 @@ from pytest_gpushare.session.start_facts import (
     placement_context,
 )
 from pytest_gpushare.session.tests import RecordedTests
-from pytest_gpushare.session.workers import Workers
+from pytest_gpushare.session.workers import WorkerRecord, Workers
 from pytest_gpushare.wire import Links
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
     from pytest_gpushare.gpu.sampler import Live
     from pytest_gpushare.ollama.monitor import Monitor
+    from pytest_gpushare.scheduler.llm_marks import ModelUse
     from pytest_gpushare.session.llm import LlmTests
 
 
@@ -130,7 +131,12 @@ class ActiveRun:
         self._lease: SessionRecord | None = None
         if facts.lessee is not None:
             self._lease = SessionRecord(
-                facts.lessee, self.plan, self.workers, self.tests, self.links, self.other_leases
+                facts.lessee,
+                self.plan,
+                self._workers_here,
+                self.tests,
+                self.links,
+                self.other_leases,
             )
             services.append(self._lease)
             on_needs = self._lease.admits_by_needs
@@ -152,6 +158,10 @@ class ActiveRun:
         self.links.on("own", self._note_own)
         self.links.on("kept", self._note_kept)
         self.links.on("ran-others", lambda worker, _: self.workers.ran_others(worker))
+
+    def _workers_here(self) -> list[WorkerRecord]:
+        """The workers on this host: other sessions of it see them."""
+        return list(self.workers)
 
     def _make_links(self) -> Links:
         return Links()
@@ -175,6 +185,14 @@ class ActiveRun:
     def host_named(self, _worker: str) -> str | None:
         """The name of a worker's host; None where the run has this host alone."""
         return None
+
+    def shift_of(self, _worker: str) -> float:
+        """Seconds to add to times by a worker's clock: that of its host."""
+        return 0.0
+
+    def barred(self, _spec: Any, _uses: Mapping[int, ModelUse]) -> frozenset[int]:
+        """Tests that the worker of this spec must not run, as only other hosts have their model."""
+        return frozenset()
 
     def readings(self) -> list[ReadingSource]:
         """What admission reads, by host."""
@@ -366,7 +384,8 @@ class ActiveRun:
         self.tests.measured(worker, measured, context)
 
     def _note_own(self, worker: str, message: Any) -> None:
-        self.tests.looked_at(worker, message, self.record.began_at)
+        began_at = self.record.began_at - self.shift_of(worker)
+        self.tests.looked_at(worker, message, began_at)
 
     def _note_kept(self, worker: str, pids: Any) -> None:
         """Processes that the wider fixtures of a worker keep are not left behind by its tests."""

@@ -386,10 +386,11 @@ def start_locally(
     request: Request,
     cpus: int,
     environment: Mapping[str, str],
+    settings: Settings | None = None,
 ) -> StartFacts:
-    """Probe this host, and plan."""
+    """Probe this host, and plan; without `settings` by those of the run."""
     _report_files(config, options)
-    settings = settings_of_run(config)
+    settings = settings or settings_of_run(config)
     host = Host(tuple(options.gpu_share_simulate or ()), cpus, environment)
     earlier = EarlierRuns(
         recall_ollama(config) if settings.enable_ollama_detection else NOTHING_KNOWN,
@@ -456,7 +457,8 @@ def observe(run: ActiveRun, config: pytest.Config, listener: Callable[[Event], o
 
     In a run without workers its own process counts as one.
     """
-    observer = Observer(run.workers, run.tests, run.record, run.settings.marker)
+    shift_of = run.shift_of if run.hosts else None
+    observer = Observer(run.workers, run.tests, run.record, run.settings.marker, shift_of)
     config.pluginmanager.register(observer, "gpu-share-observer")
     run.record.listen(listener)
     if run.plan.request.in_process:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -362,7 +362,16 @@ def _of(member: WorkerRecord, tests: Sequence[RecordedTest]) -> Iterator[Leak]:
 class Observer:
     """Hooks that follow the workers and the tests; registered only where a plan was made."""
 
-    def __init__(self, workers: Workers, tests: RecordedTests, record: Record, marker: str) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        tests: RecordedTests,
+        record: Record,
+        marker: str,
+        shift_of: Callable[[str], float] | None = None,
+    ) -> None:
+        """`shift_of`: seconds to add to a worker's times; None: all have this host's clock."""
+        self._shift_of = shift_of
         self._workers, self._record, self._marker = workers, record, marker
         self._began = record.began_at
         self._passed, self._other = tests.passed, tests.reported
@@ -399,7 +408,8 @@ class Observer:
         """A phase of a test has ended."""
         node = getattr(report, "node", None)
         worker = ITSELF if node is None else node.gateway.id
-        start, end = report.start - self._began, report.stop - self._began
+        began = self._began if self._shift_of is None else self._began - self._shift_of(worker)
+        start, end = report.start - began, report.stop - began
         marked = self._marker in report.keywords
         expected_to_fail = hasattr(report, "wasxfail")
         if (

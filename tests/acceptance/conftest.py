@@ -15,10 +15,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from simulator import Device, Machine, build
 from simulator.ollama import OllamaServer
+
+if TYPE_CHECKING:
+    from .other_hosts import OtherHost
 
 GOLDEN = Path(__file__).parent / "golden"
 FRAMEWORKS = Path(__file__).parents[1] / "simulator" / "frameworks"
@@ -261,3 +265,36 @@ def normal(text: str) -> str:
     text = re.sub(r"\d+ s into the run", "N s into the run", text)
     text = re.sub(r"(?m)^=+ (.*?) =+$", r"=== \1 ===", text)
     return re.sub(r"[ \t]+$", "", text, flags=re.M)
+
+
+@pytest.fixture
+def hosts(
+    tmp_path: Path, project: Project, nvml_library: Path
+) -> Iterator[Callable[..., OtherHost]]:
+    """Start a host with these devices; it has the project as it is committed."""
+    from .other_hosts import clone, other_host
+
+    with ExitStack() as stack:
+
+        def start(name: str, *devices: Device, **options: object) -> OtherHost:
+            host = stack.enter_context(
+                other_host(tmp_path / "hosts", name, nvml_library, *devices, **options)  # type: ignore[arg-type]
+            )
+            clone(project, host)
+            return host
+
+        (tmp_path / "hosts").mkdir()
+        yield start
+
+
+@pytest.fixture
+def two(project: Project, hosts: Callable[..., OtherHost]) -> Callable[[], list[OtherHost]]:
+    """Start 1 × 24 GB and 2 × 80 GB, once the project is written."""
+    from .other_hosts import commit
+
+    def start() -> list[OtherHost]:
+        commit(project)
+        small = hosts("small", Device(total="24GB", used="2GB"))
+        return [small, hosts("large", Device(total="80GB"), Device(total="80GB"))]
+
+    return start

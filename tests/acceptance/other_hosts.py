@@ -15,19 +15,52 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 from simulator import Device, Machine
 from simulator.child import child_process
 
-from .conftest import clean_environment, closed_port
+from .conftest import Project, clean_environment, closed_port
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 _NAMESPACES = ("unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc")
 SIMULATOR = Path(__file__).parents[1] / "simulator"
+
+SUITE = """
+    import os
+    import pytest
+
+    @pytest.mark.parametrize("i", range(12))
+    @pytest.mark.gpu
+    def test_place(i, gpu_share, tmp_path, record_property):
+        (tmp_path / "file").write_text("x")
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == gpu_share.device
+        record_property("device", gpu_share.device)
+"""
+
+REPORTS = """
+    import pathlib
+
+    def pytest_runtest_logreport(report):
+        if hasattr(report, "node"):
+            with open("reports", "a") as file:
+                file.write(f"{report.nodeid} {report.when} {report.outcome}\\n")
+"""
+
+LONG = """
+    import os
+    import time
+    import pytest
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("i", range(40))
+    def test_long(i):
+        time.sleep(0.25)
+"""
 
 
 def missing() -> str:
@@ -48,7 +81,7 @@ class OtherHost:
 
     name: str
     tmp: Path
-    """Its /tmp, as seen from here."""
+    """Its /tmp, as seen from here; of a host that has this one's, a directory in it."""
     machine: Machine
     config: Path
     """The configuration of ssh in which it has its name."""
@@ -121,14 +154,18 @@ def other_host(
     ollama: Mapping[str, str] | None = None,
     prefix: str = sys.prefix,
     link: Link | None = None,
+    is_apart: bool = True,
+    ahead: float = 0,
 ) -> Iterator[OtherHost]:
     """A host with these devices, while the block lasts.
 
     `ollama`: models that its server holds. `prefix`: its environment of Python. `link`: the
-    network by which it is reached; None: loopback.
+    network by which it is reached; None: loopback. `is_apart`: whether it has a /tmp of its own.
+    `ahead`: seconds that its clock is ahead of this one.
     """
     address = link.address if link else "127.0.0.1"
     tmp = directory / name
+    there = "/tmp" if is_apart else str(tmp)
     venv, home = tmp / f"venv-{name}", tmp / "home"
     for each in (venv, home, tmp / "nvml"):
         each.mkdir(parents=True)
@@ -138,18 +175,26 @@ def other_host(
     config = _keys(directory, name, address, port)
     ollama_port = closed_port()
     environment = {
-        "HOME": "/tmp/home",
-        "GPUSHARE_SIM_STATE": "/tmp/vram",
-        "LD_LIBRARY_PATH": "/tmp/nvml",
-        "PYTHONPATH": os.pathsep.join(map(str, (SIMULATOR.parent, SIMULATOR / "path"))),
+        "HOME": f"{there}/home",
+        "GPUSHARE_SIM_STATE": f"{there}/vram",
+        "LD_LIBRARY_PATH": f"{there}/nvml",
+        "PYTHONPATH": os.pathsep.join(
+            map(str, (SIMULATOR.parent, SIMULATOR / "path", f"{there}/clock"))
+        ),
         "PYTEST_XDIST_AUTO_NUM_WORKERS": str(cpus),
         "OLLAMA_HOST": f"127.0.0.1:{ollama_port}",
         "PATH": os.environ["PATH"],
         "TMPDIR": "/tmp",
     }
-    server = _server(directory, name, address, port, environment)
+    (tmp / "clock").mkdir()
+    if ahead:
+        (tmp / "clock/sitecustomize.py").write_text(
+            f"import time\nreal = time.time\ntime.time = lambda: real() + {ahead}\n"
+        )
+    server = _server(tmp, there, name, address, port, environment)
+    mounts = f"mount --bind {prefix} {venv}{f' && mount --rbind {tmp} /tmp' if is_apart else ''}"
     script = (
-        f"mount --bind {prefix} {venv} && mount --rbind {tmp} /tmp || exit 1; "
+        f"{mounts} || exit 1; "
         f"{_serving(ollama, ollama_port, environment)}"
         f"mkdir -p /run/sshd && exec {SSHD} -D -e -f {server}"
     )
@@ -204,12 +249,11 @@ def _keys(directory: Path, name: str, address: str, port: int) -> Path:
 
 
 def _server(
-    directory: Path, name: str, address: str, port: int, environment: Mapping[str, str]
-) -> Path:
-    # Read before /tmp is another one, and so copied to where it is then.
-    own = directory / name
+    own: Path, there: str, name: str, address: str, port: int, environment: Mapping[str, str]
+) -> str:
+    """The path of sshd's configuration, on the host; `own` is its directory `there` from here."""
     for file in (f"{name}-host", f"{name}-user.pub"):
-        shutil.copy(directory / file, own / file)
+        shutil.copy(own.parent / file, own / file)
     (own / f"{name}-host").chmod(0o600)
     config = own / "sshd_config"
     variables = " ".join(f'{key}="{value}"' for key, value in environment.items())
@@ -218,11 +262,11 @@ def _server(
             f"""
             Port {port}
             ListenAddress {address}
-            HostKey /tmp/{name}-host
-            AuthorizedKeysFile /tmp/{name}-user.pub
+            HostKey {there}/{name}-host
+            AuthorizedKeysFile {there}/{name}-user.pub
             StrictModes no
             PermitRootLogin yes
-            PasswordAuthentication no
+            PasswordAuthentication yes
             KbdInteractiveAuthentication no
             PidFile none
             UsePAM no
@@ -230,7 +274,7 @@ def _server(
             """
         )
     )
-    return Path("/tmp/sshd_config")
+    return f"{there}/sshd_config"
 
 
 def _serving(models: Mapping[str, str] | None, port: int, environment: Mapping[str, str]) -> str:
@@ -254,3 +298,77 @@ def _wait_for(address: str, port: int, log: Path, limit: float = 10) -> None:
         if time.monotonic() > until:
             raise RuntimeError(f"sshd does not listen: {log.read_text()}")
         time.sleep(0.05)
+
+
+def git(directory: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    return done.stdout
+
+
+def commit(project: Project) -> None:
+    project.file(".gitignore", "__pycache__/\nreports\n")
+    git(project.path, "init", "-q")
+    git(project.path, "add", "-A")
+    git(project.path, "commit", "-qm", "all")
+
+
+def clone(project: Project, host: OtherHost) -> None:
+    """The project as it is, on a host."""
+    git(project.path, "clone", "-q", str(project.path), str(host.checkout))
+
+
+def on(*found: OtherHost) -> list[str]:
+    """The options for these hosts."""
+    return ["--gpu-share", *(part for host in found for part in ("--tx", host.tx))]
+
+
+def outcomes(junit: Path) -> list[tuple[str, list[str]]]:
+    """The tests in a JUnit file, in order of their names, with what went wrong in each."""
+    cases = ElementTree.parse(junit).iter("testcase")
+    return sorted(
+        (f"{case.get('classname')}::{case.get('name')}", [each.tag for each in case])
+        for case in cases
+    )
+
+
+def lose(project: Project, found: list[OtherHost], after: int, cut: Callable[[], object]) -> None:
+    """Run `LONG` there and lose the first host after so many tests; every test is reported."""
+    reports = project.path / "reports"
+    # pytest-rerunfailures has its workers connect to the controller's port on their own loopback.
+    left_out = ["-p", "no:cacheprovider", "-p", "no:rerunfailures"]
+    command = [sys.executable, "-m", "pytest", *left_out, *on(*found)]
+    with child_process(
+        command,
+        cwd=project.path,
+        env=project.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        until = time.monotonic() + 60
+        while not reports.exists() or reports.read_text().count(" call ") < after:
+            assert time.monotonic() < until
+            assert process.poll() is None, process.communicate(timeout=10)[0]
+            time.sleep(0.05)
+        cut()
+        out, _ = process.communicate(timeout=120)
+    assert "INTERNALERROR" not in out, out
+    rows = [line.split() for line in reports.read_text().splitlines()]
+    crashed = [row for row in rows if row[1] == "???"]
+    calls = [row[0] for row in rows if row[1] == "call"]
+    assert len(crashed) <= 2
+    assert sorted({*calls, *(row[0] for row in crashed)}) == sorted(
+        f"test_project.py::test_long[{i}]" for i in range(40)
+    ), out
+    assert len(calls) == len(set(calls))
+    assert len({(row[0], row[1]) for row in rows}) == len(rows)
+    assert f"gpu-share: host {found[0].name} was lost: " in out
+    assert process.returncode == (1 if crashed else 0)

@@ -123,6 +123,32 @@ def untold() -> Document:
     return document
 
 
+def several_hosts() -> Document:
+    """Two hosts with a device each, one of them lost on the way; this host runs CPU tests."""
+    document = made(Shape(devices=2, workers=2, cpu_workers=1, tests=40))
+    names = ("<b>box", "rack")
+    for device, name in zip(document["devices"], names, strict=True):
+        device["host"] = name
+    places = {device["uuid"]: device["host"] for device in document["devices"]}
+    of = {worker["id"]: places.get(worker["device"]) for worker in document["workers"]}
+    for worker in document["workers"]:
+        worker["host"] = of[worker["id"]]
+    for test in document["tests"]:
+        test["host"] = of[test["worker"]]
+    document["hosts"] = [
+        {
+            "name": name,
+            "python": "3.11.2" if name else None,
+            "gpu_workers": 2 if name else 0,
+            "cpu_workers": 0 if name else 1,
+            "shortage": "" if name else "no GPU",
+            "lost": "silent for <i>20 s" if name == "rack" else "",
+        }
+        for name in (None, *names)
+    ]
+    return document
+
+
 HOSTILE = "test_x.py::test_a[</script><script>alert(1)</script><img src=x onerror=alert(2)>]"
 
 

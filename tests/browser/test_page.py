@@ -17,7 +17,17 @@ from .conftest import Opened
 Open = Callable[..., Opened]
 ASSETS = Path(package.__file__).parent / "assets"
 
-EVERY = ("small", "eventful", "cpu_only", "empty", "untold", "hostile", "simulated", "cut_off")
+EVERY = (
+    "small",
+    "eventful",
+    "cpu_only",
+    "empty",
+    "untold",
+    "hostile",
+    "simulated",
+    "cut_off",
+    "several_hosts",
+)
 
 
 def ordered(document: dict[str, Any], figure: str, *, down: bool) -> list[str]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from execnet import RemoteError
 
 from pytest_gpushare.compat import xdist_hosts
 from pytest_gpushare.compat.xdist_hosts import (
@@ -74,7 +75,7 @@ def test_without_xdists_session_nothing_is_replaced_or_ended() -> None:
     """None of it raises: xdist then goes on as without the plugin."""
     for session in (None, SimpleNamespace()):
         found = Replacements(plugins(session))
-        found.ask(lambda _node: "no")
+        found.ask(lambda _node, _problem: "no")
         found.wait_for_one_less()
         found.cut("a")
         found.forget("a")
@@ -91,7 +92,7 @@ def test_a_worker_that_is_refused_is_not_replaced() -> None:
         triggershutdown=lambda: ended.append(True),
         _active_nodes={"gw0"},
     )
-    Replacements(plugins(session)).ask(lambda node: node.why)
+    Replacements(plugins(session)).ask(lambda node, _problem: node.why)
     kept = SimpleNamespace(why="", gateway=SimpleNamespace(id="gw1"))
     lost = SimpleNamespace(why="its host is gone", gateway=SimpleNamespace(id="gw0"))
     for node in (kept, lost):
@@ -100,6 +101,28 @@ def test_a_worker_that_is_refused_is_not_replaced() -> None:
     assert cloned == [kept]
     assert lines == ["\nreplacing crashed worker gw1", "\nits host is gone"]
     assert ended == [True]
+
+
+@pytest.mark.parametrize("error", [OSError("x"), EOFError(), AssertionError(b""), RemoteError("x")])
+def test_a_host_may_go_while_a_worker_is_replaced(error: Exception) -> None:
+    """Whatever xdist runs into then ends no run; here it is an error, as in a run on one host."""
+
+    def clone(_node: Any) -> None:
+        raise error
+
+    lines = list[str]()
+    session = SimpleNamespace(
+        _clone_node=clone, report_line=lines.append, _active_nodes={"gw0", "gw1"}
+    )
+    Replacements(plugins(session)).ask(lambda _node, problem: f"lost: {problem}" if problem else "")
+    there, here = (
+        SimpleNamespace(gateway=SimpleNamespace(id="gw0", spec=SimpleNamespace(via=via)))
+        for via in ("gpu-share-1", None)
+    )
+    assert session._clone_node(there) is there
+    assert lines[-1].startswith(f"\nlost: {type(error).__name__}: ")
+    with pytest.raises(type(error)):
+        session._clone_node(here)
 
 
 def test_the_count_of_cpus_without_xdists_hook(monkeypatch: pytest.MonkeyPatch) -> None:

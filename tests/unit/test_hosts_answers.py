@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pytest_gpushare.config.sources import Written, load
-from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, HostFacts
+from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess
 from pytest_gpushare.hosts.agent import settings_as_texts, settings_of
 from pytest_gpushare.hosts.answers import (
-    HostAnswer,
+    RemoteFacts,
     decode,
     decode_hello,
     decode_sample,
@@ -22,10 +21,12 @@ from pytest_gpushare.hosts.answers import (
 )
 from pytest_gpushare.hosts.checkout import Checkout
 from pytest_gpushare.hosts.live import HostLive, global_pid
-from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
-from pytest_gpushare.planning.plan import Request
-from pytest_gpushare.planning.startup import plan_run
+from pytest_gpushare.ollama.address import parse_address
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
+from pytest_gpushare.planning.plan import NeighbourShare
 from pytest_gpushare.units import GB
+
+from .damage import ODD, damaged
 
 HERE = Path("/nowhere")
 SETTINGS = load(Written({}, {"gpu_share_config": ""}, {}, "", HERE, HERE, HERE))
@@ -34,15 +35,17 @@ DEVICE = Device("GPU-1", "a card", "0", 24 * GB, 2 * GB, 22 * GB, (GpuProcess(7,
 
 def answer() -> dict[str, Any]:
     gpus = GpuFacts((DEVICE,), (DEVICE,), driver="580")
-    ollama = OllamaFacts(
-        "127.0.0.1:1", True, True, "0.33.0", (LoadedModel("m:1b", GB, GB, context=4096),)
-    )
-    plan = plan_run(SETTINGS, gpus, ollama, HostFacts(8), Request())
-    made = HostAnswer(
-        gpus, plan, ollama, 8, None, {"XLA_FLAGS": "x", "HOME": "/root"}, {"torch": "2.1"},
+    model = LoadedModel("m:1b", GB, GB, "sha256:1", 4096)
+    server = parse_address("http://127.0.0.1:1")
+    facts = RemoteFacts(
+        gpus,
+        NeighbourShare(OLLAMA, {"GPU-1": 12 * GB}, {"GPU-1": GB}),
+        {"GPU-1": 0},
+        OllamaFacts(server.shown, True, True, "0.33.0", (model,), server=server),
+        ("m:1b",), 8, None, {"XLA_FLAGS": "x", "HOME": "/root"}, {"torch": "2.1"},
         False, "/tmp/lease", ("a note",), (), Checkout("abc", "def"), "",
     )  # fmt: skip
-    return dict(json.loads(json.dumps(encode(made))))
+    return dict(json.loads(json.dumps(encode(facts))))
 
 
 def test_an_answer_comes_back_with_its_host() -> None:
@@ -50,7 +53,8 @@ def test_an_answer_comes_back_with_its_host() -> None:
     assert facts.gpus.devices[0].label == "box GPU 0"
     assert facts.gpus.devices[0].processes == DEVICE.processes
     assert facts.share.reservation == {"GPU-1": 12 * GB}
-    assert facts.ollama.models[0].name == "m:1b"
+    assert facts.ollama.models == (LoadedModel("m:1b", GB, GB, "sha256:1", 4096),)
+    assert facts.ollama.server == parse_address("http://127.0.0.1:1")
     assert facts.checkout == Checkout("abc", "def")
     # Nothing of the environment but what caps depend on.
     assert facts.outer == {"XLA_FLAGS": "x"}
@@ -74,17 +78,10 @@ def test_settings_arrive_as_they_were() -> None:
     assert there.wait == 0
 
 
-def places_of(value: Any, way: tuple[Any, ...] = ()) -> Any:
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, part in pairs:
-        yield (*way, key)
-        if isinstance(part, (dict, list)):
-            yield from places_of(part, (*way, key))
-
-
 SAMPLE = {
     "kind": "sample",
     "now": 5.0,
+    "wall": 1e9,
     "memory_at": 4.9,
     "memory": {"GPU-1": [24 * GB, 2 * GB, 22 * GB]},
     "answering": True,
@@ -111,20 +108,10 @@ def test_damaged_messages_raise_nothing_but_value_errors(which: str) -> None:
         "hello": decode_hello,
     }[which]
     read(copy.deepcopy(whole))
-    chance = random.Random(20)
-    places = list(places_of(whole))
     refused = 0
-    for _ in range(600):
-        damaged = copy.deepcopy(whole)
-        *way, last = chance.choice(places)
-        at: Any = damaged
-        for step in way:
-            at = at[step]
-        at[last] = chance.choice(
-            [None, True, -1, 2**70, 1.5, float("nan"), "x\x1b[31m", "y" * 10_000, [], {}, [[]]]
-        )
+    for changed, _ in damaged(whole, 600, ODD):
         try:
-            read(damaged)
+            read(changed)
         except (ValueError, TypeError):
             refused += 1
     assert refused > 200
@@ -137,7 +124,7 @@ def test_readings_are_put_on_this_hosts_clock_and_numbers() -> None:
     assert not live.is_answering
     assert live.memory(0.1).devices == {}
     assert len(asked) == 1
-    live.take(SAMPLE)
+    live.take(decode_sample(SAMPLE))
     assert live.is_answering
     assert live.memory(1.0).at == pytest.approx(999.9)
     assert live.memory(1.0).devices["box:GPU-1"].free == 22 * GB

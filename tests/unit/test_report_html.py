@@ -9,6 +9,7 @@ import html
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ EVERY = (
     documents.hostile,
     documents.simulated,
     documents.cut_off,
+    documents.several_hosts,
 )
 
 
@@ -119,6 +121,20 @@ def test_names_are_escaped_everywhere() -> None:
         assert sign not in text
     assert held(text)["tests"]["name"][0] == documents.HOSTILE.removeprefix("test_x.py")
     assert html.escape(documents.HOSTILE) in text
+
+
+def test_hosts_have_a_section_of_their_own() -> None:
+    document = documents.several_hosts()
+    text = page(document)
+    for script in scripts(text):
+        text = text.replace(script, "")
+    section = re.sub(r"<[^>]+>", " ", text.partition('id="hosts"')[2].partition("</section>")[0])
+    words = " ".join(section.split())
+    ran = Counter(test["host"] for test in document["tests"])
+    assert f"this host 0 1 {ran[None]} 3.12.1 no GPU" in words
+    assert f"&lt;b&gt;box 2 0 {ran['<b>box']} 3.11.2" in words
+    assert f"rack 2 0 {ran['rack']} 3.11.2 lost: silent for &lt;i&gt;20 s" in words
+    assert 'id="hosts"' not in page(documents.small())
 
 
 def test_size_for_ten_thousand_tests() -> None:

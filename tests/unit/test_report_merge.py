@@ -13,7 +13,9 @@ from browser import documents
 from pytest_gpushare.cli.main import main
 from pytest_gpushare.report.html.page import page
 from pytest_gpushare.report.merge import exit_status, merged, names_of
-from pytest_gpushare.report.reading import read_report
+from pytest_gpushare.report.reading import ReportFileError, read_report
+
+from .damage import ODD, damaged
 
 
 def whole(make: Any, started: str = "2026-01-01T10:00:00.000+00:00") -> dict[str, Any]:
@@ -91,6 +93,37 @@ def test_command_merges_hostile_reports(tmp_path: Path, capsys: pytest.CaptureFi
     for markup in ("<img", "<svg onload", "<i>card", "<b>1", "<u>x", "<!--]", "alert(1)</script"):
         assert markup not in text
     assert len(read_report(out)["tests"]) == 12
+
+
+@pytest.mark.parametrize("make", [documents.eventful, documents.hostile])
+def test_damaged_reports_are_refused_or_merged(tmp_path: Path, make: Any) -> None:
+    """What is read as a report makes a report and a page; all else is refused in one line."""
+    good, path, refused = whole(documents.small), tmp_path / "a.json", 0
+    document = whole(make)
+    document["tests"], document["events"] = document["tests"][:3], document["events"][:3]
+    for changed, _ in damaged(document, 300, ODD):
+        path.write_text(json.dumps(changed))
+        try:
+            found = read_report(path)
+        except ReportFileError:
+            refused += 1
+            continue
+        result = merged([found, good], ["a", "b"])
+        path.write_text(json.dumps(result, allow_nan=False))
+        read_report(path)
+        assert "<img" not in page(result)
+    assert 100 < refused < 290
+
+
+def test_a_report_of_another_schema_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({**whole(documents.small), "schema": 2}))
+    assert main(["merge", str(path), "-o", str(tmp_path / "all.json")]) == 4
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "schema" in error
 
 
 def test_a_merged_report_can_be_merged_again(tmp_path: Path) -> None:

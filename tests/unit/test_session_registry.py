@@ -39,7 +39,12 @@ class Running:
         self.lessee.change(devices={"GPU-0": DeviceLease(10)})
         self.others = OtherLeases(Naming(shows_everybody=False), lambda: 1.0)
         self.service = SessionRecord(
-            self.lessee, PLAN, self.workers, self.tests, self.links, self.others
+            self.lessee,
+            PLAN,
+            lambda: list(self.workers),
+            self.tests,
+            self.links,
+            self.others,
         )
         for number in range(3):
             self.workers.join(f"gw{number}", number, 0.0)

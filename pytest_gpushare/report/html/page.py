@@ -233,6 +233,7 @@ def body(report: Shown) -> Markup:
                         tables.events(report),
                         _tests(report),
                         tables.leaks(report),
+                        tables.hosts(report),
                         tables.workers(report),
                         tables.ollama(report),
                         tables.settings(report),

@@ -87,12 +87,25 @@ class ShownWorker:
     crashed: bool | None
     started_s: float | None
     ended_s: float | None
+    host: str
 
     @property
     def lived(self) -> float | None:
         """Seconds for which it lived."""
         unknown = self.started_s is None or self.ended_s is None
         return None if unknown else (self.ended_s or 0) - (self.started_s or 0)
+
+
+@dataclass(frozen=True)
+class ShownHost:
+    """A host of a run on several."""
+
+    name: str
+    python: str
+    gpu_workers: float | None
+    cpu_workers: float | None
+    shortage: str
+    lost: str
 
 
 @dataclass(frozen=True)
@@ -190,6 +203,8 @@ class Shown:
     run: ShownRun
     plan: ShownPlan
     devices: list[ShownDevice]
+    hosts: list[ShownHost]
+    """None where the run had one alone."""
     workers: list[ShownWorker]
     tests: list[ShownTest]
     events: list[ShownEvent]
@@ -216,6 +231,7 @@ def shown(document: Mapping[str, Any]) -> Shown:
         _read(ShownRun, document.get("run")),
         _read(ShownPlan, document.get("plan")),
         _each(ShownDevice, document.get("devices")),
+        _each(ShownHost, document.get("hosts")),
         _each(ShownWorker, document.get("workers")),
         _each(ShownTest, document.get("tests")),
         _each(ShownEvent, document.get("events")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from pytest_gpushare.report.html.data import MOST_EVENTS, colours
 from pytest_gpushare.report.html.markup import (
     UNKNOWN,
@@ -82,6 +84,27 @@ def _leaky(leak: ShownLeak) -> str:
     more = int(leak.suspects_count or len(leak.suspects)) - len(leak.suspects[:5])
     names = [*leak.suspects[:5], *([f"{more} more"] if more > 0 else [])]
     return f"one of {listed(names)}"
+
+
+def hosts(report: Shown) -> Markup:
+    """Each host of a run on several: its workers, their tests, and what went wrong there."""
+    if not report.hosts:
+        return Markup("")
+    of = {worker.id: worker.host for worker in report.workers}
+    ran = Counter(of.get(test.worker, "") for test in report.tests)
+    rows = [
+        [
+            tag("bdi", host.name or "this host"),
+            _count(host.gpu_workers),
+            _count(host.cpu_workers),
+            f"{ran[host.name]:,}",
+            host.python or report.run.python or UNKNOWN,
+            tag("b", "lost: ", host.lost) if host.lost else host.shortage,
+        ]
+        for host in report.hosts
+    ]
+    heads = ["host", "GPU workers", "CPU workers", "tests", "Python", "problem"]
+    return tag("section", tag("h2", "Hosts"), table("Hosts", heads, rows), id="hosts")
 
 
 def workers(report: Shown) -> Markup:
