@@ -46,6 +46,11 @@ def global_pid(host: int, pid: int) -> int:
     return (host << _SHIFT) + pid
 
 
+def pid_there(number: int) -> int:
+    """The PID that a process has on its host."""
+    return number & ((1 << _SHIFT) - 1)
+
+
 class HostLive:
     """The last readings of one host, by the names that its devices have in this run."""
 

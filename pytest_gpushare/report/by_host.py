@@ -16,6 +16,9 @@ def add_hosts(document: dict[str, Any], run: ActiveRun) -> dict[str, Any]:
     """The document, with the host of each device, worker and test where there are several."""
     if not run.hosts:
         return document
+    # Only a run on several hosts needs it.
+    from pytest_gpushare.hosts.live import pid_there
+
     devices = {each.device.uuid: each.device.host or None for each in run.plan.devices}
     workers = {member.id: run.host_named(member.id) for member in run.workers}
     document["hosts"] = [
@@ -33,6 +36,8 @@ def add_hosts(document: dict[str, Any], run: ActiveRun) -> dict[str, Any]:
         device["host"] = devices.get(device["uuid"])
     for worker in document["workers"]:
         worker["host"] = workers.get(worker["id"])
+        if worker["pid"] is not None:
+            worker["pid"] = pid_there(worker["pid"])
     for test in document.get("tests", ()):
         test["host"] = workers.get(test["worker"])
     return document

@@ -45,6 +45,7 @@ def test_each_host_is_sized_by_its_own_devices(
     for test in document["tests"]:
         assert test["host"] == devices[test["device"]]
     assert {worker["host"] for worker in document["workers"]} == {"small", "large"}
+    assert all(1 < worker["pid"] < 2**22 for worker in document["workers"])
     for host in found:
         assert git(host.checkout, "status", "--porcelain") == ""
 
@@ -329,6 +330,8 @@ def test_out_of_memory_is_tried_again_alone(
             @pytest.mark.gpu
             @pytest.mark.parametrize("i", range(2))
             def test_large(i):
+                # Both have begun by then.
+                time.sleep(1)
                 with gpusim.alloc("12GB"):
                     time.sleep(2)
         """

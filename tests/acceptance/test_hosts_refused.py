@@ -80,9 +80,9 @@ def test_another_version_is_one_line(
     )
     assert done.code == 4
     here = metadata.version(package)
-    assert done.err == (
+    assert done.err.strip() == (
         f"ERROR: gpu-share: host small: {package} 0.0.1 is installed there, {here} here: install "
-        "the same\n"
+        "the same"
     )
 
 
@@ -119,6 +119,7 @@ def test_plan_and_ini(project: Project, hosts: Callable[..., OtherHost]) -> None
         [sys.executable, "-m", "pytest_gpushare", "doctor", "--json", "--", "--tx", host.tx + "x"]
     )
     assert "host-unusable" in gone.out, gone.out + gone.err
+    assert "a run with -n, on this host alone, would start" in doctor.out
     line = f"small:{host.root} -F {host.config} python={host.python}"
     project.file("pytest.ini", f"[pytest]\ngpu_share = true\ngpu_share_hosts =\n    {line}\n")
     shutil.copy(project.path / "pytest.ini", host.checkout)

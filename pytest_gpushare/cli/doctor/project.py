@@ -209,10 +209,12 @@ def plan(found: Examined) -> Iterator[Finding]:
     headline = next(
         line.text for line in header(started, 0) if line.text.startswith("gpu-share: ")
     ).removeprefix("gpu-share: ")
-    if started.plan.slots:
-        yield ok(f"a run would start {headline}")
+    names_hosts = found.pytest.named_hosts or found.settings.hosts
+    run = "a run with -n, on this host alone," if names_hosts else "a run"
+    fact = f"{run} would start {headline}"
+    if started.plan.slots or names_hosts:
+        yield ok(fact)
         return
-    fact = f"a run would start {headline}"
     if not found.settings.fallback_to_cpu_when_constrained:
         fact = f"a run would fail: {shortage(started.plan)}"
     report = look if found.settings.fallback_to_cpu_when_constrained else broken
