@@ -155,6 +155,8 @@ class Replacements:
                     text = refusal(node, f"{type(error).__name__}: {error}")
             report(f"\n{text}")
             if len(session._active_nodes) <= 1:
+                # What nobody can run any more is reported by this question, and not afterwards.
+                getattr(getattr(session, "sched", None), "tests_finished", None)
                 # xdist takes a run without workers for an error of its own.
                 session.triggershutdown()
             return node

@@ -434,6 +434,7 @@ class VramDispatch:
             visible_devices=settings.visible_devices,
             chunk=chunk_size(self._options),
             reorder=reorders_groups(self._options),
+            awaits_losses=bool(self._started.hosts),
         )
 
 

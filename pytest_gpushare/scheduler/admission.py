@@ -147,14 +147,18 @@ class Admitting:
             help_ = self._helping.help(worker)
             if help_ is not None:
                 return [help_]
-            # One that has made room for a test that waits, and still is in its way, ends.
-            unit = None if worker.emptied == 2 and self._pool.waiting else self._any(worker)
+            unit = None if self._is_in_the_way(worker) else self._any(worker)
         if unit is not None and self._may_wait(worker, unit):
             return [self._bind(worker, unit, waits=reserves)]
-        if unit is not None or (self.models is not None and self.models.queue.waits):
+        awaits = self._pool.policy.awaits_losses and not self._is_in_the_way(worker)
+        if unit is not None or awaits or (self.models is not None and self.models.queue.waits):
             return [Park(worker.id)]
         worker.ending = True
         return [Shutdown(worker.id)]
+
+    def _is_in_the_way(self, worker: GpuWorker) -> bool:
+        """Whether it has made room for a test that waits, to no avail: it ends."""
+        return worker.emptied == 2 and bool(self._pool.waiting)
 
     def _overdue(self, worker: GpuWorker) -> Unit | None:
         """The pending unit for which others wait; not one that models keep from starting."""

@@ -445,7 +445,8 @@ class Dispatcher:
         """Whether tests wait for a GPU that CPU workers may have to run in the end."""
         gpu = self._gpu
         return bool(
-            self._cpu.waits
+            gpu.policy.awaits_losses
+            or self._cpu.waits
             or (self._models is not None and self._models.queue.waits)
             or gpu.pending.count
             or any(

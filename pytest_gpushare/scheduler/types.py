@@ -135,6 +135,9 @@ class Policy(NamedTuple):
     reorder: bool = True
     """xdist's `--loadscope-reorder`: larger groups go first, GPU tests as packing says. False:
     groups go in the order of collection, as far as they fit."""
+    awaits_losses: bool = False
+    """Whether a worker without tests waits until all are done: it may get those of a host that is
+    lost. False: it ends."""
 
 
 class Admission(NamedTuple):

@@ -356,6 +356,24 @@ def test_a_worker_that_does_not_answer_is_not_waited_for_for_ever() -> None:
     assert made.step({}, 12)[0] == Shutdown("gw1")
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_idle_workers_wait_for_the_tests_of_a_host_that_is_lost(marked: bool) -> None:
+    """A worker that asks in vain gets what one of another host had not begun."""
+    rooms = [DeviceCapacity(device, device, 10 * GB) for device in (GPU, OTHER)]
+    jobs = [gpu_test(name, 4, marked=marked) for name in "abc"]
+    workers = [gpu_worker(0), gpu_worker(1, 4.5, OTHER)]
+    made = dispatcher_of(jobs, workers, rooms=rooms, policy=Policy(awaits_losses=True))
+    first = runs(made.step({}, 0))
+    assert len(first) == 2
+    made.asked("gw0", first["gw0"][-1], "end")
+    (last,) = runs(made.step({}, 1))["gw0"]
+    made.asked("gw1", first["gw1"][-1], "end")
+    assert made.step({}, 2) == [Park("gw1")]
+    made.finished("gw1", first["gw1"][-1])
+    assert made.worker_down("gw0").running == first["gw0"][0]
+    assert runs(made.step({}, 3)) == {"gw1": (last,)}
+
+
 def test_room_is_made_the_gentlest_way_first() -> None:
     """Caches, then the worker itself."""
     made = two_that_keep(4, 3)

@@ -201,7 +201,9 @@ def _asked(found: Examined) -> Iterator[Finding]:
 
 
 def plan(found: Examined) -> Iterator[Finding]:
-    """What a run would do here."""
+    """What a run would do here; other hosts have a section of their own."""
+    if found.pytest.named_hosts:
+        return
     if found.start_error:
         yield broken("run-refused", found.start_error, "correct the setting that it names")
         return
@@ -209,10 +211,11 @@ def plan(found: Examined) -> Iterator[Finding]:
     headline = next(
         line.text for line in header(started, 0) if line.text.startswith("gpu-share: ")
     ).removeprefix("gpu-share: ")
-    names_hosts = found.pytest.named_hosts or found.settings.hosts
-    run = "a run with -n, on this host alone," if names_hosts else "a run"
-    fact = f"{run} would start {headline}"
-    if started.plan.slots or names_hosts:
+    if found.settings.hosts:
+        yield ok(f"a run with -n, on this host alone, would start {headline}")
+        return
+    fact = f"a run would start {headline}"
+    if started.plan.slots:
         yield ok(fact)
         return
     if not found.settings.fallback_to_cpu_when_constrained:
