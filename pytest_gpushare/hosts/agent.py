@@ -221,6 +221,8 @@ class _Agent:
         self._wanted = threading.Event()
         self._stopped = threading.Event()
         self._processes_at = float("-inf")
+        self._looks = False
+        """Whether the processes are to be read, too, however short ago that was."""
         self._thread = threading.Thread(target=self._run, name="gpu-share-agent", daemon=True)
 
     def serve(self, lines: Iterable[str]) -> None:
@@ -228,7 +230,8 @@ class _Agent:
         self._thread.start()
         for line in lines:
             word, _, rest = line.strip().partition(" ")
-            if word == "read":
+            if word in ("read", "look"):
+                self._looks = self._looks or word == "look"
                 self._wanted.set()
             elif word == "models" and rest.isdigit():
                 threading.Thread(target=self._ask, args=(int(rest),), daemon=True).start()
@@ -258,8 +261,9 @@ class _Agent:
 
     def _sample(self) -> dict[str, Any]:
         sample: dict[str, Any] = {"kind": "sample"}
-        now = time.monotonic()
-        if self._live is not None and now - self._processes_at >= _PROCESSES_EVERY:
+        now, looks, self._looks = time.monotonic(), self._looks, False
+        is_due = looks or now - self._processes_at >= _PROCESSES_EVERY
+        if self._live is not None and is_due:
             self._processes_at = now
             processes = self._live.processes(0.0)
             sample["processes_at"] = processes.at

@@ -16,7 +16,7 @@ from pytest_gpushare.compat.xdist_hosts import WorkerStart
 from pytest_gpushare.gpu.attribution import Attribution
 from pytest_gpushare.gpu.sampler import DeviceSamples, Live
 from pytest_gpushare.gpu.visibility import VARIABLE
-from pytest_gpushare.hosts.live import AllAttribution, global_pid
+from pytest_gpushare.hosts.live import AllAttribution, HostLive, global_pid
 from pytest_gpushare.hosts.part import HostPart
 from pytest_gpushare.hosts.specs import proxy_id
 from pytest_gpushare.planning.placement import (
@@ -182,6 +182,13 @@ class HostedRun(ActiveRun):
         if part.number:
             return dict if monitor is None else monitor.resident
         return self.resident
+
+    def _read_now(self, uuid: str) -> tuple[Live | None, Mapping[str, int]]:
+        """See `ActiveRun`."""
+        part = next(part for part in self.parts if uuid in part.devices)
+        if isinstance(part.live, HostLive):
+            part.live.look()
+        return part.live, self._resident_on(part)()
 
     def monitors(self) -> list[tuple[str, Monitor]]:
         """See `ActiveRun`."""

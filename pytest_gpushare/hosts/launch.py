@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +166,7 @@ def _parts(
         taken.update(keys.values())
         plan = plan_there(settings, facts)
         number = len(parts)
-        live = HostLive(number, partial(connection.say, "read"), keys) if plan.slots else None
+        live = HostLive(number, connection.say, keys) if plan.slots else None
         renamed = [named(device, keys[device.uuid], connection.name) for device in devices]
         attribution = Attribution(
             _with_global_pids(renamed, number),

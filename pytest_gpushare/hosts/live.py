@@ -57,12 +57,12 @@ class HostLive:
     def __init__(
         self,
         number: int,
-        ask: Callable[[], object],
+        say: Callable[[str], object],
         keys: Mapping[str, str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`ask` requests a sample; `keys`: the host's UUID -> the device's name in this run."""
-        self._number, self._ask, self._keys, self._clock = number, ask, keys, clock
+        """`say` sends the host a word; `keys`: its UUID -> the device's name in this run."""
+        self._number, self._say, self._keys, self._clock = number, say, keys, clock
         self._memory: Reading[Memory] = Reading({}, float("-inf"))
         self._processes: Reading[tuple[GpuProcess, ...] | None] = Reading({}, float("-inf"))
         self._parents: dict[int, int] = {}
@@ -71,12 +71,12 @@ class HostLive:
         """What is added to a time of the host's clock; the least that was seen is the best."""
         self._answering = False
         self._asked_at = float("-inf")
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
 
     def take(self, sample: Sample) -> None:
         """A sample has arrived."""
         now = self._clock()
-        with self._lock:
+        with self._changed:
             self._offset = min(self._offset, now - sample.now)
             self._answering = sample.is_answering
             if sample.memory_at is not None:
@@ -94,6 +94,14 @@ class HostLive:
                     },
                     max(at, self._processes.at),
                 )
+            self._changed.notify_all()
+
+    def look(self, limit: float = 1.0) -> None:
+        """Have the devices and their processes read now, and wait so many seconds for it."""
+        since = self._clock()
+        self._say("look")
+        with self._changed:
+            self._changed.wait_for(lambda: min(self._memory.at, self._processes.at) >= since, limit)
 
     def _named(self, row: ProcessRow) -> GpuProcess:
         return row.process._replace(pid=global_pid(self._number, row.process.pid))
@@ -125,7 +133,7 @@ class HostLive:
         now = self._clock()
         if now - last.at > max_age and now - self._asked_at > _SOONEST:
             self._asked_at = now
-            self._ask()
+            self._say("read")
 
     def parent(self, pid: int) -> int | None:
         """The parent of a process in the last list."""

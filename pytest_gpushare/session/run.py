@@ -323,15 +323,20 @@ class ActiveRun:
             answer = answer._replace(answered=True, models=tuple(loaded))
         return statements(self._ollama_devices, answer)
 
+    def _read_now(self, _uuid: str) -> tuple[Live | None, Mapping[str, int]]:
+        """What reads this device as of now, and UUID -> bytes that Ollama holds on its host."""
+        return self.live, self.resident()
+
     def holding(self, uuid: str, label: str, workers: Mapping[int, str]) -> Holding:
         """Who holds the VRAM of a device at this moment; `workers`: PID -> id."""
-        if self.live is None:
+        live, resident_by_device = self._read_now(uuid)
+        if live is None:
             return Holding(label, None)
-        processes = self.live.processes(0.0).devices.get(uuid)
-        memory = self.live.memory(0.0).devices.get(uuid)
-        if not self.live.is_answering:
+        processes = live.processes(0.0).devices.get(uuid)
+        memory = live.memory(0.0).devices.get(uuid)
+        if not live.is_answering:
             return Holding(label, None)
-        resident = self.resident().get(uuid)
+        resident = resident_by_device.get(uuid)
         split = self.attribution.split(processes, workers)
         return holding(label, memory, split, {OLLAMA: resident} if resident else {})
 

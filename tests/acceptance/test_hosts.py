@@ -341,12 +341,12 @@ def test_out_of_memory_is_tried_again_alone(
     report = tmp_path / "r.json"
     done = project.pytest(*on(host), f"--gpu-share-report={report}")
     assert done.code == 0, done.out + done.err
-    document = read_report(report)
-    assert sorted(test["attempts"] for test in document["tests"]) == [1, 2]
-    (event,) = [event for event in document["events"] if event["kind"] == "oom"]
-    # Who held what is known of processes there, too.
-    assert "gw" in event["text"]
-    assert "12." in event["text"]
+    texts = {event["kind"]: event["text"] for event in read_report(report)["events"]}
+    assert "passed alone" in texts["oom-retried"]
+    # Who held what is known of processes there, too, as of that moment.
+    assert re.search(
+        r"had 9\.[0-9]+ GB of 24\.0 GB free: held by gw[01] 12\.[0-9]+ GB", texts["oom"]
+    )
 
 
 def test_models_are_used_where_they_are(

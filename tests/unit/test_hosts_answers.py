@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,12 @@ def test_damaged_messages_raise_nothing_but_value_errors(which: str) -> None:
 
 
 def test_readings_are_put_on_this_hosts_clock_and_numbers() -> None:
-    asked: list[int] = []
+    asked: list[str] = []
     now = [1000.0]
-    live = HostLive(2, lambda: asked.append(1), {"GPU-1": "box:GPU-1"}, clock=lambda: now[0])
+    live = HostLive(2, asked.append, {"GPU-1": "box:GPU-1"}, clock=lambda: now[0])
     assert not live.is_answering
     assert live.memory(0.1).devices == {}
-    assert len(asked) == 1
+    assert asked == ["read"]
     live.take(decode_sample(SAMPLE))
     assert live.is_answering
     assert live.memory(1.0).at == pytest.approx(999.9)
@@ -132,6 +133,11 @@ def test_readings_are_put_on_this_hosts_clock_and_numbers() -> None:
     assert process.pid == global_pid(2, 7)
     assert live.parent(global_pid(2, 7)) == global_pid(2, 3)
     assert live.alive(global_pid(2, 7))
+    # What is asked for is waited for, but not for long.
+    began = time.monotonic()
+    live.look(0.05)
+    assert asked[-1] == "look"
+    assert 0.04 < time.monotonic() - began < 5
     now[0] += 10
     assert not live.is_answering
     # Nobody waits: the last reading is what there is.
