@@ -49,6 +49,11 @@ def format_gb(size: int | Fraction) -> str:
     return f"{text[:-1] if text.endswith('0') else text} GB"
 
 
+def at_least(exact: bool | None) -> str:
+    """What stands before a size that is a lower bound; None: no size is known."""
+    return "at least " if exact is False else ""
+
+
 def format_number(value: Fraction) -> str:
     """A ratio as a user would write it: `0.25`, `2`, `9`."""
     return f"{float(value):.6g}"

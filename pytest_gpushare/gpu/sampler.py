@@ -30,10 +30,10 @@ T = TypeVar("T")
 class DeviceReader(Protocol):
     """What reads devices, such as an open `gpu.nvml.Nvml`."""
 
-    def memory(self) -> dict[str, Memory]:
+    def memory(self) -> Mapping[str, Memory]:
         """UUID -> VRAM now; a device that cannot be read is left out."""
 
-    def processes(self) -> dict[str, tuple[GpuProcess, ...] | None]:
+    def processes(self) -> Mapping[str, tuple[GpuProcess, ...] | None]:
         """UUID -> processes that hold VRAM there; None where the driver lists none."""
 
 

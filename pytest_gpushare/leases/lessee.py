@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.host import parent_of, pid_space
@@ -19,7 +19,7 @@ from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, Seniority
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_gpushare.gpu.sampler import LiveVram
+    from pytest_gpushare.gpu.sampler import DeviceReader, LiveVram
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25
 """Seconds between two looks at the ledger: the longer the wait, the longer the pause."""
@@ -34,16 +34,6 @@ LOG_INTERVAL = 60.0
 _MOST_GENERATIONS = 64
 
 
-class Readings(Protocol):
-    """NVML, each call with a time limit of its own."""
-
-    def memory(self) -> Mapping[str, Memory]:
-        """UUID -> VRAM now."""
-
-    def processes(self) -> Mapping[str, tuple[GpuProcess, ...] | None]:
-        """UUID -> who holds VRAM there now."""
-
-
 class LiveReadings:
     """NVML within its time limits; a reading that came too late is none."""
 
@@ -51,13 +41,13 @@ class LiveReadings:
         self._live = live
 
     def memory(self) -> Mapping[str, Memory]:
-        """See `Readings`."""
+        """See `DeviceReader`."""
         asked = time.monotonic()
         reading = self._live.memory(0.0)
         return reading.devices if reading.at >= asked else {}
 
     def processes(self) -> Mapping[str, tuple[GpuProcess, ...] | None]:
-        """See `Readings`."""
+        """See `DeviceReader`."""
         asked = time.monotonic()
         reading = self._live.processes(0.0)
         return reading.devices if reading.at >= asked else {}
@@ -127,7 +117,7 @@ class Lessee:
         ledger: Ledger,
         record: LeaseRecord,
         totals: Mapping[str, int],
-        readings: Readings | None,
+        readings: DeviceReader | None,
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
@@ -396,7 +386,7 @@ def _line_of(pid: int) -> Sequence[int]:
 
 
 def _read(
-    readings: Readings,
+    readings: DeviceReader,
 ) -> tuple[Mapping[str, Memory], Mapping[str, tuple[GpuProcess, ...] | None]]:
     """VRAM, and who holds it, as of one moment.
 

@@ -29,7 +29,7 @@ from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import RecordedTest
 from pytest_gpushare.session.workers import Peak, WorkerRecord
 from pytest_gpushare.text import printable
-from pytest_gpushare.units import GB, MB, format_gb, plural
+from pytest_gpushare.units import GB, MB, at_least, format_gb, plural
 
 _HEADROOM = Fraction(115, 100)
 """What a worker is given beyond the highest peak that was counted."""
@@ -320,7 +320,7 @@ def _declare_what_passed_alone(run: ActiveRun, case: Case) -> Iterator[Advice]:
 
 def amount(peak: Peak) -> str:
     """`4.1 GB`, or `at least 4.1 GB`."""
-    return f"{'' if peak.exact else 'at least '}{format_gb(peak.size)}"
+    return f"{at_least(peak.exact)}{format_gb(peak.size)}"
 
 
 def _touched(test: RecordedTest, run: ActiveRun) -> bool | None:

@@ -16,7 +16,7 @@ from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import Leak, RecordedTest, leaks
 from pytest_gpushare.session.workers import WorkerRecord
 from pytest_gpushare.text import printable, sparkline
-from pytest_gpushare.units import MB, format_gb, plural
+from pytest_gpushare.units import MB, at_least, format_gb, plural
 
 WORTH_TELLING = 64 * MB
 """Bytes by which a device fills without anybody's tests: desktops do that all the time."""
@@ -65,11 +65,6 @@ class Usage(NamedTuple):
         if peaks.is_unattributed:
             part = f" ({format_gb(peaks.unattributed)} of it unattributed)"
         return f"{at_least(peaks.is_rise_exact)}{format_gb(peaks.rise)}{part}"
-
-
-def at_least(exact: bool) -> str:
-    """What stands before a lower bound."""
-    return "" if exact else "at least "
 
 
 def usages(run: ActiveRun) -> list[Usage]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, ProcessSplit, Statement
-from pytest_gpushare.gpu.devices import Device, GpuProcess, Memory
+from pytest_gpushare.gpu.devices import Device, Memory
 from pytest_gpushare.gpu.sampler import (
     MEMORY_AGE,
     MOST_ROWS,
@@ -23,7 +23,6 @@ from pytest_gpushare.gpu.sampler import (
     RECENT_ROWS,
     DeviceSamples,
     Live,
-    Reading,
     read_usage,
 )
 from pytest_gpushare.ollama.models import LoadedModel
@@ -50,16 +49,6 @@ _MOST_ROWS_OF_ALL = 60_000
 """Rows of all devices together: a machine with many of them must not need more memory."""
 
 
-class VramSource(Protocol):
-    """What is watched: `run.live.LiveVram`."""
-
-    def memory(self, max_age: float = ...) -> Reading[Memory]:
-        """VRAM by device."""
-
-    def processes(self, max_age: float = ...) -> Reading[tuple[GpuProcess, ...] | None]:
-        """Processes by device."""
-
-
 def rows_for(devices: int) -> int:
     """The most rows that each of so many devices keeps."""
     return min(MOST_ROWS, max(2 * RECENT_ROWS, _MOST_ROWS_OF_ALL // max(1, devices)))
@@ -70,7 +59,7 @@ class Sampler:
 
     def __init__(
         self,
-        live: VramSource,
+        live: Live,
         attribution: Attribution,
         devices: Sequence[str],
         workers: Workers,

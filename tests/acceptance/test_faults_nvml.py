@@ -518,7 +518,7 @@ HANGING_DRIVER = """
     from simulator import Machine
 
     def hang():
-        Machine.open().inject("nvml*", delay=60)
+        Machine.open().inject(os.environ["CALL"], delay=60)
 
     @pytest.mark.gpu(vram="2GB")
     @pytest.mark.parametrize("i", range(12))
@@ -570,20 +570,33 @@ STOPWATCH = """
 """
 
 
-@pytest.mark.parametrize("hangs", ["start", "middle", "end"])
-def test_run_with_a_driver_that_hangs(hangs: str, project: Project, machine: Machine) -> None:
-    """Every call hangs from some moment on: all waits for it together take 3 s at most.
+@pytest.mark.parametrize(
+    ("hangs", "call"),
+    [
+        ("start", "nvml*"),
+        ("middle", "nvml*"),
+        # All that is asked while tests run.
+        ("middle", "nvmlDeviceGetMemoryInfo*"),
+        ("middle", "nvmlDeviceGetComputeRunningProcesses*"),
+        ("end", "nvml*"),
+    ],
+)
+def test_run_with_a_driver_that_hangs(
+    hangs: str, call: str, project: Project, machine: Machine
+) -> None:
+    """Every call, or one, hangs from some moment on: all waits for it take 3 s at most together.
 
     Counted is for how long the main threads wait for the driver, so that a busy machine, on which
     everything takes longer, does not matter.
     """
     project.write(test_project=HANGING_DRIVER, conftest=STOPWATCH)
     if hangs == "start":
-        machine.inject("nvml*", delay=60)
+        machine.inject(call, delay=60)
     result = project.pytest(
         *("--gpu-share", "-o", "gpu_share_cpu_workers=1", "--gpu-share-report=report.json"),
         *("-o", "gpu_share_enable_ollama_detection=false"),
         HANGS=hangs,
+        CALL=call,
         PYTEST_XDIST_AUTO_NUM_WORKERS="3",
     )
     assert (result.code, result.passed, result.err) == (0, 12, ""), result.out

@@ -8,7 +8,7 @@ from html import escape
 from typing import NamedTuple
 
 from pytest_gpushare.report.html.shown import ShownDevice
-from pytest_gpushare.units import GB, MB, format_gb
+from pytest_gpushare.units import at_least, format_gb
 
 UNKNOWN = "unknown"
 
@@ -20,11 +20,7 @@ _WARNING = frozenset({"ollama-unloaded", "ollama-reloaded", "pressure", "leak"})
 
 def size(held: float | None) -> str:
     """`4.5 GB`, `600 MB` below a tenth of a GB, or `unknown`; bytes."""
-    if held is None:
-        return UNKNOWN
-    if 0 < abs(held) < GB / 10:
-        return f"{held / MB:.0f} MB"
-    return format_gb(round(held))
+    return UNKNOWN if held is None else format_gb(round(held))
 
 
 def span(seconds: float | None) -> str:
@@ -65,7 +61,7 @@ def listed(names: list[str], most: int = 6) -> str:
 
 def peak_text(held: float | None, exact: bool | None) -> str:
     """`4.5 GB`, `at least 4.5 GB` for a lower bound, or `unknown`."""
-    return f"{'at least ' if exact is False and held is not None else ''}{size(held)}"
+    return f"{at_least(exact)}{size(held)}"
 
 
 def tests_peak(device: ShownDevice) -> str:
