@@ -368,7 +368,7 @@ def start_workers(
     unplaced = ""
     if request.in_process:
         unplaced = "the plugin was loaded too late to place this process: load it with -p"
-    if runs_each_test_everywhere(options):
+    if runs_each_test_everywhere(options) and facts.plan.workers > 1:
         note = (
             f"--dist=each: every test runs on each of the {facts.plan.workers} workers: "
             "use --dist=load to share them out"

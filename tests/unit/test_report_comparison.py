@@ -31,6 +31,7 @@ def changed() -> tuple[dict[str, Any], dict[str, Any]]:
     after = copy.deepcopy(before)
     after["run"]["duration_s"] = 2 * before["run"]["duration_s"]
     after["devices"][0]["peak_used_bytes"] += GB
+    after["devices"][0]["peak_used_exact"] = False
     test = after["tests"][0]
     test["outcome"] = "failed"
     test["end_s"] = test["start_s"] + 100
@@ -61,6 +62,7 @@ def test_what_differs() -> None:
     assert (duration.change, duration.state) == ("+100 %", "bad")
     peak = next(row for row in found["VRAM"] if row.name == "GPU 0 peak in use")
     assert peak.change == "+1.0 GB"
+    assert [text.startswith("at least ") for text in (peak.before, peak.after)] == [False, True]
 
 
 def test_a_model_that_spilled() -> None:

@@ -257,6 +257,22 @@ def test_peak_in_the_safety_buffer_is_a_warning() -> None:
     assert near.details[1] == "0.5 GB into the safety buffer of 1.0 GB"
 
 
+@pytest.mark.parametrize(("exact", "least"), [(True, ""), (False, "at least "), (None, "")])
+def test_lower_bounds_of_a_device(exact: bool | None, least: str) -> None:
+    """Reports of earlier versions do not say whether they are."""
+    document = documents.small()
+    document["devices"][0].update(
+        peak_used_bytes=20 * GB,
+        peak_used_exact=exact,
+        peak_tests_bytes=7 * GB,
+        peak_tests_exact=exact,
+    )
+    details = answers(shown(document))[1].details
+    assert details[0] == f"{least}20.0 GB of 24.0 GB at the peak"
+    assert details[1].startswith(f"tests held {least}7.0 GB of their budget")
+    assert f"{least}20.0 GB</b> of 24.0 GB used" in page(document)
+
+
 def test_budget_overrun_is_a_warning() -> None:
     document = documents.small()
     document["devices"][0]["peak_tests_bytes"] = 10 * GB

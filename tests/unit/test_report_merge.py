@@ -44,9 +44,13 @@ def test_peaks_of_a_device_are_the_highest_and_never_the_sum() -> None:
     two = copy.deepcopy(one)
     two["devices"][0]["peak_used_bytes"] = one["devices"][0]["peak_used_bytes"] - 1
     two["devices"][0]["peak_workers_bytes"] = None
+    one["devices"][0].update(peak_used_exact=True, peak_tests_exact=True)
+    two["devices"][0].update(peak_used_exact=False, peak_tests_exact=None)
     (device,) = merged([one, two], ["a", "b"])["devices"]
     assert device["peak_used_bytes"] == one["devices"][0]["peak_used_bytes"]
     assert device["peak_workers_bytes"] == one["devices"][0]["peak_workers_bytes"]
+    # One lower bound makes the highest of all a lower bound.
+    assert (device["peak_used_exact"], device["peak_tests_exact"]) == (False, True)
 
 
 def test_times_are_those_of_one_clock() -> None:
