@@ -198,7 +198,8 @@ class Executor:
                 self._dispatcher.emptied(worker, self._by_device(worker, payload[0]))
             elif kind == "raise":
                 self._has_changed = True
-                self._dispatcher.wants_more(worker, int(payload[0]), int(payload[1]))
+                number, size, takes_less = map(int, payload[:3])
+                self._dispatcher.wants_more(worker, number, size, takes_less=bool(takes_less))
             elif kind == "returned":
                 numbers = [member.collection.numbers[index] for index in payload[0]]
                 member.sent.difference_update(numbers)

@@ -63,6 +63,7 @@ Raise = Callable[[int, float | None], contextlib.AbstractContextManager[None]]
 """Has the running test use so many bytes within a block, after waiting at most so many seconds."""
 
 _raise: Raise | None = None
+_most: Callable[[int], int] | None = None
 
 
 def in_run(terms: AcquireTerms) -> Callable[[], None]:
@@ -77,10 +78,18 @@ def _set(terms: AcquireTerms | None) -> None:
     _terms = terms
 
 
-def in_tests(raised: Raise | None) -> None:
-    """Have `acquire` raise the need of the test that runs, where tests are admitted by needs."""
-    global _raise
-    _raise = raised
+def in_tests(raised: Raise | None, most: Callable[[int], int] | None = None) -> None:
+    """Have `acquire` raise the need of the test that runs, where tests are admitted by needs.
+
+    `most` raises it as far as that goes at once; see `most_for_test`.
+    """
+    global _raise, _most
+    _raise, _most = raised, most
+
+
+def most_for_test(size: int) -> int:
+    """Bytes that the running test may use: `size`, or what other sessions leave of it."""
+    return size if _most is None else _most(size)
 
 
 def _terms_now() -> AcquireTerms:

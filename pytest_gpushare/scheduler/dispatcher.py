@@ -252,14 +252,14 @@ class Dispatcher:
         self._gpu.refresh(gpu_worker)
         self._gpu.note_change()
 
-    def wants_more(self, worker: str, number: int, size: int) -> None:
+    def wants_more(self, worker: str, number: int, size: int, *, takes_less: bool = False) -> None:
         """The running test of a worker wants so many bytes of its device in all; `Raised` follows.
 
         So it gives back, too, what it does not want any more; that has no answer.
         """
         gpu_worker = self._gpu.workers.get(worker)
         if gpu_worker is not None and gpu_worker.sent:
-            gpu_worker.more = MoreWanted(number, size)
+            gpu_worker.more = MoreWanted(number, size, takes_less)
             self._gpu.raising[worker] = gpu_worker
 
     def returned(self, worker: str, tests: Collection[int]) -> None:

@@ -15,10 +15,14 @@ def raise_needs(pool: GpuPool, reclaiming: Reclaiming) -> Iterator[Action]:
     for worker in list(pool.raising.values()):
         more, ledger = worker.more, pool.ledgers[worker.device]
         assert more is not None
-        if _raise(pool, worker, more.size):
+        size = more.size
+        if more.takes_less:
+            there = max(ledger.limit(worker.id), ledger.accounts[worker.id].committed)
+            size = min(size, there)
+        if _raise(pool, worker, size):
             del pool.raising[worker.id]
             pool.note_change(worker.device)
-            yield Raised(worker.id, more.number, True)
+            yield Raised(worker.id, more.number, True, size)
         elif more.size > ledger.budget:
             del pool.raising[worker.id]
             text = f"the largest budget is {format_gb(ledger.budget)} ({ledger.capacity.label})"

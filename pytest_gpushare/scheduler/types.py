@@ -199,6 +199,8 @@ class MoreWanted(NamedTuple):
     number: int
     size: int
     """Bytes in all."""
+    takes_less: bool = False
+    """Whether it does not wait: what is there will do."""
     is_noted: bool = False
     """Whether the test knows that it waits."""
 
@@ -210,6 +212,8 @@ class Raised(NamedTuple):
     number: int
     """That of the wish."""
     granted: bool
+    size: int = 0
+    """Bytes that it has then."""
     is_final: bool = True
     """False: it waits."""
     text: str = ""

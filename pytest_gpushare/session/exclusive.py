@@ -52,10 +52,13 @@ class ExclusiveAccess:
         record: Record,
         *,
         patience: float,
+        leased: Callable[[str], int | None] = lambda _: None,
     ) -> None:
-        """`patience`: seconds for which the other workers may finish their tests."""
+        """`patience`: seconds for which the other workers may finish their tests. `leased`: UUID
+        -> the bytes that the session has leased for all its tests; None where it leases by the
+        test."""
         self._plan, self._holding, self._links, self._record = plan, holding, links, record
-        self._patience = patience
+        self._patience, self._leased = patience, leased
         self._lock = threading.RLock()
         self._devices: dict[str, frozenset[str]] = {}
         self._pids: dict[str, int] = {}
@@ -187,11 +190,11 @@ class ExclusiveAccess:
             self._links.send(request.worker, "alone", self._permission(request))
 
     def _permission(self, request: _Request) -> dict[str, Any]:
-        budgets = [
-            planned.budget
-            for planned in self._plan.devices
-            if planned.device.uuid in request.devices
-        ]
+        budgets = []
+        for planned in self._plan.devices:
+            if planned.device.uuid in request.devices:
+                leased = self._leased(planned.device.uuid)
+                budgets.append(planned.budget if leased is None else min(planned.budget, leased))
         return {"verdict": "go", "budget": min(budgets, default=0)}
 
     def _grant_later(self, request: _Request) -> None:

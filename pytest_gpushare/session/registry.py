@@ -167,6 +167,11 @@ class SessionRecord:
         """Tests are admitted by needs of their own from now on."""
         self._by_needs = True
 
+    @property
+    def is_by_the_test(self) -> bool:
+        """Whether the dispatch leases what each test needs."""
+        return self._look is not None
+
     def leases_by_the_test(self, look: Callable[[], object]) -> None:
         """From now on the dispatch leases; `look` is called now and then for other sessions."""
         self._look = look

@@ -118,6 +118,7 @@ class ActiveRun:
                 self.links,
                 self.record,
                 patience=float(self.settings.pressure_timeout),
+                leased=self._leased,
             )
             if config is not None:
                 services.append(NeedsRecorder(self, config))
@@ -208,6 +209,12 @@ class ActiveRun:
         """Whether other sessions of the host may use the devices, by agreement."""
         lessee = self.lessee
         return lessee is not None and lessee.claims_devices and not self.plan.request.in_process
+
+    def _leased(self, uuid: str) -> int | None:
+        """Bytes leased for the whole session; None where each test leases what it needs."""
+        if self.lessee is None or self._lease is None or not self.shares_devices:
+            return None
+        return None if self._lease.is_by_the_test else self.lessee.record.lease(uuid).lease
 
     def leases_by_the_test(self) -> None:
         """The dispatch leases what each test needs: no other session's lease limits the run.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpushare.compat.pytest_items import end_function, error_of_unittest, excinfos, renew
+from pytest_gpushare.leases import most_for_test
 from pytest_gpushare.planning.caps import cap_of
 from pytest_gpushare.worker.counters import clear_frames, empty, errors_of
 
@@ -289,7 +290,7 @@ class Retry:
         if granted is None or not self._tear_down(item):
             self._end(item, "failed")
             return False
-        self._cap.set(cap_of(int(granted["budget"]), self._context))
+        self._cap.set(cap_of(most_for_test(int(granted["budget"])), self._context))
         self.attempts, self._ran_again = 2, True
         return True
 

@@ -21,10 +21,10 @@ class RaisedNeed:
     def __init__(
         self,
         on: Callable[[str, Callable[[Any], None]], object],
-        ask: Callable[[int, int], object],
+        ask: Callable[[int, int, bool], object],
     ) -> None:
         """`on` receives messages of a kind from the controller; `ask` sends it the number of a
-        question and the bytes that are wanted."""
+        question, the bytes that are wanted, and whether less would do."""
         self._ask = ask
         self._answers: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
         self._number = self._total = 0
@@ -43,7 +43,7 @@ class RaisedNeed:
 
     def _raise_to(self, size: int, wait: float) -> None:
         self._number += 1
-        self._ask(self._number, size)
+        self._ask(self._number, size, False)
         asked, why = time.monotonic(), ""
         while True:
             # The controller says at once what is in the way.
@@ -68,4 +68,16 @@ class RaisedNeed:
 
     def _lower(self) -> None:
         self._number += 1
-        self._ask(self._number, self._total)
+        self._ask(self._number, self._total, False)
+
+    def most(self, size: int) -> int:
+        """Have so many bytes until the test ends, or as many as are there; returns how many."""
+        self._number += 1
+        self._ask(self._number, size, True)
+        until = time.monotonic() + _ANSWER_WITHIN
+        with contextlib.suppress(queue.Empty):
+            while True:
+                answer = self._answers.get(timeout=max(0.0, until - time.monotonic()))
+                if answer["number"] == self._number:
+                    return min(size, int(answer["size"]))
+        return size

@@ -101,7 +101,8 @@ class RunLoop:
         if self._inbox.get()[0] != "dispatch":
             commands.hand_over()
             return None
-        in_tests(RaisedNeed(self._link.on, partial(interactor.send, "raise")))
+        raised = RaisedNeed(self._link.on, partial(interactor.send, "raise"))
+        in_tests(raised, raised.most)
         try:
             self._run(session, interactor, commands)
         finally:

@@ -64,6 +64,42 @@ def test_need_of_the_running_test_is_raised(
     assert result.passed == 1, result.out
 
 
+def test_second_attempt_after_running_out_of_memory(project: Project, machine: Machine) -> None:
+    """Alone on the device it leases what is there, so that no other session counts on that."""
+    body = """
+    def wait_for(name):
+        until = time.monotonic() + 20
+        while not pathlib.Path(name).exists() and time.monotonic() < until:
+            time.sleep(0.02)
+
+    @pytest.mark.gpu(vram="14GB")
+    def test_neighbour():
+        with gpusim.alloc("13GB"):
+            pathlib.Path("held").write_text("")
+            wait_for("tried")
+            time.sleep(0.5)
+
+    @pytest.mark.gpu(vram="2GB")
+    def test_takes_more():
+        wait_for("held")
+        pathlib.Path("tried").write_text("")
+        with gpusim.alloc("11GB"):
+            assert leased()[0] == 1.0
+            assert 12.0 < leased()[1] <= 20.0
+"""
+    project.write(test_project=HELPERS + body)
+    with child_process(
+        [sys.executable, "-m", "pytest_gpushare", "hold", "--vram", "1GB", "--", "sleep", "60"],
+        env=project.environment,
+        cwd=project.path,
+    ) as process:
+        wait_for(lambda: bool(records(project)))
+        result = project.pytest("--gpu-share", "-n2", "-o", "gpu_share_preset=no-ollama packed")
+        process.terminate()
+    assert result.passed == 2, result.out
+    assert "passed alone" in " ".join(result.out.split()), result.out
+
+
 def test_another_session_waits_for_it(
     start: Callable[..., Session], project: Project, machine: Machine
 ) -> None:

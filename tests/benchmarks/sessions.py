@@ -276,12 +276,14 @@ def crowd(count: int) -> None:
         times = [times_of(session.path / "times") for session in running]
     began = [min(each, default=(0.0, 0.0))[0] for each in times]
     passed = [result.passed for result in ended]
+    without = sum("no VRAM is leased" in result.output for result in ended)
     pairs = [(a, b) for a in range(count) for b in range(count) if asked[a] + 0.05 < asked[b]]
     late = [began[a] - began[b] for a, b in pairs if began[b] < began[a]]
     print(
         f"{count} sessions at once: {sum(passed)} of {4 * count} tests passed, first tests of "
         f"{len(late)} of {len(pairs)} pairs out of order, at most "
-        f"{max(late, default=0):.1f} s, {max(r.seconds for r in ended):.0f} s"
+        f"{max(late, default=0):.1f} s, {without} without a lease, "
+        f"{max(r.seconds for r in ended):.0f} s"
     )
 
 

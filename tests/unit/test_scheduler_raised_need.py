@@ -17,6 +17,7 @@ from pytest_gpushare.scheduler.types import (
     DeviceCapacity,
     DeviceReading,
     Job,
+    Others,
     Raised,
     Run,
     Worker,
@@ -57,7 +58,7 @@ def test_there_is_enough() -> None:
     assert started(made.step(reading(10), 0.0)) == {1, 2}
     worker = next(w for w in made._gpu.workers.values() if w.sent == [1])
     made.wants_more(worker.id, 7, 5 * GB)
-    assert raised(made.step(reading(10), 1.0)) == [Raised(worker.id, 7, True)]
+    assert raised(made.step(reading(10), 1.0)) == [Raised(worker.id, 7, True, 5 * GB)]
     assert made.shares()[GPU].committed == 9 * GB
     assert started(made.step(reading(10), 2.0)) == set()
     # It gives the VRAM back while its test goes on; its need stays.
@@ -73,12 +74,14 @@ def test_waits_for_the_tests_beside_it_and_none_begins_meanwhile() -> None:
     other = next(w.id for w in made._gpu.workers.values() if w.sent == [0])
     made.wants_more(worker, 1, 8 * GB)
     text = "4.0 GB is left for it on GPU 0; held by blender 1.0 GB"
-    assert raised(made.step(reading(10), 1.0)) == [Raised(worker, 1, False, False, text)]
+    assert raised(made.step(reading(10), 1.0)) == [
+        Raised(worker, 1, False, is_final=False, text=text)
+    ]
     assert made.due_at is not None
     assert raised(made.step(reading(10), 2.0)) == []
     made.finished(other, 0, {GPU: 0})
     actions = made.step(reading(10), 3.0)
-    assert raised(actions) == [Raised(worker, 1, True)]
+    assert raised(actions) == [Raised(worker, 1, True, 8 * GB)]
     # 8 of 10 are taken.
     assert len(started(actions)) <= 1
     made.finished(worker, 1, {GPU: 0})
@@ -102,7 +105,18 @@ def test_more_than_there_ever_is() -> None:
     (worker,) = [w.id for w in made._gpu.workers.values() if w.sent]
     made.wants_more(worker, 1, 11 * GB)
     text = "the largest budget is 10.0 GB (GPU 0)"
-    assert raised(made.step(reading(10), 1.0)) == [Raised(worker, 1, False, True, text)]
+    assert raised(made.step(reading(10), 1.0)) == [Raised(worker, 1, False, text=text)]
+
+
+def test_as_much_as_other_sessions_leave() -> None:
+    """For a test that ran out of memory and runs once more, alone."""
+    made = dispatcher_of(2)
+    made.step(reading(10), 0.0)
+    (worker,) = [w.id for w in made._gpu.workers.values() if w.sent]
+    made.wants_more(worker, 1, 10 * GB, takes_less=True)
+    beside = reading(9)[GPU]._replace(others=Others(claimed=3 * GB))
+    assert raised(made.step({GPU: beside}, 1.0)) == [Raised(worker, 1, True, 6 * GB)]
+    assert made.shares()[GPU].committed == 6 * GB
 
 
 def test_wish_of_a_test_that_is_over() -> None:
@@ -123,8 +137,9 @@ class Controller:
         self.answers, self.asked = list(answers), list[tuple[int, int]]()
         self.link = Link(lambda _: None)
 
-    def ask(self, number: int, size: int) -> None:
+    def ask(self, number: int, size: int, takes_less: bool) -> None:
         self.asked.append((number, size))
+        self.takes_less = takes_less
         while self.answers and self.answers[0]["number"] == number:
             self.link.receive(("raised", self.answers.pop(0)))
 
@@ -157,3 +172,8 @@ def test_refused(is_final: bool) -> None:
         pass
     assert time.monotonic() - began < 5
     assert controller.asked[-1][1] == 0
+
+
+def test_as_much_as_there_is() -> None:
+    controller = Controller({**answer(1, True), "size": 6 * GB})
+    assert RaisedNeed(controller.link.on, controller.ask).most(9 * GB) == 6 * GB

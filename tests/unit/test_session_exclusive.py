@@ -267,3 +267,12 @@ def test_who_held_what() -> None:
         "GPU 0 had 4.0 GB of 24.0 GB free; the driver does not attribute the rest to processes"
     )
     assert Holding("GPU 0", None).text() == "what GPU 0 had free is unknown"
+
+
+def test_no_more_than_the_session_has_leased() -> None:
+    """What workers that have ended gave back may be another session's by now."""
+    run = Run(gw0=("A",), gw1=("A",))
+    run.exclusive._leased = {"A": 5 * GB}.get
+    run.ran_out("gw0")
+    run.quiet("gw1")
+    assert run.mail[-1] == ("gw0", "alone", {"verdict": "go", "budget": 5 * GB})
