@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -104,12 +105,10 @@ class DeviceUsage(NamedTuple):
 def combined(devices: Iterable[DeviceUsage]) -> DeviceUsage:
     """Who holds the VRAM of several devices together."""
     found = list(devices)
-    workers: dict[str, int] = {}
+    workers, neighbours = Counter[str](), Counter[str]()
     for usage in found:
-        _add_all(workers, usage.workers or {})
-    neighbours: dict[str, int] = {}
-    for usage in found:
-        _add_all(neighbours, usage.neighbours)
+        workers.update(usage.workers or {})
+        neighbours.update(usage.neighbours)
     return DeviceUsage(
         sum(usage.total for usage in found),
         sum(usage.used for usage in found),
@@ -118,11 +117,6 @@ def combined(devices: Iterable[DeviceUsage]) -> DeviceUsage:
         None if any(usage.workers is None for usage in found) else workers,
         sum(usage.unattributed for usage in found),
     )
-
-
-def _add_all(sums: dict[str, int], sizes: Mapping[str, int]) -> None:
-    for name, size in sizes.items():
-        sums[name] = sums.get(name, 0) + size
 
 
 class Attribution:

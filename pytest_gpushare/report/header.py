@@ -19,7 +19,6 @@ from pytest_gpushare.units import MB, format_gb, format_number, plural
 
 if TYPE_CHECKING:
     from pytest_gpushare.ollama.reservation import Demand, ModelNeed
-    from pytest_gpushare.session.run import ActiveRun
     from pytest_gpushare.session.start_facts import HostOfRun
 
 
@@ -217,7 +216,9 @@ def _may_not_wait(run: ActiveRun, verbosity: int) -> bool:
     """Whether xdist may schedule the tests, and it matters: others hold as much as a worker's
     slot, or details are wanted."""
     plan = run.plan
-    if run.has_needs or plan.cpu_workers or plan.request.in_process or run.gpus.simulated:
+    if run.has_needs or plan.cpu_workers or run.hosts or run.settings.ollama_tests:
+        return False
+    if plan.request.in_process or run.gpus.simulated:
         return False
     used = [device for device in plan.devices if device.workers]
     held = [device.device.used - device.resident >= device.slot_vram for device in used]

@@ -53,10 +53,15 @@ class Scene:
     """A run with GPU workers on that device."""
 
     def __init__(
-        self, workers: int = 2, cpus: int = 8, request: Request | None = None, **settings: Any
+        self,
+        workers: int = 2,
+        cpus: int = 8,
+        request: Request | None = None,
+        free: float = 22,
+        **settings: Any,
     ) -> None:
         self._now = [0.0]
-        gpus = GpuFacts((device(22),), (device(22),), driver="580.95.05")
+        gpus = GpuFacts((device(free),), (device(free),), driver="580.95.05")
         ollama, host = OllamaFacts(), HostFacts(cpus)
         chosen = replace(DEFAULTS, **settings)
 

@@ -1,16 +1,19 @@
-"""The header's line on where Ollama is, in cases that need another machine."""
+"""Lines of the header in cases that need another machine."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pytest_gpushare.ollama.models import OllamaFacts
-from pytest_gpushare.report.header import ollama_lines
+from pytest_gpushare.report.header import header, ollama_lines
+from pytest_gpushare.units import GB
 
+from .scene import Scene
 from .test_planning_sizing import DEFAULTS, device, plan
 
 REMOTE = OllamaFacts(
@@ -65,3 +68,24 @@ def test_nobody_found() -> None:
         "  Ollama at 127.0.0.1:11434, host.docker.internal:11434: nothing listens there; cannot be "
         "reached: Name or service not known; its VRAM reservation stands"
     ]
+
+
+@pytest.mark.parametrize(
+    ("free", "verbosity", "settings", "is_there"),
+    [
+        (22, 0, {}, False),
+        (22, 1, {}, True),
+        # Others hold 9 GB, as much as a slot.
+        (15, 0, {"ollama_vram_reservation": Fraction(4 * GB)}, True),
+        (15, 1, {"ollama_vram_reservation": Fraction(4 * GB), "cpu_workers": 1}, False),
+        # No worker, nothing to wait for.
+        (10, 1, {}, False),
+    ],
+)
+def test_vram_that_is_not_waited_for(
+    free: float, verbosity: int, settings: dict[str, Any], is_there: bool
+) -> None:
+    """Said at -v, and where other processes may well matter; CPU workers bring admission."""
+    run = Scene(free=free, **settings).active
+    texts = [line.text for line in header(run, verbosity)]
+    assert any("only tests with a need of their own wait for it" in t for t in texts) is is_there
