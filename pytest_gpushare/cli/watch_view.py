@@ -294,7 +294,7 @@ def _shares(parts: Sequence[int], total: int, cells: int) -> list[int]:
 
 
 def _legend(seen: SeenDevice) -> Row:
-    if seen.ollama is None:
+    if not _is_attributed(seen):
         return [Piece(_holders(seen), "dim")]
     words = _holders(seen).split(", ")
     row: list[Piece] = []
@@ -313,12 +313,20 @@ def _memory(seen: SeenDevice) -> str:
 
 
 def _holders(seen: SeenDevice) -> str:
-    if seen.ollama is None or seen.tests is None or seen.others is None:
-        return "holders unknown"
+    if not _is_attributed(seen):
+        return f"Ollama {format_gb(seen.ollama)}, others unknown" if seen.ollama else _UNKNOWN
     return (
-        f"Ollama {format_gb(seen.ollama)}, tests {format_gb(seen.tests)}, "
-        f"others {format_gb(seen.others)}"
+        f"Ollama {format_gb(seen.ollama or 0)}, tests {format_gb(seen.tests or 0)}, "
+        f"others {format_gb(seen.others or 0)}"
     )
+
+
+_UNKNOWN = "holders unknown"
+
+
+def _is_attributed(seen: SeenDevice) -> bool:
+    """Whether it is known who holds all of it."""
+    return None not in (seen.ollama, seen.tests, seen.others)
 
 
 def _session(session: RunningSession, now: float) -> str:

@@ -115,6 +115,13 @@ def test_nothing_is_known() -> None:
     assert f"{CLOCK} GPU 0: no reading; holders unknown" in list(lines(snapshot))
 
 
+def test_what_ollama_says_of_itself_is_shown_where_nvml_lists_nobody() -> None:
+    seen = replace(SEEN, tests=None, others=None)
+    snapshot = replace(SNAPSHOT, devices=(seen,))
+    assert "  Ollama 6.0 GB, others unknown" in drawn(snapshot)
+    assert any(text.endswith("; Ollama 6.0 GB, others unknown") for text in lines(snapshot))
+
+
 @pytest.mark.parametrize("width", [20, 60, 80, 200])
 def test_no_line_is_too_long(width: int) -> None:
     """It is broken at words, so that no figure is lost; a bar that does not fit is cut."""
