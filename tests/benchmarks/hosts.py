@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import resource
 import statistics
 import sys
 import tempfile
@@ -99,9 +100,12 @@ def probe(pairs: int) -> None:
         specs = [_slow(host, where.path, delay) for delay in DELAYS]
         over = []
         for _ in range(pairs):
-            alone, _ = _probed(specs[-1:], where.path)
-            took, cpu = _probed(specs, where.path)
-            share = cpu / (os.cpu_count() or 1)
+            alone = _probed(specs[-1:], where.path)
+            before = _spent(host)
+            took = _probed(specs, where.path)
+            # Until sshd has seen their ends.
+            time.sleep(1)
+            share = (_spent(host) - before) / (os.cpu_count() or 1)
             over.append(took - alone - share)
             print(f"probe: eight {took:.2f} s, slowest {alone:.2f} s, CPU over cores {share:.2f} s")
     print(f"probe: beyond both {statistics.median(over):.2f} s, {pairs} times (goal 0.30)")
@@ -119,22 +123,24 @@ def _slow(host: OtherHost, root: Path, delay: float) -> HostSpec:
     return parse_tx([spec])[0]._replace(name=config.name)
 
 
-def _probed(specs: list[HostSpec], root: Path) -> tuple[float, float]:
-    """Seconds until all have answered, and CPU time of the machine meanwhile."""
+def _probed(specs: list[HostSpec], root: Path) -> float:
+    """Seconds until all have answered."""
     settings = load(Written({}, {"gpu_share_config": ""}, {}, "", root, root, root))
-    busy, begun = _busy(), time.perf_counter()
+    begun = time.perf_counter()
     for name, facts, problem in look_at(specs, settings, root):
         if facts is None:
             sys.exit(f"{name}: {problem}")
-    # What is closed here ends by itself: the logins are over.
-    return time.perf_counter() - begun, _busy() - busy
+    return time.perf_counter() - begun
 
 
-def _busy() -> float:
-    """Seconds of CPU time of all processes."""
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    idle = int(fields[3]) + int(fields[4])
-    return (sum(map(int, fields[:8])) - idle) / os.sysconf("SC_CLK_TCK")
+def _spent(host: OtherHost) -> float:
+    """Seconds of CPU time of all logins that are over: of ssh here, and of what ran there."""
+    here = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert host.process is not None
+    first = host.process.pid
+    (sshd,) = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+    there = Path(f"/proc/{sshd}/stat").read_text().rpartition(")")[2].split()[13:15]
+    return here.ru_utime + here.ru_stime + sum(map(int, there)) / os.sysconf("SC_CLK_TCK")
 
 
 def tests(pairs: int) -> None:
