@@ -12,7 +12,8 @@ from collections.abc import Callable
 import pytest
 from acceptance.conftest import Project
 from acceptance.sessions import LARGE_TESTS, SLEEPER, Session, passed, records, start, wait_for
-from simulator import Machine
+from simulator import Device, Machine
+from simulator.child import child_process
 
 __all__ = ["start"]
 
@@ -101,6 +102,59 @@ def test_what_others_keep_for_ollama_is_waited_for(
 
 
 HOLD = [sys.executable, "-m", "pytest_gpushare", "hold"]
+
+
+SEVERAL = """
+    import json, os, pathlib
+    import gpusim, pytest
+
+    @pytest.mark.gpu(vram="2GB")
+    def test_first():
+        pathlib.Path("began").write_text("")
+
+    @pytest.mark.gpu(vram="10GB", devices=2)
+    def test_both():
+        with gpusim.alloc("9GB", 0), gpusim.alloc("9GB", 1):
+            pathlib.Path("both").write_text("")
+"""
+
+
+def test_need_on_several_devices_is_leased_in_one_step(
+    start: Callable[..., Session], project: Project, machine_with: Callable[..., Machine]
+) -> None:
+    """While one of them is another session's, nothing is leased on the other one for it."""
+    machine_with(Device(total="24GB"), Device(total="24GB"))
+    command = [*HOLD, "--device", "1", "--vram", "18GB", "--", "sleep", "60"]
+    seen = set[tuple[int, ...]]()
+    with child_process(command, env=project.environment, cwd=project.path) as holder:
+        wait_for(lambda: bool(records(project)))
+        session = start(SEVERAL, *PACKED, "-n1", "-o", "gpu_share_visible_devices=all")
+        place = session.path.parent / "worktree1"
+
+        def look() -> None:
+            for record in records(project):
+                devices = record["devices"]
+                assert isinstance(devices, dict)
+                if record["pid"] == session.process.pid and record["since"]:
+                    seen.add(tuple(((share or [0])[0]) >> 30 for share in devices.values()))
+
+        wait_for((place / "began").exists, 60)
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            look()
+            time.sleep(0.01)
+        assert not (place / "both").exists()
+        holder.terminate()
+        until = time.monotonic() + 60
+        while session.process.poll() is None and time.monotonic() < until:
+            look()
+            time.sleep(0.005)
+    output = session.finish()
+    assert passed(output) == 2, output
+    # Where either has so much, the other one has it too.
+    assert [sizes for sizes in seen if max(sizes) >= 10 > min(sizes)] == []
+    assert any(max(sizes) < 10 for sizes in seen)
+    assert any(min(sizes) >= 10 for sizes in seen)
 
 
 def test_fails_naming_the_holder(
