@@ -116,6 +116,7 @@ def acquire(
     """
     from pytest_gpushare.place import current
 
+    __tracebackhide__ = True
     wanted = size if isinstance(size, int) else int(parse_size(size, "MB"))
     place = current()
     is_own = place.role == "gpu" and (device in (place.device, place.index) or device == 0)

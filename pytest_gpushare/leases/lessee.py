@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import threading
 import time
@@ -427,18 +428,29 @@ class WaitingLine:
         self._is_terminal = stream is not None and stream.isatty()
         self._clock = clock
         self._width = 0
+        self._has_hinted = False
         self._next = float("-inf")
 
-    def show(self, text: str) -> None:
-        """What is waited for; `text` is one line."""
+    def show(self, text: str, hint: str = "") -> None:
+        """What is waited for; `text` is one line, cut to the width of a terminal.
+
+        `hint` is shown once, in a line of its own.
+        """
         if self._stream is None:
             return
+        if hint and not self._has_hinted:
+            self._has_hinted = True
+            hint = f"{hint}\n"
+        else:
+            hint = ""
         with contextlib.suppress(OSError, ValueError):
             if self._is_terminal:
-                self._stream.write(f"\r{text.ljust(self._width)}")
+                # A longer one would begin a new line each time.
+                text = text[: max(20, shutil.get_terminal_size().columns - 1)]
+                self._stream.write(f"\r{hint}{text.ljust(self._width)}")
                 self._width = len(text)
             elif self._clock() >= self._next:
-                self._stream.write(f"{text}\n")
+                self._stream.write(f"{text}\n{hint}")
                 self._next = self._clock() + LOG_INTERVAL
             self._stream.flush()
 

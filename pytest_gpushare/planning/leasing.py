@@ -29,6 +29,12 @@ _OLLAMA_EVERY = 2.0
 """Seconds between two requests to Ollama while the session waits."""
 
 
+_AT_ONCE = (
+    "gpu-share: sessions whose tests declare their needs, or with gpu_share_preset = packed, run "
+    "at the same time"
+)
+
+
 class Terms(NamedTuple):
     """On what terms a session takes part in the ledger."""
 
@@ -238,14 +244,11 @@ class _Negotiation:
         needed = format_gb(self.plan.needed) if self.plan is not None else "VRAM"
         who = "; ".join(self._holders(view, self._naming)) or "other programs hold the VRAM"
         text = f"gpu-share: waiting for {needed} of VRAM for a GPU worker, {waited:.0f} s: {who}"
-        if not any(share.spare for share in self._shares(view)) and any(
-            claim.holders for claim in view.claims.values()
-        ):
-            text += (
-                " (sessions whose tests declare their needs, or with gpu_share_preset = packed, "
-                "run at the same time)"
-            )
-        self._line.show(text)
+        is_fixed = not any(share.spare for share in self._shares(view))
+        if is_fixed and any(claim.holders for claim in view.claims.values()):
+            self._line.show(text, _AT_ONCE)
+        else:
+            self._line.show(text)
         if self._refresh is not None and waited - self._refreshed >= _OLLAMA_EVERY:
             # Its models come and go meanwhile: what it held at the start holds no longer.
             self._refreshed = waited

@@ -33,6 +33,7 @@ class RaisedNeed:
     @contextlib.contextmanager
     def __call__(self, size: int, wait: float | None) -> Iterator[None]:
         """Have `size` bytes in this worker, with what blocks around this one have."""
+        __tracebackhide__ = True
         self._raise_to(self._total + size, DEFAULT_WAIT if wait is None else wait)
         self._total += size
         try:
@@ -42,6 +43,7 @@ class RaisedNeed:
             self._lower()
 
     def _raise_to(self, size: int, wait: float) -> None:
+        __tracebackhide__ = True
         self._number += 1
         self._ask(self._number, size, False)
         asked, why = time.monotonic(), ""
@@ -61,8 +63,9 @@ class RaisedNeed:
                 break
         self._lower()
         waited = time.monotonic() - asked
+        after = f" after {waited:.0f} s" if waited >= 1 else ""
         raise LeaseUnavailable(
-            f"{format_gb(size)} of VRAM are not to be had for this test after {waited:.0f} s"
+            f"{format_gb(size)} of VRAM are not to be had for this test{after}"
             f"{': ' * bool(why)}{why}"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -255,6 +256,32 @@ def test_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
         line.show(f"waiting {second} s")
     line.clear()
     assert capsys.readouterr().err == "waiting 0 s\nwaiting 60 s\nwaiting 120 s\n"
+
+
+def test_line_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wide as the terminal at most, as a longer one would scroll; the hint comes once."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setenv("COLUMNS", "40")
+    line = WaitingLine()
+    for second in range(3):
+        line.show(f"waiting {second} s: {'x' * 100}", "a hint")
+    line.clear()
+    text = stream.getvalue()
+    assert text.count("a hint\n") == 1
+    assert [len(part) for part in text.replace("a hint\n", "").split("\r")] == [
+        0,
+        39,
+        39,
+        39,
+        39,
+        0,
+    ]
 
 
 def test_first_test_waits_with_the_ticket_of_the_start(world: World) -> None:
