@@ -381,6 +381,7 @@ class VramDispatch:
             jobs = [job._replace(marked=False, need=None) for job in jobs]
         jobs = [job._replace(model=llm.of.get(test)) for test, job in enumerate(jobs)]
         models = ModelQueue(jobs, llm.groups)
+        models.patience = float(started.settings.ollama_load_timeout)
         if started.plan.slots:
             gpu_tests = [
                 (job.need.vram or slot if job.need else slot, job.duration)

@@ -225,8 +225,8 @@ class Executor:
     def step(self) -> None:
         """Do what is to be done now."""
         dispatcher = self._dispatcher
-        if self.models is not None:
-            self.models.deliver(dispatcher)
+        if self.models is not None and dispatcher.models is not None:
+            self.models.deliver(dispatcher.models)
         # xdist ends a run after a failure under -x, or when no worker may be replaced any more.
         dispatcher.stop(self._is_stopping())
         for action in self._decided():

@@ -56,8 +56,8 @@ def others_on(
     """
     resident = device.resident if reading.resident is None else reading.resident
     # Sessions may keep different amounts for Ollama: the largest counts, once.
-    more = max(0, max(device.reservation, claims.reserved) - resident)
-    more -= max(0, device.reservation - resident)
+    more = max(0, max(own.reservation, claims.reserved) - resident)
+    more -= max(0, own.reservation - resident)
     if reading.free is None:
         left = device.budget - own.committed - claims.leased - more
         capacity = device.budget
@@ -86,7 +86,7 @@ def lease_on(device: DeviceCapacity, own: OwnShare, *, is_shared: bool) -> Devic
     return DeviceLease(
         max(0, lease),
         want=max(0, own.want) if is_shared else 0,
-        reserved=device.reservation,
+        reserved=own.published,
         spare=max(0, lease - own.kept),
         idle=max(0, own.idle),
         most=max(0, own.most),
@@ -123,7 +123,7 @@ class SharedDevices:
     def look(self) -> None:
         """Look at the other sessions without the gate, in a thread of its own, now and then."""
         claims, now = self._lessee.look().claims, time.monotonic()
-        is_new = not self.is_shared and any(claim.shares for claim in claims.values())
+        is_new = not self.is_shared and self._shares(claims)
         # Beside others only what its workers hold is leased: nothing else can be given up.
         is_asked = now - self._woke_at >= _GIVING_UP and any(
             claim.waiting and self._lessee.record.lease(uuid).idle for uuid, claim in claims.items()
@@ -154,7 +154,8 @@ class SharedDevices:
                 if not self._has_begun:
                     others = others._replace(limit=self._lessee.record.lease(uuid).lease)
                 others = others._replace(progress=progress, names=self._names(claims))
-                readings[uuid] = reading._replace(others=others if claims.shares else NOBODY)
+                shares = self._shares({uuid: claims})
+                readings[uuid] = reading._replace(others=others if shares else NOBODY)
             actions = dispatcher.step(readings, time.monotonic())
             self._has_begun = True
             return self._revision(view, dispatcher.shares(), has_acted=bool(actions))
@@ -169,6 +170,14 @@ class SharedDevices:
         assert actions is not None
         return actions
 
+    def _shares(self, claims: Mapping[str, DeviceClaims]) -> bool:
+        """Whether others claim VRAM there: for tests, or for a model that is loaded for tests."""
+        return any(
+            claim.shares or claim.reserved > self._capacities[uuid].reservation
+            for uuid, claim in claims.items()
+            if uuid in self._capacities
+        )
+
     def _progress_of(self, view: View) -> int:
         progress = progress_of(view.sessions)
         if progress != self._progress:
@@ -181,7 +190,7 @@ class SharedDevices:
         return "; ".join(self._naming.holder(holder, now) for holder in claims.holders)
 
     def _revision(self, view: View, own: Mapping[str, OwnShare], *, has_acted: bool) -> Revision:
-        self.is_shared = any(claims.shares for claims in view.claims.values())
+        self.is_shared = self._shares(view.claims)
         devices = {
             uuid: lease_on(device, own[uuid], is_shared=self.is_shared)
             for uuid, device in self._capacities.items()

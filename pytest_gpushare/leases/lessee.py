@@ -15,7 +15,7 @@ from pytest_gpushare.gpu.host import parent_of, pid_space
 from pytest_gpushare.leases import DEFAULT_WAIT
 from pytest_gpushare.leases.claims import DeviceClaims, claims_of, names_device
 from pytest_gpushare.leases.ledger import Ledger, LedgerError, LiveSession
-from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, Seniority
+from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, ModelTurn, Seniority
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -311,6 +311,12 @@ class Lessee:
         """The models of Ollama's that other sessions use, by full name."""
         return _models_of(self.ledger.look())
 
+    def take_turn(self, decide: Callable[[Sequence[LiveSession]], Sequence[ModelTurn]]) -> None:
+        """Publish the turns that `decide` makes of the other sessions. Raises `LedgerError`."""
+        with self._lock, self.ledger.gate():
+            turns = tuple(decide(self.ledger.others()))
+            self._write(self._record._replace(turns=turns, renewed=self._clock()))
+
     def change(self, **fields: object) -> bool:
         """Publish other values of fields of the record. Returns whether that was possible.
 
@@ -342,7 +348,7 @@ class Lessee:
     def leave(self) -> None:
         """Give everything back; harmless when called twice."""
         with self._lock:
-            self._record = self._record._replace(devices={}, ticket=0)
+            self._record = self._record._replace(devices={}, ticket=0, turns=())
             self.ledger.leave()
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ _MOST_TEXT = 200
 _MOST_DEVICES = 64
 _MOST_WORKERS = 512
 _MOST_MODELS = 16
+_MOST_TURNS = 8
 _MOST_PID = 2**31
 
 
@@ -59,6 +60,20 @@ class SessionWorker(NamedTuple):
     """Whether its tests may hold no more than the slot: not where they have needs of their own."""
 
 
+class ModelTurn(NamedTuple):
+    """A model of a server that tests of the session use, or wait for."""
+
+    server: str
+    model: str
+    """Its file and context: what makes it one process of the server."""
+    places: int = 0
+    """How many tests of the session may use it at once."""
+    is_open: bool = False
+    """Whether the session has had it loaded, and has tests of it left."""
+    ticket: int = 0
+    """The place in the queue for it; 0: the session does not wait."""
+
+
 class LeaseRecord(NamedTuple):
     """What a session publishes of itself."""
 
@@ -81,6 +96,7 @@ class LeaseRecord(NamedTuple):
     workers: tuple[SessionWorker, ...] = ()
     models: tuple[str, ...] = ()
     """Models of Ollama's that the session uses."""
+    turns: tuple[ModelTurn, ...] = ()
     done: int = 0
     """Tests that have ended."""
     total: int = 0
@@ -150,6 +166,7 @@ def _text(record: LeaseRecord, workers: Iterable[SessionWorker]) -> bytes:
             [w.id, w.pid, w.role, places.get(w.device or "", w.device), w.slot] for w in workers
         ],
         "models": list(record.models),
+        "turns": [list(turn) for turn in record.turns[:_MOST_TURNS]],
         "done": record.done,
         "total": record.total,
         "needs": record.by_needs,
@@ -211,6 +228,7 @@ def _record(found: Mapping[str, Any]) -> LeaseRecord:
             for worker in found["workers"][:_MOST_WORKERS]
         ),
         models=tuple(one_line(str(name), _MOST_TEXT) for name in found["models"][:_MOST_MODELS]),
+        turns=tuple(_turn(*turn) for turn in found.get("turns", ())[:_MOST_TURNS]),
         done=_integer(found["done"], 2**53),
         total=_integer(found["total"], 2**53),
         by_needs=by_needs,
@@ -228,6 +246,16 @@ def _worker(found: Any, uuids: list[str], *, is_bounded: bool) -> SessionWorker:
         device,
         _integer(slot, MOST_VRAM),
         is_bounded,
+    )
+
+
+def _turn(server: Any, model: Any, places: Any, is_open: Any, ticket: Any) -> ModelTurn:
+    return ModelTurn(
+        one_line(str(server), 100),
+        one_line(str(model), 120),
+        _integer(places, 2**16),
+        is_open is True,
+        _integer(ticket, 2**53),
     )
 
 

@@ -26,6 +26,12 @@ class RunModel(NamedTuple):
         return {"num_ctx": self.context} if self.context else {}
 
     @property
+    def key(self) -> str:
+        """What makes it one process of the server: its file, where that is known, and context."""
+        blob = self.facts.blob if self.facts is not None else ""
+        return f"{blob or full_name(self.name)}@{self.context}"
+
+    @property
     def shown(self) -> str:
         """As messages name it."""
         if not self.name:

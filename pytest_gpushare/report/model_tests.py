@@ -31,6 +31,9 @@ def lines_of(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
     for event in run.record.events("ollama-not-loaded", "ollama-marker"):
         yield Line(f"gpu-share: {event.text}", problem=event.kind == "ollama-not-loaded")
     yield from _loads(run, llm)
+    if view.verbosity >= 1:
+        for event in run.record.events("ollama-waited"):
+            yield Line(f"gpu-share: {event.text}")
     for model, (tokens, seconds) in llm.answers().items():
         rate = f", {tokens / seconds:.1f} tokens/s" if seconds else ""
         yield Line(f"gpu-share: {model} gave {tokens} tokens in recorded answers{rate}")
@@ -52,6 +55,10 @@ def document_of(llm: LlmTests) -> dict[str, Any]:
         "loads": [
             {"model": load.model, "at_s": round(load.at, 3), "seconds": round(load.seconds, 3)}
             for load in llm.loads
+        ],
+        "phases": [
+            {"model": each.model, "start_s": round(each.start, 3), "end_s": round(each.end, 3)}
+            for each in llm.phases
         ],
         "not_run": [{"reason": why, "tests": count} for why, count in llm.refused.items()],
         "answers": [

@@ -57,6 +57,8 @@ class DeviceLedger:
         """As the plan leaves it to the tests."""
         self.capacity = capacity
         """The same, less what is kept for a model that tests use."""
+        self.due = 0
+        """What a model takes that is to be loaded, while it waits for that."""
         self.accounts: dict[str, Account] = {}
         self.running: dict[str, Account] = {}
         """The workers that run a GPU test here."""

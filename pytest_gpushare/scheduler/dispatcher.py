@@ -290,26 +290,10 @@ class Dispatcher:
         """Say whether the run ends before its tests are done: then nothing more is handed out."""
         self._stopping = stopping
 
-    def opened(self, group: int, size: int | None = None) -> None:
-        """The model of this group is loaded, with so many bytes of VRAM."""
-        if self._models is not None:
-            self._models.queue.opened(group)
-            self._models.opened(group, size)
-            self._gpu.note_change()
-
-    def not_opened(self, group: int, outcome: str, reason: str) -> None:
-        """The model of this group cannot be loaded; `outcome` is `fail` or `skip`."""
-        if self._models is not None:
-            self._models.queue.not_opened(group, outcome, reason)
-            self._models.release(group)
-            self._gpu.note_change()
-
-    def closed(self, group: int) -> None:
-        """Nothing keeps the model of this group any more."""
-        if self._models is not None:
-            self._models.queue.closed(group)
-            self._models.release(group)
-            self._gpu.note_change()
+    @property
+    def models(self) -> ModelDispatch | None:
+        """The tests that use models: there goes what came of loads."""
+        return self._models
 
     def _requeue(self, tests: Iterable[int]) -> None:
         """Tests that no worker has any more, to whoever can run them."""

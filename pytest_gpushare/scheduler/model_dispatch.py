@@ -22,6 +22,7 @@ from pytest_gpushare.scheduler.types import (
     OpenModel,
     Run,
 )
+from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,8 +63,12 @@ class ModelDispatch:
         """Whether it was decided which model comes first."""
         self._idle_since: float | None = None
         """Since when no worker runs anything."""
+        self._asked: dict[int | None, float] = {}
+        """Group -> since when the first of its tests waits for the model."""
         self._due: dict[int, float] = {}
         """Group -> since when its model waits for VRAM."""
+        self._since = 0.0
+        self._progress: list[int] = []
         self._drained_at: float | None = None
         """When the last GPU test was over that ran where a model is to be loaded."""
         self._jobs, self._gpu, self._cpu, self._fallback = jobs, gpu, cpu, fallback
@@ -161,7 +166,8 @@ class ModelDispatch:
         for test in queue.release():
             self._release(test)
         for id_, admitted in queue.open_gate():
-            yield Admit(id_, admitted.test, Admission(refusal=admitted.refusal))
+            waited = self._gpu.at - self._asked.pop(self._jobs[admitted.test].model, self._gpu.at)
+            yield Admit(id_, admitted.test, Admission(refusal=admitted.refusal, waited=waited))
         wanted = queue.workers_wanted
         for number, worker in enumerate(cpu.workers.values()):
             worker.is_shallow = number < wanted
@@ -180,10 +186,12 @@ class ModelDispatch:
         may_open = queue.phase != AFTER or is_idle or not self._gpu_tests_are_left()
         actions: list[Action] = []
         for action in queue.actions(bound, is_idle=is_idle, may_open=may_open):
+            if isinstance(action, OpenModel):
+                self._asked[action.group] = gpu.at
             if isinstance(action, OpenModel) and queue.facts(action.group).reservations:
+                # Until it is known that the turn takes a while.
                 self._hold(action.group)
-                self._due[action.group] = gpu.at
-                self._drained_at = None
+                actions.append(action._replace(turn_only=True))
             elif isinstance(action, CloseModel):
                 has_room = bool(queue.facts(action.group).reservations)
                 more = queue.waits or self._gpu_tests_are_left()
@@ -192,12 +200,16 @@ class ModelDispatch:
                 actions.append(action)
         for group in list(self._due):
             if self._has_room(group):
+                self._note_due(group, 0)
                 waited = gpu.at - self._due.pop(group)
                 if waited >= WORTH_A_NOTE:
                     name = queue.facts(group).name
                     text = f"{name} waited {waited:.1f} s for VRAM before it was loaded"
                     actions.append(Note("ollama-waited", text, {"waited_s": round(waited, 3)}))
                 actions.append(OpenModel(group))
+            elif text := self._lacks_leased(group):
+                actions.append(Note("ollama-not-loaded", text))
+                self.not_opened(group, "fail", text)
             else:
                 actions += self._make_room(group)
         if any(ledger.holds for ledger in gpu.ledgers.values()):
@@ -232,6 +244,15 @@ class ModelDispatch:
         since = self._idle_since
         waits = bool(self._due) or (since is not None and self._gpu.at - since < 2 * IDLE)
         return waits and bool(self._gpu.workers or self._cpu.workers)
+
+    def has_turn(self, group: int, *, waits: bool) -> None:
+        """VRAM is what the model waits for now; `waits`: not yet, GPU tests go on meanwhile."""
+        if waits:
+            self.release(group)
+            return
+        self._hold(group)
+        self._due[group] = self._since = self._gpu.at
+        self._drained_at = None
 
     def began(self, worker: GpuWorker, test: int) -> None:
         """A test was admitted; one whose model is missing is refused."""
@@ -272,21 +293,64 @@ class ModelDispatch:
     def release(self, group: int) -> None:
         """Nothing is kept for this model any more."""
         self._due.pop(group, None)
+        self._note_due(group, 0)
         self._idle_since = None
         for uuid in self.queue.facts(group).reservations:
             if uuid in self._gpu.ledgers:
                 self._gpu.ledgers[uuid].hold(0)
+        self._gpu.note_change()
 
-    def opened(self, group: int, size: int | None) -> None:
+    def opened(self, group: int, size: int | None = None) -> None:
         """A model is loaded, and takes so many bytes, where that is known."""
+        self.queue.opened(group)
         self._idle_since = None
         devices = self._devices_of(group)
         if size is not None and len(devices) == 1:
             ledger, predicted = devices[0]
             ledger.hold(ledger.full.resident + min(size, predicted))
+        self._gpu.note_change()
+
+    def not_opened(self, group: int, outcome: str, reason: str) -> None:
+        """The model of this group cannot be loaded; `outcome` is `fail` or `skip`."""
+        self.queue.not_opened(group, outcome, reason)
+        self.release(group)
+
+    def closed(self, group: int) -> None:
+        """Nothing keeps the model of this group any more."""
+        self.queue.closed(group)
+        self.release(group)
+
+    def limit(self, group: int, places: int) -> int:
+        """Let so many tests of this group be under way at once. Returns how many are."""
+        if self.queue.limit(group, places):
             self._gpu.note_change()
+        return self.queue.taken(group)
+
+    def _note_due(self, group: int, size: int | None = None) -> None:
+        for ledger, all_of_it in self._devices_of(group):
+            ledger.due = all_of_it if size is None else size
+
+    def _lacks_leased(self, group: int) -> str:
+        """Why a model is not waited for any more: others have what it takes, and keep it."""
+        others = [ledger.reading.others for ledger, _ in self._devices_of(group)]
+        progress = [each.progress for each in others]
+        if progress != self._progress:
+            self._progress, self._since = progress, self._gpu.at
+        if (
+            not any(each.lent for each in others)
+            or self._gpu.at - self._since < self.queue.patience
+        ):
+            return ""
+        facts, who = self.queue.facts(group), "; ".join(each.names for each in others if each.names)
+        size = format_gb(max(facts.reservations.values()))
+        waited = self._gpu.at - self._due[group]
+        return (
+            f"{facts.name} needs {size} of VRAM, which other sessions have leased: waited "
+            f"{waited:.0f} s: {who}"
+        )
 
     def _hold(self, group: int) -> None:
+        self._note_due(group)
         for uuid, size in self.queue.facts(group).reservations.items():
             ledger = self._gpu.ledgers.get(uuid)
             if ledger is not None:
@@ -303,14 +367,14 @@ class ModelDispatch:
         """Whether the model can be loaded now: the server takes the device with most VRAM free."""
         devices = self._devices_of(group)
         for ledger, size in devices:
-            free = ledger.reading.free
-            if free is None and ledger.committed <= ledger.capacity.budget:
+            free, claimed = ledger.reading.free, ledger.reading.others.claimed
+            if free is None and ledger.committed <= ledger.capacity.budget - claimed:
                 return True
-            if free is not None and free - ledger.outstanding >= size:
+            if free is not None and free - ledger.outstanding - claimed >= size:
                 return True
         if not devices:
             return True
-        if any(ledger.running for ledger, _ in devices):
+        if any(ledger.running or ledger.reading.others.lent for ledger, _ in devices):
             self._drained_at = None
             return False
         if self._drained_at is None:
@@ -367,7 +431,8 @@ class ModelDispatch:
         worker.is_taken = self.queue.has_chain(worker.worker.id)
         note = self._cpu.notes.pop(offer.test, "")
         refusal = self._cpu.refusals.pop(offer.test, None)
-        return _run(worker.worker.id, offer._replace(refusal=offer.refusal or refusal), note)
+        offer = offer._replace(refusal=offer.refusal or refusal)
+        return self._run(worker.worker.id, offer, note)
 
     def use(self, worker: GpuWorker) -> Run | None:
         """A test for a GPU worker that has no group to go on with; None where it gets none."""
@@ -388,16 +453,19 @@ class ModelDispatch:
         worker.sent.append(offer.test)
         worker.deadline = None
         gpu.refresh(worker)
-        return _run(worker.id, offer)
+        return self._run(worker.id, offer)
 
     def stop(self) -> Iterator[Action]:
         """Take back the tests that wait in workers: the run ends."""
         for worker in list(self.queue.gate):
             yield EmptyCaches(worker, withdraw=True)
 
-
-def _run(worker: str, offer: Offer, note: str = "") -> Run:
-    admissions = {}
-    if note or offer.refusal is not None:
-        admissions = {offer.test: Admission(note=note, refusal=offer.refusal)}
-    return Run(worker, (offer.test,), admissions, admitted=offer.admitted)
+    def _run(self, worker: str, offer: Offer, note: str = "") -> Run:
+        waited, model = 0.0, self._jobs[offer.test].model
+        if model in self._asked and offer.admitted:
+            # The first test of a model waits for it; those behind it wait for that one.
+            waited = self._gpu.at - self._asked.pop(model)
+        admissions = {}
+        if note or offer.refusal is not None or waited:
+            admissions = {offer.test: Admission(note=note, refusal=offer.refusal, waited=waited)}
+        return Run(worker, (offer.test,), admissions, admitted=offer.admitted)

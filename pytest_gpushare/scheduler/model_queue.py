@@ -57,18 +57,26 @@ class _Group:
         """Whether a test has begun since it was opened last."""
         self.in_vain = 0
         """How often it was opened and closed again without one."""
+        self.places = facts.parallel
+        """How many tests may be under way at once: other sessions may have some of them."""
         self.workers: dict[str, set[int]] = {}
         """The workers that hold a place, with the tests of the group that they have."""
 
     def has_place(self, worker: str) -> bool:
         """Whether a test of the group may start in this worker."""
-        taken = len(self.workers) + len(self.released)
-        return worker in self.workers or taken < self.facts.parallel
+        if worker in self.workers:
+            return self.taken <= self.places
+        return self.taken < self.places
+
+    @property
+    def taken(self) -> int:
+        """How many places are taken."""
+        return len(self.workers) + len(self.released)
 
     @property
     def is_used(self) -> bool:
         """Whether tests of it run, or are about to."""
-        return bool(self.workers or self.released)
+        return bool(self.taken)
 
 
 class ModelQueue:
@@ -80,6 +88,8 @@ class ModelQueue:
         """`most_open`: how many models may be loaded for tests at once."""
         self.phase = BESIDE
         """Whether tests that use models run next to GPU tests, before or after them."""
+        self.patience = 600.0
+        """Seconds without progress of other sessions for which their VRAM is waited for."""
         self._jobs = jobs
         self._groups = [_Group(facts) for facts in groups]
         self._most_open = most_open
@@ -329,6 +339,16 @@ class ModelQueue:
         if self._groups[number].state is State.CLOSING:
             self._groups[number].state = State.CLOSED
 
+    def limit(self, number: int, places: int) -> bool:
+        """Let so many tests of the group be under way at once. Returns whether that is new."""
+        group, before = self._groups[number], self._groups[number].places
+        group.places = min(places, group.facts.parallel)
+        return group.places != before
+
+    def taken(self, number: int) -> int:
+        """How many tests of the group are under way, or about to be."""
+        return self._groups[number].taken
+
     def facts(self, number: int) -> ModelGroup:
         """What is known of this group."""
         return self._groups[number].facts
@@ -367,6 +387,9 @@ class ModelQueue:
         actions: list[Action] = []
         for number, group in enumerate(self._groups):
             if group.state is not State.OPEN or group.is_used:
+                continue
+            if not group.places and self._is_left(number):
+                # Another session's tests use it; it is to stay for those of this one.
                 continue
             is_full = self._count_open() >= self._most_open
             others = is_full and bool((wanted | blocked) - {number})

@@ -16,6 +16,10 @@ _FEW = 100
 """So many tests are looked through after each one that starts."""
 
 
+A_MODEL = -1
+"""What waits is no test, but a model that tests use."""
+
+
 class OwnShare(NamedTuple):
     """One device, in bytes."""
 
@@ -34,9 +38,13 @@ class OwnShare(NamedTuple):
     want: int
     """What the first test that waits lacks, where it is others that have it."""
     waits_for: int | None
-    """That test."""
+    """That test, or `A_MODEL`."""
     reserved: int
     """What must stay free for neighbours and as safety buffer, whatever other sessions do."""
+    reservation: int = 0
+    """What of the device is kept for Ollama."""
+    published: int = 0
+    """The same without a model that waits for VRAM: what other sessions are to keep, too."""
 
 
 class Sharing:
@@ -68,9 +76,13 @@ class Sharing:
             want=want,
             waits_for=test,
             reserved=ledger.kept - ledger.reading.others.claimed,
+            reservation=ledger.capacity.reservation,
+            published=(ledger.full if ledger.due else ledger.capacity).reservation,
         )
 
     def _wanted(self, device: str, ledger: DeviceLedger) -> tuple[int | None, int]:
+        if ledger.due:
+            return A_MODEL, ledger.due
         pool = self._pool
         raising = (w for w in pool.raising.values() if w.device == device and w.more and w.sent)
         worker = next(raising, None)

@@ -224,6 +224,8 @@ class OpenModel(NamedTuple):
     """Have this model loaded; `Dispatcher.opened` or `not_opened` follows."""
 
     group: int
+    turn_only: bool = False
+    """Wait until no other session uses another model of the server; `has_turn` follows."""
 
 
 class CloseModel(NamedTuple):

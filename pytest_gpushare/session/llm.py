@@ -12,33 +12,28 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from pytest_gpushare.ollama.catalog import ask as ask_server
 from pytest_gpushare.ollama.catalog import ask_models
-from pytest_gpushare.ollama.keep_alive import KeepAlive, PreloadedModel
-from pytest_gpushare.ollama.loading import Loader, ModelLoadError
-from pytest_gpushare.ollama.models import ModelFacts, described, full_name
-from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, OVERHEAD
-from pytest_gpushare.ollama.preload import ollama_pids
+from pytest_gpushare.ollama.models import ModelFacts, full_name
+from pytest_gpushare.ollama.prediction import NOTHING_KNOWN
 from pytest_gpushare.ollama.reservation import Demand, devices_of_ollama, need_of, server_of
 from pytest_gpushare.ollama.run_models import RunModel, grouped, in_order
 from pytest_gpushare.scheduler.llm_marks import ModelUse
 from pytest_gpushare.scheduler.phases import BESIDE, Estimate, ModelLoad, choose
 from pytest_gpushare.scheduler.types import CloseModel, ModelGroup, OpenModel
+from pytest_gpushare.session.llm_loads import Load, ModelLoads, Phase, RunParts
+from pytest_gpushare.session.model_turns import Limited
 from pytest_gpushare.text import printable
 from pytest_gpushare.timed import TimedCall
 
 if TYPE_CHECKING:
-    from pytest_gpushare.config.settings import Settings
-    from pytest_gpushare.events import Record
-    from pytest_gpushare.gpu.devices import Device, GpuFacts
-    from pytest_gpushare.gpu.sampler import Live
-    from pytest_gpushare.leases.lessee import Lessee
+    from pytest_gpushare.gpu.devices import Device
     from pytest_gpushare.ollama.address import Address
-    from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+    from pytest_gpushare.ollama.models import LoadedModel
     from pytest_gpushare.planning.plan import Plan
-    from pytest_gpushare.wire import Links
 
 ASK_LIMIT = 5.0
 """Seconds for all questions about the models when the tests are collected."""
@@ -61,14 +56,28 @@ class Opened(NamedTuple):
     """Why its tests cannot run; empty where the model is there."""
 
 
+class HasTurn(NamedTuple):
+    """What came of an `OpenModel` that only asks for the turn."""
+
+    group: int
+    waits: bool = False
+    """Not yet: another session's tests come first."""
+
+
 class Closed(NamedTuple):
     """What came of a `CloseModel`."""
 
     group: int
 
 
-class Receiver(Protocol):
+Outcome: TypeAlias = Opened | HasTurn | Closed
+
+
+class Receiver(Limited, Protocol):
     """The dispatcher, as far as models go."""
+
+    def has_turn(self, group: int, *, waits: bool) -> None:
+        """No other session uses another model of the server; `waits`: one does for a while."""
 
     def opened(self, group: int, size: int | None) -> None:
         """The model of this group is loaded, with so many bytes of VRAM, where that is known."""
@@ -78,27 +87,6 @@ class Receiver(Protocol):
 
     def closed(self, group: int) -> None:
         """Nothing keeps it any more."""
-
-
-class RunParts(Protocol):
-    """What of the active run matters here."""
-
-    settings: Settings
-    gpus: GpuFacts
-    ollama: OllamaFacts
-    record: Record
-    links: Links
-    live: Live | None
-    lessee: Lessee | None
-
-
-class Load(NamedTuple):
-    """A model that was loaded for its tests."""
-
-    model: str
-    at: float
-    """Seconds since the run started."""
-    seconds: float
 
 
 class LlmTests:
@@ -120,34 +108,25 @@ class LlmTests:
         `has_server`: one server has the models of all tests; False: each host has its own, which
         loads them as it is asked, and the tests are grouped by model alone.
         """
-        self.holds_vram, self._has_server = holds_vram, has_server
+        self.holds_vram = holds_vram
         self.estimate: Estimate | None = None
         """How long the run should take each way; None where nothing was to be chosen."""
         self._work = work
         self._run = run
         self.tests = len(uses)
-        self.loads: list[Load] = []
         self.refused: Counter[str] = Counter()
         """Why tests were not run -> how many."""
-        self._missing: set[int] = set()
-        """The groups of which the model has to be pulled first."""
         self._commands: queue.SimpleQueue[OpenModel | CloseModel | None] = queue.SimpleQueue()
-        self._outcomes: queue.SimpleQueue[Opened | Closed] = queue.SimpleQueue()
-        self._over = threading.Event()
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.on_outcome: Callable[[], object] = lambda: None
         """Called, from another thread, when there is something for `deliver`."""
-        self._ours: dict[int, tuple[PreloadedModel, KeepAlive]] = {}
-        """Group -> what this session loaded for it and has not unloaded."""
-        self._sizes: dict[int, int] = {}
-        """Group -> bytes that its model takes."""
-        self._kept: list[KeepAlive] = []
-        """All that were kept in this run."""
         self._lock = threading.Lock()
         self._answers: dict[str, tuple[int, float]] = {}
         self._problem = ""
         self._loaded: Sequence[LoadedModel] = ()
-        self.server: Address | None = None
+        asks = has_server and run.ollama.asked and not run.gpus.simulated
+        self.server: Address | None = run.ollama.server if asks else None
         self.models: list[RunModel] = []
         facts = self._ask({use.model for use in uses.values() if use.model})
         found, numbers = grouped(((use.model, use.context) for use in uses.values()), facts)
@@ -163,7 +142,11 @@ class LlmTests:
         """Test -> the number of its group."""
         self._model_of = {nodeids[test]: self.models[at].shown for test, at in self.of.items()}
         run.links.on("ollama-answer", self._received)
-        self._publish()
+        self.loader: ModelLoads | None = None
+        """None where nothing is asked of a server."""
+        if self.server is not None:
+            models, groups = self.models, self.groups
+            self.loader = ModelLoads(run, self.server, models, groups, lambda: self.on_outcome())
         for text in {
             f"@pytest.mark.ollama: {use.odd}: means nothing to this plugin, which knows "
             "model=... and context=..."
@@ -172,23 +155,14 @@ class LlmTests:
         }:
             run.record.note("ollama-marker", text)
 
-    def _publish(self) -> None:
-        """Let other sessions know which models are in use: they do not unload them."""
-        lessee = self._run.lessee
-        names = [name for model in self.models for name in model.names]
-        if lessee is not None and names:
-            lessee.change(models=tuple(dict.fromkeys([*lessee.record.models, *names])))
-
     # --- what the server says ---
 
     def _ask(self, names: set[str]) -> Mapping[str, ModelFacts]:
         """What the server says of the models; it is asked only where the settings allow it."""
-        run = self._run
-        first = run.ollama
-        if not (self._has_server and first.asked) or first.server is None or run.gpus.simulated:
+        server = self.server
+        if server is None:
             return {}
-        self.server = server = first.server
-        limit = max(ASK_LIMIT, float(run.settings.ollama_timeout))
+        limit = max(ASK_LIMIT, float(self._run.settings.ollama_timeout))
         until = time.monotonic() + limit
         answer = TimedCall(lambda: ask_server(server, limit), "ollama")
         models = TimedCall(
@@ -218,7 +192,6 @@ class LlmTests:
             return group
         if facts is not None and facts.is_missing:
             if settings.without_ollama == "pull":
-                self._missing.add(number)
                 return group._replace(loads=True)
             return self._without(group, f"no model {model.name} {where}", tests)
         return group._replace(loads=True, reservations=self._reservations(model))
@@ -281,14 +254,14 @@ class LlmTests:
 
     def stop(self) -> None:
         """Give up what is under way, and give the models back."""
-        self._over.set()
+        loader = self.loader
+        if loader is not None:
+            loader.is_over.set()
         self._commands.put(None)
         if self._thread is not None:
             self._thread.join(_STOP)
-        for own, kept in list(self._ours.values()):
-            del own
-            kept.stop()
-        self._ours.clear()
+        if loader is not None:
+            loader.end()
 
     def obey(self, action: OpenModel | CloseModel) -> None:
         """Have a model loaded, or not kept any more; `deliver` says what came of it."""
@@ -299,19 +272,51 @@ class LlmTests:
         with contextlib.suppress(queue.Empty):
             while True:
                 outcome = self._outcomes.get_nowait()
-                if isinstance(outcome, Closed):
+                if isinstance(outcome, HasTurn):
+                    receiver.has_turn(outcome.group, waits=outcome.waits)
+                elif isinstance(outcome, Closed):
                     receiver.closed(outcome.group)
                 elif outcome.problem:
                     receiver.not_opened(outcome.group, "fail", outcome.problem)
                 else:
-                    receiver.opened(outcome.group, self._sizes.get(outcome.group))
+                    size = None if self.loader is None else self.loader.sizes.get(outcome.group)
+                    receiver.opened(outcome.group, size)
+        if self.loader is not None and self.loader.turns is not None:
+            self.loader.turns.put_in_force(receiver)
 
     def open_now(self, number: int) -> str:
         """Load the model of a group in this thread: a process without workers waits for it.
 
         Returns why that is not possible; empty where it is.
         """
-        return self._open(number)
+        loader = self.loader
+        if loader is None:
+            return ""
+        loader.close_others(number)
+        if not loader.is_open(number):
+            return loader.open(number)
+        loader.take_turn(number)
+        return ""
+
+    def close_now(self, number: int) -> None:
+        """No test of a group is left, in a process without workers."""
+        if self.loader is not None:
+            self.loader.close(number, makes_room=False)
+
+    @property
+    def loads(self) -> Sequence[Load]:
+        """The models that were loaded."""
+        return () if self.loader is None else self.loader.loads
+
+    @property
+    def phases(self) -> Sequence[Phase]:
+        """When tests of which model ran."""
+        return () if self.loader is None else self.loader.phases
+
+    @property
+    def given_up(self) -> Sequence[str]:
+        """A sentence on each model that was not kept loaded any more."""
+        return () if self.loader is None else self.loader.given_up
 
     def uses(self, nodeid: str) -> bool:
         """Whether a test uses a model."""
@@ -332,96 +337,34 @@ class LlmTests:
             before = self._answers.get(model, (0, 0.0))
             self._answers[model] = before[0] + tokens, before[1] + seconds
 
-    @property
-    def given_up(self) -> list[str]:
-        """A sentence on each model that was not kept loaded any more."""
-        return [text for kept in self._kept for text in kept.given_up]
-
     def _serve(self) -> None:
-        while not self._over.is_set():
+        loader = self.loader
+        while loader is None or not loader.is_over.is_set():
+            pause = None if loader is None or loader.turns is None else loader.turns.look()
             try:
-                command = self._commands.get(timeout=_IDLE)
+                command = self._commands.get(timeout=_IDLE if pause is None else pause)
             except queue.Empty:
                 continue
             if command is None:
                 return
-            number = command.group
-            try:
-                if isinstance(command, CloseModel):
-                    if command.makes_room:
-                        self._unload(number)
-                    outcome: Opened | Closed = Closed(number)
-                else:
-                    outcome = Opened(number, self._open(number))
-            except Exception as error:
-                # Its tests are reported with this reason; else they would never be reported.
-                outcome = Opened(number, printable(f"{type(error).__name__}: {error}", 200))
-            self._outcomes.put(outcome)
-            self.on_outcome()
+            self._report(self._outcome_of(command))
 
-    def _open(self, number: int) -> str:
-        """Why the model of this group cannot be used; empty where it can."""
-        model, server, run = self.models[number], self.server, self._run
-        if server is None or not self.groups[number].loads or not model.name:
-            return ""
-        loader = Loader(server, ollama_pids(run.live), self._over.is_set)
+    def _outcome_of(self, command: OpenModel | CloseModel) -> Outcome:
+        loader, number = self.loader, command.group
+        if loader is None:
+            return Closed(number) if isinstance(command, CloseModel) else Opened(number)
         try:
-            if number in self._missing:
-                self._pull(loader, number)
-            self._make_room(number)
-            loaded = loader.load(model, float(run.settings.ollama_load_timeout))
-        except ModelLoadError as error:
-            where = f"at {run.ollama.address}"
-            text = f"Ollama {where} cannot load {model.shown}: {error}"
-            run.record.note("ollama-not-loaded", text, model=model.name)
-            return text
-        if loaded.model.on_gpu:
-            self._sizes[number] = loaded.model.on_gpu + OVERHEAD
-        if loaded.own is not None:
-            kept = KeepAlive(server, [loaded.own], ollama_pids(run.live))
-            if run.lessee is not None:
-                kept.used_by_others = run.lessee.models_of_others
-            kept.start()
-            self._kept.append(kept)
-            self._ours[number] = loaded.own, kept
-            self.loads.append(Load(model.shown, run.record.now(), loaded.seconds))
-            run.record.note(
-                "ollama-loaded-for-tests",
-                f"Ollama loaded {described(loaded.model)} for its tests ({loaded.seconds:.1f} s)",
-                model=model.name,
-                seconds=round(loaded.seconds, 3),
-            )
-        return ""
+            if isinstance(command, CloseModel):
+                loader.close(number, makes_room=command.makes_room)
+                return Closed(number)
+            if command.turn_only:
+                loader.take_turn(number, partial(self._report, HasTurn(number, waits=True)))
+                return HasTurn(number)
+            return Opened(number, loader.open(number))
+        except Exception as error:
+            # Its tests are reported with this reason; else they would never be reported.
+            return Opened(number, printable(f"{type(error).__name__}: {error}", 200))
 
-    def _make_room(self, number: int) -> None:
-        """Unload what this session loaded for other tests: the server would not make room for
-        a model that does not fit next to it, but put a part of the new one on the CPU."""
-        if self._run.live is None:
-            return
-        used = self._run.lessee.models_of_others() if self._run.lessee is not None else frozenset()
-        for other, (own, _) in list(self._ours.items()):
-            if other == number or full_name(own.model.name) in used:
-                continue
-            self._unload(other)
-
-    def _unload(self, number: int) -> None:
-        """Unload what this session loaded for this group, and wait until it is gone."""
-        if number not in self._ours or self.server is None:
-            return
-        own, kept = self._ours.pop(number)
-        kept.give_up()
-        Loader(self.server, ollama_pids(self._run.live), self._over.is_set).unload(own)
-
-    def _pull(self, loader: Loader, number: int) -> None:
-        run, name = self._run, self.models[number].name
-        shown = -1
-
-        def progress(words: str, share: int | None) -> None:
-            nonlocal shown
-            if share is not None and share // 10 != shown:
-                shown = share // 10
-                run.record.note("ollama-pull", f"Ollama pulls {name}: {words}, {share} %")
-
-        run.record.note("ollama-pull", f"Ollama pulls {name}")
-        loader.pull(name, float(run.settings.ollama_pull_timeout), progress)
-        self._missing.discard(number)
+    def _report(self, outcome: Outcome) -> None:
+        self._outcomes.put(outcome)
+        self.on_outcome()

@@ -127,6 +127,7 @@ class ActiveRun:
         self._alone = facts.alone
         self.lessee = facts.lessee
         """What this session leases; None where it takes no part in the ledger."""
+        self.shares_models = facts.shares_models
         self.other_leases = OtherLeases(Naming(self.settings.report_names), self.record.now)
         """What other sessions had leased during the run."""
         self._lease: SessionRecord | None = None

@@ -32,6 +32,7 @@ from pytest_gpushare.gpu.host import available_ram
 from pytest_gpushare.gpu.sampler import LiveVram
 from pytest_gpushare.gpu.visibility import VARIABLE, cuda_is_up, set_variables
 from pytest_gpushare.leases import AcquireTerms, in_run
+from pytest_gpushare.leases.ledger import OFF
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.reservation import devices_of_ollama, seen_larger, unexpected
@@ -39,6 +40,7 @@ from pytest_gpushare.place import entered
 from pytest_gpushare.planning.leasing import Agreed, Terms, agree, lease_plan
 from pytest_gpushare.planning.placement import (
     ORDER,
+    ROLE,
     place_of,
     slot_of_outer_run,
     worker_environment,
@@ -212,6 +214,8 @@ def start(
             *agreed.notes,
         ),
         lessee=agreed.lessee,
+        # A run inside a worker does not wait for the test that has started it.
+        shares_models=settings.leases != OFF and ROLE not in host.environment,
         leases=agreed.leases,
         alone=agreed.alone if plan is agreed.plan else {},
         contexts=earlier.contexts,

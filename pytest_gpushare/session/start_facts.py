@@ -49,6 +49,8 @@ class StartFacts(NamedTuple):
     """Device name -> bytes of a CUDA context, as earlier runs measured it."""
     lessee: Lessee | None = None
     """What this session leases; None where it takes no part in the ledger."""
+    shares_models: bool = False
+    """Whether tests of other sessions of the host may use the same Ollama server, by agreement."""
     leases: tuple[str, ...] = ()
     """One sentence for each device and session that has leased VRAM there."""
     alone: Mapping[str, int] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -138,7 +139,8 @@ class ModelsInProcess:
         self._message = message["ollama"]
         self._llm: LlmTests | None = None
         self._groups: dict[pytest.Item, int] = {}
-        self._open: int | None = None
+        self._left: Counter[int] = Counter()
+        """Group -> how many of its tests are to come."""
         self._refusals: dict[int, tuple[str, str]] = {}
 
     @pytest.hookimpl(trylast=True)
@@ -162,6 +164,7 @@ class ModelsInProcess:
         self._llm = self._run.llm = LlmTests(self._run, uses, {}, [item.nodeid for item in items])
         self._run.services.add(AtSigterm(self._llm))
         self._groups = {items[at]: group for at, group in self._llm.of.items()}
+        self._left.update(self._groups.values())
         if len(self._llm.groups) > 1:
             places = sorted(uses)
             ordered = sorted((items[at] for at in places), key=self._groups.__getitem__)
@@ -171,15 +174,17 @@ class ModelsInProcess:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """Have the model loaded first; where that fails, the test is reported with the reason."""
-        group = self._groups.get(item)
-        if group is not None and self._llm is not None:
-            refusal = self._llm.groups[group].refusal or self._refusals.get(group)
-            if refusal is None and group != self._open:
-                problem = self._llm.open_now(group)
-                if problem:
-                    refusal = self._refusals[group] = "fail", problem
-                else:
-                    self._open = group
-            if refusal is not None:
-                item.stash[REFUSAL] = refusal
-        return (yield)
+        group, llm = self._groups.get(item), self._llm
+        if group is None or llm is None:
+            return (yield)
+        refusal = llm.groups[group].refusal or self._refusals.get(group)
+        if refusal is None and (problem := llm.open_now(group)):
+            refusal = self._refusals[group] = "fail", problem
+        if refusal is not None:
+            item.stash[REFUSAL] = refusal
+        try:
+            return (yield)
+        finally:
+            self._left[group] -= 1
+            if not self._left[group]:
+                llm.close_now(group)

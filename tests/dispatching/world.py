@@ -14,6 +14,7 @@ from itertools import count
 from typing import Any
 
 from pytest_gpushare.scheduler.dispatcher import Dispatcher
+from pytest_gpushare.scheduler.model_dispatch import ModelDispatch
 from pytest_gpushare.scheduler.model_queue import ModelQueue
 from pytest_gpushare.scheduler.types import (
     Action,
@@ -176,6 +177,12 @@ class World:
                 break
             assert self.now < limit, f"deadlock: {self.dispatcher!r}"
         return self
+
+    @property
+    def models_of_run(self) -> ModelDispatch:
+        """The part of the dispatcher that knows models."""
+        assert self.dispatcher.models is not None
+        return self.dispatcher.models
 
     @property
     def makespan(self) -> float:
@@ -341,6 +348,9 @@ class World:
             self.actions.append(action)
             if isinstance(action, Note):
                 continue
+            if isinstance(action, OpenModel) and action.turn_only:
+                self._at(0.0, self._has_turn, action.group)
+                continue
             if isinstance(action, OpenModel):
                 for uuid, size in self.models[action.group].reservations.items():
                     if self._free(uuid) < size and self.live:
@@ -387,16 +397,20 @@ class World:
                     self._at(0.05, self._down, process, False)
                     self._at(0.05, self._step)
 
+    def _has_turn(self, group: int) -> None:
+        self.models_of_run.has_turn(group, waits=False)
+        self._step()
+
     def _opened(self, group: int) -> None:
         if group in self._failing:
-            self.dispatcher.not_opened(group, "fail", "it cannot be loaded")
+            self.models_of_run.not_opened(group, "fail", "it cannot be loaded")
         else:
             self.loads.append(group)
             self.loaded.add(group)
             for uuid, size in self.models[group].reservations.items():
                 # A margin stays free beside it.
                 self.devices[uuid].ollama += size - GB
-            self.dispatcher.opened(group)
+            self.models_of_run.opened(group)
         self._step()
 
     def _unload(self, group: int) -> None:
@@ -406,7 +420,7 @@ class World:
                 self.devices[uuid].ollama -= size - GB
 
     def _closed(self, group: int) -> None:
-        self.dispatcher.closed(group)
+        self.models_of_run.closed(group)
         self._step()
 
     def _users(self, group: int) -> list[int]:

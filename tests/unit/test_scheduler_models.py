@@ -164,6 +164,34 @@ def test_small_tests_run_beside_a_model() -> None:
     assert world.makespan <= 14.0
 
 
+@pytest.mark.parametrize("vram", [0, 12 * GB])
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_gpu_tests_do_not_starve_tests_of_a_model(vram: int, look_ahead: bool) -> None:
+    """Without CPU workers they take their turn on GPU workers, and do not come last."""
+    groups = [ModelGroup("m0", loads=True, reservations={"GPU-0": vram} if vram else {})]
+    gpu = [Job(f"g{n}", True, Need(3 * GB, source="marker"), duration=1.0) for n in range(60)]
+    jobs = [*gpu, *uses(0, 6, duration=1.0)]
+    world = World(jobs, [ROOM], GPU, models=groups, load=2.0, look_ahead=look_ahead).run()
+    assert world.wrong == []
+    assert len(world.outcomes) == len(jobs)
+    ended = list(world.outcomes)
+    last = max(ended.index(test) for test in range(60, 66))
+    # A load and six tests, one after another, beside two workers with GPU tests.
+    assert last < 32
+
+
+def test_place_is_left_to_another_session() -> None:
+    """No test begins without a place, and the model stays; with it they go on."""
+    world = World(uses(0, 4), [ROOM], CPU, models=models(1), load=1.0)
+    world.models_of_run.limit(0, 0)
+    world._at(20.0, world.models_of_run.limit, 0, 1)
+    world._at(20.0, world._step)
+    world.run()
+    assert world.wrong == []
+    assert world.loads == [0]
+    assert (world.first, world.last) == (20.0, pytest.approx(24.0, abs=0.2))
+
+
 def test_test_that_does_not_fit_beside_its_own_model() -> None:
     """It fails before the first test starts, with both figures."""
     groups = [ModelGroup("m0", loads=True, reservations={"GPU-0": 15 * GB})]

@@ -226,6 +226,11 @@ def data(report: Shown) -> dict[str, Any]:
             }
             for event in events
         ],
+        "phases": [
+            {"model": visible(phase.model), "start": phase.start_s, "end": phase.end_s}
+            for phase in report.phases[:MOST_EVENTS]
+            if phase.start_s is not None and phase.end_s is not None
+        ],
         "tests": _tests(report.tests, report.workers),
     }
 

@@ -196,6 +196,15 @@ class ShownLease:
 
 
 @dataclass(frozen=True)
+class ShownPhase:
+    """The time in which a model of Ollama's was loaded for tests."""
+
+    model: str
+    start_s: float | None
+    end_s: float | None
+
+
+@dataclass(frozen=True)
 class Shown:
     """All that the page shows."""
 
@@ -215,6 +224,7 @@ class Shown:
     samples: Mapping[str, ShownSamples]
     """UUID -> the samples of the device."""
     leases: list[ShownLease]
+    phases: list[ShownPhase]
     summary: list[str]
     hints: list[str]
     shortages: list[str]
@@ -240,6 +250,7 @@ def shown(document: Mapping[str, Any]) -> Shown:
         _each(ShownModel, ollama.get("models")),
         {str(uuid): _read(ShownSamples, held) for uuid, held in samples.items()},
         _each(ShownLease, sampled.get("leases")),
+        _each(ShownPhase, _object(ollama.get("tests")).get("phases")),
         _texts(document.get("summary")),
         _texts(document.get("hints")),
         _texts(document.get("shortages")),

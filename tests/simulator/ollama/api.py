@@ -173,7 +173,14 @@ class Handler(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": "Simulated answer."}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         self._send_json(
-            {"object": "chat.completion", "model": request["model"], "choices": [choice]}
+            {
+                "id": "chatcmpl-1",
+                "object": "chat.completion",
+                "created": int(time.time()),
+                "model": request["model"],
+                "choices": [choice],
+                "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
+            }
         )
 
     def _generate(self, request: dict[str, Any], *, chat: bool = False) -> None:
@@ -181,6 +188,8 @@ class Handler(BaseHTTPRequestHandler):
         model = self._model(request.get("model"))
         if model.embeds:
             raise ApiError(400, f'"{model.full_name}" does not support generate')
+        if request.get("tools"):
+            raise ApiError(400, f"{model.full_name} does not support tools")
         prompt = request.get("messages" if chat else "prompt") or ""
         options = {**(request.get("options") or {}), "shift": request.get("shift")}
         for key in ("num_ctx", *NUMBERS):

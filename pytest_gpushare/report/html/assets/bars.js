@@ -13,13 +13,15 @@ function testPlot(timeline) {
     key.append(item);
   }
 
-  const made = options(timeline, rows.length * row + 28 + 8);
-  made.scales.y = { range: [0, rows.length], dir: -1 };
+  const phases = data.phases ?? [];
+  const height = rows.length + (phases.length ? 1 : 0);
+  const made = options(timeline, height * row + 28 + 8);
+  made.scales.y = { range: [0, height], dir: -1 };
   made.axes[1] = {
     ...made.axes[1],
     grid: { show: false },
-    splits: () => rows.map((_, at) => at + 0.5),
-    values: () => rows.map((number) => data.workers[number].id),
+    splits: () => [...Array(height).keys()].map((at) => at + 0.5),
+    values: () => [...rows.map((number) => data.workers[number].id), "Ollama"].slice(0, height),
     space: 1,
   };
   made.series = [{}, { points: { show: false } }];
@@ -27,6 +29,7 @@ function testPlot(timeline) {
   made.hooks.draw = [
     (chart) => drawEvents(timeline, chart, events, false),
     (chart) => drawBars(timeline, chart, rows, row),
+    (chart) => drawPhases(timeline, chart, phases, rows.length * row + 2, row - 4),
   ];
 
   const under = (event) => {
@@ -36,10 +39,18 @@ function testPlot(timeline) {
     const near = plot.chart.posToVal(3, "x") - plot.chart.posToVal(0, "x");
     return tests.at(number, plot.chart.posToVal(event.clientX - box.left, "x"), near);
   };
+  const phaseUnder = (event) => {
+    const box = plot.chart.over.getBoundingClientRect();
+    if (Math.floor((event.clientY - box.top) / row) !== rows.length) return null;
+    const at = plot.chart.posToVal(event.clientX - box.left, "x");
+    return phases.find((phase) => phase.start <= at && at < phase.end) ?? null;
+  };
   plot.hover = (event) => {
     const test = under(event);
+    const phase = test === null ? phaseUnder(event) : null;
     plot.chart.over.style.cursor = test === null ? "" : "pointer";
-    if (test === null) timeline.hideTip();
+    if (phase) timeline.showTip(event, phase.model, [["ollama", "loaded for its tests", clock(phase.end - phase.start)]]);
+    else if (test === null) timeline.hideTip();
     else timeline.showTip(event, tests.full(test), tests.lines(test));
   };
   plot.click = (event) => {
@@ -85,6 +96,29 @@ function drawBars(timeline, chart, rows, row) {
         }
       }
     });
+  });
+}
+
+// Bands while a model is loaded for its tests.
+function drawPhases(timeline, chart, phases, top, height) {
+  const { palette } = timeline;
+  inside(chart, (ctx, width) => {
+    ctx.font = "11px system-ui, sans-serif";
+    ctx.textBaseline = "middle";
+    for (const phase of phases) {
+      const left = Math.max(0, chart.valToPos(phase.start, "x"));
+      const right = Math.min(width, chart.valToPos(phase.end, "x"));
+      if (right <= left) continue;
+      ctx.fillStyle = palette.ollama;
+      ctx.fillRect(left, top, Math.max(1, right - left - 1), height);
+      ctx.save();
+      ctx.beginPath();
+      ctx.rect(left, top, Math.max(0, right - left - 4), height);
+      ctx.clip();
+      ctx.fillStyle = inkOn(palette.ollama);
+      ctx.fillText(phase.model, left + 6, top + height / 2);
+      ctx.restore();
+    }
   });
 }
 

@@ -1,0 +1,121 @@
+"""Sessions of one host whose tests use models of one server: they take turns and share places."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from simulator import Device, Machine
+from simulator.ollama import Model, OllamaServer
+
+from .conftest import Project, Result
+from .test_llm import SUITE
+
+pytestmark = pytest.mark.xdist_group("llm-sessions")
+
+
+@pytest.fixture
+def server(machine_with: Callable[..., Machine], ollama_with: Callable[..., Any]) -> OllamaServer:
+    """24 GB, 22 GB free, and an Ollama that holds one model at a time."""
+    machine_with(Device(total="24GB", used="2GB"))
+    return ollama_with(
+        [Model("a:1b", "1GB"), Model("b:1b", "1GB"), Model("large:30b", "17GB")],
+        max_loaded=1,
+        load_delay=0.3,
+    )
+
+
+def suite_of(model: str, count: int, seconds: float) -> str:
+    """A module of so many tests of a model, with one of another kind."""
+    return (
+        SUITE
+        + f"""
+    @pytest.mark.parametrize("i", range({count}))
+    @pytest.mark.ollama(model="{model}")
+    def test_answer(i):
+        ask("{model}", {seconds})
+
+    def test_other():
+        pass
+    """
+    )
+
+
+def at_once(project: Project, runs: list[list[str]]) -> list[Result]:
+    """The runs, all at the same time."""
+    with ThreadPoolExecutor() as pool:
+        started = [pool.submit(project.pytest, "--gpu-share", *each) for each in runs]
+        return [run.result(timeout=150) for run in started]
+
+
+@pytest.mark.parametrize("workers", ["-n2", "-n0"])
+def test_two_models(project: Project, server: OllamaServer, workers: str) -> None:
+    """Under MAX_LOADED_MODELS 1 each model is loaded once: the second waits for the first."""
+    project.write(test_one=suite_of("a:1b", 8, 0.2), test_two=suite_of("b:1b", 8, 0.2))
+    results = at_once(project, [["test_one.py", workers], ["test_two.py", workers]])
+    for result in results:
+        assert (result.code, result.passed) == (0, 9), result.out
+    assert sorted(server.scheduler.loads) == ["a:1b", "b:1b"]
+    assert server.scheduler.spills == []
+
+
+@pytest.mark.parametrize(("workers", "parallel"), [("-n2", 1), ("-n3", 2), ("-n0", 1)])
+def test_one_model(project: Project, server: OllamaServer, workers: str, parallel: int) -> None:
+    """No more tests of all sessions use it at once than the server answers."""
+    server.scheduler.settings = type(server.scheduler.settings)(max_loaded=1, parallel=parallel)
+    project.write(test_one=suite_of("a:1b", 10, 0.2), test_two=suite_of("a:1b", 10, 0.2))
+    option = ["-o", f"gpu_share_ollama_parallel={parallel}", workers]
+    names = ["test_one.py", "test_two.py", "test_one.py"]
+    results = at_once(project, [[name, *option] for name in names])
+    for result in results:
+        assert (result.code, result.passed) == (0, 11), result.out
+    assert server.scheduler.loads == ["a:1b"]
+    assert server.scheduler.most_at_once["a:1b"] == parallel
+
+
+def test_large_model_beside_gpu_tests_of_another_session(
+    project: Project, server: OllamaServer
+) -> None:
+    """It waits for the VRAM that the other session has leased: no spill, nobody out of memory."""
+    project.write(
+        test_gpu="""
+    import pathlib, time
+    import pytest, gpusim
+
+    @pytest.mark.parametrize("i", range(60))
+    @pytest.mark.gpu(vram="5GB")
+    def test_gpu(i):
+        pathlib.Path("begun").touch()
+        with gpusim.alloc("4.3GB"):
+            time.sleep(0.4)
+    """,
+        test_llm=suite_of("large:30b", 4, 0.2),
+    )
+    options = [
+        "gpu_share_ollama_vram_reservation_mb=auto",
+        "gpu_share_ollama_models=large:30b",
+        "gpu_share_ollama_context=4096",
+        "gpu_share_ollama_tests=test_llm.py::test_answer = large:30b",
+    ]
+    llm = [
+        "test_llm.py",
+        "-n1",
+        "-vv",
+        "--gpu-share-report=r.json",
+        *(part for option in options for part in ("-o", option)),
+    ]
+    gpu = ["test_gpu.py", "-n2", "-o", "gpu_share_ollama_vram_reservation_mb=0"]
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(project.pytest, "--gpu-share", *gpu)
+        until = time.monotonic() + 60
+        while not (project.path / "begun").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        second = pool.submit(project.pytest, "--gpu-share", *llm)
+        results = [first.result(timeout=150), second.result(timeout=150)]
+    for result, count in zip(results, (60, 5), strict=True):
+        assert (result.code, result.passed) == (0, count), result.out
+    assert server.scheduler.loads == ["large:30b"]
+    assert server.scheduler.spills == [], results[0].out + results[1].out

@@ -1,0 +1,111 @@
+"""Sessions that use models of one server: turns in order, and shared places."""
+
+from __future__ import annotations
+
+import itertools
+from random import Random
+
+import pytest
+
+from pytest_gpushare.leases.claims import TICKET_LIFE
+from pytest_gpushare.leases.ledger import LiveSession
+from pytest_gpushare.leases.model_places import Queue
+from pytest_gpushare.leases.records import LeaseRecord, ModelTurn, from_bytes, to_bytes
+
+NOW = 100.0
+
+
+def turn(model: str = "a", places: int = 0, ticket: int = 0, *, is_open: bool = False) -> ModelTurn:
+    """A turn on the one server."""
+    return ModelTurn("s", model, places, is_open or bool(places), ticket)
+
+
+def queue_of(*turns: ModelTurn, renewed: float = NOW) -> Queue:
+    """The turns of so many other sessions."""
+    records = [LeaseRecord(n, turns=(each,), renewed=renewed) for n, each in enumerate(turns)]
+    sessions = [LiveSession(f"s-{n}", 0, record) for n, record in enumerate(records)]
+    return Queue.of(sessions, "s", NOW)
+
+
+def test_record_keeps_turns() -> None:
+    """They stand in the record; one written before them has none."""
+    record = LeaseRecord(1, turns=(ModelTurn("127.0.0.1:11434", "sha@4096", 2, True, 0),))
+    assert from_bytes(to_bytes(record)).turns == record.turns
+    text = to_bytes(LeaseRecord(1)).replace(b'"turns":[],', b"")
+    assert from_bytes(text).turns == ()
+
+
+@pytest.mark.parametrize(
+    ("others", "own", "expected"),
+    [
+        ([], turn(), True),
+        ([turn("b", 1)], turn(), False),
+        ([turn("b", is_open=True, ticket=3)], turn(), False),
+        ([turn("a", 1)], turn(), True),
+        ([turn("a", 1), turn("b", ticket=1)], turn(), True),
+        ([turn("b", ticket=1)], turn(ticket=2), False),
+        ([turn("b", ticket=2)], turn(ticket=1), True),
+        ([turn("b", ticket=2)], turn(), False),
+    ],
+)
+def test_who_may_load(others: list[ModelTurn], own: ModelTurn, expected: bool) -> None:
+    """One model at a time, in the order of asking; a model that is there is joined."""
+    assert queue_of(*others).may_open(own) is expected
+
+
+def test_stopped_session_blocks_nobody() -> None:
+    """Its ticket counts for so long."""
+    waiting = turn("b", ticket=1)
+    assert not queue_of(waiting, renewed=NOW - TICKET_LIFE).may_open(turn())
+    assert queue_of(waiting, renewed=NOW - TICKET_LIFE - 0.1).may_open(turn())
+
+
+@pytest.mark.parametrize(
+    ("others", "own", "parallel", "gives_way", "expected"),
+    [
+        ([], turn(places=1), 4, False, 4),
+        ([turn("b", 2)], turn(places=1), 4, False, 4),
+        # Another one waits: half of them; and the only one after a while.
+        ([turn(ticket=1)], turn(places=4), 4, False, 2),
+        ([turn(ticket=1)], turn(places=1), 1, False, 1),
+        ([turn(ticket=1)], turn(places=1), 1, True, 0),
+        ([turn(places=1)], turn(ticket=1, is_open=True), 1, False, 0),
+        ([turn(places=1)], turn(places=1), 2, True, 1),
+        ([turn(places=2)], turn(is_open=True), 3, False, 1),
+        # Those that asked before come first.
+        ([turn(ticket=1)], turn(ticket=2, is_open=True), 1, False, 0),
+        ([turn(ticket=2)], turn(ticket=1, is_open=True), 1, False, 1),
+    ],
+)
+def test_places(
+    others: list[ModelTurn], own: ModelTurn, parallel: int, gives_way: bool, expected: int
+) -> None:
+    """The places of a model are shared; where there are too few, sessions take turns."""
+    assert queue_of(*others).places(own, parallel, gives_way=gives_way) == expected
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_sessions(seed: int) -> None:
+    """Never more places than there are, one model at a time, and everybody gets there."""
+    draw = Random(seed)
+    parallel, count = draw.randint(1, 4), draw.randint(2, 5)
+    turns = [turn(draw.choice("ab")) for _ in range(count)]
+    left = [draw.randint(1, 6) for _ in range(count)]
+    for _ in itertools.repeat(None, 3000):
+        number = draw.randrange(count)
+        if not left[number]:
+            turns[number] = turn(turns[number].model)
+            continue
+        own = turns[number]
+        others = queue_of(*(t for n, t in enumerate(turns) if n != number))
+        if own.is_open or others.may_open(own):
+            places = others.places(own, parallel, gives_way=draw.random() < 0.5)
+            ticket = 0 if places else own.ticket or others.next_ticket
+            turns[number] = own._replace(is_open=True, places=places, ticket=ticket)
+            left[number] -= bool(places) and draw.random() < 0.3
+        else:
+            turns[number] = own._replace(ticket=own.ticket or others.next_ticket)
+        assert len({t.model for t in turns if t.is_open}) <= 1
+        for model in "ab":
+            assert sum(t.places for t in turns if t.model == model) <= parallel
+    assert left == [0] * count
