@@ -17,7 +17,7 @@ from pytest_gpushare.planning.caps import cap_of
 from pytest_gpushare.units import MB
 from pytest_gpushare.worker import counters
 from pytest_gpushare.worker.framework_caps import TorchCap
-from pytest_gpushare.worker.oom_retry import Retry
+from pytest_gpushare.worker.oom_retry import SECTION, Retry
 from pytest_gpushare.worker.own_vram import OwnVram, own_children, reaped
 from pytest_gpushare.worker.runner import NEED
 
@@ -186,7 +186,10 @@ class Meter:
         if call.when == "call" or (call.when == "setup" and call.excinfo is not None):
             # Its teardown is about to give back what it holds.
             self._own.look(item.nodeid)
+        is_explained = self._retry.explains(item, call)
         report = yield
+        if is_explained:
+            report.sections.append((SECTION, self._retry.note))
         if report.when == "setup" or self._outcome == "passed" or report.failed:
             self._outcome = report.outcome
         if call.excinfo is not None and self._empty_caches != "never":

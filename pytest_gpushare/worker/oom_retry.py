@@ -230,22 +230,17 @@ class Retry:
         self._run_again(item, "call")
         return None
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(
-        self, item: pytest.Item, call: pytest.CallInfo[None]
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Say in the report what happened, and how long the attempt took that counts."""
+    def explains(self, item: pytest.Item, call: pytest.CallInfo[None]) -> bool:
+        """Before a report is made: whether the note in `note` belongs to it."""
         if self._phase:
             self._subtests = True
-            return (yield)
+            return False
         # A set-up that went well the second time says nothing yet: the call is to come.
         if not self._why or self.note or (call.when == "setup" and call.excinfo is None):
-            return (yield)
+            return False
         self.note = self._sentence(failed=call.excinfo is not None or bool(excinfos(item)))
         item.user_properties.append((SECTION.replace("-", "_"), self.note))
-        report = yield
-        report.sections.append((SECTION, self.note))
-        return report
+        return True
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
     def pytest_timeout_set_timer(self, settings: Any) -> None:
