@@ -76,7 +76,7 @@ class LeasePerTest:
         before = self._acquired
         refused = self._lease(max(before + size, self._need), "a test", wait)
         if refused:
-            raise LeaseUnavailable(f"{format_gb(size)} of VRAM are not to be had, {refused}")
+            raise LeaseUnavailable(f"{format_gb(size)} of VRAM are not available, {refused}")
         self._acquired = before + size
         try:
             yield

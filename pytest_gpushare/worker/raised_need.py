@@ -65,7 +65,7 @@ class RaisedNeed:
         waited = time.monotonic() - asked
         after = f" after {waited:.0f} s" if waited >= 1 else ""
         raise LeaseUnavailable(
-            f"{format_gb(size)} of VRAM are not to be had for this test{after}"
+            f"{format_gb(size)} of VRAM are not available for this test{after}"
             f"{': ' * bool(why)}{why}"
         )
 

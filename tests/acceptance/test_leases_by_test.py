@@ -157,6 +157,37 @@ def test_need_on_several_devices_is_leased_in_one_step(
     assert any(min(sizes) >= 10 for sizes in seen)
 
 
+def test_waits_for_any_of_several_devices(
+    start: Callable[..., Session], project: Project, machine_with: Callable[..., Machine]
+) -> None:
+    """Once one of them is granted, it waits for the other no longer."""
+    machine_with(Device(total="24GB", used="2GB"), Device(total="24GB", used="2GB"))
+    holders = [
+        child_process(
+            [*HOLD, "--device", device, "--vram", "20GB", "--", "sleep", "60"],
+            env=project.environment,
+            cwd=project.path,
+        )
+        for device in "01"
+    ]
+    with holders[0] as first, holders[1]:
+        wait_for(lambda: len(records(project)) == 2)
+        session = start(SLEEPER, "-o", "gpu_share_preset=no-ollama", "-n1")
+
+        def shares() -> list[list[int]]:
+            found = [r for r in records(project) if r["pid"] == session.process.pid]
+            devices = found[0]["devices"] if found else {}
+            assert isinstance(devices, dict)
+            return [[*share, 0, 0][:2] for share in devices.values()]
+
+        wait_for(lambda: sum(want > 0 for _, want in shares()) == 2)
+        first.terminate()
+        wait_for(lambda: any(lease for lease, _ in shares()))
+        assert [want for _, want in shares()] == [0, 0]
+        assert sum(lease > 0 for lease, _ in shares()) == 1
+        session.kill()
+
+
 def test_fails_naming_the_holder(
     start: Callable[..., Session], machine: Machine, project: Project
 ) -> None:

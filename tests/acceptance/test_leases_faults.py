@@ -29,6 +29,7 @@ from simulator import Machine
 from simulator.child import child_process
 
 from pytest_gpushare.leases import locks
+from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, to_bytes
 
 __all__ = ["start"]
 
@@ -191,6 +192,24 @@ def test_records_that_nobody_understands(
     assert "s-5" not in text
     assert "s-6" not in text
     assert "s-7" not in text
+
+
+def test_claim_of_more_than_is_left(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    """Whoever claims it is named by the owner of the file, which nobody can forge."""
+    uuid = machine.snapshot()[0].uuid
+    record = LeaseRecord(1, "elsewhere", "/srv/a", "nobody", devices={uuid: DeviceLease(24 << 30)})
+    path = leases_directory(project) / "s-1-claim.json"
+    path.parent.mkdir(mode=0o777)
+    path.write_bytes(to_bytes(record))
+    descriptor = os.open(path, os.O_RDONLY)
+    assert locks.try_shared(descriptor)
+    output = start("def test_it():\n    pass\n", *NO_OLLAMA, "-n1", "--gpu-share-wait=0").finish()
+    os.close(descriptor)
+    assert passed(output) == 1, output
+    text = " ".join(output.split())
+    assert f"GPU 0: uid {os.getuid()} claims 24.0 GB of VRAM, more than is left there" in text
 
 
 @pytest.mark.parametrize("what", ["files", "directory"])

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from simulator.child import child_process
@@ -183,6 +184,26 @@ def test_stopped_holder_of_the_gate(
         others(ledger)
     assert time.monotonic() - began < 0.2
     assert len(ledger.look()) == 1
+
+
+def test_gate_that_is_there_is_not_opened_to_be_created(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fs.protected_regular that fails for a gate which another user has made."""
+    with Ledger(directory).gate():
+        pass
+    opened, flags = os.open, list[int]()
+
+    def noting(path: object, flag: int, *more: Any, **names: Any) -> int:
+        if path == "gate":
+            flags.append(flag)
+        return opened(path, flag, *more, **names)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", noting)
+    with Ledger(directory).gate():
+        pass
+    assert flags
+    assert not any(flag & os.O_CREAT for flag in flags)
 
 
 def test_removed_gate_lets_no_two_in(directory: Path) -> None:

@@ -166,7 +166,9 @@ def test_refused(is_final: bool) -> None:
     controller = Controller(answer(1, False, is_final, "3.0 GB is left for it on GPU 0"))
     began = time.monotonic()
     with (
-        pytest.raises(LeaseUnavailable, match=r"5\.0 GB of VRAM are not .* 3\.0 GB is left"),
+        pytest.raises(
+            LeaseUnavailable, match=r"5\.0 GB of VRAM are not available .* 3\.0 GB is left"
+        ),
         of(controller)(5 * GB, 30.0 if is_final else 0.2),
     ):
         pass
