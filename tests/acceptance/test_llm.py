@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -167,9 +166,12 @@ def test_absent_server_is_an_error_under_strict(project: Project, machine: Machi
     """Skipped with the reason, counted, and failed under strict."""
     project.write(test_project=MARKED)
     for strict, code in (((), 0), (("--gpu-share-strict",), 1)):
-        result = project.pytest("--gpu-share", "-n2", *strict)
+        summary = project.file("summary.md", "")
+        environment = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(summary)}
+        result = project.pytest("--gpu-share", "-n2", *strict, **environment)
         assert (result.code, result.passed) == (code, 12), result.out
         assert "gpu-share: 8 tests skipped: no Ollama at 127.0.0.1" in result.out
+        assert "8 tests skipped: no Ollama at 127.0.0.1" in summary.read_text(encoding="utf-8")
     assert "(an error under --gpu-share-strict)" in result.out
 
 
@@ -513,34 +515,31 @@ def test_run_again_and_last_failed(project: Project, server: OllamaServer) -> No
     assert (last.code, last.passed) == (0, 1), last.out
 
 
-def test_two_sessions_two_models(project: Project, server: OllamaServer) -> None:
-    """Under MAX_LOADED_MODELS 1 each session loads its model; no test is lost, nothing spills."""
+@pytest.mark.parametrize("workers", ["-n2", "-n0"])
+def test_stepwise(project: Project, server: OllamaServer, workers: str) -> None:
+    """It stops at the failure and goes on there, as in stock; one test at a time as ever."""
     project.write(
-        test_one=SUITE
+        test_project=SUITE
         + """
-    @pytest.mark.parametrize("i", range(4))
+    import pathlib
+
+    @pytest.mark.parametrize("i", range(5))
     @pytest.mark.ollama(model="a:1b")
     def test_a(i):
-        ask("a:1b", 0.05)
-    """,
-        test_two=SUITE
-        + """
-    @pytest.mark.parametrize("i", range(4))
-    @pytest.mark.ollama(model="b:1b")
-    def test_b(i):
-        ask("b:1b", 0.05)
-    """,
+        ask("a:1b", 0.02)
+        assert i != 2 or pathlib.Path("is-right").exists()
+    """
     )
-    with ThreadPoolExecutor() as pool:
-        runs = [
-            pool.submit(project.pytest, name, "--gpu-share", "-n1")
-            for name in ("test_one.py", "test_two.py")
-        ]
-        results = [run.result(timeout=120) for run in runs]
-    for result in results:
-        assert (result.code, result.passed) == (0, 4), result.out
-    assert server.scheduler.spills == []
-    assert set(server.scheduler.loads) == {"a:1b", "b:1b"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:anyio", "--gpu-share", workers, "--sw"]
+    first = project.command(command)
+    # The test that follows may be under way on a worker, as in stock.
+    assert first.code == 2, first.out
+    assert first.passed == 2 or (workers == "-n2" and first.passed == 3), first.out
+    project.file("is-right", "")
+    second = project.command(command)
+    assert (second.code, second.passed) == (0, 3), second.out
+    assert server.scheduler.loads == ["a:1b"]
+    assert most_at_once(server, "a:1b") == 1
 
 
 def test_reload_is_named_with_its_remedy(project: Project, server: OllamaServer) -> None:
