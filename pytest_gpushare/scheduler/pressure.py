@@ -130,7 +130,7 @@ class Reclaiming:
             if other.is_idle and len(staying) > 1:
                 staying.remove(other)
                 owed -= size
-                why = f"other sessions wait for the {format_gb(size)} it kept"
+                why = f"ended: other sessions wait for the {format_gb(size)} it kept"
                 actions += self._end_one(other, size, why)
             elif owed > 0 and other.bound is not None and other.is_between_tests:
                 # It keeps fixtures for a test that waits. When it is idle it can be ended, unless
@@ -158,7 +158,7 @@ class Reclaiming:
             short -= size
             name = pool.jobs[waiter.test].nodeid
             actions += self._end_one(
-                other, size, f"its {format_gb(size)} were in the way of {name}"
+                other, size, f"ended: its {format_gb(size)} were in the way of {name}"
             )
         return actions
 
@@ -166,7 +166,7 @@ class Reclaiming:
         worker.ending = True
         self._pool.refresh(worker)
         facts: dict[str, int | float | str] = {"worker": worker.id, "bytes": size}
-        return [Shutdown(worker.id), Note("worker-ended", f"{worker.id} ended: {why}", facts)]
+        return [Shutdown(worker.id), Note("worker-ended", f"{worker.id} {why}", facts)]
 
 
 @dataclass
