@@ -414,7 +414,8 @@ class VramDispatch:
                 planned.device.uuid,
                 planned.device.label,
                 planned.reach,
-                planned.reservation,
+                # What others keep counts by their records, where tests lease what they need.
+                planned.own_reservation if planned.alone else planned.reservation,
                 planned.safety_buffer,
                 planned.device.free,
                 planned.resident,

@@ -202,7 +202,9 @@ class _Negotiation:
             more = {uuid: size + kept.get(uuid, 0) for uuid, size in leased.items()}
             self.others = LeasedByOthers(more, reserved)
             plan = self._make(self.now, self.others)
-        self.plan = plan
+        own = self._own
+        devices = tuple(replace(each, asked=own.get(each.device.uuid, 0)) for each in plan.devices)
+        self.plan = plan = replace(plan, devices=devices)
         self._without = self._planned_alone(view)
         explained = not plan.slots and bool(self._without.slots)
         return self._wish(plan, is_explained=explained)
@@ -223,9 +225,7 @@ class _Negotiation:
                 planned.device.uuid: DeviceLease(
                     slots[planned.device.uuid],
                     plan.needed if waits and planned.limited_by is Limit.BY_NEED else 0,
-                    planned.reservation
-                    if self._own is None
-                    else self._own.get(planned.device.uuid, 0),
+                    planned.own_reservation,
                 )
                 for planned in plan.devices
             },

@@ -119,10 +119,19 @@ class DevicePlan:
     """The budget without other sessions, where tests are admitted by their needs: they may have
     what the others give back."""
 
+    asked: int | None = None
+    """What this session keeps for neighbours itself, where `reservation` is what another session
+    keeps; None: they are the same."""
+
     @property
     def reach(self) -> int:
         """The most bytes that tests may hold there at any time of the run."""
         return max(self.budget, self.alone)
+
+    @property
+    def own_reservation(self) -> int:
+        """Bytes that this session keeps for neighbours, and publishes, whatever others keep."""
+        return self.reservation if self.asked is None else self.asked
 
     @property
     def slot_vram(self) -> int:

@@ -120,7 +120,7 @@ class LeasePerTest:
         self._is_explained = bool(claims.holders) and size - own <= room + others
         has = self._lessee.record.lease(device.uuid).lease
         share = DeviceLease(max(size, has)) if fits else DeviceLease(has, max(0, size - has))
-        share = share._replace(reserved=self._device.reservation)
+        share = share._replace(reserved=self._device.own_reservation)
         return Wish({device.uuid: share}, self._is_explained, granted=fits)
 
 

@@ -170,7 +170,7 @@ def test_waits_for_any_of_several_devices(
         )
         for device in "01"
     ]
-    with holders[0] as first, holders[1]:
+    with holders[0] as first, holders[1] as second:
         wait_for(lambda: len(records(project)) == 2)
         session = start(SLEEPER, "-o", "gpu_share_preset=no-ollama", "-n1")
 
@@ -186,6 +186,7 @@ def test_waits_for_any_of_several_devices(
         assert [want for _, want in shares()] == [0, 0]
         assert sum(lease > 0 for lease, _ in shares()) == 1
         session.kill()
+        second.terminate()
 
 
 def test_fails_naming_the_holder(

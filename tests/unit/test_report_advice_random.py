@@ -156,7 +156,7 @@ def run_of(machine: RandomMachine, seed: int) -> ActiveRun:
                 worker, PhaseReport(nodeid, when, outcome, False, at, at + 1, marked)
             )
         if on_gpu and r.random() < 0.05:
-            run.record.note("oom", f"{nodeid} ran out of VRAM", nodeid=nodeid)
+            run.record.note("oom", f"{nodeid} ran out of VRAM", nodeid=nodeid, held={})
             run.record.note("oom-retried", "", nodeid=nodeid, outcome="passed")
     return run
 

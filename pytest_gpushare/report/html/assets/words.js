@@ -16,7 +16,7 @@ function fixed(value, digits) {
 
 function size(bytes) {
   if (bytes === null || bytes === undefined) return UNKNOWN;
-  if (bytes && Math.abs(bytes) < GB / 10) return `${fixed(bytes / MB, 0)} MB`;
+  if (bytes > 0 && bytes < GB / 10) return `${Math.max(1, fixed(bytes / MB, 0))} MB`;
   const text = fixed(bytes / GB, 2);
   return `${text.endsWith("0") ? text.slice(0, -1) : text} GB`;
 }
