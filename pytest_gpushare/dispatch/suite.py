@@ -218,6 +218,7 @@ class Parity:
         self.has_cpu_workers = bool(kinds.on_cpu)
         self.gpu_tests = sum(job.marked for job in weighed.jobs)
         self.tests = len(weighed.jobs)
+        self.uses_models = bool(weighed.uses)
         self.by_skip = [weighed.jobs[number].nodeid for number in weighed.by_skip]
         """Tests that markers skip without a GPU; they went to GPU workers."""
         self.only_on_gpu = len(on_gpu - on_cpu) if kinds.on_cpu else 0

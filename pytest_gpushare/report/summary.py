@@ -56,7 +56,7 @@ def routing(run: ActiveRun) -> Iterator[Line]:
             f"gpu-share: workers collected different tests: {parity.only_on_gpu} only GPU workers, "
             f"{parity.only_on_cpu} only CPU workers; each test ran where it was collected",
         )
-    if parity.has_cpu_workers and parity.tests and not parity.gpu_tests:
+    if parity.has_cpu_workers and parity.tests and not (parity.gpu_tests or parity.uses_models):
         yield Line(
             "gpu-share: no GPU test was selected: none of "
             f"{plural(parity.tests, 'selected test')} is marked with {marker}"

@@ -78,6 +78,7 @@ class CollectionDifferences(Protocol):
     has_cpu_workers: bool
     gpu_tests: int
     tests: int
+    uses_models: bool
     by_skip: list[str]
     only_on_gpu: int
     only_on_cpu: int

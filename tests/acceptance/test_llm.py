@@ -98,6 +98,7 @@ def test_grouped_and_limited(project: Project, server: OllamaServer, arguments: 
     assert sorted(server.scheduler.loads) == ["a:1b", "b:1b"]
     assert most_at_once(server, "a:1b") == most_at_once(server, "b:1b") == 1
     assert "gpu-share: 8 tests used 2 Ollama models: 2 loads" in result.out
+    assert "no GPU test was selected" not in result.out
 
 
 def test_parallel(project: Project, server: OllamaServer) -> None:
