@@ -102,6 +102,12 @@ class LlmSuite:
                 }
             )
 
+        if self.phase == "beside" or self.workers == "-n0":
+            # Then VRAM is kept for all named models all the time.
+            most = int(22 - sum(1 + 1.25 * self.sizes[name] for name in self.named))
+            for test in self.tests:
+                test["vram"] = min(test["vram"], most) if most >= 2 else 0
+
     @property
     def named(self) -> list[str]:
         """The models of `gpu_share_ollama_models`: one alone is that of a test that names none."""
