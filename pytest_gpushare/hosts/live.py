@@ -287,10 +287,9 @@ class HostOllama:
         """What its Ollama says that it holds: of these models, or of those in its last answer."""
         if loaded is None and self.monitor is not None:
             loaded = self.monitor.models
-        answer = self.ollama
-        if loaded is not None:
-            answer = answer._replace(answered=True, models=tuple(loaded))
-        return statements(devices_of_ollama(self.settings.ollama_gpu, self.gpus), answer)
+        return statements(
+            devices_of_ollama(self.settings.ollama_gpu, self.gpus), self.ollama, loaded
+        )
 
     def follow(
         self, workers: Workers, record: Record, connection: HostConnection

@@ -92,8 +92,17 @@ def resident_bytes(
     return {uuid: found.of(OLLAMA) for uuid, found in usage.items()}
 
 
-def statements(known: Sequence[Device] | None, ollama: OllamaFacts) -> tuple[Statement, ...]:
-    """What the server says that it holds here; empty where it says nothing."""
+def statements(
+    known: Sequence[Device] | None,
+    ollama: OllamaFacts,
+    loaded: Sequence[LoadedModel] | None = None,
+) -> tuple[Statement, ...]:
+    """What the server says that it holds here; empty where it says nothing.
+
+    `loaded` has the models of a later answer, where there was one.
+    """
+    if loaded is not None:
+        ollama = ollama._replace(answered=True, models=tuple(loaded))
     if not ollama.answered or (ollama.asked and not ollama.on_this_host):
         return ()
     devices = None if known is None else tuple(device.uuid for device in known)

@@ -326,10 +326,7 @@ class ActiveRun:
         """What Ollama says that it holds: of these models, or of those in its last answer."""
         if loaded is None and self.monitor is not None:
             loaded = self.monitor.models
-        answer = self.ollama
-        if loaded is not None:
-            answer = answer._replace(answered=True, models=tuple(loaded))
-        return statements(self._ollama_devices, answer)
+        return statements(self._ollama_devices, self.ollama, loaded)
 
     def _read_now(self, _uuid: str) -> tuple[Live | None, Mapping[str, int]]:
         """What reads this device as of now, and UUID -> bytes that Ollama holds on its host."""
