@@ -218,6 +218,7 @@ UNDER_PRESSURE = """
             pathlib.Path("started").touch()
             while not pathlib.Path("taken").exists():
                 time.sleep(0.02)
+            time.sleep(0.2)  # longer than a reading of VRAM may be old
         else:
             gpusim.alloc("2.5GB").free()
 """
