@@ -332,7 +332,8 @@ class Pressure:
         blocked = self._blocked.setdefault(room.uuid, Blocked(pool.at, pool.at))
         waited = pool.at - blocked.since
         size, released = self._released.get(room.uuid, (0, 0.0))
-        limit = pool.policy.return_timeout
+        patience = pool.policy.pressure_timeout
+        limit = min(pool.policy.return_timeout, max(patience, PATIENCE))
         facts: dict[str, int | float | str] = {
             "device": room.uuid,
             "need": need,
@@ -354,7 +355,7 @@ class Pressure:
                 blocked.noted_late = False
                 back = format_gb(need - live)
                 text = (
-                    f"{room.label}: {back} did not come back within {limit:.0f} s{held_by(ledger)}"
+                    f"{room.label}: {back} did not come back within {limit:.2g} s{held_by(ledger)}"
                 )
                 yield Note("late", text, facts)
         if waited >= PATIENCE and not blocked.noted:
@@ -365,7 +366,7 @@ class Pressure:
                 f"{format_gb(max(0, live))} is left for tests{held_by(ledger)}"
             )
             yield Note("pressure", text, facts)
-        if pool.at - blocked.counts_from >= pool.policy.pressure_timeout:
+        if pool.at - blocked.counts_from >= patience:
             blocked.given_up = True
 
 

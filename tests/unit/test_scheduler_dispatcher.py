@@ -496,6 +496,23 @@ def test_pressure_without_end(how: str) -> None:
     assert world.now < 60
 
 
+@pytest.mark.parametrize("timeout", [0.0, 1.0, 5.0])
+def test_short_time_out_holds_after_a_test_that_gave_back_as_much(timeout: float) -> None:
+    """What is missing may be what a test gave back: that is not waited for any longer."""
+    world = World(
+        [gpu_test("a", 6), gpu_test("b", 6)],
+        [DeviceCapacity(GPU, "GPU 0", 10 * GB, 0, GB, 11 * GB)],
+        [gpu_worker(0)],
+        devices={GPU: Device(11 * GB, others=lambda at: 8 * GB if at >= 0.5 else 0)},
+        policy=Policy()._replace(without_gpu="fail", pressure_timeout=timeout),
+    ).run()
+    (refused,) = refusals(world).values()
+    assert f"was left on GPU 0 for {timeout:g} s" in refused[1]
+    ended = world.admitted[0][0] + Script().duration
+    assert timeout <= world.now - ended < timeout + 2
+    assert world.out_of_memory == 0
+
+
 def test_required_fails_whatever_without_gpu_says() -> None:
     """`required=True` under `without_gpu = skip`."""
     world = pressed(without_gpu="skip", pressure_timeout=5.0)
