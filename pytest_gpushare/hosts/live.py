@@ -245,9 +245,8 @@ class HostMonitor(Monitor):
     """Follows the Ollama of one host."""
 
     def __init__(self, run: HostOllama, connection: HostConnection, live: Live) -> None:
-        known = devices_of_ollama(run.settings.ollama_gpu, run.gpus)
         address = run.ollama.server
-        super().__init__(address, lambda: monitored_server(run, live, known))  # type: ignore[arg-type]
+        super().__init__(address, lambda: monitored_server(run, live, run.devices))  # type: ignore[arg-type]
         self._connection = connection
         self._there: HostQuestion | None = None
 
@@ -281,15 +280,15 @@ class HostOllama:
         self.workers: Workers
         self.record: Record
         self.model_sizes = ModelSizes(settings, gpus, ollama)
+        self.devices = devices_of_ollama(settings.ollama_gpu, gpus)
+        """UUIDs of those that its Ollama uses; None: unknown."""
         self.monitor: HostMonitor | None = None
 
     def statements(self, loaded: Sequence[LoadedModel] | None = None) -> tuple[Statement, ...]:
         """What its Ollama says that it holds: of these models, or of those in its last answer."""
         if loaded is None and self.monitor is not None:
             loaded = self.monitor.models
-        return statements(
-            devices_of_ollama(self.settings.ollama_gpu, self.gpus), self.ollama, loaded
-        )
+        return statements(self.devices, self.ollama, loaded)
 
     def follow(
         self, workers: Workers, record: Record, connection: HostConnection
@@ -297,8 +296,7 @@ class HostOllama:
         """The monitor of this run; None where no server is asked there, or none that holds VRAM."""
         self.workers, self.record = workers, record
         asked = self.ollama.asked and self.ollama.on_this_host
-        known = devices_of_ollama(self.settings.ollama_gpu, self.gpus)
-        if not asked or known == () or self.live is None:
+        if not asked or self.devices == () or self.live is None:
             return None
         self.monitor = HostMonitor(self, connection, self.live)
         return self.monitor

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
 from simulator import Device, Machine
 from simulator.child import child_process
 
-from .conftest import Project, clean_environment, closed_port
+from .conftest import FRAMEWORKS, Project, clean_environment, closed_port
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 _NAMESPACES = ("unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc")
@@ -73,6 +74,34 @@ def missing() -> str:
         [*_NAMESPACES, "true"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10
     )
     return "" if done.returncode == 0 else "namespaces are not allowed here"
+
+
+def other_python(directory: Path) -> Path | None:
+    """An environment in `directory` of another minor version of Python, with the packages of this.
+
+    Its interpreter is that of `GPUSHARE_TEST_OTHER_PYTHON`, or the first found on `PATH` or among
+    pyenv's that can import them; None where there is none.
+    """
+    here = Path(pytest.__file__).parents[1]
+    given = os.environ.get("GPUSHARE_TEST_OTHER_PYTHON")
+    minors = [minor for minor in range(20, 9, -1) if minor != sys.version_info.minor]
+    found = [shutil.which(f"python3.{minor}") for minor in minors]
+    found += [
+        str(path)
+        for minor in minors
+        for path in Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python")
+    ]
+    use = f"import site; site.addsitedir({str(here)!r})"
+    check = "import pytest, xdist, httpx, pynvml, pytest_gpushare, sys; print(sys.version_info[1])"
+    for python in [given] if given else filter(None, found):
+        done = subprocess.run([python, "-c", f"{use}\n{check}"], capture_output=True, timeout=60)
+        if done.returncode or int(done.stdout) == sys.version_info.minor:
+            continue
+        subprocess.run([python, "-m", "venv", "--without-pip", directory], check=True, timeout=60)
+        (packages,) = directory.glob("lib/python*/site-packages")
+        (packages / "here.pth").write_text(use + "\n")
+        return directory
+    return None
 
 
 @dataclass
@@ -156,12 +185,14 @@ def other_host(
     link: Link | None = None,
     is_apart: bool = True,
     ahead: float = 0,
+    frameworks: bool = False,
 ) -> Iterator[OtherHost]:
     """A host with these devices, while the block lasts.
 
     `ollama`: models that its server holds. `prefix`: its environment of Python. `link`: the
     network by which it is reached; None: loopback. `is_apart`: whether it has a /tmp of its own.
-    `ahead`: seconds that its clock is ahead of this one.
+    `ahead`: seconds that its clock is ahead of this one. `frameworks`: whether the stand-ins of
+    torch, CuPy and JAX are installed there.
     """
     address = link.address if link else "127.0.0.1"
     tmp = directory / name
@@ -174,12 +205,13 @@ def other_host(
     port = closed_port()
     config = _keys(directory, name, address, port)
     ollama_port = closed_port()
+    stand_ins = [FRAMEWORKS] if frameworks else []
     environment = {
         "HOME": f"{there}/home",
         "GPUSHARE_SIM_STATE": f"{there}/vram",
         "LD_LIBRARY_PATH": f"{there}/nvml",
         "PYTHONPATH": os.pathsep.join(
-            map(str, (SIMULATOR.parent, SIMULATOR / "path", f"{there}/clock"))
+            map(str, (SIMULATOR.parent, SIMULATOR / "path", f"{there}/clock", *stand_ins))
         ),
         "PYTEST_XDIST_AUTO_NUM_WORKERS": str(cpus),
         "OLLAMA_HOST": f"127.0.0.1:{ollama_port}",

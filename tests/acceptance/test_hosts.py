@@ -14,7 +14,17 @@ from simulator import Device, Machine
 from pytest_gpushare.report.reading import read_report
 
 from .conftest import Project
-from .other_hosts import LONG, SUITE, OtherHost, commit, git, missing, on, outcomes
+from .other_hosts import (
+    LONG,
+    SUITE,
+    OtherHost,
+    commit,
+    git,
+    missing,
+    on,
+    other_python,
+    outcomes,
+)
 
 if reason := "CI does not start other hosts" if os.environ.get("CI") else missing():
     pytest.skip(reason, allow_module_level=True)
@@ -111,8 +121,9 @@ def test_this_host_takes_part(
                     time.sleep(1.2)
                 # Other sessions of each host read the record, and find the workers there in it.
                 (session,) = Ledger(default_directory(), is_reader=True).look()
-                assert os.getpid() in session.record.pids
-                assert len(session.record.workers) == 2
+                workers = [worker.pid for worker in session.record.workers]
+                assert os.getpid() in workers
+                assert len(workers) == 2
         """
     )
     commit(project)
@@ -211,16 +222,49 @@ def test_last_failed_tests_are_run_there(
         assert git(host.checkout, "status", "--porcelain") == ""
 
 
-def test_another_minor_version_of_python(project: Project, hosts: Callable[..., OtherHost]) -> None:
-    """The environment that GPUSHARE_TEST_OTHER_VENV names has the same packages."""
-    prefix = os.environ.get("GPUSHARE_TEST_OTHER_VENV")
-    if not prefix:
-        pytest.skip("no other Python: GPUSHARE_TEST_OTHER_VENV names its environment")
+def test_what_tests_took_there_is_known_in_the_next_run(
+    project: Project, hosts: Callable[..., OtherHost], tmp_path: Path
+) -> None:
+    """Needs that were measured on another host admit the same tests there."""
+    project.write(
+        test_project="""
+            import pytest
+            import torch
+
+            @pytest.mark.gpu
+            @pytest.mark.parametrize("size", [3, 2])
+            def test_takes(size):
+                torch.empty(size * 1024**3, dtype=torch.uint8, device="cuda")
+        """
+    )
+    commit(project)
+    host = hosts("small", Device(total="24GB", used="2GB"), frameworks=True)
+    presets = ("no-ollama", "packed")
+    arguments = [*on(host), *(f"--gpu-share-preset={name}" for name in presets)]
+    for source in ("slot", "learned"):
+        report = tmp_path / f"{source}.json"
+        cached = ("-p", "cacheprovider", f"--gpu-share-report={report}")
+        done = project.pytest(*arguments, *cached)
+        assert (done.code, done.passed) == (0, 2), done.out + done.err
+        tests = {test["nodeid"]: test for test in read_report(report)["tests"]}
+        assert {(t["host"], t["need_source"]) for t in tests.values()} == {("small", source)}
+    need = tests["test_project.py::test_takes[3]"]["need_bytes"]
+    assert need == (3 * GB + 600 * 1024**2) * 115 // 100
+    assert git(host.checkout, "status", "--porcelain") == ""
+
+
+def test_another_minor_version_of_python(
+    project: Project, hosts: Callable[..., OtherHost], tmp_path: Path
+) -> None:
+    """One host has this version of Python, the other host another one."""
+    prefix = other_python(tmp_path / "other-python")
+    if prefix is None:
+        pytest.skip("no other Python 3 here that can use the packages of this environment")
     project.write(test_project=SUITE)
     commit(project)
     found = [
         hosts("small", Device(total="24GB", used="2GB")),
-        hosts("other", Device(total="24GB", used="2GB"), prefix=prefix),
+        hosts("other", Device(total="24GB", used="2GB"), prefix=str(prefix)),
     ]
     done = project.pytest(*on(*found), "-v")
     assert done.code == 0, done.out + done.err

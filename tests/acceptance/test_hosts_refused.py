@@ -22,14 +22,21 @@ if reason := "CI does not start other hosts" if os.environ.get("CI") else missin
     pytest.skip(reason, allow_module_level=True)
 
 
+def bare_environment(host: OtherHost) -> Path:
+    """An environment on the host, /tmp/bare there, without any package; its packages' directory."""
+    bare = host.tmp / "bare"
+    venv.create(bare, with_pip=False)
+    (packages,) = bare.glob("lib/python*/site-packages")
+    return packages
+
+
 def test_a_host_that_cannot_take_part_is_one_line(
     project: Project, hosts: Callable[..., OtherHost], tmp_path: Path
 ) -> None:
     """Each check, with exit code 4 and within its limit; what was started is ended."""
     commit(project)
     host = hosts("small", Device(total="24GB", used="2GB"))
-    bare = host.tmp / "bare"
-    venv.create(bare, with_pip=False)
+    bare_environment(host)
     config = host.config.read_text()
     unknown, keyless, silent = (tmp_path / name for name in ("unknown", "keyless", "silent"))
     unknown.write_text(config.replace("small-known", "nothing-known"))
@@ -61,29 +68,27 @@ def test_a_host_that_cannot_take_part_is_one_line(
         assert "host small: " in done.err
 
 
-@pytest.mark.parametrize("package", ["pytest", "pytest-xdist", "pytest-gpushare"])
-def test_another_version_is_one_line(
-    project: Project, hosts: Callable[..., OtherHost], package: str
-) -> None:
+def test_another_version_is_one_line(project: Project, hosts: Callable[..., OtherHost]) -> None:
     commit(project)
     host = hosts("small", Device(total="24GB", used="2GB"))
-    bare = host.tmp / "bare"
-    venv.create(bare, with_pip=False)
-    (packages,) = bare.glob("lib/python*/site-packages")
-    for name in ("pytest", "pytest-xdist", "pytest-gpushare"):
-        version = "0.0.1" if name == package else metadata.version(name)
-        described = packages / f"{name.replace('-', '_')}-{version}.dist-info"
-        described.mkdir()
-        (described / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
-    done = project.pytest(
-        "--gpu-share", "--tx", host.tx.replace(host.python, "/tmp/bare/bin/python")
-    )
-    assert done.code == 4
-    here = metadata.version(package)
-    assert done.err.strip() == (
-        f"ERROR: gpu-share: host small: {package} 0.0.1 is installed there, {here} here: install "
-        "the same"
-    )
+    packages = bare_environment(host)
+    names = ("pytest", "pytest-xdist", "pytest-gpushare")
+    for name in names:
+        (packages / f"{name.replace('-', '_')}-1.dist-info").mkdir()
+    for other in names:
+        for name in names:
+            version = "0.0.1" if name == other else metadata.version(name)
+            described = packages / f"{name.replace('-', '_')}-1.dist-info" / "METADATA"
+            described.write_text(f"Name: {name}\nVersion: {version}\n")
+        done = project.pytest(
+            "--gpu-share", "--tx", host.tx.replace(host.python, "/tmp/bare/bin/python")
+        )
+        assert done.code == 4
+        here = metadata.version(other)
+        assert done.err.strip() == (
+            f"ERROR: gpu-share: host small: {other} 0.0.1 is installed there, {here} here: install "
+            "the same"
+        )
 
 
 def test_hosts_have_the_same_tests(project: Project, hosts: Callable[..., OtherHost]) -> None:
