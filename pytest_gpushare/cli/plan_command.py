@@ -27,7 +27,7 @@ from pytest_gpushare.cli.terminal import (
 )
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.report.header import Line, header, left_out
-from pytest_gpushare.report.layout import laid_out
+from pytest_gpushare.report.output import laid_out
 
 if TYPE_CHECKING:
     import pytest

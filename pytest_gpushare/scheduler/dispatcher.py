@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING
 
 from pytest_gpushare.scheduler.accounts import DeviceLedger
 from pytest_gpushare.scheduler.admission import Admitting
-from pytest_gpushare.scheduler.cpu_pool import CpuPool
+from pytest_gpushare.scheduler.cpu_pool import CpuPool, Helping
 from pytest_gpushare.scheduler.fairness import Backfilling
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
-from pytest_gpushare.scheduler.helping import Helping
-from pytest_gpushare.scheduler.pressure import Pressure
+from pytest_gpushare.scheduler.pressure import Pressure, raise_needs
 from pytest_gpushare.scheduler.queue import LoadOrder, Unit
-from pytest_gpushare.scheduler.raising import raise_needs
 from pytest_gpushare.scheduler.routing import Fallback, ordered, routes
 from pytest_gpushare.scheduler.sharing import OwnShare, Sharing
 from pytest_gpushare.scheduler.types import (

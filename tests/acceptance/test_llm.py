@@ -328,7 +328,7 @@ def test_nothing_is_asked_without_such_tests(project: Project, server: OllamaSer
 
     def pytest_unconfigure(config):
         names = [name for name in sys.modules if name.startswith("pytest_gpushare")]
-        parts = ("llm", "model_queue", "model_dispatch", "loading", "run_models", "model_tests")
+        parts = ("llm", "model_queue", "model_dispatch", "llm_loads", "model_turns", "model_tests")
         found = [name for name in names if name.rpartition(".")[2] in parts]
         assert not found, found
     """

@@ -28,8 +28,8 @@ from pytest_gpushare.report.html.data import (
 )
 from pytest_gpushare.report.html.markup import clock, listed, percent, size, span
 from pytest_gpushare.report.html.page import page
+from pytest_gpushare.report.html.sections import answers, outcome
 from pytest_gpushare.report.html.shown import ShownSamples, shown
-from pytest_gpushare.report.html.verdict import answers, outcome
 
 GB, MB = documents.GB, documents.MB
 ASSETS = Path(package.__file__).parent / "assets"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytest_gpushare.report.header import Line, OutputOptions
-from pytest_gpushare.report.layout import laid_out
+from pytest_gpushare.report.output import laid_out
 from pytest_gpushare.report.summary import summary
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import leaks

@@ -24,7 +24,7 @@ from pytest_gpushare.scheduler.types import (
 )
 from pytest_gpushare.units import GB
 from pytest_gpushare.wire import Link
-from pytest_gpushare.worker.raised_need import RaisedNeed
+from pytest_gpushare.worker.runner import RaisedNeed
 
 GPU = "GPU-0"
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pytest_gpushare.report.html import tables
+from pytest_gpushare.report.html import sections
 from pytest_gpushare.report.html.data import colours, data, holders
 from pytest_gpushare.report.html.markup import (
     Edges,
@@ -29,8 +29,8 @@ from pytest_gpushare.report.html.markup import (
     tag,
     tests_peak,
 )
+from pytest_gpushare.report.html.sections import Answer, answers, outcome, subtitle, title
 from pytest_gpushare.report.html.shown import Shown, ShownDevice, figures, number, shown
-from pytest_gpushare.report.html.verdict import Answer, answers, outcome, subtitle, title
 from pytest_gpushare.units import plural
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -230,14 +230,14 @@ def body(report: Shown) -> Markup:
                         _verdict(report),
                         meters(report),
                         _timeline(report),
-                        tables.events(report),
+                        sections.events(report),
                         _tests(report),
-                        tables.leaks(report),
-                        tables.hosts(report),
-                        tables.workers(report),
-                        tables.ollama(report),
-                        tables.settings(report),
-                        tables.terminal_text(report),
+                        sections.leaks(report),
+                        sections.hosts(report),
+                        sections.workers(report),
+                        sections.ollama(report),
+                        sections.settings(report),
+                        sections.terminal_text(report),
                     ],
                 ),
             ),

@@ -9,8 +9,8 @@ import pytest
 
 from pytest_gpushare.leases.claims import TICKET_LIFE
 from pytest_gpushare.leases.ledger import LiveSession
-from pytest_gpushare.leases.model_places import Queue
 from pytest_gpushare.leases.records import LeaseRecord, ModelTurn, from_bytes, to_bytes
+from pytest_gpushare.session.model_turns import Queue
 
 NOW = 100.0
 
