@@ -43,7 +43,7 @@ def presets() -> str:
 
 
 def _entry(option: Option) -> str:
-    fields = [f"- {_sentence(option.kind.describe().replace('allowed is', 'allowed:'))}"]
+    fields = [f"- {_sentence(option.kind.allowed.replace('allowed is', 'allowed:'))}"]
     if option.in_json:
         fields.append(f"- JSON: `{option.key}`")
     else:

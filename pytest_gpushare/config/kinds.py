@@ -1,4 +1,4 @@
-"""The types of options: each reads what a user wrote, describes what it accepts, and writes.
+"""The types of options: each reads what a user wrote, says what it accepts, and writes.
 
 A type raises `ValueError`, `TypeError` or `ArithmeticError` for a value that it does not accept,
 and `LineError` for one line of several. `Option.read` turns these into messages.
@@ -8,36 +8,32 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import TypeAlias
 
-from pytest_gpushare.config.settings import (
-    Alias,
-    ModelRule,
-    VramRule,
-    parse_aliases,
-    parse_lines,
-    parse_model_rules,
-    parse_rules,
-)
+from pytest_gpushare.config.settings import Alias, ModelRule, VramRule
 from pytest_gpushare.errors import LineError, SettingsError
 from pytest_gpushare.text import nearest, shown_text, shown_value
-from pytest_gpushare.units import format_gb, format_number, parse_size
+from pytest_gpushare.units import format_number, parse_size
 
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
 _NUMBER = re.compile(r"[+-]?([0-9]{1,24}(\.[0-9]{0,24})?|\.[0-9]{1,24})([eE][+-]?[0-9]{1,3})?")
 
 
-Lines: TypeAlias = "tuple[Alias, ...] | tuple[VramRule, ...] | tuple[ModelRule, ...]"
-Value: TypeAlias = "Fraction | int | bool | str | tuple[str, ...] | Lines | None"
+ReadLines: TypeAlias = (
+    "tuple[str, ...] | tuple[Alias, ...] | tuple[VramRule, ...] | tuple[ModelRule, ...]"
+)
+Value: TypeAlias = "Fraction | int | bool | str | ReadLines | None"
 
 
 class Kind(ABC):
     """The type of an option."""
 
+    allowed = ""
+    """What is accepted, as messages and the reference say it: `allowed is ...`."""
     choices: tuple[str, ...] = ()
     """The words that are accepted, where there is a list of them."""
 
@@ -59,45 +55,34 @@ class Kind(ABC):
         except LineError as error:
             problem = shown_text(error.problem)
             raise SettingsError(
-                f"{place}, line {shown_value(error.line)}: {problem}: {self.describe()}"
+                f"{place}, line {shown_value(error.line)}: {problem}: {self.allowed}"
             ) from None
         except (ValueError, ArithmeticError, TypeError):
             hint = nearest(raw, self.choices)
-            raise SettingsError(f"{place} = {shown_value(raw)}: {self.describe()}{hint}") from None
+            raise SettingsError(f"{place} = {shown_value(raw)}: {self.allowed}{hint}") from None
         if typed and isinstance(raw, str) and self.is_untyped(raw):
             raise SettingsError(
-                f"{place} = {shown_value(raw)}: {self.describe()}; write it without quotes"
+                f"{place} = {shown_value(raw)}: {self.allowed}; write it without quotes"
             )
         return value
 
-    @abstractmethod
-    def describe(self) -> str:
-        """What is accepted, as messages and the reference say it: `allowed is ...`."""
-
     def write(self, value: object) -> str:
         """The value as a user would write it; `read` accepts the result."""
-        return str(value)
+        return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 class Boolean(Kind):
-    """True or false."""
+    """True or false; in ini files a word for one."""
 
-    def read(self, raw: object) -> bool:
-        """A boolean, or a word for one as ini files have it."""
-        if isinstance(raw, bool):
-            return raw
-        return _word(raw, _TRUE | _FALSE) in _TRUE
+    allowed = "allowed is true or false"
 
-    def is_untyped(self, _text: str) -> bool:
-        """Every text."""
+    def read(self, raw: object) -> bool:  # noqa: D102
+        return raw if isinstance(raw, bool) else _word(raw, _TRUE | _FALSE) in _TRUE
+
+    def is_untyped(self, _text: str) -> bool:  # noqa: D102
         return True
 
-    def describe(self) -> str:
-        """See `Kind`."""
-        return "allowed is true or false"
-
-    def write(self, value: object) -> str:
-        """`true` or `false`."""
+    def write(self, value: object) -> str:  # noqa: D102
         return str(value).lower()
 
 
@@ -110,6 +95,10 @@ class Number(Kind):
         self.low, self.high, self.unit = low, high, unit
         self.auto = auto
         """Whether `auto` is accepted too; it is read as None."""
+        self.allowed = f"allowed is {'auto, or ' * auto}{self._described()}"
+
+    def _described(self) -> str:
+        return f"{self.what} from {self.low} to {self.high}{' seconds' if self.unit else ''}"
 
     def read(self, raw: object) -> Fraction | int | None:
         """The number, checked against the bounds."""
@@ -121,10 +110,6 @@ class Number(Kind):
         """A text that is a number."""
         return _NUMBER.fullmatch(text.strip()) is not None
 
-    def describe(self) -> str:
-        """See `Kind`."""
-        return f"{self._start()} {self.what} {self._bounds()}{' seconds' if self.unit else ''}"
-
     def write(self, value: object) -> str:
         """`0.25`, `auto`."""
         if value is None:
@@ -135,12 +120,6 @@ class Number(Kind):
         if not Fraction(self.low) * scale <= value <= Fraction(self.high) * scale:
             raise ValueError(value)
         return value
-
-    def _start(self) -> str:
-        return "allowed is auto, or" if self.auto else "allowed is"
-
-    def _bounds(self) -> str:
-        return f"from {self.low} to {self.high}"
 
 
 class Integer(Number):
@@ -161,6 +140,10 @@ class Integer(Number):
 class Size(Number):
     """A size: a number in `unit` (MB or GB), or a text that names its unit. Read as bytes."""
 
+    def _described(self) -> str:
+        number = f"a number of {self.unit} from {self.low} to {self.high}"
+        return f"{number}, or a size such as 512MB or 4.5GB"
+
     def read(self, raw: object) -> Fraction | None:
         """The size in bytes; exact, so perhaps a fraction of a byte."""
         scale = parse_size("1", self.unit)
@@ -170,11 +153,6 @@ class Size(Number):
             if not _NUMBER.fullmatch(raw.strip()):
                 return self._bounded(parse_size(raw, self.unit), scale)
         return self._bounded(_decimal(raw) * scale, scale)
-
-    def describe(self) -> str:
-        """See `Kind`."""
-        number = f"a number of {self.unit} {self._bounds()}"
-        return f"{self._start()} {number}, or a size such as 512MB or 4.5GB"
 
     def write(self, value: object) -> str:
         """`1024` where the unit is MB."""
@@ -188,57 +166,35 @@ class Choice(Kind):
 
     def __init__(self, *choices: str) -> None:
         self.choices = choices
+        *first, last = choices
+        self.allowed = f"allowed is {', '.join(first)} or {last}"
 
     def read(self, raw: object) -> str:
         """The word in lower case."""
         return _word(raw, self.choices)
 
-    def describe(self) -> str:
-        """See `Kind`."""
-        *first, last = self.choices
-        return f"allowed is {', '.join(first)} or {last}"
-
 
 class Text(Kind):
-    """Any text."""
+    """Any text, as it is."""
 
-    def read(self, raw: object) -> str:
-        """The text as it is."""
+    allowed = "allowed is a text"
+
+    def read(self, raw: object) -> str:  # noqa: D102
         if not isinstance(raw, str) or len(raw) > 4096 or "\0" in raw:
             raise ValueError(raw)
         return raw
 
-    def describe(self) -> str:
-        """See `Kind`."""
-        return "allowed is a text"
 
+class Name(Kind):
+    """The name of a marker or a parameter."""
 
-class ParameterName(Kind):
-    """The name of a test's parameter; empty: none."""
+    def __init__(self, noun: str, pattern: str) -> None:
+        self.allowed, self._pattern = f"allowed is the name of a {noun}", pattern
 
-    def read(self, raw: object) -> str:
-        """The name."""
-        if not isinstance(raw, str) or not re.fullmatch("[A-Za-z0-9_]{0,100}", raw.strip()):
+    def read(self, raw: object) -> str:  # noqa: D102
+        if not isinstance(raw, str) or not re.fullmatch(self._pattern, raw.strip()):
             raise ValueError(raw)
         return raw.strip()
-
-    def describe(self) -> str:
-        """See `Kind`."""
-        return "allowed is the name of a parameter"
-
-
-class MarkerName(Kind):
-    """The name of a marker, which is a Python name."""
-
-    def read(self, raw: object) -> str:
-        """The name."""
-        if not isinstance(raw, str) or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,99}", raw.strip()):
-            raise ValueError(raw)
-        return raw.strip()
-
-    def describe(self) -> str:
-        """See `Kind`."""
-        return "allowed is the name of a marker"
 
 
 class Presets(Kind):
@@ -246,6 +202,7 @@ class Presets(Kind):
 
     def __init__(self, *choices: str) -> None:
         self.choices = choices
+        self.allowed = f"allowed is one or several of {', '.join(choices)}"
 
     def read(self, raw: object) -> tuple[str, ...]:
         """The names in their order."""
@@ -254,17 +211,11 @@ class Presets(Kind):
             raise ValueError(raw)
         return words
 
-    def describe(self) -> str:
-        """See `Kind`."""
-        return f"allowed is one or several of {', '.join(self.choices)}"
-
-    def write(self, value: object) -> str:
-        """`no-ollama, packed`."""
-        return _joined(value)
-
 
 class Devices(Kind):
     """Devices by index or UUID, or one of the words `auto` and `none`."""
+
+    allowed = "allowed is auto, none, or indices and UUIDs of devices"
 
     def read(self, raw: object) -> tuple[str, ...]:
         """The words; nobody has checked yet whether there is such a device."""
@@ -273,20 +224,13 @@ class Devices(Kind):
             raise ValueError(raw)
         return words
 
-    def describe(self) -> str:
-        """See `Kind`."""
-        return "allowed is auto, none, or indices and UUIDs of devices"
-
-    def write(self, value: object) -> str:
-        """`0, 1`."""
-        return _joined(value)
-
 
 class Names(Kind):
     """Texts between spaces, commas or lines; none at all is allowed."""
 
     def __init__(self, noun: str, most: int) -> None:
-        self.noun, self.most = noun, most
+        self.most = most
+        self.allowed = f"allowed is up to {most} {noun}"
 
     def read(self, raw: object) -> tuple[str, ...]:
         """The texts in their order."""
@@ -298,82 +242,15 @@ class Names(Kind):
             raise ValueError(raw)
         return names
 
-    def describe(self) -> str:
-        """See `Kind`."""
-        return f"allowed is up to {self.most} {self.noun}"
 
-    def write(self, value: object) -> str:
-        """`qwen2.5:14b, llama3.2:1b`."""
-        return _joined(value)
+class Lines(Kind):
+    """Lines of one form, in their order."""
 
+    def __init__(self, form: str, parse: Callable[[object], ReadLines]) -> None:
+        self.allowed, self._parse = f"allowed are lines {form}", parse
 
-class HostLines(Kind):
-    """Lines that name hosts; what they mean is read where they are used."""
-
-    def read(self, raw: object) -> tuple[str, ...]:
-        """The lines, comments and empty ones left out."""
-        return parse_lines(raw)
-
-    def describe(self) -> str:
-        """See `Kind`."""
-        return "allowed are lines user@box:/srv/project, with options of ssh and python=PATH"
-
-    def write(self, value: object) -> str:
-        """The lines as they were written."""
-        return ", ".join(str(line) for line in _tuple(value))
-
-
-class Aliases(Kind):
-    """Lines that say what markers of the suite mean."""
-
-    def read(self, raw: object) -> tuple[Alias, ...]:
-        """The lines, each marker once."""
-        return parse_aliases(raw)
-
-    def describe(self) -> str:
-        """See `Kind`."""
-        return (
-            "allowed are lines MARKER = meaning or MARKER(n) = meaning; meanings: vram=SIZE, "
-            "devices=NUMBER, exclusive, required, gpu, cpu, ollama, ollama=MODEL, context=TOKENS"
-        )
-
-    def write(self, value: object) -> str:
-        """The lines as they were written."""
-        return ", ".join(alias.line for alias in _tuple(value) if isinstance(alias, Alias))
-
-
-class Rules(Kind):
-    """Lines with the need of tests by their node ids."""
-
-    def read(self, raw: object) -> tuple[VramRule, ...]:
-        """The lines in their order; of several that match a test the first one decides."""
-        return parse_rules(raw)
-
-    def describe(self) -> str:
-        """See `Kind`."""
-        return "allowed are lines PATTERN = SIZE, such as tests/test_llm.py = 8GB"
-
-    def write(self, value: object) -> str:
-        """`tests/test_llm.py = 8.0GB`."""
-        rules = [rule for rule in _tuple(value) if isinstance(rule, VramRule)]
-        return ", ".join(f"{r.pattern} = {format_gb(r.vram).replace(' ', '')}" for r in rules)
-
-
-class ModelRules(Kind):
-    """Lines with the model that tests use, by their node ids."""
-
-    def read(self, raw: object) -> tuple[ModelRule, ...]:
-        """The lines in their order; of several that match a test the first one decides."""
-        return parse_model_rules(raw)
-
-    def describe(self) -> str:
-        """See `Kind`."""
-        return "allowed are lines PATTERN = MODEL, such as tests/rag/* = qwen2.5:14b"
-
-    def write(self, value: object) -> str:
-        """`tests/rag/* = qwen2.5:14b`."""
-        rules = [rule for rule in _tuple(value) if isinstance(rule, ModelRule)]
-        return ", ".join(f"{rule.pattern} = {rule.model}" for rule in rules)
+    def read(self, raw: object) -> ReadLines:  # noqa: D102
+        return self._parse(raw)
 
 
 def _decimal(raw: object) -> Fraction:
@@ -421,11 +298,3 @@ def _as_text(part: object) -> str:
     if isinstance(part, (int, Decimal)) and re.fullmatch("[0-9]{1,9}", str(part)):
         return str(part)
     raise TypeError(part)
-
-
-def _tuple(value: object) -> tuple[object, ...]:
-    return value if isinstance(value, tuple) else ()
-
-
-def _joined(value: object) -> str:
-    return ", ".join(str(part) for part in _tuple(value))

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pytest_gpushare.config import kinds
+    from pytest_gpushare.config import kinds, settings
 
 JSON_SECTION = "gpu_resource_management"
 JSON_FILE = "performance_config.json"
@@ -53,8 +53,8 @@ class Option:
     @cached_property
     def kind(self) -> kinds.Kind:
         """The type of the option."""
-        global kinds
-        from pytest_gpushare.config import kinds
+        global kinds, settings
+        from pytest_gpushare.config import kinds, settings
 
         return self._make_kind()
 
@@ -213,14 +213,16 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "ollama_tests",
-        lambda: kinds.ModelRules(),
+        lambda: kinds.Lines(
+            "PATTERN = MODEL, such as tests/rag/* = qwen2.5:14b", settings.parse_model_rules
+        ),
         "",
         "tests that use a model of Ollama's, by node id, one a line, such as "
         "`tests/rag/* = qwen2.5:14b`; the first that matches",
     ),
     Option(
         "ollama_param",
-        lambda: kinds.ParameterName(),
+        lambda: kinds.Name("parameter", "[A-Za-z0-9_]{0,100}"),
         "",
         "the parameter of parametrised tests that names the model which they use",
     ),
@@ -285,13 +287,17 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "marker",
-        lambda: kinds.MarkerName(),
+        lambda: kinds.Name("marker", "[A-Za-z_][A-Za-z0-9_]{0,99}"),
         "gpu",
         "the marker of GPU tests",
     ),
     Option(
         "markers",
-        lambda: kinds.Aliases(),
+        lambda: kinds.Lines(
+            "MARKER = meaning or MARKER(n) = meaning; meanings: vram=SIZE, devices=NUMBER, "
+            "exclusive, required, gpu, cpu, ollama, ollama=MODEL, context=TOKENS",
+            settings.parse_aliases,
+        ),
         "",
         "what other markers mean, one a line, so that no test need be edited: "
         "`multi_gpu = devices=2`, `profiled_vram_gib(n) = vram={n}GB`, `serial = exclusive`, "
@@ -299,7 +305,9 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "vram",
-        lambda: kinds.Rules(),
+        lambda: kinds.Lines(
+            "PATTERN = SIZE, such as tests/test_llm.py = 8GB", settings.parse_rules
+        ),
         "",
         "needs by node id, one a line, such as `tests/test_llm.py = 8GB`; the first that matches",
     ),
@@ -373,7 +381,9 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "hosts",
-        lambda: kinds.HostLines(),
+        lambda: kinds.Lines(
+            "user@box:/srv/project, with options of ssh and python=PATH", settings.parse_lines
+        ),
         "",
         "hosts whose devices the run uses over ssh, one a line: `user@box:/srv/project`, then "
         "options of ssh and `python=PATH`; `popen` is this host",

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from pytest_gpushare.errors import LineError
-from pytest_gpushare.units import GB, MOST_VRAM, parse_size
+from pytest_gpushare.units import GB, MOST_VRAM, format_gb, parse_size
 
 MOST_LINES = 1000
 MOST_LENGTH = 500
@@ -27,6 +27,9 @@ class Alias(NamedTuple):
     line: str
     """The line as the user wrote it."""
 
+    def __str__(self) -> str:
+        return self.line
+
 
 class VramRule(NamedTuple):
     """A line of `vram`, such as `tests/test_llm.py = 8GB`: a need by node id."""
@@ -35,6 +38,9 @@ class VramRule(NamedTuple):
     vram: int
     """Bytes."""
 
+    def __str__(self) -> str:
+        return f"{self.pattern} = {format_gb(self.vram).replace(' ', '')}"
+
 
 class ModelRule(NamedTuple):
     """A line of `ollama_tests`, such as `tests/rag/* = qwen2.5:14b`: a model by node id."""
@@ -42,92 +48,63 @@ class ModelRule(NamedTuple):
     pattern: str
     model: str
 
+    def __str__(self) -> str:
+        return f"{self.pattern} = {self.model}"
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for, after precedence; sizes in bytes, times in seconds."""
+    """What the user asked for, after precedence; sizes in bytes, times in seconds.
+
+    What each field means is said once, in `config.options.OPTIONS`.
+    """
 
     ollama_vram_reservation: Fraction | None
-    """VRAM kept for Ollama on each device that it may use, in bytes; None: as much as
-    `ollama_models` need."""
+    """In bytes, on each device that Ollama may use; None: as much as `ollama_models` need."""
     safety_buffer: Fraction
-    """VRAM left free on each device, in bytes."""
     max_workers_per_gb: Fraction
-    """GPU workers per GB of a device's budget; 0: no limit."""
     min_vram_per_worker: Fraction
-    """The smallest slot, in bytes; exact, so perhaps a fraction of a byte."""
+    """Exact, so perhaps a fraction of a byte."""
     max_workers_per_gpu: int
-    """The most GPU workers on one device; 0: no limit."""
     ram_per_worker: Fraction
-    """Host RAM per worker in bytes; 0: no limit."""
     presets: tuple[str, ...]
-    """The presets in force, later ones win."""
     enable_ollama_detection: bool
-    """Whether Ollama is asked at all."""
     fallback_to_cpu_when_constrained: bool
-    """CPU workers where no GPU worker fits; else `NoRoomError`."""
     ollama_host: str
-    """Where Ollama listens, as the user wrote it; empty: the environment decides."""
     ollama_unreachable: str
-    """`reserve`, `release` or `fail`: what becomes of the reservation without an answer."""
     ollama_models: tuple[str, ...]
-    """The models that the run relies on, as the user wrote them."""
     ollama_preload: bool
-    """Whether these are loaded before the workers start."""
     ollama_preload_failed: str
-    """`warn` or `fail`: what happens where one cannot be loaded."""
     ollama_tests: tuple[ModelRule, ...]
-    """Tests that use a model, by node id; the first that matches holds."""
     ollama_param: str
-    """The parameter of tests whose value names the model that they use; empty: none."""
     ollama_phase: str
-    """`auto`, `beside`, `before` or `after`: when tests that use a model run."""
     without_ollama: str
-    """`skip`, `run`, `fail` or `pull`: what becomes of these tests without server or model."""
     ollama_load_timeout: Fraction
-    """Seconds that the tests of a model wait until it is loaded."""
     ollama_pull_timeout: Fraction
-    """Seconds that one model may take to be pulled."""
     ollama_context: int | None
-    """Tokens of context that the server gives a model which names none; None: by its VRAM."""
+    """None: by the VRAM of the server."""
     ollama_parallel: int
-    """Requests that the server answers at once for each model."""
     ollama_kv_cache_type: str
-    """`f16`, `q8_0` or `q4_0`: the type of the server's KV caches."""
     ollama_gpu: tuple[str, ...]
-    """Indices or UUIDs of the devices that Ollama uses, or ("auto",) or ("none",)."""
+    """Indices or UUIDs, or ("auto",) or ("none",)."""
     ollama_timeout: Fraction
-    """Seconds for all questions to Ollama at the start together."""
     marker: str
-    """The marker of GPU tests."""
     markers: tuple[Alias, ...]
-    """What other markers mean."""
     vram: tuple[VramRule, ...]
-    """Needs by node id; the first that matches holds."""
     cpu_workers: int | None
-    """CPU workers beside the GPU workers; None: the CPUs that GPU workers leave."""
+    """None: the CPUs that GPU workers leave."""
     without_gpu: str
-    """`run`, `skip` or `fail`: what a GPU test does without a GPU."""
     empty_caches: str
-    """`when-needed`, `always` or `never`."""
     pressure_timeout: Fraction
-    """Seconds that GPU tests wait for VRAM which others took."""
     leases: str
-    """Directory of the ledger between sessions, as the user wrote it; or `auto`, or `off`."""
     wait: Fraction | None
-    """Seconds that the start waits for VRAM; None: it depends on who holds it."""
+    """Seconds; None: it depends on who holds the VRAM."""
     report_names: bool
-    """Whether reports name the sessions of other users."""
     cap_vram: bool
-    """Whether the frameworks of GPU workers are capped at their slots."""
     visible_devices: str
-    """`own` or `all`: what a GPU worker sees; its own device comes first."""
     device_names: str
-    """`uuid` or `index`: how CUDA_VISIBLE_DEVICES is written."""
     hosts: tuple[str, ...]
-    """Lines that name the hosts of the run; none: this host alone."""
     live: str
-    """`auto`, `on` or `off`: a line with the VRAM in use below the output of the tests."""
     config: str
     """The JSON file that was read; empty: none."""
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)

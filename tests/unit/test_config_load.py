@@ -211,11 +211,12 @@ def test_same_value_at_every_level(tmp_path: Path) -> None:
         kinds.Text: ("gpu-box:80", "gpu-box:80"),
         kinds.Devices: ("0", 0),
         kinds.Names: ("a-model:7b", "a-model:7b"),
-        kinds.MarkerName: ("cuda", "cuda"),
-        kinds.Aliases: ("serial = exclusive", ["serial = exclusive"]),
-        kinds.ParameterName: ("model", "model"),
-        kinds.ModelRules: ("test_a.py = a:7b", {"test_a.py": "a:7b"}),
-        kinds.Rules: ("test_a.py = 8GB", {"test_a.py": "8GB"}),
+        kinds.Name: ("cuda", "cuda"),
+    }
+    lines: dict[str, tuple[str, object]] = {
+        "markers": ("serial = exclusive", ["serial = exclusive"]),
+        "ollama_tests": ("test_a.py = a:7b", {"test_a.py": "a:7b"}),
+        "vram": ("test_a.py = 8GB", {"test_a.py": "8GB"}),
     }
     for option in OPTIONS:
         if not option.in_json:
@@ -225,7 +226,7 @@ def test_same_value_at_every_level(tmp_path: Path) -> None:
         elif option.kind.choices:
             raw = option.kind.choices[-1], option.kind.choices[-1]
         else:
-            raw = samples[type(option.kind)]
+            raw = lines[option.key] if option.key in lines else samples[type(option.kind)]
         levels = [
             at_levels(tmp_path, {"json": {}, level: {option.key: raw[level == "json"]}})
             for level in LEVELS

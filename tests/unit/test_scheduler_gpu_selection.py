@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_gpushare.config.kinds import Alias
+from pytest_gpushare.config.settings import Alias
 from pytest_gpushare.scheduler.needs import excludes_gpu_tests
 
 from .test_planning_sizing import DEFAULTS
