@@ -55,8 +55,8 @@ def at_least(exact: bool | None) -> str:
 
 
 def format_number(value: Fraction) -> str:
-    """A ratio as a user would write it: `0.25`, `2`, `9`."""
-    return f"{float(value):.6g}"
+    """A number as a user would write it: `0.25`, `2`, `1048576`."""
+    return str(value) if value.denominator == 1 else f"{float(value):.6g}"
 
 
 def plural(count: int, noun: str) -> str:

@@ -11,23 +11,20 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from pytest_gpushare.config.options import INI_PREFIX
+from pytest_gpushare.config.options import INI_PREFIX, OPTIONS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import GpuFacts
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.prediction import MARGIN, OVERHEAD
 from pytest_gpushare.ollama.reservation import devices_of_ollama
 from pytest_gpushare.planning.plan import Limit, Plan, shortage
-from pytest_gpushare.units import GB, MB, format_gb, format_number, plural
+from pytest_gpushare.units import GB, MB, format_gb, plural
 
 STEP = GB // 2
 LEAST_RESERVATION = 2 * GB
 """Bytes below which no model of use and its CUDA context fit."""
 
-_UNITS = {
-    "ollama_vram_reservation": ("ollama_vram_reservation_mb", MB),
-    "min_vram_per_worker": ("min_vram_per_worker_gb", GB),
-}
+_OPTIONS = {option.attribute: option for option in OPTIONS}
 
 
 class Advice(NamedTuple):
@@ -215,15 +212,7 @@ def checked(
 
 
 def _written(changes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, value) as a user writes them."""
+    """(key, value) as a user writes them, without blanks."""
     for attribute, value in changes.items():
-        key, unit = _UNITS.get(attribute, (attribute, 1))
-        if value is None:
-            yield key, "auto"
-        elif isinstance(value, Fraction):
-            number = value / unit
-            yield key, str(int(number)) if number.denominator == 1 else format_number(number)
-        elif isinstance(value, tuple):
-            yield key, ",".join(map(str, value))
-        else:
-            yield key, str(value)
+        option = _OPTIONS[attribute]
+        yield option.key, option.kind.write(value).replace(", ", ",")

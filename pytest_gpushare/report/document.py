@@ -59,7 +59,7 @@ def document(run: ActiveRun, exit_status: int, summary: Sequence[str]) -> dict[s
     began = datetime.fromtimestamp(run.record.began_at, timezone.utc)
     whole = {
         "schema": SCHEMA,
-        "generator": {"name": "pytest-gpushare", "version": _version("pytest-gpushare")},
+        "generator": generator(),
         "run": {
             "started": began.isoformat(timespec="milliseconds"),
             "duration_s": _seconds(run.record.now()),

@@ -109,8 +109,6 @@ def _laid_out(lines: Sequence[Line], config: pytest.Config) -> Sequence[Line]:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or not reporter.isatty:
         return lines
-    from pytest_gpushare.report.output import laid_out
-
     return laid_out(lines, int(config.get_terminal_writer().fullwidth))
 
 

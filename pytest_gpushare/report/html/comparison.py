@@ -123,20 +123,10 @@ def _tests(old: Shown, new: Shown) -> Iterator[ComparedSubject]:
     before = {test.nodeid: test for test in old.tests}
     after = {test.nodeid: test for test in new.tests}
     both = [(one, after[nodeid]) for nodeid, one in before.items() if nodeid in after]
-    outcomes = [
-        Difference(
-            _name(one),
-            _text(one.outcome),
-            _text(other.outcome),
-            "",
-            _STATES.get(_text(other.outcome), ""),
-        )
-        for one, other in both
-        if one.outcome != other.outcome
-    ]
+    outcomes = [_outcome(*pair) for pair in both if pair[0].outcome != pair[1].outcome]
     yield _listed("Outcomes", outcomes)
     yield _listed("Peaks of tests", _largest(both, lambda test: test.peak_bytes, _test_peaks))
-    yield _listed("Durations of tests", _largest(both, _took, _durations))
+    yield _listed("Durations of tests", _largest(both, lambda test: test.took, _durations))
     rows = [Difference(_name(t), "ran", "did not run") for n, t in before.items() if n not in after]
     rows += [
         Difference(_name(t), "did not run", "ran") for n, t in after.items() if n not in before
@@ -193,14 +183,9 @@ def _peaks(
 
 
 def _durations(one: ShownTest, other: ShownTest) -> Iterator[Difference]:
-    row = _duration(_name(one), _took(one), _took(other))
+    row = _duration(_name(one), one.took, other.took)
     if row.state:
         yield row
-
-
-def _took(test: ShownTest) -> float | None:
-    unknown = test.start_s is None or test.end_s is None
-    return None if unknown else (test.end_s or 0) - (test.start_s or 0)
 
 
 def _listed(title: str, rows: Sequence[Difference]) -> ComparedSubject:

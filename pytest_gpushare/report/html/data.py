@@ -297,7 +297,7 @@ def _tests(tests: Sequence[ShownTest], workers: Sequence[ShownWorker]) -> dict[s
         "name": names,
         "worker": [numbers.get(test.worker) for test in tests],
         "start": [test.start_s for test in tests],
-        "took": [_took(test) for test in tests],
+        "took": [None if test.took is None else round(test.took, 3) for test in tests],
         "notes": [visible("\n".join(test.notes)) for test in tests],
         **{name: [getattr(test, name) for test in tests] for name in _COLUMNS},
         "least": [test.peak_exact is False for test in tests],
@@ -307,11 +307,6 @@ def _tests(tests: Sequence[ShownTest], workers: Sequence[ShownWorker]) -> dict[s
         "files": list(files),
         **{name: _column(values) for name, values in columns.items()},
     }
-
-
-def _took(test: ShownTest) -> float | None:
-    known = test.start_s is not None and test.end_s is not None
-    return round((test.end_s or 0) - (test.start_s or 0), 3) if known else None
 
 
 def _column(values: list[Any]) -> Any:

@@ -92,8 +92,7 @@ class ShownWorker:
     @property
     def lived(self) -> float | None:
         """Seconds for which it lived."""
-        unknown = self.started_s is None or self.ended_s is None
-        return None if unknown else (self.ended_s or 0) - (self.started_s or 0)
+        return _between(self.started_s, self.ended_s)
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,11 @@ class ShownTest:
     waited_s: float | None
     attempts: float | None
     notes: list[str]
+
+    @property
+    def took(self) -> float | None:
+        """Seconds from its start to its end."""
+        return _between(self.start_s, self.end_s)
 
 
 @dataclass(frozen=True)
@@ -256,6 +260,10 @@ def shown(document: Mapping[str, Any]) -> Shown:
         _texts(document.get("shortages")),
         _texts(document.get("problems")),
     )
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
 
 
 def number(value: object) -> float | None:
