@@ -1,22 +1,34 @@
 """The types of options: each reads what a user wrote, says what it accepts, and writes.
 
 A type raises `ValueError`, `TypeError` or `ArithmeticError` for a value that it does not accept,
-and `LineError` for one line of several. `Option.read` turns these into messages.
+and `LineError` for one line of several. `read` turns these into messages.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
-from typing import TypeAlias
+from functools import cache, partial
+from typing import TYPE_CHECKING, TypeAlias
 
-from pytest_gpushare.config.settings import Alias, ModelRule, VramRule
+from pytest_gpushare.config.settings import (
+    Alias,
+    ModelRule,
+    VramRule,
+    parse_aliases,
+    parse_lines,
+    parse_model_rules,
+    parse_rules,
+)
 from pytest_gpushare.errors import LineError, SettingsError
 from pytest_gpushare.text import nearest, shown_text, shown_value
 from pytest_gpushare.units import format_number, parse_size
+
+if TYPE_CHECKING:
+    from pytest_gpushare.config.options import Option
 
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
@@ -164,7 +176,7 @@ class Size(Number):
 class Choice(Kind):
     """One of several words."""
 
-    def __init__(self, *choices: str) -> None:
+    def __init__(self, choices: tuple[str, ...]) -> None:
         self.choices = choices
         *first, last = choices
         self.allowed = f"allowed is {', '.join(first)} or {last}"
@@ -200,7 +212,7 @@ class Name(Kind):
 class Presets(Kind):
     """One or several names of presets, between spaces, commas or lines."""
 
-    def __init__(self, *choices: str) -> None:
+    def __init__(self, choices: tuple[str, ...]) -> None:
         self.choices = choices
         self.allowed = f"allowed is one or several of {', '.join(choices)}"
 
@@ -298,3 +310,56 @@ def _as_text(part: object) -> str:
     if isinstance(part, (int, Decimal)) and re.fullmatch("[0-9]{1,9}", str(part)):
         return str(part)
     raise TypeError(part)
+
+
+TYPES: Mapping[str, Callable[..., Kind]] = {
+    "boolean": Boolean,
+    "number": Number,
+    "integer": Integer,
+    "size": Size,
+    "text": Text,
+    "choice": Choice,
+    "presets": Presets,
+    "devices": Devices,
+    "names": Names,
+    "marker name": partial(Name, "marker", "[A-Za-z_][A-Za-z0-9_]{0,99}"),
+    "parameter name": partial(Name, "parameter", "[A-Za-z0-9_]{0,100}"),
+    "hosts": partial(
+        Lines, "user@box:/srv/project, with options of ssh and python=PATH", parse_lines
+    ),
+    "aliases": partial(
+        Lines,
+        "MARKER = meaning or MARKER(n) = meaning; meanings: vram=SIZE, devices=NUMBER, exclusive, "
+        "required, gpu, cpu, ollama, ollama=MODEL, context=TOKENS",
+        parse_aliases,
+    ),
+    "rules": partial(Lines, "PATTERN = SIZE, such as tests/test_llm.py = 8GB", parse_rules),
+    "model rules": partial(
+        Lines, "PATTERN = MODEL, such as tests/rag/* = qwen2.5:14b", parse_model_rules
+    ),
+}
+"""The types that the table of options names."""
+
+
+@cache
+def kind_of(option: Option) -> Kind:
+    """The type of an option."""
+    return TYPES[option.type](**option.accepts)
+
+
+def read(
+    option: Option, raw: object, where: str, *, written: str = "", typed: bool = False
+) -> Value:
+    """The value that `raw` means.
+
+    `where` is the place ("pytest.ini") and `written` the name that stands there; both go into the
+    `SettingsError` that is raised for a value that is not accepted. `typed`: the source has types
+    of its own, so a number in quotes is not accepted.
+    """
+    place = f"{where}: {written or option.key}"
+    return kind_of(option).read_or_explain(raw, place, typed=typed)
+
+
+def defaults(options: Iterable[Option]) -> dict[str, Value]:
+    """Key -> the value of an option that nobody sets."""
+    return {option.key: read(option, option.default, "default") for option in options}

@@ -1,17 +1,16 @@
 """The one table of options: the command line, the ini keys and the JSON keys come from it.
 
-Idle runs import it for the names and the help alone, so the types of options are made when
-they are asked for.
+Idle runs import it for the names and the help alone, so it names the types of options, which
+`config.kinds` makes of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pytest_gpushare.config import kinds, settings
+    from pytest_gpushare.config.kinds import Kind
 
 JSON_SECTION = "gpu_resource_management"
 JSON_FILE = "performance_config.json"
@@ -24,7 +23,7 @@ class Option:
     def __init__(
         self,
         key: str,
-        kind: Callable[[], kinds.Kind],
+        type_: str,
         default: str,
         meaning: str,
         *,
@@ -33,10 +32,13 @@ class Option:
         metavar: str = "",
         repeatable: bool = False,
         in_json: bool = True,
+        accepts: Mapping[str, Any] | None = None,
     ) -> None:
         self.key = key
         """The name in JSON; `gpu_share_<key>` in ini files and after `-o`."""
         self.ini = INI_PREFIX + key
+        self.type, self.accepts = type_, accepts or {}
+        """A name in `kinds.TYPES`, and what makes this option's type of it."""
         self.default = default
         """The default as a user would write it."""
         self.meaning = meaning
@@ -48,30 +50,13 @@ class Option:
         self.metavar = metavar
         self.repeatable = repeatable
         self.in_json = in_json
-        self._make_kind = kind
 
-    @cached_property
-    def kind(self) -> kinds.Kind:
+    @property
+    def kind(self) -> Kind:
         """The type of the option."""
-        global kinds, settings
-        from pytest_gpushare.config import kinds, settings
+        from pytest_gpushare.config.kinds import kind_of
 
-        return self._make_kind()
-
-    def read(
-        self, raw: object, where: str, *, written: str = "", typed: bool = False
-    ) -> kinds.Value:
-        """The value that `raw` means.
-
-        `where` is the place ("pytest.ini") and `written` the name that stands there; both
-        go into the `SettingsError` that is raised for a value that is not accepted. `typed`:
-        the source has types of its own, so a number in quotes is not accepted.
-        """
-        return self.kind.read_or_explain(raw, f"{where}: {written or self.key}", typed=typed)
-
-    def default_value(self) -> kinds.Value:
-        """The default, read as a user's value would be."""
-        return self.read(self.default, "default")
+        return kind_of(self)
 
 
 SWITCHES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
@@ -118,186 +103,198 @@ _MOST_GB = str(1024**2)
 OPTIONS: tuple[Option, ...] = (
     Option(
         "ollama_vram_reservation_mb",
-        lambda: kinds.Size(high=_MOST_MB, unit="MB", auto=True),
+        "size",
         "12288",
         "VRAM kept for Ollama, in MB; what it holds already counts towards it; auto: as much as "
         "gpu_share_ollama_models will need",
         field="ollama_vram_reservation",
+        accepts={"high": _MOST_MB, "unit": "MB", "auto": True},
     ),
     Option(
         "safety_buffer_mb",
-        lambda: kinds.Size(high=_MOST_MB, unit="MB"),
+        "size",
         "1024",
         "VRAM left free on each device, whatever happens, in MB",
         field="safety_buffer",
+        accepts={"high": _MOST_MB, "unit": "MB"},
     ),
     Option(
         "max_workers_per_gb",
-        lambda: kinds.Number(high="1000"),
+        "number",
         "0.25",
         "GPU workers per GB of a device's budget; 0: no limit",
+        accepts={"high": "1000"},
     ),
     Option(
         "min_vram_per_worker_gb",
-        lambda: kinds.Size(low="0.001", high=_MOST_GB, unit="GB"),
+        "size",
         "3.0",
         "VRAM below which a GPU worker makes no sense, in GB",
         field="min_vram_per_worker",
+        accepts={"low": "0.001", "high": _MOST_GB, "unit": "GB"},
     ),
     Option(
         "max_workers_per_gpu",
-        lambda: kinds.Integer(high="1024"),
+        "integer",
         "2",
         "the most GPU workers on one device; 0: no limit",
+        accepts={"high": "1024"},
     ),
     Option(
         "ram_per_worker_gb",
-        lambda: kinds.Size(high=_MOST_GB, unit="GB"),
+        "size",
         "0",
         "host RAM that a worker needs, in GB; 0: no limit by RAM",
         field="ram_per_worker",
+        accepts={"high": _MOST_GB, "unit": "GB"},
     ),
     Option(
         "preset",
-        lambda: kinds.Presets(*PRESET_NAMES),
+        "presets",
         "conservative",
         "named sets of values, one or several; of several, later ones win",
         field="presets",
         flag="--gpu-share-preset",
         metavar="NAME",
         repeatable=True,
+        accepts={"choices": PRESET_NAMES},
     ),
     Option(
         "enable_ollama_detection",
-        lambda: kinds.Boolean(),
+        "boolean",
         "true",
         "ask Ollama what it holds; false: no request is made, the reservation stands",
     ),
     Option(
         "fallback_to_cpu_when_constrained",
-        lambda: kinds.Boolean(),
+        "boolean",
         "true",
         "run CPU workers where no GPU worker fits; false: an error instead",
     ),
     Option(
         "ollama_host",
-        lambda: kinds.Text(),
+        "text",
         "",
         "where Ollama listens, written as for OLLAMA_HOST; unset: OLLAMA_HOST, "
         "else 127.0.0.1:11434; auto: also host.docker.internal and, under WSL, the gateway",
     ),
     Option(
         "ollama_unreachable",
-        lambda: kinds.Choice("reserve", "release", "fail"),
+        "choice",
         "reserve",
         "where Ollama does not answer: reserve (keep its VRAM all the same), release (keep "
         "nothing if no server is reached), fail (an error)",
+        accepts={"choices": ("reserve", "release", "fail")},
     ),
     Option(
         "ollama_models",
-        lambda: kinds.Names("names of models", 16),
+        "names",
         "",
         "the models that the run relies on: Ollama is asked what they need",
+        accepts={"noun": "names of models", "most": 16},
     ),
     Option(
         "ollama_preload",
-        lambda: kinds.Boolean(),
+        "boolean",
         "false",
         "load gpu_share_ollama_models before the workers start, and keep them loaded",
     ),
     Option(
         "ollama_preload_failed",
-        lambda: kinds.Choice("warn", "fail"),
+        "choice",
         "warn",
         "what to do where one of them cannot be loaded, or only in part",
+        accepts={"choices": ("warn", "fail")},
     ),
     Option(
         "ollama_tests",
-        lambda: kinds.Lines(
-            "PATTERN = MODEL, such as tests/rag/* = qwen2.5:14b", settings.parse_model_rules
-        ),
+        "model rules",
         "",
         "tests that use a model of Ollama's, by node id, one a line, such as "
         "`tests/rag/* = qwen2.5:14b`; the first that matches",
     ),
     Option(
         "ollama_param",
-        lambda: kinds.Name("parameter", "[A-Za-z0-9_]{0,100}"),
+        "parameter name",
         "",
         "the parameter of parametrised tests that names the model which they use",
     ),
     Option(
         "ollama_phase",
-        lambda: kinds.Choice("auto", "beside", "before", "after"),
+        "choice",
         "auto",
         "when tests that use a model run: `beside` the GPU tests, before or after them, or as "
         "arithmetic says (auto)",
+        accepts={"choices": ("auto", "beside", "before", "after")},
     ),
     Option(
         "without_ollama",
-        lambda: kinds.Choice("skip", "run", "fail", "pull"),
+        "choice",
         "skip",
         "what a test that uses a model does without the server or the model: skip, run, fail, "
         "or pull (the missing model, before the tests)",
+        accepts={"choices": ("skip", "run", "fail", "pull")},
     ),
     Option(
         "ollama_load_timeout_s",
-        lambda: kinds.Number(low="0.1", high="86400", unit="s"),
+        "number",
         "600",
         "how long the tests of a model wait until it is loaded, in seconds",
         field="ollama_load_timeout",
+        accepts={"low": "0.1", "high": "86400", "unit": "s"},
     ),
     Option(
         "ollama_pull_timeout_s",
-        lambda: kinds.Number(low="0.1", high="86400", unit="s"),
+        "number",
         "1800",
         "how long pulling one model may take, in seconds",
         field="ollama_pull_timeout",
+        accepts={"low": "0.1", "high": "86400", "unit": "s"},
     ),
     Option(
         "ollama_context",
-        lambda: kinds.Integer(low="1", high="16777216", auto=True),
+        "integer",
         "auto",
         "the server's OLLAMA_CONTEXT_LENGTH, in tokens; auto: by its total VRAM, as Ollama does",
+        accepts={"low": "1", "high": "16777216", "auto": True},
     ),
     Option(
         "ollama_parallel",
-        lambda: kinds.Integer(low="1", high="256"),
+        "integer",
         "1",
         "the server's OLLAMA_NUM_PARALLEL",
+        accepts={"low": "1", "high": "256"},
     ),
     Option(
         "ollama_kv_cache_type",
-        lambda: kinds.Choice("f16", "q8_0", "q4_0"),
+        "choice",
         "f16",
         "the server's OLLAMA_KV_CACHE_TYPE",
+        accepts={"choices": ("f16", "q8_0", "q4_0")},
     ),
     Option(
         "ollama_gpu",
-        lambda: kinds.Devices(),
+        "devices",
         "auto",
         "the device or devices that Ollama uses: index or UUID, auto (find out), none",
     ),
     Option(
         "ollama_timeout_s",
-        lambda: kinds.Number(low="0.01", high="60", unit="s"),
+        "number",
         "0.5",
         "seconds for all requests to Ollama at the start",
         field="ollama_timeout",
+        accepts={"low": "0.01", "high": "60", "unit": "s"},
     ),
     Option(
         "marker",
-        lambda: kinds.Name("marker", "[A-Za-z_][A-Za-z0-9_]{0,99}"),
+        "marker name",
         "gpu",
         "the marker of GPU tests",
     ),
     Option(
         "markers",
-        lambda: kinds.Lines(
-            "MARKER = meaning or MARKER(n) = meaning; meanings: vram=SIZE, devices=NUMBER, "
-            "exclusive, required, gpu, cpu, ollama, ollama=MODEL, context=TOKENS",
-            settings.parse_aliases,
-        ),
+        "aliases",
         "",
         "what other markers mean, one a line, so that no test need be edited: "
         "`multi_gpu = devices=2`, `profiled_vram_gib(n) = vram={n}GB`, `serial = exclusive`, "
@@ -305,85 +302,88 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "vram",
-        lambda: kinds.Lines(
-            "PATTERN = SIZE, such as tests/test_llm.py = 8GB", settings.parse_rules
-        ),
+        "rules",
         "",
         "needs by node id, one a line, such as `tests/test_llm.py = 8GB`; the first that matches",
     ),
     Option(
         "cpu_workers",
-        lambda: kinds.Integer(high="1024", auto=True),
+        "integer",
         "0",
         "CPU workers next to the GPU workers; auto: the CPUs that GPU workers leave",
+        accepts={"high": "1024", "auto": True},
     ),
     Option(
         "without_gpu",
-        lambda: kinds.Choice("run", "skip", "fail"),
+        "choice",
         "run",
         "what a GPU test does without a GPU: run (on the CPU), skip, fail",
+        accepts={"choices": ("run", "skip", "fail")},
     ),
     Option(
         "empty_caches",
-        lambda: kinds.Choice("when-needed", "always", "never"),
+        "choice",
         "when-needed",
         "when GPU workers collect garbage and empty the caches of their frameworks: when a test "
         "waits for the VRAM, after each GPU test, or not at all",
+        accepts={"choices": ("when-needed", "always", "never")},
     ),
     Option(
         "pressure_timeout_s",
-        lambda: kinds.Number(high="86400", unit="s"),
+        "number",
         "300",
         "how long GPU tests wait for VRAM that Ollama or other programs took, in seconds",
         field="pressure_timeout",
+        accepts={"high": "86400", "unit": "s"},
     ),
     Option(
         "leases",
-        lambda: kinds.Text(),
+        "text",
         "auto",
         "the directory in which the sessions of this host publish the VRAM that they lease; auto: "
         "one that all users share; off: lease nothing, and ignore the leases of others",
     ),
     Option(
         "wait",
-        lambda: kinds.Number(high="604800", unit="s", auto=True),
+        "number",
         "auto",
         "seconds that the start waits for VRAM; auto: 300 for VRAM that other sessions lease, "
         "again while they make progress, and 0 for VRAM that other programs hold",
         flag="--gpu-share-wait",
         metavar="SECONDS",
+        accepts={"high": "604800", "unit": "s", "auto": True},
     ),
     Option(
         "report_names",
-        lambda: kinds.Boolean(),
+        "boolean",
         "false",
         "name the sessions of other users in reports",
     ),
     Option(
         "cap_vram",
-        lambda: kinds.Boolean(),
+        "boolean",
         "true",
         "cap the frameworks of each GPU worker at its slot, less a CUDA context",
     ),
     Option(
         "visible_devices",
-        lambda: kinds.Choice("own", "all"),
+        "choice",
         "own",
         "what a GPU worker sees: its own device, or all, its own first (for tests on several "
         "devices)",
+        accepts={"choices": ("own", "all")},
     ),
     Option(
         "device_names",
-        lambda: kinds.Choice("uuid", "index"),
+        "choice",
         "uuid",
         "how a device is written to CUDA_VISIBLE_DEVICES: by full UUID, or by index for tools "
         "that break on UUIDs",
+        accepts={"choices": ("uuid", "index")},
     ),
     Option(
         "hosts",
-        lambda: kinds.Lines(
-            "user@box:/srv/project, with options of ssh and python=PATH", settings.parse_lines
-        ),
+        "hosts",
         "",
         "hosts whose devices the run uses over ssh, one a line: `user@box:/srv/project`, then "
         "options of ssh and `python=PATH`; `popen` is this host",
@@ -391,14 +391,15 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "live",
-        lambda: kinds.Choice("auto", "on", "off"),
+        "choice",
         "auto",
         "a line with the VRAM in use below the tests' output: auto (in a terminal), on (on CI and "
         "with pytest's own progress too), off",
+        accepts={"choices": ("auto", "on", "off")},
     ),
     Option(
         "config",
-        lambda: kinds.Text(),
+        "text",
         "",
         f"JSON file with a {JSON_SECTION} section; unset: {JSON_FILE} in the root directory, "
         "if it has one",

@@ -21,7 +21,7 @@ from pytest_gpushare.compat.pytest_options import (
     options_of,
     overrides,
 )
-from pytest_gpushare.config.kinds import Boolean, Value
+from pytest_gpushare.config.kinds import Boolean, Value, defaults, read
 from pytest_gpushare.config.options import (
     BY_KEY,
     INI_PREFIX,
@@ -82,9 +82,7 @@ class _Entry(NamedTuple):
 
 def load(written: Written) -> Settings:
     """The settings in force. Raises `SettingsError` for anything that cannot be used."""
-    entries: dict[str, _Entry] = {}
-    for option in OPTIONS:
-        entries[option.key] = _Entry(option.default_value(), _DEFAULT, "default")
+    entries = {key: _Entry(value, _DEFAULT, "default") for key, value in defaults(OPTIONS).items()}
     explicit = _ini_level(written)
     explicit.update(_command_line_level(written))
     config_entry = explicit.get("config", entries["config"])
@@ -115,7 +113,7 @@ def _command_line_level(written: Written) -> dict[str, _Entry]:
         if isinstance(raw, list) and len(raw) == 1:
             # A repeatable flag that was given once: shown as it was written.
             raw = raw[0]
-        value = option.read(raw, "command line", written=option.flag)
+        value = read(option, raw, "command line", written=option.flag)
         result[key] = _Entry(value, _COMMAND_LINE, f"command line, {option.flag}")
     return result
 
@@ -128,7 +126,7 @@ def _prefixed(found: Mapping[str, object], where: str, level: int) -> dict[str, 
         key = name.removeprefix(INI_PREFIX)
         if key not in BY_KEY:
             raise _unknown(name, where, [SWITCH, *(option.ini for option in OPTIONS)])
-        result[key] = _Entry(BY_KEY[key].read(raw, where, written=name), level, where)
+        result[key] = _Entry(read(BY_KEY[key], raw, where, written=name), level, where)
     return result
 
 
@@ -150,7 +148,7 @@ def _json_level(written: Written, config: _Entry) -> dict[str, _Entry]:
     if section is None:
         return {}
     return {
-        key: _Entry(BY_KEY[key].read(raw, name, typed=True), _JSON, name)
+        key: _Entry(read(BY_KEY[key], raw, name, typed=True), _JSON, name)
         for key, raw in section.items()
     }
 
@@ -181,7 +179,7 @@ def _apply_presets(entries: dict[str, _Entry]) -> None:
         )
     for key, (raw, name) in merged([str(name) for name in names]).items():
         if entries[key].level < presets.level:
-            value = BY_KEY[key].read(raw, f"preset {name}")
+            value = read(BY_KEY[key], raw, f"preset {name}")
             entries[key] = _Entry(value, presets.level, f"preset {name}")
 
 

@@ -283,15 +283,11 @@ def _own_vram(uuid: str) -> int | None:
     nvml = Nvml()
     nvml.open()
     try:
-        devices = nvml.read(None, None).all_devices
+        nvml.read(None, None)
+        found = nvml.processes_on(uuid) or ()
     finally:
         nvml.close()
-    sizes = [
-        process.used
-        for device in devices
-        for process in device.processes or ()
-        if device.uuid == uuid and process.pid == os.getpid() and process.used is not None
-    ]
+    sizes = [each.used for each in found if each.pid == os.getpid() and each.used is not None]
     return sum(sizes) if sizes else None
 
 

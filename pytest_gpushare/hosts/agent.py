@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_gpushare.compat.xdist_hosts import count_of_cpus
+from pytest_gpushare.config.kinds import read
 from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import GpuShareError
@@ -137,12 +138,10 @@ def settings_as_texts(settings: Settings) -> dict[str, str]:
 
 def settings_of(texts: Mapping[str, str]) -> Settings:
     """The settings that these texts mean; whatever is not among them has its default."""
-    values: dict[str, Any] = {}
-    for option in OPTIONS:
-        text = texts.get(option.key)
-        values[option.attribute] = (
-            option.read(text, "controller") if text else option.default_value()
-        )
+    values: dict[str, Any] = {
+        option.attribute: read(option, texts.get(option.key) or option.default, "controller")
+        for option in OPTIONS
+    }
     # The controller decides for all hosts together whether CPU workers will do, and no host is
     # waited for while the others have room.
     return replace(

@@ -14,6 +14,7 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
+from pytest_gpushare.config.kinds import read
 from pytest_gpushare.config.options import BY_KEY, PRESETS, merged
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, HostFacts
@@ -139,10 +140,10 @@ def _without_packed(settings: Settings) -> Settings:
     for key, text in PRESETS[_PACKED].items():
         option, origin = BY_KEY[key], f"preset {_PACKED}"
         # A value that was changed since the settings were read is the user's, too.
-        is_packed = getattr(settings, option.attribute) == option.read(text, origin)
+        is_packed = getattr(settings, option.attribute) == read(option, text, origin)
         if settings.origins.get(key) == origin and is_packed:
             raw, name = values[key]
-            changed[option.attribute] = option.read(raw, f"preset {name}")
+            changed[option.attribute] = read(option, raw, f"preset {name}")
     if not changed:
         return settings
     presets = tuple(name for name in settings.presets if name != _PACKED)

@@ -31,6 +31,7 @@ from typing import Any
 import pytest
 from simulator import Device, Machine
 
+from pytest_gpushare.config.kinds import read
 from pytest_gpushare.config.options import BY_KEY, JSON_SECTION, OPTIONS, PRESETS
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.errors import SettingsError
@@ -492,7 +493,7 @@ def test_default_preset_is_the_defaults() -> None:
     """What the reference says of `conservative`."""
     for key, value in PRESETS["conservative"].items():
         option = BY_KEY[key]
-        assert option.read(value, "preset") == option.read(option.default, "default")
+        assert read(option, value, "preset") == read(option, option.default, "default")
 
 
 def test_places_in_the_code_exist() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pytest_gpushare.config.kinds import read
 from pytest_gpushare.config.options import BY_KEY
 from pytest_gpushare.config.settings import parse_aliases, parse_rules
 from pytest_gpushare.errors import SettingsError
@@ -63,7 +64,7 @@ def test_a_wrong_meaning(line: str, problem: str) -> None:
     """The message names file, key and line, and says what is allowed."""
     raw = f"serial2 = exclusive\n{line}\n"
     with pytest.raises(SettingsError) as caught:
-        BY_KEY["markers"].read(raw, "pytest.ini", written="gpu_share_markers")
+        read(BY_KEY["markers"], raw, "pytest.ini", written="gpu_share_markers")
     assert str(caught.value) == (
         f"pytest.ini: gpu_share_markers, line '{line.strip()}': {problem}: {MEANINGS}"
     )
@@ -83,7 +84,7 @@ def test_a_wrong_meaning(line: str, problem: str) -> None:
 def test_a_wrong_rule(line: str, problem: str) -> None:
     """The same for needs by node id."""
     with pytest.raises(SettingsError) as caught:
-        BY_KEY["vram"].read(["a.py = 1GB", line], "pyproject.toml", written="gpu_share_vram")
+        read(BY_KEY["vram"], ["a.py = 1GB", line], "pyproject.toml", written="gpu_share_vram")
     assert str(caught.value) == f"pyproject.toml: gpu_share_vram, line '{line}': {problem}: {SIZES}"
 
 
@@ -91,17 +92,17 @@ def test_no_lines_at_all() -> None:
     """What is no text, list or object of texts is refused as any wrong value."""
     for raw in (3, [3], True, None):
         with pytest.raises(SettingsError, match=r"^pytest.ini: vram = .*: allowed are lines"):
-            BY_KEY["vram"].read(raw, "pytest.ini")
+            read(BY_KEY["vram"], raw, "pytest.ini")
     with pytest.raises(SettingsError, match="more than 1000 lines"):
-        BY_KEY["vram"].read("a = 1GB\n" * 1001, "pytest.ini")
+        read(BY_KEY["vram"], "a = 1GB\n" * 1001, "pytest.ini")
     with pytest.raises(SettingsError, match="more than 500 characters"):
-        BY_KEY["vram"].read("a" * 501 + " = 1GB", "pytest.ini")
+        read(BY_KEY["vram"], "a" * 501 + " = 1GB", "pytest.ini")
 
 
 def test_a_marker_has_one_line() -> None:
     """Two lines for one marker contradict each other, sooner or later."""
     with pytest.raises(SettingsError, match="'serial = cpu': the marker occurs twice"):
-        BY_KEY["markers"].read("serial = exclusive\nserial = cpu", "pytest.ini")
+        read(BY_KEY["markers"], "serial = exclusive\nserial = cpu", "pytest.ini")
 
 
 def test_sizes_of_rules() -> None:
@@ -117,4 +118,4 @@ def test_sizes_of_rules() -> None:
 def test_a_wrong_name_of_the_marker(raw: object) -> None:
     """The marker's name is a Python name."""
     with pytest.raises(SettingsError, match="allowed is the name of a marker"):
-        BY_KEY["marker"].read(raw, "pytest.ini")
+        read(BY_KEY["marker"], raw, "pytest.ini")

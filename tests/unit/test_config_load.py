@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_gpushare.config import kinds
+from pytest_gpushare.config.kinds import defaults, read
 from pytest_gpushare.config.options import BY_KEY, JSON_SECTION, OPTIONS, PRESETS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, load
@@ -74,7 +75,7 @@ def test_defaults() -> None:
     }
     assert {name: getattr(found, name) for name in expected} == expected
     assert [getattr(found, option.attribute) for option in OPTIONS] == [
-        option.default_value() for option in OPTIONS
+        read(option, option.default, "") for option in OPTIONS
     ]
     assert found.origins == {option.key: "default" for option in OPTIONS}
 
@@ -82,7 +83,7 @@ def test_defaults() -> None:
 def test_conservative_is_the_default() -> None:
     """The preset and the defaults cannot drift apart."""
     for key, value in PRESETS["conservative"].items():
-        assert BY_KEY[key].read(value, "preset") == BY_KEY[key].default_value()
+        assert read(BY_KEY[key], value, "preset") == defaults([BY_KEY[key]])[key]
 
 
 LEVELS = ("json", "ini", "override")
@@ -198,7 +199,7 @@ def test_precedence_as_told(places: dict[str, dict[str, Any]]) -> None:
                 raw, origin = PRESETS[preset][key], f"preset {preset}"
             if key in places.get(level, {}):
                 raw, origin = places[level][key], ORIGINS[level]
-        assert getattr(found, BY_KEY[key].attribute) == BY_KEY[key].read(raw, "")
+        assert getattr(found, BY_KEY[key].attribute) == read(BY_KEY[key], raw, "")
         assert found.origins[key] == origin
 
 
@@ -232,8 +233,8 @@ def test_same_value_at_every_level(tmp_path: Path) -> None:
             for level in LEVELS
         ]
         values = [getattr(found, option.attribute) for found in levels]
-        assert values == [option.read(raw[0], "")] * 3
-        assert values[0] != option.default_value()
+        assert values == [read(option, raw[0], "")] * 3
+        assert values[0] != read(option, option.default, "")
 
 
 def test_named_file_is_relative_to_where_it_is_named(tmp_path: Path) -> None:

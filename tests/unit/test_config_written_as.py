@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_gpushare.config.kinds import read
 from pytest_gpushare.config.options import BY_KEY, OPTIONS
 from pytest_gpushare.config.sources import Written, load
 
@@ -27,7 +28,7 @@ HERE = Path("/nowhere")
 )
 def test_written_as(key: str, written: str, shown: str) -> None:
     option = BY_KEY[key]
-    assert option.kind.write(option.read(written, "here")) == shown
+    assert option.kind.write(read(option, written, "here")) == shown
 
 
 def test_defaults_can_be_written_again() -> None:
@@ -37,4 +38,4 @@ def test_defaults_can_be_written_again() -> None:
         value = getattr(settings, option.attribute)
         shown = option.kind.write(value)
         if shown:
-            assert option.read(shown, "here") == value, option.key
+            assert read(option, shown, "here") == value, option.key

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_gpushare.config.kinds import read
 from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, load
@@ -24,7 +25,7 @@ from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.planning.startup import plan_run
 from pytest_gpushare.units import GB, MB
 
-DEFAULTS = Settings(**{option.attribute: option.default_value() for option in OPTIONS})  # type: ignore[arg-type]
+DEFAULTS = Settings(**{option.attribute: read(option, option.default, "") for option in OPTIONS})  # type: ignore[arg-type]
 SILENT = OllamaFacts(asked=True)
 
 
