@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gpushare.config import options as table_of_options
 from pytest_gpushare.config import options as table_of_presets
+from pytest_gpushare.config.kinds import kind_of
 from pytest_gpushare.config.options import OPTIONS, PRESETS, Option
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def presets() -> str:
 
 
 def _entry(option: Option) -> str:
-    fields = [f"- {_sentence(option.kind.allowed.replace('allowed is', 'allowed:'))}"]
+    fields = [f"- {_sentence(kind_of(option).allowed.replace('allowed is', 'allowed:'))}"]
     if option.in_json:
         fields.append(f"- JSON: `{option.key}`")
     else:

@@ -7,10 +7,7 @@ Idle runs import it for the names and the help alone, so it names the types of o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pytest_gpushare.config.kinds import Kind
+from typing import Any
 
 JSON_SECTION = "gpu_resource_management"
 JSON_FILE = "performance_config.json"
@@ -50,13 +47,6 @@ class Option:
         self.metavar = metavar
         self.repeatable = repeatable
         self.in_json = in_json
-
-    @property
-    def kind(self) -> Kind:
-        """The type of the option."""
-        from pytest_gpushare.config.kinds import kind_of
-
-        return kind_of(self)
 
 
 SWITCHES: tuple[tuple[str, str, str, dict[str, str]], ...] = (

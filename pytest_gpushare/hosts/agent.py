@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_gpushare.compat.xdist_hosts import count_of_cpus
-from pytest_gpushare.config.kinds import read
+from pytest_gpushare.config.kinds import kind_of, read
 from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import GpuShareError
@@ -130,7 +130,7 @@ def _written(files: Mapping[str, str]) -> str:
 def settings_as_texts(settings: Settings) -> dict[str, str]:
     """The settings that sizing goes by, as a user would write them."""
     return {
-        option.key: option.kind.write(getattr(settings, option.attribute))
+        option.key: kind_of(option).write(getattr(settings, option.attribute))
         for option in OPTIONS
         if option.key not in HERE
     }

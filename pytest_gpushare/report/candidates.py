@@ -11,6 +11,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from pytest_gpushare.config.kinds import kind_of
 from pytest_gpushare.config.options import INI_PREFIX, OPTIONS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import GpuFacts
@@ -215,4 +216,4 @@ def _written(changes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(key, value) as a user writes them, without blanks."""
     for attribute, value in changes.items():
         option = _OPTIONS[attribute]
-        yield option.key, option.kind.write(value).replace(", ", ",")
+        yield option.key, kind_of(option).write(value).replace(", ", ",")

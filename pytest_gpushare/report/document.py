@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from pytest_gpushare import __version__
+from pytest_gpushare.config.kinds import kind_of
 from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.sampler import DevicePeaks
@@ -37,7 +38,7 @@ def in_force(settings: Settings) -> dict[str, dict[str, str]]:
     """Key -> `value`, as its user would write it, and `origin`; no secrets of a URL."""
     found = {
         option.key: {
-            "value": option.kind.write(getattr(settings, option.attribute)),
+            "value": kind_of(option).write(getattr(settings, option.attribute)),
             "origin": settings.origins.get(option.key, "default"),
         }
         for option in OPTIONS

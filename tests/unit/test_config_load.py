@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_gpushare.config import kinds
-from pytest_gpushare.config.kinds import defaults, read
+from pytest_gpushare.config.kinds import defaults, kind_of, read
 from pytest_gpushare.config.options import BY_KEY, JSON_SECTION, OPTIONS, PRESETS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, load
@@ -222,12 +222,12 @@ def test_same_value_at_every_level(tmp_path: Path) -> None:
     for option in OPTIONS:
         if not option.in_json:
             continue
-        if isinstance(option.kind, kinds.Boolean):
+        if isinstance(kind_of(option), kinds.Boolean):
             raw: tuple[str, object] = ("false", False) if option.default == "true" else ("1", True)
-        elif option.kind.choices:
-            raw = option.kind.choices[-1], option.kind.choices[-1]
+        elif kind_of(option).choices:
+            raw = kind_of(option).choices[-1], kind_of(option).choices[-1]
         else:
-            raw = lines[option.key] if option.key in lines else samples[type(option.kind)]
+            raw = lines[option.key] if option.key in lines else samples[type(kind_of(option))]
         levels = [
             at_levels(tmp_path, {"json": {}, level: {option.key: raw[level == "json"]}})
             for level in LEVELS

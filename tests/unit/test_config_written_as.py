@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_gpushare.config.kinds import read
+from pytest_gpushare.config.kinds import kind_of, read
 from pytest_gpushare.config.options import BY_KEY, OPTIONS
 from pytest_gpushare.config.sources import Written, load
 
@@ -28,7 +28,7 @@ HERE = Path("/nowhere")
 )
 def test_written_as(key: str, written: str, shown: str) -> None:
     option = BY_KEY[key]
-    assert option.kind.write(read(option, written, "here")) == shown
+    assert kind_of(option).write(read(option, written, "here")) == shown
 
 
 def test_defaults_can_be_written_again() -> None:
@@ -36,6 +36,6 @@ def test_defaults_can_be_written_again() -> None:
     settings = load(Written({}, {}, {}, "", HERE, HERE, HERE))
     for option in OPTIONS:
         value = getattr(settings, option.attribute)
-        shown = option.kind.write(value)
+        shown = kind_of(option).write(value)
         if shown:
             assert read(option, shown, "here") == value, option.key
