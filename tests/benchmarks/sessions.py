@@ -1,6 +1,6 @@
 """Random pairs and triples of sessions on one simulated device: is a test lost to a sibling?
 
-    python -m tests.benchmarks.sessions [--rounds 10] [--first 0] [--crowd 20]
+    python -m tests.benchmarks.sessions [--rounds 10] [--first 0] [--leases on|off] [--crowd 20]
 
 Each round draws two or three sessions whose tests need a third of the VRAM or more: with declared
 needs or without, presets, workers, fixtures that stay, times to start; in some one session is
@@ -23,6 +23,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -244,9 +245,11 @@ def round_of(seed: int, *more: str) -> Result:
     )
 
 
-def rounds(first: int, count: int) -> None:
+WAYS: dict[str, tuple[str, ...]] = {"on": (), "off": ("-o", "gpu_share_leases=off")}
+
+
+def rounds(first: int, count: int, ways: Mapping[str, tuple[str, ...]]) -> None:
     """With leases and without, side by side."""
-    ways = {"on": (), "off": ("-o", "gpu_share_leases=off")}
     totals = dict.fromkeys(ways, Result())
     for seed in range(first, first + count):
         kinds = [f"{'killed, ' * each.is_killed}{each.options[1][17:]}" for each in drawn(seed)]
@@ -307,12 +310,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--leases", choices=WAYS, help="only with them, or only without")
     parser.add_argument("--crowd", type=int, default=0)
     options = parser.parse_args()
     if options.crowd:
         crowd(options.crowd)
     else:
-        rounds(options.first, options.rounds)
+        chosen = [options.leases] if options.leases else WAYS
+        rounds(options.first, options.rounds, {way: WAYS[way] for way in chosen})
 
 
 if __name__ == "__main__":
