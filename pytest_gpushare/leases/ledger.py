@@ -221,7 +221,10 @@ class Ledger:
         with self._thread_lock:
             if self._own is not None:
                 with contextlib.suppress(OSError):
-                    if os.fstat(self._own).st_nlink:
+                    is_there = os.fstat(self._own).st_nlink
+                    # Windows removes no file that is open.
+                    self._drop()
+                    if is_there:
                         self._unlink(self._own_name)
                 self._drop()
 
@@ -339,14 +342,17 @@ class Ledger:
             if not stat.S_ISREG(status.st_mode):
                 return None
             uid = status.st_uid if hasattr(os, "getuid") else None
-            if locks.try_exclusive(descriptor):
+            is_dead = locks.try_exclusive(descriptor)
+            if is_dead:
                 locks.unlock(descriptor)
-                if may_remove and uid == _own_uid():
-                    self._unlink(name)
-                return None
             content = os.read(descriptor, SIZE)
         finally:
             locks.close(descriptor)
+        if is_dead:
+            # Windows removes no file that is open.
+            if may_remove and uid == _own_uid():
+                self._unlink(name)
+            return None
         known = self._parsed.get(name)
         if known is None or known[0] != content:
             known = self._parsed[name] = content, _session(name, uid, content)

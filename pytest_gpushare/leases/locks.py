@@ -4,7 +4,8 @@ filelock (looked at: 4.3) has a back-end for each of them, and can lock a file t
 read. It takes exclusive locks alone, though, and a record is locked by several processes of one
 session at once; its lock for readers and writers is a database, which another user may not
 write. msvcrt has no shared locks either: there each process locks a byte of its own beyond the
-record, and the exclusive lock is one on all of these bytes.
+record, and the exclusive lock is one on all of these bytes. That part was never run on Windows:
+its tests have a stand-in that follows the documentation of msvcrt.
 """
 
 from __future__ import annotations
@@ -58,16 +59,23 @@ if sys.platform == "win32":  # pragma: no cover - runs on Windows alone
 
     def unlock(descriptor: int) -> None:
         """Give up an exclusive lock."""
-        os.lseek(descriptor, _FIRST, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, _PLACES)
+        _at(descriptor, _FIRST, msvcrt.LK_UNLCK, _PLACES)
 
     def _lock(descriptor: int, offset: int, size: int) -> bool:
-        os.lseek(descriptor, offset, os.SEEK_SET)
         try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, size)
+            _at(descriptor, offset, msvcrt.LK_NBLCK, size)
         except OSError as error:
             return _is_held(error)
         return True
+
+    def _at(descriptor: int, offset: int, mode: int, size: int) -> None:
+        # It locks from the current position, from which the record is read and written.
+        before = os.lseek(descriptor, 0, os.SEEK_CUR)
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, mode, size)
+        finally:
+            os.lseek(descriptor, before, os.SEEK_SET)
 
 else:
     import fcntl
