@@ -64,6 +64,9 @@ class Agreed(NamedTuple):
     """Problems, one sentence each."""
     alone: Mapping[str, int] = {}
     """UUID -> the budget, in bytes, that the plan would have without the other sessions."""
+    waits_for: str = ""
+    """Who holds the VRAM that a run would wait for before it starts with this plan, where that
+    was only asked; empty: it would start at once."""
 
 
 MakePlan = Callable[[GpuFacts, LeasedByOthers], Plan]
@@ -145,13 +148,18 @@ class _Negotiation:
         """The plan without the other sessions; None where there is none."""
 
     def only_asked(self, lessee: Lessee) -> Agreed:
-        """The plan of a run that is not to start: what it would be now."""
+        """The plan of a run that is not to start: what it would be now, or after its wait."""
         self._seniority = lessee.seniority
         with lessee.ledger.gate():
             view = lessee.view()
-        self.decide(view)
+        wish = self.decide(view)
         lessee.close()
-        return self._agreed(view, None, ())
+        if self._settings.wait == 0 or not wish.is_explained:
+            return self._agreed(view, None, ())
+        self.plan, self.others = self._without, LeasedByOthers()
+        who = "; ".join(self._holders(view, self._naming)) or "sessions that asked before"
+        note = f"a run would wait for VRAM first, and then start with this plan: {who}"
+        return self._agreed(view, None, (note,))._replace(waits_for=who)
 
     def leased(self, lessee: Lessee, *, in_process: bool) -> Agreed:
         """The plan and its leases, after the wait for them."""

@@ -221,6 +221,7 @@ def start(
         contexts=earlier.contexts,
         has_needs=(earlier.has_needs or is_phased) and bool(plan.slots) and not gpus.simulated,
         is_phased=is_phased,
+        waits_for=agreed.waits_for,
     )
     if loading is None:
         return found

@@ -59,6 +59,8 @@ class StartFacts(NamedTuple):
     """Whether tests may have needs of their own, so that no slot may cap them."""
     is_phased: bool = False
     """Whether VRAM is kept for Ollama only while tests use its models."""
+    waits_for: str = ""
+    """Who holds the VRAM that a run would wait for, where no test follows; see `Agreed`."""
 
 
 class RunOptions(NamedTuple):

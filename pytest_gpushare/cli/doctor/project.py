@@ -215,6 +215,15 @@ def plan(found: Examined) -> Iterator[Finding]:
         yield ok(f"a run with -n, on this host alone, would start {headline}")
         return
     fact = f"a run would start {headline}"
+    if started.facts.waits_for:
+        yield look(
+            "waits-for-sessions",
+            f"a run would wait for VRAM of {started.facts.waits_for}; it would then "
+            f"start {headline}",
+            "in both projects declare what tests need, or gpu_share_preset = packed: they then run "
+            "at the same time",
+        )
+        return
     if started.plan.slots:
         yield ok(fact)
         return
