@@ -26,6 +26,7 @@ from acceptance.sessions import (
 )
 from simulator import Machine
 from simulator.child import child_process
+from simulator.store import start_time
 
 __all__ = ["start"]
 
@@ -113,6 +114,30 @@ def test_killed_holder(start: Callable[..., Session], machine: Machine, project:
     assert passed(second.finish()) == 4
 
 
+def test_workers_end_with_their_controller(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    """Workers whose controller was killed end within half a second or so, in the middle of a
+    test too; by execnet alone they go on for up to 15 s."""
+    module = SLEEPER + "\n    def test_waits():\n        time.sleep(60)\n"
+    session = start(module, *NO_OLLAMA, "-n2")
+    wait_for((session.path.parent / "worktree1" / "sleeps").exists)
+    wait_for(lambda: any(len(_workers(record)) == 2 for record in records(project)))
+    (record,) = records(project)
+    workers = _workers(record)
+    os.kill(session.process.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    wait_for(lambda: not any(map(start_time, workers)))
+    assert time.monotonic() - killed < 3
+    assert machine.snapshot()[0].used == 2 * 1024**3
+
+
+def _workers(record: dict[str, object]) -> list[int]:
+    workers = record["workers"]
+    assert isinstance(workers, list)
+    return [worker[1] for worker in workers]
+
+
 def _leases(record: dict[str, object]) -> bool:
     devices = record["devices"]
     assert isinstance(devices, dict)
@@ -141,6 +166,31 @@ def test_nothing_is_leased(project: Project, machine: Machine) -> None:
     project.pytest("--gpu-share", "--collect-only")
     project.command([sys.executable, "-m", "pytest_gpushare", "plan"])
     assert not leases_directory(project).exists()
+
+
+def test_plan_and_doctor_say_that_a_run_would_wait(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    """Where a run would wait for another session they name that one, and what it then gets."""
+    held = start(SLEEPER, *NO_OLLAMA, "-n1")
+    wait_for((held.path.parent / "worktree1" / "sleeps").exists)
+    ini = "[pytest]\ngpu_share_preset = no-ollama\ngpu_share_min_vram_per_worker_gb = 5.5\n"
+    project.file("pytest.ini", ini)
+    command = [sys.executable, "-m", "pytest_gpushare"]
+    who = rf"pid {held.process.pid}, \w+, in \S*worktree1: 21\.0 GB"
+    plan = project.command([*command, "plan", "-n2"]).out
+    assert plan.startswith("gpu-share: 2 GPU workers × 10.5 GB"), plan
+    wanted = f"a run would wait for VRAM first, and then start with this plan: {who}"
+    assert re.search(wanted, plan), plan
+    assert "CPU worker" not in plan
+    doctor = project.command([*command, "doctor", "--", "-n2"]).out
+    assert re.search(
+        rf"a run would wait for VRAM of {who}[^;]*; it would then start\s+2 GPU workers × 10\.5 GB",
+        re.sub(r"\s+", " ", doctor),
+    ), doctor
+    at_once = project.command([*command, "plan", "-n2", "--", "--gpu-share-wait=0"]).out
+    assert at_once.startswith("gpu-share: 2 CPU workers (insufficient VRAM"), at_once
+    held.kill()
 
 
 def test_record_of_a_run(start: Callable[..., Session], machine: Machine, project: Project) -> None:
