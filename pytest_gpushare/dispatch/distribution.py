@@ -157,18 +157,18 @@ class GpuShareScheduling:
         self._deaths += has_died
         self._nodes.pop(node, None)
         if self._executor is None:
-            return self._stock.remove_node(node)  # type: ignore[no-any-return]
-        replaced = (
-            has_died
-            and (self._most_deaths is None or self._deaths <= self._most_deaths)
-            and self._dispatch.may_replace(node)
-        )
-        self._due = True
-        # Also where the worker ended in order: a test may have ended it, by `pytest.exit`.
-        lost = self._executor.leave(node.gateway.id, replaced=replaced)
-        if not has_died and not self._executor.is_done:
+            lost = self._stock.remove_node(node)
+            goes_on = bool(self._stock.nodes)
+        else:
+            most, may_replace = self._most_deaths, self._dispatch.may_replace
+            replaced = has_died and (most is None or self._deaths <= most) and may_replace(node)
+            self._due = True
+            # Also where the worker ended in order: a test may have ended it, by `pytest.exit`.
+            lost = self._executor.leave(node.gateway.id, replaced=replaced)
+            goes_on = not self._executor.is_done
+        if goes_on and not has_died:
             self._dispatch.release(node)
-        return lost
+        return lost  # type: ignore[no-any-return]
 
     def _decide(self) -> None:
         collected = [(node, ids) for node, ids in self._nodes.items() if ids is not None]

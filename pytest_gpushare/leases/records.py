@@ -122,6 +122,11 @@ class LeaseRecord(NamedTuple):
         return self._replace(devices={**self.devices, **more})
 
     @property
+    def is_ending(self) -> bool:
+        """Whether its tests are over, so that it gives everything back in a moment."""
+        return self.total > 0 and (self.done >= self.total or not self.workers)
+
+    @property
     def leased(self) -> int:
         """Bytes that it has leased on all devices."""
         return sum(share.lease for share in self.devices.values())

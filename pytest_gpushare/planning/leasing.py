@@ -29,6 +29,10 @@ _OLLAMA_EVERY = 2.0
 """Seconds between two requests to Ollama while the session waits."""
 
 
+_ENDING = 3.0
+"""Seconds that the session waits for one that ends, where it would then have more workers."""
+
+
 _AT_ONCE = (
     "gpu-share: sessions whose tests declare their needs, or with gpu_share_preset = packed, run "
     "at the same time"
@@ -146,6 +150,10 @@ class _Negotiation:
         self.plan: Plan | None = None
         self._without: Plan | None = None
         """The plan without the other sessions; None where there is none."""
+        self._ending_until = 0.0
+        """Until when a session that ends is waited for; 0: there was none."""
+        self._takes_all = True
+        """Whether one that ends is waited for, rather than started with what it leaves now."""
 
     def only_asked(self, lessee: Lessee) -> Agreed:
         """The plan of a run that is not to start: what it would be now, or after its wait."""
@@ -167,6 +175,10 @@ class _Negotiation:
         try:
             wait = None if self._settings.wait is None else float(self._settings.wait)
             outcome = lessee.claim(self.decide, wait, self._report)
+            if not outcome.is_granted and self.plan is not None and self.plan.slots:
+                # The time is over before the session that ends has ended.
+                self._takes_all = False
+                outcome = lessee.claim(self.decide, 0.0, self._report)
         finally:
             self._line.clear()
         if in_process:
@@ -189,7 +201,7 @@ class _Negotiation:
         if not any(claim.holders or claim.waiting or claim.reserved for claim in claims.values()):
             self.others, self._without = LeasedByOthers(), None
             self.plan = self._make(self.now, self.others)
-            return self._wish(self.plan, is_explained=False)
+            return self._wish(self.plan, False)
         if self._own is None:
             alone = self._make(self.now, LeasedByOthers())
             self._own = {planned.device.uuid: planned.reservation for planned in alone.devices}
@@ -214,8 +226,30 @@ class _Negotiation:
         devices = tuple(replace(each, asked=own.get(each.device.uuid, 0)) for each in plan.devices)
         self.plan = plan = replace(plan, devices=devices)
         self._without = self._planned_alone(view)
-        explained = not plan.slots and bool(self._without.slots)
-        return self._wish(plan, is_explained=explained)
+        if self._awaits_end(view, plan):
+            wanted = {slot.device.uuid: DeviceLease(want=plan.needed) for slot in plan.slots}
+            return Wish({**self._wish(replace(plan, slots=()), False).devices, **wanted}, True)
+        return self._wish(plan, not plan.slots and bool(self._without.slots))
+
+    def _awaits_end(self, view: View, plan: Plan) -> bool:
+        """Whether there will be more workers in a moment, as another session is at its end."""
+        if not (self._takes_all and plan.slots) or self._settings.wait == 0:
+            return False
+        ended: Counter[str] = Counter()
+        left = dict(self.others.leases)
+        for uuid, claim in view.claims.items():
+            for holder in claim.holders:
+                if holder.session.record is not None and holder.session.record.is_ending:
+                    ended[uuid] += holder.held or 0
+                    left[uuid] -= holder.unclaimed
+        if left == self.others.leases and not any(ended.values()):
+            return False
+        then = self._make(self._without_held(ended), self.others._replace(leases=left))
+        if len(then.slots) <= len(plan.slots):
+            return False
+        now = time.monotonic()
+        self._ending_until = self._ending_until or now + _ENDING
+        return now < self._ending_until
 
     def _keepable(self, view: View, planned: DevicePlan) -> int:
         """Bytes that this session may lease, so that each older one can run its largest test."""
@@ -224,7 +258,7 @@ class _Negotiation:
         found = claims.keepable(left + claims.held, Share(self._seniority))
         return planned.budget if found is None else max(0, found)
 
-    def _wish(self, plan: Plan, *, is_explained: bool) -> Wish:
+    def _wish(self, plan: Plan, is_explained: bool) -> Wish:
         slots = slots_by_device(plan)
         # A device that lets no process in is not waited for.
         waits = not plan.slots
@@ -242,11 +276,13 @@ class _Negotiation:
 
     def _planned_alone(self, view: View) -> Plan:
         """The plan if the other sessions had leased nothing, and kept nothing for Ollama."""
-        devices = tuple(
-            _freed(device, view.claims[device.uuid].held) if device.uuid in view.claims else device
-            for device in self.now.devices
-        )
-        return self._make(self.now._replace(devices=devices), LeasedByOthers())
+        held = {uuid: claim.held for uuid, claim in view.claims.items()}
+        return self._make(self._without_held(held), LeasedByOthers())
+
+    def _without_held(self, held: Mapping[str, int]) -> GpuFacts:
+        """The devices if so much of what is in use were free, by UUID."""
+        devices = tuple(_freed(device, held.get(device.uuid, 0)) for device in self.now.devices)
+        return self.now._replace(devices=devices)
 
     def _report(self, view: View, waited: float) -> None:
         needed = format_gb(self.plan.needed) if self.plan is not None else "VRAM"

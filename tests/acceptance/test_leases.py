@@ -68,6 +68,21 @@ def test_slots_come_back(start: Callable[..., Session], machine: Machine, projec
     first.kill()
 
 
+def test_worker_that_has_ended_holds_nothing(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    """Its process ends while others go on: its context would be missing in the slot given back."""
+    module = SLEEPER + "\n    def test_quick():\n        gpusim.alloc('1GB')\n"
+    first = start(module, *NO_OLLAMA, "-n2")
+    wait_for((first.path.parent / "worktree1" / "sleeps").exists)
+    context = 600 * 1024**2
+    wait_for(lambda: machine.snapshot()[0].used == 6 * 1024**3 + context)
+    output = start(LARGE_TESTS, *NO_OLLAMA, "-n1").finish()
+    assert "1 GPU worker × 10.5 GB" in output
+    assert passed(output) == 4
+    first.kill()
+
+
 def test_explicit_wait_is_a_limit(
     start: Callable[..., Session], machine: Machine, project: Project
 ) -> None:
