@@ -1,4 +1,4 @@
-"""The host: available RAM, installed frameworks, processes, and its own addresses."""
+"""The host: RAM, installed frameworks, processes, file systems, and its own addresses."""
 
 from __future__ import annotations
 
@@ -150,6 +150,21 @@ def _default_gateway() -> str | None:
             with contextlib.suppress(ValueError):
                 return str(ipaddress.IPv4Address(int(fields[2], 16).to_bytes(4, "little")))
     return None
+
+
+def file_system(device: int) -> str:
+    """The kind of the file system with this device number; empty where that is unknown."""
+    try:
+        number = f"{os.major(device)}:{os.minor(device)}"
+        with open("/proc/self/mountinfo", "rb") as file:  # noqa: PTH123 - Path costs twice as much
+            lines = file.read(1 << 20).decode("utf-8", "replace").splitlines()
+    except (OSError, AttributeError):
+        return ""
+    for line in lines:
+        fields, _, rest = line.partition(" - ")
+        if fields.split()[2:3] == [number]:
+            return rest.split(" ", 1)[0]
+    return ""
 
 
 def parent_of(pid: int) -> int | None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from pytest_gpushare.gpu.host import file_system
 from pytest_gpushare.leases import locks
 from pytest_gpushare.leases.records import (
     SIZE,
@@ -34,7 +35,10 @@ VARIABLE = "PYTEST_GPUSHARE_LEASES"
 """The environment variable with the directory that `auto` means."""
 
 GATE_LIMIT = 2.0
-"""Seconds that anybody waits for the gate."""
+"""Seconds that anybody waits for the gate while nobody passes it."""
+
+GATE_MOST = 20.0
+"""Seconds that anybody waits for it on a machine so busy that others pass it slowly."""
 
 GATE_REST = 60.0
 """Seconds for which the gate is left alone after it was waited for in vain."""
@@ -160,8 +164,8 @@ class Ledger:
 
     @contextlib.contextmanager
     def gate(self) -> Iterator[None]:
-        """Hold the gate. Raises `GateError` after `GATE_LIMIT` seconds, `LedgerError`."""
-        if not self._thread_lock.acquire(timeout=GATE_LIMIT):
+        """Hold the gate. Raises `GateError` where it cannot be had in time, `LedgerError`."""
+        if not self._thread_lock.acquire(timeout=GATE_MOST):
             raise GateError(f"another thread holds the gate of {self.directory}")
         try:
             descriptor = self._enter_gate()
@@ -271,8 +275,7 @@ class Ledger:
             while True:
                 descriptor = self._open_gate()
                 try:
-                    left = began + GATE_LIMIT - self._clock()
-                    if not locks.lock_within(max(0.0, left), descriptor):
+                    if not self._lock(descriptor, began):
                         self._shut_until = self._clock() + GATE_REST
                         raise GateError(self._held())
                     # One that somebody removed meanwhile would let two in.
@@ -285,6 +288,26 @@ class Ledger:
         except OSError as error:
             where = self.directory / _GATE
             raise LedgerError(f"{where} cannot be locked: {_words(error)}") from None
+
+    def _lock(self, descriptor: int, began: float) -> bool:
+        """Lock the gate; who passes it changes a record, so it is waited for while that happens."""
+        if locks.lock_within(GATE_LIMIT / 2, descriptor):
+            return True
+        while self._clock() - began < GATE_MOST:
+            before = self._changes()
+            if locks.lock_within(GATE_LIMIT / 2, descriptor):
+                return True
+            if self._changes() == before:
+                break
+        return False
+
+    def _changes(self) -> set[tuple[str, int]]:
+        """What differs once a record was written or removed."""
+        found = set()
+        for name in self._names():
+            with contextlib.suppress(OSError):
+                found.add((name, self._stat(name).st_mtime_ns))
+        return found
 
     def _held(self) -> str:
         return f"{self.directory / _GATE} was held by another process for {GATE_LIMIT:g} s"
@@ -413,7 +436,7 @@ def _open_directory(directory: Path, *, create: bool) -> int | None:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | locks.OPEN_FLAGS)
     except OSError as error:
         raise LedgerError(f"{directory} cannot be opened: {_words(error)}") from None
-    kind = _file_system(os.fstat(descriptor).st_dev)
+    kind = file_system(os.fstat(descriptor).st_dev)
     if kind in _NETWORK:
         locks.close(descriptor)
         raise LedgerError(f"{directory} is on a network file system ({kind})")
@@ -433,21 +456,6 @@ def _create_directory(directory: Path) -> None:
     if hasattr(os, "getuid"):
         # Everybody may add a record, and nobody may remove another's.
         directory.chmod(0o1777)
-
-
-def _file_system(device: int) -> str:
-    """The kind of the file system with this device number; empty where that is unknown."""
-    try:
-        number = f"{os.major(device)}:{os.minor(device)}"
-        with open("/proc/self/mountinfo", "rb") as file:  # noqa: PTH123 - Path costs twice as much
-            lines = file.read(1 << 20).decode("utf-8", "replace").splitlines()
-    except (OSError, AttributeError):
-        return ""
-    for line in lines:
-        fields, _, rest = line.partition(" - ")
-        if fields.split()[2:3] == [number]:
-            return rest.split(" ", 1)[0]
-    return ""
 
 
 def _make_readable(descriptor: int) -> None:

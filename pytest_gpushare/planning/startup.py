@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 def _until(end: float, call: TimedCall[T]) -> T | None:
     """The result of a call; None where there is none at `end` (on the monotonic clock)."""
-    call.wait(end - time.monotonic())
+    call.wait_until(end)
     return call.value
 
 

@@ -242,7 +242,7 @@ class SessionRecord:
     def _shrink(self, members: Sequence[WorkerRecord]) -> None:
         """Give back the slots of workers that have ended, but for the last ones: their processes
         hold VRAM until the session ends, which gives everything back."""
-        if not any(member.ended is None for member in members):
+        if all(member.ended is not None and not member.crashed for member in members):
             return
         # Tests with needs of their own may take the slots of others, up to the budget.
         is_fixed = self._look is None and not self._by_needs

@@ -65,3 +65,8 @@ def test_more_cache_than_use(groups: Path) -> None:
     write(groups, own="0::/", memory__max=4 * GB, memory__current=GB)
     write(groups, memory__stat=f"inactive_file {2 * GB}")
     assert host.available_ram() == 4 * GB
+
+
+def test_kind_of_file_system() -> None:
+    assert host.file_system(Path("/proc").stat().st_dev) == "proc"
+    assert host.file_system(12345) == ""

@@ -186,6 +186,32 @@ def test_stopped_holder_of_the_gate(
     assert len(ledger.look()) == 1
 
 
+@pytest.mark.parametrize("is_passed", [True, False])
+def test_gate_on_a_busy_machine(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, is_passed: bool
+) -> None:
+    """It is waited for as long as others pass it, which changes their records."""
+    with Ledger(directory).gate():
+        pass
+    attempts: list[float] = []
+
+    def in_vain(seconds: float, _descriptor: int) -> bool:
+        attempts.append(seconds)
+        if is_passed:
+            (directory / f"s-{len(attempts)}.json").touch()
+        return len(attempts) > 6
+
+    monkeypatch.setattr(locks, "lock_within", in_vain)
+    ledger = Ledger(directory)
+    if is_passed:
+        with ledger.gate():
+            assert len(attempts) == 7
+    else:
+        with pytest.raises(GateError), ledger.gate():
+            pass
+        assert sum(attempts) == ledgers.GATE_LIMIT
+
+
 def test_gate_that_is_there_is_not_opened_to_be_created(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,14 +434,9 @@ def test_directory_that_may_not_be_written(public: Path) -> None:
 
 
 def test_network_file_system(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledgers, "_file_system", lambda _: "nfs4")
+    monkeypatch.setattr(ledgers, "file_system", lambda _: "nfs4")
     with pytest.raises(LedgerError, match="network file system"):
         Ledger(directory)
-
-
-def test_kind_of_file_system() -> None:
-    assert ledgers._file_system(Path("/proc").stat().st_dev) == "proc"
-    assert ledgers._file_system(12345) == ""
 
 
 @pytest.fixture

@@ -99,6 +99,14 @@ def test_slots_are_given_back_as_workers_end(running: Running) -> None:
     wait_for(lambda: running.shown().leases == {"GPU-0": 5})
 
 
+def test_last_slots_are_given_back_with_the_record(running: Running) -> None:
+    """Until then the processes of the last workers are there, and hold what they hold."""
+    for worker in ("gw0", "gw1", "gw2"):
+        running.workers.leave(worker, 1.0, crashed=False)
+    wait_for(lambda: not running.shown().workers)
+    assert running.shown().leases == {"GPU-0": 10}
+
+
 def test_removed_record_comes_back_and_workers_are_told(running: Running) -> None:
     sent: list[object] = []
     running.links.attach("gw0", sent.append)
