@@ -435,7 +435,16 @@ NESTED = """
     pytest_plugins = ["pytester"]
 
     def test_outer(pytester, monkeypatch):
-        test = "import os\\ndef test_inner():\\n    print(os.environ['CUDA_VISIBLE_DEVICES'])"
+        test = '''
+            import glob, json, os
+
+            def test_inner():
+                paths = glob.glob(os.environ["PYTEST_GPUSHARE_LEASES"] + "/s-*")
+                records = [json.load(open(path)) for path in paths]
+                leases = [share[:1] for r in records for share in r["devices"].values()]
+                assert sum(lease > [0] for lease in leases) == 1, records
+                print(os.environ["CUDA_VISIBLE_DEVICES"])
+        '''
         pytester.makepyfile(test)
         inner = pytester.runpytest_subprocess("-p", "no:cacheprovider", *{arguments!r})
         inner.assert_outcomes(passed=1)
@@ -452,7 +461,8 @@ NESTED = """
     ],
 )
 def test_nested_runs(arguments: list[str], line: str, project: Project, machine: Machine) -> None:
-    """A pytest that a test starts inside a worker is a run of its own, on the worker's device."""
+    """A pytest that a test starts inside a worker is a run of its own, on the worker's device,
+    and in the worker's lease."""
     project.write(test_project=NESTED.format(arguments=arguments, line=line))
     result = project.pytest("--gpu-share")
     assert (result.code, result.passed) == (0, 1), result.out

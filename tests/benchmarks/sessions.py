@@ -291,6 +291,9 @@ def crowd(count: int) -> None:
         f"{count} sessions at once: {sum(each.passed for each in ended)} of {4 * count} tests "
         f"passed, {without} without a lease, {max(r.seconds for r in ended):.0f} s"
     )
+    tickets = [float(each.ticket) for each in found]
+    print(f"places in the queue in another order than asked for: {_disorder(asked, tickets)}")
+    print(f"VRAM got in another order than the places: {_disorder(tickets, granted)}")
     print(f"VRAM got in another order than asked for: {_disorder(asked, granted)}")
     print(f"first tests in another order than VRAM was got: {_disorder(granted, began)}")
     print(f"first tests in another order than asked for: {_disorder(asked, began)}")
@@ -301,6 +304,7 @@ class Queued(NamedTuple):
 
     asked: float = 0.0
     granted: float = 0.0
+    ticket: int = 0
 
 
 def queue_in(ledger: Path, running: list[Running]) -> dict[int, Queued]:
@@ -314,10 +318,12 @@ def queue_in(ledger: Path, running: list[Running]) -> dict[int, Queued]:
                 written = path.stat().st_mtime
                 record = json.loads(path.read_text())
                 known = found.setdefault(record["pid"], Queued(record["began"]))
-                if not known.granted and any(
-                    share[:1] > [0] for share in record["devices"].values()
-                ):
-                    found[record["pid"]] = known._replace(granted=written)
+                if known.granted:
+                    continue
+                known = known._replace(ticket=known.ticket or record["ticket"])
+                if any(share[:1] > [0] for share in record["devices"].values()):
+                    known = known._replace(granted=written)
+                found[record["pid"]] = known
         if found.keys() == pids and all(each.granted for each in found.values()):
             break
         time.sleep(0.01)
@@ -333,7 +339,7 @@ def _disorder(first: list[float], then: list[float]) -> str:
         if first[a] + _TICK < first[b]
     ]
     late = [by for by, _, _ in pairs if by > _TICK]
-    return f"{len(late)} of {len(pairs)} pairs, by at most {max(late, default=0):.1f} s"
+    return f"{len(late)} of {len(pairs)} pairs, by at most {max(late, default=0):.1f}"
 
 
 _TICK = 0.05

@@ -23,7 +23,7 @@ from pytest_gpushare.cli.doctor.machine import driver, ollama, sessions, visibil
 from pytest_gpushare.cli.doctor.project import caps, packages, release, tools
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
-from pytest_gpushare.leases.ledger import Ledger
+from pytest_gpushare.leases.ledger import MEETING_PLACE, Ledger
 from pytest_gpushare.leases.records import LeaseRecord
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.planning.plan import Request
@@ -336,3 +336,14 @@ def test_ledger_between_sessions(tmp_path: Path) -> None:
     off = sessions(examined(ini={"gpu_share_leases": "off"}))
     assert "leases are off" in next(off).fact
     ledger.close()
+
+
+def test_ledger_that_others_do_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container without the mount, and in a /tmp that systemd made for one service."""
+    found = only(sessions(examined(where=Platform(is_container=True))), "leases-not-mounted")
+    assert found.fix == f"docker run -v {MEETING_PLACE}:{MEETING_PLACE}"
+    mount = "36 25 8:1 /tmp/systemd-private-1-ci.service-x/tmp /tmp rw - ext4 /dev/sda1 rw\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: mount)
+    assert "PrivateTmp" in only(sessions(examined()), "leases-private").fix
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: mount.replace("systemd-private", "x"))
+    assert not [finding for finding in sessions(examined()) if finding.level is not Level.OK]
