@@ -110,8 +110,8 @@ def merge(options: argparse.Namespace) -> int:
         # A foreign text may have halves of characters, which no file can hold.
         lambda text: redact(text.encode("utf-8", "replace").decode("utf-8")),
     )
-    problems = list(write_reports(document, files))
-    for text in problems:
+    problems = write_reports(document, files)
+    for text in problems.values():
         print(f"ERROR: {text}", file=sys.stderr)  # noqa: T201
     if problems:
         return REFUSED

@@ -407,7 +407,8 @@ def sighting(
         return None
     if model.size in {m.file_bytes for m in relied_on if m.digest == model.digest}:
         return None
-    vram = used if used is not None and used >= model.size else model.size + overhead
+    # Every process has a context: one that holds no more than its model was not seen whole.
+    vram = used if used is not None and used > model.size else model.size + overhead
     server = Server(
         0, parallel=settings.ollama_parallel, kv_cache_type=settings.ollama_kv_cache_type
     )
@@ -432,7 +433,7 @@ def measured_overhead(
             return None
     except ShapeUnknownError:
         return None
-    return used - model.size if 0 <= used - model.size <= _MOST_OVERHEAD else None
+    return used - model.size if 0 < used - model.size <= _MOST_OVERHEAD else None
 
 
 def used_by(models: Sequence[LoadedModel], devices: Sequence[Device]) -> int | None:

@@ -216,9 +216,8 @@ def _deciding(
 ) -> tuple[Limit, ...]:
     if after < before:
         return (_smallest(limits)[0],)
-    order = list(Limit)
-    found = {device.limited_by for device in devices if device.workers}
-    return tuple(sorted(found, key=order.index)) or (Limit.BY_NEED,)
+    deciding = [device for device in devices if device.workers] or devices
+    return tuple(sorted({device.limited_by for device in deciding}, key=list(Limit).index))
 
 
 def _cpu_workers(

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +33,16 @@ if TYPE_CHECKING:
     import pytest
 
 
-def write_reports(document: Mapping[str, Any], files: Sequence[Path]) -> Iterator[str]:
-    """Write the document to each file; yields a sentence for each that could not be written."""
+def write_reports(document: Mapping[str, Any], files: Sequence[Path]) -> dict[Path, str]:
+    """Write the document to each file; returns a sentence for each that could not be written."""
+    problems = {}
     for path in files:
         try:
             write_whole(path, _text(document, path))
         except Exception as error:
             # A full disk or any other error: the tests keep their results.
-            yield f"no report in {printable(str(path))}: {why(error)}"
+            problems[path] = f"no report in {printable(str(path))}: {why(error)}"
+    return problems
 
 
 def _text(document: Mapping[str, Any], path: Path) -> str:
@@ -93,6 +95,10 @@ def print_summary(run: ActiveRun, reporter: pytest.TerminalReporter) -> None:
     """What the tests used, and what went wrong."""
     _annotate(run, reporter)
     _print(_summary(run, _view(reporter.config)), reporter)
+    if _verbosity(reporter.config) >= 0:
+        # As pytest does for its own XML file.
+        for path in run.written:
+            reporter.write_sep("-", _shown(f"generated VRAM report: {path}"))
 
 
 def _print(lines: Sequence[Line], reporter: pytest.TerminalReporter) -> None:
@@ -124,7 +130,9 @@ def publish(run: ActiveRun, config: pytest.Config, exit_status: int) -> None:
         view = OutputOptions(max(0, _verbosity(config)), _WIDE.columns)
         lines = [line.text for line in _summary(run, view)]
         whole = document(run, exit_status, lines)
-        run.unwritten += write_reports(whole, run.reports)
+        problems = write_reports(whole, run.reports)
+        run.unwritten += problems.values()
+        run.written += [path for path in run.reports if path not in problems]
     except Exception as error:
         # The tests have their results: a report must not end in an internal error.
         run.unwritten.append(f"no report: {type(error).__name__}: {error}"[:300])

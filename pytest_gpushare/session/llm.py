@@ -124,8 +124,10 @@ class LlmTests:
         self._answers: dict[str, tuple[int, float]] = {}
         self._problem = ""
         self._loaded: Sequence[LoadedModel] = ()
-        asks = has_server and run.ollama.asked and not run.gpus.simulated
+        asks = has_server and run.ollama.asked
         self.server: Address | None = run.ollama.server if asks else None
+        # What is loaded takes real VRAM, of which the plan on simulated devices knows nothing.
+        self._may_load = asks and not run.gpus.simulated
         self.models: list[RunModel] = []
         facts = self._ask({use.model for use in uses.values() if use.model})
         found, numbers = grouped(((use.model, use.context) for use in uses.values()), facts)
@@ -142,8 +144,8 @@ class LlmTests:
         self._model_of = {nodeids[test]: self.models[at].shown for test, at in self.of.items()}
         run.links.on("ollama-answer", self._received)
         self.loader: ModelLoads | None = None
-        """None where nothing is asked of a server."""
-        if self.server is not None:
+        """None where nothing is loaded."""
+        if self.server is not None and self._may_load:
             models, groups = self.models, self.groups
             self.loader = ModelLoads(run, self.server, models, groups, lambda: self.on_outcome())
         for text in {
@@ -190,9 +192,11 @@ class LlmTests:
         if not model.name or (facts is not None and facts.is_remote):
             return group
         if facts is not None and facts.is_missing:
-            if settings.without_ollama == "pull":
+            if settings.without_ollama == "pull" and self._may_load:
                 return group._replace(loads=True)
             return self._without(group, f"no model {model.name} {where}", tests)
+        if not self._may_load:
+            return group
         return group._replace(loads=True, reservations=self._reservations(model))
 
     def _vram(self, model: RunModel) -> int:
@@ -218,7 +222,7 @@ class LlmTests:
     def choose_phase(self, gpu_tests: Sequence[tuple[int, float | None]], plan: Plan) -> str:
         """Whether tests that use models run next to GPU tests, before or after them."""
         wanted = self._run.settings.ollama_phase
-        if self.server is None or not self._run.ollama.on_this_host or not gpu_tests:
+        if not (self._may_load and self._run.ollama.on_this_host and gpu_tests):
             return BESIDE
         loads = []
         for number, group in enumerate(self.groups):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.events import Record
@@ -82,6 +83,8 @@ class ActiveRun:
         """Problems that the user should know of, one sentence each."""
         self.unwritten: list[str] = []
         """Why a report could not be written, one sentence each."""
+        self.written: list[Path] = []
+        """The reports that were written."""
         self.overwritten: dict[str, str] = {}
         """Worker -> how its placement was changed behind the plan, and by which file."""
         self.has_placed_all = False

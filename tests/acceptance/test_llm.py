@@ -101,6 +101,30 @@ def test_grouped_and_limited(project: Project, server: OllamaServer, arguments: 
     assert "no GPU test was selected" not in result.out
 
 
+def test_simulated_devices(project: Project, server: OllamaServer) -> None:
+    """A model that the server lacks is missed as in any run; the others are not loaded."""
+    project.write(
+        test_project=SUITE
+        + """
+    @pytest.mark.ollama(model="a:1b")
+    def test_a():
+        pass
+
+    @pytest.mark.ollama(model="missing:1b")
+    def test_missing():
+        pass
+    """
+    )
+    arguments = ("--gpu-share", "-n2", "--gpu-share-simulate=24GB")
+    result = project.pytest(*arguments)
+    assert (result.code, result.passed) == (0, 1), result.out
+    assert "gpu-share: 1 test skipped: no model missing:1b at 127.0.0.1:" in result.out
+    assert server.scheduler.loads == []
+    result = project.pytest(*arguments, OLLAMA_HOST="127.0.0.1:1")
+    assert (result.code, result.passed) == (5, 0), result.out
+    assert "gpu-share: 2 tests skipped: no Ollama at 127.0.0.1:1: " in result.out
+
+
 def test_parallel(project: Project, server: OllamaServer) -> None:
     """As many tests at once as the server answers, and no more."""
     server.scheduler.settings = type(server.scheduler.settings)(parallel=2)

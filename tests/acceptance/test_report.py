@@ -73,6 +73,11 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
+def written(output: str) -> list[str]:
+    """The reports that the terminal names."""
+    return re.findall(r"(?m)^-+ generated VRAM report: (.*?) -+$", output)
+
+
 def test_document(project: Project, machine: Machine) -> None:
     """What the terminal says, and more, in numbers that agree with the machine's own."""
     project.write(test_project=SUITE)
@@ -80,6 +85,7 @@ def test_document(project: Project, machine: Machine) -> None:
         "--gpu-share", "--gpu-share-report=out/run.json", "--gpu-share-report=page.HTML"
     )
     assert result.code == 1, result.out
+    assert written(result.out) == [f"{project.path}/out/run.json", f"{project.path}/page.HTML"]
     told = read(project.path / "out" / "run.json")
     assert "<html" in (project.path / "page.HTML").read_text(encoding="utf-8")
     assert sorted(path.name for path in (project.path / "out").iterdir()) == ["run.json"]
@@ -189,6 +195,7 @@ def test_secrets_and_what_cannot_be_written(project: Project, machine: Machine) 
         GITHUB_STEP_SUMMARY=str(project.path / "there.json"),
     )
     assert result.code == 0, result.out
+    assert written(result.out) == [f"{project.path}/fine.json"]
     at = [line for line in result.said if line.startswith("gpu-share: no ")]
     assert at == [
         "gpu-share: no table in GITHUB_STEP_SUMMARY: is a directory",
@@ -331,9 +338,9 @@ def test_crash(project: Project, machine: Machine) -> None:
 def test_what_if(project: Project) -> None:
     """Under --gpu-share-simulate there is a plan, and nothing to watch."""
     result = project.pytest(
-        "--gpu-share", "--gpu-share-simulate=24GB:used=2GB", "--gpu-share-report=r.json"
+        *("--gpu-share", "-q", "--gpu-share-simulate=24GB:used=2GB", "--gpu-share-report=r.json")
     )
-    assert result.code == 0
+    assert (result.code, written(result.out)) == (0, [])
     told = read(project.path / "r.json")
     assert (told["run"]["simulated"], told["samples"]) == (True, {"devices": {}, "leases": []})
     assert [device["peak_used_bytes"] for device in told["devices"]] == [None]

@@ -37,41 +37,43 @@ def opened() -> Iterator[tuple[int, TextIO]]:
 
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
-    os.set_blocking(master, False)
     with os.fdopen(slave, "w", buffering=1, encoding="utf-8") as file:
         yield master, file
     os.close(master)
 
 
-def written(master: int) -> str:
-    try:
-        return os.read(master, 65536).decode().replace("\r\n", "\n")
-    except BlockingIOError:
-        return ""
+def written(opened: tuple[int, TextIO]) -> str:
+    """What reached the terminal, up to a mark behind it: the system hands it on bit by bit."""
+    master, file = opened
+    os.write(file.fileno(), b"\0")
+    found = b""
+    while not found.endswith(b"\0"):
+        found += os.read(master, 65536)
+    return found[:-1].decode().replace("\r\n", "\n")
 
 
 def test_stays_below_a_partial_line(opened: tuple[int, TextIO]) -> None:
     """Dots leave it where it is; what would reach it removes it first."""
-    master, file = opened
+    _, file = opened
     below = LineBelow(file, clock=lambda: 0.0)
     assert below.install()
     below.show("a line")
-    assert written(master) == f"{DRAW}a line{RESTORE}"
+    assert written(opened) == f"{DRAW}a line{RESTORE}"
     below.show("a line")
     file.write("\x1b[32m.\x1b[0m")
     file.flush()
-    assert written(master) == "\x1b[32m.\x1b[0m"
+    assert written(opened) == "\x1b[32m.\x1b[0m"
     file.write("\nnext")
     file.flush()
-    assert written(master) == f"{REMOVE}\nnext"
+    assert written(opened) == f"{REMOVE}\nnext"
     below.show("x" * 100)
-    assert written(master) == f"{DRAW}{'x' * 59}{RESTORE}"
+    assert written(opened) == f"{DRAW}{'x' * 59}{RESTORE}"
     file.write("y" * 55)
     file.flush()
-    assert written(master) == f"{'y' * 55}"
+    assert written(opened) == f"{'y' * 55}"
     file.write("z")
     file.flush()
-    assert written(master).startswith(REMOVE)
+    assert written(opened).startswith(REMOVE)
     below.remove()
     below.remove()
     assert "write" not in vars(file)
@@ -79,15 +81,15 @@ def test_stays_below_a_partial_line(opened: tuple[int, TextIO]) -> None:
 
 def test_not_where_a_break_is_held_back(opened: tuple[int, TextIO]) -> None:
     """A full row, and an end in an unknown column: nothing is drawn."""
-    master, file = opened
+    _, file = opened
     below = LineBelow(file)
     below.install()
     for text in ("x" * 60, "\n\x1b[2K", "\n\t"):
         file.write(text)
         file.flush()
-        written(master)
+        written(opened)
         below.show("a line")
-        assert written(master) == ""
+        assert written(opened) == ""
     below.remove()
 
 

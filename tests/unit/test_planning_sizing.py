@@ -16,7 +16,7 @@ from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, HostFacts
+from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, GpuProcess, HostFacts
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.reservation import resident_bytes
@@ -161,6 +161,14 @@ def test_cpus_and_ram_limit() -> None:
     by_ram = plan(device(22), ram=7 * GB, ram_per_worker=Fraction(4 * GB))
     assert (len(by_ram.slots), by_ram.limited_by) == (1, (Limit.RAM,))
     assert len(plan(device(22), cpus=1, request=Request(number=2)).slots) == 2
+
+
+def test_what_left_no_gpu_worker() -> None:
+    """The need, or the compute mode; nothing where there is no device."""
+    barred = replace(device(22), compute_mode=ComputeMode.PROHIBITED)
+    assert plan(device(14)).limited_by == (Limit.BY_NEED,)
+    assert plan(barred).limited_by == (Limit.BY_MODE,)
+    assert plan().limited_by == ()
 
 
 def test_slots_leave_evenly_the_smallest_first() -> None:

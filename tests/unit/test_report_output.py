@@ -83,7 +83,8 @@ def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert list(write_reports({}, [path])) == [f"no report in {path}: no space left on device"]
+    problem = f"no report in {path}: no space left on device"
+    assert write_reports({}, [path]) == {path: problem}
     assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
     assert path.read_text() == "old"
 
@@ -92,10 +93,10 @@ def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "d.json").mkdir()
     (tmp_path / "file").write_text("")
     paths = [tmp_path / "d.json", tmp_path / "file" / "x.json", tmp_path / "ok.json"]
-    told = list(write_reports({"schema": 1, "a": float("nan")}, paths[2:]))
+    told = list(write_reports({"schema": 1, "a": float("nan")}, paths[2:]).values())
     assert len(told) == 1
     assert told[0].startswith(f"no report in {paths[2]}: ")
-    first, second = write_reports({"schema": 1}, paths)
+    first, second = write_reports({"schema": 1}, paths).values()
     assert first == f"no report in {paths[0]}: d.json is a directory"
     assert second.startswith(f"no report in {paths[1]}: ")
     assert (tmp_path / "ok.json").read_text() == '{"schema":1}\n'

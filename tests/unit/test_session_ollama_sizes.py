@@ -41,7 +41,7 @@ def test_what_is_seen() -> None:
 
     assert seen(None) == (KEY, 5 * GB + OVERHEAD)
     assert seen(6 * GB) == (KEY, 6 * GB)
-    assert seen(GB) == (KEY, 5 * GB + OVERHEAD)
+    assert seen(5 * GB) == seen(GB) == (KEY, 5 * GB + OVERHEAD)
 
 
 PLAIN = ModelFacts("m:7b", "d" * 64, GB, info=BY_NAME["qwen2.5:7b"].info)
@@ -51,7 +51,7 @@ PLAIN = ModelFacts("m:7b", "d" * 64, GB, info=BY_NAME["qwen2.5:7b"].info)
     ("used", "facts", "expected"),
     [
         (5 * GB + 700 * MB, (PLAIN,), 700 * MB),
-        (5 * GB, (PLAIN,), 0),
+        (5 * GB, (PLAIN,), None),
         (4 * GB, (PLAIN,), None),
         (None, (PLAIN,), None),
         (10 * GB, (PLAIN,), None),
