@@ -121,7 +121,7 @@ def test_simulated_devices(project: Project, server: OllamaServer) -> None:
     assert "gpu-share: 1 test skipped: no model missing:1b at 127.0.0.1:" in result.out
     assert server.scheduler.loads == []
     result = project.pytest(*arguments, OLLAMA_HOST="127.0.0.1:1")
-    assert (result.code, result.passed) == (5, 0), result.out
+    assert (result.code, result.passed) == (0, 0), result.out
     assert "gpu-share: 2 tests skipped: no Ollama at 127.0.0.1:1: " in result.out
 
 
