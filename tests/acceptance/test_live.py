@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from emulated import Terminal, live_lines, pytest_command, shown, without_live
@@ -230,3 +234,58 @@ def test_piped(project: Project, machine: Machine) -> None:
     assert result.code == 0
     assert "\x1b" not in result.out + result.err
     assert os.linesep + "gpu-share: GPU 0 ▇" not in result.out
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
+def test_height_changes(project: Project, machine: Machine, tmp_path: Path) -> None:
+    """A terminal that gets lower and higher keeps every row, and nothing of the line."""
+    project.write(
+        test_project="""
+        import os, time
+        import pytest
+
+        @pytest.mark.parametrize("i", range(90))
+        def test_dot(i):
+            until = time.monotonic() + 60
+            while i in (30, 60) and not os.path.exists(f"seen-{i}") and time.monotonic() < until:
+                time.sleep(0.05)
+        """
+    )
+    socket = tmp_path / "tmux"
+
+    def tmux(*arguments: str) -> str:
+        command = ["tmux", "-S", str(socket), "-f", os.devnull, *arguments]
+        environment = {**project.environment, "LC_ALL": "C.UTF-8"}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=30)
+        return done.stdout.decode()
+
+    def wait(condition: Callable[[], bool]) -> None:
+        until = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < until, tmux("capture-pane", "-p", "-S", "-")
+            time.sleep(0.05)
+
+    def is_over() -> bool:
+        return tmux("display-message", "-p", "#{pane_dead}") == "1\n"
+
+    def is_drawn() -> bool:
+        return " of 24 GB" in tmux("capture-pane", "-p")
+
+    kept = ["set", "-g", "remain-on-exit", "on", ";", "set", "-g", "remain-on-exit-format", ""]
+    command = shlex.join(pytest_command("--gpu-share", "-n1"))
+    begun = ["new-session", "-d", "-x", "80", "-y", "24", "-c", str(project.path), command]
+    tmux("start-server", ";", *kept, ";", "set", "-g", "status", "off", ";", *begun)
+    try:
+        for rows, seen in ((24, ""), (9, "seen-30"), (14, ""), (6, ""), (30, "seen-60")):
+            tmux("resize-window", "-x", "80", "-y", str(rows))
+            wait(is_drawn)
+            if seen:
+                (project.path / seen).touch()
+        wait(is_over)
+        history = tmux("capture-pane", "-p", "-S", "-").rstrip()
+    finally:
+        tmux("kill-server")
+    rows_of_dots = re.findall(r"(?m)^([.F]+) +\[ *\d+%\]$", history)
+    assert "".join(rows_of_dots) == "." * 90, history
+    assert " of 24 GB" not in history
+    assert history.count("test session starts") == history.count("90 passed") == 1

@@ -115,7 +115,7 @@ def run(
     command = pytest_command("--gpu-share", "-n2", *arguments)
     terminal = Terminal(command, path, environment, SIZE)
     if name == "resized":
-        # Of one height: pyte loses the rows by which a screen gets lower, a terminal keeps them.
+        # Of one height: pyte loses the rows by which a screen gets lower. test_live.py has tmux.
         for count, size in ((3, (60, 24)), (9, (120, 24)), (15, (90, 24))):
             terminal.read_until(lambda text, count=count: text.count(" of 24 GB") > count)
             terminal.resize(size)
