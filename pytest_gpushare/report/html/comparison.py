@@ -332,7 +332,7 @@ def _row(row: Difference) -> Markup:
     return tag(
         "tr",
         tag("td", tag("code", *breakable(row.name))),
-        tag("td", row.before),
-        tag("td", row.after),
+        tag("td", *breakable(row.before)),
+        tag("td", *breakable(row.after)),
         tag("td", tag("span", row.change, cls=row.state or None)),
     )
