@@ -39,6 +39,8 @@ RESTORE_LIMIT = 3.0
 """Seconds that the end of the run waits for it."""
 
 _TICK = 0.05
+_NOTHING_YET = 5.0
+"""Seconds until it is seen that a model was loaded; no more than `SHORTEST` / 3."""
 _DEFAULT = "5m"
 _FOREVER = 365 * 86400.0
 
@@ -204,31 +206,29 @@ class KeepAlive:
     def __init__(
         self,
         server: Address,
-        ours: Sequence[PreloadedModel],
+        ours: list[PreloadedModel],
         pids: Callable[[], frozenset[int] | None] = lambda: None,
         every: float = LOOK_EVERY,
     ) -> None:
-        """`pids` are Ollama's processes that hold VRAM, `every` the seconds between looks."""
-        self._server, self._pids, self._every = server, pids, every
-        self._kept = list(ours)
+        """`ours` may grow meanwhile. `pids` are Ollama's processes that hold VRAM, `every` the
+        seconds between looks."""
+        self._server, self.pids, self._every = server, pids, every
+        self._kept = ours
         self._expected: dict[str, float] = {}
         """Name -> the Unix time at which it runs out, as it was seen after our last request."""
-        now = time.time()
-        for each in ours:
-            left = seconds_left(each.model, now)
-            if left is not None:
-                self._expected[each.model.name] = now + left
         self.given_up: list[str] = []
         """A sentence on each model that is not kept any more."""
         self.used_by_others: Callable[[], Collection[str]] = frozenset
         """The models that other sessions use now: their keep-alive is left as it is."""
         self._stop = threading.Event()
         self._lock = threading.RLock()
-        self._is_restored = False
+        self._has_begun = self._is_restored = False
 
     def start(self) -> None:
-        """Look from now on."""
-        threading.Thread(target=self._watch, name="gpu-share-keep", daemon=True).start()
+        """Look from now on; harmless when called twice."""
+        if not self._has_begun:
+            self._has_begun = True
+            threading.Thread(target=self._watch, name="gpu-share-keep", daemon=True).start()
 
     def stop(self) -> None:
         """Restore a keep-alive that is not the server's own; harmless when called twice."""
@@ -256,15 +256,18 @@ class KeepAlive:
             self._is_restored = True
 
     def _watch(self) -> None:
-        shortest = min(
-            (each.keep_alive or 0 for each in self._kept if not each.is_prolonged),
-            default=self._every,
-        )
-        every = max(1.0, min(self._every, shortest / 3))
-        while self._kept and not self._stop.wait(every):
+        while not self._stop.wait(every := self._pause()):
             # A server that is gone, or busy, is asked again at the next look.
             with contextlib.suppress(TimeoutError, UnreachableError, NonsenseError):
-                self._look(every, lambda _: None)
+                if self._kept:
+                    self._look(every, lambda _: None)
+
+    def _pause(self) -> float:
+        """Seconds until the next look."""
+        if not self._kept:
+            return min(_NOTHING_YET, self._every)
+        own = [each.keep_alive or 0 for each in list(self._kept) if not each.is_prolonged]
+        return max(1.0, min(self._every, min(own, default=3 * self._every) / 3))
 
     def _look(self, every: float, opened: Callable[[Connection], object]) -> None:
         until = time.monotonic() + ASK_LIMIT
@@ -289,11 +292,14 @@ class KeepAlive:
             return "it was unloaded"
         if (now.digest, now.context, now.size) != (before.digest, before.context, before.size):
             return "another client loaded it with other settings"
-        pids = self._pids()
+        pids = self.pids()
         if ours.pid is not None and pids is not None:
             return "" if ours.pid in pids else "another client reloaded it"
         # Without processes to compare, somebody's request may have reloaded it unseen.
         left, expected = seconds_left(now, time.time()), self._expected.get(before.name)
+        if expected is None:
+            first = seconds_left(before, time.time())
+            expected = None if first is None else time.time() + first
         if left is None or expected is None or left == expected == float("inf"):
             return ""
         if abs(time.time() + left - expected) > 2.0:

@@ -14,13 +14,14 @@ from pytest_gpushare.ollama.keep_alive import KeepAlive, PreloadedModel
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.preload import Preloaded, ProgressLine, ollama_pids, preload, vram_of
 from pytest_gpushare.planning.startup import Probes, probe
+from pytest_gpushare.sigterm import AtSigterm
 
 
 class Loading(NamedTuple):
     """What became of the models that the run relies on."""
 
-    kept: KeepAlive | None = None
-    """The service that keeps those which we loaded; None where there are none."""
+    kept: AtSigterm[KeepAlive] | None = None
+    """The running service that keeps those which we loaded; None where there are none."""
     sentences: tuple[str, ...] = ()
     """A sentence on each model that was loaded."""
     problems: tuple[str, ...] = ()
@@ -56,8 +57,11 @@ def load_first(
     Raises `PreloadError` where a model is missing that must not be. `probes` are closed.
     """
     ours: list[PreloadedModel] = []
-    server = probes.ollama.server
-    progress = ProgressLine()
+    server, progress = probes.ollama.server, ProgressLine()
+    # From the first load on: another load, or a wait for other sessions, may take minutes.
+    kept = None if server is None else AtSigterm(KeepAlive(server, ours))
+    if kept is not None:
+        kept.start()
     try:
         done = preload(
             settings.ollama_models,
@@ -68,29 +72,25 @@ def load_first(
             progress.show,
             ours,
         )
+        if done.problems and settings.ollama_preload_failed == "fail":
+            raise PreloadError(_failure(done))
+        if done.ours and kept is not None:
+            probes.close()
+            probes = probe(settings, (), environment)
+            kept.service.pids = ollama_pids(_live(probes))
     except BaseException:
         # Ctrl-C above all: what was loaded until then stays as long as the server keeps it.
-        if server is not None and ours:
-            KeepAlive(server, ours).stop()
+        if kept is not None:
+            kept.stop()
         raise
     finally:
         progress.clear()
     problems = tuple(
         f"{problem.model} was not preloaded: {problem.text}" for problem in done.problems
     )
-    if problems and settings.ollama_preload_failed == "fail":
-        if server is not None:
-            KeepAlive(server, done.ours).stop()
-        raise PreloadError(_failure(done))
-    if server is None or not done.ours:
-        return probes, Loading(None, done.events, problems)
-    probes.close()
-    try:
-        probes = probe(settings, (), environment)
-    except BaseException:
-        KeepAlive(server, done.ours).stop()
-        raise
-    kept = KeepAlive(server, done.ours, ollama_pids(_live(probes)))
+    if not done.ours and kept is not None:
+        kept.stop()
+        kept = None
     return probes, Loading(kept, done.events, problems)
 
 

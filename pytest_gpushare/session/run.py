@@ -34,7 +34,7 @@ from pytest_gpushare.planning.plan import Plan, Slot
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.session.needs_store import ModelSizes, NeedsRecorder
 from pytest_gpushare.session.registry import OtherLeases, SessionRecord
-from pytest_gpushare.session.services import AtSigterm, Sampler, Service, Services, monitor_for
+from pytest_gpushare.session.services import Sampler, Services, monitor_for
 from pytest_gpushare.session.start_facts import (
     HostOfRun,
     ReadingSource,
@@ -46,6 +46,7 @@ from pytest_gpushare.session.start_facts import (
 )
 from pytest_gpushare.session.tests import RecordedTests
 from pytest_gpushare.session.workers import WorkerRecord, Workers
+from pytest_gpushare.sigterm import Service
 from pytest_gpushare.wire import Links
 
 if TYPE_CHECKING:
@@ -110,10 +111,10 @@ class ActiveRun:
         if self.live is not None and self.plan.devices:
             self.sampler = self._make_sampler(self.live)
             services.append(self.sampler)
-        self.kept_loaded = facts.preload_service
+        self.kept_loaded = None if facts.kept_loaded is None else facts.kept_loaded.service
         """What keeps the models that this run loaded; None where it loaded none."""
-        if self.kept_loaded is not None:
-            services.append(AtSigterm(self.kept_loaded))
+        if facts.kept_loaded is not None:
+            services.append(facts.kept_loaded)
         if self.plan.slots and not self.gpus.simulated:
             self.exclusive = ExclusiveAccess(
                 self.plan,

@@ -7,11 +7,10 @@ cost a sample.
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, ProcessSplit, Statement
@@ -29,6 +28,7 @@ from pytest_gpushare.ollama.models import LoadedModel
 from pytest_gpushare.ollama.monitor import Monitor
 from pytest_gpushare.ollama.reservation import devices_of_ollama
 from pytest_gpushare.session.workers import Workers
+from pytest_gpushare.sigterm import Service
 
 if TYPE_CHECKING:
     from pytest_gpushare.config.settings import Settings
@@ -195,46 +195,6 @@ class Sampler:
             device.listed(None)
 
 
-class Service(Protocol):
-    """Something that runs beside the tests, from before the first to after the last."""
-
-    def start(self) -> None:
-        """Begin; threads are daemons."""
-
-    def stop(self) -> None:
-        """End within a second or so, and leave nothing behind."""
-
-
-class AtSigterm:
-    """A service that is stopped by SIGTERM, too, by which pytest would end at once."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._before: Any = None
-        """The handler before; None where there is none of ours."""
-
-    def start(self) -> None:
-        """Start the service, and handle the signal unless somebody else does."""
-        self._service.start()
-        if threading.current_thread() is not threading.main_thread():
-            return
-        found = signal.getsignal(signal.SIGTERM)
-        if found is signal.SIG_DFL or isinstance(getattr(found, "__self__", None), AtSigterm):
-            self._before = found
-            signal.signal(signal.SIGTERM, self._end)
-
-    def stop(self) -> None:
-        """Stop the service, and leave the signal to whoever had it."""
-        if self._before is not None and signal.getsignal(signal.SIGTERM) == self._end:
-            signal.signal(signal.SIGTERM, self._before)
-        self._service.stop()
-
-    def _end(self, number: int, _frame: object) -> None:
-        self._service.stop()
-        signal.signal(number, self._before)
-        signal.raise_signal(number)
-
-
 class Services:
     """The services of one run, in the order in which they start."""
 
@@ -277,7 +237,7 @@ class Services:
 
 def _name(service: Service) -> str:
     """The name of a service in messages."""
-    return type(getattr(service, "_service", service)).__name__.lower()
+    return type(getattr(service, "service", service)).__name__.lower()
 
 
 class MonitoredRun(Protocol):

@@ -198,7 +198,7 @@ def start(
     if agreed.lessee is not None:
         close = _in_order(agreed.lessee.close, close)
         if loading is not None and loading.kept is not None:
-            loading.kept.used_by_others = agreed.lessee.models_of_others
+            loading.kept.service.used_by_others = agreed.lessee.models_of_others
     found = StartFacts(
         settings,
         gpus,
@@ -228,7 +228,7 @@ def start(
     return found._replace(
         notes=(*found.notes, *loading.problems),
         preloaded=loading.sentences,
-        preload_service=loading.kept,
+        kept_loaded=loading.kept,
         # Also where the run ends before its services began.
         close=close if loading.kept is None else _in_order(loading.undo, close),
     )

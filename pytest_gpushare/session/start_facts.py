@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.gpu.sampler import Live
     from pytest_gpushare.leases.lessee import Lessee
     from pytest_gpushare.ollama.keep_alive import KeepAlive
+    from pytest_gpushare.sigterm import AtSigterm
 
 
 def nothing() -> None:
@@ -43,8 +44,8 @@ class StartFacts(NamedTuple):
     """Problems that the user should know of, one sentence each."""
     preloaded: tuple[str, ...] = ()
     """One sentence for each model that was loaded before the run."""
-    preload_service: KeepAlive | None = None
-    """Keeps the preloaded models loaded."""
+    kept_loaded: AtSigterm[KeepAlive] | None = None
+    """The running service that keeps the preloaded models loaded."""
     contexts: Mapping[str, int] = {}
     """Device name -> bytes of a CUDA context, as earlier runs measured it."""
     lessee: Lessee | None = None

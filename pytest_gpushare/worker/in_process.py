@@ -159,7 +159,7 @@ class ModelsInProcess:
         if not uses:
             return
         from pytest_gpushare.session.llm import LlmTests
-        from pytest_gpushare.session.services import AtSigterm
+        from pytest_gpushare.sigterm import AtSigterm
 
         self._llm = self._run.llm = LlmTests(self._run, uses, {}, [item.nodeid for item in items])
         self._run.services.add(AtSigterm(self._llm))

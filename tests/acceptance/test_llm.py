@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 from simulator import Device, Machine
+from simulator.child import child_process
 from simulator.ollama import Model, OllamaServer
 
 from .conftest import Project
+from .test_preload import keeps
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "ollama"
 
@@ -68,6 +74,24 @@ def turns(server: OllamaServer) -> list[str]:
 def most_at_once(server: OllamaServer, name: str) -> int:
     """How many requests at once used a model, at most."""
     return server.scheduler.most_at_once.get(name, 0)
+
+
+@contextmanager
+def running(project: Project, *arguments: str) -> Iterator[subprocess.Popen[Any]]:
+    """The project's tests beside the block."""
+    command = [sys.executable, "-m", "pytest", "--gpu-share", *arguments]
+    with child_process(
+        command, cwd=project.path, env=project.environment, stdout=subprocess.DEVNULL
+    ) as process:
+        yield process
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Wait for something that must come within a minute."""
+    until = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -626,3 +650,51 @@ def test_unknown_arguments_of_a_foreign_marker(project: Project, server: OllamaS
     assert result.out.count("gpu-share: @pytest.mark.ollama: backend, retries: means nothing") == 1
     # Nobody knows the model: nothing is loaded by the run, and one test at a time uses it.
     assert most_at_once(server, "a:1b") == 1
+
+
+@pytest.mark.parametrize(("own", "least"), [("10s", 500), ("90s", 0)])
+@pytest.mark.parametrize("workers", ["-n2", "-n0"])
+def test_terminated(
+    project: Project, server: OllamaServer, workers: str, own: str, least: float
+) -> None:
+    """SIGTERM gives a model back that was loaded for tests, as the end of the run does."""
+    server.scheduler.settings = type(server.scheduler.settings)(keep_alive=own)
+    project.write(
+        test_project="""
+    import pathlib, time
+    import pytest
+
+    @pytest.mark.ollama(model="a:1b")
+    def test_a():
+        pathlib.Path("began").touch()
+        time.sleep(60)
+    """
+    )
+    with running(project, workers) as process:
+        wait_until((project.path / "began").exists)
+        assert keeps(server, "a:1b") > least
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM
+    assert 0 < keeps(server, "a:1b") <= int(own.rstrip("s"))
+
+
+@pytest.mark.parametrize("workers", ["-n2", "-n0"])
+def test_terminated_during_a_load(project: Project, server: OllamaServer, workers: str) -> None:
+    """SIGTERM ends the load: the server, which is left by its client, keeps nothing of it."""
+    settings = type(server.scheduler.settings)
+    server.scheduler.settings = settings(keep_alive="10s", load_delay=3.0)
+    project.write(
+        test_project="""
+    import pytest
+
+    @pytest.mark.ollama(model="a:1b")
+    def test_a():
+        pass
+    """
+    )
+    with running(project, workers) as process:
+        wait_until(lambda: any(r.path == "/api/generate" for r in server.requests))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM
+    time.sleep(3.0)
+    assert server.ps() == []

@@ -169,6 +169,52 @@ def test_killed(
     assert least < keeps(server, "small:1b") <= most
 
 
+def test_terminated_while_another_model_loads(project: Project, server: OllamaServer) -> None:
+    """SIGTERM ends that load, and gives back what was loaded before it."""
+    settings = type(server.scheduler.settings)
+    server.scheduler.settings = settings(keep_alive="10s", load_delay=3.0)
+    command = [sys.executable, "-m", "pytest", *ON, "-o", f"{MODELS}small:1b other:1b"]
+    with child_process(
+        command, cwd=project.path, env=project.environment, stdout=subprocess.DEVNULL
+    ) as process:
+        until = time.monotonic() + 60
+        while all(body["model"] != "other:1b" for _, body in changes(server)):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert keeps(server, "small:1b") > 500
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM
+    assert keeps(server, "small:1b") <= 10
+    time.sleep(3.0)
+    assert "other:1b" not in [entry["name"] for entry in server.ps()]
+
+
+def test_terminated_between_preload_and_tests(project: Project, server: OllamaServer) -> None:
+    """SIGTERM before the first worker is up gives the model back, too."""
+    server.scheduler.settings = type(server.scheduler.settings)(keep_alive="10s")
+    project.write(
+        conftest="""
+            import pathlib, time
+
+            def pytest_gpushare_plan(config, plan):
+                pathlib.Path("began").touch()
+                time.sleep(60)
+        """
+    )
+    command = [sys.executable, "-m", "pytest", *ON, "-o", f"{MODELS}small:1b"]
+    with child_process(
+        command, cwd=project.path, env=project.environment, stdout=subprocess.DEVNULL
+    ) as process:
+        until = time.monotonic() + 60
+        while not (project.path / "began").exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert keeps(server, "small:1b") > 500
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM
+    assert keeps(server, "small:1b") <= 10
+
+
 def test_what_does_not_fit(project: Project, server: OllamaServer) -> None:
     """What is known not to fit is not loaded; `fail` ends the run before the first test."""
     server.load("other:1b")

@@ -294,15 +294,16 @@ def test_keep_alive_is_given_back_to_ours_alone() -> None:
 
 
 def test_keep_alive_is_renewed() -> None:
-    """A run that lasts longer than the server keeps models keeps its own all the same."""
+    """A run that lasts longer than the server keeps models keeps its own all the same; also while
+    it loads others."""
+    ours: list[PreloadedModel] = []
     with OllamaServer(None, {"m": "1GB"}) as server:
+        kept = KeepAlive(parse_address(server.host), ours, every=1.0)
+        kept.start()
         server.load("m", keep_alive="3s")
         (entry,) = server.ps()
         model = LoadedModel(entry["name"], entry["size"], entry["size_vram"], entry["digest"], 4096)
-        kept = KeepAlive(
-            parse_address(server.host), [PreloadedModel(model, keep_alive=3.0)], every=1.0
-        )
-        kept.start()
+        ours.append(PreloadedModel(model, keep_alive=3.0))
         time.sleep(4.5)
         assert [entry["name"] for entry in server.ps()] == ["m:latest"]
         kept.stop()
