@@ -140,7 +140,7 @@ def test_every_event(scene: Scene) -> None:
 
 def test_gone_by_itself_and_evicted(scene: Scene) -> None:
     """A keep-alive that ran out, and a runner that was killed: gone is gone."""
-    scene.after("loaded", lambda: scene.server.load("qwen2.5:14b", keep_alive="0.3s"))
+    scene.after("loaded", lambda: scene.server.load("qwen2.5:14b", keep_alive="1.5s"))
     wait_for(lambda: bool(scene.record.events("ollama-unloaded")))
     assert not scene.monitor.has_failed()
     assert all(
