@@ -351,6 +351,9 @@ class DevicePeaks:
     Printed figures of the tests must not be smaller than this."""
     missed: int | None = None
     """What the tests may have held beyond that between two samples; None where nobody knows."""
+    missed_used: int | None = None
+    """The same of `used`: what the workers know of themselves does not show what others held
+    beside them."""
 
     def counted(self, least: int, most: int | None) -> DevicePeaks:
         """The same where one worker is known, by itself, to have held `least` bytes, and all of
@@ -359,7 +362,11 @@ class DevicePeaks:
         if self.workers and least > self.workers:
             rise, used = max(self.rise, least), max(self.used or 0, least)
             peaks = replace(self, workers=least, rise=rise, used=used)
-        return replace(peaks, missed=None if most is None else max(0, most - peaks.rise))
+        if most is None:
+            return replace(peaks, missed=None, missed_used=None)
+        return replace(
+            peaks, missed=max(0, most - peaks.rise), missed_used=max(0, most - self.rise)
+        )
 
     @property
     def unattributed(self) -> int:
@@ -374,7 +381,8 @@ class DevicePeaks:
     @property
     def is_used_exact(self) -> bool:
         """Whether no more than 5 % beyond `used` can have been in use between two samples."""
-        return self.missed is not None and 20 * self.missed <= (self.used or 0)
+        missed = self.missed_used
+        return missed is not None and 20 * missed <= (self.used or 0)
 
     @property
     def is_rise_exact(self) -> bool:

@@ -205,6 +205,10 @@ def test_a_peak_that_no_sample_shows_is_at_least_what_a_worker_knows() -> None:
     known = peaks.counted(400, None)
     assert (known.used, known.workers, known.rise, known.unattributed) == (400, 400, 400, 0)
     assert not known.is_unattributed
+    # What others held beside it at that moment is not known.
+    beside = DevicePeaks(used=1100, workers=120, rise=120).counted(400, 400)
+    assert (beside.used, beside.rise) == (1100, 400)
+    assert (beside.is_used_exact, beside.is_rise_exact) == (False, True)
     # Where the driver attributes nothing, one worker's figure says nothing of all.
     assert DevicePeaks(used=170, workers=None, rise=20).counted(400, 400).rise == 20
 
