@@ -30,17 +30,22 @@ CHAIN = 0.1
 MOST_IN_CHAIN = 128
 
 
-def first_for(worker: GpuWorker, pool: GpuPool) -> Unit | None:
-    """The first pending unit that this worker may ever begin."""
+def first_for(worker: GpuWorker, pool: GpuPool, *, unbarred: bool = False) -> Unit | None:
+    """The first pending unit that it may ever begin; `unbarred`: that no model keeps waiting."""
     pending = pool.pending
+
+    def may_begin(unit: Unit) -> bool:
+        barred = unbarred and pool.bars(worker, unit.tests[0])
+        return not barred and pool.may_begin(worker, unit)
+
     for unit in pending.again:
-        if pool.may_begin(worker, unit):
+        if may_begin(unit):
             return unit
     first: Unit | None = None
     for kind, tree in pending.trees.items():
         most = worker.most.get(kind[0], -1)
         rank = tree.first(most)
-        while rank >= 0 and not pool.may_begin(worker, pending.units[rank]):
+        while rank >= 0 and not may_begin(pending.units[rank]):
             rank = tree.first(most, rank + 1)
         if rank >= 0 and (first is None or rank < first.rank):
             first = pending.units[rank]
@@ -101,6 +106,9 @@ class Admitting:
 
     def _fits(self, worker: GpuWorker, test: int) -> bool:
         pool = self._pool
+        if test in pool.refusals:
+            # It is reported without being run, also where others have all VRAM.
+            return True
         if self.models is not None and not self.models.allows(worker.id, test):
             return False
         if test in pool.forced:

@@ -81,8 +81,6 @@ class Dispatcher:
         self._alone: LoadOrder | None = None
         """Where one worker runs all tests: their order, should it die."""
         self._stopping = False
-        self._gone = False
-        """Whether workers went since it was asked last who can run what."""
 
     @property
     def is_done(self) -> bool:
@@ -141,7 +139,7 @@ class Dispatcher:
         which the worker has never received; the others are dispatched again.
         """
         self._expected += replaced
-        self._gone = True
+        self._fallback.is_due = True
         if self._models is not None:
             self._models.queue.down(worker)
         queued: list[int] = []
@@ -277,7 +275,7 @@ class Dispatcher:
     def again(self, test: int) -> None:
         """Dispatch once more a test that is over."""
         self._left += 1
-        if self._alone is None:
+        if self._alone is None or self._jobs[test].model is not None:
             self._requeue([test])
         else:
             self._alone.again(test)
@@ -373,15 +371,18 @@ class Dispatcher:
         gpu, cpu, pressure, fallback = self._gpu, self._cpu, self._pressure, self._fallback
         admitting = self._admitting
         actions: list[Action] = []
-        if self._gone and not self._expected:
-            self._gone = False
+        if self._models is not None:
+            self._models.release_tests()
+        if fallback.is_due and not self._expected:
             fallback.orphans()
             if self._models is not None:
                 self._models.drop_orphans()
+        if pressure.has_given_up:
+            actions += fallback.sort_out()
+        given = [] if self._models is None else list(self._models.actions())
         is_due = gpu.at >= pressure.due_at
         if is_due:
             pressure.look_everywhere()
-        given = [] if self._models is None else list(self._models.actions())
         if self._models is not None and not self._models.has_begun:
             # Before GPU tests take the VRAM that the first model needs.
             given += self._models.loads()
@@ -400,8 +401,6 @@ class Dispatcher:
         actions += self._note_begun(actions)
         actions += given
         actions += pressure.look(looked_at, at_all=is_due)
-        if pressure.has_given_up:
-            actions += fallback.sort_out()
         actions += self._helping.recall()
         if cpu.average is not None:
             actions += self._helping.help_all()

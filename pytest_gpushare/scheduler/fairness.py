@@ -33,9 +33,15 @@ class Backfilling:
         return 3 * max(1, len(self._pool.workers))
 
     def waiting(self, device: str) -> Iterator[GpuWorker]:
-        """The workers whose next test waits for this device, in the order of binding."""
+        """The workers whose next test waits for this device, in the order of binding.
+
+        Not those whose test waits for a model.
+        """
         for worker in self._pool.waiting.values():
-            if worker.bound is not None and device in self._devices_of(worker):
+            test = worker.bound
+            if test is None or device not in self._devices_of(worker):
+                continue
+            if not self._pool.bars(worker, test):
                 yield worker
 
     def head(self, device: str) -> GpuWorker | None:
@@ -71,10 +77,14 @@ class Backfilling:
                 over, is_known = self._ends.get(name, (pool.at, False))
                 freed = account.committed - ledger.floor(name)
                 running.append((over, freed, is_known or pool.average is not None))
+        # What uses a model that is kept goes first: the others have its VRAM when it is gone.
+        goes_first = ledger.holds and pool.jobs[test].model is not None
         for head in self.waiting(ledger.capacity.uuid):
             if head is worker:
                 return need <= left
             assert head.bound is not None
+            if goes_first and pool.jobs[head.bound].model is None:
+                continue
             more = pool.bytes_for(head, head.bound) - ledger.accounts[head.id].committed
             alone = pool.kind_of(head.bound)[1] or head.bound in pool.forced
             if more <= left and not alone:

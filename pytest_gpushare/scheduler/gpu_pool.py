@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from pytest_gpushare.scheduler.accounts import DeviceLedger
 from pytest_gpushare.scheduler.needs import IN_ORDER, Need
@@ -153,6 +153,8 @@ class GpuPool:
         """Seconds that a test lasted lately."""
         self.helped: set[int] = set()
         """The CPU tests that GPU workers were sent."""
+        self.bars: Callable[[GpuWorker, int], bool] = lambda _worker, _test: False
+        """Whether a test waits for a model of Ollama's: to be loaded, or to give VRAM back."""
 
     def up(self, worker: Worker, collected: Collection[int] | None) -> None:
         """A worker is ready."""

@@ -7,9 +7,11 @@ do, or that asks for what follows, so that it starts at once.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
-from pytest_gpushare.scheduler.phases import AFTER, BEFORE, too_large
+from pytest_gpushare.scheduler.model_room import ModelRoom
+from pytest_gpushare.scheduler.phases import AFTER, BEFORE
 from pytest_gpushare.scheduler.queue import GROUPED, Unit, in_units
 from pytest_gpushare.scheduler.types import (
     Action,
@@ -18,16 +20,13 @@ from pytest_gpushare.scheduler.types import (
     CloseModel,
     EmptyCaches,
     Job,
-    Note,
     OpenModel,
     Run,
 )
-from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_gpushare.scheduler.accounts import DeviceLedger
     from pytest_gpushare.scheduler.cpu_pool import CpuPool, CpuWorker
     from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
     from pytest_gpushare.scheduler.model_queue import ModelQueue, Offer
@@ -38,11 +37,9 @@ if TYPE_CHECKING:
 IDLE = 1.0
 """Seconds for which no worker runs anything before a model makes way that nobody can use."""
 
-WORTH_A_NOTE = 0.5
-"""Seconds."""
 
-DRAINED = 2.0
-"""Seconds after the last GPU test for which VRAM that comes back late is waited for."""
+def _knows(worker: CpuWorker | GpuWorker, *tests: int) -> bool:
+    return all(map(worker.knows, tests))
 
 
 class ModelDispatch:
@@ -65,69 +62,41 @@ class ModelDispatch:
         """Since when no worker runs anything."""
         self._asked: dict[int | None, float] = {}
         """Group -> since when the first of its tests waits for the model."""
-        self._due: dict[int, float] = {}
-        """Group -> since when its model waits for VRAM."""
-        self._since = 0.0
-        self._progress: list[int] = []
-        self._drained_at: float | None = None
-        """When the last GPU test was over that ran where a model is to be loaded."""
+        self._room = ModelRoom(models, gpu, reclaiming)
         self._jobs, self._gpu, self._cpu, self._fallback = jobs, gpu, cpu, fallback
         cpu.divert = self._take_over
+        gpu.bars = self.bars
 
     def take(self, found: Routes) -> Routes:
         """Take the tests that use a model out of the routes; the others stay as they are."""
         cpu = self._take_unmarked(found.cpu)
         gpu = self._take_unmarked(found.gpu)
-        both = [test for test in gpu if self._jobs[test].model is not None]
-        refused = {test: text for test in both if (text := self._too_large(test))}
-        if refused:
-            found = found._replace(refused={**found.refused, **refused})
-            both = [test for test in both if test not in refused]
-            gpu = [test for test in gpu if test not in refused]
+        uses = {test: model for test in gpu if (model := self._jobs[test].model) is not None}
+        refused = {test: why for test, at in uses.items() if (why := self._room.refuses(test, at))}
+        found = found._replace(refused={**found.refused, **refused})
+        gpu = [test for test in gpu if test not in refused]
+        both = [test for test in uses if test not in refused]
         for test in both:
-            self._limit_unknown(test)
+            self._room.limit_unknown(test, uses[test])
         if self._gpu.policy.dist in GROUPED:
             self.queue.expect(both)
         else:
             self.queue.hold(both)
             gpu = [test for test in gpu if self._jobs[test].model is None]
+        self.drop_orphans()
         return found._replace(cpu=cpu, gpu=gpu)
 
     def drop_orphans(self) -> None:
         """Drop the tests that no worker which is left has collected."""
         gpu, cpu = self._gpu, self._cpu
 
-        def could_run(test: int) -> bool:
-            return cpu.could_run(test) or any(
-                worker.knows(test) and not worker.ending for worker in gpu.workers.values()
+        def could_run(*tests: int) -> bool:
+            return cpu.could_run(*tests) or any(
+                _knows(worker, *tests) and not worker.ending for worker in gpu.workers.values()
             )
 
         for test in self.queue.orphans(could_run):
             self._fallback.dropped.append((test, "no worker that has collected it is left"))
-
-    def _limit_unknown(self, test: int) -> None:
-        """A need that nobody knows must leave room for the model, and for other contexts."""
-        model = self._jobs[test].model
-        workers = list(self._gpu.workers.values())
-        for ledger, size in self._devices_of(model) if model is not None else ():
-            others = sum(ledger.full.uuid in worker.devices for worker in workers) - 1
-            rest = ledger.full.budget - size - max(0, others) * ledger.full.context
-            self._gpu.limit_unknown(test, rest)
-
-    def _too_large(self, test: int) -> str:
-        model, need = self._jobs[test].model, self._gpu.need(test).vram
-        if model is None or need is None:
-            return ""
-        facts = self.queue.facts(model)
-        budgets = [
-            (self._gpu.ledgers[uuid].full.budget, size)
-            for uuid, size in facts.reservations.items()
-            if uuid in self._gpu.ledgers
-        ]
-        if not budgets or len(self._gpu.ledgers) > len(budgets):
-            return ""
-        budget, size = max(budgets)
-        return too_large(need, size, facts.name, budget)
 
     def _take_over(self, test: int) -> bool:
         """Take a test that would go to a CPU worker though it uses a model."""
@@ -153,18 +122,31 @@ class ModelDispatch:
 
     def back(self, test: int) -> bool:
         """Take a test in that comes back; False: it does not belong here."""
-        if not self.queue.owns(test):
-            if self._jobs[test].model is not None:
-                self.queue.expect([test])
-            return False
-        self.queue.back([test])
-        return True
+        uses_model = self._jobs[test].model is not None
+        is_grouped = self._gpu.policy.dist in GROUPED
+        if self.queue.owns(test) or (uses_model and not is_grouped):
+            self.queue.back([test])
+            return True
+        if uses_model:
+            self.queue.expect([test])
+        return False
+
+    def release_tests(self) -> None:
+        """Let tests that need VRAM, too, go to GPU workers where their models are there."""
+        gpu = self._gpu
+        for test in reversed(self.queue.release()):
+            refusal = self.queue.refusal_of(test)
+            if refusal is not None:
+                gpu.refuse(test, *refusal)
+            # First, as it has one of the places for which others wait.
+            gpu.pending.back(Unit([test]), first=True)
+            gpu.note_change()
+            # Its worker may have gone while it was held back, and another may take its place.
+            self._fallback.is_due = True
 
     def actions(self) -> Iterator[Action]:
         """What is to be done now for these tests, on CPU workers and beside them."""
         queue, cpu = self.queue, self._cpu
-        for test in queue.release():
-            self._release(test)
         for id_, admitted in queue.open_gate():
             waited = self._gpu.at - self._asked.pop(self._jobs[admitted.test].model, self._gpu.at)
             yield Admit(id_, admitted.test, Admission(refusal=admitted.refusal, waited=waited))
@@ -173,7 +155,7 @@ class ModelDispatch:
             worker.is_shallow = number < wanted
             worker.is_taken = queue.has_chain(worker.worker.id)
             if not worker.ending and (not worker.queue or worker.asks):
-                offer = queue.offer(worker.worker.id, worker.knows)
+                offer = queue.offer(worker.worker.id, partial(_knows, worker))
                 if offer is not None:
                     yield self._to_cpu(worker, offer)
 
@@ -190,7 +172,7 @@ class ModelDispatch:
                 self._asked[action.group] = gpu.at
             if isinstance(action, OpenModel) and queue.facts(action.group).reservations:
                 # Until it is known that the turn takes a while.
-                self._hold(action.group)
+                self._room.hold(action.group)
                 actions.append(action._replace(turn_only=True))
             elif isinstance(action, CloseModel):
                 has_room = bool(queue.facts(action.group).reservations)
@@ -198,21 +180,8 @@ class ModelDispatch:
                 actions.append(action._replace(makes_room=has_room and more))
             else:
                 actions.append(action)
-        for group in list(self._due):
-            if self._has_room(group):
-                self._note_due(group, 0)
-                waited = gpu.at - self._due.pop(group)
-                if waited >= WORTH_A_NOTE:
-                    name = queue.facts(group).name
-                    text = f"{name} waited {waited:.1f} s for VRAM before it was loaded"
-                    actions.append(Note("ollama-waited", text, {"waited_s": round(waited, 3)}))
-                actions.append(OpenModel(group))
-            elif text := self._lacks_leased(group):
-                actions.append(Note("ollama-not-loaded", text))
-                self.not_opened(group, "fail", text)
-            else:
-                actions += self._make_room(group)
-        if any(ledger.holds for ledger in gpu.ledgers.values()):
+        actions += self._room.look()
+        if queue.phase == BEFORE or self._room.is_held:
             actions += self._withdraw()
         return actions
 
@@ -226,9 +195,9 @@ class ModelDispatch:
         return self._gpu.at - self._idle_since >= IDLE or not self._gpu.workers
 
     def _withdraw(self) -> Iterator[Action]:
-        """Take back tests that wait in workers for VRAM that a model has for long."""
-        gpu = self._gpu
-        starves = not any(gpu.idle.values()) and self.queue.has_offers
+        """Take back tests that wait in workers for what a model has for long."""
+        gpu, queue = self._gpu, self.queue
+        starves = not any(gpu.idle.values()) and (queue.has_offers or self._lacks_worker())
         for worker in list(gpu.waiting.values()):
             test = worker.bound
             if test is None or not worker.is_between_tests or self.may_wait(worker, test):
@@ -236,13 +205,15 @@ class ModelDispatch:
             if starves or gpu.bytes_for(worker, test) > gpu.ledgers[worker.device].capacity.budget:
                 yield self._reclaiming.ask(worker, withdraw=True)
 
-    # --- VRAM for models ---
+    # --- what came of loads, and what may start ---
 
     @property
     def is_due(self) -> bool:
         """Whether a model waits for VRAM, so that the devices are to be read."""
         since = self._idle_since
-        waits = bool(self._due) or (since is not None and self._gpu.at - since < 2 * IDLE)
+        waits = self._room.due is not None or (
+            since is not None and self._gpu.at - since < 2 * IDLE
+        )
         return waits and bool(self._gpu.workers or self._cpu.workers)
 
     def has_turn(self, group: int, *, waits: bool) -> None:
@@ -250,9 +221,7 @@ class ModelDispatch:
         if waits:
             self.release(group)
             return
-        self._hold(group)
-        self._due[group] = self._since = self._gpu.at
-        self._drained_at = None
+        self._room.await_room(group)
 
     def began(self, worker: GpuWorker, test: int) -> None:
         """A test was admitted; one whose model is missing is refused."""
@@ -268,46 +237,61 @@ class ModelDispatch:
 
     def allows(self, worker: str, test: int) -> bool:
         """Whether a test may start as far as models go."""
-        queue = self.queue
-        if test in self._gpu.refusals:
-            return True
-        if queue.phase == BEFORE and self._jobs[test].model is None and queue.is_active:
+        if self._has_no_turn(test):
             return False
-        return queue.may_start(worker, test)
+        self.queue.want(test)
+        return self.queue.may_start(worker, test)
+
+    def bars(self, worker: GpuWorker, test: int) -> bool:
+        """Whether a test waits for a model: to be loaded, or to give VRAM back."""
+        if test in self._gpu.refusals:
+            return False
+        return (
+            self._has_no_turn(test)
+            or not self.queue.may_start(worker.id, test)
+            or any(self._gpu.bytes_for(worker, test) > most for most in self._kept(worker, test))
+        )
 
     def may_wait(self, worker: GpuWorker, test: int) -> bool:
         """Whether a test may wait in a worker: not where models keep its VRAM for long."""
-        gpu, queue = self._gpu, self.queue
-        if test in gpu.refusals:
+        if test in self._gpu.refusals:
             return True
-        if queue.phase == BEFORE and self._jobs[test].model is None and queue.is_active:
+        queue = self.queue
+        if self._has_no_turn(test):
             return False
-        need = gpu.bytes_for(worker, test)
-        devices = gpu.devices(worker, gpu.need(test).devices)
-        held = [gpu.ledgers[device] for device in devices if gpu.ledgers[device].holds]
-        if held and queue.waits and not self._cpu.workers:
-            # The worker is for the tests of the model, until this one fits.
+        budgets = self._kept(worker, test)
+        # The worker is for the tests of the model, until this one fits.
+        is_for_models = (queue.waits and not self._cpu.workers) or self._lacks_worker()
+        if budgets and test not in queue.released and is_for_models:
             return False
-        return all(need <= ledger.capacity.budget for ledger in held)
+        return all(self._gpu.bytes_for(worker, test) <= most for most in budgets)
+
+    def _lacks_worker(self) -> bool:
+        """Whether a test that has a place is in no GPU worker."""
+        bound = {worker.bound for worker in self._gpu.waiting.values()}
+        return not self.queue.released <= bound
+
+    def _has_no_turn(self, test: int) -> bool:
+        queue = self.queue
+        return queue.phase == BEFORE and self._jobs[test].model is None and queue.is_active
+
+    def _kept(self, worker: GpuWorker, test: int) -> list[int]:
+        """The budgets of a test's devices where models have some of it."""
+        gpu = self._gpu
+        ledgers = [gpu.ledgers[uuid] for uuid in gpu.devices(worker, gpu.need(test).devices)]
+        return [ledger.capacity.budget for ledger in ledgers if ledger.holds]
 
     def release(self, group: int) -> None:
         """Nothing is kept for this model any more."""
-        self._due.pop(group, None)
-        self._note_due(group, 0)
         self._idle_since = None
-        for uuid in self.queue.facts(group).reservations:
-            if uuid in self._gpu.ledgers:
-                self._gpu.ledgers[uuid].hold(0)
-        self._gpu.note_change()
+        self._room.release(group)
 
     def opened(self, group: int, size: int | None = None) -> None:
         """A model is loaded, and takes so many bytes, where that is known."""
         self.queue.opened(group)
         self._idle_since = None
-        devices = self._devices_of(group)
-        if size is not None and len(devices) == 1:
-            ledger, predicted = devices[0]
-            ledger.hold(ledger.full.resident + min(size, predicted))
+        if size is not None:
+            self._room.fit(group, size)
         self._gpu.note_change()
 
     def not_opened(self, group: int, outcome: str, reason: str) -> None:
@@ -325,72 +309,6 @@ class ModelDispatch:
         if self.queue.limit(group, places):
             self._gpu.note_change()
         return self.queue.taken(group)
-
-    def _note_due(self, group: int, size: int | None = None) -> None:
-        for ledger, all_of_it in self._devices_of(group):
-            ledger.due = all_of_it if size is None else size
-
-    def _lacks_leased(self, group: int) -> str:
-        """Why a model is not waited for any more: others have what it takes, and keep it."""
-        others = [ledger.reading.others for ledger, _ in self._devices_of(group)]
-        progress = [each.progress for each in others]
-        if progress != self._progress:
-            self._progress, self._since = progress, self._gpu.at
-        if (
-            not any(each.lent for each in others)
-            or self._gpu.at - self._since < self.queue.patience
-        ):
-            return ""
-        facts, who = self.queue.facts(group), "; ".join(each.names for each in others if each.names)
-        size = format_gb(max(facts.reservations.values()))
-        waited = self._gpu.at - self._due[group]
-        return (
-            f"{facts.name} needs {size} of VRAM, which other sessions have leased: waited "
-            f"{waited:.0f} s: {who}"
-        )
-
-    def _hold(self, group: int) -> None:
-        self._note_due(group)
-        for uuid, size in self.queue.facts(group).reservations.items():
-            ledger = self._gpu.ledgers.get(uuid)
-            if ledger is not None:
-                # What is resident now may be a model of ours that is being unloaded.
-                ledger.hold(ledger.full.resident + size)
-        self._gpu.note_change()
-
-    def _devices_of(self, group: int) -> list[tuple[DeviceLedger, int]]:
-        found = self.queue.facts(group).reservations.items()
-        ledgers = self._gpu.ledgers
-        return [(ledgers[uuid], size) for uuid, size in found if uuid in ledgers]
-
-    def _has_room(self, group: int) -> bool:
-        """Whether the model can be loaded now: the server takes the device with most VRAM free."""
-        devices = self._devices_of(group)
-        for ledger, size in devices:
-            free, claimed = ledger.reading.free, ledger.reading.others.claimed
-            if free is None and ledger.committed <= ledger.capacity.budget - claimed:
-                return True
-            if free is not None and free - ledger.outstanding - claimed >= size:
-                return True
-        if not devices:
-            return True
-        if any(ledger.running or ledger.reading.others.lent for ledger, _ in devices):
-            self._drained_at = None
-            return False
-        if self._drained_at is None:
-            self._drained_at = self._gpu.at
-        # Nothing of ours is in the way any more: the server decides, as for any request.
-        return self._gpu.at - self._drained_at > DRAINED
-
-    def _make_room(self, group: int) -> Iterator[Action]:
-        """Take what idle workers hold."""
-        for ledger, _ in self._devices_of(group):
-            for name in ledger.accounts:
-                worker = self._gpu.workers.get(name)
-                if worker is None or not worker.is_between_tests:
-                    continue
-                if not ledger.running and worker.emptied < 2:
-                    yield self._reclaiming.ask(worker, withdraw=worker.emptied == 1)
 
     def _gpu_tests_are_left(self) -> bool:
         gpu = self._gpu
@@ -414,17 +332,6 @@ class ModelDispatch:
             )
         )
 
-    def _release(self, test: int) -> None:
-        refusal = self.queue.refusal_of(test)
-        if refusal is not None:
-            self._gpu.refuse(test, *refusal)
-        unit = Unit([test])
-        if self._gpu.anybody_could(unit):
-            self._gpu.pending.back(unit)
-            self._gpu.note_change()
-        else:
-            self._fallback.settle(test, "no GPU worker is left that could run it")
-
     def _to_cpu(self, worker: CpuWorker, offer: Offer) -> Run:
         worker.asks = False
         worker.queue.append(offer.test)
@@ -443,7 +350,7 @@ class ModelDispatch:
             return None
         # CPU workers are for these tests, where they have collected them.
         offer = self.queue.offer(
-            worker.id, lambda test: worker.knows(test) and not self._cpu.could_run(test)
+            worker.id, lambda *tests: _knows(worker, *tests) and not self._cpu.could_run(*tests)
         )
         if offer is None:
             return None

@@ -68,6 +68,14 @@ class _Group:
             return self.taken <= self.places
         return self.taken < self.places
 
+    def take_back(self, test: int) -> None:
+        """A test is over, or was not begun after all: it holds no place any more."""
+        self.released.discard(test)
+        for worker, tests in list(self.workers.items()):
+            tests.discard(test)
+            if not tests:
+                del self.workers[worker]
+
     @property
     def taken(self) -> int:
         """How many places are taken."""
@@ -82,17 +90,13 @@ class _Group:
 class ModelQueue:
     """The groups in the order in which their models are loaded."""
 
-    def __init__(
-        self, jobs: Sequence[Job], groups: Sequence[ModelGroup], most_open: int = 1
-    ) -> None:
-        """`most_open`: how many models may be loaded for tests at once."""
+    def __init__(self, jobs: Sequence[Job], groups: Sequence[ModelGroup]) -> None:
         self.phase = BESIDE
         """Whether tests that use models run next to GPU tests, before or after them."""
         self.patience = 600.0
         """Seconds without progress of other sessions for which their VRAM is waited for."""
         self._jobs = jobs
         self._groups = [_Group(facts) for facts in groups]
-        self._most_open = most_open
         self._chains: list[deque[int]] = []
         """Chains that no worker has."""
         self._chained: set[int] = set()
@@ -141,7 +145,7 @@ class ModelQueue:
                 self._group(test).released.discard(test)
 
     def owns(self, test: int) -> bool:
-        """Whether a test that comes back belongs here."""
+        """Whether workers get this test from here alone."""
         return test in self._chained or (
             self._jobs[test].model is not None and not self._jobs[test].marked
         )
@@ -149,8 +153,11 @@ class ModelQueue:
     def back(self, tests: Sequence[int]) -> None:
         """Tests that were not begun after all, or come again."""
         for test in reversed(tests):
+            if self._jobs[test].model is not None:
+                self._group(test).take_back(test)
             if test not in self._chained:
-                self._group(test).pending.appendleft(test)
+                group = self._group(test)
+                (group.held if self._jobs[test].marked else group.pending).appendleft(test)
                 continue
             key = self._jobs[test].group
             same = (c for c in self._chains if key and self._jobs[c[0]].group == key)
@@ -173,16 +180,21 @@ class ModelQueue:
     def workers_wanted(self) -> int:
         """How many workers could run such tests at once."""
         most = max((group.facts.parallel for group in self._groups), default=0)
-        return most * self._most_open if self.waits else 0
+        return most if self.waits else 0
 
-    def orphans(self, could_run: Callable[[int], bool]) -> list[int]:
-        """Take out the tests that no worker can run any more."""
+    def orphans(self, could_run: Callable[..., bool]) -> list[int]:
+        """Take out the tests that no worker can run; of chains that none can run as a whole, each
+        test goes by itself. `could_run` says whether one worker could run these tests."""
         queues: list[deque[int]] = [*self._chains, *(g.pending for g in self._groups)]
         lost = [test for queue in queues for test in queue if not could_run(test)]
         for queue in queues:
             for test in [test for test in queue if test in lost]:
                 queue.remove(test)
-        self._chains = [chain for chain in self._chains if chain]
+        self._chains = [
+            deque(part)
+            for chain in filter(None, self._chains)
+            for part in ([chain] if could_run(*chain) else [[test] for test in chain])
+        ]
         return lost
 
     def _group(self, test: int) -> _Group:
@@ -196,8 +208,11 @@ class ModelQueue:
         """Whether this worker must be sent nothing else now."""
         return bool(self._own.get(worker)) or worker in self.gate
 
-    def offer(self, worker: str, knows: Callable[[int], bool]) -> Offer | None:
-        """A test for a worker that has nothing to do, or asks for what follows its last one."""
+    def offer(self, worker: str, knows: Callable[..., bool]) -> Offer | None:
+        """A test for a worker that has nothing to do, or asks for what follows its last one.
+
+        `knows` says whether these tests are for this worker.
+        """
         if worker in self.gate:
             return None
         if self._own.get(worker):
@@ -212,7 +227,7 @@ class ModelQueue:
         for chain in self._chains:
             first = self._first_use(chain)
             may_start = first is None or self._could_start(worker, self._group(first))
-            if may_start and all(map(knows, chain)):
+            if may_start and knows(*chain):
                 self._chains.remove(chain)
                 self._own[worker] = chain
                 return self._next_of_chain(worker)
@@ -252,11 +267,13 @@ class ModelQueue:
         group = self._groups[model]
         if group.refusal is not None or test in group.released:
             return True
-        if group.state is State.OPEN and group.has_place(worker):
-            return True
-        if group.state is State.CLOSED:
+        return group.state is State.OPEN and group.has_place(worker)
+
+    def want(self, test: int) -> None:
+        """A GPU worker could begin this test, were its model loaded."""
+        model = self._jobs[test].model
+        if model is not None and self._groups[model].state is State.CLOSED:
             self._wanted.add(model)
-        return False
 
     def begin(self, worker: str, test: int) -> None:
         """A test is sent to a worker, and may start there."""
@@ -286,12 +303,7 @@ class ModelQueue:
         model = self._jobs[test].model
         if model is None:
             return worker in self.gate
-        group = self._groups[model]
-        had = group.workers.get(worker)
-        if had is not None:
-            had.discard(test)
-            if not had:
-                del group.workers[worker]
+        self._groups[model].take_back(test)
         return True
 
     def down(self, worker: str) -> None:
@@ -304,6 +316,11 @@ class ModelQueue:
             self._chains.insert(0, chain)
 
     # --- the models ---
+
+    @property
+    def released(self) -> set[int]:
+        """Those that were, and have not begun."""
+        return set().union(*(group.released for group in self._groups))
 
     def release(self) -> list[int]:
         """Tests that need VRAM, too, and that may start as far as their models go."""
@@ -391,8 +408,7 @@ class ModelQueue:
             if not group.places and self._is_left(number):
                 # Another session's tests use it; it is to stay for those of this one.
                 continue
-            is_full = self._count_open() >= self._most_open
-            others = is_full and bool((wanted | blocked) - {number})
+            others = bool((wanted | blocked) - {number})
             # Where nobody can use it now, and each worker waits for another, it makes way.
             has_more = number in startable or bool(group.elsewhere)
             keeps_vram = bool(group.facts.reservations) and number not in startable
@@ -404,14 +420,11 @@ class ModelQueue:
         in_turn = sorted(wanted, key=lambda number: (self._groups[number].in_vain, number))
         for number in dict.fromkeys([*first, *sorted(blocked), *in_turn]):
             group = self._groups[number]
-            if may_open and group.state is State.CLOSED and self._count_open() < self._most_open:
+            if may_open and all(each.state is State.CLOSED for each in self._groups):
                 group.state = State.OPENING
                 group.was_used = False
                 actions.append(OpenModel(number))
         return actions
-
-    def _count_open(self) -> int:
-        return sum(group.state is not State.CLOSED for group in self._groups)
 
     def _startable(self) -> set[int]:
         """The groups of which a worker could begin a test now, were the model loaded."""

@@ -254,26 +254,35 @@ class Pressure:
         return actions
 
     def first_waiter(self, device: str) -> Waiter | None:
-        """The test for which something is done on this device."""
+        """The test for which something is done on this device.
+
+        While a model is kept there, one that uses it: the others have its VRAM when it is gone.
+        """
+        holds, first = self._pool.ledgers[device].holds, None
+        for waiter in self._waiters(device):
+            if not holds or self._pool.jobs[waiter.test].model is not None:
+                return waiter
+            first = first or waiter
+        return first
+
+    def _waiters(self, device: str) -> Iterator[Waiter]:
         pool = self._pool
-        head = self._backfilling.head(device)
-        if head is not None:
+        for head in self._backfilling.waiting(device):
             if head.sent or head.emptying is not None or head.bound is None:
-                return None
+                return
             if head.waiting_since is None:
                 head.waiting_since = pool.at
-            return Waiter(head, head.bound, None)
+            yield Waiter(head, head.bound, None)
         idle = list(pool.idle[device].values())
         if len(idle) > 1:
             accounts = pool.ledgers[device].accounts
             idle.sort(key=lambda worker: -accounts[worker.id].committed)
         for worker in idle:
-            unit = first_for(worker, pool)
+            unit = first_for(worker, pool, unbarred=True) or first_for(worker, pool)
             if unit is not None:
                 if unit.since is None:
                     unit.since = pool.at
-                return Waiter(worker, unit.tests[0], unit)
-        return None
+                yield Waiter(worker, unit.tests[0], unit)
 
     def gave_up(self, worker: GpuWorker, test: int) -> tuple[str, int] | None:
         """Device and bytes left there, where the test has waited long enough for others' VRAM."""
@@ -309,7 +318,9 @@ class Pressure:
                 short, busy = whole - live, ledger.runs_beside(worker.id)
                 asked = reclaiming.empty(ledger, worker, short, busy)
                 is_on_its_way = reclaiming.is_under_way(ledger) or self._will_do(ledger, whole)
-                if asked or is_on_its_way or ledger.holds:
+                # A test without a model has the VRAM when the model is gone.
+                comes_back = ledger.holds and pool.jobs[waiter.test].model is None
+                if asked or is_on_its_way or comes_back:
                     return asked
                 return list(self._missing(ledger, waiter.test, need, live, whole - need))
             if exclusive and ledger.runs_beside(worker.id):

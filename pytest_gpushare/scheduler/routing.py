@@ -209,6 +209,8 @@ class Fallback:
         self._pressure = pressure
         self.dropped: list[tuple[int, str]] = []
         """Tests that nobody can run or report, and why."""
+        self.is_due = False
+        """Whether tests may be pending that no worker which is left can run."""
         self._lent: set[int] = set()
         """Tests for which there would be VRAM without the leases of other sessions."""
 
@@ -248,7 +250,8 @@ class Fallback:
                 cpu.refusals[test] = outcome, text
             return not on_gpu
         if on_cpu:
-            cpu.notes[test] = f"ran without a GPU: {reason}"
+            if gpu.jobs[test].marked:
+                cpu.notes[test] = f"ran without a GPU: {reason}"
             return True
         gpu.force(test, reason)
         return False
@@ -264,7 +267,7 @@ class Fallback:
 
     def orphans(self) -> None:
         """Workers are gone and none will come: what no other worker can run gets no GPU."""
-        gpu = self._gpu
+        gpu, self.is_due = self._gpu, False
         for unit in gpu.pending.all():
             if gpu.anybody_could(unit):
                 continue

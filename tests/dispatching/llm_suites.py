@@ -157,6 +157,8 @@ gpu_share_leases = {{leases}}
             }
             command = [sys.executable, "-m", "pytest", self.workers, f"--dist={self.dist}"]
             command += ["-p", "no:randomly", "--gpu-share-report=r.json", "-q", "-rA"]
+            # Each crash of a test that is run again counts: xdist would end the run before.
+            command.append("--max-worker-restart=100")
             command += ["--reruns=1"] if self.retries else ["-p", "no:rerunfailures"]
             try:
                 done = subprocess.run(

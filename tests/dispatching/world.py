@@ -117,8 +117,14 @@ class World:
         load: float = 8.0,
         failing: Collection[int] = (),
         phase: str = "beside",
+        reruns: int = 0,
+        turn: float = 0.0,
     ) -> None:
-        """`models` take `load` seconds to be loaded; those that are `failing` cannot be."""
+        """`models` take `load` seconds to be loaded; those that are `failing` cannot be.
+
+        Tests that crash come again, `reruns` of them in all. Other sessions have the server for
+        `turn` seconds whenever a model's turn is asked for.
+        """
         self.jobs, self.rooms = jobs, {room.uuid: room for room in rooms}
         self.scripts = scripts or {}
         self.devices = devices or {r.uuid: Device(r.budget + r.safety_buffer) for r in rooms}
@@ -137,7 +143,7 @@ class World:
         self._load, self._failing = load, failing
         self.processes: dict[str, Process] = {}
         self.by_pid, self.late, self.restarts, self.live = by_pid, late, restarts, live
-        self.look_ahead = look_ahead
+        self.look_ahead, self._reruns, self._turn = look_ahead, reruns, turn
         self.collected = collected or {}
         self.now = 0.0
         self.first: float | None = None
@@ -214,7 +220,10 @@ class World:
                 self.devices[device].late.append((self.now + self.late, size))
         process.held.clear()
         lost = self.dispatcher.worker_down(process.worker.id, replaced=replaced)
-        if lost.running is not None:
+        if lost.running is not None and self._reruns:
+            self._reruns -= 1
+            self.dispatcher.again(lost.running)
+        elif lost.running is not None:
             self._outcome(lost.running, "crashed")
         if replaced:
             self._at(0.3, self._replace, process.worker)
@@ -349,7 +358,9 @@ class World:
             if isinstance(action, Note):
                 continue
             if isinstance(action, OpenModel) and action.turn_only:
-                self._at(0.0, self._has_turn, action.group)
+                if self._turn:
+                    self._at(0.0, self._has_turn, action.group, True)
+                self._at(self._turn, self._has_turn, action.group, False)
                 continue
             if isinstance(action, OpenModel):
                 for uuid, size in self.models[action.group].reservations.items():
@@ -397,8 +408,8 @@ class World:
                     self._at(0.05, self._down, process, False)
                     self._at(0.05, self._step)
 
-    def _has_turn(self, group: int) -> None:
-        self.models_of_run.has_turn(group, waits=False)
+    def _has_turn(self, group: int, waits: bool) -> None:
+        self.models_of_run.has_turn(group, waits=waits)
         self._step()
 
     def _opened(self, group: int) -> None:
