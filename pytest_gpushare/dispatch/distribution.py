@@ -358,6 +358,7 @@ class VramDispatch:
                 lambda: wake(executor.node()),
             )
             started.look_for_others(executor.shared.look)
+        executor.elsewhere = started.leases_elsewhere(lambda: wake(executor.node()))
         return executor
 
     def _with_models(self, weighed: Weighed) -> tuple[list[Job], ModelQueue]:
@@ -406,22 +407,12 @@ class VramDispatch:
         )
 
     def _capacities(self) -> list[DeviceCapacity]:
-        from pytest_gpushare.scheduler.types import DeviceCapacity
+        from pytest_gpushare.planning.leasing import capacities_of
 
         started = self._started
         return [
-            DeviceCapacity(
-                planned.device.uuid,
-                planned.device.label,
-                planned.reach,
-                # What others keep counts by their records, where tests lease what they need.
-                planned.own_reservation if planned.alone else planned.reservation,
-                planned.safety_buffer,
-                planned.device.free,
-                planned.resident,
-                started.context_of(planned.device.name),
-            )
-            for planned in started.plan.devices
+            each._replace(context=started.context_on(each.uuid))
+            for each in capacities_of(started.plan)
         ]
 
     def _policy(self) -> Policy:

@@ -30,7 +30,9 @@ from pytest_gpushare.scheduler.types import (
 if TYPE_CHECKING:
     from pytest_gpushare.dispatch.leases_by_test import SharedDevices
     from pytest_gpushare.scheduler.dispatcher import Dispatcher
+    from pytest_gpushare.scheduler.types import DeviceReading
     from pytest_gpushare.session.llm import LlmTests
+    from pytest_gpushare.session.start_facts import LeasesOfHosts
     from pytest_gpushare.session.tests import RecordedTests
     from pytest_gpushare.wire import Links
 
@@ -126,6 +128,8 @@ class Executor:
         """What loads the models that tests use; None where none does."""
         self.shared: SharedDevices | None = None
         """Where other sessions of the host may use the devices, too."""
+        self.elsewhere: LeasesOfHosts | None = None
+        """The same on other hosts."""
         self._has_changed = False
         """Whether a worker holds other VRAM than the other sessions know."""
         self.on_due: Callable[[], object] = lambda: None
@@ -244,17 +248,33 @@ class Executor:
             self.on_due()
 
     def _decided(self) -> list[Action]:
+        elsewhere, is_changed = self.elsewhere, self._has_changed
+        is_asked = elsewhere is not None and (
+            elsewhere.is_due
+            or (elsewhere.is_shared and (is_changed or self._dispatcher.wants_reading))
+        )
+        if elsewhere is None or not is_asked:
+            return self._decided_by(self._readings.now, is_due=False)
+        actions = self._decided_by(
+            lambda: elsewhere.limited(self._readings.now()), is_due=elsewhere.is_due
+        )
+        self._has_changed = False
+        elsewhere.publish(self._dispatcher.shares())
+        return actions
+
+    def _decided_by(
+        self, read: Callable[[], Mapping[str, DeviceReading]], *, is_due: bool
+    ) -> list[Action]:
         dispatcher, shared = self._dispatcher, self.shared
-        wants_reading = dispatcher.wants_reading
+        wants_reading = dispatcher.wants_reading or is_due
         if (
             shared is not None
             and shared.is_shared
             and (wants_reading or self._has_changed or shared.is_due)
         ):
             self._has_changed = False
-            return shared.step(dispatcher, self._readings.now)
-        readings = self._readings.now() if wants_reading else {}
-        return dispatcher.step(readings, time.monotonic())
+            return shared.step(dispatcher, read)
+        return dispatcher.step(read() if wants_reading else {}, time.monotonic())
 
     def _carry_out(self, action: Action) -> None:
         if isinstance(action, Note):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -32,14 +33,14 @@ from pytest_gpushare.gpu.host import (
 from pytest_gpushare.gpu.sampler import Live
 from pytest_gpushare.hosts.answers import HERE, RemoteFacts, encode, rows_of
 from pytest_gpushare.hosts.checkout import Checkout, checkout_of
-from pytest_gpushare.leases.lessee import Lessee
-from pytest_gpushare.leases.records import SessionWorker
+from pytest_gpushare.hosts.lease_here import LeaseHere
+from pytest_gpushare.leases.lessee import EnoughElsewhereError, WaitingLine
 from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
 from pytest_gpushare.ollama.monitor import Question
 from pytest_gpushare.ollama.prediction import known_sizes
 from pytest_gpushare.planning.caps import without_caps_of_outer_run
 from pytest_gpushare.planning.leasing import Terms
-from pytest_gpushare.planning.plan import NeighbourShare, Plan, Request
+from pytest_gpushare.planning.plan import NeighbourShare, Request
 from pytest_gpushare.planning.startup import PlanHooks
 from pytest_gpushare.session.start import EarlierRuns, Host, start
 from pytest_gpushare.session.start_facts import StartFacts
@@ -52,6 +53,9 @@ BEAT = 1.0
 
 _PROCESSES_EVERY = 0.4
 """Seconds between two readings of process lists."""
+
+_WAITING_EVERY = 0.5
+"""Seconds between two messages of a host that waits for VRAM."""
 
 _MOST_GENERATIONS = 32
 _GIT = 5.0
@@ -68,8 +72,13 @@ def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
             send(message)
 
     state = TimedCall(lambda: checkout_of(Path.cwd()), "git")
+    line = _WaitsHere(send_whole)
+    words = _words(lines, line.has_enough)
     try:
-        facts = _start(request)
+        facts = _start(request, line)
+    except OSError:
+        # The controller is gone.
+        return
     except GpuShareError as error:
         send_whole({"kind": "refused", "text": str(error)})
         return
@@ -81,9 +90,8 @@ def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
         send_whole(encode(_found(facts, state.value or Checkout(), cache)))
         if request["only_asks"]:
             return
-        agent.serve(lines)
+        agent.serve(words)
     except OSError:
-        # The controller is gone.
         pass
     finally:
         agent.stop()
@@ -92,18 +100,68 @@ def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
             shutil.rmtree(cache, ignore_errors=True)
 
 
-def _start(request: Mapping[str, Any]) -> StartFacts:
+class _WaitsHere(WaitingLine):
+    """Informs the controller that this host waits for VRAM, until there is some elsewhere."""
+
+    def __init__(self, send: Send) -> None:
+        super().__init__()
+        self._inform = send
+        self._next_at = float("-inf")
+        self.has_enough = threading.Event()
+
+    def show(self, text: str, _hint: str = "") -> None:
+        """See `WaitingLine`."""
+        if self.has_enough.is_set():
+            raise EnoughElsewhereError
+        if time.monotonic() >= self._next_at:
+            self._next_at = time.monotonic() + _WAITING_EVERY
+            self._inform({"kind": "waiting", "text": text})
+
+    def clear(self) -> None:
+        """See `WaitingLine`."""
+
+
+def _words(lines: Iterable[str], has_enough: threading.Event) -> Iterator[str]:
+    """What the controller says, but for that it has enough, which is obeyed at once."""
+    found: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in lines:
+            if line.strip() == "enough":
+                has_enough.set()
+            else:
+                found.put(line)
+        has_enough.set()
+        found.put(None)
+
+    threading.Thread(target=read, name="gpu-share-words", daemon=True).start()
+    return iter(found.get, None)
+
+
+def _start(request: Mapping[str, Any], line: _WaitsHere) -> StartFacts:
     settings = settings_of(request["settings"])
+    try:
+        return _started(settings, request, line)
+    except EnoughElsewhereError:
+        return _started(replace(settings, wait=Fraction(0)), request, line)
+
+
+def _started(settings: Settings, request: Mapping[str, Any], line: WaitingLine) -> StartFacts:
     environment = dict(os.environ)
-    return start(
+    found = start(
         settings,
         Request(),
         Host(tuple(request["simulate"]), count_of_cpus(), environment),
         PlanHooks(),
         EarlierRuns(known_sizes(request["sizes"]), dict(request["contexts"])),
         no_gpu_tests=request["no_gpu_tests"],
-        terms=Terms(Path.cwd(), only_asks=request["only_asks"]),
+        terms=Terms(Path.cwd(), only_asks=request["only_asks"], line=line),
     )
+    devices = (
+        replace(planned, alone=found.alone.get(planned.device.uuid, 0))
+        for planned in found.plan.devices
+    )
+    return found._replace(plan=replace(found.plan, devices=tuple(devices)))
 
 
 def models_of_server(ollama: OllamaFacts) -> tuple[str, ...]:
@@ -142,13 +200,11 @@ def settings_of(texts: Mapping[str, str]) -> Settings:
         option.attribute: read(option, texts.get(option.key) or option.default, "controller")
         for option in OPTIONS
     }
-    # The controller decides for all hosts together whether CPU workers will do, and no host is
-    # waited for while the others have room.
+    # The controller decides for all hosts together whether CPU workers will do.
     return replace(
         on_several_hosts(Settings(**values)),
         fallback_to_cpu_when_constrained=True,
         ollama_preload=False,
-        wait=Fraction(0),
     )
 
 
@@ -174,6 +230,8 @@ def _found(facts: StartFacts, checkout: Checkout, cache: str) -> RemoteFacts:
         facts.gpus,
         share,
         {each.device.uuid: each.leases for each in plan.devices},
+        {each.device.uuid: each.alone for each in plan.devices},
+        {each.device.uuid: each.own_reservation for each in plan.devices},
         facts.ollama,
         models_of_server(facts.ollama),
         count_of_cpus(),
@@ -189,33 +247,16 @@ def _found(facts: StartFacts, checkout: Checkout, cache: str) -> RemoteFacts:
     )
 
 
-class _Lease:
-    """What the run leases on this host, as other sessions here see it."""
-
-    def __init__(self, lessee: Lessee, plan: Plan) -> None:
-        self._lessee, self._plan = lessee, plan
-        self._workers: dict[int, SessionWorker] = {}
-        """Number in the plan -> the worker that has this place now."""
-
-    def joined(self, line: str) -> None:
-        """`0 gw3 1234`: number in the plan, name and PID of a worker that is here now."""
-        number, name, pid = line.split()
-        slots = self._plan.slots
-        slot = slots[int(number)] if int(number) < len(slots) else None
-        role, device = ("cpu", None) if slot is None else ("gpu", slot.device.uuid)
-        size = 0 if slot is None else slot.vram
-        self._workers[int(number)] = SessionWorker(name, int(pid), role, device, size)
-        # What its processes hold is not counted beside the lease.
-        self._lessee.change(workers=tuple(self._workers.values()))
-
-
 class _Agent:
     """Samples of the devices, and questions to the host's Ollama."""
 
     def __init__(self, facts: StartFacts, send: Send) -> None:
         self._live: Live | None = facts.live
         self._server = facts.ollama.server
-        self._lease = _Lease(facts.lessee, facts.plan) if facts.lessee is not None else None
+        self._lease: LeaseHere | None = None
+        if facts.lessee is not None:
+            names = facts.settings.report_names
+            self._lease = LeaseHere(facts.lessee, facts.plan, names, send)
         self._send = send
         self._wanted = threading.Event()
         self._stopped = threading.Event()
@@ -227,6 +268,8 @@ class _Agent:
     def serve(self, lines: Iterable[str]) -> None:
         """Do what the controller says, until its last line."""
         self._thread.start()
+        if self._lease is not None:
+            self._lease.start()
         for line in lines:
             word, _, rest = line.strip().partition(" ")
             if word in ("read", "look"):
@@ -236,6 +279,8 @@ class _Agent:
                 threading.Thread(target=self._ask, args=(int(rest),), daemon=True).start()
             elif word == "worker" and self._lease is not None:
                 self._lease.joined(rest)
+            elif word == "share" and self._lease is not None:
+                self._lease.share(rest)
             elif word == "end":
                 return
 
@@ -243,6 +288,8 @@ class _Agent:
         """Sample no more."""
         self._stopped.set()
         self._wanted.set()
+        if self._lease is not None:
+            self._lease.stop()
 
     def _run(self) -> None:
         try:

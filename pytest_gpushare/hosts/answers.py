@@ -51,6 +51,10 @@ class RemoteFacts(NamedTuple):
     share: NeighbourShare
     leased: Mapping[str, int]
     """UUID -> bytes that other sessions there have leased and not yet taken."""
+    alone: Mapping[str, int]
+    """UUID -> the budget that the plan would have without them."""
+    asked: Mapping[str, int]
+    """UUID -> what this run keeps for Ollama, whatever others keep."""
     ollama: OllamaFacts
     models: tuple[str, ...]
     """The full names of the models that its Ollama has."""
@@ -82,6 +86,8 @@ def encode(facts: RemoteFacts) -> dict[str, Any]:
         "reservation": dict(share.reservation),
         "resident": dict(share.resident),
         "leased": dict(facts.leased),
+        "alone": dict(facts.alone),
+        "asked": dict(facts.asked),
         "released": share.is_released,
         "ollama": {
             "address": ollama.address,
@@ -249,6 +255,8 @@ def decode(message: object, host: str) -> RemoteFacts:
             OLLAMA, _sizes(found, "reservation"), _sizes(found, "resident"), found.flag("released")
         ),
         _sizes(found, "leased"),
+        _sizes(found, "alone"),
+        _sizes(found, "asked"),
         OllamaFacts(
             address=ollama.text("address"),
             asked=ollama.flag("asked"),

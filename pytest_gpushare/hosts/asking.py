@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -54,18 +54,86 @@ def _version(name: str) -> str | None:
 Answer = tuple[HostConnection, Hello, RemoteFacts]
 
 
-def answers_of(connections: Sequence[HostConnection], root: Path, *, strict: bool) -> list[Answer]:
-    """What all hosts answered. Raises `HostError` with a line for each that cannot take part."""
+class AskedHost:
+    """One host, and what it has answered so far."""
+
+    def __init__(self, connection: HostConnection) -> None:
+        self.connection, self.name = connection, connection.name
+        self.hello: Hello | None = None
+        self.facts: RemoteFacts | None = None
+        self.waits = ""
+        """What it says while it waits for VRAM that other sessions there have leased."""
+
+    @property
+    def answer(self) -> Answer | None:
+        """What it has answered; None while it has not."""
+        if self.hello is None or self.facts is None:
+            return None
+        return self.connection, self.hello, self.facts
+
+    def hear(self, until: float) -> bool:
+        """Whether it says something until then. Raises `HostError` where it cannot take part."""
+        message = self.connection.next(until)
+        if message is None:
+            if self.connection.is_over:
+                raise HostError(f"{self.name}: {self.connection.failure()}")
+            return False
+        try:
+            self._take(message)
+        except (ValueError, TypeError, LookupError):
+            raise HostError(
+                f"{self.name}: it answers nonsense: use the same pytest-gpushare there"
+            ) from None
+        return True
+
+    def _take(self, message: Mapping[str, Any]) -> None:
+        kind = message.get("kind")
+        if kind == "hello":
+            self.hello = decode_hello(message)
+            _check_versions(self.name, self.hello)
+        elif kind == "refused":
+            text = one_line(str(message.get("text")), 500).removeprefix("gpu-share: ")
+            raise HostError(f"{self.name}: {text}")
+        elif kind == "waiting":
+            self.waits = one_line(str(message.get("text")), 500).removeprefix("gpu-share: ")
+        elif kind == "facts" and self.hello is not None:
+            self.facts = decode(message, self.name)
+
+    def answered(self, until: float, *, may_wait: bool = False) -> Answer | None:
+        """Its answer; None where it waits and may. Raises `HostError`, also for none until then."""
+        while self.answer is None and not (may_wait and self.waits):
+            if not self.hear(until):
+                raise HostError(
+                    f"{self.name}: no answer within {START_LIMIT:g} s: try "
+                    f"`ssh {' '.join(self.connection.spec.ssh)} true`"
+                )
+        return self.answer
+
+
+def answers_of(
+    connections: Sequence[HostConnection],
+    root: Path,
+    has_room: Callable[[Sequence[AskedHost]], object],
+    *,
+    strict: bool,
+) -> list[Answer]:
+    """What all hosts answered. Raises `HostError` with a line for each that cannot take part.
+
+    `has_room` is called where hosts wait for VRAM, and returns once one host has some.
+    """
     until = time.monotonic() + START_LIMIT
     if connections:
         until = connections[0].begun + START_LIMIT
     here = checkout_of(root)
-    found, problems = [], []
-    for connection in connections:
+    hosts, problems = [AskedHost(connection) for connection in connections], []
+    for host in hosts:
         try:
-            found.append(answer_of(connection, until))
+            host.answered(until, may_wait=True)
         except HostError as error:
             problems.append(str(error))
+    if not problems:
+        problems = _settle(hosts, has_room)
+    found = [host.answer for host in hosts if host.answer is not None]
     for connection, _, facts in found:
         if problem := _other_checkout(connection.name, here, facts.checkout, strict=strict):
             problems.append(problem)
@@ -74,31 +142,21 @@ def answers_of(connections: Sequence[HostConnection], root: Path, *, strict: boo
     return [(c, hello, _with_note(facts, here)) for c, hello, facts in found]
 
 
-def answer_of(connection: HostConnection, until: float) -> Answer:
-    """What a host answers until then. Raises `HostError` where it cannot take part."""
-    name = connection.name
-    hello = None
+def _settle(
+    hosts: Sequence[AskedHost], has_room: Callable[[Sequence[AskedHost]], object]
+) -> list[str]:
+    """Wait until one host has room; those that still wait then go on without. Returns problems."""
     try:
-        while (message := connection.next(until)) is not None:
-            kind = message.get("kind")
-            if kind == "hello":
-                hello = decode_hello(message)
-                _check_versions(name, hello)
-            elif kind == "refused":
-                text = one_line(str(message.get("text")), 500).removeprefix("gpu-share: ")
-                raise HostError(f"{name}: {text}")
-            elif kind == "facts" and hello is not None:
-                return connection, hello, decode(message, name)
-    except (ValueError, TypeError, LookupError):
-        raise HostError(
-            f"{name}: it answers nonsense: use the same pytest-gpushare there"
-        ) from None
-    if connection.is_over:
-        raise HostError(f"{name}: {connection.failure()}")
-    raise HostError(
-        f"{name}: no answer within {START_LIMIT:g} s: try "
-        f"`ssh {' '.join(connection.spec.ssh)} true`"
-    )
+        has_room(hosts)
+        waiting = [host for host in hosts if host.answer is None]
+        for host in waiting:
+            host.connection.say("enough")
+        until = time.monotonic() + START_LIMIT
+        for host in waiting:
+            host.answered(until)
+    except HostError as error:
+        return [str(error)]
+    return []
 
 
 def _check_versions(name: str, hello: Hello) -> None:
@@ -164,7 +222,9 @@ def look_at(
                 continue
             name = found.name
             try:
-                _, _, facts = answer_of(found, until)
+                answer = AskedHost(found).answered(until)
+                assert answer is not None
+                _, _, facts = answer
             except HostError as error:
                 yield name, None, str(error)
                 continue

@@ -144,6 +144,8 @@ class ConnectionWatch:
                 self._part.shift = min(self._part.shift, time.time() - sample.wall)
                 if isinstance(live, HostLive):
                     live.take(sample)
+            elif message.get("kind") in ("leased", "others") and self._part.shared is not None:
+                self._part.shared.take(message)
             elif message.get("kind") == "models" and there is not None and there.monitor:
                 there.monitor.take(message)
 

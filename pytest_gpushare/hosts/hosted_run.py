@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from pytest_gpushare.gpu.sampler import DeviceSamples, Live
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.hosts.live import AllAttribution, HostLive, global_pid
 from pytest_gpushare.hosts.part import HostPart
+from pytest_gpushare.hosts.shared_there import HostLease, LeasesElsewhere
 from pytest_gpushare.hosts.specs import proxy_id
 from pytest_gpushare.planning.placement import (
     NUMBER,
@@ -189,6 +190,19 @@ class HostedRun(ActiveRun):
         if isinstance(part.live, HostLive):
             part.live.look()
         return part.live, self._resident_on(part)()
+
+    def leases_elsewhere(self, wake: Callable[[], object]) -> LeasesElsewhere | None:
+        """See `ActiveRun`."""
+        leases = []
+        for part in self.parts:
+            if part.connection is not None and part.lease and part.plan.slots:
+                note = partial(self._note_of, part, "leases-unknown")
+                part.shared = HostLease(part.keys, part.plan, part.connection.say, note)
+                leases.append(part.shared)
+        return LeasesElsewhere(leases, wake) if leases else None
+
+    def _note_of(self, part: HostPart, kind: str, text: str) -> None:
+        self.record.note(kind, f"{part.name}: {text}", host=part.name)
 
     def monitors(self) -> list[tuple[str, Monitor]]:
         """See `ActiveRun`."""

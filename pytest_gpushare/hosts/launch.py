@@ -32,6 +32,8 @@ from pytest_gpushare.hosts.specs import (
     proxy,
     workers,
 )
+from pytest_gpushare.hosts.waiting import StartOfHosts
+from pytest_gpushare.leases.lessee import WaitingLine
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
 from pytest_gpushare.planning.placement import PlacementContext
@@ -70,12 +72,17 @@ def start_on_hosts(
     with ExitStack() as stack:
         connections = _connect(config, settings, specs, stack)
         environment = environment_for_plan(before_conftests)
-        local = None
-        if any(spec.is_local for spec in specs):
+
+        def here(settings: Settings, line: WaitingLine) -> StartFacts:
             request, cpus = Request(), count_of_auto(config)
-            local = start_locally(config, options, request, cpus, environment, settings)
-            stack.callback(local.close)
-        answers = answers_of(connections, config.rootpath, strict=bool(options.gpu_share_strict))
+            return start_locally(config, options, request, cpus, environment, settings, line)
+
+        hosts = StartOfHosts(settings, here if any(spec.is_local for spec in specs) else None)
+        stack.callback(hosts.close)
+        hosts.look_here()
+        strict = bool(options.gpu_share_strict)
+        answers = answers_of(connections, config.rootpath, hosts.await_room, strict=strict)
+        local = hosts.here
         parts = _parts(config, settings, local, answers)
         plan = merged(parts)
         if not plan.slots and not settings.fallback_to_cpu_when_constrained:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
+from typing import TYPE_CHECKING
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.attribution import Attribution
@@ -21,6 +22,9 @@ from pytest_gpushare.planning.placement import (
 )
 from pytest_gpushare.planning.plan import DevicePlan, Plan, Request, Slot
 from pytest_gpushare.planning.sizing import make_plan
+
+if TYPE_CHECKING:
+    from pytest_gpushare.hosts.shared_there import HostLease
 
 
 @dataclass(eq=False)
@@ -50,6 +54,8 @@ class HostPart:
     """The version of Python there."""
     there: HostOllama | None = None
     """Its Ollama, for the monitor; None where it has no GPU worker."""
+    shared: HostLease | None = None
+    """What the run leases there while its tests are dispatched."""
     cache: str = ""
     """The directory of pytest's cache for its workers; empty: the usual one."""
     notes: tuple[str, ...] = ()
@@ -151,6 +157,15 @@ def merged_devices(plan: Plan, keys: Mapping[str, str], host: str) -> Plan:
 def plan_there(settings: Settings, facts: RemoteFacts) -> Plan:
     """The plan of one host, by the same rule as on this one."""
     ram = facts.ram if settings.ram_per_worker else None
-    return make_plan(
+    plan = make_plan(
         settings, facts.gpus, [facts.share], Figures(facts.cpus, ram), Request(), facts.leased
     )
+    devices = (
+        replace(
+            planned,
+            alone=facts.alone.get(planned.device.uuid, 0),
+            asked=facts.asked.get(planned.device.uuid),
+        )
+        for planned in plan.devices
+    )
+    return replace(plan, devices=tuple(devices))

@@ -425,6 +425,10 @@ def progress_of(sessions: Iterable[LiveSession]) -> object:
     )
 
 
+class EnoughElsewhereError(Exception):
+    """The session waits for VRAM here no longer: it has some on another host."""
+
+
 class WaitingLine:
     """Says on standard error that the session waits: one line that changes, or a line a minute."""
 

@@ -20,6 +20,7 @@ from pytest_gpushare.leases.ledger import OFF, Ledger, LedgerError, directory_of
 from pytest_gpushare.leases.lessee import Lessee, LiveReadings, View, WaitingLine, Wish
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, Seniority
 from pytest_gpushare.planning.plan import DevicePlan, LeasedByOthers, Limit, Plan
+from pytest_gpushare.scheduler.types import DeviceCapacity
 from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ class Terms(NamedTuple):
     """Whether it leases by the test and not by the run."""
     refresh: Callable[[], object] | None = None
     """Asks Ollama again while the session waits; None: it is not asked."""
+    line: WaitingLine | None = None
+    """Says that the session waits, and may end that by `EnoughElsewhereError`; None: the user's
+    terminal."""
 
 
 class Agreed(NamedTuple):
@@ -102,7 +106,7 @@ def agree(
     lessee = Lessee(ledger, record, totals, None if live is None else LiveReadings(live))
     if not shares:
         return Agreed(gpus, nobody, make(gpus, nobody), None if terms.only_asks else lessee)
-    negotiation = _Negotiation(settings, gpus, make, terms.refresh)
+    negotiation = _Negotiation(settings, gpus, make, terms)
     try:
         if terms.only_asks:
             return negotiation.only_asked(lessee)
@@ -136,15 +140,15 @@ class _Negotiation:
         settings: Settings,
         gpus: GpuFacts,
         make: MakePlan,
-        refresh: Callable[[], object] | None,
+        terms: Terms,
     ) -> None:
         self._settings, self._gpus, self._make = settings, gpus, make
-        self._refresh, self._refreshed = refresh, 0.0
+        self._refresh, self._refreshed = terms.refresh, 0.0
         self._own: Mapping[str, int] | None = None
         self._naming = Naming()
         # Notes stand in reports, which are passed on to others.
         self._reported = Naming(settings.report_names)
-        self._line = WaitingLine()
+        self._line = terms.line or WaitingLine()
         self._seniority: Seniority = (0.0, "")
         self.now, self.others = gpus, LeasedByOthers()
         self.plan: Plan | None = None
@@ -385,3 +389,20 @@ def lease_plan(lessee: Lessee, plan: Plan) -> None:
             for planned in plan.devices
         }
     )
+
+
+def capacities_of(plan: Plan) -> list[DeviceCapacity]:
+    """The devices as the plan leaves them to the tests."""
+    return [
+        DeviceCapacity(
+            planned.device.uuid,
+            planned.device.label,
+            planned.reach,
+            # What others keep counts by their records, where tests lease what they need.
+            planned.own_reservation if planned.alone else planned.reservation,
+            planned.safety_buffer,
+            planned.device.free,
+            planned.resident,
+        )
+        for planned in plan.devices
+    ]

@@ -201,13 +201,23 @@ class DeviceLedger:
         own = self.accounts.get(worker)
         if own is not None and self.bars(own):
             return 0
+        leased = self._leased(own)
         if self.reading.free is None:
-            return None
+            return leased
         free = self.reading.free - self.kept - self.ahead
         if own is None:
-            return free - self._unclaimed(self.outstanding)
-        outstanding = self._unclaimed(self.outstanding - own.outstanding)
-        return free - outstanding + own.ahead + own.present
+            live = free - self._unclaimed(self.outstanding)
+        else:
+            outstanding = self._unclaimed(self.outstanding - own.outstanding)
+            live = free - outstanding + own.ahead + own.present
+        return live if leased is None else min(live, leased)
+
+    def _leased(self, own: Account | None) -> int | None:
+        """What the worker may hold by what is leased on its host; None: no such limit."""
+        leased = self.reading.others.leased
+        if leased is None:
+            return None
+        return leased - self.committed + (0 if own is None else own.committed)
 
     def bars(self, account: Account) -> bool:
         """Whether older sessions need the VRAM that this worker would keep between its tests."""
@@ -222,8 +232,12 @@ class DeviceLedger:
         own = self.accounts[worker]
         left = self.budget - self.committed + own.committed
         reading = self.reading
-        if reading.others is not NOBODY and self.bars(own):
-            return 0
+        if reading.others is not NOBODY:
+            if self.bars(own):
+                return 0
+            leased = self._leased(own)
+            if leased is not None:
+                left = min(left, leased)
         free = reading.free
         if free is None:
             return left - reading.others.claimed

@@ -311,6 +311,9 @@ class Pressure:
             if ledger.holds and need > ledger.capacity.budget:
                 # The tests of a model have it for as long as they run.
                 return []
+            if ledger.reading.others.is_asked:
+                # Whatever lacks may be there with the answer.
+                return []
             if need > ledger.left(worker.id):
                 return reclaiming.reclaim(ledger, waiter, need)
             live, whole = ledger.live(worker.id), pool.live_need(worker, waiter.test, device)

@@ -89,6 +89,11 @@ class Others(NamedTuple):
     limit: int | None = None
     """The most that its workers may hold in all, where the others cannot be asked; None: they
     can."""
+    leased: int | None = None
+    """The most that its workers may hold in all until more is leased, on a host where that takes
+    a message there and back; None: no such limit."""
+    is_asked: bool = False
+    """Whether more was asked for there, and no answer has come yet."""
     progress: int = 0
     """Another number whenever one of them has done a test or given VRAM back."""
     names: str = ""

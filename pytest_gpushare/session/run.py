@@ -37,6 +37,7 @@ from pytest_gpushare.session.registry import OtherLeases, SessionRecord
 from pytest_gpushare.session.services import Sampler, Services, monitor_for
 from pytest_gpushare.session.start_facts import (
     HostOfRun,
+    LeasesOfHosts,
     ReadingSource,
     Routing,
     RunOptions,
@@ -204,6 +205,10 @@ class ActiveRun:
         """What admission reads, by host."""
         devices = frozenset(planned.device.uuid for planned in self.plan.devices)
         return [ReadingSource(self.live, devices, self.resident, self.attribution)]
+
+    def leases_elsewhere(self, _wake: Callable[[], object]) -> LeasesOfHosts | None:
+        """What the run leases on other hosts while its tests are dispatched; None: nothing."""
+        return None
 
     def may_replace(self, _node: Any) -> bool:
         """Whether another worker may come in the place of one that has died."""

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_gpushare.events import Event
+    from pytest_gpushare.leases.lessee import WaitingLine
     from pytest_gpushare.planning.preloading import Loading
 
 
@@ -392,8 +393,9 @@ def start_locally(
     cpus: int,
     environment: Mapping[str, str],
     settings: Settings | None = None,
+    line: WaitingLine | None = None,
 ) -> StartFacts:
-    """Probe this host, and plan; without `settings` by those of the run."""
+    """Probe this host, and plan; without `settings` by those of the run. `line`: see `Terms`."""
     _report_files(config, options)
     settings = settings or settings_of_run(config)
     host = Host(tuple(options.gpu_share_simulate or ()), cpus, environment)
@@ -410,7 +412,7 @@ def start_locally(
         host,
         _plan_hooks(config),
         earlier,
-        terms=Terms(config.rootpath, only_asks=only_asks(config)),
+        terms=Terms(config.rootpath, only_asks=only_asks(config), line=line),
         no_gpu_tests=f"-m {expression!r} selects no GPU test"
         if excludes_gpu_tests(expression, settings)
         else "",

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pytest_gpushare.gpu.sampler import Live
     from pytest_gpushare.leases.lessee import Lessee
     from pytest_gpushare.ollama.keep_alive import KeepAlive
+    from pytest_gpushare.scheduler.sharing import OwnShare
+    from pytest_gpushare.scheduler.types import DeviceReading
     from pytest_gpushare.sigterm import AtSigterm
 
 
@@ -124,6 +126,24 @@ class HostOfRun(NamedTuple):
     def label(self) -> str:
         """Its name in a line of output."""
         return self.name or "this host"
+
+
+class LeasesOfHosts(Protocol):
+    """The leases on other hosts, as the dispatch asks for them and respects them."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a host has said something since the last step."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other sessions may name a device on one of the hosts."""
+
+    def limited(self, readings: Mapping[str, DeviceReading]) -> Mapping[str, DeviceReading]:
+        """The readings, with what others claim there."""
+
+    def publish(self, shares: Mapping[str, OwnShare]) -> None:
+        """Inform each host of what the run has there and wants."""
 
 
 class ReadingSource(NamedTuple):

@@ -209,6 +209,8 @@ def other_host(
     environment = {
         "HOME": f"{there}/home",
         "GPUSHARE_SIM_STATE": f"{there}/vram",
+        # Of a host that has this one's /tmp the sessions are others, too.
+        "PYTEST_GPUSHARE_LEASES": f"{there}/leases",
         "LD_LIBRARY_PATH": f"{there}/nvml",
         "PYTHONPATH": os.pathsep.join(
             map(str, (SIMULATOR.parent, SIMULATOR / "path", f"{there}/clock", *stand_ins))

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from heapq import heappop
 
-from pytest_gpushare.dispatch.leases_by_test import lease_on, others_on, share_of
 from pytest_gpushare.gpu.devices import GpuProcess
 from pytest_gpushare.leases.claims import DeviceClaims, claims_of
 from pytest_gpushare.leases.ledger import LiveSession
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, SessionWorker
+from pytest_gpushare.scheduler.beside_others import lease_on, others_on, share_of
 from pytest_gpushare.scheduler.types import (
     NOBODY,
     DeviceCapacity,

@@ -1,0 +1,202 @@
+"""What a run leases on this host for its controller on another one: by the test, beside others.
+
+The gate of the ledger is never held while a message travels. The controller's tests hold no more
+than it was informed of last; before it may hold more, that is leased, and before less is leased,
+it has agreed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from pytest_gpushare.leases.claims import NOTHING, DeviceClaims, Naming
+from pytest_gpushare.leases.ledger import LedgerError
+from pytest_gpushare.leases.lessee import Lessee, Revision, View, progress_of
+from pytest_gpushare.leases.records import DeviceLease, SessionWorker
+from pytest_gpushare.planning.leasing import capacities_of
+from pytest_gpushare.planning.plan import Plan
+from pytest_gpushare.scheduler.beside_others import lease_on, others_on, share_of
+from pytest_gpushare.scheduler.sharing import OwnShare
+from pytest_gpushare.scheduler.types import DeviceReading, Others
+from pytest_gpushare.text import one_line
+
+Send = Callable[[dict[str, Any]], None]
+
+_LOOK = 0.05
+"""Seconds between two looks at the other sessions."""
+
+_GIVING_UP = 1.0
+"""Seconds between two messages that another session needs what idle workers keep."""
+
+_BEFORE_ALL = -1
+"""The ticket of a session for its first tests: it has waited for its turn when it started."""
+
+
+class Asked(NamedTuple):
+    """What the controller said last."""
+
+    number: int
+    shares: Mapping[str, OwnShare]
+    """UUID -> what it has there and wants."""
+    kept: Mapping[str, int]
+    """UUID -> bytes that its tests may hold until it is informed of others."""
+
+
+class LeaseHere:
+    """The record of the run on this host."""
+
+    def __init__(self, lessee: Lessee, plan: Plan, shows_everybody: bool, send: Send) -> None:
+        self._lessee, self._plan, self._send = lessee, plan, send
+        self._naming = Naming(shows_everybody)
+        self._workers: dict[int, SessionWorker] = {}
+        """Number in the plan -> the worker that has this place now."""
+        self._capacities = {d.uuid: d for d in capacities_of(plan)} if lessee.claims_devices else {}
+        self._asked: Asked | None = None
+        self._granted: dict[str, int] = {}
+        """UUID -> what was leased since then: the controller may have used it by now."""
+        self._informed: dict[str, Any] = {}
+        """The last message."""
+        self._is_shared = True
+        self._waits = self._has_begun = False
+        self._asked_at = float("-inf")
+        self._progress: tuple[object, int] = (None, 0)
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="gpu-share-lease", daemon=True)
+
+    def joined(self, line: str) -> None:
+        """`0 gw3 1234`: number in the plan, name and PID of a worker that is here now."""
+        number, name, pid = line.split()
+        slots = self._plan.slots
+        slot = slots[int(number)] if int(number) < len(slots) else None
+        role, device = ("cpu", None) if slot is None else ("gpu", slot.device.uuid)
+        size = 0 if slot is None else slot.vram
+        self._workers[int(number)] = SessionWorker(name, int(pid), role, device, size)
+        # What its processes hold is not counted beside the lease.
+        self._lessee.change(workers=tuple(self._workers.values()))
+
+    def share(self, line: str) -> None:
+        """The controller's shares of the devices: lease accordingly, and answer."""
+        said = json.loads(line)
+        devices = said["devices"]
+        asked = Asked(
+            said["number"],
+            {uuid: OwnShare(*share) for uuid, (share, _) in devices.items()},
+            {uuid: kept for uuid, (_, kept) in devices.items()},
+        )
+        with self._lock:
+            self._asked = asked
+            self._informed, self._granted = {}, {}
+            self._decide()
+
+    def start(self) -> None:
+        """Look for other sessions from now on."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look for others no more."""
+        self._stopped.set()
+
+    def _follow(self) -> None:
+        while not self._stopped.wait(_LOOK):
+            # Whatever fails here is tried again; without a controller the process ends.
+            with contextlib.suppress(Exception):
+                self.look()
+
+    def look(self) -> None:
+        """Is there now what the tests wait for? Else: does another session come, or wait?"""
+        if self._waits:
+            with self._lock:
+                self._decide()
+            return
+        if self._asked is None:
+            return
+        claims, now = self._lessee.look().claims, time.monotonic()
+        is_new = not self._is_shared and self._shares(claims)
+        is_asked = now - self._asked_at >= _GIVING_UP and any(
+            claim.waiting and self._lessee.record.lease(uuid).idle for uuid, claim in claims.items()
+        )
+        if is_new or is_asked:
+            self._is_shared, self._asked_at = True, now
+            self._send({"kind": "others"})
+
+    def _shares(self, claims: Mapping[str, DeviceClaims]) -> bool:
+        return any(
+            claim.shares or claim.reserved > self._capacities[uuid].reservation
+            for uuid, claim in claims.items()
+            if uuid in self._capacities
+        )
+
+    def _decide(self) -> None:
+        """Lease what is there of what is wanted, and inform the controller of anything new."""
+        asked = self._asked
+        if asked is None:
+            return
+        others: dict[str, tuple[Others, str]] = {}
+        problem = ""
+        try:
+            self._lessee.revise(lambda view: self._revised(view, asked, others))
+        except LedgerError as error:
+            # Nobody knows what others do: the tests keep to what is leased.
+            problem, self._is_shared, self._waits = str(error), True, True
+        message = {
+            "kind": "leased",
+            "number": asked.number,
+            "shared": self._is_shared,
+            "problem": problem,
+            "progress": self._progress[1],
+            "devices": {
+                uuid: [
+                    self._lessee.record.lease(uuid).lease,
+                    list(others.get(uuid, (Others(), ""))[0][:6]),
+                    others.get(uuid, (Others(), ""))[1],
+                ]
+                for uuid in self._capacities
+            },
+        }
+        if message != self._informed:
+            self._informed = message
+            self._send(message)
+
+    def _revised(self, view: View, asked: Asked, others: dict[str, tuple[Others, str]]) -> Revision:
+        self._is_shared = self._shares(view.claims)
+        progress = progress_of(view.sessions)
+        if progress != self._progress[0]:
+            self._progress = progress, self._progress[1] + 1
+        ticket = view.ticket if self._has_begun else _BEFORE_ALL
+        self._has_begun = True
+        devices: dict[str, DeviceLease] = {}
+        waits: set[tuple[str, int]] = set()
+        for uuid, own in asked.shares.items():
+            device = self._capacities.get(uuid)
+            if device is None:
+                continue
+            claims = view.claims.get(uuid, NOTHING)
+            memory = (view.memory or {}).get(uuid)
+            reading = DeviceReading(None if memory is None else memory.free)
+            share = share_of(own, self._lessee.seniority)
+            found = others_on(device, reading, claims, own, share, ticket)
+            left = device.budget - own.committed
+            if reading.free is not None:
+                left = min(left, reading.free - own.reserved - own.outstanding)
+            wanted, before = own.committed + own.want, self._granted.get(uuid, 0)
+            is_there = before >= wanted or own.want <= left - found.claimed
+            published = lease_on(device, own, is_shared=self._is_shared)
+            lease = max(published.lease, asked.kept[uuid], before, wanted if is_there else 0)
+            self._granted[uuid] = lease
+            waiting = own.want if self._is_shared and not is_there else 0
+            devices[uuid] = published._replace(
+                lease=lease, want=waiting, spare=max(0, lease - own.kept)
+            )
+            if waiting and own.waits_for is not None:
+                waits.add((uuid, own.waits_for))
+            now = time.time()
+            names = "; ".join(self._naming.holder(holder, now) for holder in claims.holders)
+            others[uuid] = found, one_line(names, 1000)
+        self._waits = bool(waits)
+        return Revision(devices, frozenset(waits))

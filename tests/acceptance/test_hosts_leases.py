@@ -1,0 +1,225 @@
+"""Leases on other hosts: what other sessions there hold is waited for, and shared by the test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from simulator import Device, Machine
+from simulator.child import child_process
+
+from pytest_gpushare.report.reading import read_report
+
+from .conftest import Project
+from .other_hosts import REPORTS, SUITE, OtherHost, commit, missing, on
+
+if reason := "CI does not start other hosts" if os.environ.get("CI") else missing():
+    pytest.skip(reason, allow_module_level=True)
+
+HOLD = """
+import sys
+from pytest_gpushare.leases import acquire
+with acquire(0, sys.argv[1]):
+    print("leased", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holding(command: list[str], size: str, **options: object) -> Iterator[Callable[[], object]]:
+    """A process that has leased so much; the result has it give that back."""
+    with child_process(
+        [*command, size],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        while (said := process.stdout.readline()).startswith("gpu-share: waiting for "):
+            pass
+        assert said == "leased\n", said + process.communicate(timeout=10)[0]
+        yield process.stdin.close
+
+
+def there(host: OtherHost) -> list[str]:
+    """The command with which a process of another session leases on a host."""
+    return ["ssh", "-F", str(host.config), host.name, f"{host.python} -c '{HOLD}'"]
+
+
+@contextmanager
+def run(project: Project, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A run in the background; its standard error comes with its output."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:rerunfailures"]
+    with child_process(
+        [*command, *arguments],
+        cwd=project.path,
+        env=project.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        yield process
+
+
+def test_a_lease_there_is_waited_for(project: Project, hosts: Callable[..., OtherHost]) -> None:
+    """The only host is full: the run says who has leased it, and starts once that is given back."""
+    project.write(test_project=SUITE)
+    commit(project)
+    host = hosts("small", Device(total="24GB", used="2GB"))
+    with holding(there(host), "8GB") as give_back, run(project, *on(host)) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("gpu-share: host small: waiting for 3.0 GB of VRAM"), line
+        assert "8.0 GB" in line
+        give_back()
+        out, _ = process.communicate(timeout=60)
+    assert "gpu-share: 2 GPU workers" in out
+    assert " 12 passed" in out
+
+
+def test_a_host_is_not_waited_for_while_another_has_room(
+    project: Project, hosts: Callable[..., OtherHost], tmp_path: Path
+) -> None:
+    project.write(test_project=SUITE)
+    commit(project)
+    full, free = (
+        hosts(name, Device(total="24GB", used="2GB"), cpus=1) for name in ("full", "free")
+    )
+    report = tmp_path / "r.json"
+    with holding(there(full), "8GB"):
+        done = project.pytest(*on(full, free), f"--gpu-share-report={report}")
+    assert (done.code, done.passed) == (0, 12), done.out + done.err
+    assert "waiting" not in done.err
+    assert {test["host"] for test in read_report(report)["tests"]} == {"free"}
+    assert "full: VRAM is leased: pid " in done.out
+
+
+def test_the_wait_there_has_an_end(project: Project, hosts: Callable[..., OtherHost]) -> None:
+    """After `gpu_share_wait` CPU workers run there, as on this host."""
+    project.write(test_project=SUITE.replace('os.environ["CUDA_VISIBLE_DEVICES"]', "None"))
+    commit(project)
+    host = hosts("small", Device(total="24GB", used="2GB"), cpus=2)
+    with holding(there(host), "8GB"):
+        done = project.pytest(*on(host), "--gpu-share-wait=2")
+    assert (done.code, done.passed) == (0, 12), done.out + done.err
+    assert "gpu-share: 2 CPU workers" in done.out
+    assert "small: waited 2 s for VRAM: pid " in done.out
+
+
+def test_this_host_and_another_are_waited_for_together(
+    project: Project,
+    hosts: Callable[..., OtherHost],
+    machine_with: Callable[..., Machine],
+    tmp_path: Path,
+) -> None:
+    """Both are full: the run starts where VRAM is given back first."""
+    machine_with(Device(total="24GB", used="2GB"))
+    project.write(test_project=SUITE)
+    commit(project)
+    host = hosts("small", Device(total="24GB", used="2GB"), cpus=1)
+    project.environment["PYTEST_XDIST_AUTO_NUM_WORKERS"] = "1"
+    report = tmp_path / "r.json"
+    here = [sys.executable, "-c", HOLD]
+    options = {"cwd": project.path, "env": project.environment}
+    arguments = [*on(host), "--tx", "gpu-auto*popen", f"--gpu-share-report={report}"]
+    for place in (None, "small"):
+        with (
+            holding(there(host), "8GB") as give_back_there,
+            holding(here, "8GB", **options) as give_back_here,
+            run(project, *arguments) as process,
+        ):
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert "waiting for 3.0 GB of VRAM" in line
+            (give_back_here if place is None else give_back_there)()
+            out, _ = process.communicate(timeout=60)
+        assert " 12 passed" in out
+        assert {test["host"] for test in read_report(report)["tests"]} == {place}
+
+
+def test_a_session_there_gets_what_tests_give_back(
+    project: Project, hosts: Callable[..., OtherHost]
+) -> None:
+    """Of two workers' lease another session gets its part as tests end; the others go on."""
+    project.write(
+        test_project="""
+            import time
+            import gpusim
+            import pytest
+
+            @pytest.mark.gpu(vram="3.5GB")
+            @pytest.mark.parametrize("i", range(60))
+            def test_it(i):
+                with gpusim.alloc("2.5GB"):
+                    time.sleep(0.5)
+        """
+    )
+    project.file("conftest.py", REPORTS)
+    commit(project)
+    host = hosts("small", Device(total="24GB", used="2GB"))
+
+    def done() -> int:
+        reports = project.path / "reports"
+        return reports.read_text().count(" call passed") if reports.exists() else 0
+
+    with run(project, *on(host)) as process:
+        until = time.monotonic() + 90
+        while done() < 4:
+            assert process.poll() is None, process.communicate(timeout=10)[0]
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        with holding(there(host), "4GB") as give_back:
+            # One of them has it, the other still runs tests.
+            before = done()
+            assert before < 50
+            while done() < before + 3:
+                assert process.poll() is None, process.communicate(timeout=10)[0]
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            assert host.machine.snapshot()[0].used <= 13 * 1024**3
+            give_back()
+        out, _ = process.communicate(timeout=90)
+    assert " 60 passed" in out
+    assert host.machine.snapshot()[0].oom_count == 0
+
+
+def test_what_a_session_there_gives_back_is_used(
+    project: Project, hosts: Callable[..., OtherHost]
+) -> None:
+    """A test that is larger than what was left at the start waits, and runs."""
+    project.write(
+        test_project="""
+            import pytest
+
+            @pytest.mark.gpu(vram="8GB")
+            def test_large(): pass
+
+            @pytest.mark.gpu(vram="3GB")
+            @pytest.mark.parametrize("i", range(4))
+            def test_small(i): pass
+        """
+    )
+    project.file("conftest.py", REPORTS)
+    commit(project)
+    host = hosts("small", Device(total="24GB", used="2GB"))
+    reports = project.path / "reports"
+    with holding(there(host), "4GB") as give_back, run(project, *on(host)) as process:
+        until = time.monotonic() + 60
+        while not reports.exists() or reports.read_text().count(" call passed") < 2:
+            assert process.poll() is None, process.communicate(timeout=10)[0]
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert "test_large" not in reports.read_text()
+        give_back()
+        out, _ = process.communicate(timeout=60)
+    assert " 5 passed" in out, out

@@ -1,0 +1,141 @@
+"""The lease on another host: whatever arrives when, no more is used than is leased there."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_gpushare.config.sources import Written, load
+from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
+from pytest_gpushare.hosts.lease_here import LeaseHere
+from pytest_gpushare.hosts.shared_there import HostLease
+from pytest_gpushare.leases.ledger import Ledger
+from pytest_gpushare.leases.lessee import Lessee, Revision, View
+from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
+from pytest_gpushare.planning.plan import NeighbourShare, Plan, Request
+from pytest_gpushare.planning.sizing import make_plan
+from pytest_gpushare.scheduler.sharing import OwnShare
+from pytest_gpushare.units import GB
+
+HERE = Path("/nowhere")
+SETTINGS = load(Written({}, {"gpu_share_config": ""}, {}, "", HERE, HERE, HERE))
+DEVICE = Device("GPU-1", "a card", "0", 24 * GB, 2 * GB, 22 * GB, ())
+BUDGET = 9 * GB
+
+
+def plan() -> Plan:
+    share = NeighbourShare("Ollama", {"GPU-1": 12 * GB}, {"GPU-1": 0})
+    gpus = GpuFacts((DEVICE,), (DEVICE,))
+    return make_plan(SETTINGS, gpus, [share], HostFacts(8, None), Request())
+
+
+def lessee(directory: Path, pid: int) -> Lessee:
+    record = LeaseRecord(pid, "", "/", "", time.time())
+    return Lessee(Ledger(directory), record, {"GPU-1": DEVICE.total}, None)
+
+
+class Run:
+    """A run with tests on another host; messages take their time in both directions."""
+
+    def __init__(self, directory: Path) -> None:
+        self.lessee = lessee(directory, 1)
+        self.to_host: deque[str] = deque()
+        self.to_run: deque[dict[str, Any]] = deque()
+        found = plan()
+        slots = sum(slot.vram for slot in found.slots)
+        self.lessee.change(devices={"GPU-1": DeviceLease(slots)})
+        self.here = LeaseHere(self.lessee, found, True, self.to_run.append)
+        self.there = HostLease({"GPU-1": "box:GPU-1"}, found, self.to_host.append, print)
+        self.tests: list[int] = []
+        """What the running tests need."""
+        self.pending: list[int] = []
+
+    @property
+    def committed(self) -> int:
+        return sum(self.tests)
+
+    @property
+    def leased(self) -> int:
+        return self.lessee.record.lease("GPU-1").lease
+
+    def step(self) -> None:
+        """What the executor does: start what may start, and say what is there."""
+        found = self.there.limited({})
+        limit = BUDGET
+        if found:
+            others = found["box:GPU-1"].others
+            assert others.leased is not None
+            limit = min(others.leased, BUDGET - others.claimed)
+        while self.pending and self.committed + self.pending[0] <= limit:
+            self.tests.append(self.pending.pop(0))
+        want = self.pending[0] if self.pending else 0
+        want = want if self.committed + want <= BUDGET else 0
+        most = max(self.pending, default=0)
+        waits_for = len(self.pending) if want else None
+        share = OwnShare(self.committed, self.committed, 0, 0, 0, most, want, waits_for, 13 * GB,
+                         12 * GB, 12 * GB)  # fmt: skip
+        self.there.publish({"box:GPU-1": share})
+
+    def deliver(self, chance: random.Random) -> None:
+        """A message arrives, or the host looks at the others."""
+        choice = chance.randrange(3)
+        if choice == 0 and self.to_host:
+            word, _, line = self.to_host.popleft().partition(" ")
+            assert word == "share"
+            self.here.share(line)
+        elif choice == 1 and self.to_run:
+            self.there.take(self.to_run.popleft())
+            self.step()
+        else:
+            self.here.look()
+
+
+def other(session: Lessee, size: int) -> None:
+    """Another session of the host leases so much if it is there."""
+
+    def decide(view: View) -> Revision:
+        there = size <= BUDGET - view.claims["GPU-1"].leased
+        has = session.record.lease("GPU-1").lease
+        waits = frozenset() if there or not size else frozenset({("GPU-1", 1)})
+        lease = size if there or not size else has
+        return Revision({"GPU-1": DeviceLease(lease, want=0 if there else size, most=size)}, waits)
+
+    session.revise(decide)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_never_more_is_used_than_leased(tmp_path: Path, seed: int) -> None:
+    """Whatever arrives when; and what others give back arrives in the end."""
+    chance = random.Random(seed)
+    run, session = Run(tmp_path / "leases"), lessee(tmp_path / "leases", 2)
+    try:
+        run.pending = [chance.randrange(1, 9) * GB for _ in range(20)]
+        run.step()
+        for _ in range(300):
+            action = chance.randrange(8)
+            if action == 0:
+                other(session, chance.randrange(0, 9) * GB)
+            elif action == 1 and run.tests:
+                run.tests.pop(chance.randrange(len(run.tests)))
+                run.step()
+            else:
+                run.deliver(chance)
+            assert run.committed <= run.leased
+            assert run.leased + session.record.lease("GPU-1").lease <= BUDGET
+        session.leave()
+        for _ in range(2000):
+            if run.tests and not chance.randrange(4):
+                run.tests.pop()
+                run.step()
+            run.deliver(chance)
+            if not run.pending and not run.tests:
+                break
+        assert not run.pending
+    finally:
+        run.lessee.close()
+        session.close()
