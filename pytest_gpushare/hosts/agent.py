@@ -76,8 +76,8 @@ def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
     words = _words(lines, line.has_enough)
     try:
         facts = _start(request, line)
-    except OSError:
-        # The controller is gone.
+    except BrokenPipeError:
+        # The controller is gone while this host waited.
         return
     except GpuShareError as error:
         send_whole({"kind": "refused", "text": str(error)})
@@ -92,6 +92,7 @@ def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
             return
         agent.serve(words)
     except OSError:
+        # The controller is gone.
         pass
     finally:
         agent.stop()

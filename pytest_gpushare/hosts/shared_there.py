@@ -59,15 +59,14 @@ class HostLease:
             if message.get("kind") == "others":
                 self.is_shared = True
                 self._said = {}
-            else:
+            elif message.get("number") == self._number:
+                # Also where it makes no sense: no test waits for an answer for ever.
+                self._is_asking = False
                 self._leased(Foreign(message))
             self.is_due = True
         self.wake()
 
     def _leased(self, found: Foreign) -> None:
-        if found.whole("number") != self._number:
-            # More was said meanwhile.
-            return
         progress, rows = found.whole("progress"), found.items("devices", _MOST_DEVICES)
         for uuid, row in rows.items():
             key = self._keys.get(uuid)
@@ -79,14 +78,14 @@ class HostLease:
             self._others[key] = Others(
                 as_whole(claimed, MOST_VRAM),
                 as_whole(lent, MOST_VRAM),
-                None if keepable is None else max(-MOST_VRAM, min(int(keepable), MOST_VRAM)),
+                None if keepable is None else as_whole(max(0, keepable), MOST_VRAM),
                 as_whole(owed, MOST_VRAM),
                 as_whole(lacks, MOST_VRAM),
                 bool(waiting),
                 progress=progress,
                 names=as_text(names, _LONGEST),
             )
-        self._is_asking, self.is_shared = False, found.flag("shared")
+        self.is_shared = found.flag("shared")
         problem = found.text("problem")
         if problem and problem != self._problem:
             self._note(f"the leases of other sessions are not known: {problem}")

@@ -20,7 +20,9 @@ from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 from pytest_gpushare.planning.plan import NeighbourShare, Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.scheduler.sharing import OwnShare
-from pytest_gpushare.units import GB
+from pytest_gpushare.units import GB, MOST_VRAM
+
+from .damage import ODD, damaged
 
 HERE = Path("/nowhere")
 SETTINGS = load(Written({}, {"gpu_share_config": ""}, {}, "", HERE, HERE, HERE))
@@ -139,3 +141,31 @@ def test_never_more_is_used_than_leased(tmp_path: Path, seed: int) -> None:
     finally:
         run.lessee.close()
         session.close()
+
+
+def test_an_answer_that_makes_no_sense_grants_nothing_and_is_not_waited_for() -> None:
+    """It is refused as a whole or in part; the tests may ask again."""
+    said: list[str] = []
+    answer = {
+        "kind": "leased",
+        "number": 1,
+        "shared": True,
+        "problem": "",
+        "progress": 1,
+        "devices": {"GPU-1": [8 * GB, [GB, GB, -GB, 0, 0, True], "pid 7: 1.0 GB"]},
+    }
+    refused = 0
+    for message, place in damaged(answer, 300, ODD):
+        lease = HostLease({"GPU-1": "box:GPU-1"}, plan(), said.append, said.append)
+        lease.publish({"box:GPU-1": OwnShare(*[0] * 11)})
+        try:
+            lease.take(message)
+        except (ValueError, TypeError):
+            refused += 1
+        found = lease.limited({})
+        if place not in (("kind",), ("number",)) and found:
+            others = found["box:GPU-1"].others
+            assert not others.is_asked
+            assert others.leased is not None
+            assert 0 <= others.leased <= MOST_VRAM
+    assert refused > 100
