@@ -247,7 +247,7 @@ def _around(
         see_all=settings.visible_devices == "all",
         simulated=simulated,
         contexts=contexts,
-        budgets={d.device.uuid: d.budget for d in plan.devices} if has_needs else {},
+        budgets={d.device.uuid: d.reach for d in plan.devices} if has_needs else {},
     )
 
 

@@ -196,13 +196,16 @@ def test_a_session_there_gets_what_tests_give_back(
 def test_what_a_session_there_gives_back_is_used(
     project: Project, hosts: Callable[..., OtherHost]
 ) -> None:
-    """A test that is larger than what was left at the start waits, and runs."""
+    """A test that is larger than what was left at the start waits, and runs uncapped by that."""
     project.write(
         test_project="""
+            import os
             import pytest
 
-            @pytest.mark.gpu(vram="8GB")
-            def test_large(): pass
+            @pytest.mark.gpu
+            def test_large():
+                _, _, fraction = os.environ["PYTORCH_ALLOC_CONF"].rpartition("fraction:")
+                assert float(fraction) > 8 / 24
 
             @pytest.mark.gpu(vram="3GB")
             @pytest.mark.parametrize("i", range(4))
@@ -211,9 +214,10 @@ def test_what_a_session_there_gives_back_is_used(
     )
     project.file("conftest.py", REPORTS)
     commit(project)
-    host = hosts("small", Device(total="24GB", used="2GB"))
+    host = hosts("small", Device(total="24GB", used="2GB"), frameworks=True)
+    rule = ("-o", "gpu_share_vram=*test_large = 8GB")
     reports = project.path / "reports"
-    with holding(there(host), "4GB") as give_back, run(project, *on(host)) as process:
+    with holding(there(host), "4GB") as give_back, run(project, *on(host), *rule) as process:
         until = time.monotonic() + 60
         while not reports.exists() or reports.read_text().count(" call passed") < 2:
             assert process.poll() is None, process.communicate(timeout=10)[0]
