@@ -41,7 +41,7 @@ LEFT_OUT: pytest.StashKey[str] = pytest.StashKey()
 BEFORE_CONFTESTS: pytest.StashKey[dict[str, str]] = pytest.StashKey()
 """The environment after the plugins were loaded and before the conftests are."""
 _CAPS_AFTER_IMPORT = ("PYTEST_GPUSHARE_TORCH_FRACTION", "PYTEST_GPUSHARE_TENSORFLOW_MB")
-"""The variables of the caps that wait for a framework's import; see `worker.plugin`."""
+"""The variables of the caps that wait for a framework's import; see `worker.framework_caps`."""
 
 
 class _Early:
@@ -69,7 +69,7 @@ class _Early:
             environment = early_config.stash[BEFORE_CONFTESTS]
             _activate(early_config, _checked(start_in_process, early_config, environment))
         if any(os.environ.get(name) for name in _CAPS_AFTER_IMPORT):
-            from pytest_gpushare.worker.plugin import cap_after_import
+            from pytest_gpushare.worker.framework_caps import cap_after_import
 
             early_config.add_cleanup(cap_after_import())
 
@@ -200,38 +200,15 @@ class _RunHooks:
     @pytest.hookimpl(tryfirst=True)
     def pytest_configure(self, config: pytest.Config) -> None:
         """Follow the tests; where this process runs them, begin a worker's part too."""
-        from functools import partial
-
-        from pytest_gpushare import wire
         from pytest_gpushare.report.output import progress
         from pytest_gpushare.session.start import observe
 
         run = self._run
         observe(run, config, progress(config))
-        if own := run.message_to_itself():
-            from pytest_gpushare.worker import plugin as worker_plugin
+        if message := run.message_to_itself():
+            from pytest_gpushare.worker.in_process import begin_in_process
 
-            link = wire.Link(partial(run.links.receive, wire.ITSELF))
-            run.links.attach(wire.ITSELF, link.receive)
-            run.joined(wire.ITSELF, own)
-            config.pluginmanager.register(
-                worker_plugin.PlacementPlugin(own, link), "gpu-share-placement"
-            )
-            worker_plugin.follow(config, own["tests"], link)
-            worker_plugin.load_models(config, run, own["tests"])
-            worker_plugin.watch_memory(config, own, link)
-            if run.lessee is not None and run.lessee.claims_devices and run.plan.slots:
-                from pytest_gpushare.leases import in_tests
-                from pytest_gpushare.worker.in_process import LeasePerTest
-
-                wait = run.settings.wait
-                config.pluginmanager.register(
-                    LeasePerTest(
-                        run.lessee, run.plan, own["tests"], None if wait is None else float(wait)
-                    ),
-                    "gpu-share-lease-per-test",
-                )
-                config.add_cleanup(partial(in_tests, None))
+            begin_in_process(run, config, message)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> Generator[None, Any, Any]:

@@ -218,3 +218,10 @@ def _skips(mark: pytest.Mark) -> bool:
         return False
     conditions = mark.args or (mark.kwargs.get("condition", False),)
     return any(not isinstance(c, str) and bool(c) for c in conditions)
+
+
+def may_use_models(ollama: Mapping[str, Any], items: Sequence[pytest.Item]) -> bool:
+    """Whether a test may use a model of Ollama's, by a rule, a parameter or a marker."""
+    if ollama["rules"] or ollama["param"]:
+        return True
+    return any(name in item.keywords for item in items for name in ollama["markers"])

@@ -1,7 +1,9 @@
-"""Calls that wait for a framework's import, which they neither cause nor slow down."""
+"""Caps that only a call can set: made once a framework is imported, which they do not cause."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -10,7 +12,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from pytest_gpushare.planning.caps import torch_fraction
+from pytest_gpushare.planning.caps import TENSORFLOW_HOOK, TORCH_HOOK, torch_fraction
 
 Action = Callable[[ModuleType], None]
 
@@ -156,3 +158,45 @@ class TorchCap:
         fraction = usual if self._wanted is None else min(1.0, self._wanted / total)
         cuda.set_per_process_memory_fraction(fraction, device)
         self._set[device] = fraction
+
+
+def cap_after_import(environment: Mapping[str, str] = os.environ) -> Callable[[], None]:
+    """Cap frameworks that only a call can cap, once the tests import them; the result undoes it.
+
+    Nothing is imported here and CUDA is not initialised: torch keeps the call until CUDA
+    comes up, TensorFlow until its context does.
+    """
+    fraction, megabytes = environment.get(TORCH_HOOK), environment.get(TENSORFLOW_HOOK)
+    actions: dict[str, Callable[[Any], None]] = {}
+    if fraction:
+        actions["torch"] = lambda torch: _cap_torch(torch, float(fraction))
+    if megabytes:
+        actions["tensorflow"] = lambda tensorflow: _cap_tensorflow(tensorflow, int(megabytes))
+    return after_import(actions)
+
+
+def _cap_torch(torch: Any, fraction: float) -> None:
+    # _lazy_call runs the function when CUDA comes up, at once where it is up already; the
+    # public function would bring it up.
+    torch.cuda._lazy_call(lambda: torch.cuda.set_per_process_memory_fraction(fraction))
+
+
+def _cap_tensorflow(tensorflow: Any, megabytes: int) -> None:
+    from importlib import import_module
+
+    context = import_module("tensorflow.python.eager.context").context()
+    initialise = context.ensure_initialized
+
+    def capped() -> None:
+        if "ensure_initialized" in vars(context):
+            del context.ensure_initialized
+            # A cap that cannot be set must not break the user's first call.
+            with contextlib.suppress(Exception):
+                config = tensorflow.config
+                for device in config.list_physical_devices("GPU"):
+                    if not config.get_logical_device_configuration(device):
+                        limit = config.LogicalDeviceConfiguration(memory_limit=megabytes)
+                        config.set_logical_device_configuration(device, [limit])
+        initialise()
+
+    context.ensure_initialized = capped

@@ -22,12 +22,31 @@ from pytest_gpushare.leases.lessee import Lessee, View, WaitingLine, Wish
 from pytest_gpushare.leases.records import DeviceLease
 from pytest_gpushare.planning.plan import Plan
 from pytest_gpushare.units import format_gb
-from pytest_gpushare.worker.collection import MarkerReader
+from pytest_gpushare.wire import ITSELF, Link
+from pytest_gpushare.worker.collection import MarkerReader, may_use_models
+from pytest_gpushare.worker.plugin import PlacementPlugin, follow, watch_memory
 from pytest_gpushare.worker.refusals import REFUSAL
 
 if TYPE_CHECKING:
     from pytest_gpushare.session.llm import LlmTests
     from pytest_gpushare.session.run import ActiveRun
+
+
+def begin_in_process(run: ActiveRun, config: pytest.Config, message: Mapping[str, Any]) -> None:
+    """Do in this process what a worker does with such a message, and lease by the test."""
+    link = Link(partial(run.links.receive, ITSELF))
+    run.links.attach(ITSELF, link.receive)
+    run.joined(ITSELF, message)
+    plugins, tests = config.pluginmanager, message["tests"]
+    plugins.register(PlacementPlugin(message, link), "gpu-share-placement")
+    follow(config, tests, link)
+    plugins.register(ModelsInProcess(run, tests), "gpu-share-models")
+    watch_memory(config, message, link)
+    if run.lessee is not None and run.lessee.claims_devices and run.plan.slots:
+        wait = None if run.settings.wait is None else float(run.settings.wait)
+        leases = LeasePerTest(run.lessee, run.plan, tests, wait)
+        plugins.register(leases, "gpu-share-lease-per-test")
+        config.add_cleanup(partial(in_tests, None))
 
 
 class LeasePerTest:
@@ -149,10 +168,7 @@ class ModelsInProcess:
 
         Only tests that use models change their places, among themselves.
         """
-        names = self._message["markers"]
-        if not (self._message["rules"] or self._message["param"]) and not any(
-            name in item.keywords for item in items for name in names
-        ):
+        if not may_use_models(self._message, items):
             return
         found = {at: self._reader.model_of(item) for at, item in enumerate(items)}
         uses = {at: use for at, use in found.items() if use is not None}

@@ -16,13 +16,10 @@ import pytest
 from pytest_gpushare.wire import CONTEXT, Link
 
 if TYPE_CHECKING:
-    from pytest_gpushare.session.run import ActiveRun
+    pass
 
 TESTS: pytest.StashKey[tuple[Mapping[str, Any], Link]] = pytest.StashKey()
 """What the controller says of the tests, and the link to it; absent where the plugin is idle."""
-
-HOOKS = ("PYTEST_GPUSHARE_TORCH_FRACTION", "PYTEST_GPUSHARE_TENSORFLOW_MB")
-"""Variables whose caps wait for a framework's import; see `run/caps.py`."""
 
 
 class PlacementPlugin:
@@ -127,13 +124,6 @@ def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> Non
             plugins.register(LoopWhereNeeded(config, message, link), "gpu-share-loop-where-needed")
 
 
-def load_models(config: pytest.Config, run: ActiveRun, message: dict[str, Any]) -> None:
-    """Where this process runs the tests itself, load the models that they use."""
-    from pytest_gpushare.worker.in_process import ModelsInProcess
-
-    config.pluginmanager.register(ModelsInProcess(run, message), "gpu-share-models")
-
-
 class LoopWhereNeeded:
     """Without a GPU only tests that use models leave something for the controller to decide."""
 
@@ -143,11 +133,9 @@ class LoopWhereNeeded:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Begin the run loop where there is such a test; xdist's own runs all others."""
-        ollama = self._message["ollama"]
-        names = ollama["markers"]
-        if not (ollama["rules"] or ollama["param"]) and not any(
-            name in item.keywords for item in session.items for name in names
-        ):
+        from pytest_gpushare.worker.collection import may_use_models
+
+        if not may_use_models(self._message["ollama"], session.items):
             return
         from pytest_gpushare.worker.runner import RunLoop
 
@@ -222,47 +210,3 @@ def keep_log_file(config: pytest.Config) -> None:
     """
     if getattr(config.option, "log_file_mode", "") is None:
         config.option.log_file_mode = "a"
-
-
-def cap_after_import(environment: Mapping[str, str] = os.environ) -> Callable[[], None]:
-    """Cap frameworks that only a call can cap, once the tests import them; the result undoes it.
-
-    Nothing is imported here and CUDA is not initialised: torch keeps the call until CUDA
-    comes up, TensorFlow until its context does.
-    """
-    from pytest_gpushare.worker.framework_caps import after_import
-
-    fraction, megabytes = (environment.get(name) for name in HOOKS)
-    actions: dict[str, Callable[[Any], None]] = {}
-    if fraction:
-        actions["torch"] = lambda torch: _cap_torch(torch, float(fraction))
-    if megabytes:
-        actions["tensorflow"] = lambda tensorflow: _cap_tensorflow(tensorflow, int(megabytes))
-    return after_import(actions)
-
-
-def _cap_torch(torch: Any, fraction: float) -> None:
-    # _lazy_call runs the function when CUDA comes up, at once where it is up already; the
-    # public function would bring it up.
-    torch.cuda._lazy_call(lambda: torch.cuda.set_per_process_memory_fraction(fraction))
-
-
-def _cap_tensorflow(tensorflow: Any, megabytes: int) -> None:
-    from importlib import import_module
-
-    context = import_module("tensorflow.python.eager.context").context()
-    initialise = context.ensure_initialized
-
-    def capped() -> None:
-        if "ensure_initialized" in vars(context):
-            del context.ensure_initialized
-            # A cap that cannot be set must not break the user's first call.
-            with contextlib.suppress(Exception):
-                config = tensorflow.config
-                for device in config.list_physical_devices("GPU"):
-                    if not config.get_logical_device_configuration(device):
-                        limit = config.LogicalDeviceConfiguration(memory_limit=megabytes)
-                        config.set_logical_device_configuration(device, [limit])
-        initialise()
-
-    context.ensure_initialized = capped

@@ -81,7 +81,7 @@ class LocalRefusals:
 
     def __call__(self, item: pytest.Item) -> Refusal | None:
         """Why the test must not run here."""
-        if (refusal := item.stash.get(REFUSAL, None)) is not None:
+        if (refusal := sent_by_the_controller(item)) is not None:
             return refusal
         said, want = self._reader.wanted(item)
         if said.refusal:
