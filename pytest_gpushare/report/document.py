@@ -26,7 +26,7 @@ from pytest_gpushare.report.advice import amount, assess
 from pytest_gpushare.report.by_host import add_hosts, host_rows
 from pytest_gpushare.report.header import Line, header, left_out
 from pytest_gpushare.report.summary import HINT, verdict
-from pytest_gpushare.report.usage import highest_peaks, leak_in_words, usages
+from pytest_gpushare.report.usage import highest_peaks, leak_text, usages
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import RecordedTest, leaks
 from pytest_gpushare.session.workers import Peak, WorkerRecord
@@ -255,15 +255,15 @@ def _ollama(run: ActiveRun) -> Mapping[str, Any] | None:
     if found is None:
         return None
     server = run.monitor.server if run.monitor is not None else None
-    words = verdict(server) if server is not None else []
+    sentences = verdict(server) if server is not None else []
     if server is not None:
         found["answered"] |= server.history.answered_at is not None
         found["models"] = _models(server.history.models)
     found["found_by"] = found["found_by"] or run.settings.origins.get("ollama_host", "default")
     return {
         **found,
-        "verdict": ["; ".join((word.text, *word.details)) for word in words],
-        "spilled_under_tests": any(word.is_ours for word in words),
+        "verdict": ["; ".join((each.text, *each.details)) for each in sentences],
+        "spilled_under_tests": any(each.is_ours for each in sentences),
         "tests": _model_tests(run),
     }
 
@@ -402,13 +402,13 @@ def step_summary(run: ActiveRun, lines: Sequence[Line]) -> str:
         for test in tests:
             assert test.peak is not None
             parts.append(f"| {escaped(test.nodeid)} | {amount(test.peak)} |")
-    told = [
+    notable = [
         line.text.strip()
         for line in lines
         if line.problem or line.mark or line.text.startswith(HINT)
     ]
-    if told:
-        parts += ["", *(f"- {escaped(text)}" for text in told)]
+    if notable:
+        parts += ["", *(f"- {escaped(text)}" for text in notable)]
     return "\n".join([*parts, "", ""])
 
 
@@ -423,7 +423,7 @@ def workflow_commands(run: ActiveRun) -> Iterator[str]:
         file = name.partition("::")[0]
         place = f"file={_property(file)}," if file else ""
         title = _property("gpu-share: VRAM left behind")
-        yield f"::warning {place}title={title}::{_data(leak_in_words(leak))}"
+        yield f"::warning {place}title={title}::{_data(leak_text(leak))}"
 
 
 def escaped(text: str) -> str:

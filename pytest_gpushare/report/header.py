@@ -182,7 +182,7 @@ def header(run: ActiveRun, verbosity: int) -> list[Line]:
     lines = list(_lines(run, verbosity))
     if verbosity >= 0:
         return lines
-    return [_alone(line) for line in lines if line.problem]
+    return [_with_prefix(line) for line in lines if line.problem]
 
 
 def _lines(run: ActiveRun, verbosity: int) -> Iterator[Line]:
@@ -225,7 +225,7 @@ def _may_not_wait(run: ActiveRun, verbosity: int) -> bool:
     return any(held) or (bool(used) and verbosity >= 1)
 
 
-def _alone(line: Line) -> Line:
+def _with_prefix(line: Line) -> Line:
     """The line with the name of the plugin, where it stands without the others."""
     text = line.text.strip()
     return line if text.startswith("gpu-share:") else Line(f"gpu-share: {text}", line.problem)

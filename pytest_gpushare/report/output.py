@@ -156,11 +156,11 @@ def _note_leaks(run: ActiveRun) -> None:
     found = leaks(run.tests, run.workers)
     if not found:
         return
-    from pytest_gpushare.report.usage import leak_in_words
+    from pytest_gpushare.report.usage import leak_text
 
     for leak in found:
         facts = {"bytes": leak.size, "worker": leak.worker, "suspects": list(leak.suspects)}
-        run.record.note("leak", leak_in_words(leak), **facts)
+        run.record.note("leak", leak_text(leak), **facts)
 
 
 def _annotate(run: ActiveRun, reporter: pytest.TerminalReporter) -> None:
@@ -228,8 +228,8 @@ WAITS = ("pressure", "late", "pressure-over", "leases-unknown")
 def progress(config: pytest.Config) -> Callable[[Event], None]:
     """A listener that writes a line for each wait; nothing at -q, and nothing into a log."""
 
-    def tell(event: Event) -> None:
-        if event.kind not in WAITS or int(getattr(config.option, "verbose", 0)) < 0:
+    def write(event: Event) -> None:
+        if event.kind not in WAITS or _verbosity(config) < 0:
             return
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None and reporter.isatty:
@@ -237,7 +237,7 @@ def progress(config: pytest.Config) -> Callable[[Event], None]:
             reporter.ensure_newline()
             reporter.write_line(_shown(f"gpu-share: {event.text}"))
 
-    return tell
+    return write
 
 
 INDENT = 4

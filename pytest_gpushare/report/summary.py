@@ -119,7 +119,7 @@ def _first(texts: Sequence[str], others: str, *, problem: bool) -> Iterator[Line
         yield Line(f"gpu-share: {more} more {others}", problem=problem)
 
 
-class Word(NamedTuple):
+class Sentence(NamedTuple):
     """A sentence of the verdict, with what stands under it."""
 
     text: str
@@ -131,13 +131,13 @@ class Word(NamedTuple):
     """The colour in a terminal, as of a `Line`."""
 
 
-def verdict(server: MonitoredServer) -> list[Word]:
+def verdict(server: MonitoredServer) -> list[Sentence]:
     """One sentence for each model that was loaded at any time, and one for each silence."""
-    words = [_on(life, server) for life in server.history.lives.values()]
-    return [*words, *_silences(server)]
+    kept = (_on(life, server) for life in server.history.lives.values())
+    return [*kept, *_silences(server)]
 
 
-def _on(life: Life, server: MonitoredServer) -> Word:
+def _on(life: Life, server: MonitoredServer) -> Sentence:
     model = life.model
     spills = [spill for spill in server.spills if spill.model.name == model.name]
     if spills:
@@ -145,15 +145,15 @@ def _on(life: Life, server: MonitoredServer) -> Word:
     if life.spilled_before:
         return _spilled_before(life, server)
     if model.name in server.doubted:
-        return Word(
+        return Sentence(
             f"Ollama says that {described(model)}, but NVML shows "
             f"{format_gb(server.doubted[model.name])} of it: a part of it may be on the CPU",
             is_problem=True,
         )
     if not model.is_whole:
-        return Word(f"Ollama held {described(model)}")
+        return Sentence(f"Ollama held {described(model)}")
     where = f"on the GPU ({format_gb(model.size)}, 100 %)"
-    return Word(f"Ollama kept {model.name} {where} {_how_long(life, server)}", mark="green")
+    return Sentence(f"Ollama kept {model.name} {where} {_how_long(life, server)}", mark="green")
 
 
 def _how_long(life: Life, server: MonitoredServer) -> str:
@@ -177,7 +177,7 @@ def _times(count: int) -> str:
     return "at least once" if count == 1 else f"at least {count} times"
 
 
-def _spilled(spills: list[Spill], life: Life, server: MonitoredServer) -> Word:
+def _spilled(spills: list[Spill], life: Life, server: MonitoredServer) -> Sentence:
     # The worst one that the run answers for, else the worst of all.
     spill = max(spills, key=lambda spill: (spill.is_ours, spill.missing, -spill.at))
     # One reservation that suffices for all: with a smaller one the next run has another spill.
@@ -199,20 +199,20 @@ def _spilled(spills: list[Spill], life: Life, server: MonitoredServer) -> Word:
     if life.gone_at is None and life.model.is_whole:
         details.append(f"by the end all of it was on the GPU again ({format_gb(life.model.size)})")
     is_ours = any(spill.is_ours for spill in spills)
-    return Word(text, tuple(details), is_problem=True, is_ours=is_ours, mark="red")
+    return Sentence(text, tuple(details), is_problem=True, is_ours=is_ours, mark="red")
 
 
-def _spilled_before(life: Life, server: MonitoredServer) -> Word:
+def _spilled_before(life: Life, server: MonitoredServer) -> Sentence:
     model: LoadedModel = life.model
     if life.loads and model.is_whole:
-        return Word(
+        return Sentence(
             f"Ollama has all of {model.name} on the GPU ({format_gb(model.size)}, 100 %) since a "
             "reload; before the tests a part of it was on the CPU",
             mark="green",
         )
     free = max((held.free for held in server.promise.start.values()), default=None)
     if uses_no_gpu(model, free):
-        return Word(
+        return Sentence(
             f"Ollama had {model.name} ({format_gb(model.size)}) in RAM before the tests began, "
             f"though {format_gb(free or 0)} of VRAM were free: {why_in_ram(model)}",
             is_problem=True,
@@ -222,27 +222,29 @@ def _spilled_before(life: Life, server: MonitoredServer) -> Word:
         f"({format_gb(model.on_gpu)} of {format_gb(model.size)} on the GPU)"
     )
     if life.gone_at is not None:
-        return Word(f"{text}, and unloaded it {life.gone_at:.0f} s into the run", is_problem=True)
+        return Sentence(
+            f"{text}, and unloaded it {life.gone_at:.0f} s into the run", is_problem=True
+        )
     first = "" if has_room(model, free) else "free VRAM, then "
-    return Word(
+    return Sentence(
         f"{text}: a loaded model is never moved; {first}reload it (ollama stop {model.name})",
         is_problem=True,
     )
 
 
-def _silences(server: MonitoredServer) -> Iterator[Word]:
+def _silences(server: MonitoredServer) -> Iterator[Sentence]:
     history = server.history
     if history.last_known is not None and not (
         history.silences and history.silences[-1][1] is None
     ):
-        yield Word(
+        yield Sentence(
             f"Ollama did not answer from {history.last_known:.0f} s into the run to its end: what "
             "happened to its VRAM then is unknown",
             is_problem=True,
         )
     for since, until in server.history.silences:
         end = "to its end" if until is None else f"to {until:.0f} s"
-        yield Word(
+        yield Sentence(
             f"Ollama did not answer from {since:.0f} s into the run {end}: what happened to its "
             "VRAM then is unknown",
             is_problem=True,
@@ -269,12 +271,14 @@ def _verdict(run: ActiveRun) -> Iterator[Line]:
         if monitor.problem:
             text = f"{where}the monitor of Ollama's VRAM has failed: {monitor.problem}"
             yield Line(f"gpu-share: {text}", problem=True)
-        for word in verdict(monitor.server) if monitor.server is not None else ():
-            fails = word.is_ours and run.strict
+        for sentence in verdict(monitor.server) if monitor.server is not None else ():
+            fails = sentence.is_ours and run.strict
             kind = " (an error under --gpu-share-strict)" if fails else ""
-            yield Line(f"gpu-share: {where}{word.text}{kind}", word.is_problem, word.mark)
-            for detail in word.details:
-                yield Line(f"  {detail}", word.is_problem, word.mark)
+            yield Line(
+                f"gpu-share: {where}{sentence.text}{kind}", sentence.is_problem, sentence.mark
+            )
+            for detail in sentence.details:
+                yield Line(f"  {detail}", sentence.is_problem, sentence.mark)
 
 
 def _unwritten(run: ActiveRun) -> Iterator[Line]:

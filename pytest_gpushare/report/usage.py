@@ -153,7 +153,7 @@ def _worker(member: WorkerRecord, run: ActiveRun) -> Line:
 def _leaks(found: Sequence[Leak], view: OutputOptions) -> Iterator[Line]:
     most = len(found) if view.verbosity >= 1 else _MOST_LEAKS
     for leak in found[:most]:
-        yield Line(f"gpu-share: {leak_in_words(leak)}", problem=True)
+        yield Line(f"gpu-share: {leak_text(leak)}", problem=True)
     if len(found) > most:
         rest = found[most:]
         size = format_gb(sum(leak.size for leak in rest))
@@ -161,7 +161,7 @@ def _leaks(found: Sequence[Leak], view: OutputOptions) -> Iterator[Line]:
         yield Line(f"gpu-share: {who} of VRAM, {size} in all (-v lists them)", problem=True)
 
 
-def leak_in_words(leak: Leak) -> str:
+def leak_text(leak: Leak) -> str:
     """Which test left how much, or among which tests it is."""
     size, first = format_gb(leak.size), printable(leak.suspects[0])
     if leak.among == 1:

@@ -151,7 +151,7 @@ class ModelTurns:
             self._since[number] = time.monotonic()
         began, pause, waited, who = time.monotonic(), SHORT_PAUSE, 0.0, ""
         while True:
-            self._revise(self._nobody)
+            self._revise(self._none_under_way)
             before, waited = waited, time.monotonic() - began
             if self._places.get(number) or is_over.wait(pause):
                 break
@@ -169,7 +169,7 @@ class ModelTurns:
     def give_back(self, number: int) -> None:
         """The session has no use for the model any more."""
         if self._turns.pop(number, None) is not None:
-            self._revise(self._nobody)
+            self._revise(self._none_under_way)
             self._publish()
 
     def others_wait(self) -> bool:
@@ -211,7 +211,7 @@ class ModelTurns:
         return used.get(number) if places is self._places else None
 
     @staticmethod
-    def _nobody(_number: int, _limit: int) -> int:
+    def _none_under_way(_number: int, _limit: int) -> int:
         """None is while the session waits, and in a process that runs its tests itself."""
         return 0
 
