@@ -511,6 +511,16 @@ def test_places_in_the_code_exist() -> None:
     assert len(named) > 30
 
 
+def test_every_package_is_described() -> None:
+    """CONTRIBUTING.md has a row for each package and each module at the top."""
+    text = PAGES["CONTRIBUTING.md"].read_text(encoding="utf-8")
+    package = ROOT / "pytest_gpushare"
+    names = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
+    names += [path.name for path in package.glob("[a-z]*.py")]
+    assert len(names) > 15
+    assert [name for name in names if not re.search(rf"^\|.*`{name}`.*\|$", text, re.M)] == []
+
+
 def _names_of(node: ast.stmt) -> list[str]:
     """The names that a statement defines."""
     if isinstance(node, ast.ClassDef | ast.FunctionDef):
