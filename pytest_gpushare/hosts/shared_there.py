@@ -49,7 +49,7 @@ class HostLease:
         self.is_shared = True
         """Whether another session may name one of the devices there, as far as is known."""
         self.is_due = True
-        """Whether something was heard since the last step."""
+        """Whether something has come from the host since the last step."""
         self._problem = ""
         self._lock = threading.Lock()
 
@@ -60,7 +60,7 @@ class HostLease:
                 self.is_shared = True
                 self._said = {}
             elif message.get("number") == self._number:
-                # Also where it makes no sense: no test waits for an answer for ever.
+                # Also where it makes no sense: no test waits for an answer without end.
                 self._is_asking = False
                 self._leased(Foreign(message))
             self.is_due = True
