@@ -32,7 +32,9 @@ class StartOfHosts:
         """Probe this host, and do not wait for VRAM: others may have some."""
         if self._start_here is not None:
             at_once = replace(self._settings, wait=Fraction(0))
-            self.here = self._start_here(at_once, WaitingLine())
+            found = self._start_here(at_once, WaitingLine())
+            # Its tests may wait.
+            self.here = found._replace(settings=self._settings)
 
     def close(self) -> None:
         """Give back what this host has leased."""
