@@ -141,6 +141,9 @@ def _words(lines: Iterable[str], has_enough: threading.Event) -> Iterator[str]:
 
 def _start(request: Mapping[str, Any], line: _WaitsHere) -> StartFacts:
     settings = settings_of(request["settings"])
+    if request["only_asks"]:
+        # Whether a run would wait depends on the other hosts.
+        settings = replace(settings, wait=Fraction(0))
     try:
         return _started(settings, request, line)
     except EnoughElsewhereError:

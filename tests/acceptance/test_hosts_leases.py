@@ -98,10 +98,14 @@ def test_a_host_is_not_waited_for_while_another_has_room(
     report = tmp_path / "r.json"
     with holding(there(full), "8GB"):
         done = project.pytest(*on(full, free), f"--gpu-share-report={report}")
+        command = [sys.executable, "-m", "pytest_gpushare", "plan", "--", *on(full, free)[1:]]
+        plan = project.command(command)
     assert (done.code, done.passed) == (0, 12), done.out + done.err
     assert "waiting" not in done.err
     assert {test["host"] for test in read_report(report)["tests"]} == {"free"}
     assert "full: VRAM is leased: pid " in done.out
+    assert "  free: 2 GPU workers" in plan.out, plan.out + plan.err
+    assert "would wait" not in plan.out
 
 
 def test_the_wait_there_has_an_end(project: Project, hosts: Callable[..., OtherHost]) -> None:
