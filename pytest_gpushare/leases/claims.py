@@ -238,8 +238,10 @@ def _claims_on(
         if record is None or uuid not in record.devices:
             continue
         published, seniority = record.lease(uuid), record.seniority(session.name)
-        reserved = max(reserved, min(published.reserved, total))
         lease = min(published.lease, total)
+        if lease or record.since or not record.ticket:
+            # One that waits for its start runs nothing beside which a model has to stay.
+            reserved = max(reserved, min(published.reserved, total))
         if lease:
             found = None if held is None else held.get(session.name, 0)
             holders.append(Holder(session, lease, found))

@@ -92,6 +92,16 @@ def test_largest_reservation_counts_once() -> None:
     assert (found.reserved, found.leased) == (12 * GB, 2 * GB)
 
 
+def test_reservation_of_one_that_waits_for_its_start() -> None:
+    """It runs no test yet: older sessions would wait for it, and it for them."""
+    share = {"GPU-0": DeviceLease(0, want=3 * GB, reserved=12 * GB)}
+    waits = session(devices=share, ticket=1, renewed=100.0)
+    assert claims(waits).reserved == 0
+    on_cpu_workers = session(devices=share)
+    by_the_test = session(devices=share, ticket=1, renewed=100.0, since=5.0)
+    assert [claims(each).reserved for each in (on_cpu_workers, by_the_test)] == [12 * GB] * 2
+
+
 def test_record_that_is_not_understood_claims_nothing() -> None:
     assert claims(LiveSession("a", 0, None, "it is damaged")).leased == 0
 
