@@ -38,7 +38,7 @@ class Share(NamedTuple):
 
 
 class Holder(NamedTuple):
-    """A session that has leased VRAM of a device."""
+    """A session that has leased VRAM of a device, or holds some as its workers end."""
 
     session: LiveSession
     lease: int
@@ -242,8 +242,8 @@ def _claims_on(
         if lease or record.since or not record.ticket:
             # One that waits for its start runs nothing beside which a model has to stay.
             reserved = max(reserved, min(published.reserved, total))
-        if lease:
-            found = None if held is None else held.get(session.name, 0)
+        found = None if held is None else held.get(session.name, 0)
+        if lease or found:
             holders.append(Holder(session, lease, found))
         is_waiting = record.ticket and abs(now - record.renewed) <= TICKET_LIFE
         if is_waiting and published.want:
@@ -309,7 +309,8 @@ class Naming(NamedTuple):
     def holder(self, holder: Holder, wall_clock: float) -> str:
         """`pid 1234, ci, in /srv/a: 9.0 GB for 3 min, 412 of 1,000 tests done`."""
         record = holder.session.record
-        text = f"{self.session(holder.session)}: {format_gb(holder.lease)}"
+        size = format_gb(holder.lease or holder.held or 0)
+        text = f"{self.session(holder.session)}: {size}"
         if record is None:
             return text
         minutes = max(0, int((wall_clock - record.began) / 60))

@@ -28,6 +28,9 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25
 _MOST_PAUSE = 1.0
 """The same for one that has many before it; well below the life of a ticket."""
 
+_COMES_BACK = 5.0
+"""Seconds for which VRAM is waited for that another session had, and that is still in use."""
+
 LOG_INTERVAL = 60.0
 """Seconds between two lines of one that waits and writes to a log."""
 
@@ -152,6 +155,7 @@ class Lessee:
         of it, nobody waits for the ledger itself. Raises `LedgerError`.
         """
         began = since = self._clock()
+        explained = float("-inf")
         progress: object = None
         while True:
             now = self._clock()
@@ -160,7 +164,8 @@ class Lessee:
                 return Outcome(view, True, now - began)
             limit = wait
             if limit is None:
-                limit = DEFAULT_WAIT if wish.is_explained else 0.0
+                explained = now if wish.is_explained else explained
+                limit = DEFAULT_WAIT if now - explained < _COMES_BACK else 0.0
                 current = progress_of(view.sessions)
                 if current != progress:
                     progress, since = current, now

@@ -321,6 +321,7 @@ class _Negotiation:
             f"{self._naming.session(holder.session)}"
             for uuid, claim in view.claims.items()
             for holder in claim.holders
+            if holder.lease
         )
         over = [
             f"{labels[uuid]}: uid {holder.session.uid} claims {format_gb(holder.lease)} of VRAM, "

@@ -47,6 +47,13 @@ def test_what_is_taken_is_not_counted_twice() -> None:
     assert found.holders[0].held == 3 * GB
 
 
+def test_what_ended_workers_still_hold_is_their_sessions() -> None:
+    """It has leased nothing any more; who waits for the VRAM learns that it will come back."""
+    found = claims(session(devices={"GPU-0": DeviceLease()}), processes=(GpuProcess(1300, GB),))
+    assert (found.leased, found.held, found.shares) == (0, GB, ())
+    assert "1.0 GB" in Naming().holder(found.holders[0], 0.0)
+
+
 def test_more_than_leased_is_no_credit() -> None:
     assert claims(session(), processes=(GpuProcess(1300, 12 * GB),)).leased == 0
 

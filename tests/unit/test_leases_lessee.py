@@ -147,6 +147,24 @@ def test_foreign_vram_is_not_waited_for_by_default(world: World) -> None:
     assert (outcome.is_granted, outcome.waited) == (False, 0.0)
 
 
+def test_vram_that_comes_back_late(world: World) -> None:
+    """A driver gives it back some time after its session has ended: a moment is waited for that."""
+    for back, is_granted in ((1.0, True), (30.0, False)):
+        one, two, free = world.lessee(), world.lessee(), [0]
+        claim(one, 10)
+        world.clock.at(world.clock.now - 1000.0 + 50.0, one.leave)
+        world.clock.at(world.clock.now - 1000.0 + 50.0 + back, lambda free=free: free.append(10))
+
+        def decide(view: View, free: list[int] = free) -> Wish:
+            is_there = bool(view.claims["GPU-0"].holders)
+            fits = bool(free[-1])
+            return Wish({"GPU-0": DeviceLease(6 * fits, 6 * (not fits))}, is_explained=is_there)
+
+        outcome = two.claim(decide, None, lambda *_: None)
+        assert (outcome.is_granted, outcome.waited < 60) == (is_granted, True)
+        two.leave()
+
+
 def test_first_come_first_served(world: World) -> None:
     """A later one that would fit does not overtake one that could be satisfied."""
     holder, first, second = world.lessee(), world.lessee(), world.lessee()
