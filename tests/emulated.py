@@ -10,7 +10,6 @@ import re
 import select
 import signal
 import struct
-import sys
 import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -126,14 +125,6 @@ def run(
     """Run a command to its end. Returns its exit code and its terminal."""
     terminal = Terminal(command, cwd, environment, size)
     return terminal.end(limit), terminal
-
-
-def pytest_command(*arguments: str) -> list[str]:
-    """pytest without the plugins that come with these tests."""
-    left_out = ("cacheprovider", "hypothesispytest", "anyio", "platformdirs", "pytest_cov",
-                "rerunfailures", "timeout")  # fmt: skip
-    options = [part for name in left_out for part in ("-p", f"no:{name}")]
-    return [sys.executable, "-m", "pytest", *options, *arguments]
 
 
 def without_live(parts: Sequence[Size | bytearray]) -> list[Size | bytearray]:

@@ -39,6 +39,9 @@ _LEAST_AGE = 0.9
 
 _OPEN_PATIENCE = 10.0
 
+_IMPORT_PATIENCE = 5.0
+"""Seconds that the import of Ollama's client may take on a busy machine."""
+
 
 @dataclass(frozen=True)
 class SeenDevice:
@@ -151,7 +154,8 @@ class Watcher:
         self._asking = threading.Thread(target=self._ask, name="gpu-share-ollama", daemon=True)
         self._asking.start()
         if first:
-            self._asking.join(float(self._settings.ollama_timeout) + 0.5)
+            # The questions have a limit of their own.
+            self._asking.join(float(self._settings.ollama_timeout) + _IMPORT_PATIENCE)
 
     def _ask(self) -> None:
         from pytest_gpushare.ollama.catalog import ask

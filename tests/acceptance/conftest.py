@@ -9,7 +9,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from inner_pytest import inner_command
 from simulator import Device, Machine, build
 from simulator.ollama import OllamaServer
 
@@ -32,12 +32,6 @@ _REMOVED = re.compile(
     r"(PYTEST|XDIST|CUDA|NVIDIA|OLLAMA|GPUSHARE|COV|TOX|GITHUB|PYTHON)_?.*|CI|BUILD_NUMBER|.*_PROXY",
     re.I,
 )
-
-# A cache would stay in the project.
-_ALWAYS_LEFT_OUT = ("cacheprovider", "hypothesispytest", "anyio")
-
-# They come with our own tests, and take a sixth of the time of a short run.
-_LEFT_OUT = ("platformdirs", "pytest_cov", "rerunfailures", "timeout")
 
 TRIVIAL = """
     import pytest
@@ -136,11 +130,9 @@ class Project:
     ) -> Result:
         """Run `pytest` with these arguments, and with the plugins *beside* it that are installed.
 
-        They are named as by `-p`: "pytest_cov", "rerunfailures", "timeout".
+        They are named as by `-p`: "pytest_cov", "rerunfailures", "timeout", "cacheprovider".
         """
-        left_out = [*_ALWAYS_LEFT_OUT, *(name for name in _LEFT_OUT if name not in beside)]
-        options = [part for name in left_out for part in ("-p", f"no:{name}")]
-        return self.command([sys.executable, "-m", "pytest", *options, *arguments], **environment)
+        return self.command(inner_command(*arguments, beside=beside), **environment)
 
     def with_frameworks(self) -> None:
         """Put stand-ins of torch, CuPy and JAX on the path; the machine must be there."""

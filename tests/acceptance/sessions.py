@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from acceptance.conftest import Project
+from inner_pytest import inner_command
 
 LARGE_TESTS = """
     import time
@@ -87,8 +87,7 @@ def start(project: Project, tmp_path: Path) -> Iterator[Callable[..., Session]]:
             path = tmp_path / f"output{count}.txt"
             with path.open("w", encoding="utf-8") as output:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--gpu-share",
-                     "-p", "no:hypothesispytest", *arguments],
+                    inner_command("--gpu-share", *arguments),
                     cwd=directory,
                     env=own.environment,
                     stdin=subprocess.DEVNULL,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inner_pytest import inner_command
 from simulator import Device, Machine
 from simulator.child import child_process
 
@@ -53,7 +54,7 @@ def running(project: Project, *workers: str) -> Iterator[subprocess.Popen[bytes]
     """A session in which each of these workers holds VRAM."""
     project.write(test_project=HOLDING)
     with child_process(
-        [sys.executable, "-m", "pytest", "--gpu-share", "-q", f"-n{len(workers)}"],
+        inner_command("--gpu-share", "-q", f"-n{len(workers)}"),
         cwd=project.path,
         env=project.environment,
         stdout=subprocess.DEVNULL,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from inner_pytest import inner_command
 from simulator import Machine
 from simulator.child import child_process
 
@@ -267,7 +267,7 @@ def test_crash_while_waiting(project: Project, machine: Machine) -> None:
 def test_interrupt(project: Project, machine: Machine) -> None:
     """Ctrl-C ends the run at once; no process and no VRAM stay behind."""
     project.write(test_project=WAITING)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--gpu-share"]
+    command = inner_command("--gpu-share")
     with child_process(
         command,
         cwd=project.path,

@@ -8,12 +8,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 
 import pytest
+from inner_pytest import inner_command
 from simulator import Machine
 from simulator.child import child_process
 
@@ -296,7 +296,7 @@ def died(result: Result) -> str:
 def test_interrupted_in_a_teardown(kind: str, project: Project, machine: Machine) -> None:
     """After Ctrl-C the test before is reported as what it was, once."""
     deadly(project, kind, "time.sleep(60)", follow=True)
-    command = [sys.executable, "-m", "pytest", *ours(kind), "--junitxml=junit.xml"]
+    command = inner_command(*ours(kind), "--junitxml=junit.xml")
     with child_process(
         command, cwd=project.path, env=project.environment, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,

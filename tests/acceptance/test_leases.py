@@ -24,6 +24,7 @@ from acceptance.sessions import (
     start,
     wait_for,
 )
+from inner_pytest import inner_command
 from simulator import Machine
 from simulator.child import child_process
 from simulator.store import start_time
@@ -296,10 +297,8 @@ def test_acquire_in_a_test_follows_its_run(project: Project, machine: Machine) -
 
 def test_run_inside_hold(project: Project, machine: Machine) -> None:
     """It plans with the VRAM of the lease, and takes no second one."""
-    pytest_command = [sys.executable, "-m", "pytest", "--gpu-share", "-p", "no:cacheprovider"]
-    result = project.command(
-        [*HOLD, "--vram", "8GB", "--", *pytest_command, "-o", "gpu_share_preset=no-ollama", "-n1"]
-    )
+    inside = inner_command("--gpu-share", "-o", "gpu_share_preset=no-ollama", "-n1")
+    result = project.command([*HOLD, "--vram", "8GB", "--", *inside])
     assert "1 GPU worker × 8.0 GB" in result.out
     assert result.code == 0
 

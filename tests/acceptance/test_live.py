@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from emulated import Terminal, live_lines, pytest_command, shown, without_live
+from emulated import Terminal, live_lines, shown, without_live
+from inner_pytest import inner_command
 from simulator import Machine
 
 from .conftest import Project
@@ -49,7 +50,7 @@ def start(project: Project, machine: Machine) -> Callable[..., Terminal]:
     project.environment.pop("TERM")
 
     def begin(*arguments: str, size: tuple[int, int] = (80, 24), **environment: str) -> Terminal:
-        command = pytest_command("--gpu-share", *arguments)
+        command = inner_command("--gpu-share", *arguments)
         return Terminal(command, project.path, {**project.environment, **environment}, size)
 
     return begin
@@ -272,7 +273,7 @@ def test_height_changes(project: Project, machine: Machine, tmp_path: Path) -> N
         return " of 24 GB" in tmux("capture-pane", "-p")
 
     kept = ["set", "-g", "remain-on-exit", "on", ";", "set", "-g", "remain-on-exit-format", ""]
-    command = shlex.join(pytest_command("--gpu-share", "-n1"))
+    command = shlex.join(inner_command("--gpu-share", "-n1"))
     begun = ["new-session", "-d", "-x", "80", "-y", "24", "-c", str(project.path), command]
     tmux("start-server", ";", *kept, ";", "set", "-g", "status", "off", ";", *begun)
     try:

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inner_pytest import inner_command
 from simulator import Device, Machine
 from simulator.child import child_process
 from simulator.ollama import Model, OllamaServer
@@ -79,7 +79,7 @@ def most_at_once(server: OllamaServer, name: str) -> int:
 @contextmanager
 def running(project: Project, *arguments: str) -> Iterator[subprocess.Popen[Any]]:
     """The project's tests beside the block."""
-    command = [sys.executable, "-m", "pytest", "--gpu-share", *arguments]
+    command = inner_command("--gpu-share", *arguments)
     with child_process(
         command, cwd=project.path, env=project.environment, stdout=subprocess.DEVNULL
     ) as process:
@@ -558,7 +558,7 @@ def test_run_again_and_last_failed(project: Project, server: OllamaServer) -> No
     assert (result.code, result.passed) == (0, 3), result.out
     assert most_at_once(server, "a:1b") == 1
     (project.path / "seen1").unlink()
-    command = [sys.executable, "-m", "pytest", "-p", "no:anyio", "--gpu-share", "-n2"]
+    command = inner_command("--gpu-share", "-n2", beside=["cacheprovider"])
     assert project.command(command).code == 1
     last = project.command([*command, "--lf"])
     assert (last.code, last.passed) == (0, 1), last.out
@@ -579,7 +579,7 @@ def test_stepwise(project: Project, server: OllamaServer, workers: str) -> None:
         assert i != 2 or pathlib.Path("is-right").exists()
     """
     )
-    command = [sys.executable, "-m", "pytest", "-p", "no:anyio", "--gpu-share", workers, "--sw"]
+    command = inner_command("--gpu-share", workers, "--sw", beside=["cacheprovider"])
     first = project.command(command)
     # The test that follows may be under way on a worker, as in stock.
     assert first.code == 2, first.out

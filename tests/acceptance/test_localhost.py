@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from inner_pytest import inner_command
 from simulator import Machine
 from simulator.ollama import OllamaServer
 
@@ -39,10 +39,8 @@ def test_localhost(project: Project, machine: Machine, address: str) -> None:
         pytest.skip(f"{address} cannot be listened on: {error}")
     with server:
         server.load("qwen2.5:14b")
-        command = [sys.executable, "-m", "pytest", "--gpu-share", "-p", "no:cacheprovider"]
-        result = project.command(
-            with_hosts(hosts, *command), OLLAMA_HOST=f"localhost:{server.port}"
-        )
+        command = with_hosts(hosts, *inner_command("--gpu-share"))
+        result = project.command(command, OLLAMA_HOST=f"localhost:{server.port}")
         asked = {request.path for request in server.requests[1:]}
     assert (result.code, result.passed, result.err) == (0, 4, ""), shlex.join(command)
     found = f"  Ollama 0.33.0 at localhost:{server.port}: qwen2.5:14b 10.8 GB, 100 % on GPU"

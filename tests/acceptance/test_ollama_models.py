@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 
 from simulator import Device, Machine
@@ -30,8 +29,7 @@ def models(*names: str) -> tuple[str, str]:
 
 def remembering(project: Project, *arguments: str) -> Result:
     """A run with pytest's cache, which other tests leave out."""
-    plugins = ("-p", "no:hypothesispytest", "-p", "no:anyio")
-    return project.command([sys.executable, "-m", "pytest", *plugins, "--gpu-share", *arguments])
+    return project.pytest("--gpu-share", *arguments, beside=["cacheprovider"])
 
 
 def test_predicted(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import pytest
+from inner_pytest import inner_command
 from simulator import Device, Machine
 from simulator.ollama import FaultyServer, Model, OllamaServer
 
@@ -51,10 +51,8 @@ def test_host_check(project: Project, machine: Machine, ollama_with: OllamaWith)
     assert "status 403" in report.fact("ollama-host-check")
     assert "IP address" in report.fix("ollama-host-check")
     assert ".internal" in report.fix("ollama-host-check")
-    pytest = [sys.executable, "-m", "pytest", "--gpu-share", "-p", "no:cacheprovider"]
-    result = project.command(
-        with_hosts(hosts, *pytest), OLLAMA_HOST=host, PYTEST_XDIST_AUTO_NUM_WORKERS="2"
-    )
+    command = with_hosts(hosts, *inner_command("--gpu-share"))
+    result = project.command(command, OLLAMA_HOST=host, PYTEST_XDIST_AUTO_NUM_WORKERS="2")
     assert (result.code, result.passed) == (0, 4), result.out
     assert any(f"Ollama at {host}" in line and "status 403" in line for line in result.said)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inner_pytest import inner_command
 from simulator import Device, Machine
 from simulator.child import child_process
 from simulator.ollama import FaultyServer, Model, OllamaServer
@@ -152,7 +153,7 @@ def test_killed(
                 time.sleep(60)
         """
     )
-    command = [sys.executable, "-m", "pytest", *ON, workers, "-o", f"{MODELS}small:1b"]
+    command = inner_command(*ON, workers, "-o", f"{MODELS}small:1b")
     process = subprocess.Popen(
         command, cwd=project.path, env=project.environment, stdout=subprocess.DEVNULL
     )
@@ -173,7 +174,7 @@ def test_terminated_while_another_model_loads(project: Project, server: OllamaSe
     """SIGTERM ends that load, and gives back what was loaded before it."""
     settings = type(server.scheduler.settings)
     server.scheduler.settings = settings(keep_alive="10s", load_delay=3.0)
-    command = [sys.executable, "-m", "pytest", *ON, "-o", f"{MODELS}small:1b other:1b"]
+    command = inner_command(*ON, "-o", f"{MODELS}small:1b other:1b")
     with child_process(
         command, cwd=project.path, env=project.environment, stdout=subprocess.DEVNULL
     ) as process:
@@ -201,7 +202,7 @@ def test_terminated_between_preload_and_tests(project: Project, server: OllamaSe
                 time.sleep(60)
         """
     )
-    command = [sys.executable, "-m", "pytest", *ON, "-o", f"{MODELS}small:1b"]
+    command = inner_command(*ON, "-o", f"{MODELS}small:1b")
     with child_process(
         command, cwd=project.path, env=project.environment, stdout=subprocess.DEVNULL
     ) as process:
@@ -386,7 +387,7 @@ def test_plan_loads_nothing(project: Project, server: OllamaServer) -> None:
 def test_interrupt(project: Project, server: OllamaServer) -> None:
     """Ctrl-C is heard while a model is being loaded, which ends the load."""
     server.scheduler.settings = type(server.scheduler.settings)(load_delay=60.0)
-    command = [sys.executable, "-m", "pytest", *ON, "-o", f"{MODELS}{QWEN}"]
+    command = inner_command(*ON, "-o", f"{MODELS}{QWEN}")
     with child_process(
         command,
         cwd=project.path,
@@ -431,7 +432,7 @@ def test_progress_line(project: Project, server: OllamaServer) -> None:
     server.scheduler.settings = type(server.scheduler.settings)(load_delay=1.0)
     project.write(test_project=TRIVIAL)
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "pytest", *ON, "-o", f"{MODELS}small:1b"]
+    command = inner_command(*ON, "-o", f"{MODELS}small:1b")
     with child_process(
         command, cwd=project.path, env=project.environment, stdout=subprocess.DEVNULL, stderr=slave
     ) as process:

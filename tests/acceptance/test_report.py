@@ -7,13 +7,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from inner_pytest import inner_command
 from jsonschema import Draft202012Validator
 from simulator import Device, Machine
 from simulator.child import child_process
@@ -138,7 +138,7 @@ def interrupted(project: Project, number: int, *arguments: str) -> int:
     """The exit code of a run that is sent a signal while its tests run."""
     project.write(test_project=SLOW)
     with child_process(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--gpu-share", *arguments],
+        inner_command("--gpu-share", *arguments),
         cwd=project.path,
         env=project.environment,
         stdout=subprocess.DEVNULL,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from fidelity.compare import exactly, within
 from fidelity.runs import NEEDS, OURS, STOCK_TWICE, Run, run
+from inner_pytest import left_out
 from simulator import Machine
 
 from .conftest import Project
@@ -31,7 +32,7 @@ def same(project: Project, machine: Machine, tmp_path: Path) -> Same:
         return run(
             project.path,
             tmp_path / place,
-            arguments,
+            [*left_out(["rerunfailures"] if "--reruns=2" in arguments else []), *arguments],
             project.environment,
             files=("results.txt",),
             order=order,
@@ -40,13 +41,13 @@ def same(project: Project, machine: Machine, tmp_path: Path) -> Same:
     def compare(
         *arguments: str, workers: int, needs: tuple[str, ...] = NEEDS, cut_short: bool = False
     ) -> Run:
-        shared = (*arguments, "-n", str(workers), "-p", "no:cacheprovider")
+        shared = (*arguments, "-n", str(workers))
         ours = one("ours", *shared, *OURS, *needs)
         assert STOCK_TWICE or "gpu-share:" in ours.out
         assert ours.collected
 
         def replay(order: list[str]) -> Run:
-            return one("replay", *arguments, "-n1", "-p", "no:cacheprovider", order=order)
+            return one("replay", *arguments, "-n1", order=order)
 
         if workers == 1:
             found = exactly(one("stock", *shared), ours)

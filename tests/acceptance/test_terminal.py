@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from emulated import pytest_command, run, shown
+from emulated import run, shown
+from inner_pytest import inner_command
 from simulator import Machine
 
 from .conftest import Project
@@ -37,7 +38,7 @@ def test_run(
     machine_with(card("24GB", "11.2GB"), card("48GB", "40GB"))
     ollama_with({"qwen2.5:14b": "10.8GB"}, load="qwen2.5:14b")
     code, terminal = run(
-        pytest_command("--gpu-share", "-vv"), seated.path, seated.environment, (columns, 24)
+        inner_command("--gpu-share", "-vv"), seated.path, seated.environment, (columns, 24)
     )
     assert code == 0
     rows = shown(terminal.parts, (columns, 24))
@@ -61,7 +62,7 @@ def test_colours_of_a_fallback(seated: Project, machine_with: Callable[..., Mach
     machine_with(card("10GB", "9.5GB"))
     seated.environment["OLLAMA_HOST"] = "127.0.0.1:9"
     code, terminal = run(
-        pytest_command("--gpu-share", "-n2"), seated.path, seated.environment, (60, 24)
+        inner_command("--gpu-share", "-n2"), seated.path, seated.environment, (60, 24)
     )
     assert code == 0
     found = re.findall(r"\x1b\[33m([^\x1b]*)\x1b\[0m", terminal.written)

@@ -109,10 +109,11 @@ def run(
     name: str, arguments: Sequence[str], path: Path, environment: Mapping[str, str]
 ) -> tuple[float, bool]:
     """Run the suite. Returns the seconds, and whether the screen is that of a run without line."""
-    from emulated import Terminal, live_lines, pytest_command, shown, without_live
+    from emulated import Terminal, live_lines, shown, without_live
+    from inner_pytest import inner_command
 
     began = time.monotonic()
-    command = pytest_command("--gpu-share", "-n2", *arguments)
+    command = inner_command("--gpu-share", "-n2", *arguments)
     terminal = Terminal(command, path, environment, SIZE)
     if name == "resized":
         # Of one height: pyte loses the rows by which a screen gets lower. test_live.py has tmux.

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pyte
 from browser.conftest import FLAGS
-from emulated import pytest_command
+from inner_pytest import inner_command
 from playwright.sync_api import Browser, sync_playwright
 from simulator import Device, Machine, build
 from simulator.ollama import OllamaServer
@@ -117,7 +117,7 @@ def photograph_runs(browser: Browser, folder: Path) -> None:
 
         def run(*arguments: str) -> str:
             common = ("--gpu-share", "-o", "gpu_share_cpu_workers=1")
-            return shlex.join(pytest_command(*common, *arguments))
+            return shlex.join(inner_command(*common, *arguments))
 
         seen = project / "seen"
 

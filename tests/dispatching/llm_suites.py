@@ -6,12 +6,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from inner_pytest import inner_command
 from simulator import Device, Machine
 from simulator.ollama import Model, OllamaServer
 
@@ -155,11 +155,12 @@ gpu_share_leases = {{leases}}
                 "OLLAMA_HOST": "127.0.0.1:9" if self.is_down else server.host,
                 "PYTEST_XDIST_AUTO_NUM_WORKERS": "64",
             }
-            command = [sys.executable, "-m", "pytest", self.workers, f"--dist={self.dist}"]
+            beside = ["rerunfailures"] if self.retries else []
+            command = inner_command(self.workers, f"--dist={self.dist}", beside=beside)
             command += ["-p", "no:randomly", "--gpu-share-report=r.json", "-q", "-rA"]
             # Each crash of a test that is run again counts: xdist would end the run before.
             command.append("--max-worker-restart=100")
-            command += ["--reruns=1"] if self.retries else ["-p", "no:rerunfailures"]
+            command += ["--reruns=1"] if self.retries else []
             try:
                 done = subprocess.run(
                     command,

@@ -7,10 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from inner_pytest import left_out
+
 from .compare import broken_rules, exactly, more_setups, replayed, within
 from .generator import Case, draw
 from .runs import KILLED, OURS, STOCK_TWICE, Run, run
 
+LEFT_OUT = left_out(["cacheprovider", "rerunfailures"])
+"""rerunfailures stays, as a plugin that many have: it looks at the next test."""
 LIMIT = 240.0
 """Seconds for one run of a project, on a machine that does much else."""
 PATIENCE = 30.0
@@ -47,14 +51,13 @@ def compare(
     stock: list[Run] = []
 
     def one(where: str, arguments: list[str], limit: float = LIMIT) -> Run:
-        files = ("results.txt",)
         return run(
-            project, place / where, arguments, environment,
-            steps=case.steps, files=files, timeout=limit,
+            project, place / where, [*LEFT_OUT, *arguments], environment,
+            steps=case.steps, files=("results.txt",), timeout=limit,
         )  # fmt: skip
 
     def replay(order: list[str]) -> Run:
-        arguments = [*case.arguments, "-n", "1"]
+        arguments = [*LEFT_OUT, *case.arguments, "-n", "1"]
         return run(project, place / "replay", arguments, environment, order=order, timeout=LIMIT)
 
     start = time.monotonic()

@@ -6,17 +6,15 @@ import json
 import random
 import re
 import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from inner_pytest import inner_command
 from simulator import Device, Machine
 from simulator.ollama import OllamaServer
-
-from .checking import LEFT_OUT
 
 TEST = """
 @MARK
@@ -145,8 +143,8 @@ class _Runs:
         env["PYTEST_XDIST_AUTO_NUM_WORKERS"] = str(host.cpus)
         if host.framework:
             env["PYTHONPATH"] += f":{Path(__file__).parents[1] / 'simulator' / 'frameworks'}"
-        command = [sys.executable, "-m", "pytest", *(f"-pno:{name}" for name in LEFT_OUT)]
-        command += ["--gpu-share", "--gpu-share-report=r.json", "--gpu-share-report=r.html"]
+        reports = ("--gpu-share-report=r.json", "--gpu-share-report=r.html")
+        command = inner_command("--gpu-share", *reports)
         command += [f"-n{host.number}"] if host.number else []
         for setting in more:
             command += ["-o", setting]

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from inner_pytest import inner_command
 from simulator import Machine
 from simulator.ollama import OllamaServer
 
@@ -26,8 +27,6 @@ DEVICE_LASTS, PROCESS_LASTS = 0.4, 2.0
 """Seconds after which a peak is seen at the latest: by design, on a machine with time to read."""
 SLACK = 0.05
 """Seconds by which clocks and logs may differ."""
-LEFT_OUT = ("cacheprovider", "hypothesispytest", "anyio", "platformdirs", "pytest_cov",
-            "rerunfailures", "timeout")  # fmt: skip
 
 OTHER = """
 import gpusim, sys, time
@@ -82,8 +81,7 @@ def check_seed(seed: int, place: Path, library: Path, environment: Mapping[str, 
 def _run(
     scene: Scene, project: Path, machine: Machine, environment: dict[str, str], result: Checked
 ) -> int:
-    command = [sys.executable, "-m", "pytest", *(f"-pno:{name}" for name in LEFT_OUT)]
-    command += [*scene.arguments, "--gpu-share-report=report.json"]
+    command = inner_command(*scene.arguments, "--gpu-share-report=report.json")
     command += ["--gpu-share-report=report.html"]
     done = threading.Event()
     with ExitStack() as stack:
