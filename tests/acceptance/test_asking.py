@@ -103,6 +103,11 @@ def test_ini_file(name: str, project: Project, machine: Machine) -> None:
     project.file(name, INI_FILES[name])
     result = project.pytest("--strict-config", "--strict-markers", "-W", "error")
     assert (result.code, result.err, result.said[0], result.workers) == (0, "", TWO, 2)
+
+
+def test_command_line_overrules_the_ini_file(project: Project, machine: Machine) -> None:
+    """What is typed counts more than `gpu_share = true`."""
+    project.file("pytest.ini", INI_FILES["pytest.ini"])
     assert project.pytest("--no-gpu-share").said == []
     assert project.pytest("-n1").said[0] == ONE
 
@@ -362,12 +367,12 @@ def test_conftest_that_changes_what_its_process_sees(
 ) -> None:
     """The plan goes by what was set before: a conftest means its own process."""
     machine_with(Device(total="24GB", used="2GB"), Device(total="24GB", used="2GB"))
-    plain = project.pytest("--gpu-share")
-    assert plain.workers == 4
+    plain = project.pytest("--gpu-share", "-n2")
+    assert plain.said[0].startswith("gpu-share: 2 GPU workers × 9.0 GB = 18.0 GB")
     for value in ("", "1", "GPU-none"):
         project.write(conftest=f"import os\nos.environ['CUDA_VISIBLE_DEVICES'] = {value!r}\n")
-        changed = project.pytest("--gpu-share")
-        assert (changed.code, changed.passed, changed.workers) == (0, 4, 4), changed.out
+        changed = project.pytest("--gpu-share", "-n2")
+        assert (changed.code, changed.passed, changed.workers) == (0, 4, 2), changed.out
         assert changed.said[:3] == plain.said[:3]
 
 

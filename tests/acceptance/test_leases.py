@@ -37,7 +37,7 @@ def test_two_sessions(
     start: Callable[..., Session], machine: Machine, project: Project, module: str
 ) -> None:
     """Both sessions pass all their tests: the second waits for what the first has leased."""
-    options = ("-o", "gpu_share_preset=no-ollama")
+    options = ("-o", "gpu_share_preset=no-ollama", "-n3")
     first = start(module, *options)
     wait_for(lambda: len(records(project)) == 1)
     second = start(module, *options)
@@ -172,7 +172,7 @@ def test_directory_that_is_none(
         os.mkfifo(path)
     else:
         path.symlink_to("/nowhere")
-    output = start(LARGE_TESTS, "-o", "gpu_share_preset=no-ollama").finish()
+    output = start(LARGE_TESTS, "-o", "gpu_share_preset=no-ollama", "-n2").finish()
     assert output.count("no VRAM is leased: ") == 1
     assert passed(output) == 4
 

@@ -240,6 +240,7 @@ def test_interrupted_while_it_waits(
     os.kill(session.process.pid, signal.SIGINT)
     began = time.monotonic()
     output = session.finish(20)
-    assert time.monotonic() - began < 3
+    # The other one would hold its VRAM for a minute.
+    assert time.monotonic() - began < 10
     assert session.process.returncode == pytest.ExitCode.INTERRUPTED, output
     assert len(records(project)) == 1
