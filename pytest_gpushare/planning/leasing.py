@@ -279,8 +279,16 @@ class _Negotiation:
         )
 
     def _planned_alone(self, view: View) -> Plan:
-        """The plan if the other sessions had leased nothing, and kept nothing for Ollama."""
+        """The plan if the other sessions had leased nothing, and kept nothing for Ollama.
+
+        Nor had models loaded that their tests use: those are unloaded for one that waits.
+        """
+        records = (session.record for session in view.sessions if session.record is not None)
+        uses_models = any(turn.is_open for record in records for turn in record.turns)
         held = {uuid: claim.held for uuid, claim in view.claims.items()}
+        for planned in self.plan.devices if self.plan is not None and uses_models else ():
+            if planned.device.uuid in held:
+                held[planned.device.uuid] += planned.resident
         return self._make(self._without_held(held), LeasedByOthers())
 
     def _without_held(self, held: Mapping[str, int]) -> GpuFacts:

@@ -268,7 +268,7 @@ class ModelDispatch:
 
     def _lacks_worker(self) -> bool:
         """Whether a test that has a place is in no GPU worker."""
-        bound = {worker.bound for worker in self._gpu.waiting.values()}
+        bound = {worker.bound for worker in self._gpu.workers.values()}
         return not self.queue.released <= bound
 
     def _has_no_turn(self, test: int) -> bool:

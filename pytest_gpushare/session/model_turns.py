@@ -173,9 +173,16 @@ class ModelTurns:
             self._publish()
 
     def others_wait(self) -> bool:
-        """Whether another session waits for another model of the server."""
+        """Whether another session waits for another model of the server, or for VRAM."""
         mine = {turn.model for turn in self._turns.values()}
-        return any(turn.ticket and turn.model not in mine for turn in self._others().turns)
+        sessions = self._lessee.ledger.look()
+        others = Queue.of(sessions, self._server, time.monotonic())
+        return any(turn.ticket and turn.model not in mine for turn in others.turns) or any(
+            share.want
+            for session in sessions
+            if session.record is not None
+            for share in session.record.devices.values()
+        )
 
     def _others(self) -> Queue:
         return Queue.of(self._lessee.ledger.look(), self._server, time.monotonic())

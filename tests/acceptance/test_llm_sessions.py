@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,12 @@ def server(machine_with: Callable[..., Machine], ollama_with: Callable[..., Any]
     """24 GB, 22 GB free, and an Ollama that holds one model at a time."""
     machine_with(Device(total="24GB", used="2GB"))
     return ollama_with(
-        [Model("a:1b", "1GB"), Model("b:1b", "1GB"), Model("large:30b", "17GB")],
+        [
+            Model("a:1b", "1GB"),
+            Model("b:1b", "1GB"),
+            Model("large:30b", "17GB"),
+            Model("larger:34b", "19GB"),
+        ],
         max_loaded=1,
         load_delay=0.3,
     )
@@ -119,3 +125,80 @@ def test_large_model_beside_gpu_tests_of_another_session(
         assert (result.code, result.passed) == (0, count), result.out
     assert server.scheduler.loads == ["large:30b"]
     assert server.scheduler.spills == [], results[0].out + results[1].out
+
+
+def test_leased_vram_that_does_not_come_back(project: Project, server: OllamaServer) -> None:
+    """A session that makes no progress is waited for only so long: the tests of the model fail
+    with its name, and the others run."""
+    project.write(
+        test_gpu="""
+    import pathlib, time
+    import pytest, gpusim
+
+    @pytest.mark.gpu(vram="8GB")
+    def test_gpu():
+        with gpusim.alloc("7GB"):
+            pathlib.Path("begun").touch()
+            until = time.monotonic() + 90
+            while not pathlib.Path("over").exists() and time.monotonic() < until:
+                time.sleep(0.05)
+    """,
+        test_llm=suite_of("large:30b", 3, 0.1),
+    )
+    llm = ["test_llm.py", "-n1", "-o", "gpu_share_ollama_load_timeout_s=2"]
+    for option in (
+        "gpu_share_ollama_vram_reservation_mb=auto",
+        "gpu_share_ollama_models=large:30b",
+        "gpu_share_ollama_context=4096",
+        "gpu_share_ollama_tests=test_llm.py::test_answer = large:30b",
+    ):
+        llm += ["-o", option]
+    gpu = ["test_gpu.py", "-n1", "-o", "gpu_share_ollama_vram_reservation_mb=0"]
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(project.pytest, "--gpu-share", *gpu)
+        until = time.monotonic() + 60
+        while not (project.path / "begun").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        result = project.pytest("--gpu-share", *llm)
+        project.file("over", "")
+        other = first.result(timeout=150)
+    assert (other.code, other.passed) == (0, 1), other.out
+    assert (result.code, result.passed) == (1, 1), result.out
+    assert "3 failed" in result.out
+    assert re.search(
+        r"large:30b needs \S+ GB of VRAM, which other sessions have leased: waited \d+ s: pid \d+",
+        result.out,
+    ), result.out
+    assert server.scheduler.loads == []
+
+
+def test_gpu_tests_wait_for_the_model_of_another_session(
+    project: Project, server: OllamaServer
+) -> None:
+    """They do not fall to CPU workers: the model is unloaded when its tests are over."""
+    project.write(
+        test_gpu="""
+    import os
+    import pytest, gpusim
+
+    @pytest.mark.parametrize("i", range(3))
+    @pytest.mark.gpu(vram="5GB")
+    def test_gpu(i):
+        assert os.environ["CUDA_VISIBLE_DEVICES"]
+        with gpusim.alloc("4.3GB"):
+            pass
+    """,
+        test_llm=suite_of("larger:34b", 8, 2.5),
+    )
+    gpu = ["test_gpu.py", "-n2", "-o", "gpu_share_ollama_vram_reservation_mb=0"]
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(project.pytest, "--gpu-share", "test_llm.py", "-n1")
+        until = time.monotonic() + 60
+        while not server.scheduler.loads and time.monotonic() < until:
+            time.sleep(0.05)
+        second = project.pytest("--gpu-share", *gpu)
+        result = first.result(timeout=150)
+    assert (result.code, result.passed) == (0, 9), result.out
+    assert (second.code, second.passed) == (0, 3), second.out
+    assert "CPU worker" not in second.out
+    assert server.scheduler.spills == []

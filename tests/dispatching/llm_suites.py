@@ -104,7 +104,7 @@ class LlmSuite:
 
         if self.phase == "beside" or self.workers == "-n0":
             # Then VRAM is kept for all named models all the time.
-            most = int(22 - sum(1 + 1.25 * self.sizes[name] for name in self.named))
+            most = int(22 - sum(1.5 + 1.25 * self.sizes[name] for name in self.named))
             for test in self.tests:
                 test["vram"] = min(test["vram"], most) if most >= 2 else 0
 
