@@ -104,7 +104,7 @@ def test_a_host_is_not_waited_for_while_another_has_room(
     assert "waiting" not in done.err
     assert {test["host"] for test in read_report(report)["tests"]} == {"free"}
     assert "full: VRAM is leased: pid " in done.out
-    assert "  free: 2 GPU workers" in plan.out, plan.out + plan.err
+    assert "  free: 1 GPU worker × 9.0 GB" in plan.out, plan.out + plan.err
     assert "would wait" not in plan.out
 
 
