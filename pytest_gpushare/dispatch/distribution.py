@@ -81,10 +81,8 @@ class GpuShareScheduling:
     @property
     def tests_finished(self) -> bool:
         """Whether the workers may be ended; xdist asks after everything that happens."""
-        if self._differs:
-            return True
         if self._executor is None:
-            return bool(self._stock.tests_finished)
+            return self._differs or bool(self._stock.tests_finished)
         if self._due:
             # Only now all is known that came with the event, such as that a test comes again.
             self._due = False
@@ -345,7 +343,9 @@ class VramDispatch:
             started.services.add(AtSigterm(started.llm))
         self._parity = Parity(weighed, kinds)
         started.routing.begin(self._parity, has_needs=weighed.has_needs)
-        self._plugins.register(self._parity, "gpu-share-parity")
+        if kinds.on_cpu:
+            # Its hook is called for each report, and only skips on CPU workers are lost tests.
+            self._plugins.register(self._parity, "gpu-share-parity")
         timer = Timer(executor.due_in, lambda: wake(executor.node()))
         executor.on_due = timer.look
         started.services.add(timer)

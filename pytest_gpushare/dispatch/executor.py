@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.dispatch.device_readings import DeviceReadings
 from pytest_gpushare.dispatch.suite import Collection
+from pytest_gpushare.scheduler.needs import squeezed
 from pytest_gpushare.scheduler.types import (
     Action,
     Admission,
@@ -243,8 +244,9 @@ class Executor:
             if due == float("-inf"):
                 now, soon = time.monotonic(), self._readings.due_at
                 due = min(now + PAUSE, soon if soon > now else float("inf"))
-        self._due = due
-        if due is not None:
+        before, self._due = self._due, due
+        if due is not None and (before is None or due < before):
+            # Else the timer looks again at the time that it knows, and learns the later one.
             self.on_due()
 
     def _decided(self) -> list[Action]:
@@ -319,11 +321,11 @@ class Executor:
         place, admissions = member.collection.place, action.admissions
         for test, admission in admissions.items():
             self._record(test, admission)
-        found = [admissions.get(test) for test in action.tests]
-        needs = [one.need if one is not None and one.source else None for one in found]
+        found = (admissions.get(test) for test in action.tests)
+        needs = squeezed(one.need if one is not None and one.source else None for one in found)
         message = {
             "tests": [place(test) for test in action.tests],
-            "needs": needs if admissions else [],
+            "needs": needs,
             "refusals": {
                 place(test): list(one.refusal)
                 for test, one in admissions.items()

@@ -448,7 +448,7 @@ class GpuPool:
             if self.ledgers[device].accounts[worker.id].ahead:
                 self.ledgers[device].keep_ahead(worker.id, 0)
                 self.note_change(device)
-        rest = [t for t in worker.sent if t not in self.helped]
+        rest = [t for t in worker.sent if t not in self.helped] if self.helped else worker.sent
         if len(rest) > 1 and not exclusive and not self.has_several:
             # In a chain of short tests the largest need stands for all of them.
             return {}

@@ -147,8 +147,9 @@ class Meter:
         """For each fixture that is being set up, the bytes of those set up inside it."""
         self._ran_others = False
         """Whether a test was seen to run other processes."""
-        self._reaped: object = None
-        """What the processes cost that had been started and were over when the test began."""
+        self._reaped: list[object] = []
+        """What the processes cost that had been started and were over when the first test began,
+        and when the last one did in which a framework could count."""
         self._errors: list[BaseException] = []
         self._outcome = "passed"
         self._forked: dict[str, Any] | None = None
@@ -168,7 +169,9 @@ class Meter:
             fixtures = sum(self._fixtures.values())
             cap = self._cap.size
             before, start = counters.counts(reset=True), time.time()
-            self._reaped = reaped()
+            if not self._reaped or counters.may_count():
+                # Only a framework's figures depend on it: most tests spare the system calls.
+                self._reaped = [*self._reaped[:1], reaped()]
             try:
                 return (yield)
             finally:
@@ -258,14 +261,15 @@ class Meter:
             for error in errors:
                 counters.clear_frames(error, kept)
             errors.clear()
-        # No framework here counts what other processes held for the test.
-        alone = self._reaped == reaped() and not own_children()
-        if not (alone or self._ran_others):
-            self._ran_others = True
-            self._link.send("ran-others", item.nodeid)
         after = counters.counts()
         if after is None and self._forked is None:
             return
+        # No framework here counts what other processes held for the test.
+        cost, children = reaped(), own_children()
+        alone = cost == self._reaped[-1] and not children
+        if not self._ran_others and (children or cost != self._reaped[0]):
+            self._ran_others = True
+            self._link.send("ran-others", item.nodeid)
         # A framework in an odd state must not fail the test that is over.
         with contextlib.suppress(Exception):
             measured = self._forked or self._measured(before, after, fixtures, alone)

@@ -22,7 +22,7 @@ import pytest
 from pytest_gpushare.compat import pytest_items
 from pytest_gpushare.compat.xdist_events import Commands, Interactor, interactor_of
 from pytest_gpushare.leases import DEFAULT_WAIT, LeaseUnavailable, in_tests
-from pytest_gpushare.scheduler.needs import written
+from pytest_gpushare.scheduler.needs import spread, written
 from pytest_gpushare.units import format_gb
 from pytest_gpushare.worker.collection import MarkerReader, collected_tests
 from pytest_gpushare.worker.refusals import REFUSAL, Refusals, sent_by_the_controller
@@ -226,7 +226,7 @@ class RunLoop:
 
     def _take(self, payload: Mapping[str, Any]) -> None:
         tests = payload["tests"]
-        for index, need in zip(tests, payload["needs"], strict=False):
+        for index, need in zip(tests, spread(*payload["needs"]), strict=True):
             if need is not None:
                 self._items[index].stash[NEED] = need
         for index, refusal in payload["refusals"].items():

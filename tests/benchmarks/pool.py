@@ -1,6 +1,6 @@
 """CPU and GPU tests in one pool: against `-n 2` for all, and what the dispatch itself costs.
 
-    python -m tests.benchmarks.pool [--pairs 5]
+    python -m tests.benchmarks.pool [founding | cost | needs ...] [--pairs 5]
 
 The founding case: 400 CPU tests of 0.05 s and 20 GPU tests of 0.5 s and 4 GB on one device of
 24 GB with Ollama's reservation. The cost: 3,000 tests that do nothing, on two CPU workers and an
@@ -162,14 +162,19 @@ def needs(pairs: int) -> None:
           f"-n 2 (load), {min(speeds):.3f} to {max(speeds):.3f}")  # fmt: skip
 
 
+PARTS = {"founding": founding_case, "cost": cost, "needs": needs}
+
+
 def main() -> None:
-    """Measure both and print a line for each result."""
+    """Measure each part, or those that are named, and print a line for each result."""
     parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--pairs", type=int, default=5)
-    pairs = parser.parse_args().pairs
-    founding_case(pairs)
-    cost(pairs)
-    needs(pairs)
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    for name in options.parts or PARTS:
+        PARTS[name](options.pairs)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,12 @@ EXCEPTIONS = {
         "Where tests have needs, ours takes its place and follows `--dist`: compared as beside two "
         "workers or more, with one, too."
     ),
+    "what ends a run first": (
+        "A run may have two ends: `-x` after a failure, and a worker that ends by itself "
+        "(`pytest.exit` in the teardown of that test's class). Which one comes first decides the "
+        "exit code, and depends on how long the workers take. Such a difference is none where "
+        "stock ends so with one worker and the tests that a worker of ours began."
+    ),
     "worker's end": (
         "A worker that ends in the teardown of a module or class (`pytest.exit` there) is reported "
         "for its last test; which test that is, and whether a second worker ends so, too, depends "

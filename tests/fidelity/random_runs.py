@@ -9,7 +9,7 @@ from pathlib import Path
 
 from inner_pytest import left_out
 
-from .compare import broken_rules, exactly, more_setups, replayed, within
+from .compare import broken_rules, ends_as_replayed, exactly, more_setups, replayed, within
 from .generator import Case, draw
 from .runs import KILLED, OURS, STOCK_TWICE, Run, run
 
@@ -107,6 +107,8 @@ def _differences(
         found = within(
             one_more, ours, cut_short=case.cut_short, most=5, replay=replay if whole else None
         )
+        if case.cut_short and ends_as_replayed(found, ours, replay):
+            found = []
         if always_replay and whole and not found:
             found = replayed(ours, replay)
         while whole and not found and more_setups(stock, ours) and len(stock) < 5:

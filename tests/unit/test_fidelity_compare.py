@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fidelity.compare import exactly, within
+from fidelity.compare import ends_as_replayed, exactly, within
 from fidelity.generator import Case, draw
 from fidelity.hostile import HOSTILE
 from fidelity.runs import Run
@@ -126,6 +127,23 @@ def test_what_the_distribution_decides() -> None:
     failed = damaged("error of a teardown")
     failed.code = 1
     assert within(lambda: a_run("a", "b", "c"), ours, replay=lambda _: failed) == []
+
+
+def test_what_ends_a_run_first() -> None:
+    """Another exit code of a run cut short passes only where stock ends so with the same tests."""
+    ours = a_run("a", "b", code=3)
+    found = within(lambda: a_run("a", "b", "c", code=2), ours, cut_short=True)
+    assert found == ["exit code: [2] in stock, 3 here"]
+    asked: list[list[str]] = []
+
+    def replay(code: int) -> Callable[[list[str]], Run]:
+        return lambda order: asked.append(order) or a_run(*order, code=code)
+
+    assert ends_as_replayed(found, ours, replay(3))
+    assert asked == [["a", "b"]]
+    assert not ends_as_replayed(found, ours, replay(2))
+    assert not ends_as_replayed([*found, "begun 2 times: a"], ours, replay(3))
+    assert not ends_as_replayed([], ours, replay(3))
 
 
 def test_cases_are_drawn_by_their_seed() -> None:

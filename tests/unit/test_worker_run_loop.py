@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pytest_gpushare.compat import pytest_items
+from pytest_gpushare.scheduler.needs import squeezed
 from pytest_gpushare.wire import Link
 from pytest_gpushare.worker import runner
 from pytest_gpushare.worker.refusals import REFUSAL
@@ -110,7 +111,8 @@ class Run:
         self.send(
             "run",
             {
-                "tests": list(tests), "needs": list(needs), "admitted": admitted, "ahead": ahead,
+                "tests": list(tests), "needs": squeezed(needs or [None] * len(tests)),
+                "admitted": admitted, "ahead": ahead,
                 "refusals": {int(test[1:]): refusal for test, refusal in refusals.items()},
             },
         )  # fmt: skip
