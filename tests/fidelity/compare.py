@@ -18,7 +18,8 @@ from typing import Any
 from .runs import Run
 
 PHASES = ("setup", "call", "teardown")
-EXIT_CODE = "exit code:"
+ENDS = ("exit code:", "reports of a worker's end:", "INTERNALERROR here")
+"""How a difference begins that is one of what ended the run."""
 
 
 def exactly(stock: Run, ours: Run, *, output: bool = True, dist: str = "load") -> list[str]:
@@ -114,15 +115,25 @@ def replayed(ours: Run, replay: Callable[[list[str]], Run]) -> list[str]:
 
 
 def ends_as_replayed(found: Sequence[str], ours: Run, replay: Callable[[list[str]], Run]) -> bool:
-    """Whether only the exit code differs, and stock ends with ours where one worker is given the
-    tests that a worker of ours began, in that order.
+    """Whether only the end differs, and stock ends so where one worker is given the tests that a
+    worker of ours began, in that order.
 
-    For runs that are cut short: several things may end them, and which comes first is a race.
+    For runs that are cut short: which of several tests that end a run comes first depends on the
+    distribution.
     """
-    if len(found) != 1 or not found[0].startswith(EXIT_CODE):
+    if not found or not all(text.startswith(ENDS) for text in found):
         return False
     begun = ([row[2] for row in rows if row[1] == "begun"] for rows in ours.workers.values())
-    return any(replay(order).code == ours.code for order in begun if order)
+    return any(_end(replay(order)) == _end(ours) for order in begun if order)
+
+
+def _end(run: Run) -> tuple[int, list[str], list[str]]:
+    """How a run ended: exit code, internal errors, and the tests with which workers ended."""
+    return run.code, _last_lines(run.internal_errors), sorted(run.crashed)
+
+
+def _last_lines(texts: Iterable[str]) -> list[str]:
+    return [text.strip().splitlines()[-1] for text in texts]
 
 
 def _outside(
@@ -142,7 +153,7 @@ def _outside(
     if ours.code not in codes:
         # Whether anything failed follows from the reports.
         by_reports = {ours.code, *codes} == {0, 1}
-        text = f"{EXIT_CODE} {codes} in stock, {ours.code} here"
+        text = f"exit code: {codes} in stock, {ours.code} here"
         (distribution if by_reports else found).append(text)
     for nodeid in sorted({*ours.outcomes, *(n for it in stock for n in it.outcomes)}):
         theirs = [_outcome(it, nodeid, cut_short) for it in stock]
@@ -163,7 +174,7 @@ def _outside(
     if not cut_short and not least <= ours.errors <= most:
         distribution.append(f"errors of teardowns: {errors} in stock, {ours.errors} here")
     if not any(it.internal_errors for it in stock):
-        last = [text.strip().splitlines()[-1] for text in ours.internal_errors]
+        last = _last_lines(ours.internal_errors)
         found += [f"INTERNALERROR here, none in stock: {line}" for line in last]
     found += _junit_outside(stock, ours, cut_short)
     if cut_short:

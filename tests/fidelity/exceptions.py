@@ -24,10 +24,10 @@ EXCEPTIONS = {
         "workers or more, with one, too."
     ),
     "what ends a run first": (
-        "A run may have two ends: `-x` after a failure, and a worker that ends by itself "
-        "(`pytest.exit` in the teardown of that test's class). Which one comes first decides the "
-        "exit code, and depends on how long the workers take. Such a difference is none where "
-        "stock ends so with one worker and the tests that a worker of ours began."
+        "Several things may end a run: a failure under `-x`, a worker that dies, `pytest.exit` in "
+        "the teardown of a class, after which stock xdist stops with an assertion. Which test "
+        "comes first depends on the distribution. Such an end is no difference where stock ends "
+        "so, too, with one worker and the tests that a worker of ours began."
     ),
     "worker's end": (
         "A worker that ends in the teardown of a module or class (`pytest.exit` there) is reported "

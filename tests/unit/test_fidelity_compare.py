@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -130,20 +129,28 @@ def test_what_the_distribution_decides() -> None:
 
 
 def test_what_ends_a_run_first() -> None:
-    """Another exit code of a run cut short passes only where stock ends so with the same tests."""
-    ours = a_run("a", "b", code=3)
+    """Another end of a run cut short passes only where stock ends so with the same tests."""
+
+    def ended(*names: str, code: int = 3, error: str = "assert not 'b'") -> Run:
+        run = a_run(*names, code=code)
+        run.rows["controller"].append(["controller", "internal error", f"Traceback\n{error}\n"])
+        return run
+
+    ours = ended("a", "b")
     found = within(lambda: a_run("a", "b", "c", code=2), ours, cut_short=True)
-    assert found == ["exit code: [2] in stock, 3 here"]
+    assert [text.partition(" ")[0] for text in found] == ["exit", "INTERNALERROR"]
     asked: list[list[str]] = []
 
-    def replay(code: int) -> Callable[[list[str]], Run]:
-        return lambda order: asked.append(order) or a_run(*order, code=code)
+    def replay(order: list[str]) -> Run:
+        asked.append(order)
+        return ended(*order)
 
-    assert ends_as_replayed(found, ours, replay(3))
+    assert ends_as_replayed(found, ours, replay)
     assert asked == [["a", "b"]]
-    assert not ends_as_replayed(found, ours, replay(2))
-    assert not ends_as_replayed([*found, "begun 2 times: a"], ours, replay(3))
-    assert not ends_as_replayed([], ours, replay(3))
+    assert not ends_as_replayed([*found, "begun 2 times: a"], ours, replay)
+    assert not ends_as_replayed([], ours, replay)
+    for other in (ended("a", "b", code=2), ended("a", "b", error="KeyError"), a_run("a", code=3)):
+        assert not ends_as_replayed(found, ours, lambda _, other=other: other)  # type: ignore[misc]
 
 
 def test_cases_are_drawn_by_their_seed() -> None:
