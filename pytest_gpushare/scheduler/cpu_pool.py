@@ -234,7 +234,9 @@ class CpuPool:
         return tests
 
     def _next_of_share(self, worker: CpuWorker) -> list[int]:
-        count = 1 if worker.is_shallow else self._depth() - len(worker.queue)
+        # Who asks is told what follows, or would tear down what the next test uses, too.
+        least = int(worker.asks)
+        count = 1 if worker.is_shallow else max(least, self._depth() - len(worker.queue))
         tests = self._known(worker, worker.share, count)
         if not tests and not worker.share:
             richest = max(self.workers.values(), key=lambda other: len(other.share))

@@ -423,7 +423,7 @@ def test_workers_of_one_kind_that_collect_different_tests(
     project.write(test_a=KEEPING.format(scope="module"), test_b=LARGE, conftest=APART)
     result = project.pytest("--gpu-share")
     assert (result.code, result.passed) == (1, 0), result.out
-    assert "Different tests were collected between gw0 and gw1" in result.out
+    assert re.search("Different tests were collected between gw[01] and gw[01]", result.out)
     project.write(test_b="def test_one(): pass\ndef test_two(): pass\n")
     one_of_each = ("-o", "gpu_share_max_workers_per_gpu=1", "-o", "gpu_share_cpu_workers=1")
     result = project.pytest("--gpu-share", *one_of_each)

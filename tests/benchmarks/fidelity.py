@@ -42,7 +42,8 @@ def main() -> None:
                 done = compare(seed, case, place.environment, always_replay=options.replay)
             own += done.ours.own_scheduler
             tests += len(done.ours.begun)
-            if done.case.workers > 1 and not done.case.cut_short and done.ours.own_scheduler:
+            compares = done.case.workers > 1 and not done.case.cut_short and done.stock_setups
+            if compares and done.ours.own_scheduler:
                 for total, each in zip(
                     setups[done.case.fits], (done.ours.setups, done.stock_setups), strict=True
                 ):
