@@ -115,21 +115,22 @@ def replayed(ours: Run, replay: Callable[[list[str]], Run]) -> list[str]:
 
 
 def ends_as_replayed(found: Sequence[str], ours: Run, replay: Callable[[list[str]], Run]) -> bool:
-    """Whether only the end differs, and stock ends so where one worker is given the tests that a
-    worker of ours began, in that order.
+    """Whether only the end differs, and stock ends so where it is given what each worker of ours
+    began, in that order: the exit code, internal errors, and the tests with which workers end.
 
-    For runs that are cut short: which of several tests that end a run comes first depends on the
-    distribution.
+    For runs that are cut short: which of several tests that end a run comes first, and whether a
+    second one does before all is over, depends on the distribution.
     """
     if not found or not all(text.startswith(ENDS) for text in found):
         return False
     begun = ([row[2] for row in rows if row[1] == "begun"] for rows in ours.workers.values())
-    return any(_end(replay(order)) == _end(ours) for order in begun if order)
-
-
-def _end(run: Run) -> tuple[int, list[str], list[str]]:
-    """How a run ended: exit code, internal errors, and the tests with which workers ended."""
-    return run.code, _last_lines(run.internal_errors), sorted(run.crashed)
+    again = [replay(order) for order in begun if order]
+    errors = {line for it in again for line in _last_lines(it.internal_errors)}
+    return (
+        ours.code in {it.code for it in again}
+        and set(_last_lines(ours.internal_errors)) <= errors
+        and set(ours.crashed) <= {nodeid for it in again for nodeid in it.crashed}
+    )
 
 
 def _last_lines(texts: Iterable[str]) -> list[str]:

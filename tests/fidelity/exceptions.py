@@ -23,11 +23,12 @@ EXCEPTIONS = {
         "Where tests have needs, ours takes its place and follows `--dist`: compared as beside two "
         "workers or more, with one, too."
     ),
-    "what ends a run first": (
+    "what ends a run": (
         "Several things may end a run: a failure under `-x`, a worker that dies, `pytest.exit` in "
         "the teardown of a class, after which stock xdist stops with an assertion. Which test "
-        "comes first depends on the distribution. Such an end is no difference where stock ends "
-        "so, too, with one worker and the tests that a worker of ours began."
+        "comes first, and whether a second one does before all is over, depends on the "
+        "distribution. Such an end is no difference where stock ends so, too, with one worker and "
+        "the tests that each worker of ours began."
     ),
     "worker's end": (
         "A worker that ends in the teardown of a module or class (`pytest.exit` there) is reported "

@@ -128,29 +128,42 @@ def test_what_the_distribution_decides() -> None:
     assert within(lambda: a_run("a", "b", "c"), ours, replay=lambda _: failed) == []
 
 
-def test_what_ends_a_run_first() -> None:
+def ended(*names: str, code: int = 3, error: str = "assert not 'b'", dead: str = "") -> Run:
+    """A run that an internal error ended, and a worker with the test *dead*."""
+    run = a_run(*names, code=code)
+    rows = run.rows["controller"]
+    if error:
+        rows.append(["controller", "internal error", f"Traceback\n{error}\n"])
+    if dead:
+        rows.append(report(dead, "???", "failed"))
+    return run
+
+
+def test_what_ends_a_run() -> None:
     """Another end of a run cut short passes only where stock ends so with the same tests."""
-
-    def ended(*names: str, code: int = 3, error: str = "assert not 'b'") -> Run:
-        run = a_run(*names, code=code)
-        run.rows["controller"].append(["controller", "internal error", f"Traceback\n{error}\n"])
-        return run
-
-    ours = ended("a", "b")
+    ours = ended("a", "b", dead="b")
     found = within(lambda: a_run("a", "b", "c", code=2), ours, cut_short=True)
-    assert [text.partition(" ")[0] for text in found] == ["exit", "INTERNALERROR"]
+    assert [text.partition(" ")[0] for text in found] == ["exit", "reports", "INTERNALERROR"]
     asked: list[list[str]] = []
 
     def replay(order: list[str]) -> Run:
         asked.append(order)
-        return ended(*order)
+        return ended(*order, dead="b")
 
     assert ends_as_replayed(found, ours, replay)
     assert asked == [["a", "b"]]
     assert not ends_as_replayed([*found, "begun 2 times: a"], ours, replay)
     assert not ends_as_replayed([], ours, replay)
-    for other in (ended("a", "b", code=2), ended("a", "b", error="KeyError"), a_run("a", code=3)):
-        assert not ends_as_replayed(found, ours, lambda _, other=other: other)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "other", [{"code": 2, "dead": "b"}, {"error": "KeyError", "dead": "b"}, {"dead": "a"}, {}]
+)
+def test_an_end_that_stock_does_not_show(other: dict[str, Any]) -> None:
+    """Another exit code, another internal error, or none of the worker that ended."""
+    ours = ended("a", "b", dead="b")
+    found = within(lambda: a_run("a", "b", "c", code=2), ours, cut_short=True)
+    assert not ends_as_replayed(found, ours, lambda order: ended(*order, **other))
 
 
 def test_cases_are_drawn_by_their_seed() -> None:
