@@ -234,7 +234,7 @@ class CpuPool:
         return tests
 
     def _next_of_share(self, worker: CpuWorker) -> list[int]:
-        # Who asks is told what follows, or would tear down what the next test uses, too.
+        # One that knows no next test tears down what that test uses, too.
         least = int(worker.asks)
         count = 1 if worker.is_shallow else max(least, self._depth() - len(worker.queue))
         tests = self._known(worker, worker.share, count)
