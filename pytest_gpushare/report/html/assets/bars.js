@@ -104,6 +104,7 @@ function drawPhases(timeline, chart, phases, top, height) {
   const { palette } = timeline;
   inside(chart, (ctx, width) => {
     ctx.font = "11px system-ui, sans-serif";
+    ctx.textAlign = "left";
     ctx.textBaseline = "middle";
     for (const phase of phases) {
       const left = Math.max(0, chart.valToPos(phase.start, "x"));
