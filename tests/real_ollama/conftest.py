@@ -61,6 +61,8 @@ def start(library: Installation, project: Project) -> Iterator[Start]:
     """Start a server for the project, on a machine's GPU or on the CPU alone."""
     # Computing a token in software may keep the machine busy for longer than 0.5 s.
     project.file("pytest.ini", "[pytest]\ngpu_share_ollama_timeout_s = 20\n")
+    # So may a load, for more than a minute.
+    project.limit = 500.0
     with ExitStack() as stack:
 
         def started(machine: Machine | None = None, **variables: str) -> RealOllama:
