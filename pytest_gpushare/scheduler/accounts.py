@@ -13,7 +13,7 @@ class Account:
 
     __slots__ = (
         "ahead", "committed", "fresh", "held", "left_behind", "need", "now", "outstanding",
-        "present", "running", "used",
+        "is_unseen_due", "present", "running", "unseen", "used",
     )  # fmt: skip
 
     held: int
@@ -38,11 +38,16 @@ class Account:
     ahead: int
     """What its next test, which was sent already, takes of the VRAM that is free while the running
     one ends: what that gives back may come late."""
+    unseen: int
+    """What it keeps for its next test beyond `present`, where neither NVML nor the worker itself
+    knows: what the device lacked when its last test was over."""
+    is_unseen_due: bool
+    """Whether the device has not been read since then."""
 
     @classmethod
     def opened(cls) -> Account:
         """That of a worker which has done nothing yet."""
-        return cls(0, 0, None, False, False, False, 0, 0, 0, 0, 0)
+        return cls(0, 0, None, False, False, False, 0, 0, 0, 0, 0, 0, False)
 
 
 class DeviceLedger:
@@ -113,11 +118,13 @@ class DeviceLedger:
         # What is unknown: a context is there in any case, caches and fixtures perhaps.
         account = self.running.pop(worker, None) or self.accounts[worker]
         account.running, account.need = False, 0
+        account.unseen, account.is_unseen_due = 0, held is None
         return self._report(account, self.capacity.context if held is None else held)
 
     def emptied(self, worker: str, held: int | None) -> int:
         """The worker gave back what it could; returns what should come back."""
         account = self.accounts[worker]
+        account.unseen, account.is_unseen_due = 0, held is None
         return self._report(
             account, min(account.held, self.capacity.context) if held is None else held
         )
@@ -160,6 +167,7 @@ class DeviceLedger:
                 if worker in reading.held:
                     account.now = reading.held[worker] if attributed else None
                     self._post(account)
+        self._note_unseen()
         return True
 
     def hold(self, size: int) -> None:
@@ -181,6 +189,35 @@ class DeviceLedger:
     def holds(self) -> bool:
         """Whether VRAM is kept for a model that tests use."""
         return self.capacity is not self.full and self.capacity.budget < self.full.budget
+
+    def _note_unseen(self) -> None:
+        for account in self.accounts.values():
+            if account.now is not None:
+                account.unseen, account.is_unseen_due = 0, False
+            elif account.is_unseen_due or account.unseen:
+                lacking = self._lacking() - self._unseen_beside(account)
+                for other in self.running.values():
+                    if other is not account and other.now is None:
+                        lacking -= other.outstanding
+                known = lacking if account.is_unseen_due else min(account.unseen, lacking)
+                account.unseen, account.is_unseen_due = max(0, known), False
+
+    def _lacking(self) -> int:
+        """Bytes that the device has lost since the plan was made and that no account explains."""
+        capacity, reading = self.capacity, self.reading
+        if capacity.free is None or reading.free is None:
+            return 0
+        resident = reading.resident
+        grown = 0 if resident is None else max(0, resident - capacity.resident)
+        return capacity.free - reading.free - grown - self.present
+
+    def _unseen_beside(self, account: Account | None) -> int:
+        """What idle workers keep unseen, without this one."""
+        return sum(
+            other.unseen
+            for other in self.accounts.values()
+            if other is not account and not other.running
+        )
 
     def _note_left_behind(self, reading: DeviceReading) -> None:
         for worker, account in self.accounts.items():
@@ -209,7 +246,7 @@ class DeviceLedger:
             live = free - self._unclaimed(self.outstanding)
         else:
             outstanding = self._unclaimed(self.outstanding - own.outstanding)
-            live = free - outstanding + own.ahead + own.present
+            live = free - outstanding + own.ahead + own.present + own.unseen
         return live if leased is None else min(live, leased)
 
     def _leased(self, own: Account | None) -> int | None:
@@ -244,12 +281,12 @@ class DeviceLedger:
         outstanding = self.outstanding - own.outstanding
         if outstanding:
             outstanding = self._unclaimed(outstanding)
-        live = free - self.kept - outstanding + own.present
+        live = free - self.kept - outstanding + own.present + own.unseen
         if self.ahead:
             live -= self.ahead - own.ahead
         if own.left_behind:
             # A need that is no more than a slot may count them in; but what they hold is not free.
-            live = min(live, free + own.present - own.left_behind)
+            live = min(live, free + own.present + own.unseen - own.left_behind)
         return live if live < left else left
 
     def floor(self, worker: str) -> int:
@@ -286,8 +323,7 @@ class DeviceLedger:
         that a test allocates would count twice, and one worker's test would keep the others
         waiting.
         """
-        capacity, reading = self.capacity, self.reading
-        if not outstanding or capacity.free is None or reading.free is None:
+        if not outstanding:
             return outstanding
         unknown = 0
         for account in self.running.values():
@@ -295,10 +331,8 @@ class DeviceLedger:
                 unknown += account.outstanding
         if not unknown:
             return outstanding
-        resident = reading.resident
-        grown = 0 if resident is None else max(0, resident - capacity.resident)
-        taken = capacity.free - reading.free - grown
-        return max(0, outstanding - max(0, min(taken - self.present, unknown)))
+        taken = self._lacking() - self._unseen_beside(None)
+        return max(0, outstanding - max(0, min(taken, unknown)))
 
 
 def _kept(capacity: DeviceCapacity, reading: DeviceReading) -> int:

@@ -13,7 +13,7 @@ from histories.checking import check_seed, in_words
 from .conftest import clean_environment
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(10), 20080])
 def test_random_history(seed: int, tmp_path: Path, nvml_library: Path) -> None:
     checked = check_seed(seed, tmp_path / "case", nvml_library, clean_environment())
     if checked.wrong:

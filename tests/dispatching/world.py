@@ -119,8 +119,11 @@ class World:
         phase: str = "beside",
         reruns: int = 0,
         turn: float = 0.0,
+        counts: bool = True,
     ) -> None:
-        """`models` take `load` seconds to be loaded; those that are `failing` cannot be.
+        """Where `by_pid` and `counts` are false, nobody knows what a worker keeps.
+
+        `models` take `load` seconds to be loaded; those that are `failing` cannot be.
 
         Tests that crash come again, `reruns` of them in all. Other sessions have the server for
         `turn` seconds whenever a model's turn is asked for.
@@ -142,6 +145,7 @@ class World:
         """Loads for which there was not enough VRAM."""
         self._load, self._failing = load, failing
         self.processes: dict[str, Process] = {}
+        self.counts = counts
         self.by_pid, self.late, self.restarts, self.live = by_pid, late, restarts, live
         self.look_ahead, self._reruns, self._turn = look_ahead, reruns, turn
         self.collected = collected or {}
@@ -306,7 +310,7 @@ class World:
                 process.held[device] = keeps
                 if self.late and back > 0:
                     self.devices[device].late.append((self.now + self.late, back))
-            held = dict(process.held) if self.by_pid or script.keeps else None
+            held = dict(process.held) if self.by_pid or (script.keeps and self.counts) else None
         wants = self.dispatcher.finished(process.worker.id, test, held, script.duration)
         self._start(process)
         if process.ending and not process.queue:

@@ -523,6 +523,39 @@ def test_required_fails_whatever_without_gpu_says() -> None:
     assert reason.endswith("(required=True)")
 
 
+@pytest.mark.parametrize("by_pid", [True, False])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_worker_keeps_unseen_is_not_waited_for(by_pid: bool, workers: int) -> None:
+    """A fixture keeps 1 GB in a worker whose tests need all of its slot."""
+    world = World(
+        [gpu_test(name) for name in "abcdefg"],
+        [DeviceCapacity(GPU, "GPU 0", 10 * GB, 0, GB, 11 * GB, context=CONTEXT)],
+        [gpu_worker(number, 10 / workers) for number in range(workers)],
+        scripts=dict.fromkeys(range(7), Script(keeps=GB, peak=2 * GB)),
+        devices={GPU: Device(11 * GB)},
+        by_pid=by_pid,
+        counts=False,
+    ).run()
+    assert world.now < 10
+    assert [action for action in world.actions if isinstance(action, Note)] == []
+
+
+def test_what_others_take_later_is_not_what_a_worker_keeps_unseen() -> None:
+    """Nobody attributes VRAM there: what a worker keeps is what was lacking after its test."""
+    world = World(
+        [gpu_test("a", 6), gpu_test("b", 3.5), gpu_test("c", 8)],
+        [DeviceCapacity(GPU, "GPU 0", 10 * GB, 0, GB, 11 * GB, context=CONTEXT)],
+        [gpu_worker(0), gpu_worker(1)],
+        devices={GPU: Device(11 * GB, others=lambda at: 7 * GB if 3 <= at < 60 else 0)},
+        scripts={0: Script(keeps=GB), 1: Script(duration=5.0, peak=int(1.5 * GB))},
+        by_pid=False,
+        counts=False,
+    ).run()
+    starts = {test: at for at, _, test, _ in world.admitted}
+    assert starts[2] >= 60
+    assert world.out_of_memory == 0
+
+
 def test_vram_that_comes_back_late() -> None:
     """It is waited for, and after the limit others are blamed."""
     for late, kinds in ((1.0, []), (10.0, ["late", "pressure-over"])):
