@@ -12,8 +12,8 @@ class Account:
     """What one worker has on one device, in bytes."""
 
     __slots__ = (
-        "ahead", "committed", "fresh", "held", "left_behind", "need", "now", "outstanding",
-        "is_unseen_due", "present", "running", "unseen", "used",
+        "ahead", "committed", "fresh", "held", "is_unseen_due", "left_behind", "need", "now",
+        "outstanding", "present", "running", "unseen", "used",
     )  # fmt: skip
 
     held: int
