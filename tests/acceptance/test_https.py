@@ -41,8 +41,9 @@ def certificate(tmp_path: Path) -> Path:
 
 def is_answered(project: Project, server: OllamaServer, **environment: str) -> None:
     """The plan goes by what the server holds, and the monitor follows it until the end."""
+    options = ("gpu_share_ollama_models=qwen2.5:14b", "gpu_share_ollama_timeout_s=20")
     result = project.pytest(
-        "--gpu-share", "-o", "gpu_share_ollama_models=qwen2.5:14b", **environment
+        "--gpu-share", *(part for option in options for part in ("-o", option)), **environment
     )
     assert (result.code, result.passed, result.err) == (0, 4, "")
     assert "  VRAM: Ollama reservation 12.0 GB (10.8 GB of it resident), " in result.out
@@ -73,7 +74,8 @@ def test_directory_of_a_private_authority(
 
 def test_unknown_authority(project: Project, server: OllamaServer) -> None:
     """Nothing is sent, the reservation stands, and the line says why."""
-    result = project.pytest("--gpu-share", SSL_CERT_FILE=None, SSL_CERT_DIR=None)
+    patient = ("-o", "gpu_share_ollama_timeout_s=20")
+    result = project.pytest("--gpu-share", *patient, SSL_CERT_FILE=None, SSL_CERT_DIR=None)
     assert (result.code, result.passed, result.err) == (0, 4, "")
     line = next(line for line in result.said if "Ollama at" in line)
     assert line.startswith(f"  Ollama at {server.host}: cannot be reached: ")
