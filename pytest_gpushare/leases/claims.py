@@ -24,6 +24,8 @@ class Waiting(NamedTuple):
     seniority: Seniority = (0.0, "")
     is_fixed: bool = False
     """Whether it would keep them for as long as it lives, as one does that only starts."""
+    reserved: int = 0
+    """What it would keep for Ollama then."""
 
 
 class Share(NamedTuple):
@@ -82,7 +84,12 @@ class DeviceClaims(NamedTuple):
         return sum(share.spare for share in self.shares)
 
     def ahead(
-        self, room: int, ticket: int = 0, own: Share | None = None, capacity: int | None = None
+        self,
+        room: int,
+        ticket: int = 0,
+        own: Share | None = None,
+        capacity: int | None = None,
+        reserved: int = 0,
     ) -> int:
         """Bytes of the room that are kept for those who asked before.
 
@@ -90,6 +97,7 @@ class DeviceClaims(NamedTuple):
         even with what the others give back as their tests end and younger ones with workers
         that they can do without, keeps nothing. Nor does a younger one that has to wait until an
         older session has run its largest test; `capacity` is what the device has for all.
+        `reserved` is what the reader keeps for Ollama, which is not in the room.
         """
         kept, own = 0, own or Share()
         spare = self.spare + own.spare
@@ -101,8 +109,10 @@ class DeviceClaims(NamedTuple):
             if may_pass and self._has_to_wait(waiting, own, capacity or 0):
                 continue
             idle = sum(s.idle for s in (*self.shares, own) if s.seniority > waiting.seniority)
-            if waiting.want <= room + spare + idle - kept:
-                kept += waiting.want
+            # It starts beside what it keeps for Ollama itself.
+            more = max(0, waiting.reserved - max(reserved, self.reserved))
+            if waiting.want + more <= room + spare + idle - kept:
+                kept += waiting.want + more
         return kept
 
     def _has_to_wait(self, waiting: Waiting, own: Share, capacity: int) -> bool:
@@ -248,7 +258,13 @@ def _claims_on(
         is_waiting = record.ticket and abs(now - record.renewed) <= TICKET_LIFE
         if is_waiting and published.want:
             waiting.append(
-                Waiting(record.ticket, published.want, seniority, is_fixed=not published.most)
+                Waiting(
+                    record.ticket,
+                    published.want,
+                    seniority,
+                    is_fixed=not published.most,
+                    reserved=published.reserved,
+                )
             )
         if lease or is_waiting:
             spare = min(published.spare, lease)

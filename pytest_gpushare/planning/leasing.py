@@ -216,7 +216,9 @@ class _Negotiation:
         # Who asked earlier comes first: its part of the budget is not to be had either.
         kept = {
             planned.device.uuid: max(
-                claims[planned.device.uuid].ahead(planned.budget, view.ticket),
+                claims[planned.device.uuid].ahead(
+                    planned.budget, view.ticket, reserved=planned.reservation
+                ),
                 planned.budget - self._keepable(view, planned),
             )
             for planned in plan.devices

@@ -40,7 +40,7 @@ def others_on(
             # What the others hold of it is not known.
             capacity = max(capacity, device.budget - more)
     left = max(0, left)
-    ahead = claims.ahead(left, ticket, share, capacity)
+    ahead = claims.ahead(left, ticket, share, capacity, own.reservation)
     return Others(
         claimed=claims.leased + more + ahead,
         lent=claims.leased + claims.held + ahead + max(0, more),

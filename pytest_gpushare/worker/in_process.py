@@ -134,7 +134,9 @@ class LeasePerTest:
         room = free - self._device.outstanding - self._device.safety_buffer - claims.leased
         # Where no other session claims anything, nobody reads what this process holds already.
         is_alone = not claims.holders and not claims.waiting
-        fits = is_alone or size - own <= room - claims.ahead(room, view.ticket)
+        fits = is_alone or size - own <= room - claims.ahead(
+            room, view.ticket, reserved=self._device.reservation
+        )
         others = claims.leased + sum(holder.held or 0 for holder in claims.holders)
         self._is_explained = bool(claims.holders) and size - own <= room + others
         has = self._lessee.record.lease(device.uuid).lease

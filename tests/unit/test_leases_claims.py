@@ -109,6 +109,16 @@ def test_reservation_of_one_that_waits_for_its_start() -> None:
     assert [claims(each).reserved for each in (on_cpu_workers, by_the_test)] == [12 * GB] * 2
 
 
+def test_ticket_counts_with_what_it_keeps_for_ollama() -> None:
+    """9 GB beside 12 GB do not fit into 20: nobody waits for a session that cannot start."""
+    share = {"GPU-0": DeviceLease(0, want=9 * GB, reserved=12 * GB)}
+    found = claims(session(devices=share, ticket=1, renewed=100.0))
+    assert found.ahead(20 * GB) == 0
+    assert found.ahead(21 * GB) == 21 * GB
+    # The reader keeps as much itself: it is not in the room.
+    assert found.ahead(9 * GB, reserved=12 * GB) == 9 * GB
+
+
 def test_record_that_is_not_understood_claims_nothing() -> None:
     assert claims(LiveSession("a", 0, None, "it is damaged")).leased == 0
 
