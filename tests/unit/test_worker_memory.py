@@ -50,7 +50,7 @@ class Run:
         protocol = self.meter.pytest_runtest_protocol(item)
         next(protocol)
         if command:
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, timeout=60)
         with pytest.raises(StopIteration):
             protocol.send(None)
 
