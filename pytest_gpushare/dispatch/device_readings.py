@@ -171,4 +171,12 @@ def _reading(
         f"processes that tests of {worker} started {format_gb(size)}"
         for worker, size in left_behind.items()
     ]
-    return DeviceReading(free, held_by_ollama, held, ", ".join(names), left_behind=left_behind)
+    sizes = () if split is None else (*split.workers.values(), *split.others.values())
+    return DeviceReading(
+        free,
+        held_by_ollama,
+        held,
+        ", ".join(names),
+        left_behind=left_behind,
+        is_attributed=bool(listed) or any(sizes),
+    )

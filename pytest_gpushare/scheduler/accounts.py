@@ -12,8 +12,8 @@ class Account:
     """What one worker has on one device, in bytes."""
 
     __slots__ = (
-        "ahead", "committed", "fresh", "held", "is_unseen_due", "left_behind", "need", "now",
-        "outstanding", "present", "running", "unseen", "used",
+        "ahead", "committed", "fresh", "held", "left_behind", "need", "now", "outstanding",
+        "present", "running", "unseen", "used",
     )  # fmt: skip
 
     held: int
@@ -40,14 +40,13 @@ class Account:
     one ends: what that gives back may come late."""
     unseen: int
     """What it keeps for its next test beyond `present`, where neither NVML nor the worker itself
-    knows: what the device lacked when its last test was over."""
-    is_unseen_due: bool
-    """Whether the device has not been read since then."""
+    knows: what the device lacked when its last test was over, as far as that was admitted with so
+    much."""
 
     @classmethod
     def opened(cls) -> Account:
         """That of a worker which has done nothing yet."""
-        return cls(0, 0, None, False, False, False, 0, 0, 0, 0, 0, 0, False)
+        return cls(0, 0, None, False, False, False, 0, 0, 0, 0, 0, 0)
 
 
 class DeviceLedger:
@@ -117,14 +116,15 @@ class DeviceLedger:
         """The test is over; returns what should come back."""
         # What is unknown: a context is there in any case, caches and fixtures perhaps.
         account = self.running.pop(worker, None) or self.accounts[worker]
+        # The next reading shows how much of it.
+        account.unseen = account.need if held is None else 0
         account.running, account.need = False, 0
-        account.unseen, account.is_unseen_due = 0, held is None
         return self._report(account, self.capacity.context if held is None else held)
 
     def emptied(self, worker: str, held: int | None) -> int:
         """The worker gave back what it could; returns what should come back."""
         account = self.accounts[worker]
-        account.unseen, account.is_unseen_due = 0, held is None
+        account.unseen = account.unseen if held is None else 0
         return self._report(
             account, min(account.held, self.capacity.context) if held is None else held
         )
@@ -192,15 +192,14 @@ class DeviceLedger:
 
     def _note_unseen(self) -> None:
         for account in self.accounts.values():
-            if account.now is not None:
-                account.unseen, account.is_unseen_due = 0, False
-            elif account.is_unseen_due or account.unseen:
+            if account.now is not None or self._is_attributed or self.reading.is_attributed:
+                account.unseen = 0
+            elif account.unseen:
                 lacking = self._lacking() - self._unseen_beside(account)
                 for other in self.running.values():
                     if other is not account and other.now is None:
                         lacking -= other.outstanding
-                known = lacking if account.is_unseen_due else min(account.unseen, lacking)
-                account.unseen, account.is_unseen_due = max(0, known), False
+                account.unseen = max(0, min(account.unseen, lacking))
 
     def _lacking(self) -> int:
         """Bytes that the device has lost since the plan was made and that no account explains."""

@@ -122,6 +122,8 @@ class DeviceReading(NamedTuple):
     left_behind: Mapping[str, int] = {}
     """Worker -> the part of what it holds that processes hold which its tests started: where none
     of its tests runs, the next one cannot use that."""
+    is_attributed: bool = True
+    """Whether the driver says which process holds how much, as far as is known."""
 
 
 class Policy(NamedTuple):

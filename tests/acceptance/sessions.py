@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from acceptance.conftest import Project
 from inner_pytest import inner_command
+from simulator.child import start_child
 
 LARGE_TESTS = """
     import time
@@ -86,7 +87,7 @@ def start(project: Project, tmp_path: Path) -> Iterator[Callable[..., Session]]:
             own.write(test_project=module)
             path = tmp_path / f"output{count}.txt"
             with path.open("w", encoding="utf-8") as output:
-                process = subprocess.Popen(
+                process = start_child(
                     inner_command("--gpu-share", *arguments),
                     cwd=directory,
                     env=own.environment,

@@ -351,6 +351,7 @@ class World:
                 if self.by_pid
                 else {},
                 "somebody",
+                is_attributed=self.by_pid,
             )
             for uuid, device in self.devices.items()
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -138,11 +139,14 @@ class Scheduler:
                     entry = self._loaded.get(model.blob)
                     while entry is not None and entry.busy:
                         self._changed.wait(1.0)
-                if entry is not None:
-                    self.unload(model)
                 if keep_alive is None:
                     keep_alive = seconds(self.settings.keep_alive)
-                return self._load(model, key, keep_alive, aborted)
+                if entry is None:
+                    return self._load(model, key, keep_alive, aborted)
+                # A reload that takes no time leaves no moment in which nothing is listed.
+                with nullcontext() if self.settings.load_delay else self._changed:
+                    self.unload(model)
+                    return self._load(model, key, keep_alive, aborted)
         finally:
             with self._changed:
                 self._pending -= 1
