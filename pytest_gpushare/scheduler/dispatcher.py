@@ -158,8 +158,8 @@ class Dispatcher:
         began = bool(had) and had[0] not in unsent
         running, rest = (had[0], had[1:]) if began else (None, had)
         lost = Lost(running, (*rest, *queued))
-        while rest and kept is not None and kept.tests and self._jobs[rest[-1]].group == kept.key:
-            kept.put_first(rest.pop())
+        while rest and kept is not None and kept.tests and self._is_of(kept, rest[-1]):
+            self._put_first(kept, rest.pop())
         self._left -= running is not None
         self._requeue(rest)
         if self._alone is not None:
@@ -267,10 +267,19 @@ class Dispatcher:
         for test in back:
             gpu_worker.sent.remove(test)
         unit = gpu_worker.unit
-        while back and unit is not None and unit.key and self._jobs[back[-1]].group == unit.key:
+        while back and unit is not None and unit.key and self._is_of(unit, back[-1]):
             # It goes on with its group where it was.
-            unit.put_first(back.pop())
+            self._put_first(unit, back.pop())
         self._requeue(back)
+
+    def _put_first(self, unit: Unit, test: int) -> None:
+        unit.put_first(test)
+        if self._models is not None and self._jobs[test].model is not None:
+            self._models.queue.expect_again(test)
+
+    def _is_of(self, unit: Unit, test: int) -> bool:
+        """Whether a test came with this unit: one that a worker was sent beside it did not."""
+        return self._jobs[test].group == unit.key and test not in self._gpu.helped
 
     def again(self, test: int) -> None:
         """Dispatch once more a test that is over."""

@@ -130,6 +130,12 @@ class ModelQueue:
         for test in tests:
             self._group(test).elsewhere.add(test)
 
+    def expect_again(self, test: int) -> None:
+        """One of those was not begun after all."""
+        group = self._group(test)
+        group.take_back(test)
+        group.elsewhere.add(test)
+
     def take_over(self, test: int) -> None:
         """A test that needs VRAM, too, and has to do without."""
         group = self._group(test)
@@ -417,8 +423,9 @@ class ModelQueue:
                 group.state = State.CLOSING
                 group.in_vain += not group.was_used
                 actions.append(CloseModel(number))
-        in_turn = sorted(wanted, key=lambda number: (self._groups[number].in_vain, number))
-        for number in dict.fromkeys([*first, *sorted(blocked), *in_turn]):
+        # Each in turn where a model was loaded in vain: another test may be what it waits for.
+        in_turn = dict.fromkeys([*first, *sorted(blocked), *sorted(wanted)])
+        for number in sorted(in_turn, key=lambda number: self._groups[number].in_vain):
             group = self._groups[number]
             if may_open and all(each.state is State.CLOSED for each in self._groups):
                 group.state = State.OPENING

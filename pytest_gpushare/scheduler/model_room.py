@@ -50,7 +50,11 @@ class ModelRoom:
     def refuses(self, test: int, group: int) -> str:
         """Why a test can never run next to its own model; empty where it can."""
         need = self._gpu.need(test).vram
-        budgets = [(ledger.full.budget, size) for ledger, size in self.devices_of(group)]
+        devices = self.devices_of(group)
+        budgets = [(ledger.full.budget, size) for ledger, size in devices]
+        if need is None and self._gpu.jobs[test].marked:
+            # Whatever it takes: it has a context.
+            need = min((ledger.full.context for ledger, _ in devices), default=0)
         if need is None or not budgets or len(self._gpu.ledgers) > len(budgets):
             return ""
         budget, size = max(budgets)

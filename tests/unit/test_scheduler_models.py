@@ -307,6 +307,8 @@ def faults(count: int, made: dict[str, Any], seed: int) -> dict[str, Any]:
 @example(31, 5505)
 @example(30, 7930)
 @example(16, 13908)
+@example(25, 63)
+@example(30, 34550)
 def test_random_suites(count: int, seed: int) -> None:
     """No test is missing or begun twice, no model is used by too many, or before it is there."""
     world = World(**suite(count, seed)).run(limit=3000)
@@ -322,6 +324,8 @@ def test_random_suites(count: int, seed: int) -> None:
 @example(37, 211)
 @example(25, 1393)
 @example(19, 1453)
+@example(28, 55668)
+@example(35, 63445)
 def test_random_suites_with_faults(count: int, seed: int) -> None:
     """No test is missing or reported twice, as long as there is a worker."""
     made = suite(count, seed)
