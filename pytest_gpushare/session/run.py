@@ -384,7 +384,6 @@ class ActiveRun:
         memory = {
             "context": self.context_of(message["place"]["name"]),
             "empty_caches": self.settings.empty_caches,
-            "needs": self.has_needs,
         }
         tests = message_of_tests(self.settings, plan, placement)
         tests["ollama"]["url"] = self._ollama_url

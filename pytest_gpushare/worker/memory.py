@@ -93,8 +93,8 @@ def watch(
 ) -> None:
     """In a process that has a GPU: measure its tests, and let them share the device.
 
-    `memory` is what the controller sends: the bytes of a CUDA context, when caches are
-    emptied, and whether tests have needs of their own.
+    `memory` is what the controller sends: the bytes of a CUDA context, and when caches are
+    emptied.
     """
     cap = TorchCap(os.environ)
     may_empty = memory["empty_caches"] != "never"
@@ -113,8 +113,7 @@ def watch(
     retry = Retry(link, cap, memory, own)
     config.pluginmanager.register(retry, "gpu-share-retry")
     config.pluginmanager.register(Meter(link, barrier, retry, cap, memory, own), "gpu-share-meter")
-    if memory["needs"]:
-        config.add_cleanup(cap.watch())
+    config.add_cleanup(cap.watch())
     link.send("here", os.getpid())
 
 

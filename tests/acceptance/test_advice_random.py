@@ -13,7 +13,7 @@ from histories.advised import follow
 from .conftest import clean_environment
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [*range(5), 20110])
 def test_random_machine(seed: int, tmp_path: Path, nvml_library: Path) -> None:
     found = follow(seed, tmp_path / "runs", nvml_library, clean_environment())
     if found.wrong:
