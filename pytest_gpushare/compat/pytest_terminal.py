@@ -88,6 +88,8 @@ class LineBelow:
         self._line = ""
         self._is_shown = False
         self._shown_at = float("-inf")
+        self._shown_in: tuple[int, int] | None = None
+        """The size of the terminal then: one that gets lower may drop the row of the line."""
         self._column: int | None = 0
         """Columns that the output's last line takes; None where that is unknown."""
 
@@ -121,7 +123,8 @@ class LineBelow:
     def show(self, line: str) -> None:
         """Draw the line, or draw it again; not where the output's end is no place for it."""
         with self._alone():
-            if self._hooked and not (self._is_shown and line == self._line):
+            is_there = self._is_shown and line == self._line and self._shown_in == self._size()
+            if self._hooked and not is_there:
                 self._line = line
                 self._draw()
 
@@ -177,7 +180,7 @@ class LineBelow:
         # In the last column the terminal holds back a line break that must not get lost.
         if self._column is None or (self._column and self._column % size[0] == 0):
             return
-        self._is_shown, self._shown_at = True, self._clock()
+        self._is_shown, self._shown_at, self._shown_in = True, self._clock(), size
         self._put(cut(self._line, size[0] - 1))
 
     def _erase(self) -> None:
