@@ -124,7 +124,8 @@ class DeviceLedger:
     def emptied(self, worker: str, held: int | None) -> int:
         """The worker gave back what it could; returns what should come back."""
         account = self.accounts[worker]
-        account.unseen = account.unseen if held is None else 0
+        if held is not None:
+            account.unseen = 0
         return self._report(
             account, min(account.held, self.capacity.context) if held is None else held
         )
