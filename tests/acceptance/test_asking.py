@@ -11,6 +11,7 @@ from simulator import Device, Machine
 from simulator.ollama import OllamaServer
 
 from .conftest import SHOW_PLACE, Project, closed_port
+from .in_one_process import Case, arguments, run_all
 
 TWO = (
     "gpu-share: 2 GPU workers × 4.5 GB = 9.0 GB "
@@ -20,36 +21,58 @@ ONE = "gpu-share: 1 GPU worker × 9.0 GB = 9.0 GB (limited by -n 1; preset conse
 PYTEST_9 = pytest.mark.skipif(pytest.version_tuple < (9,), reason="files of pytest 9")
 
 
+FORMS = [
+    (["--gpu-share"], TWO, 2),
+    (["-n", "gpu-auto"], TWO, 2),
+    (["-ngpu-auto"], TWO, 2),
+    (["--numprocesses=gpu-auto"], TWO, 2),
+    (["-n", "gpu-auto", "--gpu-share"], TWO, 2),
+    (["--gpu-share", "-n", "1"], ONE, 1),
+    (["-n", "gpu-auto", "-n", "1", "--gpu-share"], ONE, 1),
+    (["--gpu-share", "-n", "2"], TWO, 2),
+    (["--gpu-share", "-n", "8"], TWO, 2),
+    (["--gpu-share", "-n", "auto"], TWO, 2),
+    (["--gpu-share", "-n", "logical"], TWO, 2),
+    (["--gpu-share", "--maxprocesses", "1"], ONE.replace("-n 1", "--maxprocesses 1"), 1),
+    (["--gpu-share", "-d"], TWO, 2),
+    (["--gpu-share", "--dist", "no"], TWO, 2),
+    (["--gpu-share", "--dist", "worksteal"], TWO, 2),
+    (["--gpu-share", "--dist", "loadscope"], TWO, 2),
+    (["--gpu-share", "--dist", "loadfile"], TWO, 2),
+    (["--gpu-share", "--dist", "loadgroup"], TWO, 2),
+    (["--gpu-share", "--tx", "5*popen", "-n", "3"], TWO, 2),
+    (["--no-gpu-share", "--gpu-share"], TWO, 2),
+    (["-n", "gpu-auto", "-p", "no:terminal"], None, 2),
+]
+
+
+def test_asked(project: Project, machine: Machine) -> None:
+    """What is planned and started is the same, whatever the form of the question."""
+    cases = {" ".join(form): arguments(*form) for form, _, _ in FORMS}
+    ended = run_all(cases, project.path, project.environment)
+    place = f"gpu {machine.snapshot()[0].uuid}"
+    assert {
+        form: (it.code, it.err, it.said[0] if it.said else None, it.places)
+        for form, it in ended.items()
+    } == {" ".join(form): (0, "", said, [place] * workers) for form, said, workers in FORMS}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said", "workers"),
     [
         (["--gpu-share"], TWO, 2),
         (["-n", "gpu-auto"], TWO, 2),
-        (["-ngpu-auto"], TWO, 2),
-        (["--numprocesses=gpu-auto"], TWO, 2),
-        (["-n", "gpu-auto", "--gpu-share"], TWO, 2),
-        (["--gpu-share", "-n", "1"], ONE, 1),
         (["-n", "gpu-auto", "-n", "1", "--gpu-share"], ONE, 1),
-        (["--gpu-share", "-n", "2"], TWO, 2),
-        (["--gpu-share", "-n", "8"], TWO, 2),
-        (["--gpu-share", "-n", "auto"], TWO, 2),
-        (["--gpu-share", "-n", "logical"], TWO, 2),
-        (["--gpu-share", "--maxprocesses", "1"], ONE.replace("-n 1", "--maxprocesses 1"), 1),
         (["--gpu-share", "-d"], TWO, 2),
-        (["--gpu-share", "--dist", "no"], TWO, 2),
-        (["--gpu-share", "--dist", "worksteal"], TWO, 2),
         (["--gpu-share", "--dist", "loadscope"], TWO, 2),
-        (["--gpu-share", "--dist", "loadfile"], TWO, 2),
-        (["--gpu-share", "--dist", "loadgroup"], TWO, 2),
         (["--gpu-share", "--tx", "5*popen", "-n", "3"], TWO, 2),
-        (["--no-gpu-share", "--gpu-share"], TWO, 2),
         (["-n", "gpu-auto", "-p", "no:terminal"], None, None),
     ],
 )
-def test_asked(
+def test_asked_with_workers(
     arguments: list[str], said: str | None, workers: int | None, project: Project, machine: Machine
 ) -> None:
-    """xdist starts what the plan says, whatever the form of the question."""
+    """The workers are started, and where they were to be placed they are."""
     project.write(test_project=SHOW_PLACE)
     result = project.pytest(*arguments)
     assert (result.code, result.err) == (0, "")
@@ -59,25 +82,37 @@ def test_asked(
     assert places == {f"gpu {machine.snapshot()[0].uuid}"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "workers"),
-    [
-        ([], None),
+def test_not_asked(project: Project, machine: Machine) -> None:
+    """The plugin says nothing, asks nobody and starts what stock xdist starts."""
+    machine.inject("nvmlInitWithFlags", code=999)
+    forms = [
+        ([], 0),
         (["-n", "2"], 2),
-        (["--no-gpu-share"], None),
+        (["--no-gpu-share"], 0),
         (["--gpu-share", "--no-gpu-share", "-n", "1"], 1),
         (["-n", "gpu-auto", "-n", "1"], 1),
-        (["-n", "gpu-auto", "-n", "0"], None),
-        (["-n", "0"], None),
-    ],
-)
-def test_not_asked(
+        (["-n", "gpu-auto", "-n", "0"], 0),
+        (["-n", "0"], 0),
+    ]
+    cases = {" ".join(form): arguments(*form) for form, _ in forms}
+    ended = run_all(cases, project.path, project.environment)
+    # A run in this process passes its test.
+    assert {
+        form: (it.code, it.err, it.said, it.places, it.passed, it.loaded)
+        for form, it in ended.items()
+    } == {
+        " ".join(form): (0, "", [], ["unset unset"] * workers, int(not workers), [])
+        for form, workers in forms
+    }
+
+
+@pytest.mark.parametrize(("arguments", "workers"), [([], None), (["-n", "2"], 2)])
+def test_not_asked_changes_nothing(
     arguments: list[str], workers: int | None, project: Project, machine: Machine
 ) -> None:
-    """The plugin says nothing, asks nobody and changes nothing."""
+    """Neither in this process nor in workers is a variable set."""
     project.write(test_project=SHOW_PLACE)
-    machine.inject("nvmlInitWithFlags", code=999)
-    result = project.pytest(*arguments, PYTEST_XDIST_AUTO_NUM_WORKERS="2")
+    result = project.pytest(*arguments)
     assert (result.code, result.err, result.said, result.workers) == (0, "", [], workers)
     assert set(project.places().values()) == {"unset unset"}
 
@@ -95,13 +130,22 @@ INI_FILES = {
     "setup.cfg": "[tool:pytest]\ngpu_share = true\n",
     "pyproject.toml": "[tool.pytest.ini_options]\ngpu_share = true\n",
 }
+STRICTEST = ("--strict-config", "--strict-markers", "-W", "error")
 
 
-@pytest.mark.parametrize("name", INI_FILES)
-def test_ini_file(name: str, project: Project, machine: Machine) -> None:
+def test_ini_file(project: Project, machine: Machine) -> None:
     """`gpu_share = true` in any configuration file, under the strictest of settings."""
-    project.file(name, INI_FILES[name])
-    result = project.pytest("--strict-config", "--strict-markers", "-W", "error")
+    cases = {name: Case({name: text}, STRICTEST) for name, text in INI_FILES.items()}
+    ended = run_all(cases, project.path, project.environment)
+    assert {name: (it.code, it.err, it.said[0], len(it.places)) for name, it in ended.items()} == (
+        dict.fromkeys(INI_FILES, (0, "", TWO, 2))
+    )
+
+
+def test_ini_file_with_workers(project: Project, machine: Machine) -> None:
+    """The same in workers, where warnings are errors too."""
+    project.file("pytest.ini", INI_FILES["pytest.ini"])
+    result = project.pytest(*STRICTEST)
     assert (result.code, result.err, result.said[0], result.workers) == (0, "", TWO, 2)
 
 
@@ -113,9 +157,9 @@ def test_command_line_overrules_the_ini_file(project: Project, machine: Machine)
 
 
 @PYTEST_9
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
+def test_native_toml(project: Project, machine: Machine) -> None:
+    """pytest 9's own TOML tables, typed or quoted."""
+    files = [
         ("pytest.toml", "[pytest]\ngpu_share = true\ngpu_share_safety_buffer_mb = 1024\n"),
         ("pytest.toml", '[pytest]\ngpu_share = "true"\ngpu_share_safety_buffer_mb = "1GB"\n'),
         (
@@ -123,13 +167,13 @@ def test_command_line_overrules_the_ini_file(project: Project, machine: Machine)
             "[tool.pytest]\ngpu_share = true\ngpu_share_max_workers_per_gb = 0.25\n",
         ),
         ("pyproject.toml", '[tool.pytest]\naddopts = ["-n", "gpu-auto"]\n'),
-    ],
-)
-def test_native_toml(name: str, content: str, project: Project, machine: Machine) -> None:
-    """pytest 9's own TOML tables, typed or quoted."""
-    project.file(name, content)
-    result = project.pytest("--strict-config", "-W", "error")
-    assert (result.code, result.err, result.said[0], result.workers) == (0, "", TWO, 2)
+    ]
+    strict = ("--strict-config", "-W", "error")
+    cases = {text: Case({name: text}, strict) for name, text in files}
+    ended = run_all(cases, project.path, project.environment)
+    assert {text: (it.code, it.err, it.said[0], len(it.places)) for text, it in ended.items()} == (
+        dict.fromkeys(cases, (0, "", TWO, 2))
+    )
 
 
 def test_addopts_in_environment(project: Project, machine: Machine) -> None:
@@ -202,32 +246,17 @@ def test_bad_number_of_workers(project: Project) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", ["--collect-only", "--help", "--version", "--markers", "--fixtures"]
-)
-@pytest.mark.parametrize(
     "asking", [["-n", "gpu-auto"], ["--gpu-share", "-n", "0"], ["--gpu-share"]]
 )
-def test_nothing_is_probed(
-    option: str, asking: list[str], project: Project, machine: Machine
-) -> None:
+def test_nothing_is_probed(asking: list[str], project: Project, machine: Machine) -> None:
     """A command that runs no test asks neither NVML nor Ollama."""
     machine.inject("nvmlInitWithFlags", delay=5)
-    project.write(
-        conftest="""
-            import sys
-
-            import atexit
-
-            @atexit.register
-            def tell():
-                print("imported:", {"pynvml", "httpx"} & set(sys.modules))
-        """
+    options = ["--collect-only", "--help", "--version", "--markers", "--fixtures"]
+    cases = {option: arguments(*asking, option) for option in options}
+    ended = run_all(cases, project.path, project.environment)
+    assert {option: (it.code, it.said, it.loaded) for option, it in ended.items()} == (
+        dict.fromkeys(options, (0, [], []))
     )
-    result = project.pytest(*asking, option)
-    assert result.code == 0
-    assert result.said == []
-    # pytest 9.1 and newer answer --version before any conftest is imported.
-    assert "imported: set()" in result.out or option == "--version"
 
 
 @pytest.mark.parametrize("asking", [["-n", "0"], ["--pdb"], ["-n", "gpu-auto", "--pdb"]])
@@ -367,12 +396,12 @@ def test_conftest_that_changes_what_its_process_sees(
 ) -> None:
     """The plan goes by what was set before: a conftest means its own process."""
     machine_with(Device(total="24GB", used="2GB"), Device(total="24GB", used="2GB"))
-    plain = project.pytest("--gpu-share", "-n2")
-    assert plain.said[0].startswith("gpu-share: 2 GPU workers × 9.0 GB = 18.0 GB")
+    plain = project.pytest("--gpu-share", "-n1")
+    assert plain.said[0].startswith("gpu-share: 1 GPU worker × 9.0 GB = 9.0 GB")
     for value in ("", "1", "GPU-none"):
         project.write(conftest=f"import os\nos.environ['CUDA_VISIBLE_DEVICES'] = {value!r}\n")
-        changed = project.pytest("--gpu-share", "-n2")
-        assert (changed.code, changed.passed, changed.workers) == (0, 4, 2), changed.out
+        changed = project.pytest("--gpu-share", "-n1")
+        assert (changed.code, changed.passed, changed.workers) == (0, 4, 1), changed.out
         assert changed.said[:3] == plain.said[:3]
 
 
@@ -386,41 +415,47 @@ def test_conftest_that_names_the_server(
     assert f"at {server.host}: qwen2.5:14b" in result.out
 
 
-@pytest.mark.parametrize("word", ["gpu", "gpu_auto", "GPU-AUTO", "gpuauto"])
-def test_almost_gpu_auto(word: str, project: Project) -> None:
+def test_almost_gpu_auto(project: Project) -> None:
     """The nearest word is named."""
-    result = project.pytest("-n", word)
-    assert result.code == 4
-    assert f"'{word}' is not a number of workers: did you mean gpu-auto?" in result.err
+    words = ["gpu", "gpu_auto", "GPU-AUTO", "gpuauto"]
+    ended = run_all({word: arguments("-n", word) for word in words}, project.path)
+    for word, it in ended.items():
+        assert it.code == 4
+        assert f"'{word}' is not a number of workers: did you mean gpu-auto?" in it.err
 
 
-@pytest.mark.parametrize(
-    ("typed", "text"),
-    [
-        (["--gpu-share-report=r.json"], "--gpu-share-report has no effect"),
-        (["--gpu-share-strict"], "--gpu-share-strict has no effect"),
-        (["--gpu-share-preset", "packed"], "--gpu-share-preset has no effect"),
-        (["--gpu-share-config=gone.json"], "--gpu-share-config has no effect"),
-        (
-            ["--gpu-share-strict", "--gpu-share-report=r.json"],
-            "--gpu-share-report and --gpu-share-strict have no effect",
-        ),
-    ],
-)
-def test_options_without_the_switch(typed: list[str], text: str, project: Project) -> None:
+def test_options_without_the_switch(project: Project) -> None:
     """One warning where they are typed; nothing where they stand in addopts."""
-    result = project.pytest(*typed)
-    assert (result.code, result.passed) == (0, 4)
-    assert "1 warning" in result.out
-    assert f"{text} without --gpu-share or -n gpu-auto" in result.out
-    strict = project.pytest(*typed, "-W", "error")
-    assert strict.code == 4
-    assert strict.err.startswith(f"ERROR: {text} without --gpu-share or -n gpu-auto")
-    for silent in (["--no-gpu-share"], ["--collect-only", "-q"]):
-        assert "effect" not in project.pytest(*typed, *silent).out
-    project.file("pytest.ini", f"[pytest]\naddopts = {' '.join(typed)}\n")
-    result = project.pytest()
-    assert (result.code, result.passed, "effect" in result.out) == (0, 4, False)
+    lacking = {
+        "--gpu-share-report=r.json": "--gpu-share-report has no effect",
+        "--gpu-share-strict": "--gpu-share-strict has no effect",
+        "--gpu-share-preset packed": "--gpu-share-preset has no effect",
+        "--gpu-share-config=gone.json": "--gpu-share-config has no effect",
+        "--gpu-share-strict --gpu-share-report=r.json": (
+            "--gpu-share-report and --gpu-share-strict have no effect"
+        ),
+    }
+    cases = {}
+    for line in lacking:
+        typed = line.split()
+        cases[f"{line}: typed"] = arguments(*typed)
+        cases[f"{line}: -W error"] = arguments(*typed, "-W", "error")
+        cases[f"{line}: refused"] = arguments(*typed, "--no-gpu-share")
+        cases[f"{line}: collected"] = arguments(*typed, "--collect-only", "-q")
+        cases[f"{line}: addopts"] = Case({"pytest.ini": f"[pytest]\naddopts = {line}\n"}, ())
+    ended = run_all(cases, project.path)
+    for line, text in lacking.items():
+        result = ended[f"{line}: typed"]
+        assert (result.code, result.passed) == (0, 1)
+        assert "1 warning" in result.out
+        assert f"{text} without --gpu-share or -n gpu-auto" in result.out
+        strict = ended[f"{line}: -W error"]
+        assert strict.code == 4
+        assert strict.err.startswith(f"ERROR: {text} without --gpu-share or -n gpu-auto")
+        for silent in ("refused", "collected"):
+            assert "effect" not in ended[f"{line}: {silent}"].out
+        result = ended[f"{line}: addopts"]
+        assert (result.code, result.passed, "effect" in result.out) == (0, 1, False)
 
 
 def test_simulation_without_the_switch(project: Project) -> None:

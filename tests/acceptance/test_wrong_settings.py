@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,8 @@ from simulator import Machine
 
 from pytest_gpushare.config.options import BY_KEY
 
-from .conftest import Project, clean_environment
+from .conftest import Project
+from .in_one_process import Case, Ended, run_all
 
 NATIVE_TOML = (
     [("pytest.toml", "[pytest]"), ("pyproject.toml", "[tool.pytest]")]
@@ -27,54 +26,6 @@ NATIVE_TOML = (
     else []
 )
 """File and table in which pytest 9 reads values with their types."""
-
-MANY = """
-import contextlib, io, json, os
-from pathlib import Path
-import pytest
-
-root, answers = Path.cwd(), []
-for number, case in enumerate(json.loads(Path("cases.json").read_text(encoding="utf-8"))):
-    here = root / f"case-{number}"
-    here.mkdir()
-    (here / f"test_{number}.py").write_text("def test_it():\\n    pass\\n")
-    for name, content in case["files"].items():
-        (here / name).write_text(content, encoding="utf-8")
-    out, err = io.StringIO(), io.StringIO()
-    os.chdir(here)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = pytest.main(["-p", "no:cacheprovider", *case["arguments"]])
-    os.chdir(root)
-    answers.append([int(code), out.getvalue(), err.getvalue()])
-Path("answers.json").write_text(json.dumps(answers), encoding="utf-8")
-"""
-
-
-@dataclass(frozen=True)
-class Case:
-    """What the user wrote."""
-
-    files: Mapping[str, str] = field(default_factory=dict)
-    arguments: Sequence[str] = ("--gpu-share",)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How it ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-def run_all(cases: Mapping[str, Case], path: Path) -> dict[str, Ended]:
-    """Run pytest once for each case, all in one process."""
-    project = Project(path, clean_environment())
-    (path / "cases.json").write_text(json.dumps([asdict(case) for case in cases.values()]))
-    done = project.command([sys.executable, "-c", MANY])
-    assert (done.code, done.out, done.err) == (0, "", "")
-    answers = json.loads((path / "answers.json").read_text())
-    return {name: Ended(*answer) for name, answer in zip(cases, answers, strict=True)}
 
 
 # --- wrong ---
