@@ -15,19 +15,23 @@ from inner_pytest import left_out
 
 from .conftest import Project, Result, clean_environment
 
+STOP = """
+import pytest
+
+places = []
+
+@pytest.hookimpl(optionalhook=True, trylast=True)
+def pytest_xdist_setupnodes(specs):
+    seen = ("PYTEST_GPUSHARE_ROLE", "CUDA_VISIBLE_DEVICES")
+    places.extend(" ".join(spec.env.get(name, "unset") for name in seen) for spec in specs)
+    pytest.exit("before the first worker", returncode=0)
+"""
+"""A plugin that ends a run when its first worker would start, and knows where each was placed."""
+
 _MANY = """
 import contextlib, io, json, os, sys
 from pathlib import Path
-import pytest
-
-class Stop:
-    '''Ends a run when the first worker would start, and tells where each was to be placed.'''
-
-    @pytest.hookimpl(optionalhook=True, trylast=True)
-    def pytest_xdist_setupnodes(self, specs):
-        seen = ("PYTEST_GPUSHARE_ROLE", "CUDA_VISIBLE_DEVICES")
-        places.extend(" ".join(spec.env.get(name, "unset") for name in seen) for spec in specs)
-        pytest.exit("before the first worker", returncode=0)
+import pytest, stop
 
 root, answers = Path.cwd(), []
 for number, case in enumerate(json.loads(Path("cases.json").read_text(encoding="utf-8"))):
@@ -38,19 +42,19 @@ for number, case in enumerate(json.loads(Path("cases.json").read_text(encoding="
         (here / name).write_text(content, encoding="utf-8")
     # What is written depends on the encoding of the output.
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
-    places = []
+    stop.places = []
     os.chdir(here)
     before = dict(os.environ)
     os.environ.update(case["variables"])
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = pytest.main([*sys.argv[1:], *case["arguments"]], [Stop()])
+        code = pytest.main([*sys.argv[1:], *case["arguments"]], [stop])
     os.environ.clear()
     os.environ.update(before)
     os.chdir(root)
     loaded = sorted({"pynvml", "httpx"} & set(sys.modules))
     texts = [stream.buffer.getvalue().decode() for stream in (out, err)]
     texts[1] = texts[1].replace("Exit: before the first worker\\n", "")
-    answers.append([int(code), *texts, places, loaded])
+    answers.append([int(code), *texts, stop.places, loaded])
 Path("answers.json").write_text(json.dumps(answers), encoding="utf-8")
 """
 
@@ -79,6 +83,7 @@ def run_all(
 ) -> dict[str, Ended]:
     """Run pytest once for each case, in its order; a run with workers ends before they start."""
     project = Project(path, environment or clean_environment())
+    project.write(stop=STOP)
     (path / "cases.json").write_text(json.dumps([asdict(case) for case in cases.values()]))
     done = project.command([sys.executable, "-c", _MANY, *left_out()])
     assert (done.code, done.out, done.err) == (0, "", "")

@@ -38,6 +38,7 @@ from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.gpu.nvml import _REMEDIES
 
 from .conftest import Project, Result
+from .in_one_process import STOP
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -231,20 +232,24 @@ def run_console(block: Block, project: Project, place: str) -> list[str]:
             parts[-1][1].append(line)
     made: list[str] = []
     for command, expected in parts:
-        result = run(command[2:], project, place)
+        # Of a command alone without output the options are tried: no worker need start.
+        result = run(command[2:], project, place, whole=len(block.lines) > 1)
         made += [command, *rewritten(expected, result)]
         if not os.environ.get("UPDATE_GOLDEN"):
             compare(command, expected, result, place)
     return made if os.environ.get("UPDATE_GOLDEN") else wanted
 
 
-def run(command: str, project: Project, place: str) -> Result:
+def run(command: str, project: Project, place: str, *, whole: bool) -> Result:
     words = shlex.split(command)
     environment = {}
     while "=" in words[0]:
         name, _, environment[name] = words.pop(0).partition("=")
     assert words[0] in COMMANDS, f"{place}: {words[0]} cannot be run here: give a not-run reason"
     if words[0] == "pytest":
+        if not whole:
+            project.write(stop=STOP)
+            words += ["-p", "stop"]
         return project.pytest(*words[1:], **environment)
     if words[0] == "pytest-gpushare":
         words[:1] = [sys.executable, "-m", "pytest_gpushare"]
