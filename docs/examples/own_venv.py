@@ -45,7 +45,9 @@ def own_venv(directory: Path, requirements: Sequence[str], made_from: Sequence[P
         )
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     # Dependency groups came with pip 25.1.
-    for arguments in (["--upgrade", "pip>=25.1"], requirements):
+    newer = ["--upgrade", "pip>=25.1"]
+    groups = any(part.startswith("--group") for part in requirements)
+    for arguments in (newer, requirements) if groups else (requirements,):
         done = subprocess.run([*pip, *arguments], stdin=subprocess.DEVNULL, timeout=LIMIT)
         if done.returncode:
             sys.exit(f"pip install {' '.join(arguments)} failed")
