@@ -2,6 +2,7 @@
 
 `table`, `options` and `presets` return MyST text. The directives `gpu-share-options` and
 `gpu-share-presets` put it into a page; the table is written there, to be read without Sphinx too.
+A key in code, as `gpu_share_wait` or `gpu_share_wait = 0`, becomes a link to its entry.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pytest_gpushare.config.kinds import kind_of
 from pytest_gpushare.config.options import OPTIONS, PRESETS, Option
 
 if TYPE_CHECKING:
+    from docutils import nodes
     from sphinx.application import Sphinx
 
 
@@ -21,7 +23,7 @@ def table() -> str:
     """A table with a row for each option: its key, default and meaning."""
     rows = ["| key | default | meaning |", "|---|---|---|"]
     rows += [
-        f"| {{confval}}`{option.ini}` | {_default(option)} | {_sentence(option.meaning)} |"
+        f"| `{option.ini}` | {_default(option)} | {_sentence(option.meaning)} |"
         for option in OPTIONS
     ]
     return "\n".join(rows) + "\n"
@@ -69,8 +71,25 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
+def link_keys(app: Sphinx, document: nodes.document) -> None:
+    """Link each key that stands in code to its entry in the reference."""
+    from docutils import nodes
+    from sphinx import addnodes
+
+    keys = {option.ini for option in OPTIONS}
+    for code in list(document.findall(nodes.literal)):
+        key = code.astext().partition(" = ")[0]
+        if key not in keys or isinstance(code.parent, nodes.reference | addnodes.pending_xref):
+            continue
+        link = addnodes.pending_xref(
+            "", refdomain="std", reftype="confval", reftarget=key, refdoc=app.env.docname
+        )
+        code.replace_self(link)
+        link += code
+
+
 def setup(app: Sphinx) -> dict[str, object]:
-    """Register the directives."""
+    """Register the directives and the links."""
     from sphinx.util.docutils import SphinxDirective
 
     def directive(make):
@@ -83,6 +102,7 @@ def setup(app: Sphinx) -> dict[str, object]:
 
         return Generated
 
+    app.connect("doctree-read", link_keys)
     app.add_directive("gpu-share-options", directive(options))
     app.add_directive("gpu-share-presets", directive(presets))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
