@@ -1,7 +1,8 @@
 """Pictures of what people see first, to be looked at: `python -m tests.browser.make_screens`.
 
 The documentation, the report's page, and the terminal in tmux; in `tests/browser/output`, which CI
-keeps and git ignores. A page that is wider than its window is an error. Run it in an environment
+keeps and git ignores. A page or a table that is wider than a phone is an error, and so is a
+section that doctor names and that is not there. Run it in an environment
 with the plugin and the groups `test` and `browser`; with the folder of the built documentation as
 an argument, or with the group `docs` too.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import html
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,10 +30,15 @@ from playwright.sync_api import Browser, sync_playwright
 from simulator import Device, Machine, build
 from simulator.ollama import OllamaServer
 
+from pytest_gpushare.cli.doctor.render import PAGE as DOCTOR
+
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = Path(__file__).with_name("output")
 PAGES = ("index", "how-to/index", "how-to/guard-ollama", "reference/options")
 WINDOWS = {"light": ("light", 1280), "dark": ("dark", 1280), "400": ("light", 400)}
+WIDE = """() => [document.documentElement, ...document.querySelectorAll('.table-wrapper')]
+    .filter(each => each.scrollWidth > each.clientWidth + 1)
+    .map(each => each.innerText.slice(0, 60))"""
 ROWS = 44
 LIMIT = 300.0
 
@@ -70,6 +77,7 @@ def main(built: str = "") -> None:
         chromium = shutil.which("chromium") or sys.exit("Chromium is not installed")
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         pages = Path(built) if built else build_pages(Path(folder) / "html")
+        check_pages(browser, pages)
         for name in PAGES:
             photograph(browser, pages / f"{name}.html", f"docs-{name.replace('/', '-')}")
         photograph_runs(browser, Path(folder))
@@ -81,6 +89,21 @@ def build_pages(built: Path) -> Path:
     command = [sys.executable, "-m", "sphinx", "-q", str(ROOT / "docs"), str(built)]
     subprocess.run(command, check=True, timeout=LIMIT)
     return built
+
+
+def check_pages(browser: Browser, built: Path) -> None:
+    """On a phone nothing scrolls sideways; the sections that doctor names are there."""
+    page = browser.new_page(viewport={"width": 400, "height": 1200})
+    for path in sorted(built.rglob("*.html")):
+        page.goto(path.resolve().as_uri())
+        if wide := page.evaluate(WIDE):
+            sys.exit(f"{path}: in a window of 400 pixels these scroll sideways: {wide}")
+    page.goto((built / f"{DOCTOR}.html").resolve().as_uri())
+    anchors = set(page.evaluate("[...document.querySelectorAll('[id]')].map(each => each.id)"))
+    text = (ROOT / "docs" / f"{DOCTOR}.md").read_text(encoding="utf-8")
+    if missing := set(re.findall(r"(?m)^### (\S+)$", text)) - anchors:
+        sys.exit(f"{DOCTOR}.html has no anchors {sorted(missing)}")
+    page.close()
 
 
 def photograph(browser: Browser, path: Path, name: str) -> None:

@@ -13,6 +13,7 @@ else:
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+HOST = "readthedocs.io"
 
 
 def test_one_version() -> None:
@@ -39,6 +40,12 @@ def test_addresses() -> None:
     addresses = PROJECT["project"]["urls"]
     assert {"Documentation", "Changelog", "Source", "Issues"} <= set(addresses)
     assert all(address.startswith("https://") for address in addresses.values())
+    assert addresses["Documentation"] == f"https://{PROJECT['project']['name']}.{HOST}/en/latest"
+    assert addresses["Changelog"].startswith(addresses["Documentation"])
+    builder = (ROOT / ".readthedocs.yaml").read_text(encoding="utf-8")
+    found = re.search(r"configuration: (\S+)", builder)
+    assert found is not None
+    assert (ROOT / found[1]).exists()
 
 
 def test_links_of_the_readme() -> None:

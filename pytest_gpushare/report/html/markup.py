@@ -65,11 +65,11 @@ def peak_text(held: float | None, exact: bool | None) -> str:
 
 
 def tests_peak(device: ShownDevice) -> str:
-    """What the tests held at most: `at least 7.4 GB, 3.9 GB of it unattributed`."""
+    """What the tests held at most: `at least 7.4 GB (3.9 GB of it unattributed)`."""
     held, left = device.peak_tests_bytes, device.peak_unattributed_bytes or 0
     if held is None or 20 * left <= held:
         return peak_text(held, device.peak_tests_exact)
-    return f"at least {size(held)}, {size(left)} of it unattributed"
+    return f"at least {size(held)} ({size(left)} of it unattributed)"
 
 
 def severity(kind: str) -> str:
