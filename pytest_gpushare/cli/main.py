@@ -43,10 +43,20 @@ exit codes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, by default with the process's arguments. Returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _main(given)
+    except BrokenPipeError:
+        # The reader closed the pipe, as `head` does; Python would report it again at shutdown.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return OK
+
+
+def _main(given: list[str]) -> int:
     own, pytest_arguments = _split(given)
     parser = make_parser()
     if not given:
         parser.print_help()
+        sys.stdout.flush()
         return OK
     _check_command(parser, own)
     options = parser.parse_args(own)
@@ -62,9 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Ctrl-C is how watch ends, perhaps before its first picture.
         return OK if options.command == "watch" else 130
     except BrokenPipeError:
-        # The reader closed the pipe, as `head` does; Python would report it again at shutdown.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return OK
+        raise
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise
@@ -115,7 +123,7 @@ class _PrintCompletion(argparse.Action):
             parser.error(f"{COMPLETION} needs shtab: pip install 'pytest-gpushare[completion]'")
         if shell not in shtab.SUPPORTED_SHELLS:
             parser.error(f"{COMPLETION}: allowed is {', '.join(shtab.SUPPORTED_SHELLS)}")
-        print(shtab.complete(parser, shell=shell))  # noqa: T201
+        print(shtab.complete(parser, shell=shell), flush=True)  # noqa: T201
         parser.exit()
 
 

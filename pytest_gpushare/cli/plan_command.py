@@ -12,7 +12,6 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -28,10 +27,6 @@ from pytest_gpushare.cli.terminal import (
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.report.header import Line, header, left_out
 from pytest_gpushare.report.output import laid_out
-
-if TYPE_CHECKING:
-    import pytest
-
 
 ALWAYS = (
     "-p",
@@ -88,7 +83,7 @@ def ask_pytest(arguments: Sequence[str], look: Look, cpus: int | None = None) ->
 def _without_usage(output: str) -> str:
     """The output; where pytest printed its usage, the line with the error alone."""
     usage = re.search(r"(?ms)^ERROR: usage: .*?^\S+: error: ([^\n]*)", output)
-    return f"ERROR: {usage[1]}\n" if usage else output
+    return f"ERROR: {usage[1]}\n" if usage else re.sub(r"\n+\Z", "\n", output)
 
 
 def _drop_captured(config: pytest.Config) -> None:

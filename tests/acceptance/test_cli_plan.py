@@ -162,7 +162,7 @@ REFUSED = {
 def test_what_a_run_refuses(project: Project) -> None:
     """One line, pytest's exit code, no traceback."""
     for arguments, told in zip(REFUSED, plans(project, REFUSED), strict=True):
-        lines = [line for line in told.err.splitlines() if line]
+        lines = told.err.splitlines()
         assert (told.code, told.out, len(lines)) == (4, "", 1), arguments
         assert lines[0].startswith("ERROR: ")
         assert REFUSED[arguments] in lines[0]

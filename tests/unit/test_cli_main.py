@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -58,6 +60,18 @@ def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
     script = capsys.readouterr().out
     assert ended.value.code == 0
     assert all(name in script for name in command.COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--print-completion", "bash"]], ids=["help", "script"])
+def test_a_reader_that_is_gone(arguments: list[str]) -> None:
+    """As with `| head`: no traceback, whichever output it is."""
+    pytest.importorskip("shtab")
+    line = [sys.executable, "-m", "pytest_gpushare", *arguments]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed:
+        done = subprocess.run(line, stdout=closed, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_completion_without_shtab(

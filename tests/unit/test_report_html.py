@@ -273,6 +273,15 @@ def test_lower_bounds_of_a_device(exact: bool | None, least: str) -> None:
     assert f"{least}20.0 GB</b> of 24.0 GB used" in page(document)
 
 
+def test_a_part_of_the_tests_peak_is_unattributed() -> None:
+    document = documents.small()
+    document["devices"][0].update(
+        peak_tests_bytes=7 * GB, peak_tests_exact=False, peak_unattributed_bytes=4 * GB
+    )
+    detail = answers(shown(document))[1].details[1]
+    assert detail.startswith("tests held at least 7.0 GB (4.0 GB of it unattributed) of their")
+
+
 def test_budget_overrun_is_a_warning() -> None:
     document = documents.small()
     document["devices"][0]["peak_tests_bytes"] = 10 * GB

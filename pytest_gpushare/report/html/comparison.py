@@ -231,7 +231,8 @@ def _duration(name: str, before: float | None, after: float | None) -> Differenc
     """A row of durations; without a state where it hardly changed."""
     if before is None or after is None:
         return Difference(name, span(before), span(after))
-    change = f"{100 * (after - before) / before:+.0f} %" if before > 0 else ""
+    part = round(100 * (after - before) / before) if before > 0 else 0
+    change = f"{part:+d} %" if part else ""
     state = ""
     if abs(after - before) >= max(_LEAST_SECONDS, _LEAST_PART * before):
         state = "bad" if after > before else "good"
