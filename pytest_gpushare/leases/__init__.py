@@ -188,6 +188,11 @@ def _claim(lessee: Lessee, device: Device, size: int, wait: float | None) -> Non
     from pytest_gpushare.leases.lessee import WaitingLine, Wish
     from pytest_gpushare.leases.records import DeviceLease
 
+    if size > device.total:
+        raise LeaseUnavailable(
+            f"{format_gb(size)} of VRAM are more than {device.label} has: {format_gb(device.total)}"
+        )
+
     def decide(view: View) -> Wish:
         room, held = _room(view, device)
         fits = size <= room - view.claims[device.uuid].ahead(room, view.ticket)

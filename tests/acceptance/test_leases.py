@@ -239,6 +239,8 @@ def test_hold(start: Callable[..., Session], machine: Machine, project: Project)
     refused = project.command([*HOLD, "--vram", "23GB", "--", "true"])
     assert refused.code == 4
     assert "23.0 GB of VRAM are not available on GPU 0" in refused.err
+    never = project.command([*HOLD, "--vram", "30GB", "--wait", "90", "--", "true"])
+    assert never.err == "ERROR: 30.0 GB of VRAM are more than GPU 0 has: 24.0 GB\n"
     assert project.command([*HOLD, "--vram", "8GB", "--device", "3", "--", "true"]).code == 4
     assert project.command([*HOLD, "--vram", "8GB", "--", "/nowhere"]).code == 4
     assert project.command([*HOLD, "--vram", "much", "--", "true"]).code == 2
