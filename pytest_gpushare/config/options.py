@@ -104,7 +104,7 @@ OPTIONS: tuple[Option, ...] = (
         "safety_buffer_mb",
         "size",
         "1024",
-        "VRAM left free on each device, whatever happens, in MB",
+        "VRAM left free on each device, in MB",
         field="safety_buffer",
         accepts={"high": _MOST_MB, "unit": "MB"},
     ),
@@ -119,7 +119,7 @@ OPTIONS: tuple[Option, ...] = (
         "min_vram_per_worker_gb",
         "size",
         "3.0",
-        "VRAM below which a GPU worker makes no sense, in GB",
+        "the least VRAM of a GPU worker, in GB",
         field="min_vram_per_worker",
         accepts={"low": "0.001", "high": _MOST_GB, "unit": "GB"},
     ),
@@ -213,8 +213,8 @@ OPTIONS: tuple[Option, ...] = (
         "ollama_phase",
         "choice",
         "auto",
-        "when tests that use a model run: `beside` the GPU tests, before or after them, or as "
-        "arithmetic says (auto)",
+        "when tests that use a model run: `beside` the GPU tests, before or after them, or "
+        "whichever is estimated to be shortest (auto)",
         accepts={"choices": ("auto", "beside", "before", "after")},
     ),
     Option(
