@@ -25,8 +25,8 @@ from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
 from pytest_gpushare.report.advice import amount, assess
 from pytest_gpushare.report.by_host import add_hosts, host_rows
 from pytest_gpushare.report.header import Line, header, left_out
+from pytest_gpushare.report.results import highest_peaks, leak_text, usages
 from pytest_gpushare.report.summary import HINT, verdict
-from pytest_gpushare.report.usage import highest_peaks, leak_text, usages
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import RecordedTest, leaks
 from pytest_gpushare.session.workers import Peak, WorkerRecord
@@ -272,7 +272,7 @@ def _model_tests(run: ActiveRun) -> Mapping[str, Any] | None:
     """The tests that used models; null where there were none."""
     if run.llm is None:
         return None
-    from pytest_gpushare.report.model_tests import document_of
+    from pytest_gpushare.report.of_ollama import document_of
 
     return document_of(run.llm)
 

@@ -156,7 +156,7 @@ def _note_leaks(run: ActiveRun) -> None:
     found = leaks(run.tests, run.workers)
     if not found:
         return
-    from pytest_gpushare.report.usage import leak_text
+    from pytest_gpushare.report.results import leak_text
 
     for leak in found:
         facts = {"bytes": leak.size, "worker": leak.worker, "suspects": list(leak.suspects)}

@@ -17,7 +17,7 @@ from pytest_gpushare.report.advice import (
 )
 from pytest_gpushare.report.by_host import lost_hosts
 from pytest_gpushare.report.header import Line, OutputOptions, header
-from pytest_gpushare.report.usage import usage_lines
+from pytest_gpushare.report.results import usage_lines
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.units import format_gb, plural
 
@@ -321,7 +321,7 @@ def summary(run: ActiveRun, view: OutputOptions) -> list[Line]:
     change; at -q one line where anything needs attention."""
     lines = [line for part in _SUMMARY for line in part(run)]
     if run.llm is not None:
-        from pytest_gpushare.report.model_tests import lines_of
+        from pytest_gpushare.report.of_ollama import lines_of
 
         lines += lines_of(run, view)
     lines += [*usage_lines(run, view), *_hints(run)]
