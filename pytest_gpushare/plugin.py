@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Generator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,6 +32,7 @@ from pytest_gpushare.config.options import OPTIONS, SWITCHES
 if TYPE_CHECKING:
     from pytest_gpushare.place import Place
     from pytest_gpushare.report.output import Header
+    from pytest_gpushare.report.results import Results
     from pytest_gpushare.session.run import ActiveRun
     from pytest_gpushare.worker.ollama_fixture import OllamaForTest
 
@@ -276,16 +278,23 @@ class _RunHooks:
             run.model_sizes.keep(session.config)
             if run.has_failed() and session.exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
-            from pytest_gpushare.report.output import log_summary, publish
+            from pytest_gpushare.report.publish import log_summary, publish
 
-            publish(run, session.config, int(session.exitstatus))
-            log_summary(run, session.config)
+            publish(self._results, session.config, int(session.exitstatus))
+            log_summary(self._results, session.config)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """What the tests used, and what went wrong on the way."""
-        from pytest_gpushare.report.output import print_summary
+        from pytest_gpushare.report.publish import print_summary
 
-        print_summary(self._run, terminalreporter)
+        print_summary(self._results, terminalreporter)
+
+    @cached_property
+    def _results(self) -> Results:
+        """What the run left; first asked for when its tests are over."""
+        from pytest_gpushare.report.results import Results
+
+        return Results(self._run)
 
 
 def _options_if_asked(early_config: pytest.Config) -> Any | None:

@@ -22,7 +22,7 @@ from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.report.html import comparison
 from pytest_gpushare.report.html.comparison import ComparedSubject, Difference
 from pytest_gpushare.report.merge import merged, names_of
-from pytest_gpushare.report.output import write_reports
+from pytest_gpushare.report.publish import write_reports
 from pytest_gpushare.report.reading import read_report
 from pytest_gpushare.text import redacted, redactor, width_of, wrapped, write_whole
 from pytest_gpushare.units import plural

@@ -72,8 +72,9 @@ def assess(run: ActiveRun) -> Assessment:
             advice += _cpu_workers(run, case)
     advice += _skip(run)
     advice += _wait_for_others(run)
-    advice += _declare_what_passed_alone(run, case)
-    return Assessment(tuple(shortages), tuple(advice), tuple(declared_too_small(run)))
+    over = over_need(run)
+    advice += _declare_what_passed_alone(run, case, over)
+    return Assessment(tuple(shortages), tuple(advice), tuple(declared_too_small(run, over)))
 
 
 def admits_by_needs(run: ActiveRun) -> bool:
@@ -261,18 +262,20 @@ def _cpu_workers(run: ActiveRun, case: Case) -> list[Advice]:
 
 def over_need(run: ActiveRun) -> list[tuple[RecordedTest, int]]:
     """Tests that held more than the need that is declared for them, the largest first."""
-    found = []
+    found, needs = [], run.tests.needs
     for test in run.tests:
-        need, source = run.tests.need_of(test.nodeid)
-        declared = need if need and source in ("marker", "rule") else None
+        need, source = needs.get(test.nodeid, (0, ""))
+        declared = need if source in ("marker", "rule") else 0
         if declared and test.peak is not None and test.peak.size > declared * _OVER:
             found.append((test, declared))
     return sorted(found, key=lambda entry: -(entry[0].peak.size if entry[0].peak else 0))
 
 
-def declared_too_small(run: ActiveRun) -> Iterator[Advice]:
-    """Tests that held more than their declared needs: what to declare."""
-    for test, need in over_need(run):
+def declared_too_small(
+    run: ActiveRun, over: Sequence[tuple[RecordedTest, int]]
+) -> Iterator[Advice]:
+    """Tests that held more than their declared needs, as by `over_need`: what to declare."""
+    for test, need in over:
         assert test.peak is not None
         size = _rounded(Fraction(test.peak.size))
         fits = size <= run.plan.usable
@@ -300,10 +303,14 @@ def _wait_for_others(run: ActiveRun) -> Iterator[Advice]:
         )
 
 
-def _declare_what_passed_alone(run: ActiveRun, case: Case) -> Iterator[Advice]:
+def _declare_what_passed_alone(
+    run: ActiveRun, case: Case, over: Sequence[tuple[RecordedTest, int]]
+) -> Iterator[Advice]:
     """Tests that ran out of memory beside others and passed alone: what to declare."""
-    named = {test.nodeid for test, _ in over_need(run)}
     again = {e.facts["nodeid"]: e.facts["outcome"] for e in run.record.events("oom-retried")}
+    if not again:
+        return
+    named = {test.nodeid for test, _ in over}
     peaks = {test.nodeid: test.peak for test in run.tests if test.nodeid in again}
     for nodeid in list(again)[:_MOST_TESTS]:
         peak = peaks.get(nodeid)

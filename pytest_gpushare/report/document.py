@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
@@ -22,16 +22,12 @@ from pytest_gpushare.ollama.address import without_secrets
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.planning.placement import PlacementContext, caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
-from pytest_gpushare.report.advice import amount, assess
-from pytest_gpushare.report.by_host import add_hosts, host_rows
-from pytest_gpushare.report.header import Line, header, left_out
-from pytest_gpushare.report.results import highest_peaks, leak_text, usages
-from pytest_gpushare.report.summary import HINT, verdict
+from pytest_gpushare.report.header import header, left_out
+from pytest_gpushare.report.of_ollama import document_of_tests, verdict
+from pytest_gpushare.report.results import Results
 from pytest_gpushare.session.run import ActiveRun
-from pytest_gpushare.session.tests import RecordedTest, leaks
 from pytest_gpushare.session.workers import Peak, WorkerRecord
 from pytest_gpushare.text import redacted, redactor
-from pytest_gpushare.units import format_gb
 
 
 def in_force(settings: Settings) -> dict[str, dict[str, str]]:
@@ -54,9 +50,9 @@ _FINISHED = (0, 1, 5)
 """pytest's exit codes of a run that came to its end."""
 
 
-def document(run: ActiveRun, exit_status: int, summary: Sequence[str]) -> dict[str, Any]:
+def document(results: Results, exit_status: int, summary: Sequence[str]) -> dict[str, Any]:
     """The document, in builtin types; `summary`: the lines that the terminal shows."""
-    assessment, needs = assess(run), _largest_needs(run)
+    run, assessment, needs = results.run, results.assessment, _largest_needs(results)
     began = datetime.fromtimestamp(run.record.began_at, timezone.utc)
     whole = {
         "schema": SCHEMA,
@@ -74,9 +70,9 @@ def document(run: ActiveRun, exit_status: int, summary: Sequence[str]) -> dict[s
             "simulated": run.gpus.simulated,
         },
         "plan": _plan(run),
-        "devices": _devices(run),
-        "workers": [_worker(member, needs) for member in run.workers],
-        "tests": [_test(test, run) for test in run.tests],
+        "devices": _devices(results),
+        "workers": [_worker(member, results.held[member.id], needs) for member in results.workers],
+        "tests": _tests(results),
         "ollama": _ollama(run),
         "events": [
             {
@@ -100,12 +96,43 @@ def document(run: ActiveRun, exit_status: int, summary: Sequence[str]) -> dict[s
                 "suspects": list(leak.suspects),
                 "suspects_count": leak.among,
             }
-            for leak in leaks(run.tests, run.workers)
+            for leak in results.leaks
         ],
         "problems": _problems(run),
     }
-    result: dict[str, Any] = redacted(add_hosts(whole, run), redactor())
+    result: dict[str, Any] = redacted(_add_hosts(whole, run), redactor())
     return result
+
+
+def _add_hosts(document: dict[str, Any], run: ActiveRun) -> dict[str, Any]:
+    """The document, with the host of each device, worker and test where there are several."""
+    if not run.hosts:
+        return document
+    # Only a run on several hosts needs it.
+    from pytest_gpushare.hosts.live import pid_there
+
+    devices = {each.device.uuid: each.device.host or None for each in run.plan.devices}
+    workers = {member.id: run.host_named(member.id) for member in run.workers}
+    document["hosts"] = [
+        {
+            "name": host.name or None,
+            "python": host.python or None,
+            "gpu_workers": len(host.plan.slots),
+            "cpu_workers": host.plan.cpu_workers,
+            "shortage": "" if host.plan.slots else shortage(host.plan),
+            "lost": host.lost,
+        }
+        for host in run.hosts
+    ]
+    for device in document["devices"]:
+        device["host"] = devices.get(device["uuid"])
+    for worker in document["workers"]:
+        worker["host"] = workers.get(worker["id"])
+        if worker["pid"] is not None:
+            worker["pid"] = pid_there(worker["pid"])
+    for test in document.get("tests", ()):
+        test["host"] = workers.get(test["worker"])
+    return document
 
 
 def _plan(run: ActiveRun) -> dict[str, Any]:
@@ -176,11 +203,11 @@ def _models(models: Iterable[LoadedModel]) -> list[dict[str, Any]]:
     ]
 
 
-def _devices(run: ActiveRun) -> list[dict[str, Any]]:
-    watched = {use.plan.device.uuid: use.peaks for use in usages(run)}
+def _devices(results: Results) -> list[dict[str, Any]]:
+    watched = {use.plan.device.uuid: use.peaks for use in results.usages}
     return [
         {**_device(plan, "_at_start"), **_peaks(watched.get(plan.device.uuid))}
-        for plan in run.plan.devices
+        for plan in results.run.plan.devices
     ]
 
 
@@ -198,7 +225,7 @@ def _peaks(peaks: DevicePeaks | None) -> dict[str, int | None]:
     }
 
 
-def _worker(member: WorkerRecord, needs: Mapping[str, int]) -> dict[str, Any]:
+def _worker(member: WorkerRecord, held: Peak | None, needs: Mapping[str, int]) -> dict[str, Any]:
     return {
         "id": member.id,
         "role": member.role,
@@ -209,35 +236,39 @@ def _worker(member: WorkerRecord, needs: Mapping[str, int]) -> dict[str, Any]:
         "started_s": _seconds(member.started),
         "ended_s": _seconds(member.ended),
         "crashed": member.crashed,
-        **_peak(member.held),
+        **_peak(held),
     }
 
 
-def _test(test: RecordedTest, run: ActiveRun) -> dict[str, Any]:
-    member = run.workers.get(test.worker)
-    need, source = run.tests.need_of(test.nodeid)
-    return {
-        "nodeid": test.nodeid,
-        "worker": test.worker,
-        "device": None if member is None else member.device,
-        "start_s": _seconds(test.start),
-        "end_s": _seconds(test.end),
-        "outcome": test.outcome,
-        "need_bytes": need,
-        "need_source": source,
-        **_peak(test.peak),
-        "left_bytes": test.left,
-        "waited_s": _seconds(run.tests.wait_of(test.nodeid)),
-        "attempts": test.attempts,
-        "notes": run.tests.remarks_of(test.nodeid),
-    }
+def _tests(results: Results) -> list[dict[str, Any]]:
+    kept = results.run.tests
+    devices = {member.id: member.device for member in results.workers}
+    return [
+        {
+            "nodeid": test.nodeid,
+            "worker": test.worker,
+            "device": devices.get(test.worker),
+            "start_s": _seconds(test.start),
+            "end_s": _seconds(test.end),
+            "outcome": test.outcome,
+            "need_bytes": (need := kept.needs.get(test.nodeid, (None, None)))[0],
+            "need_source": need[1],
+            **_peak(test.peak),
+            "left_bytes": test.left,
+            "waited_s": _seconds(kept.waits.get(test.nodeid, 0.0)),
+            "attempts": test.attempts,
+            "notes": kept.remarks.get(test.nodeid, []),
+        }
+        for test in results.tests
+    ]
 
 
-def _largest_needs(run: ActiveRun) -> dict[str, int]:
+def _largest_needs(results: Results) -> dict[str, int]:
     """Worker -> the largest need of a test that it ran; workers without such tests left out."""
     found: dict[str, int] = {}
-    for test in run.tests:
-        need, source = run.tests.need_of(test.nodeid)
+    needs = results.run.tests.needs
+    for test in results.tests:
+        need, source = needs.get(test.nodeid, (0, ""))
         if need and source != "slot":
             found[test.worker] = max(need, found.get(test.worker, 0))
     return found
@@ -270,11 +301,7 @@ def _ollama(run: ActiveRun) -> Mapping[str, Any] | None:
 
 def _model_tests(run: ActiveRun) -> Mapping[str, Any] | None:
     """The tests that used models; null where there were none."""
-    if run.llm is None:
-        return None
-    from pytest_gpushare.report.of_ollama import document_of
-
-    return document_of(run.llm)
+    return None if run.llm is None else document_of_tests(run.llm)
 
 
 def _samples(run: ActiveRun) -> dict[str, Any]:
@@ -345,7 +372,7 @@ def left_out_document(reason: str) -> dict[str, Any]:
 
 def plan_document(run: ActiveRun) -> dict[str, Any]:
     """What `plan --json` prints."""
-    document: dict[str, Any] = redacted(add_hosts(_plan_document(run), run), redactor())
+    document: dict[str, Any] = redacted(_add_hosts(_plan_document(run), run), redactor())
     return document
 
 
@@ -381,82 +408,3 @@ def _workers(plan: Plan, placement: PlacementContext) -> list[dict[str, Any]]:
         for number in range(len(gpu), len(gpu) + plan.cpu_workers)
     ]
     return gpu + cpu
-
-
-_MOST_ANNOTATIONS = 10
-"""GitHub shows ten of a kind for each step."""
-_LONGEST = 300
-_HARMLESS = frozenset(" .,:/%()=")
-
-
-def step_summary(run: ActiveRun, lines: Sequence[Line]) -> str:
-    """Markdown: the devices, hosts, highest peaks, what became of Ollama's models, and every
-    problem; text is escaped."""
-    parts = ["### gpu-share", "", *_table(run)]
-    if run.hosts:
-        parts += ["", "| host | GPU workers | CPU workers | tests | |", "|---|---|---|---|---|"]
-        parts += [f"| {' | '.join(map(escaped, row))} |" for row in host_rows(run)]
-    tests = highest_peaks(run)
-    if tests:
-        parts += ["", "| test | VRAM |", "|---|---|"]
-        for test in tests:
-            assert test.peak is not None
-            parts.append(f"| {escaped(test.nodeid)} | {amount(test.peak)} |")
-    notable = [
-        line.text.strip()
-        for line in lines
-        if line.problem or line.mark or line.text.startswith(HINT)
-    ]
-    if notable:
-        parts += ["", *(f"- {escaped(text)}" for text in notable)]
-    return "\n".join([*parts, "", ""])
-
-
-def workflow_commands(run: ActiveRun) -> Iterator[str]:
-    """The workflow commands for spills and leaks; errors where they fail the run."""
-    spills = [event.text for event in run.record.events("ollama-spilled")]
-    kind = "error" if spills and run.has_failed() else "warning"
-    for text in spills[:_MOST_ANNOTATIONS]:
-        yield f"::{kind} title={_property('gpu-share: Ollama')}::{_data(text)}"
-    for leak in leaks(run.tests, run.workers)[:_MOST_ANNOTATIONS]:
-        name = leak.suspects[0] if leak.among == 1 else ""
-        file = name.partition("::")[0]
-        place = f"file={_property(file)}," if file else ""
-        title = _property("gpu-share: VRAM left behind")
-        yield f"::warning {place}title={title}::{_data(leak_text(leak))}"
-
-
-def escaped(text: str) -> str:
-    """A text that Markdown and HTML take as it is: every sign that means something is a number."""
-    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-    return "".join(
-        c if c.isalnum() or c in _HARMLESS else f"&#{ord(c)};" if c.isprintable() else " "
-        for c in text
-    )
-
-
-def _table(run: ActiveRun) -> Iterator[str]:
-    yield "| device | VRAM peak | of | tests, peak | usable for tests | GPU workers |"
-    yield "|---|---|---|---|---|---|"
-    seen = {use.plan.device.uuid: use for use in usages(run)}
-    for plan in run.plan.devices:
-        use = seen.get(plan.device.uuid)
-        cells = [
-            f"{plan.device.label} {plan.device.name}",
-            "unknown" if use is None else use.used,
-            format_gb(plan.device.total),
-            (use.tests if use is not None else "") or "unknown",
-            format_gb(plan.budget),
-            str(plan.workers),
-        ]
-        yield f"| {' | '.join(escaped(cell) for cell in cells)} |"
-    if not run.plan.devices:
-        yield f"| {escaped(run.plan.absence or 'no GPU')} | | | | | |"
-
-
-def _data(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-
-
-def _property(text: str) -> str:
-    return _data(text).replace(":", "%3A").replace(",", "%2C")

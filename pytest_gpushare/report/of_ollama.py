@@ -1,27 +1,163 @@
-"""What the summary says of tests that use models of Ollama's."""
+"""What the reports say of Ollama: what became of its models, and the tests that use them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_gpushare.ollama.models import full_name
+from pytest_gpushare.ollama.history import Life
+from pytest_gpushare.ollama.models import LoadedModel, described, full_name
+from pytest_gpushare.ollama.monitor import MonitoredServer
+from pytest_gpushare.ollama.spill import Cause, has_room, held_by, uses_no_gpu, why, why_in_ram
 from pytest_gpushare.report.header import Line, OutputOptions
-from pytest_gpushare.units import plural
+from pytest_gpushare.units import format_gb, plural
 
 if TYPE_CHECKING:
+    from pytest_gpushare.ollama.spill import Spill
     from pytest_gpushare.session.llm import LlmTests
     from pytest_gpushare.session.run import ActiveRun
 
 
-def lines_of(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
+class Sentence(NamedTuple):
+    """A sentence of the verdict, with what stands under it."""
+
+    text: str
+    details: tuple[str, ...] = ()
+    is_problem: bool = False
+    is_ours: bool = False
+    """Whether it fails the run under --gpu-share-strict."""
+    mark: str = ""
+    """The colour in a terminal, as of a `Line`."""
+
+
+def verdict(server: MonitoredServer) -> list[Sentence]:
+    """One sentence for each model that was loaded at any time, and one for each silence."""
+    kept = (_on(life, server) for life in server.history.lives.values())
+    return [*kept, *_silences(server)]
+
+
+def _on(life: Life, server: MonitoredServer) -> Sentence:
+    model = life.model
+    spills = [spill for spill in server.spills if spill.model.name == model.name]
+    if spills:
+        return _spilled(spills, life, server)
+    if life.spilled_before:
+        return _spilled_before(life, server)
+    if model.name in server.doubted:
+        return Sentence(
+            f"Ollama says that {described(model)}, but NVML shows "
+            f"{format_gb(server.doubted[model.name])} of it: a part of it may be on the CPU",
+            is_problem=True,
+        )
+    if not model.is_whole:
+        return Sentence(f"Ollama held {described(model)}")
+    where = f"on the GPU ({format_gb(model.size)}, 100 %)"
+    return Sentence(f"Ollama kept {model.name} {where} {_how_long(life, server)}", mark="green")
+
+
+def _how_long(life: Life, server: MonitoredServer) -> str:
+    """`throughout`, or what was seen: between two answers it may have come and gone."""
+    history = server.history
+    words = "throughout"
+    if history.silences or life.loads > (not life.from_the_start):
+        words = "whenever Ollama was asked"
+    if life.gone_at is not None:
+        words = f"until it was unloaded {life.gone_at:.0f} s into the run"
+    elif history.last_known is not None:
+        words = f"until Ollama answered last, {history.last_known:.0f} s into the run"
+    if life.from_the_start:
+        return f"{words}; loaded again {_times(life.loads)}" if life.loads else words
+    times = f"{_times(life.loads)}, first " if life.loads > 1 else ""
+    return f"{words}; loaded {times}{life.loaded_at:.0f} s into the run"
+
+
+def _times(count: int) -> str:
+    """Changes of which some may have been missed between two answers."""
+    return "at least once" if count == 1 else f"at least {count} times"
+
+
+def _spilled(spills: list[Spill], life: Life, server: MonitoredServer) -> Sentence:
+    # The worst one that the run answers for, else the worst of all.
+    spill = max(spills, key=lambda spill: (spill.is_ours, spill.missing, -spill.at))
+    # One reservation that suffices for all: with a smaller one the next run has another spill.
+    spill = spill.with_largest(server.spills)
+    model, promise = spill.model, server.promise
+    again = f", and in part {life.spills - 1} more times" if life.spills > 1 else ""
+    text = (
+        f"Ollama put {format_gb(spill.missing)} of {model.name} ({format_gb(model.size)}) on the "
+        f"CPU when it loaded the model {spill.at:.0f} s into the run{again}"
+    )
+    details = [
+        held_by(spill),
+        why(spill, promise.reservation, sum(promise.budgets.values())),
+    ]
+    unfit = next((s for s in spills if s.cause is not spill.cause and s.cause is Cause.SIZE), None)
+    if unfit is not None and unfit.model.context != model.context:
+        reason = why(unfit, promise.reservation, sum(promise.budgets.values()))
+        details.append(f"at {unfit.model.context} tokens {reason}")
+    if life.gone_at is None and life.model.is_whole:
+        details.append(f"by the end all of it was on the GPU again ({format_gb(life.model.size)})")
+    is_ours = any(spill.is_ours for spill in spills)
+    return Sentence(text, tuple(details), is_problem=True, is_ours=is_ours, mark="red")
+
+
+def _spilled_before(life: Life, server: MonitoredServer) -> Sentence:
+    model: LoadedModel = life.model
+    if life.loads and model.is_whole:
+        return Sentence(
+            f"Ollama has all of {model.name} on the GPU ({format_gb(model.size)}, 100 %) since a "
+            "reload; before the tests a part of it was on the CPU",
+            mark="green",
+        )
+    free = max((held.free for held in server.promise.start.values()), default=None)
+    if uses_no_gpu(model, free):
+        return Sentence(
+            f"Ollama had {model.name} ({format_gb(model.size)}) in RAM before the tests began, "
+            f"though {format_gb(free or 0)} of VRAM were free: {why_in_ram(model)}",
+            is_problem=True,
+        )
+    text = (
+        f"Ollama had a part of {model.name} on the CPU before the tests began "
+        f"({format_gb(model.on_gpu)} of {format_gb(model.size)} on the GPU)"
+    )
+    if life.gone_at is not None:
+        return Sentence(
+            f"{text}, and unloaded it {life.gone_at:.0f} s into the run", is_problem=True
+        )
+    first = "" if has_room(model, free) else "free VRAM, then "
+    return Sentence(
+        f"{text}: a loaded model is never moved; {first}reload it (ollama stop {model.name})",
+        is_problem=True,
+    )
+
+
+def _silences(server: MonitoredServer) -> Iterator[Sentence]:
+    history = server.history
+    if history.last_known is not None and not (
+        history.silences and history.silences[-1][1] is None
+    ):
+        yield Sentence(
+            f"Ollama did not answer from {history.last_known:.0f} s into the run to its end: what "
+            "happened to its VRAM then is unknown",
+            is_problem=True,
+        )
+    for since, until in server.history.silences:
+        end = "to its end" if until is None else f"to {until:.0f} s"
+        yield Sentence(
+            f"Ollama did not answer from {since:.0f} s into the run {end}: what happened to its "
+            "VRAM then is unknown",
+            is_problem=True,
+        )
+
+
+def lines_of_tests(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
     """The lines; none in a run without such tests."""
     llm = run.llm
     if llm is None:
         return
     kind = " (an error under --gpu-share-strict)" if run.strict else ""
-    for why, count in llm.refused.items():
-        outcome, _, reason = why.partition(": ")
+    for refusal, count in llm.refused.items():
+        outcome, _, reason = refusal.partition(": ")
         yield Line(f"gpu-share: {plural(count, 'test')} {outcome}: {reason}{kind}", problem=True)
     if view.verbosity >= 2 and llm.estimate is not None and llm.estimate.seconds:
         yield Line(
@@ -47,7 +183,7 @@ def lines_of(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
         yield Line(f"gpu-share: {text}")
 
 
-def document_of(llm: LlmTests) -> dict[str, Any]:
+def document_of_tests(llm: LlmTests) -> dict[str, Any]:
     """The same for the JSON report."""
     return {
         "tests": llm.tests,
@@ -60,7 +196,7 @@ def document_of(llm: LlmTests) -> dict[str, Any]:
             {"model": each.model, "start_s": round(each.start, 3), "end_s": round(each.end, 3)}
             for each in llm.phases
         ],
-        "not_run": [{"reason": why, "tests": count} for why, count in llm.refused.items()],
+        "not_run": [{"reason": reason, "tests": count} for reason, count in llm.refused.items()],
         "answers": [
             {"model": model, "tokens": tokens, "seconds": round(seconds, 3)}
             for model, (tokens, seconds) in llm.answers().items()

@@ -1,35 +1,37 @@
-"""The lines after the tests: what went wrong on the way, and what became of Ollama's models."""
+"""The lines after the tests: what went wrong on the way, who used which GPU, what to change.
+
+A run that took no VRAM has nothing to say of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from pytest_gpushare.ollama.history import Life
-from pytest_gpushare.ollama.models import LoadedModel, described
-from pytest_gpushare.ollama.monitor import MonitoredServer
-from pytest_gpushare.ollama.spill import Cause, has_room, held_by, uses_no_gpu, why, why_in_ram
-from pytest_gpushare.report.advice import (
-    assess,
-    declared_too_small,
-    gpu_tests_without_gpu,
-    over_need,
-)
-from pytest_gpushare.report.by_host import lost_hosts
+from pytest_gpushare.report.advice import admits_by_needs, amount, gpu_tests_without_gpu
 from pytest_gpushare.report.header import Line, OutputOptions, header
-from pytest_gpushare.report.results import usage_lines
+from pytest_gpushare.report.of_ollama import lines_of_tests, verdict
+from pytest_gpushare.report.results import Results, Usage
 from pytest_gpushare.session.run import ActiveRun
-from pytest_gpushare.units import format_gb, plural
+from pytest_gpushare.session.tests import Leak
+from pytest_gpushare.session.workers import WorkerRecord
+from pytest_gpushare.text import printable, sparkline
+from pytest_gpushare.units import MB, at_least, format_gb, plural
 
 if TYPE_CHECKING:
     from pytest_gpushare.events import Event
-    from pytest_gpushare.ollama.spill import Spill
 
+WORTH_TELLING = 64 * MB
+"""Bytes by which a device fills without anybody's tests: desktops do that all the time."""
 
+_MOST_LEAKS = 3
+_NARROWEST, _USUAL, _WIDEST = 8, 14, 40
+_SPARE = 4
+"""Columns for a blank, and for figures of other devices that are longer."""
 _MOST_NAMES = 3
 
 
-def routing(run: ActiveRun) -> Iterator[Line]:
+def _routing(run: ActiveRun) -> Iterator[Line]:
     """Tests that ran on other workers than their markers say, and tests skipped because of that."""
     parity, marker = run.routing.differences, run.settings.marker
     if parity is None:
@@ -67,7 +69,7 @@ MOST = 10
 """Tests that are listed one by one."""
 
 
-def out_of_memory(run: ActiveRun) -> Iterator[Line]:
+def _out_of_memory(run: ActiveRun) -> Iterator[Line]:
     """Each test that ran out of memory: who held VRAM then, and how it went alone."""
     again = {event.facts["nodeid"]: event for event in run.record.events("oom-retried")}
     found = run.record.events("oom")
@@ -82,13 +84,13 @@ def _sentence(event: Event, again: Event | None) -> str:
     return f"{event.text}; {alone}"
 
 
-def needs_exceeded(run: ActiveRun) -> Iterator[Line]:
+def _needs_exceeded(results: Results) -> Iterator[Line]:
     """Tests that took more than they were admitted with, which their neighbours then lack."""
-    declared = list(declared_too_small(run))
-    named = {test.nodeid for test, _ in over_need(run)}
+    declared = list(results.declared_too_small)
+    named = {test.nodeid for test, _ in results.over_need}
     others = {
         event.facts["nodeid"]: event.text
-        for event in run.record.events("need-exceeded")
+        for event in results.run.record.events("need-exceeded")
         if event.facts["nodeid"] not in named
     }
     texts = [advice.text for advice in declared]
@@ -96,7 +98,7 @@ def needs_exceeded(run: ActiveRun) -> Iterator[Line]:
     yield from _first(texts, "took more VRAM than their needs", problem=True)
 
 
-def needs_changed(run: ActiveRun) -> Iterator[Line]:
+def _needs_changed(run: ActiveRun) -> Iterator[Line]:
     """Tests that took another amount than the one by which they are packed."""
     # Elsewhere nothing is admitted by what was learned, and nobody has to know.
     if "packed" in run.settings.presets:
@@ -117,138 +119,6 @@ def _first(texts: Sequence[str], others: str, *, problem: bool) -> Iterator[Line
     if len(texts) > MOST:
         more = plural(len(texts) - MOST, "test")
         yield Line(f"gpu-share: {more} more {others}", problem=problem)
-
-
-class Sentence(NamedTuple):
-    """A sentence of the verdict, with what stands under it."""
-
-    text: str
-    details: tuple[str, ...] = ()
-    is_problem: bool = False
-    is_ours: bool = False
-    """Whether it fails the run under --gpu-share-strict."""
-    mark: str = ""
-    """The colour in a terminal, as of a `Line`."""
-
-
-def verdict(server: MonitoredServer) -> list[Sentence]:
-    """One sentence for each model that was loaded at any time, and one for each silence."""
-    kept = (_on(life, server) for life in server.history.lives.values())
-    return [*kept, *_silences(server)]
-
-
-def _on(life: Life, server: MonitoredServer) -> Sentence:
-    model = life.model
-    spills = [spill for spill in server.spills if spill.model.name == model.name]
-    if spills:
-        return _spilled(spills, life, server)
-    if life.spilled_before:
-        return _spilled_before(life, server)
-    if model.name in server.doubted:
-        return Sentence(
-            f"Ollama says that {described(model)}, but NVML shows "
-            f"{format_gb(server.doubted[model.name])} of it: a part of it may be on the CPU",
-            is_problem=True,
-        )
-    if not model.is_whole:
-        return Sentence(f"Ollama held {described(model)}")
-    where = f"on the GPU ({format_gb(model.size)}, 100 %)"
-    return Sentence(f"Ollama kept {model.name} {where} {_how_long(life, server)}", mark="green")
-
-
-def _how_long(life: Life, server: MonitoredServer) -> str:
-    """`throughout`, or what was seen: between two answers it may have come and gone."""
-    history = server.history
-    words = "throughout"
-    if history.silences or life.loads > (not life.from_the_start):
-        words = "whenever Ollama was asked"
-    if life.gone_at is not None:
-        words = f"until it was unloaded {life.gone_at:.0f} s into the run"
-    elif history.last_known is not None:
-        words = f"until Ollama answered last, {history.last_known:.0f} s into the run"
-    if life.from_the_start:
-        return f"{words}; loaded again {_times(life.loads)}" if life.loads else words
-    times = f"{_times(life.loads)}, first " if life.loads > 1 else ""
-    return f"{words}; loaded {times}{life.loaded_at:.0f} s into the run"
-
-
-def _times(count: int) -> str:
-    """Changes of which some may have been missed between two answers."""
-    return "at least once" if count == 1 else f"at least {count} times"
-
-
-def _spilled(spills: list[Spill], life: Life, server: MonitoredServer) -> Sentence:
-    # The worst one that the run answers for, else the worst of all.
-    spill = max(spills, key=lambda spill: (spill.is_ours, spill.missing, -spill.at))
-    # One reservation that suffices for all: with a smaller one the next run has another spill.
-    spill = spill.with_largest(server.spills)
-    model, promise = spill.model, server.promise
-    again = f", and in part {life.spills - 1} more times" if life.spills > 1 else ""
-    text = (
-        f"Ollama put {format_gb(spill.missing)} of {model.name} ({format_gb(model.size)}) on the "
-        f"CPU when it loaded the model {spill.at:.0f} s into the run{again}"
-    )
-    details = [
-        held_by(spill),
-        why(spill, promise.reservation, sum(promise.budgets.values())),
-    ]
-    unfit = next((s for s in spills if s.cause is not spill.cause and s.cause is Cause.SIZE), None)
-    if unfit is not None and unfit.model.context != model.context:
-        reason = why(unfit, promise.reservation, sum(promise.budgets.values()))
-        details.append(f"at {unfit.model.context} tokens {reason}")
-    if life.gone_at is None and life.model.is_whole:
-        details.append(f"by the end all of it was on the GPU again ({format_gb(life.model.size)})")
-    is_ours = any(spill.is_ours for spill in spills)
-    return Sentence(text, tuple(details), is_problem=True, is_ours=is_ours, mark="red")
-
-
-def _spilled_before(life: Life, server: MonitoredServer) -> Sentence:
-    model: LoadedModel = life.model
-    if life.loads and model.is_whole:
-        return Sentence(
-            f"Ollama has all of {model.name} on the GPU ({format_gb(model.size)}, 100 %) since a "
-            "reload; before the tests a part of it was on the CPU",
-            mark="green",
-        )
-    free = max((held.free for held in server.promise.start.values()), default=None)
-    if uses_no_gpu(model, free):
-        return Sentence(
-            f"Ollama had {model.name} ({format_gb(model.size)}) in RAM before the tests began, "
-            f"though {format_gb(free or 0)} of VRAM were free: {why_in_ram(model)}",
-            is_problem=True,
-        )
-    text = (
-        f"Ollama had a part of {model.name} on the CPU before the tests began "
-        f"({format_gb(model.on_gpu)} of {format_gb(model.size)} on the GPU)"
-    )
-    if life.gone_at is not None:
-        return Sentence(
-            f"{text}, and unloaded it {life.gone_at:.0f} s into the run", is_problem=True
-        )
-    first = "" if has_room(model, free) else "free VRAM, then "
-    return Sentence(
-        f"{text}: a loaded model is never moved; {first}reload it (ollama stop {model.name})",
-        is_problem=True,
-    )
-
-
-def _silences(server: MonitoredServer) -> Iterator[Sentence]:
-    history = server.history
-    if history.last_known is not None and not (
-        history.silences and history.silences[-1][1] is None
-    ):
-        yield Sentence(
-            f"Ollama did not answer from {history.last_known:.0f} s into the run to its end: what "
-            "happened to its VRAM then is unknown",
-            is_problem=True,
-        )
-    for since, until in server.history.silences:
-        end = "to its end" if until is None else f"to {until:.0f} s"
-        yield Sentence(
-            f"Ollama did not answer from {since:.0f} s into the run {end}: what happened to its "
-            "VRAM then is unknown",
-            is_problem=True,
-        )
 
 
 def _overwritten(run: ActiveRun) -> Iterator[Line]:
@@ -286,25 +156,104 @@ def _unwritten(run: ActiveRun) -> Iterator[Line]:
         yield Line(f"gpu-share: {text}", problem=True)
 
 
-_SUMMARY: tuple[Callable[[ActiveRun], Iterator[Line]], ...] = (
-    _overwritten,
-    lost_hosts,
-    _verdict,
-    routing,
-    out_of_memory,
-    needs_exceeded,
-    needs_changed,
-    _unwritten,
-)
+def _lost_hosts(run: ActiveRun) -> Iterator[Line]:
+    """A line for each host that was lost during the run."""
+    for host in run.hosts:
+        if host.lost:
+            workers = plural(host.plan.workers, "worker")
+            yield Line(
+                f"gpu-share: host {host.label} was lost: {host.lost}: its {workers} were not "
+                "replaced",
+                problem=True,
+            )
+
+
+def _usage_lines(results: Results, view: OutputOptions) -> Iterator[Line]:
+    """Devices and leaks; from -v also workers and the highest peaks."""
+    members = [member for member in results.workers if member.role == "gpu"]
+    peaks = [member for member in members if results.held[member.id] is not None]
+    devices = [use for use in results.usages if use.grown > WORTH_TELLING]
+    for use in devices:
+        yield _device(use, view, any(m.device == use.plan.device.uuid for m in peaks))
+    if view.verbosity >= 1 and (devices or peaks):
+        for member in members:
+            yield _worker(member, results)
+        for test in results.highest_peaks:
+            if test.peak is not None:
+                yield Line(f"  VRAM {amount(test.peak)}: {printable(test.nodeid)}")
+    yield from _leaks(results.leaks, view)
+
+
+def _device(use: Usage, view: OutputOptions, counted: bool) -> Line:
+    plan = use.plan
+    peaks = use.peaks
+    least = at_least(peaks.is_used_exact)
+    used = _part(use.peak_used, plan.device.total)
+    text = f"gpu-share: {plan.device.label} VRAM peak {least}{used}"
+    if use.is_attributed:
+        text += f", tests {at_least(peaks.is_rise_exact)}{_part(peaks.rise, plan.reach)}"
+        if peaks.is_unattributed:
+            text += f" ({format_gb(peaks.unattributed)} unattributed)"
+    elif not counted and plan.workers:
+        text += f" (up {least}{format_gb(use.grown)}, by which process is unknown)"
+    over = use.is_attributed and plan.reach < peaks.rise
+    room = view.columns - len(text) - _SPARE
+    # Where the line has no room for it, it stands on the next one.
+    heights = use.watched.series.heights(min(room, _WIDEST) if room >= _NARROWEST else _USUAL)
+    text += f" {sparkline(height / max(1, plan.device.total) for height in heights)}"
+    return Line(text, problem=over)
+
+
+def _worker(member: WorkerRecord, results: Results) -> Line:
+    run = results.run
+    label = next(
+        plan.device.label for plan in run.plan.devices if plan.device.uuid == member.device
+    )
+    crashed = ", crashed" if member.crashed else ""
+    peak = results.held[member.id]
+    if peak is None:
+        return Line(f"  {member.id} on {label}: VRAM peak unknown{crashed}")
+    least = at_least(peak.exact)
+    if admits_by_needs(run):
+        # A need may be more than a slot.
+        return Line(f"  {member.id} on {label}: VRAM peak {least}{format_gb(peak.size)}{crashed}")
+    return Line(
+        f"  {member.id} on {label}: VRAM peak {least}{_part(peak.size, member.slot)}{crashed}",
+        problem=peak.size > member.slot,
+    )
+
+
+def _leaks(found: Sequence[Leak], view: OutputOptions) -> Iterator[Line]:
+    most = len(found) if view.verbosity >= 1 else _MOST_LEAKS
+    for leak in found[:most]:
+        yield Line(f"gpu-share: {leak_text(leak)}", problem=True)
+    if len(found) > most:
+        rest = found[most:]
+        size = format_gb(sum(leak.size for leak in rest))
+        who = plural(len(rest), "more leak")
+        yield Line(f"gpu-share: {who} of VRAM, {size} in all (-v lists them)", problem=True)
+
+
+def leak_text(leak: Leak) -> str:
+    """Which test left how much, or among which tests it is."""
+    size, first = format_gb(leak.size), printable(leak.suspects[0])
+    if leak.among == 1:
+        return f"{first} left {size} of VRAM behind ({leak.worker})"
+    return f"{leak.worker} kept {size} of VRAM, left by one of {leak.among} tests from {first} on"
+
+
+def _part(size: int, of: int) -> str:
+    """`7.2 of 9.0 GB`."""
+    return f"{format_gb(size).removesuffix(' GB')} of {format_gb(of)}"
 
 
 HINT = "gpu-share: hint:"
 """How a line begins that says what to change."""
 
 
-def _hints(run: ActiveRun) -> Iterator[Line]:
+def _hints(results: Results) -> Iterator[Line]:
     """What to change; at the very end what GPU tests lacked, with the best of it."""
-    advice = list(assess(run).advice)
+    run, advice = results.run, list(results.assessment.advice)
     lacking = gpu_tests_without_gpu(run)
     best = advice.pop(0) if lacking is not None and advice else None
     for each in advice:
@@ -316,15 +265,23 @@ def _hints(run: ActiveRun) -> Iterator[Line]:
         yield Line(f"gpu-share: {lacking.text}{change}", is_problem)
 
 
-def summary(run: ActiveRun, view: OutputOptions) -> list[Line]:
+def summary(results: Results, view: OutputOptions) -> list[Line]:
     """The lines after the tests: problems that showed while they ran, what they used, and what to
     change; at -q one line where anything needs attention."""
-    lines = [line for part in _SUMMARY for line in part(run)]
-    if run.llm is not None:
-        from pytest_gpushare.report.of_ollama import lines_of
-
-        lines += lines_of(run, view)
-    lines += [*usage_lines(run, view), *_hints(run)]
+    run = results.run
+    lines = [
+        *_overwritten(run),
+        *_lost_hosts(run),
+        *_verdict(run),
+        *_routing(run),
+        *_out_of_memory(run),
+        *_needs_exceeded(results),
+        *_needs_changed(run),
+        *_unwritten(run),
+        *lines_of_tests(run, view),
+        *_usage_lines(results, view),
+        *_hints(results),
+    ]
     return lines if view.verbosity >= 0 else _attention(run, lines)
 
 

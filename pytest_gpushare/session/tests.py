@@ -89,9 +89,13 @@ class RecordedTests:
         self._measured: dict[tuple[str, str], Counted] = {}
         self._looked_at: dict[tuple[str, str], Peak] = {}
         """What NVML showed a worker of itself while a test ran there."""
-        self._needs: dict[str, tuple[int, str]] = {}
-        self._waits: dict[str, float] = {}
-        self._remarks: dict[str, list[str]] = {}
+        self.needs: dict[str, tuple[int, str]] = {}
+        """Node id -> bytes that a test was admitted for, and who says so: marker, rule, learned or
+        slot."""
+        self.waits: dict[str, float] = {}
+        """Node id -> seconds for which a test waited for VRAM."""
+        self.remarks: dict[str, list[str]] = {}
+        """Node id -> what whoever reads of a test should know."""
         self.counts: Counter[str] = Counter()
         """Outcome -> tests."""
         self.total = 0
@@ -186,7 +190,7 @@ class RecordedTests:
                 if counted.left is not None:
                     member.growths.ran(nodeid, counted.left)
             for text in message.get("notes") or ():
-                self._remarks.setdefault(nodeid, []).append(str(text)[:_LONGEST])
+                self.remarks.setdefault(nodeid, []).append(str(text)[:_LONGEST])
             last = self._last.get(worker)
             if (worker, nodeid) not in self._open and last is not None and last.nodeid == nodeid:
                 # The report was faster than the private channel.
@@ -223,40 +227,28 @@ class RecordedTests:
     def need(self, nodeid: str, size: int, source: str) -> None:
         """The VRAM that a test was admitted for, and who says so: marker, rule, learned, slot."""
         with self._lock:
-            self._needs[nodeid] = size, source
+            self.needs[nodeid] = size, source
 
     def waited(self, nodeid: str, seconds: float) -> None:
         """A test waited for its VRAM."""
         with self._lock:
-            self._waits[nodeid] = self._waits.get(nodeid, 0.0) + seconds
+            self.waits[nodeid] = self.waits.get(nodeid, 0.0) + seconds
 
     def remark(self, nodeid: str, text: str) -> None:
         """Something that whoever reads of this test should know."""
         with self._lock:
-            self._remarks.setdefault(nodeid, []).append(text)
+            self.remarks.setdefault(nodeid, []).append(text)
 
     @property
     def has_own_needs(self) -> bool:
         """Whether a test was admitted by another need than its worker's slot."""
-        return any(source in _OWN_NEEDS for _, source in list(self._needs.values()))
+        return any(source in _OWN_NEEDS for _, source in list(self.needs.values()))
 
     @property
     def largest_own_need(self) -> int:
         """Bytes of the largest such need; 0: there is none."""
-        needs = list(self._needs.values())
+        needs = list(self.needs.values())
         return max((size for size, source in needs if source in _OWN_NEEDS), default=0)
-
-    def need_of(self, nodeid: str) -> tuple[int | None, str | None]:
-        """The need and its source; None where no need was looked at."""
-        return self._needs.get(nodeid, (None, None))
-
-    def wait_of(self, nodeid: str) -> float:
-        """Seconds for which a test waited for VRAM."""
-        return self._waits.get(nodeid, 0.0)
-
-    def remarks_of(self, nodeid: str) -> list[str]:
-        """What was remarked on a test."""
-        return self._remarks.get(nodeid, [])
 
     def _close(self, key: tuple[str, str], test: RecordedTest) -> None:
         del self._open[key]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from pytest_gpushare.config.sources import report_files
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.report.document import escaped, step_summary, workflow_commands
 from pytest_gpushare.report.header import Line
-from pytest_gpushare.report.output import write_reports, write_whole
-from pytest_gpushare.text import redacted, redactor
+from pytest_gpushare.report.publish import escaped, step_summary, workflow_commands, write_reports
+from pytest_gpushare.report.results import Results
+from pytest_gpushare.text import redacted, redactor, write_whole
 from pytest_gpushare.units import GB
 
 from .scene import Scene
@@ -116,7 +116,7 @@ def test_github_table() -> None:
     run = Scene()
     run.ran("test.py::x[<b>|*`a`]", 0, 3, holds=3.0)
     text = step_summary(
-        run.finish(),
+        Results(run.finish()),
         [
             Line("gpu-share: a | b", problem=True),
             Line("gpu-share: Ollama kept m on the GPU", mark="green"),
@@ -145,7 +145,7 @@ def test_annotations() -> None:
     run = Scene()
     run.ran("a,b%.py::test[\n::error::x]", 0, counted={"peak": GB, "left": GB})
     run.active.record.note("ollama-spilled", "spilled 100 %\r\nbadly")
-    assert list(workflow_commands(run.finish())) == [
+    assert list(workflow_commands(Results(run.finish()))) == [
         "::warning title=gpu-share%3A Ollama::spilled 100 %25%0D%0Abadly",
         "::warning file=a%2Cb%25.py,title=gpu-share%3A VRAM left behind::"
         "a,b%25.py::test[?::error::x] left 1.0 GB of VRAM behind (gw0)",
@@ -155,7 +155,7 @@ def test_annotations() -> None:
 def document_of(run: Scene) -> dict[str, Any]:
     from pytest_gpushare.report.document import document
 
-    return document(run.finish(), 0, [])
+    return document(Results(run.finish()), 0, [])
 
 
 def test_unknown_is_null_never_0() -> None:

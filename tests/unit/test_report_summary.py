@@ -10,8 +10,8 @@ import pytest
 
 from pytest_gpushare.report.header import Line, OutputOptions
 from pytest_gpushare.report.output import laid_out
+from pytest_gpushare.report.results import Results
 from pytest_gpushare.report.summary import summary
-from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import leaks
 from pytest_gpushare.text import encodable, width_of
 from pytest_gpushare.units import GB
@@ -21,7 +21,7 @@ from .scene import CONTEXT, Scene
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def counted() -> ActiveRun:
+def counted() -> Results:
     """The frameworks count: peaks are exact, a leak has its test, and more workers would fit."""
     run = Scene()
     for at in range(7):
@@ -32,10 +32,10 @@ def counted() -> ActiveRun:
             holds=size / GB + CONTEXT / GB,
             counted={"peak": int(size), "left": GB if at == 3 else 0},
         )
-    return run.finish()
+    return Results(run.finish())
 
 
-def by_nvml() -> ActiveRun:
+def by_nvml() -> Results:
     """NVML alone tells: peaks are lower bounds, and a leak has suspects."""
     run = Scene()
     run.ran("tests/test_a.py::test_short", 0, 0.2)
@@ -44,44 +44,44 @@ def by_nvml() -> ActiveRun:
     run.hold(0, 2.0)
     run.ran("tests/test_a.py::test_either", 0, 0.4)
     run.ran("tests/test_a.py::test_or", 0, 2)
-    return run.finish()
+    return Results(run.finish())
 
 
-def silent() -> ActiveRun:
+def silent() -> Results:
     """NVML tells nothing by process, and no framework counts."""
     run = Scene()
     run.card.silent = True
     run.ran("tests/test_a.py::test_large", 0, 3, holds=5.2)
-    return run.finish()
+    return Results(run.finish())
 
 
-def needs() -> ActiveRun:
+def needs() -> Results:
     """Tests with needs of their own may take more than a slot."""
     run = Scene()
     run.active.has_needs = True
     run.ran("test_a.py::test_large", 0, 3, holds=6, counted={"peak": 5 * GB})
     run.ran("test_a.py::test_small", 1, 1, counted={"peak": GB})
-    return run.finish()
+    return Results(run.finish())
 
 
-def crashed() -> ActiveRun:
+def crashed() -> Results:
     """More leaks than lines, and a worker that crashed."""
     run = Scene()
     for at in range(5):
         run.ran(f"test_a.py::test_leaks[{at}]", 0, 0.2, counted={"peak": GB, "left": (at + 1) * GB})
     run.active.workers.leave("gw1", 1.0, crashed=True)
-    return run.finish()
+    return Results(run.finish())
 
 
-def unused() -> ActiveRun:
+def unused() -> Results:
     """A run that took no VRAM says nothing."""
     run = Scene()
     run.ran("test_a.py::test_nothing", 0)
-    return run.finish()
+    return Results(run.finish())
 
 
 @pytest.mark.parametrize("case", [counted, by_nvml, silent, needs, crashed, unused])
-def test_golden(case: Callable[[], ActiveRun]) -> None:
+def test_golden(case: Callable[[], Results]) -> None:
     """Four verbosities, a pipe and three widths; a terminal that shows ASCII alone at the end."""
     run = case()
     parts: list[str] = []
@@ -155,7 +155,7 @@ def test_nothing_of_a_device_that_others_fill() -> None:
     run = Scene()
     run.card.held[1] = 50 * 2**20
     run.ran("test_a.py::test_nothing")
-    assert summary(run.finish(), OutputOptions(2, 200)) == []
+    assert summary(Results(run.finish()), OutputOptions(2, 200)) == []
 
 
 def test_a_skipped_test_is_no_suspect() -> None:
