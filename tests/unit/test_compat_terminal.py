@@ -79,6 +79,17 @@ def test_stays_below_a_partial_line(opened: tuple[int, TextIO]) -> None:
     assert "write" not in vars(file)
 
 
+def test_below_what_is_held_in_the_buffer(opened: tuple[int, TextIO]) -> None:
+    """Text without a line break that goes on in the next row is written before the line is."""
+    _, file = opened
+    below = LineBelow(file)
+    below.install()
+    file.write("y" * 80)
+    below.show("a line")
+    assert written(opened) == f"{'y' * 80}{DRAW}a line{RESTORE}"
+    below.remove()
+
+
 def test_not_where_a_break_is_held_back(opened: tuple[int, TextIO]) -> None:
     """A full row, and an end in an unknown column: nothing is drawn."""
     _, file = opened
