@@ -462,14 +462,14 @@ def test_packed_takes_an_unknown_need_for_a_slot(
 ) -> None:
     """Tests that declare nothing, on the first run: no more at once than without the preset.
 
-    8 workers share 9 GB, but a test may hold the 4.5 GB that a slot would be.
+    4 workers share 9 GB, but a test may hold the 4.5 GB that a slot would be.
     """
     text = UNKNOWN_NEEDS if marked else UNKNOWN_NEEDS.replace("@pytest.mark.gpu\n    ", "")
     project.write(test_project=text)
     result = project.pytest(
-        "--gpu-share", "--gpu-share-preset=packed", PYTEST_XDIST_AUTO_NUM_WORKERS="8"
+        "--gpu-share", "--gpu-share-preset=packed", PYTEST_XDIST_AUTO_NUM_WORKERS="4"
     )
-    assert (result.code, result.passed, result.workers) == (0, 8, 8), result.out
+    assert (result.code, result.passed, result.workers) == (0, 8, 4), result.out
     lines = (project.path / "spans.txt").read_text().splitlines()
     count, size = most_at_once([tuple(map(float, line.split())) for line in lines])
     assert (count, size) == (2, 6)

@@ -10,6 +10,7 @@ import pytest
 from simulator import Device, Machine, Mig
 
 from .conftest import SHOW_PLACE, Project
+from .in_one_process import arguments, run_all
 
 NO_LIMITS = (
     *("-o", "gpu_share_max_workers_per_gpu=0", "-o", "gpu_share_max_workers_per_gb=0"),
@@ -32,13 +33,33 @@ EARLY_TEST = """
 """
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
-def test_fleet(count: int, project: Project, machine_with: Callable[..., Machine]) -> None:
-    """On fleets of mixed sizes each worker reads its device before its first conftest."""
+def fleet(count: int) -> list[Device]:
+    """So many devices of mixed sizes."""
     sizes = ["24GB", "48GB", "12GB", "80GB"]
-    machine = machine_with(*(Device(total=sizes[n % 4], used="1GB") for n in range(count)))
-    project.write(conftest=EARLY, test_project=EARLY_TEST)
+    return [Device(total=sizes[n % 4], used="1GB") for n in range(count)]
+
+
+@pytest.mark.parametrize("count", [2, 8, 16])
+def test_places_of_a_fleet(
+    count: int, project: Project, machine_with: Callable[..., Machine]
+) -> None:
+    """Every device has workers, and none has more than two."""
+    machine = machine_with(*fleet(count))
     workers = min(count * 2, 16)
+    case = arguments("--gpu-share", "-n", str(workers), *NO_LIMITS)
+    result = run_all({"fleet": case}, project.path, project.environment)["fleet"]
+    assert (result.code, len(result.places)) == (0, workers)
+    seen = Counter(result.places)
+    assert set(seen) == {f"gpu {state.uuid}" for state in machine.snapshot()}
+    assert max(seen.values()) <= 2
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_fleet(count: int, project: Project, machine_with: Callable[..., Machine]) -> None:
+    """Each worker reads its device before its first conftest."""
+    machine = machine_with(*fleet(count))
+    project.write(conftest=EARLY, test_project=EARLY_TEST)
+    workers = count * 2
     result = project.pytest("--gpu-share", "-n", str(workers), *NO_LIMITS)
     assert (result.code, result.workers, result.passed) == (0, workers, 40), result.out
     uuids = [state.uuid for state in machine.snapshot()]
