@@ -187,7 +187,8 @@ def shortage(plan: Plan) -> str:
     barred = [planned.device for planned in plan.devices if planned.limited_by is Limit.BY_MODE]
     if len(barred) == len(plan.devices):
         return "; ".join(f"{device.label}: {_MODES[device.compute_mode]}" for device in barred)
+    leased = ", other sessions lease VRAM" if any(each.leases for each in plan.devices) else ""
     return (
         f"insufficient VRAM per worker: {format_gb(plan.usable)} usable, "
-        f"{format_gb(plan.needed)} needed; gpu_share_min_vram_per_worker_gb"
+        f"{format_gb(plan.needed)} needed{leased}; gpu_share_min_vram_per_worker_gb"
     )

@@ -206,6 +206,7 @@ def test_plan_and_doctor_say_that_a_run_would_wait(
     ), doctor
     at_once = project.command([*command, "plan", "-n2", "--", "--gpu-share-wait=0"]).out
     assert at_once.startswith("gpu-share: 2 CPU workers (insufficient VRAM"), at_once
+    assert "5.5 GB needed, other sessions lease VRAM; " in at_once
     held.kill()
 
 
