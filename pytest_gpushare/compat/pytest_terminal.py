@@ -180,7 +180,7 @@ class LineBelow:
         # In the last column the terminal holds back a line break that must not get lost.
         if self._column is None or (self._column and self._column % size[0] == 0):
             return
-        # Text that is held in the buffer and goes on in the next row would be written into the line.
+        # Text in the buffer that goes on in the next row would be written into the line.
         with contextlib.suppress(OSError, ValueError):
             self._file.flush()
         self._is_shown, self._shown_at, self._shown_in = True, self._clock(), size
