@@ -31,10 +31,10 @@ from pytest_gpushare.gpu.host import (
     parent_of,
 )
 from pytest_gpushare.gpu.sampler import Live
-from pytest_gpushare.hosts.answers import HERE, RemoteFacts, encode, rows_of
+from pytest_gpushare.hosts.answers import HERE, RemoteFacts, checkout_message, encode, rows_of
 from pytest_gpushare.hosts.checkout import Checkout, checkout_of
-from pytest_gpushare.hosts.lease_here import LeaseHere
-from pytest_gpushare.leases.lessee import EnoughElsewhereError, WaitingLine
+from pytest_gpushare.hosts.host_lease import LeaseHere
+from pytest_gpushare.leases.lessee import EnoughElsewhereError
 from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
 from pytest_gpushare.ollama.monitor import Question
 from pytest_gpushare.ollama.prediction import known_sizes
@@ -44,6 +44,7 @@ from pytest_gpushare.planning.plan import NeighbourShare, Request
 from pytest_gpushare.planning.startup import PlanHooks
 from pytest_gpushare.session.start import EarlierRuns, Host, start
 from pytest_gpushare.session.start_facts import StartFacts
+from pytest_gpushare.text import WaitingLine
 from pytest_gpushare.timed import TimedCall
 
 Send = Callable[[dict[str, Any]], None]
@@ -55,7 +56,7 @@ _PROCESSES_EVERY = 0.4
 """Seconds between two readings of process lists."""
 
 _WAITING_EVERY = 0.5
-"""Seconds between two messages of a host that waits for VRAM."""
+"""Seconds between two messages of a host that waits for VRAM, or loads a model."""
 
 _MOST_GENERATIONS = 32
 _GIT = 5.0
@@ -72,12 +73,19 @@ def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
             send(message)
 
     state = TimedCall(lambda: checkout_of(Path.cwd()), "git")
-    line = _WaitsHere(send_whole)
+    line = _LineThere(send_whole)
     words = _words(lines, line.has_enough)
+    settings = settings_of(request["settings"], only_asks=request["only_asks"])
     try:
-        facts = _start(request, line)
+        if settings.ollama_preload:
+            # Nothing is loaded for a run that does not start.
+            state.wait(_GIT)
+            send_whole(checkout_message(state.value or Checkout()))
+            if next(words, "end") != "load":
+                return
+        facts = _started(settings, request, line)
     except BrokenPipeError:
-        # The controller is gone while this host waited.
+        # The controller is gone while this host waited, or loaded.
         return
     except GpuShareError as error:
         send_whole({"kind": "refused", "text": str(error)})
@@ -101,12 +109,12 @@ def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
             shutil.rmtree(cache, ignore_errors=True)
 
 
-class _WaitsHere(WaitingLine):
-    """Informs the controller that this host waits for VRAM, until there is some elsewhere."""
+class _LineThere(WaitingLine):
+    """Informs the controller what this host loads, and that it waits for VRAM until it need not."""
 
     def __init__(self, send: Send) -> None:
         super().__init__()
-        self._inform = send
+        self._send = send
         self._next_at = float("-inf")
         self.has_enough = threading.Event()
 
@@ -114,9 +122,16 @@ class _WaitsHere(WaitingLine):
         """See `WaitingLine`."""
         if self.has_enough.is_set():
             raise EnoughElsewhereError
+        self._inform("waiting", text)
+
+    def progress(self, text: str) -> None:
+        """See `WaitingLine`."""
+        self._inform("loading", text)
+
+    def _inform(self, kind: str, text: str) -> None:
         if time.monotonic() >= self._next_at:
             self._next_at = time.monotonic() + _WAITING_EVERY
-            self._inform({"kind": "waiting", "text": text})
+            self._send({"kind": kind, "text": text})
 
     def clear(self) -> None:
         """See `WaitingLine`."""
@@ -131,7 +146,7 @@ def _words(lines: Iterable[str], has_enough: threading.Event) -> Iterator[str]:
             if line.strip() == "enough":
                 has_enough.set()
             else:
-                found.put(line)
+                found.put(line.strip())
         has_enough.set()
         found.put(None)
 
@@ -139,19 +154,11 @@ def _words(lines: Iterable[str], has_enough: threading.Event) -> Iterator[str]:
     return iter(found.get, None)
 
 
-def _start(request: Mapping[str, Any], line: _WaitsHere) -> StartFacts:
-    settings = settings_of(request["settings"])
+def _started(settings: Settings, request: Mapping[str, Any], line: WaitingLine) -> StartFacts:
+    environment = dict(os.environ)
     if request["only_asks"]:
         # Whether a run would wait depends on the other hosts.
         settings = replace(settings, wait=Fraction(0))
-    try:
-        return _started(settings, request, line)
-    except EnoughElsewhereError:
-        return _started(replace(settings, wait=Fraction(0)), request, line)
-
-
-def _started(settings: Settings, request: Mapping[str, Any], line: WaitingLine) -> StartFacts:
-    environment = dict(os.environ)
     found = start(
         settings,
         Request(),
@@ -198,17 +205,21 @@ def settings_as_texts(settings: Settings) -> dict[str, str]:
     }
 
 
-def settings_of(texts: Mapping[str, str]) -> Settings:
-    """The settings that these texts mean; whatever is not among them has its default."""
+def settings_of(texts: Mapping[str, str], *, only_asks: bool) -> Settings:
+    """The settings that these texts mean; whatever is not among them has its default.
+
+    `only_asks`: no test will follow, so no model is loaded.
+    """
     values: dict[str, Any] = {
         option.attribute: read(option, texts.get(option.key) or option.default, "controller")
         for option in OPTIONS
     }
-    # The controller decides for all hosts together whether CPU workers will do.
+    settings = on_several_hosts(Settings(**values))
     return replace(
-        on_several_hosts(Settings(**values)),
+        settings,
+        # The controller decides for all hosts together whether CPU workers will do.
         fallback_to_cpu_when_constrained=True,
-        ollama_preload=False,
+        ollama_preload=settings.ollama_preload and not only_asks,
     )
 
 
@@ -244,7 +255,8 @@ def _found(facts: StartFacts, checkout: Checkout, cache: str) -> RemoteFacts:
         installed_frameworks() if plan.slots else {},
         mps_is_running(os.environ),
         "" if path is None else str(path),
-        facts.notes,
+        facts.problems,
+        facts.loading.sentences if facts.loading is not None else (),
         facts.leases,
         checkout,
         cache,
@@ -257,6 +269,7 @@ class _Agent:
     def __init__(self, facts: StartFacts, send: Send) -> None:
         self._live: Live | None = facts.live
         self._server = facts.ollama.server
+        self._loading, self._not_kept = facts.loading, 0
         self._lease: LeaseHere | None = None
         if facts.lessee is not None:
             names = facts.settings.report_names
@@ -275,7 +288,7 @@ class _Agent:
         if self._lease is not None:
             self._lease.start()
         for line in lines:
-            word, _, rest = line.strip().partition(" ")
+            word, _, rest = line.partition(" ")
             if word in ("read", "look"):
                 self._looks = self._looks or word == "look"
                 self._wanted.set()
@@ -304,10 +317,18 @@ class _Agent:
                 with contextlib.suppress(Exception):
                     sample = self._sample()
                 self._send(sample)
+                self._say_what_is_not_kept()
                 self._wanted.wait(BEAT)
         except OSError:
             # Nobody listens any more; the main thread sees the end of its input.
             return
+
+    def _say_what_is_not_kept(self) -> None:
+        kept = self._loading.kept if self._loading is not None else None
+        texts = kept.service.given_up if kept is not None else []
+        for text in texts[self._not_kept :]:
+            self._not_kept += 1
+            self._send({"kind": "not-kept", "text": text})
 
     def _sample(self) -> dict[str, Any]:
         sample: dict[str, Any] = {"kind": "sample"}

@@ -67,6 +67,8 @@ class RemoteFacts(NamedTuple):
     lease: str
     """The record that its workers keep alive; empty where nothing is leased."""
     notes: tuple[str, ...]
+    loaded: tuple[str, ...]
+    """A sentence on each model that was loaded there for the run."""
     leases: tuple[str, ...]
     checkout: Checkout
     cache: str
@@ -108,11 +110,16 @@ def encode(facts: RemoteFacts) -> dict[str, Any]:
         "mps": facts.mps,
         "lease": facts.lease,
         "notes": list(facts.notes),
+        "loaded": list(facts.loaded),
         "leases": list(facts.leases),
-        "commit": facts.checkout.commit,
-        "changes": facts.checkout.changes,
+        "checkout": checkout_message(facts.checkout),
         "cache": facts.cache,
     }
+
+
+def checkout_message(checkout: Checkout) -> dict[str, Any]:
+    """The message with the state of the checkout alone."""
+    return {"kind": "checkout", "commit": checkout.commit, "changes": checkout.changes}
 
 
 def _device(device: Device) -> dict[str, Any]:
@@ -276,10 +283,17 @@ def decode(message: object, host: str) -> RemoteFacts:
         found.flag("mps"),
         found.text("lease", 4096),
         found.texts("notes"),
+        found.texts("loaded"),
         found.texts("leases"),
-        Checkout(found.text_or_none("commit"), found.text_or_none("changes")),
+        decode_checkout(found.items("checkout", 3)),
         found.text("cache", 4096),
     )
+
+
+def decode_checkout(message: object) -> Checkout:
+    """The state of a host's checkout. Raises `ValueError`."""
+    found = Foreign(message)
+    return Checkout(found.text_or_none("commit"), found.text_or_none("changes"))
 
 
 def _sizes(found: Foreign, name: str) -> dict[str, int]:

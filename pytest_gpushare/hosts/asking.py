@@ -1,22 +1,41 @@
-"""What hosts are asked before a run, their answers, and the checks of them."""
+"""What hosts are asked before a run, the checks of their answers, and the wait for room on one."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.hosts.agent import settings_as_texts
-from pytest_gpushare.hosts.answers import Hello, HostError, RemoteFacts, decode, decode_hello
+from pytest_gpushare.hosts.answers import (
+    Hello,
+    HostError,
+    RemoteFacts,
+    decode,
+    decode_checkout,
+    decode_hello,
+)
 from pytest_gpushare.hosts.checkout import Checkout, checkout_of
 from pytest_gpushare.hosts.connection import START_LIMIT, HostConnection
+from pytest_gpushare.hosts.part import plan_there
 from pytest_gpushare.hosts.specs import HostSpec
+from pytest_gpushare.leases.lessee import EnoughElsewhereError
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
-from pytest_gpushare.text import one_line
+from pytest_gpushare.session.start_facts import StartFacts
+from pytest_gpushare.text import WaitingLine, one_line
+
+_LOOK = 0.05
+"""Seconds for which one host is listened to while the run waits."""
+
+_LOADING = 30.0
+"""Seconds without a word after which a host that loads models counts as silent."""
 
 _PACKAGES = ("pytest", "pytest-xdist", "pytest-gpushare")
 
@@ -60,9 +79,15 @@ class AskedHost:
     def __init__(self, connection: HostConnection) -> None:
         self.connection, self.name = connection, connection.name
         self.hello: Hello | None = None
+        self.checkout: Checkout | None = None
+        """Known before the rest where it is to load models."""
         self.facts: RemoteFacts | None = None
         self.waits = ""
         """What it says while it waits for VRAM that other sessions there have leased."""
+        self.loads = ""
+        """What it says while a model is being loaded there."""
+        self.until = connection.begun + START_LIMIT
+        """Until when it has to say something."""
 
     @property
     def answer(self) -> Answer | None:
@@ -92,71 +117,188 @@ class AskedHost:
             self.hello = decode_hello(message)
             _check_versions(self.name, self.hello)
         elif kind == "refused":
-            text = one_line(str(message.get("text")), 500).removeprefix("gpu-share: ")
-            raise HostError(f"{self.name}: {text}")
+            raise HostError(f"{self.name}: {_words(message)}")
+        elif kind == "checkout":
+            self.checkout = decode_checkout(message)
+        elif kind == "loading":
+            self.loads, self.until = _words(message), time.monotonic() + _LOADING
         elif kind == "waiting":
-            self.waits = one_line(str(message.get("text")), 500).removeprefix("gpu-share: ")
+            self.waits = _words(message)
         elif kind == "facts" and self.hello is not None:
             self.facts = decode(message, self.name)
+            self.checkout = self.facts.checkout
 
-    def answered(self, until: float, *, may_wait: bool = False) -> Answer | None:
-        """Its answer; None where it waits and may. Raises `HostError`, also for none until then."""
+    def answered(self, line: WaitingLine | None = None, *, may_wait: bool = False) -> Answer | None:
+        """Its answer; None where it waits and may.
+
+        `line` shows what it loads. Raises `HostError`, also where it says nothing in time.
+        """
         while self.answer is None and not (may_wait and self.waits):
-            if not self.hear(until):
-                raise HostError(
-                    f"{self.name}: no answer within {START_LIMIT:g} s: try "
-                    f"`ssh {' '.join(self.connection.spec.ssh)} true`"
-                )
+            self.says_something()
+            if line is not None and self.loads:
+                line.progress(f"host {self.name}: {self.loads}")
         return self.answer
 
+    def says_something(self) -> None:
+        """Take what it says next. Raises `HostError`."""
+        if not self.hear(self.until):
+            raise HostError(
+                f"{self.name}: no answer within {START_LIMIT:g} s: try "
+                f"`ssh {' '.join(self.connection.spec.ssh)} true`"
+            )
 
-def answers_of(
-    connections: Sequence[HostConnection],
-    root: Path,
-    has_room: Callable[[Sequence[AskedHost]], object],
-    *,
-    strict: bool,
-) -> list[Answer]:
-    """What all hosts answered. Raises `HostError` with a line for each that cannot take part.
 
-    `has_room` is called where hosts wait for VRAM, and returns once one host has some.
-    """
-    until = time.monotonic() + START_LIMIT
-    if connections:
-        until = connections[0].begun + START_LIMIT
-    here = checkout_of(root)
-    hosts, problems = [AskedHost(connection) for connection in connections], []
-    for host in hosts:
+def _words(message: Mapping[str, Any]) -> str:
+    return one_line(str(message.get("text")), 500).removeprefix("gpu-share: ")
+
+
+StartHere = Callable[[Settings, WaitingLine], StartFacts]
+
+
+class StartOfHosts:
+    """The hosts of a run until all have answered and one has room. This host is one of them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        connections: Sequence[HostConnection],
+        start_here: StartHere | None,
+    ) -> None:
+        """`start_here` probes and plans on this host; None: it takes no part."""
+        self._settings, self._start_here = settings, start_here
+        # Whether CPU workers will do is decided for all hosts together.
+        self._here = replace(settings, fallback_to_cpu_when_constrained=True)
+        self.hosts = [AskedHost(connection) for connection in connections]
+        self.here: StartFacts | None = None
+        """What was found on this host."""
+
+    def close(self) -> None:
+        """Give back what this host has leased and loaded."""
+        if self.here is not None:
+            self.here.close()
+
+    def answers(self, root: Path, *, strict: bool) -> list[Answer]:
+        """What all hosts answered, once this host was looked at, too.
+
+        Raises `HostError` with a line for each that cannot take part.
+        """
+        checkout = checkout_of(root)
+        check = partial(self._check, checkout, strict=strict)
+        if self._settings.ollama_preload:
+            # Nothing is loaded for a run that does not start.
+            self._each(_checkout_is_known)
+            check()
+            for host in self.hosts:
+                host.connection.say("load")
+        self._look_here()
+        line = WaitingLine()
         try:
-            host.answered(until, may_wait=True)
+            self._each(lambda host: host.answered(line, may_wait=True))
+        finally:
+            line.clear()
+        check()
+        self._await_room()
+        # Those that still wait go on without.
+        for host in self.hosts:
+            if host.answer is None:
+                host.connection.say("enough")
+                host.until = time.monotonic() + START_LIMIT
+        self._each(AskedHost.answered)
+        check()
+        found = [host.answer for host in self.hosts if host.answer is not None]
+        return [(c, hello, _with_note(facts, checkout)) for c, hello, facts in found]
+
+    def _each(self, ask: Callable[[AskedHost], object]) -> None:
+        problems = []
+        for host in self.hosts:
+            try:
+                ask(host)
+            except HostError as error:
+                problems.append(str(error))
+        _refuse(problems)
+
+    def _check(self, here: Checkout, *, strict: bool) -> None:
+        found = [(host.name, host.checkout) for host in self.hosts if host.checkout is not None]
+        _refuse([_other_checkout(name, here, there, strict=strict) for name, there in found])
+
+    def _look_here(self) -> None:
+        """Probe this host, and do not wait for VRAM: others may have some."""
+        if self._start_here is not None:
+            at_once = replace(self._here, wait=Fraction(0))
+            found = self._start_here(at_once, WaitingLine())
+            # Its tests may wait.
+            self.here = found._replace(settings=self._settings)
+
+    def _await_room(self) -> None:
+        """Wait, as `gpu_share_wait` says, until one host has room, or none waits any more."""
+        if self.has_room():
+            return
+        line = _LineOfAll(self)
+        try:
+            if self.here is not None and self._start_here is not None:
+                self._wait_here(self.here, self._start_here, line)
+            while any(host.answer is None for host in self.hosts) and not self.has_room():
+                line.look()
+                line.show("")
+        except EnoughElsewhereError:
+            pass
         except HostError as error:
-            problems.append(str(error))
-    if not problems:
-        problems = _settle(hosts, has_room)
-    found = [host.answer for host in hosts if host.answer is not None]
-    for connection, _, facts in found:
-        if problem := _other_checkout(connection.name, here, facts.checkout, strict=strict):
-            problems.append(problem)
-    if problems:
-        raise HostError("\n".join(f"gpu-share: host {problem}" for problem in problems))
-    return [(c, hello, _with_note(facts, here)) for c, hello, facts in found]
+            _refuse([str(error)])
+        finally:
+            line.clear()
+
+    def _wait_here(self, before: StartFacts, start_here: StartHere, line: WaitingLine) -> None:
+        before.release()
+        # What was loaded is there, and stays.
+        found = start_here(replace(self._here, ollama_preload=False), line)
+        if before.loading is not None:
+            before.loading.look_by(found.live, found.lessee)
+        self.here = found._replace(settings=self._settings, loading=before.loading)
+
+    def has_room(self) -> bool:
+        """Whether there is room for a GPU worker on one of them, as far as is known."""
+        here = self.here is not None and bool(self.here.plan.slots)
+        return here or any(
+            host.facts is not None and bool(plan_there(self._settings, host.facts).slots)
+            for host in self.hosts
+        )
 
 
-def _settle(
-    hosts: Sequence[AskedHost], has_room: Callable[[Sequence[AskedHost]], object]
-) -> list[str]:
-    """Wait until one host has room; those that still wait then go on without. Returns problems."""
-    try:
-        has_room(hosts)
-        waiting = [host for host in hosts if host.answer is None]
-        for host in waiting:
-            host.connection.say("enough")
-        until = time.monotonic() + START_LIMIT
-        for host in waiting:
-            host.answered(until)
-    except HostError as error:
-        return [str(error)]
-    return []
+def _checkout_is_known(host: AskedHost) -> None:
+    while host.checkout is None:
+        host.says_something()
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    """Raises `HostError` where there are problems."""
+    lines = [f"gpu-share: host {problem}" for problem in problems if problem]
+    if lines:
+        raise HostError("\n".join(lines))
+
+
+class _LineOfAll(WaitingLine):
+    """Says on what the run waits; the wait is over as soon as one host has room."""
+
+    def __init__(self, start: StartOfHosts) -> None:
+        super().__init__()
+        self._start = start
+
+    def look(self, limit: float = _LOOK) -> None:
+        """Take what the hosts say. Raises `HostError`, and `EnoughElsewhereError`."""
+        for host in self._start.hosts:
+            if host.answer is None:
+                while host.hear(time.monotonic() + limit) and host.answer is None:
+                    pass
+        if self._start.has_room():
+            raise EnoughElsewhereError
+
+    def show(self, text: str, hint: str = "") -> None:
+        """See `WaitingLine`."""
+        self.look(0.0)
+        waits = [f"host {host.name}: {host.waits}" for host in self._start.hosts
+                 if not host.answer]  # fmt: skip
+        if text or waits:
+            super().show(text or f"gpu-share: {waits[0]}", hint)
 
 
 def _check_versions(name: str, hello: Hello) -> None:
@@ -215,14 +357,13 @@ def look_at(
             else:
                 stack.callback(connection.close)
                 connections.append(connection)
-        until = time.monotonic() + START_LIMIT
         for found in connections:
             if isinstance(found, HostError):
                 yield "", None, str(found)
                 continue
             name = found.name
             try:
-                answer = AskedHost(found).answered(until)
+                answer = AskedHost(found).answered()
                 assert answer is not None
                 _, _, facts = answer
             except HostError as error:

@@ -19,6 +19,8 @@ from pytest_gpushare.hosts.part import HostPart
 from pytest_gpushare.hosts.specs import proxy_id
 from pytest_gpushare.text import one_line
 
+_MOST_TEXTS = 100
+
 
 class HostHooks:
     """The hooks of a run on several hosts, beside those of every run."""
@@ -146,6 +148,8 @@ class ConnectionWatch:
                     live.take(sample)
             elif message.get("kind") in ("leased", "others") and self._part.shared is not None:
                 self._part.shared.take(message)
+            elif message.get("kind") == "not-kept" and len(self._part.not_kept) < _MOST_TEXTS:
+                self._part.not_kept.append(one_line(str(message.get("text")), 500))
             elif message.get("kind") == "models" and there is not None and there.monitor:
                 there.monitor.take(message)
 

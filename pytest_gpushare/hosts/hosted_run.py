@@ -16,9 +16,9 @@ from pytest_gpushare.compat.xdist_hosts import WorkerStart
 from pytest_gpushare.gpu.attribution import Attribution
 from pytest_gpushare.gpu.sampler import DeviceSamples, Live
 from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.hosts.host_lease import HostLease, LeasesElsewhere
 from pytest_gpushare.hosts.live import AllAttribution, HostLive, global_pid
 from pytest_gpushare.hosts.part import HostPart
-from pytest_gpushare.hosts.shared_there import HostLease, LeasesElsewhere
 from pytest_gpushare.hosts.specs import proxy_id
 from pytest_gpushare.planning.placement import (
     NUMBER,
@@ -114,6 +114,9 @@ class HostedRun(ActiveRun):
         self._host_links = HostLinks()
         super().__init__(facts, options, config=config)
         for part in parts:
+            for text in part.loaded:
+                self.record.note("ollama-preloaded", f"{part.name}: {text}", host=part.name)
+        for part in parts:
             if part.there is not None and part.connection is not None:
                 monitor = part.there.follow(self.workers, self.record, part.connection)
                 if monitor is not None:
@@ -148,6 +151,11 @@ class HostedRun(ActiveRun):
             for part in self.parts
             if part.number or part.plan.workers
         )
+
+    def not_kept(self) -> list[str]:
+        """See `ActiveRun`."""
+        there = [f"{part.name}: {text}" for part in self.parts for text in part.not_kept]
+        return [*super().not_kept(), *there]
 
     def host_named(self, _worker: str) -> str | None:
         """See `ActiveRun`."""

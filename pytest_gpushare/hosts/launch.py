@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +19,19 @@ from pytest_gpushare.gpu.attribution import Attribution
 from pytest_gpushare.gpu.devices import GpuFacts
 from pytest_gpushare.hosts.agent import models_of_server, on_several_hosts
 from pytest_gpushare.hosts.answers import RemoteFacts
-from pytest_gpushare.hosts.asking import Answer, answers_of, request_for
+from pytest_gpushare.hosts.asking import Answer, StartOfHosts, request_for
 from pytest_gpushare.hosts.connection import HostConnection
 from pytest_gpushare.hosts.hooks import HostHooks, notes_of
 from pytest_gpushare.hosts.hosted_run import HostedRun
 from pytest_gpushare.hosts.live import AllLive, HostLive, HostOllama, global_pid
-from pytest_gpushare.hosts.part import HostPart, merged, merged_devices, named, plan_there
+from pytest_gpushare.hosts.part import (
+    HostPart,
+    in_company,
+    merged,
+    merged_devices,
+    named,
+    plan_there,
+)
 from pytest_gpushare.hosts.specs import (
     HostSpec,
     parse_lines,
@@ -32,8 +39,6 @@ from pytest_gpushare.hosts.specs import (
     proxy,
     workers,
 )
-from pytest_gpushare.hosts.waiting import StartOfHosts
-from pytest_gpushare.leases.lessee import WaitingLine
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
 from pytest_gpushare.planning.placement import PlacementContext
@@ -48,7 +53,7 @@ from pytest_gpushare.session.start import (
     start_locally,
 )
 from pytest_gpushare.session.start_facts import StartFacts, placement_context
-from pytest_gpushare.text import read_regular
+from pytest_gpushare.text import WaitingLine, read_regular
 from pytest_gpushare.units import MB
 
 if TYPE_CHECKING:
@@ -68,20 +73,29 @@ def start_on_hosts(
     if not takes_proxies(options):
         raise SettingsError("workers on other hosts need pytest-xdist 3.6.1 or newer: upgrade it")
     settings = on_several_hosts(settings_of_run(config))
+    if settings.ollama_preload:
+        from pytest_gpushare.planning.preloading import check
+
+        check(settings)
     specs = _asked(options, settings)
+    selected = str(getattr(options, "markexpr", "") or "")
+    excluded = f"-m {selected!r} selects no GPU test"
+    if excludes_gpu_tests(selected, settings):
+        settings = replace(settings, fallback_to_cpu_when_constrained=True)
+    else:
+        excluded = ""
     with ExitStack() as stack:
-        connections = _connect(config, settings, specs, stack)
+        connections = _connect(config, settings, specs, excluded, stack)
         environment = environment_for_plan(before_conftests)
 
         def here(settings: Settings, line: WaitingLine) -> StartFacts:
             request, cpus = Request(), count_of_auto(config)
             return start_locally(config, options, request, cpus, environment, settings, line)
 
-        hosts = StartOfHosts(settings, here if any(spec.is_local for spec in specs) else None)
+        takes_part = any(spec.is_local for spec in specs)
+        hosts = StartOfHosts(settings, connections, here if takes_part else None)
         stack.callback(hosts.close)
-        hosts.look_here()
-        strict = bool(options.gpu_share_strict)
-        answers = answers_of(connections, config.rootpath, hosts.await_room, strict=strict)
+        answers = hosts.answers(config.rootpath, strict=bool(options.gpu_share_strict))
         local = hosts.here
         parts = _parts(config, settings, local, answers)
         plan = merged(parts)
@@ -108,16 +122,16 @@ def _connect(
     config: pytest.Config,
     settings: Settings,
     specs: Sequence[HostSpec],
+    excluded: str,
     stack: ExitStack,
 ) -> list[HostConnection]:
-    expression = str(getattr(config.option, "markexpr", "") or "")
-    excluded = excludes_gpu_tests(expression, settings)
+    """Log in to all of them; `excluded` says why no test can be a GPU test."""
     request = request_for(
         settings,
         simulate=config.option.gpu_share_simulate or (),
         contexts=recall_contexts(config),
         sizes=recall_ollama(config),
-        no_gpu_tests=f"-m {expression!r} selects no GPU test" if excluded else "",
+        no_gpu_tests=excluded,
         only_asks=only_asks(config),
         cache=_cache(config),
     )
@@ -207,6 +221,7 @@ def _parts(
                 there=there,
                 cache=facts.cache,
                 notes=facts.notes,
+                loaded=facts.loaded,
                 leases=facts.leases,
             )
         )
@@ -259,11 +274,10 @@ def _local_part(settings: Settings, local: StartFacts | None) -> HostPart:
         return HostPart(0, spec, nothing, {}, placement, None, Attribution(), OllamaFacts())
     known = devices_of_ollama(settings.ollama_gpu, local.gpus)
     attribution = Attribution(local.gpus.all_devices, statements(known, local.ollama))
-    keys = {d.device.uuid: d.device.uuid for d in local.plan.devices}
-    placement, models = placement_context(local, local.plan), models_of_server(local.ollama)
-    return HostPart(
-        0, spec, local.plan, keys, placement, local.live, attribution, local.ollama, models
-    )
+    plan = in_company(settings, local.plan)
+    keys = {d.device.uuid: d.device.uuid for d in plan.devices}
+    placement, models = placement_context(local, plan), models_of_server(local.ollama)
+    return HostPart(0, spec, plan, keys, placement, local.live, attribution, local.ollama, models)
 
 
 def _run(
@@ -287,16 +301,11 @@ def _run(
         plan=plan,
         replan=None,
         live=AllLive(lives) if lives else None,
-        notes=(*local.notes, *notes_of(parts), *_not_there(settings)),
+        notes=(*local.notes, *notes_of(parts)),
         leases=(*local.leases, *(f"{part.name} {text}" for part in parts for text in part.leases)),
         has_needs=may_have_needs(settings, config) and bool(plan.slots),
     )
     return HostedRun(facts, parts, run_options(config, config.option, ""), config)
-
-
-def _not_there(settings: Settings) -> Iterator[str]:
-    if settings.ollama_preload:
-        yield "gpu_share_ollama_preload: no models are loaded on other hosts before the run"
 
 
 def _write_workers(options: Any, parts: Sequence[HostPart]) -> None:

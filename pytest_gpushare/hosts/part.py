@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from pytest_gpushare.planning.plan import DevicePlan, Plan, Request, Slot
 from pytest_gpushare.planning.sizing import make_plan
 
 if TYPE_CHECKING:
-    from pytest_gpushare.hosts.shared_there import HostLease
+    from pytest_gpushare.hosts.host_lease import HostLease
 
 
 @dataclass(eq=False)
@@ -59,6 +59,10 @@ class HostPart:
     cache: str = ""
     """The directory of pytest's cache for its workers; empty: the usual one."""
     notes: tuple[str, ...] = ()
+    loaded: tuple[str, ...] = ()
+    """A sentence on each model that was loaded there for the run."""
+    not_kept: list[str] = field(default_factory=list)
+    """A sentence on each of them that was not kept loaded until the end."""
     leases: tuple[str, ...] = ()
     """What other sessions there have leased, one sentence each."""
     shift: float = inf
@@ -168,4 +172,11 @@ def plan_there(settings: Settings, facts: RemoteFacts) -> Plan:
         )
         for planned in plan.devices
     )
-    return replace(plan, devices=tuple(devices))
+    return in_company(settings, replace(plan, devices=tuple(devices)))
+
+
+def in_company(settings: Settings, plan: Plan) -> Plan:
+    """The plan of one host of several: without room, CPU workers only where they are allowed."""
+    if plan.slots or settings.fallback_to_cpu_when_constrained:
+        return plan
+    return replace(plan, cpu_workers=0)

@@ -185,8 +185,9 @@ def _opened(device: str | int, directory: str) -> Iterator[tuple[Device, Lessee 
 def _claim(lessee: Lessee, device: Device, size: int, wait: float | None) -> None:
     from pytest_gpushare.leases.claims import Naming
     from pytest_gpushare.leases.ledger import LedgerError
-    from pytest_gpushare.leases.lessee import WaitingLine, Wish
+    from pytest_gpushare.leases.lessee import Wish
     from pytest_gpushare.leases.records import DeviceLease
+    from pytest_gpushare.text import WaitingLine
 
     if size > device.total:
         raise LeaseUnavailable(

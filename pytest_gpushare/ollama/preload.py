@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -354,26 +353,3 @@ def ollama_pids(live: Live | None) -> Callable[[], frozenset[int] | None]:
         return frozenset(p.pid for ps in lists for p in ps or () if p.neighbour == OLLAMA)
 
     return read
-
-
-class ProgressLine:
-    """A line of the terminal that is written over; a log, which would keep all, gets none."""
-
-    def __init__(self) -> None:
-        stream = sys.stderr
-        self._stream = stream if stream is not None and stream.isatty() else None
-        self._width = 0
-
-    def show(self, text: str) -> None:
-        """What is going on."""
-        if self._stream is not None:
-            line = f"gpu-share: {text}"
-            self._stream.write(f"\r{line.ljust(self._width)}")
-            self._stream.flush()
-            self._width = len(line)
-
-    def clear(self) -> None:
-        """Leave the line empty."""
-        if self._stream is not None and self._width:
-            self._stream.write(f"\r{' ' * self._width}\r")
-            self._stream.flush()

@@ -17,10 +17,11 @@ from pytest_gpushare.gpu.devices import Device, GpuFacts
 from pytest_gpushare.gpu.host import pid_space
 from pytest_gpushare.leases.claims import Naming, Share
 from pytest_gpushare.leases.ledger import OFF, Ledger, LedgerError, directory_of
-from pytest_gpushare.leases.lessee import Lessee, LiveReadings, View, WaitingLine, Wish
+from pytest_gpushare.leases.lessee import Lessee, LiveReadings, View, Wish
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, Seniority
 from pytest_gpushare.planning.plan import DevicePlan, LeasedByOthers, Limit, Plan
 from pytest_gpushare.scheduler.types import DeviceCapacity
+from pytest_gpushare.text import WaitingLine
 from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:

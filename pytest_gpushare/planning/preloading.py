@@ -7,14 +7,15 @@ from typing import NamedTuple
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import PreloadError, SettingsError
-from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.gpu.sampler import Live, LiveVram
 from pytest_gpushare.leases.ledger import directory_of
-from pytest_gpushare.leases.lessee import models_in_use
+from pytest_gpushare.leases.lessee import Lessee, models_in_use
 from pytest_gpushare.ollama.keep_alive import KeepAlive, PreloadedModel
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
-from pytest_gpushare.ollama.preload import Preloaded, ProgressLine, ollama_pids, preload, vram_of
+from pytest_gpushare.ollama.preload import Preloaded, ollama_pids, preload, vram_of
 from pytest_gpushare.planning.startup import Probes, probe
 from pytest_gpushare.sigterm import AtSigterm
+from pytest_gpushare.text import WaitingLine
 
 
 class Loading(NamedTuple):
@@ -25,6 +26,13 @@ class Loading(NamedTuple):
     sentences: tuple[str, ...] = ()
     """A sentence on each model that was loaded."""
     problems: tuple[str, ...] = ()
+
+    def look_by(self, live: Live | None, lessee: Lessee | None) -> None:
+        """From now on see by these which processes Ollama has, and what other sessions use."""
+        if self.kept is not None:
+            self.kept.service.pids = ollama_pids(live)
+            if lessee is not None:
+                self.kept.service.used_by_others = lessee.models_of_others
 
     def undo(self) -> None:
         """Give the models the keep-alive that the server itself gives."""
@@ -51,13 +59,16 @@ def load_first(
     probes: Probes,
     environment: Mapping[str, str],
     sizes: KnownSizes = NOTHING_KNOWN,
+    line: WaitingLine | None = None,
 ) -> tuple[Probes, Loading]:
     """Load what is missing, and probe again, so that the plan knows it as resident.
+
+    `line` shows what is being loaded; None: the user's terminal.
 
     Raises `PreloadError` where a model is missing that must not be. `probes` are closed.
     """
     ours: list[PreloadedModel] = []
-    server, progress = probes.ollama.server, ProgressLine()
+    server, line = probes.ollama.server, line or WaitingLine()
     # From the first load on: another load, or a wait for other sessions, may take minutes.
     kept = None if server is None else AtSigterm(KeepAlive(server, ours))
     if kept is not None:
@@ -69,7 +80,7 @@ def load_first(
             vram_of(
                 settings, probes.gpus, probes.ollama, _live(probes), environment, sizes
             )._replace(used_by_others=lambda: models_in_use(directory_of(settings.leases))),
-            progress.show,
+            line.progress,
             ours,
         )
         if done.problems and settings.ollama_preload_failed == "fail":
@@ -84,7 +95,7 @@ def load_first(
             kept.stop()
         raise
     finally:
-        progress.clear()
+        line.clear()
     problems = tuple(
         f"{problem.model} was not preloaded: {problem.text}" for problem in done.problems
     )

@@ -134,7 +134,7 @@ def _mark(run: ActiveRun) -> str:
 
 
 def _verdict(run: ActiveRun) -> Iterator[Line]:
-    for text in run.kept_loaded.given_up if run.kept_loaded is not None else ():
+    for text in run.not_kept():
         yield Line(f"gpu-share: {text}")
     for host, monitor in run.monitors():
         where = f"{host}: " if host else ""

@@ -81,7 +81,7 @@ class ActiveRun:
         )
         self.contexts, self.has_needs = facts.contexts, facts.has_needs
         self.reports, self.strict, self.unplaced = options or RunOptions()
-        self.notes = list(facts.notes)
+        self.notes = list(facts.problems)
         """Problems that the user should know of, one sentence each."""
         self.unwritten: list[str] = []
         """Why a report could not be written, one sentence each."""
@@ -112,10 +112,8 @@ class ActiveRun:
         if self.live is not None and self.plan.devices:
             self.sampler = self._make_sampler(self.live)
             services.append(self.sampler)
-        self.kept_loaded = None if facts.kept_loaded is None else facts.kept_loaded.service
-        """What keeps the models that this run loaded; None where it loaded none."""
-        if facts.kept_loaded is not None:
-            services.append(facts.kept_loaded)
+        if facts.loading is not None and facts.loading.kept is not None:
+            services.append(facts.loading.kept)
         if self.plan.slots and not self.gpus.simulated:
             self.exclusive = ExclusiveAccess(
                 self.plan,
@@ -157,7 +155,7 @@ class ActiveRun:
             services.append(self.monitor)
         self.services = Services(services, self.notes.append)
 
-        for text in facts.preloaded:
+        for text in facts.loading.sentences if facts.loading is not None else ():
             self.record.note("ollama-preloaded", text)
         self.links.on("overwritten", self._note_overwritten)
         self.links.on("here", self.workers.came_up)
@@ -188,6 +186,11 @@ class ActiveRun:
     def monitors(self) -> list[tuple[str, Monitor]]:
         """What follows Ollama, with the name of the host; empty for this one."""
         return [] if self.monitor is None else [("", self.monitor)]
+
+    def not_kept(self) -> list[str]:
+        """A sentence on each preloaded model that was not kept loaded until the end."""
+        loading = self.facts.loading
+        return [] if loading is None or loading.kept is None else loading.kept.service.given_up
 
     def host_named(self, _worker: str) -> str | None:
         """The name of a worker's host; None where the run has this host alone."""

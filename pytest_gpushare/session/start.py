@@ -58,6 +58,7 @@ from pytest_gpushare.session.needs_store import (
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start_facts import RunOptions, StartFacts
 from pytest_gpushare.session.tests import Observer
+from pytest_gpushare.text import WaitingLine
 from pytest_gpushare.units import format_gb
 from pytest_gpushare.wire import ITSELF
 
@@ -65,7 +66,6 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_gpushare.events import Event
-    from pytest_gpushare.leases.lessee import WaitingLine
     from pytest_gpushare.planning.preloading import Loading
 
 
@@ -143,7 +143,7 @@ def start(
     """
     earlier = earlier or EarlierRuns()
     agreed: Agreed | None = None
-    probes, loading = _probed(settings, host, earlier)
+    probes, loading = _probed(settings, host, earlier, terms.line if terms else None)
     if no_gpu_tests:
         probes = probes._replace(gpus=GpuFacts(absence=no_gpu_tests))
     try:
@@ -195,19 +195,20 @@ def start(
         if loading is not None:
             loading.undo()
         raise
-    close = probes.close if live is None else _in_order(live.close, probes.close)
+    release = probes.close if live is None else _in_order(live.close, probes.close)
     if agreed.lessee is not None:
-        close = _in_order(agreed.lessee.close, close)
-        if loading is not None and loading.kept is not None:
-            loading.kept.service.used_by_others = agreed.lessee.models_of_others
-    found = StartFacts(
+        release = _in_order(agreed.lessee.close, release)
+    if loading is not None:
+        loading.look_by(live, agreed.lessee)
+    return StartFacts(
         settings,
         gpus,
         ollama.facts,
         plan,
         replan,
         live,
-        close,
+        release,
+        loading,
         notes=(
             *gpus.problems,
             *_unexpected(settings, gpus),
@@ -223,15 +224,6 @@ def start(
         has_needs=(earlier.has_needs or is_phased) and bool(plan.slots) and not gpus.simulated,
         is_phased=is_phased,
         waits_for=agreed.waits_for,
-    )
-    if loading is None:
-        return found
-    return found._replace(
-        notes=(*found.notes, *loading.problems),
-        preloaded=loading.sentences,
-        kept_loaded=loading.kept,
-        # Also where the run ends before its services began.
-        close=close if loading.kept is None else _in_order(loading.undo, close),
     )
 
 
@@ -252,7 +244,9 @@ def _is_phased(settings: Settings, earlier: EarlierRuns, request: Request, probe
     return bool(gpus.all_devices) and devices_of_ollama(settings.ollama_gpu, gpus) != ()
 
 
-def _probed(settings: Settings, host: Host, earlier: EarlierRuns) -> tuple[Probes, Loading | None]:
+def _probed(
+    settings: Settings, host: Host, earlier: EarlierRuns, line: WaitingLine | None
+) -> tuple[Probes, Loading | None]:
     """What NVML and Ollama say, after its models were loaded where that is wanted."""
     if not settings.ollama_preload:
         return probe(settings, host.simulate, host.environment), None
@@ -262,7 +256,7 @@ def _probed(settings: Settings, host: Host, earlier: EarlierRuns) -> tuple[Probe
     probes = probe(settings, host.simulate, host.environment)
     if host.simulate:
         return probes, None
-    return preloading.load_first(settings, probes, host.environment, earlier.model_sizes)
+    return preloading.load_first(settings, probes, host.environment, earlier.model_sizes, line)
 
 
 class _AskedAgain:

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from pytest_gpushare.gpu.attribution import Attribution
     from pytest_gpushare.gpu.sampler import Live
     from pytest_gpushare.leases.lessee import Lessee
-    from pytest_gpushare.ollama.keep_alive import KeepAlive
+    from pytest_gpushare.planning.preloading import Loading
     from pytest_gpushare.scheduler.sharing import OwnShare
     from pytest_gpushare.scheduler.types import DeviceReading
-    from pytest_gpushare.sigterm import AtSigterm
 
 
 def nothing() -> None:
@@ -40,14 +39,12 @@ class StartFacts(NamedTuple):
     """The plan for the same machine with other settings."""
     live: Live | None = None
     """Readings of NVML during the run; None under a what-if and without devices."""
-    close: Callable[[], None] = nothing
-    """Releases NVML and preloaded models; harmless when called twice."""
+    release: Callable[[], None] = nothing
+    """Releases NVML and the leases; harmless when called twice."""
+    loading: Loading | None = None
+    """What became of the models that were to be loaded before the run; None: none were."""
     notes: tuple[str, ...] = ()
     """Problems that the user should know of, one sentence each."""
-    preloaded: tuple[str, ...] = ()
-    """One sentence for each model that was loaded before the run."""
-    kept_loaded: AtSigterm[KeepAlive] | None = None
-    """The running service that keeps the preloaded models loaded."""
     contexts: Mapping[str, int] = {}
     """Device name -> bytes of a CUDA context, as earlier runs measured it."""
     lessee: Lessee | None = None
@@ -64,6 +61,17 @@ class StartFacts(NamedTuple):
     """Whether VRAM is kept for Ollama only while tests use its models."""
     waits_for: str = ""
     """Who holds the VRAM that a run would wait for, where no test follows; see `Agreed`."""
+
+    def close(self) -> None:
+        """Give back the models that were loaded, too; harmless when called twice."""
+        if self.loading is not None:
+            self.loading.undo()
+        self.release()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """The notes, and why models were not loaded, one sentence each."""
+        return (*self.notes, *(self.loading.problems if self.loading is not None else ()))
 
 
 class RunOptions(NamedTuple):

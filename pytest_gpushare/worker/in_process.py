@@ -18,9 +18,10 @@ import pytest
 from pytest_gpushare.leases import LeaseUnavailable, in_tests
 from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.leases.ledger import LedgerError
-from pytest_gpushare.leases.lessee import Lessee, View, WaitingLine, Wish
+from pytest_gpushare.leases.lessee import Lessee, View, Wish
 from pytest_gpushare.leases.records import DeviceLease
 from pytest_gpushare.planning.plan import Plan
+from pytest_gpushare.text import WaitingLine
 from pytest_gpushare.units import format_gb
 from pytest_gpushare.wire import ITSELF, Link
 from pytest_gpushare.worker.collection import MarkerReader, may_use_models

@@ -133,6 +133,13 @@ class OtherHost:
         return f"/tmp/venv-{self.name}/bin/python"
 
     @property
+    def first_pid(self) -> int:
+        """The process in which sshd runs, as this host numbers it."""
+        assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return int(children.read_text().split()[0])
+
+    @property
     def tx(self) -> str:
         """The value of `--tx`."""
         return f"gpu-auto*ssh=-F {self.config} {self.name}//chdir={self.root}//python={self.python}"
@@ -181,6 +188,8 @@ def other_host(
     *devices: Device,
     cpus: int = 64,
     ollama: Mapping[str, str] | None = None,
+    has_loaded: bool = True,
+    keep_alive: str = "5m",
     prefix: str = sys.prefix,
     link: Link | None = None,
     is_apart: bool = True,
@@ -189,8 +198,9 @@ def other_host(
 ) -> Iterator[OtherHost]:
     """A host with these devices, while the block lasts.
 
-    `ollama`: models that its server holds. `prefix`: its environment of Python. `link`: the
-    network by which it is reached; None: loopback. `is_apart`: whether it has a /tmp of its own.
+    `ollama`: models that its server has, and has loaded where it `has_loaded` them; it keeps one
+    for `keep_alive`. `prefix`: its environment of Python. `link`: the network by which it is
+    reached; None: loopback. `is_apart`: whether it has a /tmp of its own.
     `ahead`: seconds that its clock is ahead of this one. `frameworks`: whether the stand-ins of
     torch, CuPy and JAX are installed there.
     """
@@ -229,7 +239,7 @@ def other_host(
     mounts = f"mount --bind {prefix} {venv}{f' && mount --rbind {tmp} /tmp' if is_apart else ''}"
     script = (
         f"{mounts} || exit 1; "
-        f"{_serving(ollama, ollama_port, environment)}"
+        f"{_serving(ollama, ollama_port, environment, keep_alive, has_loaded=has_loaded)}"
         f"mkdir -p /run/sshd && exec {SSHD} -D -e -f {server}"
     )
     with (
@@ -311,13 +321,20 @@ def _server(
     return f"{there}/sshd_config"
 
 
-def _serving(models: Mapping[str, str] | None, port: int, environment: Mapping[str, str]) -> str:
+def _serving(
+    models: Mapping[str, str] | None,
+    port: int,
+    environment: Mapping[str, str],
+    keep_alive: str,
+    *,
+    has_loaded: bool,
+) -> str:
     """The start of a simulated Ollama, as a part of the host's script."""
     if not models:
         return ""
     command = [sys.executable, "-m", "simulator.ollama", "--port", str(port)]
-    command += ["--models", json.dumps(models)]
-    command += [word for name in models for word in ("--load", name)]
+    command += ["--models", json.dumps(models), "--keep-alive", keep_alive]
+    command += [word for name in models for word in ("--load", name) if has_loaded]
     variables = [f"{key}={value}" for key, value in environment.items()]
     return f"{shlex.join(['env', *variables, *command])} > /tmp/ollama.log 2>&1 & "
 
@@ -363,6 +380,39 @@ def on(*found: OtherHost) -> list[str]:
     return ["--gpu-share", *(part for host in found for part in ("--tx", host.tx))]
 
 
+HOLD = """
+import sys
+from pytest_gpushare.leases import acquire
+with acquire(0, sys.argv[1]):
+    print("leased", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holding(command: list[str], size: str, **options: object) -> Iterator[Callable[[], object]]:
+    """A process that has leased so much; the result has it give that back."""
+    with child_process(
+        [*command, size],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        while (said := process.stdout.readline()).startswith("gpu-share: waiting for "):
+            pass
+        assert said == "leased\n", said + process.communicate(timeout=10)[0]
+        yield process.stdin.close
+
+
+def there(host: OtherHost) -> list[str]:
+    """The command with which a process of another session leases on a host."""
+    return ["ssh", "-F", str(host.config), host.name, f"{host.python} -c '{HOLD}'"]
+
+
 def outcomes(junit: Path) -> list[tuple[str, list[str]]]:
     """The tests in a JUnit file, in order of their names, with what went wrong in each."""
     cases = ElementTree.parse(junit).iter("testcase")
@@ -372,14 +422,13 @@ def outcomes(junit: Path) -> list[tuple[str, list[str]]]:
     )
 
 
-def lose(project: Project, found: list[OtherHost], after: int, cut: Callable[[], object]) -> None:
-    """Run `LONG` there and lose the first host after so many tests; every test is reported."""
-    reports = project.path / "reports"
+@contextmanager
+def background(project: Project, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A run in the background; its standard error comes with its output."""
     # pytest-rerunfailures has its workers connect to the controller's port on their own loopback.
-    left_out = ["-p", "no:cacheprovider", "-p", "no:rerunfailures"]
-    command = [sys.executable, "-m", "pytest", *left_out, *on(*found)]
+    left_out = ("-p", "no:cacheprovider", "-p", "no:rerunfailures")
     with child_process(
-        command,
+        [sys.executable, "-m", "pytest", *left_out, *arguments],
         cwd=project.path,
         env=project.environment,
         stdin=subprocess.DEVNULL,
@@ -387,15 +436,26 @@ def lose(project: Project, found: list[OtherHost], after: int, cut: Callable[[],
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
-        until = time.monotonic() + 60
-        while not reports.exists() or reports.read_text().count(" call ") < after:
-            assert time.monotonic() < until
-            assert process.poll() is None, process.communicate(timeout=10)[0]
-            time.sleep(0.05)
+        yield process
+
+
+def await_calls(project: Project, process: subprocess.Popen[str], least: int) -> None:
+    """Wait until so many tests of a run with `REPORTS` have been called."""
+    reports, until = project.path / "reports", time.monotonic() + 90
+    while not reports.exists() or reports.read_text().count(" call ") < least:
+        assert process.poll() is None, process.communicate(timeout=10)[0]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def lose(project: Project, found: list[OtherHost], after: int, cut: Callable[[], object]) -> None:
+    """Run `LONG` there and lose the first host after so many tests; every test is reported."""
+    with background(project, *on(*found)) as process:
+        await_calls(project, process, after)
         cut()
         out, _ = process.communicate(timeout=120)
     assert "INTERNALERROR" not in out, out
-    rows = [line.split() for line in reports.read_text().splitlines()]
+    rows = [line.split() for line in (project.path / "reports").read_text().splitlines()]
     crashed = [row for row in rows if row[1] == "???"]
     calls = [row[0] for row in rows if row[1] == "call"]
     assert len(crashed) <= 2

@@ -3,72 +3,32 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from simulator import Device, Machine
-from simulator.child import child_process
 
 from pytest_gpushare.report.reading import read_report
 
 from .conftest import Project
-from .other_hosts import REPORTS, SUITE, OtherHost, commit, missing, on
+from .other_hosts import (
+    HOLD,
+    REPORTS,
+    SUITE,
+    OtherHost,
+    await_calls,
+    background,
+    commit,
+    holding,
+    missing,
+    on,
+    there,
+)
 
 if reason := "CI does not start other hosts" if os.environ.get("CI") else missing():
     pytest.skip(reason, allow_module_level=True)
-
-HOLD = """
-import sys
-from pytest_gpushare.leases import acquire
-with acquire(0, sys.argv[1]):
-    print("leased", flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def holding(command: list[str], size: str, **options: object) -> Iterator[Callable[[], object]]:
-    """A process that has leased so much; the result has it give that back."""
-    with child_process(
-        [*command, size],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        while (said := process.stdout.readline()).startswith("gpu-share: waiting for "):
-            pass
-        assert said == "leased\n", said + process.communicate(timeout=10)[0]
-        yield process.stdin.close
-
-
-def there(host: OtherHost) -> list[str]:
-    """The command with which a process of another session leases on a host."""
-    return ["ssh", "-F", str(host.config), host.name, f"{host.python} -c '{HOLD}'"]
-
-
-@contextmanager
-def run(project: Project, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A run in the background; its standard error comes with its output."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:rerunfailures"]
-    with child_process(
-        [*command, *arguments],
-        cwd=project.path,
-        env=project.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        yield process
 
 
 def test_a_lease_there_is_waited_for(project: Project, hosts: Callable[..., OtherHost]) -> None:
@@ -76,7 +36,7 @@ def test_a_lease_there_is_waited_for(project: Project, hosts: Callable[..., Othe
     project.write(test_project=SUITE)
     commit(project)
     host = hosts("small", Device(total="24GB", used="2GB"))
-    with holding(there(host), "8GB") as give_back, run(project, *on(host)) as process:
+    with holding(there(host), "8GB") as give_back, background(project, *on(host)) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("gpu-share: host small: waiting for 3.0 GB of VRAM"), line
@@ -140,7 +100,7 @@ def test_this_host_and_another_are_waited_for_together(
         with (
             holding(there(host), "8GB") as give_back_there,
             holding(here, "8GB", **options) as give_back_here,
-            run(project, *arguments) as process,
+            background(project, *arguments) as process,
         ):
             assert process.stdout is not None
             line = process.stdout.readline()
@@ -157,8 +117,7 @@ def test_a_session_there_gets_what_tests_give_back(
     """Of two workers' lease another session gets its part as tests end; the others go on."""
     project.write(
         test_project="""
-            import time
-            import gpusim
+                        import gpusim
             import pytest
 
             @pytest.mark.gpu(vram="3.5GB")
@@ -171,25 +130,13 @@ def test_a_session_there_gets_what_tests_give_back(
     project.file("conftest.py", REPORTS)
     commit(project)
     host = hosts("small", Device(total="24GB", used="2GB"))
-
-    def done() -> int:
-        reports = project.path / "reports"
-        return reports.read_text().count(" call passed") if reports.exists() else 0
-
-    with run(project, *on(host)) as process:
-        until = time.monotonic() + 90
-        while done() < 4:
-            assert process.poll() is None, process.communicate(timeout=10)[0]
-            assert time.monotonic() < until
-            time.sleep(0.02)
+    with background(project, *on(host)) as process:
+        await_calls(project, process, 4)
         with holding(there(host), "4GB") as give_back:
             # One of them has it, the other still runs tests.
-            before = done()
+            before = (project.path / "reports").read_text().count(" call ")
             assert before < 50
-            while done() < before + 3:
-                assert process.poll() is None, process.communicate(timeout=10)[0]
-                assert time.monotonic() < until
-                time.sleep(0.02)
+            await_calls(project, process, before + 3)
             assert host.machine.snapshot()[0].used <= 13 * 1024**3
             give_back()
         out, _ = process.communicate(timeout=90)
@@ -220,14 +167,9 @@ def test_what_a_session_there_gives_back_is_used(
     commit(project)
     host = hosts("small", Device(total="24GB", used="2GB"), frameworks=True)
     rule = ("-o", "gpu_share_vram=*test_large = 8GB")
-    reports = project.path / "reports"
-    with holding(there(host), "4GB") as give_back, run(project, *on(host), *rule) as process:
-        until = time.monotonic() + 60
-        while not reports.exists() or reports.read_text().count(" call passed") < 2:
-            assert process.poll() is None, process.communicate(timeout=10)[0]
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        assert "test_large" not in reports.read_text()
+    with holding(there(host), "4GB") as give_back, background(project, *on(host), *rule) as process:
+        await_calls(project, process, 2)
+        assert "test_large" not in (project.path / "reports").read_text()
         give_back()
         out, _ = process.communicate(timeout=60)
     assert " 5 passed" in out, out

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import pytest
 from simulator import Device
 
+from pytest_gpushare.report.reading import read_report
+
 from .conftest import Project
-from .other_hosts import LONG, REPORTS, Link, OtherHost, commit, lose, missing, on
+from .other_hosts import (
+    LONG,
+    REPORTS,
+    Link,
+    OtherHost,
+    await_calls,
+    background,
+    commit,
+    lose,
+    missing,
+    on,
+)
 
 if reason := "CI does not start other hosts" if os.environ.get("CI") else missing():
     pytest.skip(reason, allow_module_level=True)
@@ -47,6 +62,62 @@ def test_a_cut_link_is_a_lost_host(project: Project, hosts: Callable[..., OtherH
         begun = time.monotonic()
         lose(project, [far, near], 5, link.cut)
         assert time.monotonic() - begun < 90
+
+
+def test_a_slow_host_holds_no_other_back(
+    project: Project, hosts: Callable[..., OtherHost], tmp_path: Path
+) -> None:
+    """One does not answer for 8 seconds: the tests of the other go on, and none is lost."""
+    project.write(
+        test_project="""
+            import time
+            import pytest
+
+            @pytest.mark.gpu(vram="3GB")
+            @pytest.mark.parametrize("i", range(100))
+            def test_it(i):
+                time.sleep(0.25)
+        """
+    )
+    project.file("conftest.py", REPORTS)
+    commit(project)
+    slow, other = (hosts(name, Device(total="24GB", used="2GB")) for name in ("slow", "other"))
+    report = tmp_path / "r.json"
+    arguments = [*on(slow, other), f"--gpu-share-report={report}"]
+    with background(project, *arguments) as process:
+        await_calls(project, process, 6)
+        before = (project.path / "reports").read_text().count(" call ")
+        with paused(slow):
+            # What it has sent is on its way.
+            time.sleep(8)
+            after = (project.path / "reports").read_text().count(" call ")
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert " 100 passed" in out
+    assert " was lost" not in out
+    # Two workers, and a machine that has others to serve.
+    assert after - before > 12, out
+    assert {test["host"] for test in read_report(report)["tests"]} == {"slow", "other"}
+
+
+@contextmanager
+def paused(host: OtherHost) -> Iterator[None]:
+    """All processes of a host stand still."""
+    space = Path(f"/proc/{host.first_pid}/ns/pid").readlink()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "ns/pid").readlink() == space:
+                found.append(int(process.name))
+    assert len(found) > 3
+    for pid in found:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def test_workers_that_cannot_start_do_not_hang_the_run(

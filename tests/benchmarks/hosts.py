@@ -136,10 +136,7 @@ def _probed(specs: list[HostSpec], root: Path) -> float:
 def _spent(host: OtherHost) -> float:
     """Seconds of CPU time of all logins that are over: of ssh here, and of what ran there."""
     here = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert host.process is not None
-    first = host.process.pid
-    (sshd,) = Path(f"/proc/{first}/task/{first}/children").read_text().split()
-    there = Path(f"/proc/{sshd}/stat").read_text().rpartition(")")[2].split()[13:15]
+    there = Path(f"/proc/{host.first_pid}/stat").read_text().rpartition(")")[2].split()[13:15]
     return here.ru_utime + here.ru_stime + sum(map(int, there)) / os.sysconf("SC_CLK_TCK")
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pytest_gpushare.config.sources import Written, load
-from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess
+from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, HostFacts
 from pytest_gpushare.hosts.agent import settings_as_texts, settings_of
 from pytest_gpushare.hosts.answers import (
     RemoteFacts,
@@ -22,9 +23,11 @@ from pytest_gpushare.hosts.answers import (
 )
 from pytest_gpushare.hosts.checkout import Checkout
 from pytest_gpushare.hosts.live import HostLive, global_pid
+from pytest_gpushare.hosts.part import plan_there
 from pytest_gpushare.ollama.address import parse_address
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
-from pytest_gpushare.planning.plan import NeighbourShare
+from pytest_gpushare.planning.plan import NeighbourShare, Request
+from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.units import GB
 
 from .damage import ODD, damaged
@@ -44,7 +47,7 @@ def answer() -> dict[str, Any]:
         {"GPU-1": 0}, {"GPU-1": 11 * GB}, {"GPU-1": 12 * GB},
         OllamaFacts(server.shown, True, True, "0.33.0", (model,), server=server),
         ("m:1b",), 8, None, {"XLA_FLAGS": "x", "HOME": "/root"}, {"torch": "2.1"},
-        False, "/tmp/lease", ("a note",), (), Checkout("abc", "def"), "",
+        False, "/tmp/lease", ("a note",), ("loaded",), (), Checkout("abc", "def"), "",
     )  # fmt: skip
     return dict(json.loads(json.dumps(encode(facts))))
 
@@ -56,6 +59,7 @@ def test_an_answer_comes_back_with_its_host() -> None:
     assert facts.share.reservation == {"GPU-1": 12 * GB}
     assert facts.ollama.models == (LoadedModel("m:1b", GB, GB, "sha256:1", 4096),)
     assert facts.ollama.server == parse_address("http://127.0.0.1:1")
+    assert (facts.notes, facts.loaded) == (("a note",), ("loaded",))
     assert facts.checkout == Checkout("abc", "def")
     # Nothing of the environment but what caps depend on.
     assert facts.outer == {"XLA_FLAGS": "x"}
@@ -65,7 +69,7 @@ def test_settings_arrive_as_they_were() -> None:
     written = {"gpu_share_max_workers_per_gb": "0.33", "gpu_share_safety_buffer_mb": "1500",
                "gpu_share_preset": "packed", "gpu_share_ollama_gpu": "0"}  # fmt: skip
     settings = load(Written({}, {**written, "gpu_share_config": ""}, {}, "", HERE, HERE, HERE))
-    there = settings_of(json.loads(json.dumps(settings_as_texts(settings))))
+    there = settings_of(json.loads(json.dumps(settings_as_texts(settings))), only_asks=False)
     for name in (
         "max_workers_per_gb",
         "safety_buffer",
@@ -76,6 +80,27 @@ def test_settings_arrive_as_they_were() -> None:
         "ollama_vram_reservation",
     ):
         assert getattr(there, name) == getattr(settings, name), name
+
+
+def test_a_host_that_is_only_asked_loads_no_model() -> None:
+    written = {"gpu_share_ollama_models": "m:1b", "gpu_share_ollama_preload": "true"}
+    settings = load(Written({}, {**written, "gpu_share_config": ""}, {}, "", HERE, HERE, HERE))
+    texts = settings_as_texts(settings)
+    assert settings_of(texts, only_asks=False).ollama_preload
+    assert not settings_of(texts, only_asks=True).ollama_preload
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_host_without_room_falls_back_as_a_run_on_it_alone(allowed: bool) -> None:
+    """As many CPU workers as `-n gpu-auto` would start there; none where they are not allowed."""
+    full = replace(DEVICE, used=24 * GB, free=0)
+    facts = decode(answer(), "box")
+    facts = facts._replace(gpus=GpuFacts((full,), (full,)), cpus=6)
+    settings = replace(SETTINGS, fallback_to_cpu_when_constrained=allowed)
+    found = plan_there(settings, facts)
+    alone = make_plan(SETTINGS, facts.gpus, [facts.share], HostFacts(6, None), Request())
+    assert (len(found.slots), alone.cpu_workers) == (0, 6)
+    assert found.cpu_workers == (6 if allowed else 0)
 
 
 SAMPLE = {

@@ -13,17 +13,17 @@ import pytest
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
-from pytest_gpushare.hosts.lease_here import LeaseHere
-from pytest_gpushare.hosts.shared_there import HostLease
-from pytest_gpushare.hosts.waiting import StartOfHosts
+from pytest_gpushare.hosts.asking import StartOfHosts
+from pytest_gpushare.hosts.host_lease import HostLease, LeaseHere
 from pytest_gpushare.leases.ledger import Ledger
-from pytest_gpushare.leases.lessee import Lessee, Revision, View, WaitingLine
+from pytest_gpushare.leases.lessee import Lessee, Revision, View
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.plan import NeighbourShare, Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.scheduler.sharing import OwnShare
 from pytest_gpushare.session.start_facts import StartFacts
+from pytest_gpushare.text import WaitingLine
 from pytest_gpushare.units import GB, MOST_VRAM
 
 from .damage import ODD, damaged
@@ -175,7 +175,7 @@ def test_an_answer_that_makes_no_sense_grants_nothing_and_is_not_waited_for() ->
     assert refused > 100
 
 
-def test_that_the_start_does_not_wait_is_no_setting_of_the_run() -> None:
+def test_that_the_start_does_not_wait_is_no_setting_of_the_run(tmp_path: Path) -> None:
     """A test that acquires VRAM waits for it as the user has set it."""
     waits: list[object] = []
 
@@ -183,8 +183,8 @@ def test_that_the_start_does_not_wait_is_no_setting_of_the_run() -> None:
         waits.append(settings.wait)
         return StartFacts(settings, GpuFacts(), OllamaFacts(), plan())
 
-    hosts = StartOfHosts(SETTINGS, start)
-    hosts.look_here()
+    hosts = StartOfHosts(SETTINGS, [], start)
+    assert hosts.answers(tmp_path, strict=False) == []
     assert waits == [0]
     assert hosts.here is not None
     assert hosts.here.settings.wait is None

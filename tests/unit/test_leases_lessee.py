@@ -15,8 +15,9 @@ import pytest
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.leases import lessee as lessees
 from pytest_gpushare.leases.ledger import Ledger, LedgerError
-from pytest_gpushare.leases.lessee import Lessee, Outcome, Revision, View, WaitingLine, Wish
+from pytest_gpushare.leases.lessee import Lessee, Outcome, Revision, View, Wish
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
+from pytest_gpushare.text import WaitingLine
 
 TOTAL = 10
 
