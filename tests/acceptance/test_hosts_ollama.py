@@ -159,7 +159,7 @@ def test_what_was_loaded_here_stays_after_the_wait(
     machine = machine_with(Device(total="24GB", used="2GB"))
     names = ("-o", "gpu_share_ollama_models=small:1b", "-o", "gpu_share_ollama_preload=true")
     reservation = ("-o", "gpu_share_ollama_vram_reservation_mb=12288")
-    host, here = box(), [sys.executable, "-c", HOLD]
+    host, here = box(cpus=1), [sys.executable, "-c", HOLD]
     with (
         OllamaServer(machine, {"small:1b": "1GB"}, settings=Settings(keep_alive="0")) as server,
         holding(here, "8GB", cwd=project.path, env=project.environment) as give_back,
@@ -217,7 +217,7 @@ def test_tests_use_models_of_this_host(
 
 
 @pytest.mark.parametrize(
-    ("how", "outcome"), [("skip", "skipped"), ("fail", "failed"), ("pull", "failed")]
+    ("how", "outcome"), [("skip", "skipped"), ("fail", "error"), ("pull", "error")]
 )
 def test_a_model_that_no_host_has_is_said(
     project: Project, box: Callable[..., OtherHost], how: str, outcome: str
@@ -234,7 +234,7 @@ def test_a_model_that_no_host_has_is_said(
     )
     commit(project)
     host = box()
-    done = project.pytest(*on(host), "-rsf", "-o", f"gpu_share_without_ollama={how}")
+    done = project.pytest(*on(host), "-rsE", "-o", f"gpu_share_without_ollama={how}")
     assert f"1 {outcome}" in done.out, done.out + done.err
     assert "no model nobody-has:1b at " in done.out
     assert f"gpu_share_without_ollama = {how}" in done.out
