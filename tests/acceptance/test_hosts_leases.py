@@ -117,7 +117,8 @@ def test_a_session_there_gets_what_tests_give_back(
     """Of two workers' lease another session gets its part as tests end; the others go on."""
     project.write(
         test_project="""
-                        import gpusim
+            import time
+            import gpusim
             import pytest
 
             @pytest.mark.gpu(vram="3.5GB")
