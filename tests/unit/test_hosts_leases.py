@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,15 +177,19 @@ def test_an_answer_that_makes_no_sense_grants_nothing_and_is_not_waited_for() ->
 
 
 def test_that_the_start_does_not_wait_is_no_setting_of_the_run(tmp_path: Path) -> None:
-    """A test that acquires VRAM waits for it as the user has set it."""
-    waits: list[object] = []
+    """A test that acquires VRAM waits for it as the user has set it.
+
+    Nor is the start of this host refused where another one may have room.
+    """
+    found: list[tuple[object, bool]] = []
 
     def start(settings: Settings, _line: WaitingLine) -> StartFacts:
-        waits.append(settings.wait)
+        found.append((settings.wait, settings.fallback_to_cpu_when_constrained))
         return StartFacts(settings, GpuFacts(), OllamaFacts(), plan())
 
-    hosts = StartOfHosts(SETTINGS, [], start)
+    refusing = replace(SETTINGS, fallback_to_cpu_when_constrained=False)
+    hosts = StartOfHosts(refusing, [], start)
     assert hosts.answers(tmp_path, strict=False) == []
-    assert waits == [0]
+    assert found == [(0, True)]
     assert hosts.here is not None
-    assert hosts.here.settings.wait is None
+    assert hosts.here.settings == refusing
