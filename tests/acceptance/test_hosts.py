@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,7 +40,16 @@ def test_each_host_is_sized_by_its_own_devices(
     project.write(test_project=SUITE)
     found = two()
     report = tmp_path / "r.json"
-    done = project.pytest(*on(*found), "-v", f"--gpu-share-report={report}", "test_project.py")
+    summary, base = tmp_path / "summary.md", f"gpu-share-{os.getpid()}"
+    done = project.pytest(
+        *on(*found),
+        "-v",
+        f"--gpu-share-report={report}",
+        f"--basetemp=/tmp/{base}",
+        "test_project.py",
+        GITHUB_ACTIONS="true",
+        GITHUB_STEP_SUMMARY=str(summary),
+    )
     assert done.code == 0, done.out + done.err
     assert done.passed == 12
     assert done.said[0].startswith("gpu-share: 6 GPU workers (2 × 4.5 GB, 4 × 32.5 GB) = 139.0 GB")
@@ -55,6 +65,11 @@ def test_each_host_is_sized_by_its_own_devices(
     for test in document["tests"]:
         assert test["host"] == devices[test["device"]]
     assert {worker["host"] for worker in document["workers"]} == {"small", "large"}
+    ran = Counter(test["host"] for test in document["tests"])
+    for name, workers in (("small", 2), ("large", 4)):
+        assert f"| {name} | {workers} | 0 | {ran[name]} |" in summary.read_text()
+    for host, worker in zip(found, ("gw0", "gw2"), strict=True):
+        assert (host.tmp / f"{base}-{worker}").is_dir()
     assert all(1 < worker["pid"] < 2**22 for worker in document["workers"])
     for host in found:
         assert git(host.checkout, "status", "--porcelain") == ""
