@@ -58,6 +58,9 @@ _PROCESSES_EVERY = 0.4
 _WAITING_EVERY = 0.5
 """Seconds between two messages of a host that waits for VRAM, or loads a model."""
 
+_SILENCE = 60.0
+"""Seconds without a word after which the controller counts as gone, once it sends its beat."""
+
 _MOST_GENERATIONS = 32
 _GIT = 5.0
 _ASKING = 2.0
@@ -74,7 +77,7 @@ def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
 
     state = TimedCall(lambda: checkout_of(Path.cwd()), "git")
     line = _LineThere(send_whole)
-    words = _words(lines, line.has_enough)
+    words = words_of(lines, line.has_enough)
     settings = settings_of(request["settings"], only_asks=request["only_asks"])
     try:
         if settings.ollama_preload:
@@ -137,8 +140,14 @@ class _LineThere(WaitingLine):
         """See `WaitingLine`."""
 
 
-def _words(lines: Iterable[str], has_enough: threading.Event) -> Iterator[str]:
-    """What the controller says, but for that it has enough, which is obeyed at once."""
+def words_of(
+    lines: Iterable[str], has_enough: threading.Event, silence: float = _SILENCE
+) -> Iterator[str]:
+    """What the controller says, but for that it has enough, which is obeyed at once.
+
+    They end with the connection, and where its beat stays away for so many seconds: a network that
+    is cut ends nothing here for a quarter of an hour.
+    """
     found: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:
@@ -151,7 +160,17 @@ def _words(lines: Iterable[str], has_enough: threading.Event) -> Iterator[str]:
         found.put(None)
 
     threading.Thread(target=read, name="gpu-share-words", daemon=True).start()
-    return iter(found.get, None)
+    return _until_silence(found, silence)
+
+
+def _until_silence(found: queue.SimpleQueue[str | None], silence: float) -> Iterator[str]:
+    limit = None
+    with contextlib.suppress(queue.Empty):
+        while (line := found.get(timeout=limit)) is not None:
+            if line == "beat":
+                limit = silence
+            else:
+                yield line
 
 
 def _started(settings: Settings, request: Mapping[str, Any], line: WaitingLine) -> StartFacts:

@@ -155,6 +155,7 @@ class ConnectionWatch:
 
     def _follow(self, connection: HostConnection) -> None:
         while not connection.is_over:
+            connection.say("beat")
             silent = time.monotonic() - connection.heard_at
             if silent >= SILENCE:
                 self._lost(f"silent for {SILENCE:g} s")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, HostFacts
-from pytest_gpushare.hosts.agent import settings_as_texts, settings_of
+from pytest_gpushare.hosts.agent import settings_as_texts, settings_of, words_of
 from pytest_gpushare.hosts.answers import (
     RemoteFacts,
     decode,
@@ -166,3 +168,26 @@ def test_readings_are_put_on_this_hosts_clock_and_numbers() -> None:
     assert not live.is_answering
     # Nobody waits: the last reading is what there is.
     assert live.memory(0.0).at == pytest.approx(999.9)
+
+
+def test_a_controller_whose_beat_stays_away_is_gone() -> None:
+    """Before its first beat it may be silent: it probes, and loads models."""
+    gone = threading.Event()
+
+    def lines() -> Iterator[str]:
+        yield "enough\n"
+        time.sleep(0.2)
+        yield "load\n"
+        yield "beat\n"
+        yield "read\n"
+        # The connection hangs.
+        gone.wait(30)
+
+    has_enough = threading.Event()
+    begun = time.monotonic()
+    words = words_of(lines(), has_enough, 0.1)
+    # Obeyed at once, whoever waits for what.
+    assert has_enough.wait(10)
+    assert list(words) == ["load", "read"]
+    assert time.monotonic() - begun < 10
+    gone.set()
