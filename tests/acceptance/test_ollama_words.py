@@ -16,7 +16,8 @@ from .test_preload import MODELS, ON, changes
 
 OllamaWith = Callable[..., OllamaServer]
 
-# A test uses the model, and then runs past the next look at it.
+# A test uses the model, and then runs past a look at it that finds less than two thirds of its
+# keep-alive left. A look is taken every third, whenever the test was started.
 USE = """
     import json, os, time, urllib.request
 
@@ -27,7 +28,7 @@ USE = """
         request = urllib.request.Request(url, data=json.dumps(body).encode())
         if @IS_ASKED:
             urllib.request.urlopen(request, timeout=60).read()
-        time.sleep(10)
+        time.sleep(13.5)
 """
 RENEWED = ("/api/generate", {"model": "small:1b", "keep_alive": "18s", "stream": False})
 
