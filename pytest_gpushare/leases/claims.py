@@ -90,6 +90,8 @@ class DeviceClaims(NamedTuple):
         own: Share | None = None,
         capacity: int | None = None,
         reserved: int = 0,
+        *,
+        starts: int | None = None,
     ) -> int:
         """Bytes of the room that are kept for those who asked before.
 
@@ -97,7 +99,9 @@ class DeviceClaims(NamedTuple):
         even with what the others give back as their tests end and younger ones with workers
         that they can do without, keeps nothing. Nor does a younger one that has to wait until an
         older session has run its largest test; `capacity` is what the device has for all.
-        `reserved` is what the reader keeps for Ollama, which is not in the room.
+        `reserved` is what the reader keeps for Ollama, which is not in the room. `starts` is the
+        capacity for one that only starts: it takes nothing at all before those that do, too, and
+        have asked before, since each takes all that is there.
         """
         kept, own = 0, own or Share()
         spare = self.spare + own.spare
@@ -113,7 +117,13 @@ class DeviceClaims(NamedTuple):
             more = max(0, waiting.reserved - max(reserved, self.reserved))
             if waiting.want + more <= room + spare + idle - kept:
                 kept += waiting.want + more
+                if starts is not None and waiting.is_fixed and self._may_start(waiting, starts):
+                    return max(room, kept)
         return kept
+
+    def _may_start(self, waiting: Waiting, capacity: int) -> bool:
+        keepable = self.keepable(capacity, Share(waiting.seniority))
+        return keepable is None or waiting.want <= keepable
 
     def _has_to_wait(self, waiting: Waiting, own: Share, capacity: int) -> bool:
         kept, weight = waiting.want, 1 + self.counts_twice

@@ -152,7 +152,7 @@ class Lessee:
         progress: object = None
         while True:
             now = self._clock()
-            view, wish = self._decide(decide, is_first=now == began)
+            view, wish = self._decide(decide, began, is_first=now == began)
             if wish.is_granted:
                 return Outcome(view, True, now - began)
             limit = wait
@@ -219,7 +219,7 @@ class Lessee:
             return len(before), [waiting[max(before)]]
         return 0, [holder.session.name for claim in claims for holder in claim.holders]
 
-    def _decide(self, decide: Decide, *, is_first: bool) -> tuple[View, Wish]:
+    def _decide(self, decide: Decide, asked: float, *, is_first: bool) -> tuple[View, Wish]:
         with self._lock, self.ledger.gate():
             entered = self._clock()
             view = self.view(may_reuse=is_first)
@@ -230,7 +230,7 @@ class Lessee:
                 bool(self._record.ticket) and wish.is_explained
             )
             self._turn = self._record.ticket or self._turn
-            self._publish(view, wish.devices, waits=waits and not wish.is_granted)
+            self._publish(view, wish.devices, asked if waits and not wish.is_granted else None)
         return view, wish
 
     def revise(self, decide: Callable[[View], Revision]) -> None:
@@ -239,6 +239,7 @@ class Lessee:
         What it waits for keeps its ticket from one call to the next. Raises `LedgerError`, also
         after `decide` was called.
         """
+        asked = self._clock()
         with self._lock, self.ledger.gate():
             view = self.view(may_reuse=True)
             if not self._record.since:
@@ -249,7 +250,7 @@ class Lessee:
                 self._record = self._record._replace(ticket=self._turn)
                 if revision.waits_for:
                     self._turn = 0
-            self._publish(view, revision.devices, waits=bool(revision.waits_for))
+            self._publish(view, revision.devices, asked if revision.waits_for else None)
 
     def _begin_to_revise(self, view: View) -> None:
         """From now on this session is younger than all that lease by the test already.
@@ -261,11 +262,19 @@ class Lessee:
         since = max(time.time(), max(others, default=0.0) + 0.001)
         self._record = self._record._replace(since=since)
 
-    def _publish(self, view: View, devices: Mapping[str, DeviceLease], *, waits: bool) -> None:
+    def _publish(
+        self, view: View, devices: Mapping[str, DeviceLease], asked: float | None
+    ) -> None:
+        """Publish this; `asked` is since when it waits, None where it does not.
+
+        The ticket is that time: several that come at once pass the gate in any order.
+        """
         ticket = 0
-        if waits:
-            others = (s.record.ticket for s in view.sessions if s.record is not None)
-            ticket = self._record.ticket or max(others, default=0) + 1
+        if asked is not None:
+            others = {s.record.ticket for s in view.sessions if s.record is not None}
+            ticket = self._record.ticket or max(1, int(asked * 1e6))
+            while ticket in others:
+                ticket += 1
         self._write(self._record._replace(devices=devices, ticket=ticket, renewed=self._clock()))
 
     @property

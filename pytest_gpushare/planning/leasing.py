@@ -157,8 +157,8 @@ class _Negotiation:
         """The plan without the other sessions; None where there is none."""
         self._ending_until = 0.0
         """Until when a session that ends is waited for; 0: there was none."""
-        self._takes_all = True
-        """Whether one that ends is waited for, rather than started with what it leaves now."""
+        self._may_wait = settings.wait != 0
+        """Whether there is time for one that ends, or that asked before, to take its turn."""
 
     def only_asked(self, lessee: Lessee) -> Agreed:
         """The plan of a run that is not to start: what it would be now, or after its wait."""
@@ -180,10 +180,12 @@ class _Negotiation:
         try:
             wait = None if self._settings.wait is None else float(self._settings.wait)
             outcome = lessee.claim(self.decide, wait, self._report)
-            if not outcome.is_granted and self.plan is not None and self.plan.slots:
-                # The time is over before the session that ends has ended.
-                self._takes_all = False
-                outcome = lessee.claim(self.decide, 0.0, self._report)
+            if not outcome.is_granted and self._may_wait and outcome.waited:
+                # What others leave now, though one may end in a moment, or have asked before.
+                self._may_wait = False
+                outcome = lessee.claim(self.decide, 0.0, self._report)._replace(
+                    waited=outcome.waited
+                )
         finally:
             self._line.clear()
         if in_process:
@@ -216,12 +218,7 @@ class _Negotiation:
         plan = self._make(self.now, self.others)
         # Who asked earlier comes first: its part of the budget is not to be had either.
         kept = {
-            planned.device.uuid: max(
-                claims[planned.device.uuid].ahead(
-                    planned.budget, view.ticket, reserved=planned.reservation
-                ),
-                planned.budget - self._keepable(view, planned),
-            )
+            planned.device.uuid: self._kept(view, planned)
             for planned in plan.devices
             if planned.device.uuid in claims
         }
@@ -240,7 +237,7 @@ class _Negotiation:
 
     def _awaits_end(self, view: View, plan: Plan) -> bool:
         """Whether there will be more workers in a moment, as another session is at its end."""
-        if not (self._takes_all and plan.slots) or self._settings.wait == 0:
+        if not (self._may_wait and plan.slots):
             return False
         ended: Counter[str] = Counter()
         left = dict(self.others.leases)
@@ -258,12 +255,20 @@ class _Negotiation:
         self._ending_until = self._ending_until or now + _ENDING
         return now < self._ending_until
 
-    def _keepable(self, view: View, planned: DevicePlan) -> int:
-        """Bytes that this session may lease, so that each older one can run its largest test."""
+    def _kept(self, view: View, planned: DevicePlan) -> int:
+        """Bytes that this session may not lease: for those who asked before it, and so that each
+        older one can run its largest test."""
         claims = view.claims[planned.device.uuid]
         left = planned.device.free - planned.outstanding - planned.safety_buffer
-        found = claims.keepable(left + claims.held, Share(self._seniority))
-        return planned.budget if found is None else max(0, found)
+        capacity = left + claims.held
+        ahead = claims.ahead(
+            planned.budget,
+            view.ticket,
+            reserved=planned.reservation,
+            starts=capacity if self._may_wait else None,
+        )
+        keepable = claims.keepable(capacity, Share(self._seniority))
+        return ahead if keepable is None else max(ahead, planned.budget - max(0, keepable))
 
     def _wish(self, plan: Plan, is_explained: bool) -> Wish:
         slots = slots_by_device(plan)

@@ -412,3 +412,37 @@ def test_several_sessions_and_a_killed_one(
     outputs = [session.finish(120) for session in sessions]
     assert [passed(output) for output in outputs] == [4, 4, 4], "\n".join(outputs)
     assert all("CPU worker" not in output for output in outputs)
+
+
+STARTS = """
+    import pathlib, time
+    import gpusim, pytest
+
+    while not pathlib.Path("{go}").exists():
+        time.sleep(0.02)
+
+    @pytest.mark.gpu(vram="2GB")
+    def test_declared():
+        with pathlib.Path("{order}").open("a") as file:
+            print(pathlib.Path.cwd().name, file=file)
+        with gpusim.alloc("1GB"):
+            time.sleep(0.5)
+"""
+
+
+def test_first_tests_in_order_of_arrival(
+    start: Callable[..., Session], machine: Machine, project: Project, tmp_path: Path
+) -> None:
+    """Also where there is room for several: each takes all of it until it knows its needs."""
+    module = STARTS.format(go=tmp_path / "go", order=tmp_path / "order")
+    options = ("-o", "gpu_share_preset=no-ollama packed", "-n1",
+               "-o", "gpu_share_min_vram_per_worker_gb=2")  # fmt: skip
+    sessions = []
+    for number in range(1, 7):
+        sessions.append(start(module, *options))
+        wait_for(lambda number=number: len(records(project)) == number)
+    (tmp_path / "go").touch()
+    outputs = [session.finish() for session in sessions]
+    assert [passed(output) for output in outputs] == [1] * 6, "\n".join(outputs)
+    first = (tmp_path / "order").read_text().split()
+    assert first == [f"worktree{number}" for number in range(1, 7)]

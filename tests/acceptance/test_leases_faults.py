@@ -146,7 +146,7 @@ def test_waiter_that_is_stopped(
     wait_for(lambda: any(record["ticket"] for record in records(project)))
     stop_outside_the_gate(stopped.process.pid, leases_directory(project) / "gate")
     last = start(LARGE_TESTS, *NO_OLLAMA, "-n1")
-    wait_for(lambda: any(record["ticket"] == 2 for record in records(project)))
+    wait_for(lambda: sum(bool(record["ticket"]) for record in records(project)) == 2)
     os.kill(holder.process.pid, signal.SIGKILL)
     killed = time.monotonic()
     pid = last.process.pid

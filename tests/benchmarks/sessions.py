@@ -30,6 +30,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from pytest_gpushare.units import GB
+
 from .scene import Scene, scene
 
 MODULE = """
@@ -51,6 +53,32 @@ MODULE = """
         with pathlib.Path("times").open("a") as file:
             print(began, time.time(), file=file)
 """
+
+JOURNAL = """
+    import functools, json, time
+    from pytest_gpushare.leases.ledger import Ledger
+    from pytest_gpushare.leases.lessee import Lessee
+
+    def noted(function):
+        @functools.wraps(function)
+        def with_note(self, *args, **kwargs):
+            began = time.time()
+            found = function(self, *args, **kwargs)
+            record = args[0] if isinstance(self, Ledger) else self.record
+            leased = sum(share[0] for share in record.devices.values())
+            with open("journal", "a") as file:
+                print(json.dumps([function.__name__, began, leased]), file=file)
+            return found
+        return with_note
+
+    Ledger.publish, Lessee.claim = noted(Ledger.publish), noted(Lessee.claim)
+"""
+"""A plugin: what a session publishes in the ledger, and when it asked for VRAM and got it."""
+
+COMMAND = [
+    *(sys.executable, "-m", "pytest"),
+    *("-p", "no:cacheprovider", "-p", "journal", "--gpu-share"),
+]
 
 LIMIT = 300.0
 """Seconds that a session may take: on a machine with nothing else to do it takes ten."""
@@ -125,10 +153,11 @@ class Running:
         self.path = at.path.parent / name
         self.path.mkdir()
         (self.path / "test_project.py").write_text(module)
+        (self.path / "journal.py").write_text(textwrap.dedent(JOURNAL))
         self._output = (self.path / "output").open("wb")
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--gpu-share", *options],
+            [*COMMAND, *options],
             cwd=self.path,
             env=at.environment,
             stdin=subprocess.DEVNULL,
@@ -276,58 +305,45 @@ def crowd(count: int) -> None:
         for number in range(count):
             running.append(Running(at, f"s{number}", module, options))
             stack.callback(running[-1].close)
-        queued = queue_in(ledger, running)
         ended = [session.end() for session in running]
         times = [times_of(session.path / "times") for session in running]
+        found = [queued(session.path / "journal") for session in running]
     for result in ended:
         if result.passed < 4:
             print(textwrap.indent(result.output[:2000], "    "), file=sys.stderr, flush=True)
-    found = [queued.get(session.process.pid, Queued()) for session in running]
     asked = [each.asked for each in found]
     granted = [each.granted for each in found]
+    sizes = [each.size for each in found]
     began = [min(each, default=(0.0, 0.0))[0] for each in times]
     without = sum("no VRAM is leased" in result.output for result in ended)
     print(
         f"{count} sessions at once: {sum(each.passed for each in ended)} of {4 * count} tests "
         f"passed, {without} without a lease, {max(r.seconds for r in ended):.0f} s"
     )
-    tickets = [float(each.ticket) for each in found]
-    print(f"places in the queue in another order than asked for: {_disorder(asked, tickets)}")
-    print(f"VRAM got in another order than the places: {_disorder(tickets, granted)}")
+    for asked_at, got_at, began_at, size in sorted(zip(asked, granted, began, sizes, strict=True)):
+        print(
+            f"  {size / GB:4.1f} GB {got_at - asked_at:5.2f} s after it asked "
+            f"({asked_at - min(asked):.3f} s), its first test {began_at - asked_at:5.2f} s after"
+        )
     print(f"VRAM got in another order than asked for: {_disorder(asked, granted)}")
     print(f"first tests in another order than VRAM was got: {_disorder(granted, began)}")
     print(f"first tests in another order than asked for: {_disorder(asked, began)}")
 
 
 class Queued(NamedTuple):
-    """When a session stood in the queue, in seconds since the epoch; 0: it did not."""
+    """When a session asked for VRAM, and got it, in seconds since the epoch, and how much."""
 
     asked: float = 0.0
     granted: float = 0.0
-    ticket: int = 0
+    size: int = 0
 
 
-def queue_in(ledger: Path, running: list[Running]) -> dict[int, Queued]:
-    """PID -> when the session asked for VRAM, and got it, as its record says, till all have."""
-    found: dict[int, Queued] = {}
-    pids = {session.process.pid for session in running}
-    until = time.monotonic() + LIMIT
-    while time.monotonic() < until and any(s.process.poll() is None for s in running):
-        for path in ledger.glob("s-*.json"):
-            with suppress(OSError, ValueError):
-                written = path.stat().st_mtime
-                record = json.loads(path.read_text())
-                known = found.setdefault(record["pid"], Queued(record["began"]))
-                if known.granted:
-                    continue
-                known = known._replace(ticket=known.ticket or record["ticket"])
-                if any(share[:1] > [0] for share in record["devices"].values()):
-                    known = known._replace(granted=written)
-                found[record["pid"]] = known
-        if found.keys() == pids and all(each.granted for each in found.values()):
-            break
-        time.sleep(0.01)
-    return found
+def queued(journal: Path) -> Queued:
+    """What a session notes of its start."""
+    notes = [json.loads(line) for line in journal.read_text().splitlines()]
+    asked = next(began for what, began, _ in notes if what == "claim")
+    granted, size = next(((at, leased) for _, at, leased in notes if leased), (asked + LIMIT, 0))
+    return Queued(asked, granted, size)
 
 
 def _disorder(first: list[float], then: list[float]) -> str:

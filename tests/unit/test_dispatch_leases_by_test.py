@@ -95,7 +95,7 @@ def test_leaves_alone_what_others_have_leased(sharing: Sharing, other: Lessee) -
     other.change(devices={GPU: DeviceLease(11)})
     assert sharing.step() == [0]
     assert sharing.lease == DeviceLease(8, want=6, spare=7, idle=1, most=6)
-    assert sharing.lessee.record.ticket == 1
+    assert sharing.lessee.record.ticket
     other.change(devices={})
     assert sharing.step() == [1]
 

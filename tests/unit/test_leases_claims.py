@@ -150,6 +150,20 @@ def test_hopeless_ticket_blocks_nobody() -> None:
     assert hopeless.ahead(8, own=Share((9.0, "own"), spare=12)) == 20
 
 
+def test_sessions_start_in_the_order_in_which_they_asked() -> None:
+    """A later one takes no part of a room that does for both: the first may want all of it."""
+    first = Waiting(1, 4, (1.0, "a"), is_fixed=True)
+    found = DeviceClaims(waiting=(first,))
+    assert found.ahead(10, starts=20) == 10
+    assert found.ahead(10, ticket=1, starts=20) == 0
+    # A test that waits says how much it takes.
+    assert DeviceClaims(waiting=(first._replace(is_fixed=False),)).ahead(10, starts=20) == 4
+    assert found.ahead(3, starts=20) == 0
+    # It has to wait for the largest test of an older session; a later one may do with less.
+    older = Share((0.0, "b"), kept=1, most=17)
+    assert found._replace(shares=(older,)).ahead(10, starts=20) == 4
+
+
 OLDEST, OLD, OWN, YOUNG = ((float(number), "s") for number in range(4))
 
 

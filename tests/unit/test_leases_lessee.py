@@ -316,11 +316,37 @@ def test_first_test_waits_with_the_ticket_of_the_start(world: World) -> None:
         one.revise(lambda _: Revision(share, frozenset(("GPU-0", test) for test in tests)))
         return one.record.ticket
 
-    assert revise(4) == 1
-    assert revise(4, 5) == 1
-    assert revise(5) == 8
-    assert revise(6) == 8
+    asked = 1_000_000_000
+    world.clock.now = 1002.0
+    assert revise(4) == asked
+    assert revise(4, 5) == asked
+    world.clock.now = 1003.0
+    assert revise(5) == 1_003_000_000
+    assert revise(6) == 1_003_000_000
     assert revise() == 0
+
+
+def test_ticket_is_the_time_of_the_question(world: World) -> None:
+    """Not that of passing the gate, which several that come at once do in any order."""
+    holder, early, late = world.lessee(), world.lessee(), world.lessee()
+    claim(holder, 10)
+    waits = {"GPU-0": DeviceLease(0, 10)}
+    # It has asked half a millisecond later, and passed the gate before.
+    late.change(devices=waits, ticket=1_000_000_500, renewed=world.clock.now)
+    world.clock.at(1.0, holder.leave)
+    outcome = claim(early, 10)
+    assert outcome.is_granted
+    assert outcome.waited < 2
+
+
+def test_two_that_ask_in_the_same_microsecond(world: World) -> None:
+    holder, one, two = world.lessee(), world.lessee(), world.lessee()
+    claim(holder, 10)
+    one.change(devices={"GPU-0": DeviceLease(0, 9)}, ticket=1_000_000_000, renewed=1000.0)
+    tickets = []
+    world.clock.at(0.1, lambda: tickets.append(two.record.ticket))
+    assert not claim(two, 9, wait=0.2).is_granted
+    assert tickets == [1_000_000_001]
 
 
 def test_models_that_other_sessions_use(world: World) -> None:

@@ -87,3 +87,22 @@ def test_and_not_for_long(
     began = time.monotonic()
     assert len(agreed(tmp_path, wait).plan.slots) == 1
     assert least <= time.monotonic() - began < least + 2
+
+
+@pytest.mark.parametrize(("wait", "slots", "least"), [(None, 2, 0.3), ("0.4", 1, 0.4), ("0", 1, 0)])
+def test_earlier_one_that_is_about_to_start(
+    tmp_path: Path, other: Lessee, wait: str | None, slots: int, least: float
+) -> None:
+    """It starts first, also where there is room for both; unless there is no time for that."""
+    share = {DEVICE.uuid: DeviceLease(0, 10 * GB)}
+
+    def renew() -> None:
+        other.change(devices=share, ticket=1, renewed=time.monotonic())
+
+    renew()
+    timer = threading.Timer(0.3 if wait is None else 5.0, other.leave)
+    timer.start()
+    began = time.monotonic()
+    assert len(agreed(tmp_path, wait).plan.slots) == slots
+    assert least <= time.monotonic() - began < least + 2
+    timer.cancel()
