@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ _NAMES_OF_THIS_HOST = (
     "host.containers.internal",
 )
 _MOST_BYTES = 64 * 1024
+_MOST_GENERATIONS = 64
 
 
 def available_ram() -> int | None:
@@ -171,6 +172,18 @@ def parent_of(pid: int) -> int | None:
     """The PID of a process's parent; None where it is unknown."""
     fields = _stat(pid)
     return int(fields[1]) if fields is not None and fields[1].isdigit() else None
+
+
+def line_of(pid: int) -> Sequence[int]:
+    """A process and those that started it; empty for one that is not found here."""
+    line: list[int] = []
+    above = parent_of(pid)
+    while above is not None and len(line) < _MOST_GENERATIONS:
+        line.append(pid)
+        if above <= 1:
+            break
+        pid, above = above, parent_of(above)
+    return line
 
 
 def _meminfo(key: str) -> int | None:

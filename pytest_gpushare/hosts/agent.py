@@ -27,8 +27,8 @@ from pytest_gpushare.gpu.host import (
     available_ram,
     installed_frameworks,
     is_alive,
+    line_of,
     mps_is_running,
-    parent_of,
 )
 from pytest_gpushare.gpu.sampler import Live
 from pytest_gpushare.hosts.answers import HERE, RemoteFacts, checkout_message, encode, rows_of
@@ -61,7 +61,6 @@ _WAITING_EVERY = 0.5
 _SILENCE = 60.0
 """Seconds without a word after which the controller counts as gone, once it sends its beat."""
 
-_MOST_GENERATIONS = 32
 _GIT = 5.0
 _ASKING = 2.0
 """Seconds for the question which models Ollama has."""
@@ -360,7 +359,7 @@ class _Agent:
             sample["processes"] = {
                 uuid: None
                 if found is None
-                else [[p.pid, p.used, p.neighbour, _ancestors(p.pid), is_alive(p.pid)]
+                else [[p.pid, p.used, p.neighbour, line_of(p.pid)[1:], is_alive(p.pid)]
                       for p in found]
                 for uuid, found in processes.devices.items()
             }  # fmt: skip
@@ -394,13 +393,3 @@ class _Agent:
 def _clocks() -> dict[str, float]:
     """What those of another host are compared with."""
     return {"now": time.monotonic(), "wall": time.time()}
-
-
-def _ancestors(pid: int) -> list[int]:
-    """The PIDs of a process's parent, its parent, and so on."""
-    found: list[int] = []
-    at = parent_of(pid)
-    while at is not None and at > 1 and len(found) < _MOST_GENERATIONS:
-        found.append(at)
-        at = parent_of(at)
-    return found

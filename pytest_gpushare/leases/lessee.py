@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
-from pytest_gpushare.gpu.host import parent_of, pid_space
+from pytest_gpushare.gpu.host import line_of, pid_space
 from pytest_gpushare.leases import DEFAULT_WAIT
 from pytest_gpushare.leases.claims import DeviceClaims, claims_of, names_device
 from pytest_gpushare.leases.ledger import Ledger, LedgerError, LiveSession
@@ -27,8 +27,6 @@ _MOST_PAUSE = 1.0
 
 _COMES_BACK = 5.0
 """Seconds for which VRAM is waited for that another session had, and that is still in use."""
-
-_MOST_GENERATIONS = 64
 
 
 class LiveReadings:
@@ -262,9 +260,7 @@ class Lessee:
         since = max(time.time(), max(others, default=0.0) + 0.001)
         self._record = self._record._replace(since=since)
 
-    def _publish(
-        self, view: View, devices: Mapping[str, DeviceLease], asked: float | None
-    ) -> None:
+    def _publish(self, view: View, devices: Mapping[str, DeviceLease], asked: float | None) -> None:
         """Publish this; `asked` is since when it waits, None where it does not.
 
         The ticket is that time: several that come at once pass the gate in any order.
@@ -300,7 +296,7 @@ class Lessee:
             processes,
             space=pid_space() or "",
             now=self._clock(),
-            ancestors=_line_of,
+            ancestors=line_of,
         )
         return View(sessions, claims, memory, processes, self._record.ticket)
 
@@ -313,7 +309,7 @@ class Lessee:
         """The others, without the gate and without NVML, for whoever only shows them."""
         sessions = self.ledger.look()
         claims = claims_of(
-            sessions, self.totals, {}, space="", now=self._clock(), ancestors=_line_of
+            sessions, self.totals, {}, space="", now=self._clock(), ancestors=line_of
         )
         return View(sessions, claims)
 
@@ -388,18 +384,6 @@ def _models_of(sessions: Iterable[LiveSession]) -> frozenset[str]:
     records = (session.record for session in sessions)
     names = (name for record in records if record is not None for name in record.models)
     return frozenset(name if ":" in name else f"{name}:latest" for name in names)
-
-
-def _line_of(pid: int) -> Sequence[int]:
-    """A process and those that started it; empty for one that is not found here."""
-    line: list[int] = []
-    above = parent_of(pid)
-    while above is not None and len(line) < _MOST_GENERATIONS:
-        line.append(pid)
-        if above <= 1:
-            break
-        pid, above = above, parent_of(above)
-    return line
 
 
 def _read(

@@ -43,7 +43,7 @@ SLEEPER = """
     def test_sleeps():
         with gpusim.alloc("4GB"):
             pathlib.Path("sleeps").write_text("")
-            time.sleep(60)
+            time.sleep(600)
 """
 
 NO_OLLAMA = ("-o", "gpu_share_preset=no-ollama", "-o", "gpu_share_min_vram_per_worker_gb=5.5")
@@ -76,7 +76,7 @@ def start(project: Project, tmp_path: Path) -> Iterator[Callable[..., Session]]:
     with ExitStack() as stack:
         count = 0
 
-        def begin(module: str, *arguments: str, **environment: str) -> Session:
+        def begin(module: str, *arguments: str, conftest: str = "", **environment: str) -> Session:
             nonlocal count
             count += 1
             directory = tmp_path / f"worktree{count}"
@@ -84,7 +84,7 @@ def start(project: Project, tmp_path: Path) -> Iterator[Callable[..., Session]]:
             merged = {**project.environment, **environment}
             own = Project(directory, merged)
             own.environment["PYTEST_GPUSHARE_LEASES"] = merged["PYTEST_GPUSHARE_LEASES"]
-            own.write(test_project=module)
+            own.write(test_project=module, conftest=conftest)
             path = tmp_path / f"output{count}.txt"
             with path.open("w", encoding="utf-8") as output:
                 process = start_child(
@@ -112,11 +112,20 @@ def leases_directory(project: Project) -> Path:
     return Path(project.environment["PYTEST_GPUSHARE_LEASES"])
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    until = time.monotonic() + seconds
+STEP = 0.01
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> float:
+    """Wait until it holds; returns the seconds without those in which the machine was busy.
+
+    That is what matters where something is to happen soon: a process that has no CPU does nothing.
+    """
+    until, steps = time.monotonic() + seconds, 0
     while not condition():
         assert time.monotonic() < until
-        time.sleep(0.01)
+        time.sleep(STEP)
+        steps += 1
+    return steps * STEP
 
 
 def records(project: Project) -> list[dict[str, object]]:
@@ -126,3 +135,10 @@ def records(project: Project) -> list[dict[str, object]]:
         if text:
             found.append(json.loads(text))
     return found
+
+
+def sizes(record: dict[str, object]) -> list[int]:
+    """What a record leases of each device, in bytes."""
+    devices = record["devices"]
+    assert isinstance(devices, dict)
+    return [[*share, 0][0] for share in devices.values()]

@@ -238,9 +238,8 @@ def test_interrupted_while_it_waits(
     wait_for(lambda: any(record["ticket"] for record in records(project)))
     time.sleep(1)
     os.kill(session.process.pid, signal.SIGINT)
-    began = time.monotonic()
-    output = session.finish(20)
-    # The other one would hold its VRAM for a minute.
-    assert time.monotonic() - began < 10
+    # The other one would hold its VRAM for minutes.
+    assert wait_for(lambda: session.process.poll() is not None, 90) < 10
+    output = session.finish()
     assert session.process.returncode == pytest.ExitCode.INTERRUPTED, output
     assert len(records(project)) == 1

@@ -53,7 +53,7 @@ LASTS = """
     def test_lasts():
         with gpusim.alloc("2GB"):
             pathlib.Path("sleeps").write_text("")
-            time.sleep(60)
+            time.sleep(600)
 """
 
 MANY = """
@@ -109,10 +109,9 @@ def test_process_stopped_inside_the_gate_during_a_run(
     place = second.path.parent / "worktree2"
     wait_for((place / "began").exists)
     stopped_in_gate()
-    began = time.monotonic()
+    assert wait_for(lambda: second.process.poll() is not None, 120) < 30
     output = second.finish()
     assert passed(output) == 12, output
-    assert time.monotonic() - began < 30
     report = json.loads((place / "report.json").read_text())
     (event,) = [event for event in report["events"] if event["kind"] == "leases-unknown"]
     assert "the leases of other sessions are not known: " in event["text"]
@@ -148,10 +147,10 @@ def test_waiter_that_is_stopped(
     last = start(LARGE_TESTS, *NO_OLLAMA, "-n1")
     wait_for(lambda: sum(bool(record["ticket"]) for record in records(project)) == 2)
     os.kill(holder.process.pid, signal.SIGKILL)
-    killed = time.monotonic()
     pid = last.process.pid
-    wait_for(lambda: any(r["pid"] == pid and not r["ticket"] for r in records(project)), 20)
-    assert time.monotonic() - killed < 7
+    assert (
+        wait_for(lambda: any(r["pid"] == pid and not r["ticket"] for r in records(project)), 60) < 7
+    )
     assert passed(last.finish()) == 4
 
 
