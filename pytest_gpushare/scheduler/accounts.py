@@ -193,9 +193,11 @@ class DeviceLedger:
 
     def _note_unseen(self) -> None:
         for account in self.accounts.values():
+            if not account.unseen:
+                continue
             if account.now is not None or self._is_attributed or self.reading.is_attributed:
                 account.unseen = 0
-            elif account.unseen:
+            else:
                 lacking = self._lacking() - self._unseen_beside(account)
                 for other in self.running.values():
                     if other is not account and other.now is None:

@@ -1,10 +1,11 @@
 """What a lease costs: alone, contended, beside other sessions, and when a holder is killed.
 
-    python -m tests.benchmarks.leases [--processes 8] [--rounds 40]
+    python -m tests.benchmarks.leases [--processes 8] [--rounds 40] [--pairs 0]
 
 A device of 24 GB without NVML: the ledger's own cost. Contended: each of the processes leases
 12 GB for 10 ms again and again; a wait less the time in which others held the VRAM is what the
 ledger adds. With reslock installed (`pip install reslock==0.12.3`) the same is done with it.
+`--pairs` times so many pairs of runs instead, with leases and without, and nobody beside them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from pytest_gpushare.leases.lessee import Lessee, View, Wish
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 from pytest_gpushare.units import GB
 from tests.simulator.child import child_process
+
+from .pairs import HEAD, compare
+from .scene import PYTEST, TRIVIAL, scene
 
 TOTAL, SIZE, HOLD = 24 * GB, 12 * GB, 0.01
 UUID = "GPU-0"
@@ -193,6 +197,28 @@ def killed(directory: Path) -> float:
         return took
 
 
+DECLARED = """
+import pytest
+
+@pytest.mark.parametrize("i", range(2000))
+@pytest.mark.gpu(vram="2GB")
+def test_declared(i):
+    pass
+"""
+
+
+def runs_alone(pairs: int) -> None:
+    """One session with leases and without: its start, and the dispatch of many short tests."""
+    print(HEAD)
+    for name, module in (("start, 10 tests", TRIVIAL), ("2,000 tests with needs", DECLARED)):
+        with scene(module) as here:
+            here.environment["PYTEST_GPUSHARE_LEASES"] = str(here.path.parent / "leases")
+            run = (*PYTEST, "--gpu-share", "-o", "gpu_share_preset=no-ollama packed", "-n2")
+            without = (*run, "-o", "gpu_share_leases=off")
+            ratio = compare(run, without, here.path, here.environment, pairs)
+            print(ratio.row(f"{name}: leases / gpu_share_leases=off"), flush=True)
+
+
 def shown(name: str, values: Sequence[float]) -> None:
     values = sorted(values)
     p99 = values[min(len(values) - 1, int(len(values) * 0.99))]
@@ -204,6 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=0)
     parser.add_argument("--child", nargs=3)
     parser.add_argument("--reslock", nargs=3)
     options = parser.parse_args()
@@ -212,6 +239,9 @@ def main() -> None:
             directory, rounds, until = child
             print(json.dumps(take_part(Path(directory), int(rounds), float(until))))
             return
+    if options.pairs:
+        runs_alone(options.pairs)
+        return
     with tempfile.TemporaryDirectory() as folder:
         for name, nvml in (("", False), (", process list 4.5 ms", True)):
             mine = lessee(Path(folder, f"alone{nvml}"), nvml=nvml)

@@ -148,6 +148,23 @@ def test_foreign_vram_is_not_waited_for_by_default(world: World) -> None:
     assert (outcome.is_granted, outcome.waited) == (False, 0.0)
 
 
+def test_explicit_wait_covers_foreign_vram(world: World) -> None:
+    """It is waited for without a ticket being in anybody's way for longer than that."""
+    lessee, total = world.lessee(), [3]
+
+    def decide(view: View) -> Wish:
+        return wanting(6, total=total[-1])(view)
+
+    outcome = lessee.claim(decide, 7.0, lambda *_: None)
+    assert not outcome.is_granted
+    assert 7 <= outcome.waited < 7.5
+    assert lessee.record.ticket == 0
+    world.clock.at(world.clock.now - 1000.0 + 4.0, lambda: total.append(10))
+    outcome = lessee.claim(decide, 7.0, lambda *_: None)
+    assert outcome.is_granted
+    assert 4 <= outcome.waited < 4.5
+
+
 def test_vram_that_comes_back_late(world: World) -> None:
     """A driver gives it back some time after its session has ended: a moment is waited for that."""
     for back, is_granted in ((1.0, True), (30.0, False)):
