@@ -447,8 +447,8 @@ class Admitting:
             pool.note_change()
         is_short = seconds < CHAIN
         worker.deadline = pool.at + 2 * CHAIN if is_short and len(tests) > 1 else None
-        # Early enough that the answer is there in time.
-        ahead = 1 + len(tests) // 4 if is_short else 0
+        # Early enough that the answer is there in time, also from a busy controller.
+        ahead = 1 + len(tests) // 2 if is_short else 0
         return Run(worker.id, tuple(tests), admissions, ahead=ahead)
 
     def _most_in_chain(self, worker: GpuWorker) -> int:

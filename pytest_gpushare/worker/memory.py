@@ -38,7 +38,8 @@ class StartBarrier:
         self._send = send
         self._give_back = give_back
         """Empties caches; returns the bytes that are held still, None where unknown."""
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._running = False
         self._pause: int | None = None
         """The number of the request to rest; None: tests may run."""
@@ -46,13 +47,14 @@ class StartBarrier:
 
     def enter(self) -> None:
         """Before a test: wait while the device is another's."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._pause is None or self._open_for_good)
+        with self._lock:
+            while self._pause is not None and not self._open_for_good:
+                self._changed.wait()
             self._running = True
 
     def leave(self) -> None:
         """After a test: obey what was asked for meanwhile."""
-        with self._changed:
+        with self._lock:
             self._running = False
             if self._pause is not None:
                 self._rest()
@@ -113,6 +115,10 @@ def watch(
     retry = Retry(link, cap, memory, own)
     config.pluginmanager.register(retry, "gpu-share-retry")
     config.pluginmanager.register(Meter(link, barrier, retry, cap, memory, own), "gpu-share-meter")
+    loop = config.pluginmanager.get_plugin("gpu-share-run-loop")
+    if loop is not None:
+        # Not when its first test is to start: others wait for the VRAM of that one.
+        loop.when_idle = own.prepare
     config.add_cleanup(cap.watch())
     link.send("here", os.getpid())
 

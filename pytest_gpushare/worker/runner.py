@@ -154,6 +154,8 @@ class RunLoop:
         self._looks_ahead: Callable[[pytest.Item], bool] = lambda _: True
         """Whether the next test must be known when a test starts."""
         self._items: Sequence[pytest.Item] = ()
+        self.when_idle: Callable[[], object] = lambda: None
+        """Called before it waits with nothing to run."""
         for kind in ("dispatch", "run", "admit", "park", "empty"):
             link.on(kind, lambda payload, kind=kind: self._inbox.put((kind, payload)))
         link.on("recall", self._give_back)
@@ -173,6 +175,8 @@ class RunLoop:
         commands = interactor.listen(
             lambda ends: self._inbox.put((_SHUTDOWN if ends else _XDIST, None))
         )
+        if self._inbox.empty():
+            self.when_idle()
         # Our own channel was open before: a shutdown does not overtake what was sent earlier.
         if self._inbox.get()[0] != "dispatch":
             commands.hand_over()
@@ -201,6 +205,8 @@ class RunLoop:
         while not self._queue or self._queue[0] == self._waiting:
             if self._ending and not self._queue:
                 return None
+            if self._inbox.empty():
+                self.when_idle()
             self._receive(interactor)
         return self._queue.popleft()
 

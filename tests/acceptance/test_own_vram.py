@@ -135,3 +135,38 @@ def test_a_peak_between_two_samples(project: Project, machine: Machine) -> None:
     assert re.search(r"VRAM peak at least \S+ of 24.0 GB, tests at least \S+ of 21.0 GB", line)
     page = re.sub("<[^>]+>", "", (project.path / "report.html").read_text(encoding="utf-8"))
     assert re.search(r"at least [\d.]+ GB of 24.0 GB at the peak", page)
+
+
+def test_the_driver_is_open_before_a_test_may_start(project: Project, machine: Machine) -> None:
+    """Nothing is loaded any more once the VRAM for a test is there: others wait for it, too."""
+    project.write(
+        conftest="""
+            import pathlib, sys
+            import pytest
+
+            class Watch:
+                @pytest.hookimpl(wrapper=True, trylast=True)
+                def pytest_collection_finish(self, session):
+                    yield
+                    from pytest_gpushare.worker.runner import RunLoop
+
+                    real = RunLoop._take
+
+                    def take(loop, payload):
+                        if payload["tests"] and loop._index < 0:
+                            pathlib.Path("loaded.txt").write_text(
+                                str("pytest_gpushare.gpu.nvml" in sys.modules)
+                            )
+                        real(loop, payload)
+
+                    RunLoop._take = take
+
+            def pytest_configure(config):
+                if hasattr(config, "workerinput"):
+                    config.pluginmanager.register(Watch())
+        """,
+        test_project="def test_one(): pass\ndef test_two(): pass\n",
+    )
+    result = project.pytest(*NO_OLLAMA, "-n1", "-o", "gpu_share_vram=* = 1GB")
+    assert (result.code, result.passed) == (0, 2), result.out
+    assert (project.path / "loaded.txt").read_text() == "True"

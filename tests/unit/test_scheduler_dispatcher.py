@@ -843,7 +843,7 @@ def test_short_tests_come_together() -> None:
     """Eight of 0.012 s are less than 0.1 s; more is asked for when the last of them starts."""
     made = dispatcher_of(trivial(100), [gpu_worker(0), gpu_worker(1)])
     found = [action for action in made.step({}, 0) if isinstance(action, Run)]
-    assert [(len(run.tests), run.ahead) for run in found] == [(8, 3), (8, 3)]
+    assert [(len(run.tests), run.ahead) for run in found] == [(8, 5), (8, 5)]
     tests = found[0].tests
     for test in tests[:-1]:
         assert made.finished("gw0", test, None, 0.01) is False

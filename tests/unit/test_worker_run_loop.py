@@ -318,3 +318,19 @@ class Stops(list[int]):
     def append(self, index: int) -> None:
         super().append(index)
         self._run.session.shouldstop = "enough"
+
+
+def test_what_is_done_before_it_waits(run: Run) -> None:
+    """With nothing to run, and not where something has come already."""
+    comes = [lambda: run.send("dispatch"), lambda: run.send_tests(0)]
+    waits: list[int] = []
+
+    def prepare() -> None:
+        waits.append(len(run.ran))
+        comes[len(waits) - 1]()
+
+    run.loop.when_idle = prepare
+    run.answers["asked", 0, "end"] = run.shutdown
+    run.start()
+    assert waits == [0, 0]
+    assert run.numbers == [(0, None)]
