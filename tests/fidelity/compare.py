@@ -133,6 +133,37 @@ def ends_as_replayed(found: Sequence[str], ours: Run, replay: Callable[[list[str
     )
 
 
+def beyond_replays(
+    found: Sequence[str], ours: Run, replay: Callable[[list[str]], Run]
+) -> list[str]:
+    """The differences without the outcomes that stock shows where it is given what each worker of
+    ours began, in that order, and then the test that this worker would have run next.
+
+    For runs with crashes, or cut short: a plugin that runs failed tests again shows the error of
+    a wider teardown as an outcome, of whichever test the distribution makes the last.
+    """
+    again: dict[str, Run] = {}
+    left = []
+    for text in found:
+        nodeid = next((name for name in ours.outcomes if text.startswith(f"{name}: ")), None)
+        rows = next((it for it in ours.workers.values() if _begins(it, nodeid)), None)
+        if nodeid is None or rows is None or text.startswith(f"{nodeid}: None in stock"):
+            left.append(text)
+            continue
+        worker = str(rows[0][0])
+        if worker not in again:
+            order = [str(row[2]) for row in rows if row[1] == "begun"]
+            after = [row[3] for row in rows if row[1] == "next" and row[2] == order[-1]]
+            again[worker] = replay([*order, *(str(it) for it in after[-1:] if it is not None)])
+        if _outcome(again[worker], nodeid, True) != _outcome(ours, nodeid, True):
+            left.append(text)
+    return left
+
+
+def _begins(rows: list[list[Any]], nodeid: str | None) -> bool:
+    return any(row[1] == "begun" and row[2] == nodeid for row in rows)
+
+
 def _last_lines(texts: Iterable[str]) -> list[str]:
     return [text.strip().splitlines()[-1] for text in texts]
 

@@ -55,6 +55,7 @@ EXCEPTIONS = {
         "wider teardown, and so whether an expected failure hides that error and the run passes; "
         "how many tests run before a run is cut short; the order of reports. "
         "Such a difference is none where stock, with one worker, makes the same reports of the "
-        "same tests in the same order."
+        "same tests in the same order. With crashes, or where a run is cut short, this holds for "
+        "the outcome of a test alone."
     ),
 }

@@ -9,7 +9,15 @@ from pathlib import Path
 
 from inner_pytest import left_out
 
-from .compare import broken_rules, ends_as_replayed, exactly, more_setups, replayed, within
+from .compare import (
+    beyond_replays,
+    broken_rules,
+    ends_as_replayed,
+    exactly,
+    more_setups,
+    replayed,
+    within,
+)
 from .generator import Case, draw
 from .runs import KILLED, OURS, STOCK_TWICE, Run, run
 
@@ -109,6 +117,8 @@ def _differences(
         )
         if case.cut_short and ends_as_replayed(found, ours, replay):
             found = []
+        if not (whole or case.steps):
+            found = beyond_replays(found, ours, replay)
         if always_replay and whole and not found:
             found = replayed(ours, replay)
         while whole and not found and more_setups(stock, ours) and len(stock) < 5:

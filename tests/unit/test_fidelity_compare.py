@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fidelity.compare import ends_as_replayed, exactly, within
+from fidelity.compare import beyond_replays, ends_as_replayed, exactly, within
 from fidelity.generator import Case, draw
 from fidelity.hostile import HOSTILE
 from fidelity.runs import Run
@@ -164,6 +164,25 @@ def test_an_end_that_stock_does_not_show(other: dict[str, Any]) -> None:
     ours = ended("a", "b", dead="b")
     found = within(lambda: a_run("a", "b", "c", code=2), ours, cut_short=True)
     assert not ends_as_replayed(found, ours, lambda order: ended(*order, **other))
+
+
+def test_outcomes_beside_crashes_and_cut_short() -> None:
+    """Another outcome passes where stock shows it, too, with the tests of that worker."""
+    ours = damaged("outcome")
+    ours.rows["1"][8][3] = "x"  # the next test, which this worker did not begin
+    found = within(lambda: a_run("a", "b", "c"), ours, cut_short=True)
+    assert [text.partition(":")[0] for text in found] == ["a"]
+    asked: list[list[str]] = []
+
+    def replay(order: list[str]) -> Run:
+        asked.append(order)
+        return damaged("outcome")
+
+    assert beyond_replays([*found, "begun 2 times: a"], ours, replay) == ["begun 2 times: a"]
+    assert asked == [["a", "b", "c", "x"]]
+    assert beyond_replays(found, ours, lambda order: a_run(*order)) == found
+    never = "a: None in stock, [] here"
+    assert beyond_replays([never], ours, replay) == [never]
 
 
 def test_cases_are_drawn_by_their_seed() -> None:
