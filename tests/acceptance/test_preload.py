@@ -88,7 +88,7 @@ def test_what_is_loaded_is_left_alone(project: Project, server: OllamaServer) ->
     """Not one request that could change a model that somebody else has loaded."""
     server.load(QWEN, keep_alive="20m", num_ctx=8192)
     before, server.requests = server.ps(), []
-    result = project.pytest(*ON, "-o", f"{MODELS}{QWEN}")
+    result = project.pytest(*ON, "-n1", "-o", f"{MODELS}{QWEN}")
     assert (result.code, result.passed) == (0, 4), result.out
     assert changes(server) == []
     assert server.ps() == before
@@ -96,7 +96,7 @@ def test_what_is_loaded_is_left_alone(project: Project, server: OllamaServer) ->
 
 def test_without_preload_nothing_is_changed(project: Project, server: OllamaServer) -> None:
     """All requests of a run that does not ask for it are questions."""
-    result = project.pytest("--gpu-share", "-o", f"{MODELS}{QWEN}")
+    result = project.pytest("--gpu-share", "-n1", "-o", f"{MODELS}{QWEN}")
     assert result.code == 0
     assert {r.path for r in server.requests} <= {
         "/api/version",
@@ -418,7 +418,7 @@ def test_faulty_server(mode: str, project: Project, machine: Machine) -> None:
     """One that does not even tell what it holds is not asked to load anything."""
     with FaultyServer(mode) as server:
         began = time.monotonic()
-        result = project.pytest(*ON, "-o", f"{MODELS}{QWEN}", OLLAMA_HOST=server.host)
+        result = project.pytest(*ON, "-n1", "-o", f"{MODELS}{QWEN}", OLLAMA_HOST=server.host)
         took = time.monotonic() - began
         assert all(path in ("/api/version", "/api/ps") for path in server.paths)
     assert (result.code, result.passed) == (0, 4), result.out + result.err
