@@ -209,28 +209,28 @@ class Meter:
                 setattr(report, FIGURES, _message_of(figures))
         return report
 
-    @pytest.hookimpl(wrapper=True)
+    # An old-style wrapper: see `Retry`.
+
+    @pytest.hookimpl(hookwrapper=True)
     def pytest_fixture_setup(
         self, fixturedef: pytest.FixtureDef[Any]
-    ) -> Generator[None, object, object]:
+    ) -> Generator[None, object, None]:
         """What a fixture of a wider scope takes is left behind by no test."""
-        __tracebackhide__ = True
         if fixturedef.scope == "function":
-            return (yield)
+            yield
+            return
         # None: no framework is up, and nothing is held. This fixture may be what brings it up.
         before, children = counters.used() or 0, own_children()
         self._inside.append(0)
-        try:
-            return (yield)
-        finally:
-            inside, after = self._inside.pop(), counters.used()
-            self._keep(id(fixturedef), own_children() - children)
-            if after is not None:
-                grown = after - before
-                if grown != inside:
-                    self._fixtures[id(fixturedef)] = grown - inside
-                if self._inside:
-                    self._inside[-1] += grown
+        yield
+        inside, after = self._inside.pop(), counters.used()
+        self._keep(id(fixturedef), own_children() - children)
+        if after is not None:
+            grown = after - before
+            if grown != inside:
+                self._fixtures[id(fixturedef)] = grown - inside
+            if self._inside:
+                self._inside[-1] += grown
 
     def pytest_fixture_post_finalizer(self, fixturedef: pytest.FixtureDef[Any]) -> None:
         """It has been torn down: what it does not give back is left behind from here on."""

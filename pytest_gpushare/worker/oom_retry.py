@@ -27,6 +27,8 @@ if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
 if TYPE_CHECKING:
+    from pluggy import Result
+
     from pytest_gpushare.wire import Link
     from pytest_gpushare.worker.framework_caps import TorchCap
     from pytest_gpushare.worker.own_vram import OwnVram
@@ -194,41 +196,35 @@ class Retry:
         if self._waits:
             self._end(item, outcome)
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Set up, and once more alone where that ran out of memory."""
-        __tracebackhide__ = True
-        if self._inside:
-            return (yield)
-        try:
-            return (yield)
-        except Exception as error:
-            if not self._starts_again(item, error):
-                raise
-        self._run_again(item, "setup")
-        return None
+    # Old-style wrappers: an error in pytest's own code would be shown without its traceback if it
+    # passed through a frame of ours.
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+    @pytest.hookimpl(hookwrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, Result[Any], None]:
+        """Set up, and once more alone where that ran out of memory."""
+        outcome = yield
+        error = outcome.exception
+        if not self._inside and isinstance(error, Exception) and self._starts_again(item, error):
+            del error
+            self._run_again(item, "setup", outcome)
+
+    @pytest.hookimpl(hookwrapper=True, tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Result[Any], None]:
         """Call, and once more with a new set-up, alone, where that ran out of memory."""
-        __tracebackhide__ = True
         if self._inside:
-            return (yield)
+            yield
+            return
         self._phase = "call"
-        try:
-            result = yield
-        except Exception as error:
-            self._phase = ""
-            if not self._starts_again(item, error):
-                raise
-        else:
-            self._phase = ""
-            kept = error_of_unittest(item)
-            if kept is None or not self._starts_again(item, kept):
-                return result
-            del kept, result
-        self._run_again(item, "call")
-        return None
+        outcome = yield
+        self._phase = ""
+        error = outcome.exception
+        if error is None:
+            error = error_of_unittest(item)
+        elif not isinstance(error, Exception):
+            return
+        if error is not None and self._starts_again(item, error):
+            del error
+            self._run_again(item, "call", outcome)
 
     def explains(self, item: pytest.Item, call: pytest.CallInfo[None]) -> bool:
         """Before a report is made: whether the note in `note` belongs to it."""
@@ -289,8 +285,10 @@ class Retry:
         self.attempts, self._ran_again = 2, True
         return True
 
-    def _run_again(self, item: pytest.Item, when: str) -> None:
+    def _run_again(self, item: pytest.Item, when: str, outcome: Result[Any]) -> None:
         __tracebackhide__ = True
+        # It holds the first attempt's error.
+        outcome.force_result(None)
         self._inside = True
         try:
             renew(item)
@@ -298,6 +296,8 @@ class Retry:
             if when == "call":
                 self._phase = "call"
                 item.ihook.pytest_runtest_call(item=item)
+        except BaseException as error:
+            outcome.force_exception(error)
         finally:
             self._inside, self._phase = False, ""
 

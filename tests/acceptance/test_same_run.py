@@ -685,3 +685,19 @@ def test_errors_that_are_kept(project: Project, same: Same) -> None:
     ours = same("--showlocals", workers=1)
     assert ours.code == 1
     assert ours.out.count("local      = 'of the module'") == 2
+
+
+def test_an_error_in_the_code_of_pytest(same: Same, project: Project) -> None:
+    """It is shown with its traceback, in which no frame is the user's."""
+    project.write(
+        test_project="""
+            class TestOuter:
+                def setup_method(self, method):
+                    pass
+
+                class TestInner:
+                    def test_in(self):
+                        pass
+        """
+    )
+    same(workers=1)

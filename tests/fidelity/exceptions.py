@@ -7,6 +7,10 @@ from __future__ import annotations
 
 EXCEPTIONS = {
     "header": "The plugin's own lines of output, and pytest's lines about platform and plugins.",
+    "frames of wrappers": (
+        "An error with no frame but those of pytest and pluggy is shown with all of them: two of "
+        "pluggy's more for each of our wrappers. It is shown with none where one was ours."
+    ),
     "times": "Times, process numbers and addresses differ between any two runs.",
     "traceback of the scheduler": (
         "A worker that ends with a test begun (`pytest.exit` in a test) makes stock xdist fail "

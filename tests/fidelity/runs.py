@@ -125,6 +125,8 @@ class Run:
             if not ours:
                 kept.append(line.rstrip())
         text = "\n".join(kept)
+        old = r"(?m)^.*pluggy/_\w+\.py:\d+: in run_old_style_hookwrapper\n(?: {4}.*\n)+"
+        text = re.sub(old, "", text)
         text = re.sub(r"(?m)^(platform|rootdir:|cachedir:|plugins:|configfile:).*\n", "", text)
         text = re.sub(r"(?m)^(scheduling tests via|bringing up nodes|created:).*\n", "", text)
         text = re.sub(r" in \d+\.\d+s( \(.*?\))?", " in TIME", text)
