@@ -62,6 +62,8 @@ def counts(modules: Mapping[str, Any] = sys.modules, *, reset: bool = False) -> 
 
     `reset` makes the peaks that follow count from here, where the framework can do that.
     """
+    if not may_count(modules):
+        return None
     found: dict[tuple[str, int], Count] | None = None
     for name, read in _READERS:
         module = modules.get(name)
@@ -80,7 +82,7 @@ def counts(modules: Mapping[str, Any] = sys.modules, *, reset: bool = False) -> 
 
 def may_count(modules: Mapping[str, Any] = sys.modules) -> bool:
     """Whether a framework is imported that will count once it is up."""
-    return any(name in modules for name, _ in _READERS)
+    return not modules.keys().isdisjoint(_FRAMEWORKS)
 
 
 def measured(before: Counts | None, after: Counts | None) -> Measured | None:
@@ -232,6 +234,7 @@ def _jax(jax: Any, modules: Mapping[str, Any], _reset: bool) -> Sequence[Count] 
 _READERS: tuple[
     tuple[str, Callable[[Any, Mapping[str, Any], bool], Sequence[Count] | None]], ...
 ] = (("torch", _torch), ("cupy", _cupy), ("jax", _jax))
+_FRAMEWORKS = [name for name, _ in _READERS]
 
 
 _MOST_ERRORS = 100
