@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING
 from pytest_gpushare.leases.claims import NOTHING, DeviceClaims, Naming
 from pytest_gpushare.leases.ledger import LedgerError
 from pytest_gpushare.leases.lessee import Lessee, Revision, View, progress_of
-from pytest_gpushare.scheduler.beside_others import lease_on, others_on, share_of
+from pytest_gpushare.scheduler.sharing import (
+    OwnShare,
+    are_shared,
+    is_asked,
+    lease_on,
+    others_on,
+    share_of,
+)
 from pytest_gpushare.scheduler.types import NOBODY, Action, DeviceCapacity, DeviceReading, Others
 
 if TYPE_CHECKING:
     from pytest_gpushare.scheduler.dispatcher import Dispatcher
-    from pytest_gpushare.scheduler.sharing import OwnShare
 
 _PAUSE, _LONGEST_PAUSE = 0.025, 0.25
 """Seconds between two looks at the others while tests wait: longer while nothing happens."""
@@ -67,12 +73,9 @@ class SharedDevices:
     def look(self) -> None:
         """Look at the other sessions without the gate, in a thread of its own, now and then."""
         claims, now = self._lessee.look().claims, time.monotonic()
-        is_new = not self.is_shared and self._shares(claims)
-        # Beside others only what its workers hold is leased: nothing else can be given up.
-        is_asked = now - self._woke_at >= _GIVING_UP and any(
-            claim.waiting and self._lessee.record.lease(uuid).idle for uuid, claim in claims.items()
-        )
-        if is_new or is_asked:
+        is_new = not self.is_shared and are_shared(claims, self._capacities)
+        is_due = now - self._woke_at >= _GIVING_UP
+        if is_new or (is_due and is_asked(claims, self._lessee.record)):
             self._woke_at = now
             self.is_shared = self.is_due = True
             self._wake()
@@ -98,7 +101,7 @@ class SharedDevices:
                 if not self._has_begun:
                     others = others._replace(limit=self._lessee.record.lease(uuid).lease)
                 others = others._replace(progress=progress, names=self._names(claims))
-                shares = self._shares({uuid: claims})
+                shares = are_shared({uuid: claims}, self._capacities)
                 readings[uuid] = reading._replace(others=others if shares else NOBODY)
             actions = dispatcher.step(readings, time.monotonic())
             self._has_begun = True
@@ -114,14 +117,6 @@ class SharedDevices:
         assert actions is not None
         return actions
 
-    def _shares(self, claims: Mapping[str, DeviceClaims]) -> bool:
-        """Whether others claim VRAM there: for tests, or for a model that is loaded for tests."""
-        return any(
-            claim.shares or claim.reserved > self._capacities[uuid].reservation
-            for uuid, claim in claims.items()
-            if uuid in self._capacities
-        )
-
     def _progress_of(self, view: View) -> int:
         progress = progress_of(view.sessions)
         if progress != self._progress:
@@ -134,7 +129,7 @@ class SharedDevices:
         return "; ".join(self._naming.holder(holder, now) for holder in claims.holders)
 
     def _revision(self, view: View, own: Mapping[str, OwnShare], *, has_acted: bool) -> Revision:
-        self.is_shared = self._shares(view.claims)
+        self.is_shared = are_shared(view.claims, self._capacities)
         devices = {
             uuid: lease_on(device, own[uuid], is_shared=self.is_shared)
             for uuid, device in self._capacities.items()

@@ -16,14 +16,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from pytest_gpushare.hosts.answers import Foreign, as_list, as_text, as_whole
-from pytest_gpushare.leases.claims import NOTHING, DeviceClaims, Naming
+from pytest_gpushare.leases.claims import NOTHING, Naming
 from pytest_gpushare.leases.ledger import LedgerError
 from pytest_gpushare.leases.lessee import Lessee, Revision, View, progress_of
 from pytest_gpushare.leases.records import DeviceLease, SessionWorker
 from pytest_gpushare.planning.leasing import capacities_of
 from pytest_gpushare.planning.plan import Plan
-from pytest_gpushare.scheduler.beside_others import lease_on, others_on, share_of
-from pytest_gpushare.scheduler.sharing import OwnShare
+from pytest_gpushare.scheduler.sharing import (
+    OwnShare,
+    are_shared,
+    is_asked,
+    lease_on,
+    others_on,
+    share_of,
+)
 from pytest_gpushare.scheduler.types import DeviceReading, Others
 from pytest_gpushare.text import one_line
 from pytest_gpushare.units import MOST_VRAM
@@ -123,20 +129,11 @@ class LeaseHere:
         if self._asked is None:
             return
         claims, now = self._lessee.look().claims, time.monotonic()
-        is_new = not self._is_shared and self._shares(claims)
-        is_asked = now - self._asked_at >= _GIVING_UP and any(
-            claim.waiting and self._lessee.record.lease(uuid).idle for uuid, claim in claims.items()
-        )
-        if is_new or is_asked:
+        is_new = not self._is_shared and are_shared(claims, self._capacities)
+        is_due = now - self._asked_at >= _GIVING_UP
+        if is_new or (is_due and is_asked(claims, self._lessee.record)):
             self._is_shared, self._asked_at = True, now
             self._send({"kind": "others"})
-
-    def _shares(self, claims: Mapping[str, DeviceClaims]) -> bool:
-        return any(
-            claim.shares or claim.reserved > self._capacities[uuid].reservation
-            for uuid, claim in claims.items()
-            if uuid in self._capacities
-        )
 
     def _decide(self) -> None:
         """Lease what is there of what is wanted, and inform the controller of anything new."""
@@ -170,7 +167,7 @@ class LeaseHere:
             self._send(message)
 
     def _revised(self, view: View, asked: Asked, others: dict[str, tuple[Others, str]]) -> Revision:
-        self._is_shared = self._shares(view.claims)
+        self._is_shared = are_shared(view.claims, self._capacities)
         progress = progress_of(view.sessions)
         if progress != self._progress[0]:
             self._progress = progress, self._progress[1] + 1

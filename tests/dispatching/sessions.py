@@ -12,7 +12,7 @@ from pytest_gpushare.gpu.devices import GpuProcess
 from pytest_gpushare.leases.claims import DeviceClaims, claims_of
 from pytest_gpushare.leases.ledger import LiveSession
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, SessionWorker
-from pytest_gpushare.scheduler.beside_others import lease_on, others_on, share_of
+from pytest_gpushare.scheduler.sharing import lease_on, others_on, share_of
 from pytest_gpushare.scheduler.types import (
     NOBODY,
     DeviceCapacity,
