@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -132,11 +132,21 @@ def _safe(text: str) -> str:
     return text if isinstance(text, Markup) else escape(visible(text), quote=True)
 
 
-def breakable(name: str) -> Iterator[str]:
+def breakable(name: str) -> list[str]:
     """The parts of a name that may be broken after each `_` and `/`."""
-    for part in re.split(r"(?<=[_/])", name):
-        yield part
-        yield tag("wbr")
+    return [piece for part in re.split(r"(?<=[_/])", name) for piece in (part, tag("wbr"))]
+
+
+def code(text: str) -> Markup:
+    """The text with what stands between backticks as code; a setting may be broken at each `_`."""
+    pieces: list[str] = []
+    for at, part in enumerate(re.split(r"`([^`]+)`", text)):
+        if at % 2:
+            pieces.append(tag("code", part))
+            continue
+        for index, word in enumerate(re.split(r"(gpu_share_\w+)", part)):
+            pieces += breakable(word) if index % 2 else [word]
+    return Markup("").join(pieces)
 
 
 def pairs(held: Iterable[tuple[str, str]]) -> Markup:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from pytest_gpushare.report.html.markup import (
     Edges,
     Markup,
     Part,
-    breakable,
     clock,
+    code,
     meter,
     pairs,
     peak_text,
@@ -81,7 +80,7 @@ def page(document: Mapping[str, Any]) -> str:
         [
             body(report),
             tag("script", Markup(held.replace("<", "\\u003c")), type="application/json", id="data"),
-            *(tag("script", Markup(script)) for script in scripts),
+            *[tag("script", Markup(script)) for script in scripts],
         ]
     )
     return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', content), lang='en')}\n"
@@ -119,7 +118,7 @@ def meters(report: Shown) -> Markup:
     return tag(
         "section",
         tag("h2", "At the fullest moment" if measured else "As it was planned"),
-        *(_meter(report, device) for device in report.devices),
+        *[_meter(report, device) for device in report.devices],
         id="devices",
     )
 
@@ -286,22 +285,7 @@ def _answer(answer: Answer) -> Markup:
 def _list(texts: list[str]) -> Markup:
     if not texts:
         return Markup("")
-    return tag("ul", *(tag("li", code(text)) for text in texts))
-
-
-def code(text: str) -> Markup:
-    """The text with what stands between backticks as code; a setting may be broken at each `_`."""
-    parts = re.split(r"`([^`]+)`", text)
-    return Markup("").join(
-        tag("code", part) if index % 2 else _with_breaks(part) for index, part in enumerate(parts)
-    )
-
-
-def _with_breaks(text: str) -> Markup:
-    words = re.split(r"(gpu_share_\w+)", text)
-    return Markup("").join(
-        piece for at, word in enumerate(words) for piece in (breakable(word) if at % 2 else [word])
-    )
+    return tag("ul", *[tag("li", code(text)) for text in texts])
 
 
 def _timeline(report: Shown) -> Markup:
@@ -327,10 +311,10 @@ def _timeline(report: Shown) -> Markup:
             ),
             tag(
                 "div",
-                *(
+                *[
                     tag("button", sign, type="button", data_zoom=name, title=what, aria_label=what)
                     for name, sign, what in buttons
-                ),
+                ],
                 cls="buttons",
                 role="group",
                 aria_label="Zoom",
