@@ -8,8 +8,8 @@ from __future__ import annotations
 EXCEPTIONS = {
     "header": "The plugin's own lines of output, and pytest's lines about platform and plugins.",
     "frames of wrappers": (
-        "An error with no frame but those of pytest and pluggy is shown with all of them: two of "
-        "pluggy's more for each of our wrappers. It is shown with none where one was ours."
+        "An error in the code of pytest, or of a doctest's set-up, is shown with the frames of "
+        "pluggy, which has more of them for each of our wrappers, and names all plugins there."
     ),
     "times": "Times, process numbers and addresses differ between any two runs.",
     "traceback of the scheduler": (

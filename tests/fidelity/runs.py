@@ -125,12 +125,23 @@ class Run:
             if not ours:
                 kept.append(line.rstrip())
         text = "\n".join(kept)
-        old = r"(?m)^.*pluggy/_\w+\.py:\d+: in run_old_style_hookwrapper\n(?: {4}.*\n)+"
-        text = re.sub(old, "", text)
+        text = without_pluggy(text)
         text = re.sub(r"(?m)^(platform|rootdir:|cachedir:|plugins:|configfile:).*\n", "", text)
         text = re.sub(r"(?m)^(scheduling tests via|bringing up nodes|created:).*\n", "", text)
         text = re.sub(r" in \d+\.\d+s( \(.*?\))?", " in TIME", text)
         return re.sub(r"(?m)^([=_-])+ (.*?) \1+$", r"\1 \2", text)
+
+
+def without_pluggy(text: str) -> str:
+    """Tracebacks without pluggy's frames, short or in full."""
+    text = re.sub(r"(?m)^.*pluggy/_\w+\.py:\d+: in \w+\n(?: {4}.*\n)+", "", text)
+    frames = re.split(r"(?m)^(?:_ )+_?\n", text)
+    for at, frame in enumerate(frames):
+        if re.search(r"pluggy/_\w+\.py:\d+:\s*\Z", frame):
+            # Before the first frame of an error stand its title and the last one of another.
+            titles = list(re.finditer(r"(?m)^_{3,} .* _{3,}\n", frame))
+            frames[at] = frame[: titles[-1].end()] if titles else ""
+    return "".join(frames)
 
 
 def run(

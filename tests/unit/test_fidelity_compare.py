@@ -8,7 +8,7 @@ import pytest
 from fidelity.compare import beyond_replays, ends_as_replayed, exactly, within
 from fidelity.generator import Case, draw
 from fidelity.hostile import HOSTILE
-from fidelity.runs import Run
+from fidelity.runs import Run, without_pluggy
 
 PHASES = ("setup", "call", "teardown")
 
@@ -183,6 +183,32 @@ def test_outcomes_beside_crashes_and_cut_short() -> None:
     assert beyond_replays(found, ours, lambda order: a_run(*order)) == found
     never = "a: None in stock, [] here"
     assert beyond_replays([never], ours, replay) == [never]
+
+
+SHOWN = """\
+____ test_before ____
+    assert False
+____ test_one ____
+hook_name = 'pytest_runtest_setup'
+/lib/pluggy/_hooks.py:512:
+_ _ _ _ _
+self = 1
+/lib/_pytest/logging.py:871:
+_ _ _ _ _
+/lib/pluggy/_manager.py:120: in _hookexec
+    return self._inner_hookexec()
+           ^^^^^
+/lib/_pytest/runner.py:17: in setup
+    col.setup()
+"""
+
+
+def test_frames_of_pluggy_are_left_out() -> None:
+    left = without_pluggy(SHOWN)
+    assert "pluggy" not in left
+    assert "hook_name" not in left
+    for kept in ("test_before", "assert False", "test_one", "self = 1", "logging", "runner"):
+        assert kept in left
 
 
 def test_cases_are_drawn_by_their_seed() -> None:
