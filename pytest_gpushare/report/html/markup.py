@@ -1,4 +1,7 @@
-"""How figures are written on the page; the script's `words` say the same."""
+"""The elements of the page, escaped as they are made, and how figures are written on it.
+
+The script's `words` write figures in the same way.
+"""
 
 from __future__ import annotations
 
