@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pytest_gpushare.planning.plan import Plan
+from pytest_gpushare.report.document import document
 from pytest_gpushare.report.header import Line, OutputOptions
 from pytest_gpushare.report.output import laid_out
 from pytest_gpushare.report.results import Results
@@ -169,3 +171,17 @@ def test_a_skipped_test_is_no_suspect() -> None:
     (leak,) = leaks(run.active.tests, run.finish().workers)
     assert "t::skipped" not in leak.suspects
     assert "t::leaks" in leak.suspects
+
+
+def test_results_are_computed_once() -> None:
+    """Whatever is printed and written of them: plans are not made again for each reader."""
+    results = counted()
+    plans: list[Plan] = []
+    replan = results.run.replan
+    assert replan is not None
+    results.run.replan = lambda settings: plans.append(replan(settings)) or plans[-1]  # type: ignore[func-returns-value]
+    summary(results, OutputOptions(0, 80))
+    made = len(plans)
+    summary(results, OutputOptions(2, 400))
+    document(results, 0, [])
+    assert len(plans) == made > 0
