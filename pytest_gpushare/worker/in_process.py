@@ -24,9 +24,8 @@ from pytest_gpushare.planning.plan import Plan
 from pytest_gpushare.text import WaitingLine
 from pytest_gpushare.units import format_gb
 from pytest_gpushare.wire import ITSELF, Link
-from pytest_gpushare.worker.collection import MarkerReader, may_use_models
+from pytest_gpushare.worker.collection import REFUSAL, MarkerReader, may_use_models
 from pytest_gpushare.worker.plugin import PlacementPlugin, follow, watch_memory
-from pytest_gpushare.worker.refusals import REFUSAL
 
 if TYPE_CHECKING:
     from pytest_gpushare.session.llm import LlmTests

@@ -107,7 +107,12 @@ def watch_memory(config: pytest.Config, message: Mapping[str, Any], link: Link) 
 
 def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
     """Run the tests that the controller hands out; without any GPU, as the settings say."""
-    from pytest_gpushare.worker.collection import MarkerErrors, MarkerReader
+    from pytest_gpushare.worker.collection import (
+        LocalRefusals,
+        MarkerErrors,
+        MarkerReader,
+        Refusals,
+    )
 
     plugins = config.pluginmanager
     config.stash[TESTS] = message, link
@@ -117,8 +122,6 @@ def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> Non
 
         plugins.register(RunLoop(config, message, link), "gpu-share-run-loop")
     else:
-        from pytest_gpushare.worker.refusals import LocalRefusals, Refusals
-
         plugins.register(Refusals(LocalRefusals(message)), "gpu-share-refusals")
         if hasattr(config, "workerinput"):
             plugins.register(LoopWhereNeeded(config, message, link), "gpu-share-loop-where-needed")

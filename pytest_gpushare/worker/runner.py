@@ -24,8 +24,13 @@ from pytest_gpushare.compat.xdist_events import Commands, Interactor, interactor
 from pytest_gpushare.leases import DEFAULT_WAIT, LeaseUnavailable, in_tests
 from pytest_gpushare.scheduler.needs import spread, written
 from pytest_gpushare.units import format_gb
-from pytest_gpushare.worker.collection import MarkerReader, collected_tests
-from pytest_gpushare.worker.refusals import REFUSAL, Refusals, sent_by_the_controller
+from pytest_gpushare.worker.collection import (
+    REFUSAL,
+    MarkerReader,
+    Refusals,
+    collected_tests,
+    sent_by_the_controller,
+)
 
 _ANSWER_WITHIN = 10.0
 """Seconds for the controller's first answer."""

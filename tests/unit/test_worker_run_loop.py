@@ -12,7 +12,7 @@ from pytest_gpushare.compat import pytest_items
 from pytest_gpushare.scheduler.needs import squeezed
 from pytest_gpushare.wire import Link
 from pytest_gpushare.worker import runner
-from pytest_gpushare.worker.refusals import REFUSAL
+from pytest_gpushare.worker.collection import REFUSAL
 from pytest_gpushare.worker.runner import NEED, RunLoop
 
 SETTINGS = {"marker": "gpu", "aliases": [], "rules": [], "gpu_unless_marked": False}
