@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -37,6 +38,11 @@ class Share(NamedTuple):
     spare: int = 0
     idle: int = 0
     most: int = 0
+
+
+NEWCOMER = Share((math.inf, ""))
+"""One that only starts. It is younger than all that lease by the test, whenever it was started:
+it will be, once it does so itself, and else two would each wait for the other as the older one."""
 
 
 class Holder(NamedTuple):
@@ -259,6 +265,8 @@ def _claims_on(
             continue
         published, seniority = record.lease(uuid), record.seniority(session.name)
         lease = min(published.lease, total)
+        if published.want and not (lease or record.since):
+            seniority = NEWCOMER.seniority[0], session.name
         if lease or record.since or not record.ticket:
             # One that waits for its start runs nothing beside which a model has to stay.
             reserved = max(reserved, min(published.reserved, total))

@@ -148,9 +148,11 @@ class Lessee:
         began = since = self._clock()
         explained = float("-inf")
         progress: object = None
+        is_first = True
         while True:
             now = self._clock()
-            view, wish = self._decide(decide, began, is_first=now == began)
+            view, wish = self._decide(decide, began, is_first=is_first)
+            is_first = False
             if wish.is_granted:
                 return Outcome(view, True, now - began)
             limit = wait
@@ -221,6 +223,9 @@ class Lessee:
         with self._lock, self.ledger.gate():
             entered = self._clock()
             view = self.view(may_reuse=is_first)
+            if is_first and view.memory is None and self._readings is not None:
+                # Who holds it takes milliseconds to read, and matters beside others only.
+                view = view._replace(memory=self._readings.memory())
             wish = decide(view)
             self._in_gate = self._clock() - entered
             # Who has asked keeps its place also while it would be in an older one's way.

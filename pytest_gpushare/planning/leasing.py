@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import Device, GpuFacts
 from pytest_gpushare.gpu.host import pid_space
-from pytest_gpushare.leases.claims import Naming, Share
+from pytest_gpushare.leases.claims import NEWCOMER, Naming
 from pytest_gpushare.leases.ledger import OFF, Ledger, LedgerError, directory_of
 from pytest_gpushare.leases.lessee import Lessee, LiveReadings, View, Wish
-from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, Seniority
+from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 from pytest_gpushare.planning.plan import DevicePlan, LeasedByOthers, Limit, Plan
 from pytest_gpushare.scheduler.types import DeviceCapacity
 from pytest_gpushare.text import WaitingLine
@@ -150,7 +150,6 @@ class _Negotiation:
         # Notes stand in reports, which are passed on to others.
         self._reported = Naming(settings.report_names)
         self._line = terms.line or WaitingLine()
-        self._seniority: Seniority = (0.0, "")
         self.now, self.others = gpus, LeasedByOthers()
         self.plan: Plan | None = None
         self._without: Plan | None = None
@@ -162,7 +161,6 @@ class _Negotiation:
 
     def only_asked(self, lessee: Lessee) -> Agreed:
         """The plan of a run that is not to start: what it would be now, or after its wait."""
-        self._seniority = lessee.seniority
         with lessee.ledger.gate():
             view = lessee.view()
         wish = self.decide(view)
@@ -176,7 +174,6 @@ class _Negotiation:
 
     def leased(self, lessee: Lessee, *, in_process: bool) -> Agreed:
         """The plan and its leases, after the wait for them."""
-        self._seniority = lessee.seniority
         try:
             wait = None if self._settings.wait is None else float(self._settings.wait)
             outcome = lessee.claim(self.decide, wait, self._report)
@@ -267,7 +264,7 @@ class _Negotiation:
             reserved=planned.reservation,
             starts=capacity if self._may_wait else None,
         )
-        keepable = claims.keepable(capacity, Share(self._seniority))
+        keepable = claims.keepable(capacity, NEWCOMER)
         return ahead if keepable is None else max(ahead, planned.budget - max(0, keepable))
 
     def _wish(self, plan: Plan, is_explained: bool) -> Wish:

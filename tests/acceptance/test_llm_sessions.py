@@ -50,8 +50,23 @@ def suite_of(model: str, count: int, seconds: float) -> str:
     )
 
 
+TOGETHER = """
+    import os, pathlib, time
+
+    def pytest_collection_modifyitems():
+        # Else one may be over, and unload its model, before another has started.
+        session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+        (pathlib.Path("begun") / session).touch()
+        until = time.monotonic() + 60
+        while len(os.listdir("begun")) < {count} and time.monotonic() < until:
+            time.sleep(0.02)
+"""
+
+
 def at_once(project: Project, runs: list[list[str]]) -> list[Result]:
     """The runs, all at the same time."""
+    project.write(conftest=TOGETHER.format(count=len(runs)))
+    (project.path / "begun").mkdir()
     with ThreadPoolExecutor() as pool:
         started = [pool.submit(project.pytest, "--gpu-share", *each) for each in runs]
         return [run.result(timeout=150) for run in started]

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from pytest_gpushare.gpu.devices import GpuProcess
-from pytest_gpushare.leases.claims import DeviceClaims, Naming, Share, Waiting, claims_of
+from pytest_gpushare.leases.claims import (
+    NEWCOMER,
+    DeviceClaims,
+    Naming,
+    Share,
+    Waiting,
+    claims_of,
+)
 from pytest_gpushare.leases.ledger import LiveSession
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, SessionWorker
 
@@ -130,7 +137,11 @@ def waiting(ticket: int, want: int, renewed: float) -> LiveSession:
 
 def test_tickets_in_their_order_while_they_are_renewed() -> None:
     found = claims(waiting(7, GB, 99.0), waiting(5, 2 * GB, 96.0), waiting(4, GB, 94.0))
-    assert found.waiting == (Waiting(5, 2 * GB, (0.0, "5"), True), Waiting(7, GB, (0.0, "7"), True))
+    start, _ = NEWCOMER.seniority
+    assert found.waiting == (
+        Waiting(5, 2 * GB, (start, "5"), True),
+        Waiting(7, GB, (start, "7"), True),
+    )
 
 
 def test_room_is_kept_for_those_who_asked_before() -> None:
@@ -192,6 +203,18 @@ def test_newcomer_waits_for_the_largest_test_of_an_older_session() -> None:
         )
         == 5
     )
+
+
+def test_newcomer_is_younger_than_who_leases_by_the_test() -> None:
+    """Whenever the two were started: else each would wait for the other as the older one."""
+    want = {"GPU-0": DeviceLease(0, 5 * GB)}
+    newcomer = session("a", began=1.0, devices=want, ticket=1, renewed=100.0)
+    found = claims(newcomer)
+    own = Share((2.0, "own"), kept=2 * GB, spare=2 * GB, most=20 * GB)
+    assert found.ahead(10 * GB, own=own, capacity=24 * GB) == 0
+    # It has begun to lease by the test, and waits for more.
+    begun = claims(session("a", began=1.0, since=1.5, devices=want, ticket=1, renewed=100.0))
+    assert begun.ahead(10 * GB, own=own, capacity=24 * GB) == 5 * GB
 
 
 def test_what_may_be_kept_beside_older_sessions() -> None:

@@ -23,13 +23,16 @@ TOTAL = 10
 
 
 class Clock:
-    """A clock that only sleeping moves."""
+    """A clock that only sleeping moves; with `tick`, so does every look."""
+
+    tick = 0.0
 
     def __init__(self) -> None:
         self.now = 1000.0
         self.events: list[tuple[float, object]] = []
 
     def __call__(self) -> float:
+        self.now += self.tick
         return self.now
 
     def at(self, moment: float, action: object) -> None:
@@ -105,9 +108,13 @@ def claim(lessee: Lessee, size: int, wait: float | None = None) -> Outcome:
 
 def test_alone_and_beside_another(world: World) -> None:
     readings = Readings()
+    world.clock.tick = 1e-6
     one, two = world.lessee(readings), world.lessee(readings)
-    assert claim(one, 6).is_granted
+    outcome = claim(one, 6)
+    assert outcome.is_granted
     assert readings.lists == 0
+    # What the device has at this moment: a session may have ended since the start.
+    assert outcome.view.memory == {"GPU-0": Memory(TOTAL, 0, TOTAL)}
     assert claim(two, 4).is_granted
     assert readings.lists == 1
     assert claim(world.lessee(), 1, wait=0.0).is_granted is False

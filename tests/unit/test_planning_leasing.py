@@ -106,3 +106,14 @@ def test_earlier_one_that_is_about_to_start(
     assert len(agreed(tmp_path, wait).plan.slots) == slots
     assert least <= time.monotonic() - began < least + 2
     timer.cancel()
+
+
+def test_leaves_a_session_its_largest_test_whenever_it_was_started(
+    tmp_path: Path, other: Lessee
+) -> None:
+    """By the test it leases first, so it goes first: else both would wait for each other."""
+    share = DeviceLease(GB, most=20 * GB)
+    other.change(devices={DEVICE.uuid: share}, since=time.time() + 1000)
+    assert len(agreed(tmp_path, "0").plan.slots) == 0
+    other.change(devices={DEVICE.uuid: share._replace(most=0)})
+    assert len(agreed(tmp_path, "0").plan.slots) == 2
