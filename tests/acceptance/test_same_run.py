@@ -209,15 +209,6 @@ MAKEREPORT = {
 }
 
 
-@both
-def test_failing_teardown(workers: int, project: Project, same: Same) -> None:
-    """One report a phase, made while the test's own state is there; the error is reported."""
-    plugins = plugins_of(MAKEREPORT, project)
-    project.write(test_teardown=FAILING_TEARDOWN)
-    ours = same(*plugins, workers=workers)
-    assert (ours.code, ours.errors > 0) == (1, True)
-
-
 # Row 3: hooks that look at the next item, at the session's items, or at the item of a protocol.
 
 HOOKS = {
@@ -278,16 +269,6 @@ CLASSES = """
 """
 
 
-@both
-def test_hooks_that_look_at_items(workers: int, project: Project, same: Same) -> None:
-    """Hooks meet collected tests only, and the one that is really next."""
-    project.write(test_classes=CLASSES)
-    # How often a class ends depends on the distribution: of two workers the random suites tell.
-    hooks = {name: text for name, text in HOOKS.items() if workers == 1 or name != "next item"}
-    ours = same(*plugins_of(hooks, project), workers=workers)
-    assert (ours.code, len(ours.outcomes)) == (0, 6)
-
-
 # Row 4: a plugin that writes a result for each protocol.
 
 RESULTS = """
@@ -312,25 +293,55 @@ RESULTS = """
 """
 
 
-@both
-def test_results_of_a_plugin(workers: int, project: Project, same: Same) -> None:
-    """A plugin that writes a result for each protocol has one for each test."""
-    project.write(conftest=RESULTS, test_classes=CLASSES)
-    if workers == 1:
-        assert same(workers=1).files["results.txt"].count("\n") == 6
-        return
-    # Two workers write their parts in any order: sorted at the end.
-    sort = """
-        import pytest
+# Two workers write their parts in any order: sorted at the end.
+SORTED = """
+    import pytest
 
-        @pytest.hookimpl(trylast=True)
-        def pytest_unconfigure(config):
-            if not hasattr(config, "workerinput"):
-                lines = sorted(open("results.txt"))
-                open("results.txt", "w").writelines(lines)
+    @pytest.hookimpl(trylast=True)
+    def pytest_unconfigure(config):
+        if not hasattr(config, "workerinput"):
+            lines = sorted(open("results.txt"))
+            open("results.txt", "w").writelines(lines)
+"""
+
+# Row 5: a conftest that sets the environment of the workers anew.
+
+SETUPNODES = """
+    def pytest_xdist_setupnodes(config, specs):
+        for spec in specs:
+            spec.env = {"OMP_NUM_THREADS": "1"}
+"""
+
+ENVIRONMENT = """
+    import os
+    import pytest
+
+    @pytest.mark.parametrize("i", range(4))
+    def test_environment(i):
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+"""
+
+
+@both
+def test_hooks_of_a_project(workers: int, project: Project, same: Same) -> None:
+    """Rows 2 to 5, whose hooks do not meddle with each other, in one run.
+
+    One report a phase, made while the test's own state is there; the error of a teardown is
+    reported. Hooks meet collected tests only, and the one that is really next. A plugin that
+    writes a result for each protocol has one for each test. `spec.env` may be another mapping.
     """
-    project.write(sort_plugin=sort)
-    assert same("-p", "sort_plugin", workers=2).files["results.txt"].count("\n") == 6
+    # How often a class ends depends on the distribution: of two workers the random suites tell.
+    hooks = {name: text for name, text in HOOKS.items() if workers == 1 or name != "next item"}
+    plugins = plugins_of({**MAKEREPORT, **hooks, "results": RESULTS, "sorted": SORTED}, project)
+    project.write(
+        conftest=SETUPNODES,
+        test_classes=CLASSES,
+        test_environment=ENVIRONMENT,
+        test_teardown=FAILING_TEARDOWN,
+    )
+    ours = same(*plugins, workers=workers)
+    assert (ours.code, ours.errors > 0, len(ours.outcomes)) == (1, True, 13)
+    assert ours.files["results.txt"].count(" passed\n") == 13
 
 
 @pytest.mark.skipif(find_spec("allure_pytest") is None, reason="needs allure-pytest")
@@ -350,7 +361,7 @@ def test_allure(workers: int, project: Project, same: Same) -> None:
     assert ours.files["results.txt"] == "6 results"
 
 
-# Row 5: a conftest that ends the process after a test has spoilt it.
+# Row 6: a conftest that ends the process after a test has spoilt it.
 
 DEATH = """
     import os, time
@@ -406,29 +417,6 @@ def test_order_after_a_crash(options: tuple[str, ...], project: Project, same: S
     ours = same("--max-worker-restart=1000", *options, workers=1)
     assert len(ours.crashed) == 3
     assert len(ours.outcomes) == 24
-
-
-# Row 6: a conftest that sets the environment of the workers anew.
-
-
-@both
-def test_setupnodes(workers: int, project: Project, same: Same) -> None:
-    """`pytest_xdist_setupnodes` may put another mapping in place of `spec.env`."""
-    hook = """
-        def pytest_xdist_setupnodes(config, specs):
-            for spec in specs:
-                spec.env = {"OMP_NUM_THREADS": "1"}
-    """
-    tests = """
-        import os
-        import pytest
-
-        @pytest.mark.parametrize("i", range(4))
-        def test_environment(i):
-            assert os.environ["OMP_NUM_THREADS"] == "1"
-    """
-    project.write(conftest=hook, test_environment=tests)
-    assert same(workers=workers).code == 0
 
 
 # Row 7: a run that is cut short by a crash that may not be made good, or by an interrupt.

@@ -126,9 +126,19 @@ class _Runs:
         self.host, self._place, self._library = host, place, library
         self._environment = dict(env)
         self._count = 0
+        self._made: dict[tuple[str, ...], tuple[str, dict[str, Any], str]] = {}
 
     def run(self, *more: str, text: str = "") -> tuple[str, dict[str, Any], str]:
-        """Output, report and page of a run with more settings; the machine is as before."""
+        """Output, report and page of a run with more settings; the machine is as before.
+
+        Suggestions for several cases of a test are one edit, which is run once.
+        """
+        key = (text, *more)
+        if key not in self._made:
+            self._made[key] = self._run(*more, text=text)
+        return self._made[key]
+
+    def _run(self, *more: str, text: str) -> tuple[str, dict[str, Any], str]:
         host, self._count = self.host, self._count + 1
         place = self._place / str(self._count)
         place.mkdir(parents=True)
