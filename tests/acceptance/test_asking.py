@@ -60,11 +60,7 @@ def test_asked(project: Project, machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said", "workers"),
     [
-        (["--gpu-share"], TWO, 2),
         (["-n", "gpu-auto"], TWO, 2),
-        (["-n", "gpu-auto", "-n", "1", "--gpu-share"], ONE, 1),
-        (["--gpu-share", "-d"], TWO, 2),
-        (["--gpu-share", "--dist", "loadscope"], TWO, 2),
         (["--gpu-share", "--tx", "5*popen", "-n", "3"], TWO, 2),
         (["-n", "gpu-auto", "-p", "no:terminal"], None, None),
     ],
@@ -117,13 +113,6 @@ def test_not_asked_changes_nothing(
     assert set(project.places().values()) == {"unset unset"}
 
 
-def test_no_gpu_share_makes_gpu_auto_mean_auto(project: Project, machine: Machine) -> None:
-    """A developer without a GPU overrules the ini file's `-n gpu-auto`."""
-    project.file("pytest.ini", "[pytest]\naddopts = -n gpu-auto\n")
-    result = project.pytest("--no-gpu-share", PYTEST_XDIST_AUTO_NUM_WORKERS="3")
-    assert (result.code, result.said, result.workers) == (0, [], 3)
-
-
 INI_FILES = {
     "pytest.ini": "[pytest]\ngpu_share = true\n",
     "tox.ini": "[pytest]\ngpu_share = true\n",
@@ -149,13 +138,6 @@ def test_ini_file_with_workers(project: Project, machine: Machine) -> None:
     assert (result.code, result.err, result.said[0], result.workers) == (0, "", TWO, 2)
 
 
-def test_command_line_overrules_the_ini_file(project: Project, machine: Machine) -> None:
-    """What is typed counts more than `gpu_share = true`."""
-    project.file("pytest.ini", INI_FILES["pytest.ini"])
-    assert project.pytest("--no-gpu-share").said == []
-    assert project.pytest("-n1").said[0] == ONE
-
-
 @PYTEST_9
 def test_native_toml(project: Project, machine: Machine) -> None:
     """pytest 9's own TOML tables, typed or quoted."""
@@ -176,11 +158,6 @@ def test_native_toml(project: Project, machine: Machine) -> None:
     )
 
 
-def test_addopts_in_environment(project: Project, machine: Machine) -> None:
-    """PYTEST_ADDOPTS, as CI systems use it."""
-    assert project.pytest(PYTEST_ADDOPTS="--gpu-share").said[0] == TWO
-
-
 def test_json_alone_does_not_switch_on(project: Project, machine: Machine) -> None:
     """A file that lies about for another tool starts nothing."""
     project.file("performance_config.json", '{"gpu_resource_management": {"nonsense": 1}}')
@@ -191,21 +168,49 @@ def test_json_alone_does_not_switch_on(project: Project, machine: Machine) -> No
 XDIST, OURS = "xdist.plugin", "pytest_gpushare.plugin"
 
 
+BY_HAND = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def loaded(*plugins: str) -> list[str]:
+    return [part for name in plugins for part in ("-p", name)]
+
+
 @pytest.mark.parametrize("order", [(XDIST, OURS), (OURS, XDIST)])
-@pytest.mark.parametrize("arguments", [("-n", "gpu-auto"), ("--gpu-share", "-n", "2")])
-def test_loaded_by_hand(
-    order: tuple[str, str], arguments: tuple[str, ...], project: Project, machine: Machine
-) -> None:
+def test_loaded_by_hand(order: tuple[str, str], project: Project, machine: Machine) -> None:
     """`-p` in both orders where plugins are not loaded automatically."""
-    plugins = [part for name in order for part in ("-p", name)]
-    result = project.pytest(*plugins, *arguments, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    result = project.pytest(*loaded(*order), "-n", "gpu-auto", **BY_HAND)
     assert (result.code, result.err, result.said[0], result.workers) == (0, "", TWO, 2)
 
 
-def test_loaded_twice(project: Project, machine: Machine) -> None:
-    """`-p` beside automatic loading is one plugin."""
-    result = project.pytest("-p", OURS, "-n", "gpu-auto")
-    assert (result.code, result.said[0]) == (0, TWO)
+def test_asked_in_other_places(project: Project, machine: Machine) -> None:
+    """In a variable, beside an ini file, and of a plugin that is loaded by hand or twice.
+
+    A developer without a GPU overrules the ini file's `-n gpu-auto`.
+    """
+    auto = {"pytest.ini": "[pytest]\naddopts = -n gpu-auto\n"}
+    ini = {"pytest.ini": INI_FILES["pytest.ini"]}
+    two = ("--gpu-share", "-n", "2")
+    cases = {
+        "PYTEST_ADDOPTS": Case({}, (), {"PYTEST_ADDOPTS": "--gpu-share"}),
+        "ini, refused": Case(ini, ("--no-gpu-share",)),
+        "ini, typed": Case(ini, ("-n1",)),
+        "gpu-auto, refused": Case(
+            auto, ("--no-gpu-share",), {"PYTEST_XDIST_AUTO_NUM_WORKERS": "3"}
+        ),
+        "xdist first": Case({}, (*loaded(XDIST, OURS), *two), BY_HAND),
+        "xdist last": Case({}, (*loaded(OURS, XDIST), *two), BY_HAND),
+        "loaded twice": arguments("-p", OURS, "-n", "gpu-auto"),
+    }
+    ended = run_all(cases, project.path, project.environment)
+    assert {
+        name: (it.code, it.err, it.said[0] if it.said else None, len(it.places))
+        for name, it in ended.items()
+    } == {
+        **dict.fromkeys(cases, (0, "", TWO, 2)),
+        "ini, refused": (0, "", None, 0),
+        "ini, typed": (0, "", ONE, 1),
+        "gpu-auto, refused": (0, "", None, 3),
+    }
 
 
 @pytest.mark.parametrize(

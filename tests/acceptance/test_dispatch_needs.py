@@ -123,7 +123,7 @@ def test_wrong_markers_of_a_hook(project: Project, machine: Machine) -> None:
                 items[0].add_marker(pytest.mark.gpu(vram=6))
         """,
     )
-    result = project.pytest("--gpu-share", "-n2")
+    result = project.pytest("--gpu-share", "-n1")
     assert (result.code, result.passed) == (1, 1), result.out
     assert "@pytest.mark.gpu(vram=6): " in result.out
 
@@ -145,7 +145,7 @@ def test_without_any_gpu(
         "with gpusim.alloc", "with open(__file__) or "
     )
     project.write(test_project=text)
-    result = project.pytest("--gpu-share", "-n", "2", "-o", f"gpu_share_without_gpu={setting}")
+    result = project.pytest("--gpu-share", "-n", "1", "-o", f"gpu_share_without_gpu={setting}")
     assert result.code == 1, result.out
     assert outcomes in result.out
     assert "it requires a GPU: insufficient VRAM per worker: 0.0 GB usable" in result.out

@@ -139,7 +139,7 @@ def test_simulated_devices(project: Project, server: OllamaServer) -> None:
         pass
     """
     )
-    arguments = ("--gpu-share", "-n2", "--gpu-share-simulate=24GB")
+    arguments = ("--gpu-share", "-n1", "--gpu-share-simulate=24GB")
     result = project.pytest(*arguments)
     assert (result.code, result.passed) == (0, 1), result.out
     assert "gpu-share: 1 test skipped: no model missing:1b at 127.0.0.1:" in result.out
@@ -174,7 +174,7 @@ def test_parallel(project: Project, server: OllamaServer) -> None:
 
 
 @pytest.mark.parametrize("how", ["skip", "run", "fail", "pull"])
-@pytest.mark.parametrize("workers", ["-n2", "-n0"])
+@pytest.mark.parametrize("workers", ["-n1", "-n0"])
 def test_missing_model(project: Project, server: OllamaServer, how: str, workers: str) -> None:
     """Skipped, run, failed or pulled; the others run in any case."""
     project.write(
@@ -217,7 +217,7 @@ def test_absent_server_is_an_error_under_strict(project: Project, machine: Machi
     for strict, code in (((), 0), (("--gpu-share-strict",), 1)):
         summary = project.file("summary.md", "")
         environment = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(summary)}
-        result = project.pytest("--gpu-share", "-n2", *strict, **environment)
+        result = project.pytest("--gpu-share", "-n1", *strict, **environment)
         assert (result.code, result.passed) == (code, 12), result.out
         assert "gpu-share: 8 tests skipped: no Ollama at 127.0.0.1" in result.out
         assert "8 tests skipped: no Ollama at 127.0.0.1" in summary.read_text(encoding="utf-8")
@@ -230,7 +230,7 @@ def test_skips_for_lack_of_a_model_are_not_for_lack_of_a_gpu(
     """On CPU workers, where each skip that speaks of a GPU is counted."""
     machine_with(Device(total="4GB", used="3GB"))
     project.write(test_project=MARKED)
-    result = project.pytest("--gpu-share", "-n2")
+    result = project.pytest("--gpu-share", "-n1")
     assert (result.code, result.passed) == (0, 12), result.out
     assert "gpu-share: 8 tests skipped: no Ollama at 127.0.0.1" in result.out
     assert "for lack of a GPU" not in result.out
@@ -350,7 +350,7 @@ def test_load_fails(project: Project, server: OllamaServer) -> None:
     """The tests of the model fail with the server's own words, the others run."""
     project.write(test_project=MARKED)
     server.errors["/api/generate"] = (500, "llama runner process has terminated: out of memory")
-    result = project.pytest("--gpu-share", "-n2")
+    result = project.pytest("--gpu-share", "-n1")
     assert (result.code, result.passed) == (1, 12), result.out
     words = "cannot load a:1b: llama runner process has terminated: out of memory"
     assert words in result.out
@@ -395,7 +395,7 @@ def test_example(project: Project, server: OllamaServer) -> None:
     assert (result.code, result.passed) == (0, 3), result.out
     assert "gpu-share: 2 tests used 1 Ollama model: 1 load" in result.out
     assert "gpu-share: qwen2.5:0.5b gave 6 tokens in recorded answers" in result.out
-    result = project.pytest("tests", "-n2", OLLAMA_HOST="127.0.0.1:9")
+    result = project.pytest("tests", "-n1", OLLAMA_HOST="127.0.0.1:9")
     assert (result.code, result.passed) == (0, 1), result.out
     assert "gpu-share: 2 tests skipped: no Ollama at 127.0.0.1:9: nothing listens" in result.out
 
@@ -558,7 +558,7 @@ def test_run_again_and_last_failed(project: Project, server: OllamaServer) -> No
     assert (result.code, result.passed) == (0, 3), result.out
     assert most_at_once(server, "a:1b") == 1
     (project.path / "seen1").unlink()
-    command = inner_command("--gpu-share", "-n2", beside=["cacheprovider"])
+    command = inner_command("--gpu-share", "-n1", beside=["cacheprovider"])
     assert project.command(command).code == 1
     last = project.command([*command, "--lf"])
     assert (last.code, last.passed) == (0, 1), last.out
@@ -628,7 +628,7 @@ def test_busy_server_is_asked_again(project: Project, server: OllamaServer) -> N
     """
     )
     server.errors["/api/generate"] = (503, "server busy, please try again.")
-    result = project.pytest("--gpu-share", "-n2", "-o", "gpu_share_ollama_load_timeout_s=3")
+    result = project.pytest("--gpu-share", "-n1", "-o", "gpu_share_ollama_load_timeout_s=3")
     assert (result.code, result.passed) == (1, 0), result.out
     assert "cannot load a:1b: " in result.out
     assert len([r for r in server.requests if r.path == "/api/generate"]) > 2
@@ -653,7 +653,7 @@ def test_unknown_arguments_of_a_foreign_marker(project: Project, server: OllamaS
 
 
 @pytest.mark.parametrize(("own", "least"), [("10s", 500), ("90s", 0)])
-@pytest.mark.parametrize("workers", ["-n2", "-n0"])
+@pytest.mark.parametrize("workers", ["-n1", "-n0"])
 def test_terminated(
     project: Project, server: OllamaServer, workers: str, own: str, least: float
 ) -> None:
@@ -678,7 +678,7 @@ def test_terminated(
     assert 0 < keeps(server, "a:1b") <= int(own.rstrip("s"))
 
 
-@pytest.mark.parametrize("workers", ["-n2", "-n0"])
+@pytest.mark.parametrize("workers", ["-n1", "-n0"])
 def test_terminated_during_a_load(project: Project, server: OllamaServer, workers: str) -> None:
     """SIGTERM ends the load: the server, which is left by its client, keeps nothing of it."""
     settings = type(server.scheduler.settings)

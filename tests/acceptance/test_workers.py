@@ -10,7 +10,7 @@ import pytest
 from simulator import Device, Machine, Mig
 
 from .conftest import SHOW_PLACE, Project
-from .in_one_process import arguments, run_all
+from .in_one_process import Case, arguments, run_all
 
 NO_LIMITS = (
     *("-o", "gpu_share_max_workers_per_gpu=0", "-o", "gpu_share_max_workers_per_gb=0"),
@@ -173,7 +173,7 @@ OVERWRITES = """
 """
 
 
-@pytest.mark.parametrize("mode", [["-n2"], ["-n0"]])
+@pytest.mark.parametrize("mode", [["-n1"], ["-n0"]])
 def test_overwritten_in_conftest(mode: list[str], project: Project, machine: Machine) -> None:
     """A conftest that sets the variable itself is told by file and line; strict fails the run."""
     project.write(conftest=OVERWRITES)
@@ -202,7 +202,7 @@ def test_overwritten_in_test_module(project: Project, machine: Machine) -> None:
                 pass
         """
     )
-    result = project.pytest("--gpu-share", "--gpu-share-strict")
+    result = project.pytest("--gpu-share", "-n1", "--gpu-share-strict")
     assert result.code == 1
     assert "is 0,1: changed by test_project.py:" in result.out
 
@@ -217,7 +217,7 @@ def test_rival_hook(project: Project, machine: Machine) -> None:
         """,
         test_project=SHOW_PLACE,
     )
-    result = project.pytest("--gpu-share")
+    result = project.pytest("--gpu-share", "-n1")
     assert (result.code, result.passed) == (0, 8)
     assert set(project.places().values()) == {"gpu 5"}
     assert "is 5: changed by " in result.out
@@ -250,7 +250,7 @@ def test_hook_that_assigns_an_environment(
             assert os.environ["OMP_NUM_THREADS"] == "1"
         """,
     )
-    result = project.pytest("--gpu-share", "-n2", "--gpu-share-strict")
+    result = project.pytest("--gpu-share", "-n1", "--gpu-share-strict")
     assert (result.code, result.passed) == (0, 9), result.out
     uuid = machine.snapshot()[0].uuid
     assert set(project.places().values()) == {f"gpu {uuid}"}
@@ -276,7 +276,7 @@ def test_hook_that_changes_the_workers(change: str, project: Project, machine: M
         """,
         test_project=SHOW_PLACE.replace("def test", "@pytest.mark.gpu(vram='2GB')\n    def test"),
     )
-    result = project.pytest("--gpu-share", "-n2")
+    result = project.pytest("--gpu-share", "-n1")
     assert (result.code, result.passed) == (0, 8), result.out
     uuid = machine.snapshot()[0].uuid
     assert set(project.places().values()) == {f"gpu {uuid}"}
@@ -369,7 +369,7 @@ def test_caps_reach_the_workers(project: Project, machine: Machine) -> None:
         """,
     )
     assert f"CAPS 0.163085 {4008 * 2**20}" in project.pytest("--gpu-share", "-rP").out
-    off = project.pytest("--gpu-share", "-rP", "-o", "gpu_share_cap_vram=false")
+    off = project.pytest("--gpu-share", "-n1", "-rP", "-o", "gpu_share_cap_vram=false")
     assert "CAPS None None" in off.out
     mine = project.pytest("--gpu-share", "-rP", XLA_CLIENT_MEM_FRACTION=".1")
     assert f"CAPS .1 {4008 * 2**20}" in mine.out
@@ -401,41 +401,40 @@ def test_hooks(project: Project, machine: Machine) -> None:
     assert set(project.places().values()) == {"gpu ", "gpu NPU-0"}
 
 
-@pytest.mark.parametrize(
-    ("hook", "message"),
-    [
-        ("def pytest_gpushare_plan(config, plan): return 3", "gave no plan but int"),
-        ("def pytest_gpushare_devices(config): return ['0']", "something else than"),
-        (
-            "from dataclasses import replace\n"
-            "def pytest_gpushare_plan(config, plan): return replace(plan, slots=plan.slots * 5)",
-            "promises 45.0 GB on GPU 0, where 22.0 GB are free",
-        ),
-        (
-            "from dataclasses import replace\n"
-            "def pytest_gpushare_plan(config, plan):\n"
-            "    return replace(plan, slots=(replace(plan.slots[0], vram=-5),))",
-            "gave a slot of -5 bytes: give more than 0",
-        ),
-        (
-            "from pytest_gpushare.gpu.devices import Device\n"
-            "def pytest_gpushare_devices(config): return [Device('X', 'x', 'x', 16e9, 0, 16e9)]",
-            "gave X with total, used, free = (16000000000.0, 0, 16000000000.0)",
-        ),
-        (
-            "from pytest_gpushare.gpu.devices import Device\n"
-            "def pytest_gpushare_devices(config): return [Device('X', 'x', 'x', 1, 0, 1)] * 2",
-            "names X a second time",
-        ),
-    ],
-)
-def test_hooks_that_err(hook: str, message: str, project: Project, machine: Machine) -> None:
+ERRING = [
+    ("def pytest_gpushare_plan(config, plan): return 3", "gave no plan but int"),
+    ("def pytest_gpushare_devices(config): return ['0']", "something else than"),
+    (
+        "from dataclasses import replace\n"
+        "def pytest_gpushare_plan(config, plan): return replace(plan, slots=plan.slots * 5)",
+        "promises 45.0 GB on GPU 0, where 22.0 GB are free",
+    ),
+    (
+        "from dataclasses import replace\n"
+        "def pytest_gpushare_plan(config, plan):\n"
+        "    return replace(plan, slots=(replace(plan.slots[0], vram=-5),))",
+        "gave a slot of -5 bytes: give more than 0",
+    ),
+    (
+        "from pytest_gpushare.gpu.devices import Device\n"
+        "def pytest_gpushare_devices(config): return [Device('X', 'x', 'x', 16e9, 0, 16e9)]",
+        "gave X with total, used, free = (16000000000.0, 0, 16000000000.0)",
+    ),
+    (
+        "from pytest_gpushare.gpu.devices import Device\n"
+        "def pytest_gpushare_devices(config): return [Device('X', 'x', 'x', 1, 0, 1)] * 2",
+        "names X a second time",
+    ),
+]
+
+
+def test_hooks_that_err(project: Project, machine: Machine) -> None:
     """What a hook gives is checked: an error names the hook, and no test is run."""
-    project.file("conftest.py", hook)
-    result = project.pytest("--gpu-share")
-    assert (result.code, result.passed) == (4, 0)
-    assert message in result.err
-    assert "Traceback" not in result.err
+    cases = {message: Case({"conftest.py": hook}) for hook, message in ERRING}
+    for message, result in run_all(cases, project.path, project.environment).items():
+        assert (result.code, result.passed, result.places) == (4, 0, []), message
+        assert message in result.err
+        assert "Traceback" not in result.err
 
 
 def test_hook_that_leaves_no_slot(project: Project, machine: Machine) -> None:
