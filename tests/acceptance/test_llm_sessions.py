@@ -42,7 +42,11 @@ def suite_of(model: str, count: int, seconds: float) -> str:
     @pytest.mark.parametrize("i", range({count}))
     @pytest.mark.ollama(model="{model}")
     def test_answer(i):
+        began = time.time()
         ask("{model}", {seconds})
+        session = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
+        with open("times", "a") as file:
+            print(session, began, time.time(), file=file)
 
     def test_other():
         pass
@@ -50,26 +54,26 @@ def suite_of(model: str, count: int, seconds: float) -> str:
     )
 
 
-TOGETHER = """
-    import os, pathlib, time
-
-    def pytest_collection_modifyitems():
-        # Else one may be over, and unload its model, before another has started.
-        session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-        (pathlib.Path("begun") / session).touch()
-        until = time.monotonic() + 60
-        while len(os.listdir("begun")) < {count} and time.monotonic() < until:
-            time.sleep(0.02)
-"""
-
-
 def at_once(project: Project, runs: list[list[str]]) -> list[Result]:
     """The runs, all at the same time."""
-    project.write(conftest=TOGETHER.format(count=len(runs)))
-    (project.path / "begun").mkdir()
     with ThreadPoolExecutor() as pool:
         started = [pool.submit(project.pytest, "--gpu-share", *each) for each in runs]
         return [run.result(timeout=150) for run in started]
+
+
+def times_in_use(project: Project) -> int:
+    """How often sessions began to use a model while none of the others did."""
+    spans: dict[str, tuple[float, float]] = {}
+    for line in (project.path / "times").read_text().splitlines():
+        session, *times = line.split()
+        began, ended = map(float, times)
+        first, last = spans.get(session, (began, ended))
+        spans[session] = min(first, began), max(last, ended)
+    count, until = 0, 0.0
+    for began, ended in sorted(spans.values()):
+        count += began > until
+        until = max(until, ended)
+    return count
 
 
 @pytest.mark.parametrize("workers", ["-n2", "-n0"])
@@ -93,7 +97,9 @@ def test_one_model(project: Project, server: OllamaServer, workers: str, paralle
     results = at_once(project, [[name, *option] for name in names])
     for result in results:
         assert (result.code, result.passed) == (0, 11), result.out
-    assert server.scheduler.loads == ["a:1b"]
+    # On a busy machine one may be over before another starts.
+    assert set(server.scheduler.loads) == {"a:1b"}
+    assert len(server.scheduler.loads) <= times_in_use(project)
     assert server.scheduler.most_at_once["a:1b"] == parallel
 
 
