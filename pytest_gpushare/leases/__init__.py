@@ -160,8 +160,9 @@ def _opened(device: str | int, directory: str) -> Iterator[tuple[Device, Lessee 
         names = {name: d for d in facts.all_devices for name in (d.index, d.uuid)}
         found = names.get(str(device))
         if found is None:
-            known = ", ".join(d.index for d in facts.all_devices) or facts.absence
-            raise LeaseUnavailable(f"no device {str(device)[:100]}: there is {known}")
+            known = ", ".join(d.index for d in facts.all_devices)
+            why = f"there is {known}" if known else facts.absence
+            raise LeaseUnavailable(f"no device {str(device)[:100]}: {why}")
         if directory == OFF:
             yield found, None
             return

@@ -249,9 +249,18 @@ def test_hold(start: Callable[..., Session], machine: Machine, project: Project)
     assert "23.0 GB of VRAM are not available on GPU 0" in refused.err
     never = project.command([*HOLD, "--vram", "30GB", "--wait", "90", "--", "true"])
     assert never.err == "ERROR: 30.0 GB of VRAM are more than GPU 0 has: 24.0 GB\n"
-    assert project.command([*HOLD, "--vram", "8GB", "--device", "3", "--", "true"]).code == 4
+    other = project.command([*HOLD, "--vram", "8GB", "--device", "3", "--", "true"])
+    assert (other.code, other.err) == (4, "ERROR: no device 3: there is 0\n")
     assert project.command([*HOLD, "--vram", "8GB", "--", "/nowhere"]).code == 4
     assert project.command([*HOLD, "--vram", "much", "--", "true"]).code == 2
+
+
+def test_hold_without_a_gpu(project: Project) -> None:
+    """The reason for which there is none, as in the header of a run."""
+    refused = project.command([*HOLD, "--vram", "8GB", "--", "true"])
+    absence = "NVML library not found: is the NVIDIA driver installed?"
+    assert refused.code == 4
+    assert refused.err.startswith(f"ERROR: no device 0: {absence}")
 
 
 def test_hold_follows_the_configuration_file(
