@@ -40,8 +40,9 @@ EXCEPTIONS = {
         "on the distribution. One such report is asked for, and no more than stock has."
     ),
     "errors after a crash": (
-        "How many wider teardowns fail depends on the distribution. Where no replay can tell, "
-        "after a crash, there must be errors where stock has any."
+        "How many wider teardowns fail depends on the distribution. After a crash there must be "
+        "errors where stock has any, or as many as where stock is given what each worker began: a "
+        "plugin may hide those that fall on tests of certain names."
     ),
     "last failed": (
         "`--lf`, `--ff` and `--nf` with two workers or more choose by what failed in the run "

@@ -185,6 +185,16 @@ def test_outcomes_beside_crashes_and_cut_short() -> None:
     assert beyond_replays([never], ours, replay) == [never]
 
 
+def test_errors_of_teardowns_after_a_crash() -> None:
+    """None where stock has none either with what the workers of ours began."""
+    ours, failing = a_run("a", "b"), a_run("a", "b")
+    failing.rows["controller"].append(report("b", "teardown", "failed"))
+    assert failing.errors == 1
+    text = "errors of teardowns: [1] in stock, 0 here"
+    assert beyond_replays([text], ours, lambda order: a_run(*order)) == []
+    assert beyond_replays([text], ours, lambda _: failing) == [text]
+
+
 SHOWN = """\
 ____ test_before ____
     assert False
