@@ -52,8 +52,8 @@ class Assessment(NamedTuple):
     """Tests whose declared needs are too small."""
 
 
-def assess(run: ActiveRun) -> Assessment:
-    """What lacked in a run, and what to change."""
+def assess(run: ActiveRun, over: Sequence[tuple[RecordedTest, int]]) -> Assessment:
+    """What lacked in a run, and what to change; `over` is as by `over_need`."""
     if run.gpus.simulated or run.plan.request.in_process:
         return Assessment()
     case = _case_of_run(run)
@@ -72,7 +72,6 @@ def assess(run: ActiveRun) -> Assessment:
             advice += _cpu_workers(run, case)
     advice += _skip(run)
     advice += _wait_for_others(run)
-    over = over_need(run)
     advice += _declare_what_passed_alone(run, case, over)
     return Assessment(tuple(shortages), tuple(advice), tuple(declared_too_small(run, over)))
 

@@ -78,7 +78,7 @@ class Results:
     @cached_property
     def assessment(self) -> Assessment:
         """What lacked, and what to change."""
-        return assess(self.run)
+        return assess(self.run, self.over_need)
 
     @cached_property
     def over_need(self) -> list[tuple[RecordedTest, int]]:

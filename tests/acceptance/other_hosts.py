@@ -76,6 +76,13 @@ def missing() -> str:
     return "" if done.returncode == 0 else "namespaces are not allowed here"
 
 
+def skip_where_missing() -> None:
+    """Skip a module of tests with other hosts where there can be none, and in continuous
+    integration."""
+    if reason := "CI does not start other hosts" if os.environ.get("CI") else missing():
+        pytest.skip(reason, allow_module_level=True)
+
+
 def other_python(directory: Path) -> Path | None:
     """An environment in `directory` of another minor version of Python, with the packages of this.
 

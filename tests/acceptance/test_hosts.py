@@ -21,14 +21,13 @@ from .other_hosts import (
     OtherHost,
     commit,
     git,
-    missing,
     on,
     other_python,
     outcomes,
+    skip_where_missing,
 )
 
-if reason := "CI does not start other hosts" if os.environ.get("CI") else missing():
-    pytest.skip(reason, allow_module_level=True)
+skip_where_missing()
 
 GB = 1024**3
 

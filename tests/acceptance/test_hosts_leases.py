@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from simulator import Device, Machine
 
 from pytest_gpushare.report.reading import read_report
@@ -22,13 +20,12 @@ from .other_hosts import (
     background,
     commit,
     holding,
-    missing,
     on,
+    skip_where_missing,
     there,
 )
 
-if reason := "CI does not start other hosts" if os.environ.get("CI") else missing():
-    pytest.skip(reason, allow_module_level=True)
+skip_where_missing()
 
 
 def test_a_lease_there_is_waited_for(project: Project, hosts: Callable[..., OtherHost]) -> None:

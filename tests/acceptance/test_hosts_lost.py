@@ -26,12 +26,11 @@ from .other_hosts import (
     background,
     commit,
     lose,
-    missing,
     on,
+    skip_where_missing,
 )
 
-if reason := "CI does not start other hosts" if os.environ.get("CI") else missing():
-    pytest.skip(reason, allow_module_level=True)
+skip_where_missing()
 
 
 @pytest.mark.parametrize("after", [3, 11])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import time
@@ -29,13 +28,12 @@ from .other_hosts import (
     commit,
     git,
     holding,
-    missing,
     on,
+    skip_where_missing,
     there,
 )
 
-if reason := "CI does not start other hosts" if os.environ.get("CI") else missing():
-    pytest.skip(reason, allow_module_level=True)
+skip_where_missing()
 
 QWEN = "qwen2.5:14b"
 PRELOAD = ("-o", f"gpu_share_ollama_models={QWEN}", "-o", "gpu_share_ollama_preload=true")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import sys
@@ -12,14 +11,12 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-import pytest
 from simulator import Device
 
 from .conftest import Project
-from .other_hosts import SUITE, OtherHost, commit, git, missing, on
+from .other_hosts import SUITE, OtherHost, commit, git, on, skip_where_missing
 
-if reason := "CI does not start other hosts" if os.environ.get("CI") else missing():
-    pytest.skip(reason, allow_module_level=True)
+skip_where_missing()
 
 
 def bare_environment(host: OtherHost) -> Path:

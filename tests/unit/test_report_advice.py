@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 from pytest_gpushare.planning.plan import Limit, Request
-from pytest_gpushare.report.advice import assess
+from pytest_gpushare.report.results import Results
 from pytest_gpushare.units import GB
 
 from .scene import CONTEXT, Scene
@@ -17,7 +17,7 @@ NO_LIMITS = {"max_workers_per_gb": Fraction(0), "max_workers_per_gpu": 0}
 
 
 def hints(run: Scene) -> list[str]:
-    return [advice.text for advice in assess(run.finish()).advice]
+    return [advice.text for advice in Results(run.finish()).assessment.advice]
 
 
 def counted(run: Scene, *sizes: float) -> Scene:
@@ -77,7 +77,7 @@ def test_more_than_the_budget() -> None:
     """9.86 GB where 9.0 are there for tests: said, with the reservation beside which it fits."""
     run = Scene(workers=2)
     run.ran("t::large", 1, 3, holds=9.86)
-    found = assess(run.finish())
+    found = Results(run.finish()).assessment
     assert found.shortages == (
         "gw1 held at least 9.86 GB of VRAM, more than the 9.0 GB that all tests of its GPU may "
         "hold",
@@ -93,11 +93,11 @@ def test_declared_needs() -> None:
     run = Scene(workers=2)
     run.active.tests.need("t::declared", 6 * GB, "marker")
     run.ran("t::declared", 0, 3, holds=5.9)
-    assert assess(run.finish()) == ((), (), ())
+    assert Results(run.finish()).assessment == ((), (), ())
     run = Scene(workers=2)
     run.active.tests.need("t::liar", 3 * GB, "marker")
     run.ran("t::liar", 0, 3, holds=8.8)
-    (advice,) = assess(run.finish()).needs
+    (advice,) = Results(run.finish()).assessment.needs
     assert advice.text == (
         "t::liar held at least 8.8 GB of VRAM, its need was 3.0 GB: declare vram=9GB"
     )

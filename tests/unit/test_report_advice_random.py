@@ -16,8 +16,8 @@ from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, HostFacts
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.planning.startup import plan_run
-from pytest_gpushare.report.advice import assess
 from pytest_gpushare.report.candidates import Advice, Case, case_of, more_room
+from pytest_gpushare.report.results import Results
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start_facts import StartFacts
 from pytest_gpushare.session.tests import PhaseReport
@@ -167,7 +167,7 @@ def failed_for_want_of_vram(run: ActiveRun) -> bool:
 
 
 def advice_of(run: ActiveRun) -> Iterator[Advice]:
-    found = assess(run)
+    found = Results(run).assessment
     yield from found.advice
     yield from found.needs
 
@@ -185,7 +185,7 @@ def test_after_a_run(start: int) -> None:
             check(machine, before, advice)
             assert advice.changes or advice.action
         if failed_for_want_of_vram(run):
-            assert assess(run).shortages, seed
+            assert Results(run).assessment.shortages, seed
     assert count > 20
 
 
