@@ -144,15 +144,14 @@ def acquire(
 def _opened(device: str | int, directory: str) -> Iterator[tuple[Device, Lessee | None]]:
     """The device, and this process's part in the ledger; None where leases are off."""
     from pytest_gpushare.gpu.host import pid_space
-    from pytest_gpushare.gpu.nvml import Nvml
     from pytest_gpushare.gpu.sampler import LiveVram
+    from pytest_gpushare.host_probe import host_probe
     from pytest_gpushare.leases.ledger import AUTO, OFF, Ledger, LedgerError, directory_of
     from pytest_gpushare.leases.lessee import Lessee, LiveReadings
     from pytest_gpushare.leases.records import LeaseRecord
-    from pytest_gpushare.ollama.reservation import neighbour_of
     from pytest_gpushare.timed import call_within
 
-    nvml = Nvml(neighbour_of)
+    nvml = host_probe()
     live = None
     try:
         nvml.open()

@@ -19,12 +19,12 @@ from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts, simulated
 from pytest_gpushare.gpu.sampler import Probe
 from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.host_probe import host_probe
 from pytest_gpushare.ollama.address import Address, Candidate, candidates
 from pytest_gpushare.ollama.models import OLLAMA, ModelFacts, OllamaFacts
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.reservation import (
     devices_of_ollama,
-    neighbour_of,
     reserve,
     resident_bytes,
 )
@@ -121,18 +121,6 @@ def neighbours(
     kept = reserve(settings, gpus, ollama, known, resident, sizes)
     share = NeighbourShare(OLLAMA, kept.per_device, resident, kept.is_released, kept.demand)
     return (share,)
-
-
-def host_probe() -> Probe:
-    """The probe of this host's devices, not open yet. Every probe of the plugin is made here.
-
-    Another vendor's devices are read by another class with the methods of `Probe`; another
-    server has a function like `neighbour_of`, which names its processes, and an entry in
-    `neighbours`.
-    """
-    from pytest_gpushare.gpu.nvml import Nvml
-
-    return Nvml(neighbour_of)
 
 
 class _NvmlReading:

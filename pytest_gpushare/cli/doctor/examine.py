@@ -21,11 +21,12 @@ from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.visibility import VARIABLE, culprit
+from pytest_gpushare.host_probe import host_probe
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.leasing import Terms
 from pytest_gpushare.planning.plan import Request
 from pytest_gpushare.planning.preloading import check
-from pytest_gpushare.planning.startup import PlanHooks, host_probe
+from pytest_gpushare.planning.startup import PlanHooks
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start import Host, start
 from pytest_gpushare.timed import call_within
