@@ -2,8 +2,8 @@
 
 Per device: budget = max(0, free - outstanding reservation - safety buffer), divided by
 need, by scale and by cap; over all devices: limited by xdist's options, by RAM, and
-by CPUs where no number was given. The rule is the founding write-up's, except that what
-neighbours hold already is not reserved a second time.
+by CPUs where no number was given. What neighbours hold already is not reserved a second time.
+`docs/explanation/sizing.md` explains the rule.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def size_device(
     limit, fitting = _smallest([(name, most) for name, most in figures if most is not None])
     plain, assumed = _without_packed(settings), 0
     if plain is not settings:
-        other = size_device(device, plain, reservation=reservation, resident=resident, most=most)
+        other = size_device(
+            device, plain, reservation=reservation, resident=resident, most=most, leases=leases
+        )
         assumed = budget // max(1, other.fitting)
     return DevicePlan(
         device=device,

@@ -20,7 +20,7 @@ from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, GpuProces
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.reservation import resident_bytes
-from pytest_gpushare.planning.plan import Limit, NeighbourShare, Plan, Request
+from pytest_gpushare.planning.plan import LeasedByOthers, Limit, NeighbourShare, Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.planning.startup import plan_run
 from pytest_gpushare.units import GB, MB
@@ -359,6 +359,17 @@ def test_an_unknown_need_is_no_small_need(
     assert {round(slot.assumed_need / GB, 2) for slot in result.slots} == {assumed}
     (slot, *_) = result.slots
     assert slot.unknown_need == (slot.assumed_need or slot.vram)
+
+
+def test_an_unknown_need_beside_leases() -> None:
+    """It counts as the slot of the other presets in what other sessions leave."""
+    here = Path.cwd()
+    settings = load(Written({}, {}, {"gpu_share_preset": "packed"}, "ini", here, here, here))
+    gpus = GpuFacts((device(22),), (device(22),))
+    leased = LeasedByOthers({gpus.devices[0].uuid: 4 * GB})
+    result = plan_run(settings, gpus, SILENT, HostFacts(64), Request(8), others=leased)
+    # Conservative would give 1 worker of 5 GB, and without the lease 2.
+    assert {slot.assumed_need for slot in result.slots} == {5 * GB}
 
 
 def test_two_neighbours() -> None:
