@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_gpushare.config import options as table_of_options
-from pytest_gpushare.config import options as table_of_presets
+from pytest_gpushare.config import options as definitions
 from pytest_gpushare.config.kinds import kind_of
 from pytest_gpushare.config.options import OPTIONS, PRESETS, Option
 
@@ -96,7 +95,7 @@ def setup(app: Sphinx) -> dict[str, object]:
         class Generated(SphinxDirective):
             def run(self):
                 # Else Sphinx would keep the page when only the tables change.
-                for table in (table_of_options, table_of_presets):
+                for table in (definitions, definitions):
                     self.env.note_dependency(table.__file__)
                 return self.parse_text_to_nodes(make())
 
