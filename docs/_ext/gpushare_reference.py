@@ -95,8 +95,7 @@ def setup(app: Sphinx) -> dict[str, object]:
         class Generated(SphinxDirective):
             def run(self):
                 # Else Sphinx would keep the page when only the tables change.
-                for table in (definitions, definitions):
-                    self.env.note_dependency(table.__file__)
+                self.env.note_dependency(definitions.__file__)
                 return self.parse_text_to_nodes(make())
 
         return Generated
