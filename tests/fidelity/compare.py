@@ -20,6 +20,8 @@ from .runs import Run
 PHASES = ("setup", "call", "teardown")
 ENDS = ("exit code:", "reports of a worker's end:", "INTERNALERROR here")
 """How a difference begins that is one of what ended the run."""
+_NEVER_BEGUN = "reported for a worker's end, but never begun"
+_WARNING = "a warning here, not in stock"
 
 
 def exactly(stock: Run, ours: Run, *, output: bool = True, dist: str = "load") -> list[str]:
@@ -123,14 +125,21 @@ def ends_as_replayed(found: Sequence[str], ours: Run, replay: Callable[[list[str
     """
     if not found or not all(text.startswith(ENDS) for text in found):
         return False
-    begun = ([row[2] for row in rows if row[1] == "begun"] for rows in ours.workers.values())
-    again = [replay(order) for order in begun if order]
+    again = _replays(ours, replay)
     errors = {line for it in again for line in _last_lines(it.internal_errors)}
+    # Failures of several workers may end a run: no replay of one has that exit code.
+    same_code = not any(text.startswith(ENDS[0]) for text in found)
     return (
-        ours.code in {it.code for it in again}
+        (same_code or ours.code in {it.code for it in again})
         and set(_last_lines(ours.internal_errors)) <= errors
         and set(ours.crashed) <= {nodeid for it in again for nodeid in it.crashed}
     )
+
+
+def _replays(ours: Run, replay: Callable[[list[str]], Run]) -> list[Run]:
+    """What stock makes of the tests that each worker of ours began, in that order."""
+    begun = ([row[2] for row in rows if row[1] == "begun"] for rows in ours.workers.values())
+    return [replay(order) for order in begun if order]
 
 
 _TEARDOWNS = "errors of teardowns"
@@ -141,7 +150,8 @@ def beyond_replays(
 ) -> list[str]:
     """The differences without the outcomes that stock shows where it is given what each worker of
     ours began, in that order, and then the test that this worker would have run next; and without
-    the number of errors of wider teardowns, where those runs of stock have as many.
+    the number of errors of wider teardowns, where those runs of stock have as many; and without
+    warnings that those give, too: a worker that dies keeps back those of its last test.
 
     For runs with crashes, or cut short: a plugin that runs failed tests again shows the error of
     a wider teardown as an outcome, of whichever test the distribution makes the last.
@@ -150,10 +160,12 @@ def beyond_replays(
     left = []
     for text in found:
         if text.startswith(_TEARDOWNS):
-            begun = (
-                [row[2] for row in rows if row[1] == "begun"] for rows in ours.workers.values()
-            )
-            if sum(replay(order).errors for order in begun if order) != ours.errors:
+            if sum(it.errors for it in _replays(ours, replay)) != ours.errors:
+                left.append(text)
+            continue
+        if text.startswith(_WARNING):
+            given = {warning for it in _replays(ours, replay) for warning in _warnings(it)}
+            if text.removeprefix(f"{_WARNING}: ") not in given:
                 left.append(text)
             continue
         nodeid = next((name for name in ours.outcomes if text.startswith(f"{name}: ")), None)
@@ -189,8 +201,13 @@ def _outside(
     """
     # An INTERNALERROR of stock's ends the run where it is.
     cut_short = cut_short or any(it.internal_errors for it in stock)
-    broken = {text for it in stock for text in broken_rules(it)}
+    rules = [broken_rules(it) for it in stock]
+    broken = {text for texts in rules for text in texts}
     found = [text for text in broken_rules(ours) if text not in broken]
+    # Which test a worker had been sent when it died between two depends on the distribution.
+    unbegun = [text for text in found if text.startswith(_NEVER_BEGUN)]
+    if len(unbegun) <= max(sum(it.startswith(_NEVER_BEGUN) for it in texts) for texts in rules):
+        found = [text for text in found if text not in unbegun]
     distribution = []
     codes = sorted({it.code for it in stock})
     if ours.code not in codes:
@@ -228,7 +245,7 @@ def _outside(
             found.append(f"file {name}: {texts[0]!r} in stock, {ours.files.get(name)!r} here")
     # How often one is given depends on the distribution.
     new = _warnings(ours) - {text for it in stock for text in _warnings(it)}
-    distribution += [f"a warning here, not in stock: {text}" for text in sorted(new)]
+    distribution += [f"{_WARNING}: {text}" for text in sorted(new)]
     return found, distribution
 
 
@@ -257,7 +274,9 @@ def broken_rules(run: Run) -> list[str]:
         if not complete and nodeid not in named:
             found.append(f"begun, but neither reported to the end nor named: {nodeid}")
     never = sorted(reports.keys() - {*run.begun, *run.collect_errors})
-    found += [f"reported, but never begun: {nodeid}" for nodeid in never]
+    for nodeid in never:
+        died = {it["when"] for it in reports[nodeid]} == {"???"}
+        found.append(f"{_NEVER_BEGUN if died else 'reported, but never begun'}: {nodeid}")
     phases = Counter((it["nodeid"], it["when"]) for it in run.reports if it["kind"] == "TestReport")
     for (nodeid, when), count in phases.items():
         if count > 1:

@@ -32,12 +32,23 @@ EXCEPTIONS = {
         "the teardown of a class, after which stock xdist stops with an assertion. Which test "
         "comes first, and whether a second one does before all is over, depends on the "
         "distribution. Such an end is no difference where stock ends so, too, with one worker and "
-        "the tests that each worker of ours began."
+        "the tests that each worker of ours began. Where only the number of workers that ended "
+        "differs, the exit code is one of stock's runs, and may come from failures of several: "
+        "ours goes on with the file of a dead worker before it takes the next (see `order after a "
+        "crash`), so that a second test that crashes may run before the failure that ends the run. "
+        "Stock has two ends there, too, if the failure comes later (seed 9482 with slower tests)."
     ),
     "worker's end": (
         "A worker that ends in the teardown of a module or class (`pytest.exit` there) is reported "
         "for its last test; which test that is, and whether a second worker ends so, too, depends "
-        "on the distribution. One such report is asked for, and no more than stock has."
+        "on the distribution. One such report is asked for, and no more than stock has. A worker "
+        "that dies after a test, as in a teardown of the whole run, is reported for the test that "
+        "it had been sent next, though it never began: as many may be as in stock."
+    ),
+    "warnings after a crash": (
+        "pytest hands on the warnings of a test when its protocol is over: a worker that dies in "
+        "it keeps them back. In which test it dies depends on the distribution, so with crashes a "
+        "warning passes if stock gives it where it is given what each worker began."
     ),
     "errors after a crash": (
         "How many wider teardowns fail depends on the distribution. After a crash there must be "

@@ -166,6 +166,44 @@ def test_an_end_that_stock_does_not_show(other: dict[str, Any]) -> None:
     assert not ends_as_replayed(found, ours, lambda order: ended(*order, **other))
 
 
+def test_two_workers_end_where_failures_of_several_end_the_run() -> None:
+    """The exit code is stock's: no replay of one worker's tests has to have it."""
+    stock = ended("a", "c", code=2, error="", dead="a")
+    ours = ended("a", "b", code=2, error="", dead="a")
+    ours.rows["controller"].append(report("b", "???", "failed"))
+    found = within(lambda: stock, ours, cut_short=True)
+    assert found == ["reports of a worker's end: [1, 1, 1] in stock, 2 here"]
+    both = ended("a", "b", code=1, error="", dead="a")
+    both.rows["controller"].append(report("b", "???", "failed"))
+    assert ends_as_replayed(found, ours, lambda _: both)
+    alone = ended("a", "b", code=1, error="", dead="a")
+    assert not ends_as_replayed(found, ours, lambda _: alone)
+    code = ["exit code: [1] in stock, 2 here", *found]
+    assert not ends_as_replayed(code, ours, lambda _: both)
+
+
+def test_a_worker_dies_between_two_tests() -> None:
+    """The test it had been sent next is another one in stock: as many of them pass, no more."""
+    stock = ended("a", "b", error="", dead="c")
+    assert within(lambda: stock, ended("a", "c", error="", dead="b"), cut_short=True) == []
+    more = ended("a", "c", error="", dead="b")
+    more.rows["controller"].append(report("d", "???", "failed"))
+    never = "reported for a worker's end, but never begun: "
+    found = within(lambda: stock, more, cut_short=True)
+    assert {f"{never}b", f"{never}d"} <= set(found)
+    begun = ended("a", "c", error="", dead="c")
+    assert f"{never}b" in within(lambda: begun, ended("a", "c", error="", dead="b"), cut_short=True)
+
+
+def test_warnings_after_a_crash() -> None:
+    """One passes that stock gives where it is given what each worker of ours began."""
+    ours = damaged("warning")
+    found = within(lambda: a_run("a", "b", "c"), ours)
+    assert found == ["a warning here, not in stock: runtest a careful"]
+    assert beyond_replays(found, ours, lambda _: damaged("warning")) == []
+    assert beyond_replays(found, ours, lambda order: a_run(*order)) == found
+
+
 def test_outcomes_beside_crashes_and_cut_short() -> None:
     """Another outcome passes where stock shows it, too, with the tests of that worker."""
     ours = damaged("outcome")
