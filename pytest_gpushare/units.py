@@ -1,6 +1,6 @@
 """Bytes inside, MB and GB at the edges.
 
-As nvidia-smi and the project's founding write-up have it, MB means MiB and GB means GiB.
+As in nvidia-smi, MB means MiB and GB means GiB.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ Names that are used in the controller:
 - The plugin `dsession`, its `shuttingdown` and `shouldstop` (since 1.0): whether the run is ending.
   Without them tests are handed out until the workers are gone.
 - The plugin `session`, its `testscollected` (pytest 2.4): what the terminal counts up to. xdist
-  sets it to what the worker has that collected last. Without it that stays.
+  sets it to the number of tests of the last worker that collected. Without it that stays.
 - `xdist.report.report_collection_diff` (since 1.0): the text of an error. Without it the text is
   our own.
 """

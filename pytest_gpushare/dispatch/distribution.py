@@ -11,7 +11,7 @@ import pytest
 
 from pytest_gpushare.compat.xdist_events import collection_difference, count_tests, is_ending, wake
 from pytest_gpushare.compat.xdist_options import chunk_size, most_deaths, reorders_groups
-from pytest_gpushare.dispatch.suite import KindsOfWorkers, Suite
+from pytest_gpushare.dispatch.suite import KindsOfWorkers, Parity, Suite, plain_id, weigh
 from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.planning.placement import NUMBER
 from pytest_gpushare.scheduler.needs import CollectedTests, read
@@ -21,7 +21,7 @@ from pytest_gpushare.sigterm import AtSigterm
 
 if TYPE_CHECKING:
     from pytest_gpushare.dispatch.executor import Executor
-    from pytest_gpushare.dispatch.suite import KindsOfWorkers, Learned, Parity, Suite, Weighed
+    from pytest_gpushare.dispatch.suite import Learned, Weighed
     from pytest_gpushare.scheduler.llm_marks import ModelUse
     from pytest_gpushare.scheduler.model_queue import ModelQueue
     from pytest_gpushare.scheduler.types import DeviceCapacity, Job, Policy, Worker
@@ -143,7 +143,10 @@ class GpuShareScheduling:
             self._due = True
 
     def remove_pending_tests_from_node(self, node: Any, indices: Sequence[int]) -> None:
-        """Tests were taken back from a worker; under our own dispatch, words to the dispatcher."""
+        """xdist's event `unscheduled`: tests that a worker gave back.
+
+        Under the plugin's dispatch it carries a worker's message: asked, emptied, raise, returned.
+        """
         if self._executor is None:
             self._stock.remove_pending_tests_from_node(node, indices)
         else:
@@ -299,7 +302,6 @@ class VramDispatch:
         from pytest_gpushare.dispatch.device_readings import readings_of
         from pytest_gpushare.dispatch.executor import Executor, Timer
         from pytest_gpushare.dispatch.leases_by_test import SharedDevices
-        from pytest_gpushare.dispatch.suite import Parity, weigh
         from pytest_gpushare.scheduler.dispatcher import Dispatcher
 
         weighed = weigh(suite, kinds, started.settings, dist, self._learned)
@@ -363,7 +365,6 @@ class VramDispatch:
 
     def _with_models(self, weighed: Weighed) -> tuple[list[Job], ModelQueue]:
         """The tests with the groups of the models that they use; the server is asked."""
-        from pytest_gpushare.dispatch.suite import plain_id
         from pytest_gpushare.scheduler.model_queue import ModelQueue
         from pytest_gpushare.session.llm import LlmTests
 

@@ -38,14 +38,14 @@ class ProcessSplit(NamedTuple):
     """The processes of one device by their owner; bytes, None where the driver gives no size."""
 
     workers: Mapping[str, int | None]
-    """Worker -> all its processes, descendants included."""
+    """Worker -> bytes of all its processes, descendants included."""
     descendants: Mapping[str, int]
     """Worker -> the part of it that other processes than the worker's own hold, but for those that
     its wider fixtures keep."""
     neighbours: Mapping[str, int | None]
-    """Name -> its processes."""
+    """Name -> bytes of its processes."""
     others: Mapping[int, int | None]
-    """PID -> a process of nobody above."""
+    """PID -> bytes of a process of no worker and no neighbour."""
     is_complete: bool
     """Whether every process has a known size and is visible on this host.
 

@@ -142,7 +142,7 @@ class _LineThere(WaitingLine):
 def words_of(
     lines: Iterable[str], has_enough: threading.Event, silence: float = _SILENCE
 ) -> Iterator[str]:
-    """What the controller says, but for that it has enough, which is obeyed at once.
+    """The controller's lines, except `enough`, which sets `has_enough` at once.
 
     They end with the connection, and where its beat stays away for so many seconds: a network that
     is cut ends nothing here for a quarter of an hour.

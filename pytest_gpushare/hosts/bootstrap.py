@@ -14,7 +14,7 @@ def main() -> None:
     import os
     import sys
 
-    # Whatever prints to standard output there must not be taken for our words.
+    # Whatever prints to standard output there must not be taken for the agent's messages.
     stream = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
 

@@ -191,7 +191,7 @@ def _claim(lessee: Lessee, device: Device, size: int, wait: float | None) -> Non
 
     if size > device.total:
         raise LeaseUnavailable(
-            f"{format_gb(size)} of VRAM are more than {device.label} has: {format_gb(device.total)}"
+            f"{format_gb(size)} of VRAM is more than {device.label} has: {format_gb(device.total)}"
         )
 
     def decide(view: View) -> Wish:
@@ -219,7 +219,7 @@ def _claim(lessee: Lessee, device: Device, size: int, wait: float | None) -> Non
         line.clear()
     if not outcome.is_granted:
         raise LeaseUnavailable(
-            f"{format_gb(size)} of VRAM are not available on {device.label} after "
+            f"{format_gb(size)} of VRAM is not available on {device.label} after "
             f"{outcome.waited:.0f} s: {holders(outcome.view)}"
         )
 

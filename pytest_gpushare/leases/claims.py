@@ -41,8 +41,8 @@ class Share(NamedTuple):
 
 
 NEWCOMER = Share((math.inf, ""))
-"""One that only starts. It is younger than all that lease by the test, whenever it was started:
-it will be, once it does so itself, and else two would each wait for the other as the older one."""
+"""A starting session. It counts as younger than all; otherwise two sessions could wait for each
+other."""
 
 
 class Holder(NamedTuple):

@@ -35,7 +35,7 @@ _BLOCKS = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
 _SMALLEST_IN_TABLE = 7
 _TABLE = ((10, 8192 * MB), (16, 12288 * MB))
 _LARGEST = 18432 * MB
-"""The founding write-up's reservations: 7B, 14B, and 34B or more."""
+"""The reservations for 7B and 14B, up to so many billions of parameters, and for more."""
 _PER_BILLION, _BASE = 7 * GB // 10, GB
 """For models below 7B: bytes for each billion parameters, and beside them."""
 _EMBEDDING = 2048 * MB
@@ -265,7 +265,7 @@ def _weights_source(model: ModelFacts) -> str:
 def by_name(name: str, parameter_size: str = "", file_bytes: int | None = None) -> int:
     """Bytes by the size in a model's name.
 
-    From 7B on as the founding write-up has them: 7B 8192 MB, 14B 12288 MB, more 18432 MB.
+    From 7B on fixed sizes: 7B 8192 MB, 14B 12288 MB, more 18432 MB.
     Below 7B 0.7 GB for each billion parameters and 1 GB. Models for embeddings, which rarely
     name a size, get 2048 MB. Never less than a file and 2 GB, where the file is known.
     """

@@ -91,7 +91,8 @@ class Cause(str, Enum):
 
 
 OURS = frozenset({Cause.RESERVATION, Cause.TESTS, Cause.DOUBT})
-"""The causes for which the run answers: without its tests the model had stayed on the GPU."""
+"""The causes for which the run answers: without its tests the model would have stayed
+on the GPU."""
 
 
 class Spill(NamedTuple):

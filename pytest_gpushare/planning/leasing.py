@@ -330,7 +330,7 @@ class _Negotiation:
         assert self.plan is not None
         labels = {device.uuid: device.label for device in self.now.devices}
         leases = tuple(
-            f"{labels[uuid]}: {format_gb(holder.lease)} of VRAM are leased by "
+            f"{labels[uuid]}: {format_gb(holder.lease)} of VRAM is leased by "
             f"{self._naming.session(holder.session)}"
             for uuid, claim in view.claims.items()
             for holder in claim.holders
@@ -352,7 +352,7 @@ class _Negotiation:
 
 
 def _unreadable(name: str, problem: str) -> str:
-    return f"the lease {name} is not understood: {problem}: it claims nothing"
+    return f"session record {name} cannot be read ({problem}) and is ignored"
 
 
 def _updated(gpus: GpuFacts, view: View) -> GpuFacts:

@@ -131,7 +131,7 @@ class DeviceLedger:
         )
 
     def _report(self, account: Account, held: int) -> int:
-        """Believe a worker before NVML, until the device is read again."""
+        """Use the worker's own figure until the next reading of the device."""
         before = account.committed
         account.held, account.now = held if held > 0 else 0, None
         self.is_due = True

@@ -50,7 +50,8 @@ WORTH_HELP = 0.01
 LOOKED_AT = 64
 """Tests among which one is searched that a GPU worker can help out with."""
 AHEAD = 0.05
-"""Under worksteal: seconds of work that are committed to a worker, as committed is not stolen."""
+"""Under worksteal: seconds of work that are committed to a worker, since a committed test cannot be
+taken back."""
 
 
 class CpuPool:

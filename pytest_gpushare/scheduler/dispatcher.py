@@ -2,7 +2,8 @@
 
 The parts: `routing` sends tests to kinds of workers and sorts out what can never run,
 `packing` finds the order, `admission` follows it by the `accounts`, `fairness` sees to it that
-nobody starves, `pressure` makes room and bears with others, `cpu_pool` fills deep queues.
+no test waits without end, `pressure` frees VRAM and waits, within limits, for VRAM that others
+hold, `cpu_pool` fills deep queues.
 """
 
 from __future__ import annotations

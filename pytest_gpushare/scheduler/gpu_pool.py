@@ -47,7 +47,7 @@ class GpuWorker:
         self.waiting_since: float | None = None
         """When the bound test was first found not to fit."""
         self.question = ""
-        """`start` or `end`: it asked for its next test at that moment of the one that it runs."""
+        """Where in the running test the worker requested its next one: `start` or `end`."""
         self.more: MoreWanted | None = None
         """The last wish of a running test for more than its need."""
         self.deadline: float | None = None

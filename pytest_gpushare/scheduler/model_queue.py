@@ -52,7 +52,7 @@ class _Group:
         self.elsewhere: set[int] = set()
         """Tests that need VRAM and come with a group of the GPU workers."""
         self.released: set[int] = set()
-        """Those that were, and have not begun."""
+        """Tests released to GPU workers that have not begun."""
         self.was_used = False
         """Whether a test has begun since it was opened last."""
         self.in_vain = 0
@@ -325,7 +325,7 @@ class ModelQueue:
 
     @property
     def released(self) -> set[int]:
-        """Those that were, and have not begun."""
+        """Tests released to GPU workers that have not begun."""
         return set().union(*(group.released for group in self._groups))
 
     def release(self) -> list[int]:

@@ -15,7 +15,7 @@ from pytest_gpushare.units import format_gb
 
 BESIDE, BEFORE, AFTER = "beside", "before", "after"
 USUAL = 1.0
-"""Seconds of a test of which nobody knows how long it takes, where none is known."""
+"""Seconds: the assumed duration of a test when none is known."""
 
 MOST_TESTS = 20_000
 """Beyond so many the estimate takes too long; `beside` is never wrong by much."""

@@ -228,15 +228,16 @@ class Raised(NamedTuple):
 
 
 class OpenModel(NamedTuple):
-    """Have this model loaded; `Dispatcher.opened` or `not_opened` follows."""
+    """Have this model loaded; `ModelDispatch.opened` or `ModelDispatch.not_opened` follows."""
 
     group: int
     turn_only: bool = False
-    """Wait until no other session uses another model of the server; `has_turn` follows."""
+    """Wait until no other session uses another model of the server; `ModelDispatch.has_turn`
+    follows."""
 
 
 class CloseModel(NamedTuple):
-    """Nothing uses this model any more; `Dispatcher.closed` follows."""
+    """Nothing uses this model any more; `ModelDispatch.closed` follows."""
 
     group: int
     makes_room: bool = False

@@ -1,9 +1,9 @@
 """Exclusive use of a device by one test: one that ran out of memory beside others runs again.
 
-Workers say that a test of theirs ran out of memory (`oom`). If others of ours share the
-device, these are asked to rest between two tests (`pause`, answered by `quiet`), and the
-worker gets the device to itself (`alone`) until the end of that test (`alone-over`). No test is
-interrupted or dispatched again, and a worker that dies meanwhile is not waited for.
+A worker reports that its test ran out of memory (`oom`). Other workers of this run on the device
+are paused between two tests (`pause`, answered by `quiet`), and the worker gets the device to
+itself (`alone`) until the end of that test (`alone-over`). No test is interrupted or dispatched
+again, and a worker that dies meanwhile is not waited for.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from pytest_gpushare.leases.records import ModelTurn
 
 if TYPE_CHECKING:
     from pytest_gpushare.config.settings import Settings
-    from pytest_gpushare.leases.ledger import LiveSession
     from pytest_gpushare.leases.lessee import Lessee
     from pytest_gpushare.ollama.models import RunModel
 

@@ -1,7 +1,7 @@
 """What the frameworks of this process count: VRAM in use, kept, and the highest of it.
 
 Asked around every test of a GPU worker, so it must cost nothing where no framework is loaded.
-It looks into `sys.modules` alone: it imports no framework, and brings CUDA up in none. What a
+It looks into `sys.modules` alone: it imports no framework, and does not initialise CUDA. What a
 framework refuses to say is unknown (None), never 0.
 """
 
@@ -325,7 +325,7 @@ _CACHES: tuple[tuple[str, Callable[[Any, Mapping[str, Any]], None]], ...] = (
 def measured_context(device: str) -> int | None:
     """Bytes of this process's context on the device of that UUID; None where that is unknown.
 
-    Imports no framework and brings CUDA up in none: without CUDA there is nothing to measure.
+    Imports no framework and does not initialise CUDA: without CUDA there is nothing to measure.
     NVML is opened here for a moment, in a process that has finished its tests.
     """
     counted = _counted_by_frameworks()

@@ -86,7 +86,7 @@ class LeasePerTest:
         refused = self._lease(max(size, self._acquired), item.nodeid, self._wait)
         if refused and self._is_explained:
             pytest.fail(
-                f"{format_gb(size)} of VRAM are leased by other sessions, {refused}", pytrace=False
+                f"{format_gb(size)} of VRAM is leased by other sessions, {refused}", pytrace=False
             )
 
     @contextlib.contextmanager
@@ -95,7 +95,7 @@ class LeasePerTest:
         before = self._acquired
         refused = self._lease(max(before + size, self._need), "a test", wait)
         if refused:
-            raise LeaseUnavailable(f"{format_gb(size)} of VRAM are not available, {refused}")
+            raise LeaseUnavailable(f"{format_gb(size)} of VRAM is not available, {refused}")
         self._acquired = before + size
         try:
             yield
@@ -147,7 +147,7 @@ class LeasePerTest:
 
 def _holders(view: View, uuid: str) -> str:
     found = view.claims[uuid].holders
-    return "; ".join(Naming().holder(holder, time.time()) for holder in found) or "nobody"
+    return "; ".join(Naming().holder(holder, time.time()) for holder in found) or "no other session"
 
 
 class ModelsInProcess:

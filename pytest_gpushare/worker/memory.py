@@ -124,7 +124,8 @@ def watch(
 
 
 class Meter:
-    """The plugin that measures; it sends nothing of tests beside which no framework was up."""
+    """The plugin that measures; it sends nothing for tests during which no framework
+    was initialised."""
 
     def __init__(
         self,

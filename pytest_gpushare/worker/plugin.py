@@ -9,14 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from pytest_gpushare.wire import CONTEXT, Link
-
-if TYPE_CHECKING:
-    pass
 
 TESTS: pytest.StashKey[tuple[Mapping[str, Any], Link]] = pytest.StashKey()
 """What the controller says of the tests, and the link to it; absent where the plugin is idle."""

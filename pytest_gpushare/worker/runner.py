@@ -1,6 +1,6 @@
 """The run loop of a worker whose tests the controller hands out.
 
-A test's next test is asked for when its call is over, before its teardown: so the teardown knows
+After a test's call, before its teardown, the worker requests the next test: so the teardown knows
 it, and the controller decides as late as that. A test for whose need there is no room yet waits
 here, between two protocols, outside of any time-out. So does one that acquires more VRAM while it
 runs (`leases.acquire`).
@@ -86,7 +86,7 @@ class RaisedNeed:
         waited = time.monotonic() - asked
         after = f" after {waited:.0f} s" if waited >= 1 else ""
         raise LeaseUnavailable(
-            f"{format_gb(size)} of VRAM are not available for this test{after}"
+            f"{format_gb(size)} of VRAM is not available for this test{after}"
             f"{': ' * bool(why)}{why}"
         )
 
@@ -307,7 +307,7 @@ class RunLoop:
         interactor.complete(index, time.perf_counter() - start - self._waited)
 
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        """As pytest itself runs a test, but that the next one is asked for after the call."""
+        """As pytest itself runs a test, but the next one is requested after the call."""
         run_phases, interactor = pytest_items.run_phases, self._interactor
         if not self._own or run_phases is None or interactor is None:
             return None

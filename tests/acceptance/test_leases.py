@@ -66,7 +66,7 @@ def test_slots_come_back(start: Callable[..., Session], machine: Machine, projec
     output = start(LARGE_TESTS, *NO_OLLAMA, "-n1").finish()
     assert passed(output) == 4
     assert "1 GPU worker × 14.0 GB" in output
-    assert re.search(r"GPU 0: 7\.0 GB of VRAM are leased by pid \d+, \w+, in .*worktree1", output)
+    assert re.search(r"GPU 0: 7\.0 GB of VRAM is leased by pid \d+, \w+, in .*worktree1", output)
     first.kill()
 
 
@@ -246,9 +246,9 @@ def test_hold(start: Callable[..., Session], machine: Machine, project: Project)
     assert (result.code, result.out.strip()) == (7, machine.snapshot()[0].uuid)
     refused = project.command([*HOLD, "--vram", "23GB", "--", "true"])
     assert refused.code == 4
-    assert "23.0 GB of VRAM are not available on GPU 0" in refused.err
+    assert "23.0 GB of VRAM is not available on GPU 0" in refused.err
     never = project.command([*HOLD, "--vram", "30GB", "--wait", "90", "--", "true"])
-    assert never.err == "ERROR: 30.0 GB of VRAM are more than GPU 0 has: 24.0 GB\n"
+    assert never.err == "ERROR: 30.0 GB of VRAM is more than GPU 0 has: 24.0 GB\n"
     other = project.command([*HOLD, "--vram", "8GB", "--device", "3", "--", "true"])
     assert (other.code, other.err) == (4, "ERROR: no device 3: there is 0\n")
     assert project.command([*HOLD, "--vram", "8GB", "--", "/nowhere"]).code == 4
@@ -274,7 +274,7 @@ def test_hold_follows_the_configuration_file(
         wait_for(lambda: len(list(ledger.glob(f"s-{process.pid}-*"))) == 1)
         refused = project.command([*HOLD, "--vram", "8GB", "--", "true"])
         assert refused.code == 4
-        assert "8.0 GB of VRAM are not available on GPU 0 after " in refused.err
+        assert "8.0 GB of VRAM is not available on GPU 0 after " in refused.err
         assert f"pid {process.pid}, " in refused.err
         # The command that it runs ends with it.
         process.terminate()

@@ -141,5 +141,5 @@ def test_waits_for_another_session_and_gives_up(
         HELPERS + body, "-o", "gpu_share_preset=no-ollama packed", "-n1", "--gpu-share-wait=1"
     )
     text = " ".join(session.finish().split())
-    assert "14.0 GB of VRAM are not available for this test after 1 s: " in text
+    assert "14.0 GB of VRAM is not available for this test after 1 s: " in text
     assert f"leased by pid {holder.process.pid}, " in text

@@ -186,8 +186,8 @@ def test_records_that_nobody_understands(
     assert passed(output) == 4, output
     text = " ".join(output.split())
     for name in ("s-1-random", "s-2-short", "s-4-empty"):
-        assert text.count(f"the lease {name}.json is not understood: it is damaged") == 1
-    assert text.count("s-3-newer.json is not understood: a newer version of pytest-gpushare") == 1
+        assert text.count(f"session record {name}.json cannot be read (it is damaged)") == 1
+    assert text.count("s-3-newer.json cannot be read (a newer version of pytest-gpushare") == 1
     assert "s-5" not in text
     assert "s-6" not in text
     assert "s-7" not in text

@@ -74,7 +74,7 @@ def test_without_workers_each_test_leases(project: Project, machine: Machine, as
     result = project.pytest(
         "--gpu-share", asking, "--gpu-share-wait=1", "-o", "gpu_share_preset=no-ollama"
     )
-    assert "5.0 GB of VRAM are leased by other sessions, waited 1 s: pid" in result.out
+    assert "5.0 GB of VRAM is leased by other sessions, waited 1 s: pid" in result.out
     assert "ERROR test_project.py::test_second" in result.out
     assert result.passed == 1
 

@@ -167,7 +167,7 @@ def test_refused(is_final: bool) -> None:
     began = time.monotonic()
     with (
         pytest.raises(
-            LeaseUnavailable, match=r"5\.0 GB of VRAM are not available .* 3\.0 GB is left"
+            LeaseUnavailable, match=r"5\.0 GB of VRAM is not available .* 3\.0 GB is left"
         ),
         of(controller)(5 * GB, 30.0 if is_final else 0.2),
     ):

@@ -290,7 +290,7 @@ def _model(model: LoadedModel, free: int | None) -> Finding:
     if uses_no_gpu(model, free):
         return look(
             "ollama-without-gpu",
-            f"{model.name}: {size}, in RAM though {format_gb(free or 0)} of VRAM are free",
+            f"{model.name}: {size}, in RAM though {format_gb(free or 0)} of VRAM is free",
             why_in_ram(model),
         )
     part = 100 * model.size_vram // model.size
