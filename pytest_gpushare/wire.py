@@ -1,7 +1,47 @@
 """The plugin's own channels between controller and workers: xdist's accept only its messages.
 
 Messages are (kind, payload) with builtin types. Handlers run in the thread in which execnet
-receives, so they must be quick and must not wait.
+receives, so they must be quick and must not wait. All kinds, with the modules that send and
+receive them; a worker's requests to the dispatcher travel as xdist's event `unscheduled`, so that
+they arrive in xdist's own thread and in order with its reports.
+
+To the controller:
+
+    kind           payload                         sent by                  received by
+    -------------  ------------------------------  -----------------------  ------------------------
+    collected      what the tests need, by index   worker/runner.py         dispatch/distribution.py
+    here           PID                             worker/memory.py         session/run.py
+    overwritten    text: what changed it           worker/plugin.py         session/run.py
+    test           figures of a test that is over  worker/memory.py         session/run.py
+    own            bytes that it holds by NVML     worker/own_vram.py       session/run.py
+    kept           PIDs that wider fixtures keep   worker/memory.py         session/run.py
+    ran-others     node id: it started processes   worker/memory.py         session/run.py
+    ollama-answer  tokens and seconds              worker/ollama_fixture.py session/llm.py
+    oom            test that ran out of memory     worker/oom_retry.py      session/exclusive.py
+    quiet          answer to `pause`, bytes held   worker/memory.py         session/exclusive.py
+    alone-over     outcome of the second attempt   worker/oom_retry.py      session/exclusive.py
+
+To the controller, as `unscheduled`:
+
+    asked          test, `start` or `end`          worker/runner.py         dispatch/executor.py
+    emptied        bytes by visible device         worker/runner.py         dispatch/executor.py
+    raise          number, bytes, takes less       worker/runner.py         dispatch/executor.py
+    returned       tests given back                worker/runner.py         dispatch/executor.py
+
+To a worker:
+
+    dispatch       none: the plugin dispatches     dispatch/executor.py     worker/runner.py
+    run            tests, needs, refusals          dispatch/executor.py     worker/runner.py
+    admit          test that waited, its need      dispatch/executor.py     worker/runner.py
+    park           none: nothing follows for now   dispatch/executor.py     worker/runner.py
+    empty          whether to tear down, too       dispatch/executor.py     worker/runner.py
+    recall         none: give tests back           dispatch/executor.py     worker/runner.py
+    raised         answer to `raise`               dispatch/executor.py     worker/runner.py
+    pause          number: rest after this test    session/exclusive.py     worker/memory.py
+    resume         number of the `pause`           session/exclusive.py     worker/memory.py
+    alone          the device is its own, or not   session/exclusive.py     worker/oom_retry.py
+    lease          path of the session's record    session/registry.py      worker/plugin.py
+    closed         none: the channel has ended     worker/plugin.py         worker/plugin.py
 """
 
 from __future__ import annotations

@@ -29,9 +29,7 @@ class PlacementPlugin:
         self._has_reported = False
 
     def pytest_configure(self, config: pytest.Config) -> None:
-        """Say who this is; the initial conftests are loaded: did one change what it sees?"""
-        who = {name: self._place[name] for name in ("role", "device", "vram")}
-        self._link.send("hello", {**who, "pid": os.getpid()})
+        """The initial conftests are loaded: did one change what this process sees?"""
         plugins = config.pluginmanager.get_plugins()
         self._compare(getattr(plugin, "__file__", None) for plugin in plugins)
 
