@@ -196,7 +196,7 @@ class Executor:
             kind, payload = words[0], words[1:]
             if kind == "asked":
                 test = member.collection.numbers[payload[0]]
-                self._dispatcher.asked(worker, test, str(payload[1]))
+                self._dispatcher.next_test_requested(worker, test, str(payload[1]))
             elif kind == "emptied":
                 self._readings.has_reported(worker)
                 self._has_changed = True

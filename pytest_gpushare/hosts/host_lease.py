@@ -257,11 +257,11 @@ class HostLease:
             lease, numbers, names = as_list(row, 3)
             if key is None:
                 continue
-            claimed, lent, keepable, owed, lacks, waiting = as_list(numbers, 6)
+            claimed, held, keepable, owed, lacks, waiting = as_list(numbers, 6)
             self._limits[key] = as_whole(lease, MOST_VRAM)
             self._others[key] = Others(
                 as_whole(claimed, MOST_VRAM),
-                as_whole(lent, MOST_VRAM),
+                as_whole(held, MOST_VRAM),
                 None if keepable is None else as_whole(max(0, keepable), MOST_VRAM),
                 as_whole(owed, MOST_VRAM),
                 as_whole(lacks, MOST_VRAM),
@@ -285,7 +285,9 @@ class HostLease:
                     others=self._others[key]._replace(
                         leased=self._limits[key],
                         # Whatever is not leased may be, once others have given it back.
-                        lent=max(self._others[key].lent, self._totals.get(key, 0)),
+                        held_by_others=max(
+                            self._others[key].held_by_others, self._totals.get(key, 0)
+                        ),
                         is_asked=self._is_asking,
                     )
                 )

@@ -12,20 +12,20 @@ class Account:
     """What one worker has on one device, in bytes."""
 
     __slots__ = (
-        "ahead", "committed", "fresh", "held", "left_behind", "need", "now", "outstanding",
-        "present", "running", "unseen", "used",
+        "ahead", "began_after_reading", "by_nvml", "committed", "has_context", "held",
+        "left_behind", "need", "outstanding", "present", "running", "unseen",
     )  # fmt: skip
 
     held: int
     """What it holds while it is idle, or held when its test began."""
     need: int
     """What its running test was admitted with; 0 while it is idle."""
-    now: int | None
+    by_nvml: int | None
     """What NVML says that it holds; None: unknown."""
-    used: bool
+    has_context: bool
     """Whether it has run a GPU test there, and so has a context."""
     running: bool
-    fresh: bool
+    began_after_reading: bool
     """Whether its test began after the device was read: it cannot be seen there yet."""
     left_behind: int
     """What processes hold that a test of this worker started and that have outlived it."""
@@ -93,7 +93,7 @@ class DeviceLedger:
         before = account.committed
         self.keep_ahead(worker, 0)
         account.held = account.need = 0
-        account.now, account.running = None, False
+        account.by_nvml, account.running = None, False
         self._post(account)
         self.running.pop(worker, None)
         del self.accounts[worker]
@@ -103,7 +103,7 @@ class DeviceLedger:
         """A test was admitted."""
         self.running[worker] = account = self.accounts[worker]
         account.need = need
-        account.running = account.used = account.fresh = True
+        account.running = account.has_context = account.began_after_reading = True
         self._post(account)
 
     def keep_ahead(self, worker: str, need: int) -> None:
@@ -133,14 +133,14 @@ class DeviceLedger:
     def _report(self, account: Account, held: int) -> int:
         """Use the worker's own figure until the next reading of the device."""
         before = account.committed
-        account.held, account.now = held if held > 0 else 0, None
+        account.held, account.by_nvml = held if held > 0 else 0, None
         self.is_due = True
         self._post(account)
         return before - account.held if before > account.held else 0
 
     def _post(self, account: Account) -> None:
         """Bring the sums up to date with an account that changed."""
-        present = account.held if account.now is None else account.now
+        present = account.held if account.by_nvml is None else account.by_nvml
         committed, outstanding = present, 0
         if account.running and account.need > present:
             committed, outstanding = account.need, account.need - present
@@ -158,7 +158,7 @@ class DeviceLedger:
             self._recount()
         self.is_due = False
         for account in self.running.values():
-            account.fresh = False
+            account.began_after_reading = False
         if reading.left_behind or self.has_left_behind:
             self._note_left_behind(reading)
         if reading.held:
@@ -166,12 +166,12 @@ class DeviceLedger:
             self._is_attributed = attributed = self._is_attributed or any(reading.held.values())
             for worker, account in self.accounts.items():
                 if worker in reading.held:
-                    account.now = reading.held[worker] if attributed else None
+                    account.by_nvml = reading.held[worker] if attributed else None
                     self._post(account)
         self._note_unseen()
         return True
 
-    def hold(self, size: int) -> None:
+    def reserve_for_model(self, size: int) -> None:
         """Keep so many bytes for Ollama's models, or what the plan keeps, where that is more."""
         full = self.full
         more = max(0, size - max(full.reservation, full.resident))
@@ -187,7 +187,7 @@ class DeviceLedger:
         self.budget = budget if limit is None else min(limit, budget)
 
     @property
-    def holds(self) -> bool:
+    def has_model_reservation(self) -> bool:
         """Whether VRAM is kept for a model that tests use."""
         return self.capacity is not self.full and self.capacity.budget < self.full.budget
 
@@ -195,12 +195,12 @@ class DeviceLedger:
         for account in self.accounts.values():
             if not account.unseen:
                 continue
-            if account.now is not None or self._is_attributed or self.reading.is_attributed:
+            if account.by_nvml is not None or self._is_attributed or self.reading.is_attributed:
                 account.unseen = 0
             else:
                 lacking = self._lacking() - self._unseen_beside(account)
                 for other in self.running.values():
-                    if other is not account and other.now is None:
+                    if other is not account and other.by_nvml is None:
                         lacking -= other.outstanding
                 account.unseen = max(0, min(account.unseen, lacking))
 
@@ -230,12 +230,12 @@ class DeviceLedger:
             account.left_behind = min(account.left_behind, size) if account.running else size
         self.has_left_behind = any(account.left_behind for account in self.accounts.values())
 
-    def left(self, worker: str) -> int:
+    def limit_by_budget(self, worker: str) -> int:
         """Bytes that this worker's whole process may hold by the plan's budget."""
         own = self.accounts.get(worker)
         return self.budget - self.committed + (0 if own is None else own.committed)
 
-    def live(self, worker: str) -> int | None:
+    def limit_by_free_vram(self, worker: str) -> int | None:
         """The same by what is free now; None where that is unknown."""
         own = self.accounts.get(worker)
         if own is not None and self.bars(own):
@@ -261,10 +261,11 @@ class DeviceLedger:
     def bars(self, account: Account) -> bool:
         """Whether older sessions need the VRAM that this worker would keep between its tests."""
         keepable = self.reading.others.keepable
-        return keepable is not None and not account.used and self.capacity.context > keepable
+        return keepable is not None and not account.has_context and self.capacity.context > keepable
 
     def limit(self, worker: str) -> int:
-        """The largest need that may start in this worker now: the smaller of `left` and `live`.
+        """The largest need that may start in this worker now: the smaller of `limit_by_budget` and
+        `limit_by_free_vram`.
 
         Asked for every test, so both are found in one go.
         """
@@ -294,13 +295,13 @@ class DeviceLedger:
     def floor(self, worker: str) -> int:
         """What the worker holds at least as long as it lives, once it has a context."""
         account = self.accounts[worker]
-        return min(account.committed, self.capacity.context) if account.used else 0
+        return min(account.committed, self.capacity.context) if account.has_context else 0
 
     def most(self, worker: str) -> int:
         """The largest need that can ever fit in this worker while the others live."""
         most, context = self.capacity.budget, self.capacity.context
         for name, account in self.accounts.items():
-            if account.used and name != worker:
+            if account.has_context and name != worker:
                 most -= account.committed if account.committed < context else context
         return most
 
@@ -329,7 +330,7 @@ class DeviceLedger:
             return outstanding
         unknown = 0
         for account in self.running.values():
-            if account.now is None and not account.fresh:
+            if account.by_nvml is None and not account.began_after_reading:
                 unknown += account.outstanding
         if not unknown:
             return outstanding

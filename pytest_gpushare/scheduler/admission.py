@@ -127,7 +127,7 @@ class Admitting:
         """Whether the test fits though processes of earlier tests of this worker live on."""
         pool = self._pool
         for device in pool.devices(worker, kind[0]):
-            live = pool.ledgers[device].live(worker.id)
+            live = pool.ledgers[device].limit_by_free_vram(worker.id)
             if live is not None and pool.live_need(worker, test, device) > live:
                 return False
         return True
@@ -155,7 +155,7 @@ class Admitting:
             help_ = self._helping.help(worker)
             if help_ is not None:
                 return [help_]
-            unit = None if self._is_in_the_way(worker) else self._any(worker)
+            unit = None if self._is_in_the_way(worker) else self._first_though_unfitting(worker)
         if unit is not None and self._may_wait(worker, unit):
             return [self._bind(worker, unit, waits=reserves)]
         awaits = self._pool.policy.awaits_losses and not self._is_in_the_way(worker)
@@ -197,7 +197,7 @@ class Admitting:
         need = pool.bytes_for(worker, test)
         for device in pool.devices(worker, pool.need(test).devices):
             ledger = pool.ledgers[device]
-            live = ledger.live(worker.id)
+            live = ledger.limit_by_free_vram(worker.id)
             if live is not None and need > live - ledger.accounts[worker.id].present:
                 return False
         return True
@@ -220,7 +220,7 @@ class Admitting:
             unit = self._share(worker, must_fit=True)
         return unit
 
-    def _any(self, worker: GpuWorker) -> Unit | None:
+    def _first_though_unfitting(self, worker: GpuWorker) -> Unit | None:
         """What this worker has to do next, though it does not fit yet."""
         due = self._due(worker)
         if due is not None:

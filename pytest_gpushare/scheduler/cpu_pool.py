@@ -171,7 +171,7 @@ class CpuPool:
         average = self.average
         return 2 if average is None else min(200, max(1, int(AHEAD / max(average, 1e-4)) + 1))
 
-    def asked(self, worker: str, test: int) -> None:
+    def next_test_requested(self, worker: str, test: int) -> None:
         """A worker wants to know what follows this test, which was its last."""
         cpu_worker = self.workers[worker]
         if cpu_worker.queue[-1:] != [test]:

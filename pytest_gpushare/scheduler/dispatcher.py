@@ -55,7 +55,7 @@ class Dispatcher:
         """`models`: the tests that use models of Ollama's; None: there are none."""
         policy = policy or Policy()
         self._jobs = jobs
-        self._ledgers = {room.uuid: DeviceLedger(room) for room in capacities}
+        self._ledgers = {each.uuid: DeviceLedger(each) for each in capacities}
         self._gpu = GpuPool(jobs, self._ledgers, policy)
         self._cpu = CpuPool(jobs, policy)
         self._backfilling = Backfilling(self._gpu)
@@ -176,13 +176,13 @@ class Dispatcher:
         for unit in sorted(units, key=lambda unit: places.get(unit.tests[0], -1)):
             pending.back(unit)
 
-    def asked(self, worker: str, test: int, when: str) -> None:
+    def next_test_requested(self, worker: str, test: int, when: str) -> None:
         """A worker wants to know what follows this test; `when`: at its `start` or `end`.
 
         Where more was sent meanwhile, that is the answer.
         """
         if worker in self._cpu.workers:
-            self._cpu.asked(worker, test)
+            self._cpu.next_test_requested(worker, test)
             return
         gpu_worker = self._gpu.workers.get(worker)
         if (

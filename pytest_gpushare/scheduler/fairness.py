@@ -78,7 +78,7 @@ class Backfilling:
                 freed = account.committed - ledger.floor(name)
                 running.append((over, freed, is_known or pool.average is not None))
         # What uses a model that is kept goes first: the others have its VRAM when it is gone.
-        goes_first = ledger.holds and pool.jobs[test].model is not None
+        goes_first = ledger.has_model_reservation and pool.jobs[test].model is not None
         for head in self.waiting(ledger.capacity.uuid):
             if head is worker:
                 return need <= left

@@ -338,7 +338,7 @@ class GpuPool:
             unit.wants = wants
         return all(worker.most.get(count, -1) >= vram for count, vram in unit.wants.items())
 
-    def anybody_could(self, unit: Unit) -> bool:
+    def any_worker_can_run(self, unit: Unit) -> bool:
         """Whether any worker can ever run all tests of the unit."""
         return any(self.could(worker, unit) for worker in self.workers.values())
 

@@ -279,7 +279,7 @@ class ModelDispatch:
         """The budgets of a test's devices where models have some of it."""
         gpu = self._gpu
         ledgers = [gpu.ledgers[uuid] for uuid in gpu.devices(worker, gpu.need(test).devices)]
-        return [ledger.capacity.budget for ledger in ledgers if ledger.holds]
+        return [ledger.capacity.budget for ledger in ledgers if ledger.has_model_reservation]
 
     def release(self, group: int) -> None:
         """Nothing is kept for this model any more."""

@@ -38,7 +38,7 @@ class ModelRoom:
     @property
     def is_held(self) -> bool:
         """Whether VRAM is kept for a model."""
-        return any(ledger.holds for ledger in self._gpu.ledgers.values())
+        return any(ledger.has_model_reservation for ledger in self._gpu.ledgers.values())
 
     def devices_of(self, group: int) -> list[tuple[DeviceLedger, int]]:
         """The devices on which the model may be loaded, and the bytes that it takes there."""
@@ -75,7 +75,7 @@ class ModelRoom:
         for ledger, size in self.devices_of(group):
             ledger.due = size
             # What is resident now may be a model of ours that is being unloaded.
-            ledger.hold(ledger.full.resident + size)
+            ledger.reserve_for_model(ledger.full.resident + size)
         self._gpu.note_change()
 
     def await_room(self, group: int) -> None:
@@ -89,7 +89,7 @@ class ModelRoom:
         devices = self.devices_of(group)
         if len(devices) == 1:
             ledger, predicted = devices[0]
-            ledger.hold(ledger.full.resident + min(size, predicted))
+            ledger.reserve_for_model(ledger.full.resident + min(size, predicted))
 
     def release(self, group: int) -> None:
         """Nothing is kept for this model any more."""
@@ -97,7 +97,7 @@ class ModelRoom:
             self.due = None
         for ledger, _ in self.devices_of(group):
             ledger.due = 0
-            ledger.hold(0)
+            ledger.reserve_for_model(0)
         self._gpu.note_change()
 
     def look(self) -> Iterator[Action]:
@@ -133,7 +133,7 @@ class ModelRoom:
                 return True
         if not devices:
             return True
-        if any(ledger.running or ledger.reading.others.lent for ledger, _ in devices):
+        if any(ledger.running or ledger.reading.others.held_by_others for ledger, _ in devices):
             self._drained_at = None
             return False
         if self._drained_at is None:
@@ -147,7 +147,7 @@ class ModelRoom:
         progress = [each.progress for each in others]
         if progress != self._progress:
             self._progress, self._since = progress, self._gpu.at
-        is_lent = any(each.lent for each in others)
+        is_lent = any(each.held_by_others for each in others)
         if not is_lent or self._gpu.at - self._since < self._queue.patience:
             return ""
         facts, who = self._queue.facts(group), "; ".join(o.names for o in others if o.names)

@@ -59,7 +59,7 @@ class Reclaiming:
             return []
         worker = waiter.worker
         busy = ledger.runs_beside(worker.id)
-        short = need - ledger.left(worker.id)
+        short = need - ledger.limit_by_budget(worker.id)
         asked = self.empty(ledger, worker, short, busy)
         if asked:
             return asked
@@ -250,7 +250,7 @@ class Pressure:
                 continue
             waiter = self.first_waiter(device)
             if waiter is not None:
-                actions += self._help(waiter)
+                actions += self._make_room_for(waiter)
         return actions
 
     def first_waiter(self, device: str) -> Waiter | None:
@@ -258,7 +258,7 @@ class Pressure:
 
         While a model is kept there, one that uses it: the others have its VRAM when it is gone.
         """
-        holds, first = self._pool.ledgers[device].holds, None
+        holds, first = self._pool.ledgers[device].has_model_reservation, None
         for waiter in self._waiters(device):
             if not holds or self._pool.jobs[waiter.test].model is not None:
                 return waiter
@@ -289,7 +289,7 @@ class Pressure:
         pool = self._pool
         for device in pool.devices(worker, pool.need(test).devices):
             blocked, ledger = self._blocked.get(device), pool.ledgers[device]
-            live, need = ledger.live(worker.id), pool.live_need(worker, test, device)
+            live, need = ledger.limit_by_free_vram(worker.id), pool.live_need(worker, test, device)
             if blocked is not None and blocked.given_up and live is not None and need > live:
                 return device, max(0, live - ledger.accounts[worker.id].left_behind)
         return None
@@ -300,7 +300,7 @@ class Pressure:
         blocked = self._blocked
         return bool(blocked) and any(one.given_up for one in blocked.values())
 
-    def _help(self, waiter: Waiter) -> list[Action]:
+    def _make_room_for(self, waiter: Waiter) -> list[Action]:
         pool, reclaiming, worker = self._pool, self.reclaiming, waiter.worker
         need = pool.bytes_for(worker, waiter.test)
         count, exclusive = pool.kind_of(waiter.test)
@@ -308,21 +308,23 @@ class Pressure:
             return []
         for device in pool.devices(worker, count):
             ledger = pool.ledgers[device]
-            if ledger.holds and need > ledger.capacity.budget:
+            if ledger.has_model_reservation and need > ledger.capacity.budget:
                 # The tests of a model have it for as long as they run.
                 return []
             if ledger.reading.others.is_asked:
                 # Whatever lacks may be there with the answer.
                 return []
-            if need > ledger.left(worker.id):
+            if need > ledger.limit_by_budget(worker.id):
                 return reclaiming.reclaim(ledger, waiter, need)
-            live, whole = ledger.live(worker.id), pool.live_need(worker, waiter.test, device)
+            live = ledger.limit_by_free_vram(worker.id)
+            whole = pool.live_need(worker, waiter.test, device)
             if live is not None and whole > live:
                 short, busy = whole - live, ledger.runs_beside(worker.id)
                 asked = reclaiming.empty(ledger, worker, short, busy)
-                is_on_its_way = reclaiming.is_under_way(ledger) or self._will_do(ledger, whole)
+                is_on_its_way = reclaiming.is_under_way(ledger)
+                is_on_its_way = is_on_its_way or self._fits_after_running_tests(ledger, whole)
                 # A test without a model has the VRAM when the model is gone.
-                comes_back = ledger.holds and pool.jobs[waiter.test].model is None
+                comes_back = ledger.has_model_reservation and pool.jobs[waiter.test].model is None
                 if asked or is_on_its_way or comes_back:
                     return asked
                 return list(self._missing(ledger, waiter.test, need, live, whole - need))
@@ -330,7 +332,7 @@ class Pressure:
                 return []
         return []
 
-    def _will_do(self, ledger: DeviceLedger, need: int) -> bool:
+    def _fits_after_running_tests(self, ledger: DeviceLedger, need: int) -> bool:
         """Whether the test fits once our running tests are over, whatever others hold."""
         if not ledger.running or ledger.reading.free is None:
             return bool(ledger.running)
@@ -345,19 +347,19 @@ class Pressure:
         `left_behind`: bytes that processes hold which earlier tests of the worker started.
         """
         live -= left_behind
-        pool, room = self._pool, ledger.capacity
-        blocked = self._blocked.setdefault(room.uuid, Blocked(pool.at, pool.at))
+        pool, capacity = self._pool, ledger.capacity
+        blocked = self._blocked.setdefault(capacity.uuid, Blocked(pool.at, pool.at))
         waited = pool.at - blocked.since
-        size, released = self._released.get(room.uuid, (0, 0.0))
+        size, released = self._released.get(capacity.uuid, (0, 0.0))
         patience = pool.policy.pressure_timeout
         limit = min(pool.policy.return_timeout, max(patience, PATIENCE))
         facts: dict[str, int | float | str] = {
-            "device": room.uuid,
+            "device": capacity.uuid,
             "need": need,
             "left": max(0, live),
         }
         others = ledger.reading.others
-        is_lent = need <= live + others.lent
+        is_lent = need <= live + others.held_by_others
         if is_lent and blocked.progress != others.progress:
             blocked.progress, blocked.counts_from = others.progress, pool.at
         if need - live <= size and not (is_lent or left_behind):
@@ -365,21 +367,22 @@ class Pressure:
             if late < limit:
                 if waited >= 4 * PATIENCE and not blocked.noted_late:
                     blocked.noted_late = True
-                    text = f"{room.label}: {format_gb(size)} that tests gave back is not free yet"
+                    text = (
+                        f"{capacity.label}: {format_gb(size)} that tests gave back is not free yet"
+                    )
                     yield Note("late", text, facts)
                 return
             if blocked.noted_late:
                 blocked.noted_late = False
                 back = format_gb(need - live)
-                text = (
-                    f"{room.label}: {back} did not come back within {limit:.2g} s{held_by(ledger)}"
-                )
+                within = f"{limit:.2g} s{held_by(ledger)}"
+                text = f"{capacity.label}: {back} did not come back within {within}"
                 yield Note("late", text, facts)
         if waited >= PATIENCE and not blocked.noted:
             blocked.noted = True
             name = pool.jobs[test].nodeid
             text = (
-                f"{room.label}: {name} needs {format_gb(need)} and waits: "
+                f"{capacity.label}: {name} needs {format_gb(need)} and waits: "
                 f"{format_gb(max(0, live))} is left for tests{held_by(ledger)}"
             )
             yield Note("pressure", text, facts)

@@ -35,12 +35,12 @@ def routes(jobs: Sequence[Job], gpu: GpuPool, cpu: CpuPool) -> Routes:
     """Marked tests go to GPU workers, all others to CPU workers where there are any."""
     result = Routes([], [], {}, {})
     largest = _Largest(gpu)
-    all_gpu = any(worker.collected is None for worker in gpu.workers.values())
+    one_has_all = any(worker.collected is None for worker in gpu.workers.values())
     all_cpu = cpu.knows_all
     has_cpu = bool(cpu.workers)
-    all_know = all(worker.collected is None for worker in gpu.workers.values())
+    all_have_all = all(worker.collected is None for worker in gpu.workers.values())
     for number, job in enumerate(jobs):
-        on_gpu = all_gpu or any(worker.knows(number) for worker in gpu.workers.values())
+        on_gpu = one_has_all or any(worker.knows(number) for worker in gpu.workers.values())
         on_cpu = all_cpu or (has_cpu and cpu.could_run(number))
         if job.refusal:
             result.refused[number] = job.refusal
@@ -51,15 +51,15 @@ def routes(jobs: Sequence[Job], gpu: GpuPool, cpu: CpuPool) -> Routes:
                 result.without_gpu[number] = "no GPU worker has collected it"
             else:
                 result.gpu.append(number)
-        elif reason := largest.problem(job) or _too_large(number, gpu, all_know):
+        elif reason := largest.problem(job) or _too_large(number, gpu, all_have_all):
             result.refused[number] = reason
         else:
             result.gpu.append(number)
     return result
 
 
-def _too_large(test: int, gpu: GpuPool, all_know: bool) -> str:
-    if all_know or gpu.anybody_could(Unit([test])):
+def _too_large(test: int, gpu: GpuPool, all_have_all: bool) -> str:
+    if all_have_all or gpu.any_worker_can_run(Unit([test])):
         return ""
     need = gpu.need(test).vram or 0
     return f"needs {format_gb(need)} of VRAM, more than the workers have that collected it"
@@ -125,7 +125,7 @@ def ordered(
     if alone and not grouped:
         units = [Unit([test]) for test in tests]
     else:
-        units = in_parts(in_units(tests, jobs), gpu.anybody_could)
+        units = in_parts(in_units(tests, jobs), gpu.any_worker_can_run)
     bins = _bins(gpu)
     largest = max((b.budget for b in bins), default=0)
     widest = max((b.budget - (b.workers - 1) * b.context for b in bins), default=0)
@@ -269,19 +269,19 @@ class Fallback:
         """Workers are gone and none will come: what no other worker can run gets no GPU."""
         gpu, self.is_due = self._gpu, False
         for unit in gpu.pending.all():
-            if gpu.anybody_could(unit):
+            if gpu.any_worker_can_run(unit):
                 continue
             gpu.pending.take(unit, gpu.kind(unit))
             for test in unit.tests:
                 single = Unit([test])
-                if gpu.anybody_could(single):
+                if gpu.any_worker_can_run(single):
                     gpu.pending.back(single)
                     gpu.note_change()
                 else:
                     self.settle(test, "no GPU worker is left that could run it")
         for test in self._cpu.orphans():
             single = Unit([test])
-            if gpu.anybody_could(single):
+            if gpu.any_worker_can_run(single):
                 gpu.pending.back(single)
                 gpu.note_change()
             else:
@@ -354,7 +354,7 @@ class Fallback:
             by = f", held by {ledger.reading.holders}" if ledger.reading.holders else ""
             if others.names:
                 by += f", leased by {others.names}"
-            if need <= live + others.lent:
+            if need <= live + others.held_by_others:
                 # It may not take what another session counts on.
                 self._lent.add(test)
             reason = (

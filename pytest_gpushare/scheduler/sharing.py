@@ -97,8 +97,8 @@ class Sharing:
                 return None, 0
             worker, test = waiter.worker, waiter.test
             need = pool.bytes_for(worker, test)
-        live = ledger.live(worker.id)
-        if need > ledger.left(worker.id) or live is None or need <= live:
+        live = ledger.limit_by_free_vram(worker.id)
+        if need > ledger.limit_by_budget(worker.id) or live is None or need <= live:
             # Tests of this session are in its way, or nothing is.
             return None, 0
         if ledger.bars(ledger.accounts[worker.id]):
@@ -154,7 +154,7 @@ def _committed(ledger: DeviceLedger) -> int:
 
 
 def _kept(account: Account, context: int) -> int:
-    if not account.used:
+    if not account.has_context:
         return 0
     if not account.running:
         return account.committed
@@ -196,7 +196,7 @@ def others_on(
     ahead = claims.ahead(left, ticket, share, capacity, own.reservation)
     return Others(
         claimed=claims.leased + more + ahead,
-        lent=claims.leased + claims.held + ahead + max(0, more),
+        held_by_others=claims.leased + claims.held + ahead + max(0, more),
         keepable=claims.keepable(capacity, share),
         owed=claims.owed(left, share, own.want),
         lacks=claims.lacks(left, share, own.want),

@@ -76,8 +76,8 @@ class Others(NamedTuple):
 
     claimed: int = 0
     """What is free and theirs: leased and not yet taken, or kept for those that asked before."""
-    lent: int = 0
-    """What would be there for this session without them."""
+    held_by_others: int = 0
+    """VRAM that this session could use if the others had none."""
     keepable: int | None = None
     """What this session may keep between its tests, beyond what it keeps already; None: any."""
     owed: int = 0

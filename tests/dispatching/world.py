@@ -268,7 +268,7 @@ class World:
             len(process.queue) == 1 or len(process.queue) <= process.ahead
         ):
             process.has_asked = process.queue[-1]
-            self.dispatcher.asked(process.worker.id, process.queue[-1], when)
+            self.dispatcher.next_test_requested(process.worker.id, process.queue[-1], when)
             self._step()
 
     def _called(self, process: Process, test: int, script: Script) -> None:

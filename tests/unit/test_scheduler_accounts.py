@@ -31,11 +31,11 @@ def test_nothing_held_is_believed_where_figures_were_told() -> None:
         ledger.start(worker, 2 * GB)
         ledger.stop(worker, None)
     ledger.read(DeviceReading(free=9 * GB, held={"gw0": 0, "gw1": 0}))
-    assert ledger.left("gw0") == 8 * GB
+    assert ledger.limit_by_budget("gw0") == 8 * GB
     ledger.read(DeviceReading(free=8 * GB, held={"gw0": GB, "gw1": 0}))
-    assert ledger.left("gw0") == 9 * GB
+    assert ledger.limit_by_budget("gw0") == 9 * GB
     ledger.read(DeviceReading(free=9 * GB, held={"gw0": 0, "gw1": 0}))
-    assert ledger.left("gw1") == 9 * GB
+    assert ledger.limit_by_budget("gw1") == 9 * GB
 
 
 def test_the_sums_are_those_of_the_accounts() -> None:
@@ -64,13 +64,15 @@ def test_the_sums_are_those_of_the_accounts() -> None:
         held = {w: draw.choice([None, draw.randrange(9) * GB]) for w in workers}
         ledger.read(DeviceReading(draw.choice([None, draw.randrange(25) * GB]), None, held))
         accounts = ledger.accounts.values()
-        assert ledger.present == sum(one.held if one.now is None else one.now for one in accounts)
+        assert ledger.present == sum(
+            one.held if one.by_nvml is None else one.by_nvml for one in accounts
+        )
         assert ledger.committed == sum(one.committed for one in accounts)
         assert ledger.ahead == sum(one.ahead for one in accounts)
         assert ledger.outstanding == sum(max(0, one.need - one.present) for one in accounts)
         assert ledger.running == {w: a for w, a in ledger.accounts.items() if a.running}
         for one in ledger.accounts:
-            limits = [ledger.left(one), ledger.live(one)]
+            limits = [ledger.limit_by_budget(one), ledger.limit_by_free_vram(one)]
             assert ledger.limit(one) == min(limit for limit in limits if limit is not None)
 
 
@@ -84,7 +86,7 @@ def test_what_the_next_test_takes_while_the_running_one_ends() -> None:
     assert (ledger.limit("gw0"), ledger.limit("gw1")) == (21 * GB, 11 * GB)
     ledger.keep_ahead("gw0", 8 * GB)
     assert (ledger.limit("gw0"), ledger.limit("gw1")) == (21 * GB, 3 * GB)
-    assert (ledger.left("gw1"), ledger.live("gw1")) == (11 * GB, 3 * GB)
+    assert (ledger.limit_by_budget("gw1"), ledger.limit_by_free_vram("gw1")) == (11 * GB, 3 * GB)
     ledger.close("gw0")
     ledger.read(DeviceReading(22 * GB, None, {"gw1": 0}))
     assert ledger.limit("gw1") == 21 * GB

@@ -29,7 +29,7 @@ def test_who_asks_gets_what_is_left(dist: str, seconds: float) -> None:
     while queue:
         ran.append(queue.pop(0))
         if not queue:
-            pool.asked("gw0", ran[-1])
+            pool.next_test_requested("gw0", ran[-1])
             answers = list(pool.refill(more_may_come=False))
             if len(ran) == TESTS:
                 assert answers == [Shutdown("gw0")]

@@ -365,9 +365,9 @@ def test_idle_workers_wait_for_the_tests_of_a_host_that_is_lost(marked: bool) ->
     made = dispatcher_of(jobs, workers, rooms=rooms, policy=Policy(awaits_losses=True))
     first = runs(made.step({}, 0))
     assert len(first) == 2
-    made.asked("gw0", first["gw0"][-1], "end")
+    made.next_test_requested("gw0", first["gw0"][-1], "end")
     (last,) = runs(made.step({}, 1))["gw0"]
-    made.asked("gw1", first["gw1"][-1], "end")
+    made.next_test_requested("gw1", first["gw1"][-1], "end")
     assert made.step({}, 2) == [Park("gw1")]
     made.finished("gw1", first["gw1"][-1])
     assert made.worker_down("gw0").running == first["gw0"][0]
@@ -419,9 +419,9 @@ def test_a_bound_test_is_withdrawn_where_its_fixtures_are_in_the_way() -> None:
         jobs, [gpu_worker(0), gpu_worker(1)], budget=10.5, context=CONTEXT, policy=policy
     )
     assert runs(made.step({}, 0)) == {"gw0": (0,), "gw1": (1,)}
-    made.asked("gw0", 0, "end")
+    made.next_test_requested("gw0", 0, "end")
     assert waiting(made.step({}, 1)) == {"gw0": 2}
-    made.asked("gw1", 1, "end")
+    made.next_test_requested("gw1", 1, "end")
     assert waiting(made.step({}, 1)) == {"gw1": 3}
     made.finished("gw0", 0, {GPU: 2 * GB})
     made.finished("gw1", 1, {GPU: 3 * GB})
@@ -430,7 +430,7 @@ def test_a_bound_test_is_withdrawn_where_its_fixtures_are_in_the_way() -> None:
     assert made.step({}, 3) == [EmptyCaches("gw1", withdraw=True)]
     made.emptied("gw1", {GPU: CONTEXT})
     assert runs(made.step({}, 4)) == {"gw0": (2,)}
-    made.asked("gw0", 2, "end")
+    made.next_test_requested("gw0", 2, "end")
     assert runs(made.step({}, 5)) == {"gw0": (3,)}
 
 
@@ -624,7 +624,7 @@ def test_the_last_tests_of_cpu_workers() -> None:
     made = dispatcher_of([Job(f"t{n}") for n in range(3)], [Worker(f"gw{n}") for n in range(4)])
     found = [a for a in made.step({}, 0) if isinstance(a, Run)]
     assert [(a.worker, a.tests) for a in found] == [("gw0", (0,)), ("gw1", (1,)), ("gw2", (2,))]
-    made.asked("gw0", 0, "end")
+    made.next_test_requested("gw0", 0, "end")
     assert made.step({}, 1) == [Shutdown("gw0")]
 
 
@@ -633,7 +633,7 @@ def test_a_cpu_worker_waits_for_what_may_come() -> None:
     jobs = [gpu_test("a", 9), gpu_test("b", 9), Job("c")]
     made = dispatcher_of(jobs, [gpu_worker(0), Worker("gw1")])
     assert runs(made.step({}, 0)) == {"gw0": (0,), "gw1": (2,)}
-    made.asked("gw1", 2, "end")
+    made.next_test_requested("gw1", 2, "end")
     assert made.step({}, 1) == [Park("gw1")]
     made.finished("gw1", 2)
     made.worker_down("gw0")
@@ -772,12 +772,12 @@ def test_the_next_test_takes_the_place_of_the_running_one() -> None:
     jobs = [gpu_test("a", 6), gpu_test("b", 6), gpu_test("c", 6)]
     made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1)])
     assert runs(made.step({}, 0)) == {"gw0": (0,)}
-    made.asked("gw0", 0, "end")
+    made.next_test_requested("gw0", 0, "end")
     assert runs(made.step({}, 1)) == {"gw0": (1,)}
     # While its test is torn down nobody else gets what the next one needs.
-    assert made._ledgers[GPU].left("gw1") == 4 * GB
+    assert made._ledgers[GPU].limit_by_budget("gw1") == 4 * GB
     made.finished("gw0", 0)
-    assert made._ledgers[GPU].left("gw1") == 4 * GB
+    assert made._ledgers[GPU].limit_by_budget("gw1") == 4 * GB
 
 
 def test_a_test_that_is_sent_meanwhile_is_the_answer() -> None:
@@ -785,7 +785,7 @@ def test_a_test_that_is_sent_meanwhile_is_the_answer() -> None:
     jobs = [Job(f"t{n}") for n in range(8)]
     made = dispatcher_of(jobs, [Worker("gw0"), Worker("gw1")])
     first = runs(made.step({}, 0))["gw0"]
-    made.asked("gw0", first[-1] + 100, "end")
+    made.next_test_requested("gw0", first[-1] + 100, "end")
     assert made.step({}, 1) == []
 
 
@@ -794,7 +794,7 @@ def test_vram_that_must_come_back_first_is_waited_for() -> None:
     jobs = [gpu_test("a", 9), gpu_test("b", 9)]
     made = dispatcher_of(jobs, [gpu_worker(0)])
     assert runs(made.step(free(10), 0)) == {"gw0": (0,)}
-    made.asked("gw0", 0, "end")
+    made.next_test_requested("gw0", 0, "end")
     assert waiting(made.step(free(1, gw0=9), 1)) == {"gw0": 1}
     made.finished("gw0", 0, {GPU: 0})
     assert made.step({GPU: DeviceReading(2 * GB)}, 2) == []
@@ -807,7 +807,7 @@ def test_asked_at_the_start_nothing_is_reserved() -> None:
     made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1)], policy=Policy(reorder=False))
     first = runs(made.step({}, 0))
     ((test,),) = [tests for worker, tests in first.items() if worker == "gw0"][:1] or [(0,)]
-    made.asked("gw0", test, "start")
+    made.next_test_requested("gw0", test, "start")
     (sent,) = made.step({}, 1)
     assert isinstance(sent, Run)
     assert not sent.admitted
@@ -825,11 +825,11 @@ def test_what_delays_nobody_may_pass() -> None:
     made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1), gpu_worker(2)], policy=policy)
     assert runs(made.step({}, 0)) == {"gw0": (0,), "gw1": (1,)}
     made._gpu.pending.front().overtaken = 100  # type: ignore[union-attr]
-    made.asked("gw1", 1, "end")
+    made.next_test_requested("gw1", 1, "end")
     assert waiting(made.step({}, 1)) == {"gw1": 2}
     made.finished("gw1", 1)
     assert runs(made.step({}, 1)) == {"gw2": (4,)}
-    made.asked("gw2", 4, "end")
+    made.next_test_requested("gw2", 4, "end")
     assert waiting(made.step({}, 9)) == {"gw2": 3}
     made.finished("gw2", 4)
     assert made.step({}, 9) == []
@@ -847,7 +847,7 @@ def test_short_tests_come_together() -> None:
     tests = found[0].tests
     for test in tests[:-1]:
         assert made.finished("gw0", test, None, 0.01) is False
-    made.asked("gw0", tests[-1], "start")
+    made.next_test_requested("gw0", tests[-1], "start")
     (more,) = made.step({}, 0.1)
     assert isinstance(more, Run)
     assert (len(more.tests), more.admitted) == (8, True)
@@ -881,7 +881,7 @@ def test_a_run_that_ends_early() -> None:
     policy = Policy(dist="loadscope", reorder=False)
     made = dispatcher_of(jobs[:3], [gpu_worker(0), gpu_worker(1)], policy=policy)
     assert runs(made.step({}, 0)) == {"gw0": (0,), "gw1": (1,)}
-    made.asked("gw1", 1, "end")
+    made.next_test_requested("gw1", 1, "end")
     assert waiting(made.step({}, 1)) == {"gw1": 2}
     made.finished("gw1", 1)
     made.stop()
@@ -897,7 +897,7 @@ def test_short_tests_of_a_group_that_are_taken_back_stay_in_order() -> None:
     jobs = [job._replace(group="m.py") for job in trivial(40)]
     made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1)], policy=Policy(dist="loadfile"))
     assert runs(made.step({}, 0)) == {"gw0": (0,)}
-    made.asked("gw0", 0, "end")
+    made.next_test_requested("gw0", 0, "end")
     tests = runs(made.step({}, 0))["gw0"]
     made.finished("gw0", 0)
     assert len(tests) > 3
