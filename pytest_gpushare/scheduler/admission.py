@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
+from pytest_gpushare.scheduler.backfilling import Backfilling
 from pytest_gpushare.scheduler.cpu_pool import Helping
-from pytest_gpushare.scheduler.fairness import Backfilling
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 from pytest_gpushare.scheduler.queue import GROUPED, USUAL, Kind, Order, Unit
 from pytest_gpushare.scheduler.types import (

@@ -1,7 +1,7 @@
 """Which test goes where and when: events in, actions out. Pure: no clock, no I/O.
 
 The parts: `routing` sends tests to kinds of workers and sorts out what can never run,
-`packing` finds the order, `admission` follows it by the `accounts`, `fairness` sees to it that
+`packing` finds the order, `admission` follows it by the `accounts`, `backfilling` sees to it that
 no test waits without end, `pressure` frees VRAM and waits, within limits, for VRAM that others
 hold, `cpu_pool` fills deep queues.
 """
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from pytest_gpushare.scheduler.accounts import DeviceLedger
 from pytest_gpushare.scheduler.admission import Admitting
+from pytest_gpushare.scheduler.backfilling import Backfilling
 from pytest_gpushare.scheduler.cpu_pool import CpuPool, Helping
-from pytest_gpushare.scheduler.fairness import Backfilling
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 from pytest_gpushare.scheduler.pressure import Pressure, raise_needs
 from pytest_gpushare.scheduler.queue import LoadOrder, Unit

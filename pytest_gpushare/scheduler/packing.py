@@ -208,7 +208,7 @@ class _Pieces:
 
 
 class _Device:
-    """A device as the dispatcher would use it; see `fairness` and `admission`."""
+    """A device as the dispatcher would use it; see `backfilling` and `admission`."""
 
     def __init__(self, device: Bin) -> None:
         self.room = device.budget

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pytest_gpushare.scheduler.accounts import DeviceLedger
 from pytest_gpushare.scheduler.admission import first_for
-from pytest_gpushare.scheduler.fairness import Backfilling
+from pytest_gpushare.scheduler.backfilling import Backfilling
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 from pytest_gpushare.scheduler.queue import Unit
 from pytest_gpushare.scheduler.types import Action, EmptyCaches, Note, Raised, Shutdown
