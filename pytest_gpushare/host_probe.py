@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pytest_gpushare.gpu.sampler import Probe
+    from pytest_gpushare.gpu.readings import Probe
 
 
 def host_probe() -> Probe:

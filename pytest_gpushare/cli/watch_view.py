@@ -16,7 +16,7 @@ from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, Memory
 from pytest_gpushare.gpu.host import identity, sees_every_process
-from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.gpu.readings import LiveVram
 from pytest_gpushare.host_probe import host_probe
 from pytest_gpushare.leases.ledger import directory_of
 from pytest_gpushare.leases.records import SessionWorker

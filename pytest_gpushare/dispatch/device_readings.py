@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gpushare.gpu.attribution import Attribution, ProcessSplit
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
-from pytest_gpushare.gpu.sampler import MEMORY_AGE, PROCESSES_AGE, Live
+from pytest_gpushare.gpu.readings import MEMORY_AGE, PROCESSES_AGE, Live
 from pytest_gpushare.ollama.models import OLLAMA
 from pytest_gpushare.scheduler.types import DeviceReading
 from pytest_gpushare.units import format_gb

@@ -30,7 +30,7 @@ from pytest_gpushare.gpu.host import (
     line_of,
     mps_is_running,
 )
-from pytest_gpushare.gpu.sampler import Live
+from pytest_gpushare.gpu.readings import Live
 from pytest_gpushare.hosts.answers import HERE, RemoteFacts, checkout_message, encode, rows_of
 from pytest_gpushare.hosts.checkout import Checkout, checkout_of
 from pytest_gpushare.hosts.host_lease import LeaseHere

@@ -14,7 +14,7 @@ import pytest
 
 from pytest_gpushare.compat.xdist_hosts import WorkerStart
 from pytest_gpushare.gpu.attribution import Attribution
-from pytest_gpushare.gpu.sampler import DeviceSamples, Live
+from pytest_gpushare.gpu.readings import DeviceSamples, Live
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.hosts.host_lease import HostLease, LeasesElsewhere
 from pytest_gpushare.hosts.live import AllAttribution, HostLive, global_pid

@@ -21,7 +21,7 @@ from pytest_gpushare.gpu.attribution import (
     Statement,
 )
 from pytest_gpushare.gpu.devices import GpuFacts, GpuProcess, Memory
-from pytest_gpushare.gpu.sampler import MEMORY_AGE, PROCESSES_AGE, Live, Reading
+from pytest_gpushare.gpu.readings import MEMORY_AGE, PROCESSES_AGE, Live, Reading
 from pytest_gpushare.hosts.answers import Foreign, ProcessRow, Sample, models_of
 from pytest_gpushare.hosts.connection import HostConnection
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts

@@ -11,7 +11,7 @@ from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.attribution import Attribution
 from pytest_gpushare.gpu.devices import Device
 from pytest_gpushare.gpu.devices import HostFacts as Figures
-from pytest_gpushare.gpu.sampler import Live
+from pytest_gpushare.gpu.readings import Live
 from pytest_gpushare.hosts.answers import RemoteFacts
 from pytest_gpushare.hosts.connection import HostConnection
 from pytest_gpushare.hosts.live import HostOllama

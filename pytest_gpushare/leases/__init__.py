@@ -144,7 +144,7 @@ def acquire(
 def _opened(device: str | int, directory: str) -> Iterator[tuple[Device, Lessee | None]]:
     """The device, and this process's part in the ledger; None where leases are off."""
     from pytest_gpushare.gpu.host import pid_space
-    from pytest_gpushare.gpu.sampler import LiveVram
+    from pytest_gpushare.gpu.readings import LiveVram
     from pytest_gpushare.host_probe import host_probe
     from pytest_gpushare.leases.ledger import AUTO, OFF, Ledger, LedgerError, directory_of
     from pytest_gpushare.leases.lessee import Lessee, LiveReadings

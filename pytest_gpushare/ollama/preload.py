@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import GpuFacts
-from pytest_gpushare.gpu.sampler import Live, LiveVram
+from pytest_gpushare.gpu.readings import Live, LiveVram
 from pytest_gpushare.ollama.address import Address
 from pytest_gpushare.ollama.catalog import blob_of
 from pytest_gpushare.ollama.client import NonsenseError, StatusError, UnreachableError, connect

@@ -25,7 +25,7 @@ from pytest_gpushare.text import WaitingLine
 from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
-    from pytest_gpushare.gpu.sampler import LiveVram
+    from pytest_gpushare.gpu.readings import LiveVram
 
 _OLLAMA_EVERY = 2.0
 """Seconds between two requests to Ollama while the session waits."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import PreloadError, SettingsError
-from pytest_gpushare.gpu.sampler import Live, LiveVram
+from pytest_gpushare.gpu.readings import Live, LiveVram
 from pytest_gpushare.leases.ledger import directory_of
 from pytest_gpushare.leases.lessee import Lessee, models_in_use
 from pytest_gpushare.ollama.keep_alive import KeepAlive, PreloadedModel

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts, simulated
-from pytest_gpushare.gpu.sampler import Probe
+from pytest_gpushare.gpu.readings import Probe
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.host_probe import host_probe
 from pytest_gpushare.ollama.address import Address, Candidate, candidates

@@ -17,7 +17,7 @@ from pytest_gpushare import __version__
 from pytest_gpushare.config.kinds import kind_of
 from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.gpu.sampler import DevicePeaks
+from pytest_gpushare.gpu.readings import DevicePeaks
 from pytest_gpushare.ollama.address import without_secrets
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.planning.placement import PlacementContext, caps_of

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
-from pytest_gpushare.gpu.sampler import DevicePeaks, DeviceSamples
+from pytest_gpushare.gpu.readings import DevicePeaks, DeviceSamples
 from pytest_gpushare.planning.plan import DevicePlan
 from pytest_gpushare.report.advice import Assessment, assess, declared_too_small, over_need
 from pytest_gpushare.report.candidates import Advice

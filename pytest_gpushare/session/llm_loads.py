@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.config.settings import Settings
     from pytest_gpushare.events import Record
     from pytest_gpushare.gpu.devices import GpuFacts
-    from pytest_gpushare.gpu.sampler import Live
+    from pytest_gpushare.gpu.readings import Live
     from pytest_gpushare.leases.lessee import Lessee
     from pytest_gpushare.ollama.address import Address
     from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts, RunModel

@@ -53,7 +53,7 @@ from pytest_gpushare.wire import Links
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_gpushare.gpu.sampler import Live
+    from pytest_gpushare.gpu.readings import Live
     from pytest_gpushare.ollama.monitor import Monitor
     from pytest_gpushare.scheduler.llm_marks import ModelUse
     from pytest_gpushare.session.llm import LlmTests

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, ProcessSplit, Statement
 from pytest_gpushare.gpu.devices import Device, Memory
-from pytest_gpushare.gpu.sampler import (
+from pytest_gpushare.gpu.readings import (
     MEMORY_AGE,
     MOST_ROWS,
     PROCESSES_AGE,

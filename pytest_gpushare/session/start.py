@@ -29,7 +29,7 @@ from pytest_gpushare.config.sources import gather, load, report_files
 from pytest_gpushare.errors import NoRoomError, OllamaUnreachableError, SettingsError
 from pytest_gpushare.gpu.devices import GpuFacts, HostFacts
 from pytest_gpushare.gpu.host import available_ram
-from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.gpu.readings import LiveVram
 from pytest_gpushare.gpu.visibility import VARIABLE, cuda_is_up, set_variables
 from pytest_gpushare.leases import AcquireTerms, in_run
 from pytest_gpushare.leases.ledger import OFF

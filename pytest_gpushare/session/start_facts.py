@@ -17,7 +17,7 @@ from pytest_gpushare.planning.plan import Plan
 
 if TYPE_CHECKING:
     from pytest_gpushare.gpu.attribution import Attribution
-    from pytest_gpushare.gpu.sampler import Live
+    from pytest_gpushare.gpu.readings import Live
     from pytest_gpushare.leases.lessee import Lessee
     from pytest_gpushare.planning.preloading import Loading
     from pytest_gpushare.scheduler.sharing import OwnShare

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from pytest_gpushare.worker import counters
 
 if TYPE_CHECKING:
-    from pytest_gpushare.gpu.sampler import LiveVram
+    from pytest_gpushare.gpu.readings import LiveVram
     from pytest_gpushare.wire import Link
 
 PER_SECOND, URGENT_PER_SECOND = 16, 4
@@ -83,7 +83,7 @@ class OwnVram:
     def _open(self) -> LiveVram:
         # Imported by the first test that may end without a framework's counters.
         from pytest_gpushare.gpu.nvml import OneDevice
-        from pytest_gpushare.gpu.sampler import LiveVram
+        from pytest_gpushare.gpu.readings import LiveVram
 
         self._live = LiveVram(OneDevice(self._device), timeout=PATIENCE)
         return self._live

@@ -12,7 +12,7 @@ from typing import Any
 
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage
-from pytest_gpushare.gpu.sampler import LiveVram, Series
+from pytest_gpushare.gpu.readings import LiveVram, Series
 from pytest_gpushare.host_probe import host_probe
 from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.session.services import Sampler, rows_for

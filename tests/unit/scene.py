@@ -9,7 +9,7 @@ from typing import Any
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.devices import GpuFacts, GpuProcess, HostFacts, Memory
-from pytest_gpushare.gpu.sampler import Reading
+from pytest_gpushare.gpu.readings import Reading
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.planning.startup import plan_run

@@ -11,7 +11,7 @@ import pytest
 from pytest_gpushare.dispatch.device_readings import SOONEST, DeviceReadings
 from pytest_gpushare.dispatch.executor import Timer
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
-from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.gpu.readings import LiveVram
 from pytest_gpushare.units import GB
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpushare.gpu.attribution import DeviceUsage
-from pytest_gpushare.gpu.sampler import Series
+from pytest_gpushare.gpu.readings import Series
 
 GB = 1024**3
 

@@ -9,14 +9,14 @@ import tracemalloc
 import pytest
 
 from pytest_gpushare.gpu.attribution import Attribution
-from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.gpu.readings import LiveVram
 from pytest_gpushare.session.services import Sampler
 from pytest_gpushare.session.tests import PhaseReport, RecordedTest, RecordedTests
 from pytest_gpushare.session.workers import LEAST, LeftVram, Peak
 from pytest_gpushare.units import GB, MB
 
 from .scene import CONTEXT, FIRST_PID, Scene
-from .test_gpu_sampler import Card as Library
+from .test_gpu_readings import Card as Library
 
 
 def test_process_lists_once_a_second_and_only_beside_workers() -> None:
@@ -219,7 +219,7 @@ def test_what_comes_back_is_no_leak() -> None:
 
 def test_a_reader_that_hangs_adds_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a watch that is stopped stays stopped, however NVML is."""
-    monkeypatch.setattr("pytest_gpushare.gpu.sampler.READ_TIMEOUT", 0.05)
+    monkeypatch.setattr("pytest_gpushare.gpu.readings.READ_TIMEOUT", 0.05)
     monkeypatch.setattr("pytest_gpushare.session.services.INTERVAL", 0.01)
     run, library = Scene(), Library()
     live = LiveVram(library)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
-from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.gpu.readings import LiveVram
 from pytest_gpushare.units import GB
 from pytest_gpushare.wire import Link
 from pytest_gpushare.worker import counters

@@ -10,7 +10,7 @@ import pytest
 from pytest_gpushare.gpu import sampler as live
 from pytest_gpushare.gpu.attribution import DeviceUsage
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
-from pytest_gpushare.gpu.sampler import DevicePeaks, DeviceSamples, LiveVram
+from pytest_gpushare.gpu.readings import DevicePeaks, DeviceSamples, LiveVram
 
 
 class Card:
