@@ -40,7 +40,7 @@ To a worker:
     pause          number: rest after this test    session/exclusive.py     worker/memory.py
     resume         number of the `pause`           session/exclusive.py     worker/memory.py
     alone          the device is its own, or not   session/exclusive.py     worker/oom_retry.py
-    lease          path of the session's record    session/registry.py      worker/plugin.py
+    lease          path of the session's record    session/session_record.py      worker/plugin.py
     closed         none: the channel has ended     worker/plugin.py         worker/plugin.py
 """
 

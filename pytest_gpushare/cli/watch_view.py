@@ -23,7 +23,7 @@ from pytest_gpushare.leases.records import SessionWorker
 from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts, described
 from pytest_gpushare.ollama.reservation import statements
 from pytest_gpushare.report.document import PLAN_SCHEMA, ollama_document
-from pytest_gpushare.session.registry import RunningSession, sessions
+from pytest_gpushare.session.session_record import RunningSession, sessions
 from pytest_gpushare.text import sparkline, wrapped
 from pytest_gpushare.timed import call_within
 from pytest_gpushare.units import format_gb, plural

@@ -33,8 +33,8 @@ from pytest_gpushare.planning.placement import (
 from pytest_gpushare.planning.plan import Plan, Slot
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.session.needs_store import ModelSizes, NeedsRecorder
-from pytest_gpushare.session.registry import OtherLeases, SessionRecord
 from pytest_gpushare.session.services import Sampler, Services, monitor_for
+from pytest_gpushare.session.session_record import OtherLeases, SessionRecord
 from pytest_gpushare.session.start_facts import (
     HostOfRun,
     LeasesOfHosts,

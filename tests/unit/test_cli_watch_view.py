@@ -21,7 +21,7 @@ from pytest_gpushare.cli.watch_view import (
 from pytest_gpushare.gpu.devices import Device, GpuProcess, Memory
 from pytest_gpushare.gpu.nvml import Nvml
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
-from pytest_gpushare.session.registry import RunningSession, SessionWorker
+from pytest_gpushare.session.session_record import RunningSession, SessionWorker
 from pytest_gpushare.text import encodable
 from pytest_gpushare.units import GB
 

@@ -17,7 +17,7 @@ from pytest_gpushare.leases.lessee import Lessee, View
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 from pytest_gpushare.planning.plan import Limit, Plan, Request, Slot
 from pytest_gpushare.session import registry
-from pytest_gpushare.session.registry import OtherLease, OtherLeases, SessionRecord, sessions
+from pytest_gpushare.session.session_record import OtherLease, OtherLeases, SessionRecord, sessions
 from pytest_gpushare.session.tests import RecordedTests
 from pytest_gpushare.session.workers import Workers
 from pytest_gpushare.wire import Links
