@@ -15,9 +15,9 @@ from pytest_gpushare.dispatch.suite import KindsOfWorkers, Parity, Suite, plain_
 from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.planning.placement import NUMBER
 from pytest_gpushare.scheduler.needs import CollectedTests, read
+from pytest_gpushare.service import AtSigterm
 from pytest_gpushare.session.needs_store import LearnedNeeds, remember_model_use, remember_needs
 from pytest_gpushare.session.run import ActiveRun
-from pytest_gpushare.sigterm import AtSigterm
 
 if TYPE_CHECKING:
     from pytest_gpushare.dispatch.executor import Executor

@@ -31,6 +31,7 @@ from pytest_gpushare.planning.placement import (
     worker_environment,
 )
 from pytest_gpushare.planning.plan import Plan, Slot
+from pytest_gpushare.service import Service
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.session.needs_store import ModelSizes, NeedsRecorder
 from pytest_gpushare.session.services import Sampler, Services, monitor_for
@@ -47,7 +48,6 @@ from pytest_gpushare.session.start_facts import (
 )
 from pytest_gpushare.session.tests import RecordedTests
 from pytest_gpushare.session.workers import WorkerRecord, Workers
-from pytest_gpushare.sigterm import Service
 from pytest_gpushare.wire import Links
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from pytest_gpushare.gpu.readings import (
 from pytest_gpushare.ollama.models import LoadedModel
 from pytest_gpushare.ollama.monitor import Monitor
 from pytest_gpushare.ollama.reservation import devices_of_ollama
+from pytest_gpushare.service import Service
 from pytest_gpushare.session.workers import Workers
-from pytest_gpushare.sigterm import Service
 
 if TYPE_CHECKING:
     from pytest_gpushare.config.settings import Settings

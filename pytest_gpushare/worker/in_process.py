@@ -176,8 +176,8 @@ class ModelsInProcess:
         uses = {at: use for at, use in found.items() if use is not None}
         if not uses:
             return
+        from pytest_gpushare.service import AtSigterm
         from pytest_gpushare.session.llm import LlmTests
-        from pytest_gpushare.sigterm import AtSigterm
 
         self._llm = self._run.llm = LlmTests(self._run, uses, {}, [item.nodeid for item in items])
         self._run.services.add(AtSigterm(self._llm))
