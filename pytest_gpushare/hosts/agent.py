@@ -44,8 +44,8 @@ from pytest_gpushare.planning.plan import NeighbourShare, Request
 from pytest_gpushare.planning.startup import PlanHooks
 from pytest_gpushare.session.start import EarlierRuns, Host, start
 from pytest_gpushare.session.start_facts import StartFacts
-from pytest_gpushare.text import WaitingLine
 from pytest_gpushare.timed import TimedCall
+from pytest_gpushare.waiting_line import WaitingLine
 
 Send = Callable[[dict[str, Any]], None]
 

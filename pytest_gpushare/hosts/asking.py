@@ -29,7 +29,8 @@ from pytest_gpushare.hosts.specs import HostSpec
 from pytest_gpushare.leases.lessee import EnoughElsewhereError
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.session.start_facts import StartFacts
-from pytest_gpushare.text import WaitingLine, one_line
+from pytest_gpushare.text import one_line
+from pytest_gpushare.waiting_line import WaitingLine
 
 _LOOK = 0.05
 """Seconds for which one host is listened to while the run waits."""

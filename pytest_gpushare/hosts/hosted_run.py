@@ -27,7 +27,7 @@ from pytest_gpushare.planning.placement import (
 )
 from pytest_gpushare.planning.plan import Slot, shortage
 from pytest_gpushare.session.run import ActiveRun
-from pytest_gpushare.session.services import Sampler
+from pytest_gpushare.session.sampler import Sampler
 from pytest_gpushare.session.start_facts import (
     HostOfRun,
     ReadingSource,

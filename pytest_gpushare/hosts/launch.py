@@ -53,8 +53,9 @@ from pytest_gpushare.session.start import (
     start_locally,
 )
 from pytest_gpushare.session.start_facts import StartFacts, placement_context
-from pytest_gpushare.text import WaitingLine, read_regular
+from pytest_gpushare.text import read_regular
 from pytest_gpushare.units import MB
+from pytest_gpushare.waiting_line import WaitingLine
 
 if TYPE_CHECKING:
     import pytest

@@ -187,7 +187,7 @@ def _claim(lessee: Lessee, device: Device, size: int, wait: float | None) -> Non
     from pytest_gpushare.leases.ledger import LedgerError
     from pytest_gpushare.leases.lessee import Wish
     from pytest_gpushare.leases.records import DeviceLease
-    from pytest_gpushare.text import WaitingLine
+    from pytest_gpushare.waiting_line import WaitingLine
 
     if size > device.total:
         raise LeaseUnavailable(

@@ -21,8 +21,8 @@ from pytest_gpushare.leases.lessee import Lessee, LiveReadings, View, Wish
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 from pytest_gpushare.planning.plan import DevicePlan, LeasedByOthers, Limit, Plan
 from pytest_gpushare.scheduler.types import DeviceCapacity
-from pytest_gpushare.text import WaitingLine
 from pytest_gpushare.units import format_gb
+from pytest_gpushare.waiting_line import WaitingLine
 
 if TYPE_CHECKING:
     from pytest_gpushare.gpu.readings import LiveVram

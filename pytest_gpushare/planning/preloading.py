@@ -15,7 +15,7 @@ from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.preload import Preloaded, ollama_pids, preload, vram_of
 from pytest_gpushare.planning.startup import Probes, probe
 from pytest_gpushare.service import AtSigterm
-from pytest_gpushare.text import WaitingLine
+from pytest_gpushare.waiting_line import WaitingLine
 
 
 class Loading(NamedTuple):

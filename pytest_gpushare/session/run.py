@@ -34,7 +34,8 @@ from pytest_gpushare.planning.plan import Plan, Slot
 from pytest_gpushare.service import Service
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.session.needs_store import ModelSizes, NeedsRecorder
-from pytest_gpushare.session.services import Sampler, Services, monitor_for
+from pytest_gpushare.session.sampler import Sampler
+from pytest_gpushare.session.services import Services, monitor_for
 from pytest_gpushare.session.session_record import OtherLeases, SessionRecord
 from pytest_gpushare.session.start_facts import (
     HostOfRun,

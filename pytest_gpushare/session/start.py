@@ -58,8 +58,8 @@ from pytest_gpushare.session.needs_store import (
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start_facts import RunOptions, StartFacts
 from pytest_gpushare.session.tests import Observer
-from pytest_gpushare.text import WaitingLine
 from pytest_gpushare.units import format_gb
+from pytest_gpushare.waiting_line import WaitingLine
 from pytest_gpushare.wire import ITSELF
 
 if TYPE_CHECKING:

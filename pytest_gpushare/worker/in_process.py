@@ -21,8 +21,8 @@ from pytest_gpushare.leases.ledger import LedgerError
 from pytest_gpushare.leases.lessee import Lessee, View, Wish
 from pytest_gpushare.leases.records import DeviceLease
 from pytest_gpushare.planning.plan import Plan
-from pytest_gpushare.text import WaitingLine
 from pytest_gpushare.units import format_gb
+from pytest_gpushare.waiting_line import WaitingLine
 from pytest_gpushare.wire import ITSELF, Link
 from pytest_gpushare.worker.collection import REFUSAL, MarkerReader, may_use_models
 from pytest_gpushare.worker.plugin import PlacementPlugin, follow, watch_memory

@@ -538,7 +538,7 @@ STOPWATCH = """
     import atexit, os, pathlib, sys, threading, time
 
     MAIN = threading.main_thread().ident
-    DRIVER = ("timed.py", os.path.join("gpu", "sampler.py"), os.path.join("gpu", "nvml.py"))
+    DRIVER = ("timed.py", os.path.join("gpu", "readings.py"), os.path.join("gpu", "nvml.py"))
     waited, stopped = 0.0, threading.Event()
 
     def waits():

@@ -366,9 +366,9 @@ def test_run_without_leases_is_shown(
 
 
 SCALED = """
-    from pytest_gpushare import text
+    from pytest_gpushare import waiting_line
     from pytest_gpushare.leases import lessee
-    lessee.DEFAULT_WAIT, text.LOG_INTERVAL = 10.0, 2.0
+    lessee.DEFAULT_WAIT, waiting_line.LOG_INTERVAL = 10.0, 2.0
 """
 
 LONG = """

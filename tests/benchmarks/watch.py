@@ -15,7 +15,7 @@ from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage
 from pytest_gpushare.gpu.readings import LiveVram, Series
 from pytest_gpushare.host_probe import host_probe
 from pytest_gpushare.planning.plan import Plan, Request
-from pytest_gpushare.session.services import Sampler, rows_for
+from pytest_gpushare.session.sampler import Sampler, rows_for
 from pytest_gpushare.session.workers import Workers
 
 from .scene import LIMIT, scene

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pytest_gpushare.gpu import sampler as live
+from pytest_gpushare.gpu import readings as live
 from pytest_gpushare.gpu.attribution import DeviceUsage
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.readings import DevicePeaks, DeviceSamples, LiveVram

@@ -24,8 +24,8 @@ from pytest_gpushare.planning.plan import NeighbourShare, Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.scheduler.sharing import OwnShare
 from pytest_gpushare.session.start_facts import StartFacts
-from pytest_gpushare.text import WaitingLine
 from pytest_gpushare.units import GB, MOST_VRAM
+from pytest_gpushare.waiting_line import WaitingLine
 
 from .damage import ODD, damaged
 

@@ -17,7 +17,7 @@ from pytest_gpushare.leases import lessee as lessees
 from pytest_gpushare.leases.ledger import Ledger, LedgerError
 from pytest_gpushare.leases.lessee import Lessee, Outcome, Revision, View, Wish
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
-from pytest_gpushare.text import WaitingLine
+from pytest_gpushare.waiting_line import WaitingLine
 
 TOTAL = 10
 

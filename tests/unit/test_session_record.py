@@ -16,7 +16,7 @@ from pytest_gpushare.leases.ledger import Ledger, LiveSession
 from pytest_gpushare.leases.lessee import Lessee, View
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 from pytest_gpushare.planning.plan import Limit, Plan, Request, Slot
-from pytest_gpushare.session import registry
+from pytest_gpushare.session import session_record
 from pytest_gpushare.session.session_record import OtherLease, OtherLeases, SessionRecord, sessions
 from pytest_gpushare.session.tests import RecordedTests
 from pytest_gpushare.session.workers import Workers
@@ -52,14 +52,14 @@ class Running:
         self.service.start()
         wait_for(lambda: len(self.shown().workers) == 3)
 
-    def shown(self) -> registry.RunningSession:
+    def shown(self) -> session_record.RunningSession:
         (found,) = sessions(self.directory)
         return found
 
 
 @pytest.fixture
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
-    monkeypatch.setattr(registry, "INTERVAL", 0.01)
+    monkeypatch.setattr(session_record, "INTERVAL", 0.01)
     made = Running(tmp_path / "leases")
     yield made
     made.service.stop()
@@ -157,6 +157,6 @@ def test_leases_of_others_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
         OtherLease("GPU-0", own, 3.0, 3.0, 4),
         OtherLease("GPU-0", own, 5.0, 5.0, 4),
     ]
-    monkeypatch.setattr(registry, "MOST_LEASES", 4)
+    monkeypatch.setattr(session_record, "MOST_LEASES", 4)
     see(6.0, Holder(mine, 8, None))
     assert list(found)[-1] == OtherLease("GPU-0", own, 5.0, 6.0, 8)

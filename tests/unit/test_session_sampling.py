@@ -10,7 +10,7 @@ import pytest
 
 from pytest_gpushare.gpu.attribution import Attribution
 from pytest_gpushare.gpu.readings import LiveVram
-from pytest_gpushare.session.services import Sampler
+from pytest_gpushare.session.sampler import Sampler
 from pytest_gpushare.session.tests import PhaseReport, RecordedTest, RecordedTests
 from pytest_gpushare.session.workers import LEAST, LeftVram, Peak
 from pytest_gpushare.units import GB, MB
@@ -220,7 +220,7 @@ def test_what_comes_back_is_no_leak() -> None:
 def test_a_reader_that_hangs_adds_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a watch that is stopped stays stopped, however NVML is."""
     monkeypatch.setattr("pytest_gpushare.gpu.readings.READ_TIMEOUT", 0.05)
-    monkeypatch.setattr("pytest_gpushare.session.services.INTERVAL", 0.01)
+    monkeypatch.setattr("pytest_gpushare.session.sampler.INTERVAL", 0.01)
     run, library = Scene(), Library()
     live = LiveVram(library)
     watch = Sampler(live, Attribution(), ["GPU-0"], run.active.workers, run.active.record)

@@ -1,0 +1,182 @@
+"""The service that samples the VRAM of the devices.
+
+It reads their VRAM five times a second and the process lists once a second. One thread reads and
+keeps; nothing is written while the tests run, so no slow disk can cost a sample.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pytest_gpushare.events import Record
+from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, ProcessSplit, Statement
+from pytest_gpushare.gpu.devices import Memory
+from pytest_gpushare.gpu.readings import (
+    MOST_ROWS,
+    RECENT_ROWS,
+    DeviceSamples,
+    Live,
+)
+from pytest_gpushare.session.workers import Workers
+
+if TYPE_CHECKING:
+    pass
+
+INTERVAL = 0.2
+"""Seconds between readings of a device's memory: 12 microseconds for the driver."""
+
+PROCESSES_INTERVAL = 1.0
+"""Seconds between readings of process lists: milliseconds, under a lock of the driver."""
+
+_STOP_TIMEOUT = 1.0
+_MOST_ROWS_OF_ALL = 60_000
+"""Rows of all devices together: a machine with many of them must not need more memory."""
+
+
+def rows_for(devices: int) -> int:
+    """The most rows that each of so many devices keeps."""
+    return min(MOST_ROWS, max(2 * RECENT_ROWS, _MOST_ROWS_OF_ALL // max(1, devices)))
+
+
+class Sampler:
+    """A service that samples the devices of the plan until it is stopped."""
+
+    def __init__(
+        self,
+        live: Live,
+        attribution: Attribution,
+        devices: Sequence[str],
+        workers: Workers,
+        record: Record,
+        statements: Callable[[], Sequence[Statement]] = tuple,
+    ) -> None:
+        """`statements`: what neighbours say of themselves, where NVML does not identify them."""
+        self._statements, self._attribution = statements, attribution
+        self._splits: dict[str, ProcessSplit | None] = {}
+        self._live, self._workers, self._record, self._clock = live, workers, record, record.clock
+        most = rows_for(len(devices))
+        self.devices = {uuid: DeviceSamples(most) for uuid in devices}
+        self.cpu_time = 0.0
+        """Seconds of CPU time of the sampling thread."""
+        self._last_processes = float("-inf")
+        self._listed_workers: Mapping[int, str] = {}
+        """PID -> id of the workers of the last process list."""
+        self._last_memory = float("-inf")
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="gpu-share-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to sample."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop sampling."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(_STOP_TIMEOUT)
+
+    def last_look(self, worker: str = "") -> None:
+        """All fixtures are torn down and the workers still there: what do they hold now?
+
+        `worker`: look at this one alone, the process of which ends before those of the others.
+        """
+        begun = self._clock()
+        self.sample(processes=True, workers=self._workers.not_crashed())
+        for member in self._workers:
+            if member.kept is not None or worker not in ("", member.id):
+                continue
+            if member.readings and member.readings[-1][0] >= self._record.since_start(begun):
+                member.kept = member.readings[-1][1]
+
+    def _run(self) -> None:
+        due = self._clock()
+        while not self._stopped.is_set():
+            self.sample(processes=False)
+            self.cpu_time = time.thread_time()
+            due = max(due + INTERVAL, self._clock())
+            self._stopped.wait(due - self._clock())
+
+    def sample(self, *, processes: bool, workers: Mapping[int, str] | None = None) -> None:
+        """One row for each device; process lists when they are due, or asked for."""
+        workers = self._workers.at_work() if workers is None else workers
+        with self._lock:
+            since = self._clock() - self._last_processes
+            if not workers:
+                self._settle()
+            elif processes or since >= PROCESSES_INTERVAL:
+                self._read_processes(workers)
+            reading = self._live.memory(INTERVAL / 2)
+            if reading.at <= self._last_memory:
+                # The driver hangs: its last answer is not a new sample.
+                return
+            self._last_memory = reading.at
+            at = self._record.since_start(reading.at)
+            for uuid, usage in self._usage(reading.devices).items():
+                self.devices[uuid].add(at, usage)
+
+    def _usage(self, memory: Mapping[str, Memory]) -> Mapping[str, DeviceUsage]:
+        watched = {uuid: now for uuid, now in memory.items() if uuid in self.devices}
+        return self._attribution.usage(watched, self._splits, self._statements())
+
+    def _read_processes(self, workers: Mapping[int, str]) -> None:
+        self._last_processes = self._clock()
+        self._listed_workers = workers
+        before = self._live.memory(0.0).devices
+        reading = self._live.processes(0.0)
+        if reading.at < self._last_processes - PROCESSES_INTERVAL:
+            self._forget_processes()
+            return
+        # The higher of both: what processes give back meanwhile must not shrink the others.
+        memory = {
+            uuid: max(now, before.get(uuid, now), key=lambda each: each.used)
+            for uuid, now in self._live.memory(0.0).devices.items()
+        }
+        self._splits = {
+            uuid: self._attribution.split(found, workers)
+            for uuid, found in reading.devices.items()
+            if uuid in memory
+        }
+        usage = self._usage(memory)
+        # Of a worker that sees several devices, on the one where it holds the most: as counted.
+        held: dict[str, int] = {}
+        for uuid, device in self.devices.items():
+            found = usage.get(uuid)
+            device.listed(found)
+            for worker, size in ((found and found.workers) or {}).items():
+                held[worker] = max(size, held.get(worker, 0))
+        at = self._record.since_start(reading.at)
+        self._note_readings(at, held, usage, set(workers.values()))
+        self._attribution.forget_all_but(
+            {process.pid for found in reading.devices.values() for process in found or ()}
+        )
+
+    def _note_readings(
+        self,
+        at: float,
+        held: Mapping[str, int],
+        usage: Mapping[str, DeviceUsage],
+        present: set[str],
+    ) -> None:
+        for member in self._workers:
+            # 0 is a figure only where the worker's own device attributes processes.
+            found = usage.get(member.device or "")
+            if found is not None and found.workers is not None and member.id in present:
+                self._workers.read(member, at, held.get(member.id, 0))
+
+    def _settle(self) -> None:
+        """No worker is there: the last process list explains what was sampled since the one
+        before, and what is taken from here on is no test's."""
+        if self._listed_workers:
+            self._read_processes(self._listed_workers)
+        self._listed_workers, self._splits = {}, {}
+        for device in self.devices.values():
+            device.without_tests()
+
+    def _forget_processes(self) -> None:
+        self._splits = {}
+        for device in self.devices.values():
+            device.listed(None)
