@@ -23,7 +23,7 @@ from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.planning.placement import PlacementContext, caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
 from pytest_gpushare.report.header import header, left_out
-from pytest_gpushare.report.of_ollama import document_of_tests, verdict
+from pytest_gpushare.report.ollama_lines import document_of_tests, verdict
 from pytest_gpushare.report.results import Results
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.workers import Peak, WorkerRecord

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gpushare.report.advice import admits_by_needs, amount, gpu_tests_without_gpu
 from pytest_gpushare.report.header import Line, OutputOptions, header
-from pytest_gpushare.report.of_ollama import lines_of_tests, verdict
+from pytest_gpushare.report.ollama_lines import lines_of_tests, verdict
 from pytest_gpushare.report.results import Results, Usage
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import Leak
