@@ -270,7 +270,7 @@ class _RunHooks:
         """End what ran beside the tests; under --gpu-share-strict what went wrong fails the run."""
         run = self._run
         # The workers' processes are there only until xdist's own part of this hook.
-        run.look_again()
+        run.read_workers_now()
         try:
             return (yield)
         finally:

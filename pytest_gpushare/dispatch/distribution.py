@@ -245,7 +245,7 @@ class VramDispatch:
         """End the process of a worker that has no tests left while others have: only that gives
         back the VRAM of its context and of its frameworks' caches."""
         if self.has_gpu(node) and not node.gateway.spec.via:
-            self._started.look_again(node.gateway.id)
+            self._started.read_workers_now(node.gateway.id)
             with contextlib.suppress(OSError):
                 node.gateway.exit()
 
@@ -321,7 +321,7 @@ class VramDispatch:
         remember_model_use(self._config, uses=bool(weighed.uses))
         self._uses = weighed.uses
         if started.shares_devices:
-            started.leases_by_the_test()
+            started.allow_vram_of_others()
         capacities = self._capacities()
         jobs, models = weighed.jobs, None
         if weighed.uses:
@@ -359,7 +359,7 @@ class VramDispatch:
                 lambda text: started.record.note("leases-unknown", text),
                 lambda: wake(executor.node()),
             )
-            started.look_for_others(executor.shared.look)
+            started.look_with(executor.shared.look)
         executor.elsewhere = started.leases_elsewhere(lambda: wake(executor.node()))
         return executor
 

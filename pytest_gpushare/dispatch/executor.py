@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.scheduler.dispatcher import Dispatcher
     from pytest_gpushare.scheduler.types import DeviceReading
     from pytest_gpushare.session.llm import LlmTests
-    from pytest_gpushare.session.start_facts import LeasesOfHosts
+    from pytest_gpushare.session.start_facts import LeasesElsewhereProtocol
     from pytest_gpushare.session.tests import RecordedTests
     from pytest_gpushare.wire import Links
 
@@ -129,7 +129,7 @@ class Executor:
         """What loads the models that tests use; None where none does."""
         self.shared: SharedDevices | None = None
         """Where other sessions of the host may use the devices, too."""
-        self.elsewhere: LeasesOfHosts | None = None
+        self.elsewhere: LeasesElsewhereProtocol | None = None
         """The same on other hosts."""
         self._has_changed = False
         """Whether a worker holds other VRAM than the other sessions know."""

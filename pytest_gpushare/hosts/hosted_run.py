@@ -24,6 +24,7 @@ from pytest_gpushare.planning.placement import (
     NUMBER,
     seen,
     worker_environment,
+    worker_message,
 )
 from pytest_gpushare.planning.plan import Slot, shortage
 from pytest_gpushare.session.run import ActiveRun
@@ -91,10 +92,10 @@ class HostSamplers:
         for each in self._samplers:
             each.stop()
 
-    def last_look(self, worker: str = "") -> None:
+    def read_workers_now(self, worker: str = "") -> None:
         """See `Sampler`."""
         for each in self._samplers:
-            each.last_look(worker)
+            each.read_workers_now(worker)
 
 
 class HostedRun(ActiveRun):
@@ -256,17 +257,23 @@ class HostedRun(ActiveRun):
                     environment[name] = self._there(part, text)
         return {**environment, NUMBER: str(number)}
 
-    def _message(self, number: int) -> dict[str, Any]:
+    def _worker_message(self, number: int) -> dict[str, Any]:
+        """By the plan of the worker's host; the tests are the whole run's."""
         part = self._hosts_of_numbers[number]
-        own = part.own_number(number, len(self.plan.slots))
-        lease = part.lease if part.number else self._lease_path
-        message = self._message_by(part.plan, own, part.placement, lease)
+        server = part.ollama.server if part.number else None
+        message = worker_message(
+            self.settings,
+            part.plan,
+            part.own_number(number, len(self.plan.slots)),
+            part.placement,
+            context_of=self.context_of,
+            ollama_url=self._ollama_url if server is None else server.url,
+            lease=part.lease if part.number else self._lease_path,
+        )
         tests = message["tests"]
         tests["absence"] = "" if self.plan.slots else shortage(self.plan)
         tests["budget"] = self.plan.usable
         tests["devices"] = self._most_devices
-        if part.number and part.ollama.server is not None:
-            tests["ollama"]["url"] = part.ollama.server.url
         # Each test asks for its model itself: what this host's server has says nothing there.
         tests["ollama"]["dispatched"] = False
         return {**message, "number": number}

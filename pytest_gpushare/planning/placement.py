@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import Device
 from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.leases import AcquireTerms
 from pytest_gpushare.place import Place
 from pytest_gpushare.planning.caps import (
     CONTEXT_ALLOWANCE,
@@ -150,14 +151,39 @@ def place_of(plan: Plan, number: int) -> Place:
     return Place("gpu", device.uuid, device.name, device.index, slot.vram, document)
 
 
-def message_to(plan: Plan, number: int, placement: PlacementContext) -> dict[str, Any]:
-    """The placement of a worker, in the builtin types that execnet carries."""
+def worker_message(
+    settings: Settings,
+    plan: Plan,
+    number: int,
+    placement: PlacementContext,
+    *,
+    context_of: Callable[[str | None], int],
+    ollama_url: str,
+    lease: str,
+) -> dict[str, Any]:
+    """All that the worker of this number is sent when it starts, in builtin types.
+
+    `context_of` gives the bytes of a CUDA context on devices of a name, `ollama_url` is where tests
+    find the server, and `lease` the path of the record that the worker keeps alive.
+    """
     slot = plan.slots[number] if number < len(plan.slots) else None
     own = {} if placement.simulated else visibility(plan, slot.device if slot else None, placement)
-    return {"place": vars(place_of(plan, number)), "visible": own}
+    place = place_of(plan, number)
+    models = message_of_models(settings)
+    models |= {"url": ollama_url, "dispatched": not plan.request.in_process}
+    return {
+        "place": vars(place),
+        "visible": own,
+        "memory": {"context": context_of(place.name), "empty_caches": settings.empty_caches},
+        "tests": {**_message_of_tests(settings, plan, placement), "ollama": models},
+        "lease": lease,
+        "acquire": list(AcquireTerms.of(settings)),
+    }
 
 
-def message_of_tests(settings: Settings, plan: Plan, placement: PlacementContext) -> dict[str, Any]:
+def _message_of_tests(
+    settings: Settings, plan: Plan, placement: PlacementContext
+) -> dict[str, Any]:
     """What a worker must know to find its GPU tests."""
     return {
         "marker": settings.marker,
@@ -168,7 +194,6 @@ def message_of_tests(settings: Settings, plan: Plan, placement: PlacementContext
         "absence": "" if plan.slots else shortage(plan),
         "budget": plan.usable,
         "devices": len(seen(plan, plan.slots[0].device, placement)) if plan.slots else 0,
-        "ollama": message_of_models(settings),
     }
 
 

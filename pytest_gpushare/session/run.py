@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Attribution, Holding, Statement, holding
 from pytest_gpushare.gpu.visibility import VARIABLE
-from pytest_gpushare.leases import AcquireTerms
 from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.ollama.address import candidates
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel
@@ -25,12 +24,11 @@ from pytest_gpushare.planning.caps import (
 from pytest_gpushare.planning.placement import (
     NUMBER,
     PlacementContext,
-    message_of_tests,
-    message_to,
     seen,
     worker_environment,
+    worker_message,
 )
-from pytest_gpushare.planning.plan import Plan, Slot
+from pytest_gpushare.planning.plan import Slot
 from pytest_gpushare.service import Service
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.session.needs_store import ModelSizes, NeedsRecorder
@@ -38,10 +36,10 @@ from pytest_gpushare.session.sampler import Sampler
 from pytest_gpushare.session.services import Services, monitor_for
 from pytest_gpushare.session.session_record import OtherLeases, SessionRecord
 from pytest_gpushare.session.start_facts import (
+    DispatchState,
     HostOfRun,
-    LeasesOfHosts,
+    LeasesElsewhereProtocol,
     ReadingSource,
-    Routing,
     RunOptions,
     StartFacts,
     nothing,
@@ -150,7 +148,7 @@ class ActiveRun:
                 self._lease.admits_by_needs()
         self.llm: LlmTests | None = None
         """The tests that use models of Ollama's; None where none does."""
-        self.routing = Routing(on_needs)
+        self.routing = DispatchState(on_needs)
         self.monitor = monitor_for(self)
         if self.monitor is not None:
             services.append(self.monitor)
@@ -210,7 +208,7 @@ class ActiveRun:
         devices = frozenset(planned.device.uuid for planned in self.plan.devices)
         return [ReadingSource(self.live, devices, self.resident, self.attribution)]
 
-    def leases_elsewhere(self, _wake: Callable[[], object]) -> LeasesOfHosts | None:
+    def leases_elsewhere(self, _wake: Callable[[], object]) -> LeasesElsewhereProtocol | None:
         """What the run leases on other hosts while its tests are dispatched; None: nothing."""
         return None
 
@@ -230,7 +228,7 @@ class ActiveRun:
             return None
         return None if self._lease.is_by_the_test else self.lessee.record.lease(uuid).lease
 
-    def leases_by_the_test(self) -> None:
+    def allow_vram_of_others(self) -> None:
         """The dispatch leases what each test needs: no other session's lease limits the run.
 
         What others had leased when the plan was made, the tests of this one may have once it is
@@ -244,18 +242,18 @@ class ActiveRun:
             ),
         )
 
-    def look_for_others(self, look: Callable[[], object]) -> None:
+    def look_with(self, look: Callable[[], object]) -> None:
         """Call this function now and then, from the thread that keeps the record up to date."""
         if self._lease is not None:
-            self._lease.leases_by_the_test(look)
+            self._lease.look_with(look)
 
-    def look_again(self, worker: str = "") -> None:
-        """Read once more what workers hold, or one of them: their fixtures are torn down, their
+    def read_workers_now(self, worker: str = "") -> None:
+        """Read what the workers hold, or one of them: their fixtures are torn down, their
         processes alive."""
         if self.sampler is not None and self.services.runs(self.sampler):
             # An error of NVML must not change the result of the run.
             with contextlib.suppress(Exception):
-                self.sampler.last_look(worker)
+                self.sampler.read_workers_now(worker)
 
     def end(self) -> None:
         """Stop the services; harmless when called twice."""
@@ -266,12 +264,12 @@ class ActiveRun:
         """The placement of this process where it runs the tests itself."""
         if not self.plan.request.in_process or self.unplaced:
             return None
-        return self._message(0)
+        return self._worker_message(0)
 
     def message_to(self, spec: Any) -> dict[str, Any] | None:
         """The placement for the worker of this spec; None where the plan does not place it."""
         number = (spec.env or {}).get(NUMBER, "")
-        return self._message(int(number)) if number.isdigit() else None
+        return self._worker_message(int(number)) if number.isdigit() else None
 
     def place(self, specs: Sequence[Any]) -> None:
         """Write each worker's place into the environment of its execnet spec.
@@ -377,23 +375,17 @@ class ActiveRun:
         server = self.ollama.server
         return (server or candidates(self.settings.ollama_host, os.environ)[0].address).url
 
-    def _message(self, number: int) -> dict[str, Any]:
-        return self._message_by(self.plan, number, self.placement, self._lease_path)
-
-    def _message_by(
-        self, plan: Plan, number: int, placement: PlacementContext, lease: str
-    ) -> dict[str, Any]:
-        """The message to the worker of this number in a plan, which is its host's."""
-        message = message_to(plan, number, placement)
-        memory = {
-            "context": self.context_of(message["place"]["name"]),
-            "empty_caches": self.settings.empty_caches,
-        }
-        tests = message_of_tests(self.settings, plan, placement)
-        tests["ollama"]["url"] = self._ollama_url
-        tests["ollama"]["dispatched"] = not self.plan.request.in_process
-        acquire = list(AcquireTerms.of(self.settings))
-        return {**message, "memory": memory, "tests": tests, "lease": lease, "acquire": acquire}
+    def _worker_message(self, number: int) -> dict[str, Any]:
+        """What the worker of this number is sent when it starts."""
+        return worker_message(
+            self.settings,
+            self.plan,
+            number,
+            self.placement,
+            context_of=self.context_of,
+            ollama_url=self._ollama_url,
+            lease=self._lease_path,
+        )
 
     @property
     def _lease_path(self) -> str:

@@ -79,7 +79,7 @@ class Sampler:
         if self._thread.is_alive():
             self._thread.join(_STOP_TIMEOUT)
 
-    def last_look(self, worker: str = "") -> None:
+    def read_workers_now(self, worker: str = "") -> None:
         """All fixtures are torn down and the workers still there: what do they hold now?
 
         `worker`: look at this one alone, the process of which ends before those of the others.

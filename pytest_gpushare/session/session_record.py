@@ -172,7 +172,7 @@ class SessionRecord:
         """Whether the dispatch leases what each test needs."""
         return self._look is not None
 
-    def leases_by_the_test(self, look: Callable[[], object]) -> None:
+    def look_with(self, look: Callable[[], object]) -> None:
         """From now on the dispatch leases; `look` is called now and then for other sessions."""
         self._look = look
 

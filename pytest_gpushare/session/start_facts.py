@@ -101,7 +101,7 @@ class CollectionDifferences(Protocol):
         """Tests that were skipped on CPU workers and would run on a GPU."""
 
 
-class Routing:
+class DispatchState:
     """The plugin's own dispatch, once all workers have collected."""
 
     def __init__(self, on_needs: Callable[[], object]) -> None:
@@ -136,7 +136,7 @@ class HostOfRun(NamedTuple):
         return self.name or "this host"
 
 
-class LeasesOfHosts(Protocol):
+class LeasesElsewhereProtocol(Protocol):
     """The leases on other hosts, as the dispatch asks for them and respects them."""
 
     @property

@@ -95,7 +95,7 @@ class RecordedTests:
         self.waits: dict[str, float] = {}
         """Node id -> seconds for which a test waited for VRAM."""
         self.remarks: dict[str, list[str]] = {}
-        """Node id -> what whoever reads of a test should know."""
+        """Node id -> remarks for the report."""
         self.counts: Counter[str] = Counter()
         """Outcome -> tests."""
         self.total = 0
@@ -110,13 +110,13 @@ class RecordedTests:
         """Tests that were counted and not kept."""
         return max(0, sum(self.counts.values()) - len(self._tests))
 
-    def passed(
+    def record_if_passed(
         self, worker: str, nodeid: str, when: str | None, start: float, end: float, marked: bool
     ) -> bool:
-        """Take a phase that passed, as nearly all do; False: `reported` must look at it closely.
+        """Fast path for a phase that passed, as nearly all do; False: call `reported`.
 
-        As for `reported`; each test passes here three times, so nothing is built or compared here
-        that a phase which passed does not need.
+        Each test comes here three times, so nothing is built or compared that a phase which passed
+        does not need.
         """
         key = worker, nodeid
         with self._lock:
@@ -188,7 +188,7 @@ class RecordedTests:
                     whole = Peak(process + context, "frameworks", sure)
                     member.process = higher(member.process, whole)
                 if counted.left is not None:
-                    member.growths.ran(nodeid, counted.left)
+                    member.left.ran(nodeid, counted.left)
             for text in message.get("notes") or ():
                 self.remarks.setdefault(nodeid, []).append(str(text)[:_LONGEST])
             last = self._last.get(worker)
@@ -235,7 +235,7 @@ class RecordedTests:
             self.waits[nodeid] = self.waits.get(nodeid, 0.0) + seconds
 
     def remark(self, nodeid: str, text: str) -> None:
-        """Something that whoever reads of this test should know."""
+        """Add a remark on this test for the report."""
         with self._lock:
             self.remarks.setdefault(nodeid, []).append(text)
 
@@ -330,8 +330,8 @@ def leaks(tests: Iterable[RecordedTest], workers: Iterable[WorkerRecord]) -> lis
 
 
 def _of(member: WorkerRecord, tests: Sequence[RecordedTest]) -> Iterator[Leak]:
-    if member.growths.is_reported:
-        for nodeid, size in member.growths.leaks():
+    if member.left.is_reported:
+        for nodeid, size in member.left.leaks():
             yield Leak(size, member.id, "frameworks", (nodeid,))
         return
     size = (member.kept or 0) - member.context
@@ -366,7 +366,7 @@ class Observer:
         self._shift_of = shift_of
         self._workers, self._record, self._marker = workers, record, marker
         self._began = record.began_at
-        self._passed, self._other = tests.passed, tests.reported
+        self._passed, self._other = tests.record_if_passed, tests.reported
         self._tests = tests
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:

@@ -113,7 +113,7 @@ class WorkerRecord:
     """The most that its frameworks held, what earlier tests left in their caches included."""
     seen: Peak | None = None
     """The highest figure of NVML for it and its descendants."""
-    growths: LeftVram = field(default_factory=LeftVram)
+    left: LeftVram = field(default_factory=LeftVram)
     readings: list[tuple[float, int]] = field(default_factory=list)
     """(seconds, bytes) by NVML since the end of the last test that was reported."""
 

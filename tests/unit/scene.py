@@ -124,5 +124,5 @@ class Scene:
         for member in self.active.workers:
             self.active.workers.leave(member.id, self._now[0], crashed=False)
         self._now[0] += 1
-        self.sampler.last_look()
+        self.sampler.read_workers_now()
         return self.active

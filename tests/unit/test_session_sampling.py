@@ -139,7 +139,7 @@ def test_a_phase_that_passed_is_taken_as_any_other(
             found.reported("gw0", report)
     (report,) = reports("t::a", (when, "passed"), at=5)
     long.reported("gw0", report)
-    if not short.passed("gw0", "t::a", when, report.start, report.end, report.marked):
+    if not short.record_if_passed("gw0", "t::a", when, report.start, report.end, report.marked):
         short.reported("gw0", report)
     slots = [name for name in RecordedTest.__slots__ if name != "peak"]
     short_tests, long_tests = (
@@ -153,7 +153,7 @@ def test_phases_that_pass_need_no_closer_look() -> None:
     """Or the short way would be none."""
     found = journal()
     for at, when in enumerate(("setup", "call", "teardown")):
-        assert found.passed("gw0", "t::a", when, at, at + 1, True)
+        assert found.record_if_passed("gw0", "t::a", when, at, at + 1, True)
     (test,) = found
     assert (test.outcome, test.start, test.end, test.marked) == ("passed", 0, 3, True)
     assert found.counts == {"passed": 1}
@@ -206,15 +206,15 @@ def test_many_tests_in_little_memory() -> None:
 
 
 def test_what_comes_back_is_no_leak() -> None:
-    growths = LeftVram()
-    growths.ran("t::handles", LEAST)
-    growths.ran("t::keeps", 2 * GB)
-    growths.ran("t::leaks", 1 * GB)
-    growths.ran("t::gives_back", -2 * GB)
-    growths.ran("t::gives_small_things_back", -LEAST)
-    assert growths.leaks() == [("t::leaks", GB)]
-    growths.ran("t::gives_a_part_back", -GB // 2)
-    assert growths.leaks() == [("t::leaks", GB // 2)]
+    left = LeftVram()
+    left.ran("t::handles", LEAST)
+    left.ran("t::keeps", 2 * GB)
+    left.ran("t::leaks", 1 * GB)
+    left.ran("t::gives_back", -2 * GB)
+    left.ran("t::gives_small_things_back", -LEAST)
+    assert left.leaks() == [("t::leaks", GB)]
+    left.ran("t::gives_a_part_back", -GB // 2)
+    assert left.leaks() == [("t::leaks", GB // 2)]
 
 
 def test_a_reader_that_hangs_adds_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
