@@ -32,8 +32,9 @@ _NOTHING = CollectedTests(0, (), (), ())
 
 
 class GpuShareScheduling:
-    """xdist's scheduler protocol, which xdist calls from one thread.
+    """xdist's scheduler interface: xdist calls it by these names, from one thread.
 
+    Each event of xdist's, such as `unscheduled`, calls one method, and then `tests_finished`.
     Who schedules is decided when all tests are collected, as only markers show whether there
     are needs. Until then xdist's scheduler receives everything; after that only one does.
     """
@@ -80,14 +81,20 @@ class GpuShareScheduling:
 
     @property
     def tests_finished(self) -> bool:
-        """Whether the workers may be ended; xdist asks after everything that happens."""
-        if self._executor is None:
+        """Whether the workers may be ended. xdist reads this after each event: a step that the
+        event made due is made here."""
+        executor = self._executor
+        if executor is None:
             return self._differs or bool(self._stock.tests_finished)
         if self._due:
-            # Only now all is known that came with the event, such as that a test comes again.
-            self._due = False
-            self._executor.step()
-        return self._executor.is_done
+            self._step_after_event(executor)
+        return executor.is_done
+
+    def _step_after_event(self, executor: Executor) -> None:
+        """Make the step that is due: all is known now that came with the event, such as that a
+        test comes again."""
+        self._due = False
+        executor.step()
 
     @property
     def has_pending(self) -> bool:
@@ -129,8 +136,11 @@ class GpuShareScheduling:
             self._executor.step()
 
     def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
-        """A worker has done a test."""
-        self._stock.mark_test_complete(node, item_index, duration)
+        """xdist's event `runtest_protocol_complete`: a worker has done a test."""
+        if self._executor is None:
+            self._stock.mark_test_complete(node, item_index, duration)
+        else:
+            self._executor.on_test_done(node.gateway.id, item_index, duration)
 
     def mark_test_pending(self, item: str) -> None:
         """Another plugin wants a test to run once more."""
@@ -150,7 +160,7 @@ class GpuShareScheduling:
         if self._executor is None:
             self._stock.remove_pending_tests_from_node(node, indices)
         else:
-            self._executor.receive(node.gateway.id, indices)
+            self._executor.on_message(node.gateway.id, indices)
 
     def remove_node(self, node: Any) -> str | None:
         """A worker has ended or died; returns the test in which it died."""
@@ -184,17 +194,10 @@ class GpuShareScheduling:
                 return
             self._executor = self._dispatch.begin(self._suite, kinds)
         if self._executor is None:
-            # Called for each test: as if nobody stood in between.
-            self.mark_test_complete = self._stock.mark_test_complete  # type: ignore[method-assign]
             self._stock.schedule()
             return
-        self.mark_test_complete = self._complete  # type: ignore[method-assign]
         self._join(self._executor)
         self._executor.step()
-
-    def _complete(self, node: Any, item_index: int, duration: float = 0) -> None:
-        assert self._executor is not None
-        self._executor.done(node.gateway.id, item_index, duration)
 
     def _join(self, executor: Executor) -> None:
         for node, ids in self._nodes.items():
@@ -338,7 +341,7 @@ class VramDispatch:
             self._report_lost,
             lambda: is_ending(self._plugins),
         )
-        started.links.on("test", executor.hold)
+        started.links.on("test", executor.note_held)
         if started.llm is not None:
             executor.models = started.llm
             started.llm.on_outcome = lambda: wake(executor.node())

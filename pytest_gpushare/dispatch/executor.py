@@ -176,7 +176,7 @@ class Executor:
         lost = self._dispatcher.worker_down(worker, replaced=replaced, unsent=member.unsent)
         return None if lost.running is None else self._nodeids[lost.running]
 
-    def done(self, worker: str, index: int, duration: float) -> None:
+    def on_test_done(self, worker: str, index: int, duration: float) -> None:
         """A worker has done a test."""
         member = self._members.get(worker)
         if member is None:
@@ -189,11 +189,11 @@ class Executor:
         if self._dispatcher.finished(worker, number, self._held.pop(worker, None), duration):
             self.step()
 
-    def receive(self, worker: str, words: Sequence[Any]) -> None:
-        """A worker says something to the dispatcher."""
+    def on_message(self, worker: str, message: Sequence[Any]) -> None:
+        """Pass a worker's message to the dispatcher; an empty one only makes a step."""
         member = self._members.get(worker)
-        if member is not None and words:
-            kind, payload = words[0], words[1:]
+        if member is not None and message:
+            kind, payload = message[0], message[1:]
             if kind == "asked":
                 test = member.collection.numbers[payload[0]]
                 self._dispatcher.next_test_requested(worker, test, str(payload[1]))
@@ -215,7 +215,7 @@ class Executor:
         """Dispatch once more a test that is over."""
         self._dispatcher.again(number)
 
-    def hold(self, worker: str, message: Mapping[str, Any]) -> None:
+    def note_held(self, worker: str, message: Mapping[str, Any]) -> None:
         """Keep, in any thread, what a worker's frameworks hold after a test."""
         self._held[worker] = self._by_device(worker, message.get("helds"))
 
