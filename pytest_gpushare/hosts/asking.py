@@ -97,8 +97,8 @@ class AskedHost:
             return None
         return self.connection, self.hello, self.facts
 
-    def hear(self, until: float) -> bool:
-        """Whether it says something until then. Raises `HostError` where it cannot take part."""
+    def receive_until(self, until: float) -> bool:
+        """Take its next message; whether one came until then. Raises `HostError` where it cannot take part."""
         message = self.connection.next(until)
         if message is None:
             if self.connection.is_over:
@@ -142,7 +142,7 @@ class AskedHost:
 
     def says_something(self) -> None:
         """Take what it says next. Raises `HostError`."""
-        if not self.hear(self.until):
+        if not self.receive_until(self.until):
             raise HostError(
                 f"{self.name}: no answer within {START_LIMIT:g} s: try "
                 f"`ssh {' '.join(self.connection.spec.ssh)} true`"
@@ -288,7 +288,7 @@ class _LineOfAll(WaitingLine):
         """Take what the hosts say. Raises `HostError`, and `EnoughElsewhereError`."""
         for host in self._start.hosts:
             if host.answer is None:
-                while host.hear(time.monotonic() + limit) and host.answer is None:
+                while host.receive_until(time.monotonic() + limit) and host.answer is None:
                     pass
         if self._start.has_room():
             raise EnoughElsewhereError

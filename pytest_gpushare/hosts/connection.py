@@ -43,8 +43,8 @@ class HostConnection:
     def __init__(self, spec: HostSpec, request: Mapping[str, Any]) -> None:
         self.spec = spec
         self.name = spec.name
-        self.begun = self.heard_at = time.monotonic()
-        """When it said something last, on the monotonic clock."""
+        self.begun = self.last_message_at = time.monotonic()
+        """When its last message came, on the monotonic clock."""
         self.problem = ""
         """Why it is over; empty while it is not."""
         self._handler: Callable[[dict[str, Any]], object] | None = None
@@ -179,7 +179,7 @@ class HostConnection:
 
     def _take(self, message: dict[str, Any]) -> None:
         with self._changed:
-            self.heard_at = time.monotonic()
+            self.last_message_at = time.monotonic()
             handler = self._handler
             # Nobody needs a sample of before the run.
             if handler is None and message.get("kind") != "sample":

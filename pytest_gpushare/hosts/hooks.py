@@ -52,8 +52,8 @@ class HostHooks:
     def pytest_sessionfinish(self) -> None:
         """Before xdist ends its workers: those of lost hosts are gone."""
         for part in self._run.parts:
-            if part.there is not None:
-                part.there.model_sizes.keep(self._config)
+            if part.ollama_there is not None:
+                part.ollama_there.model_sizes.keep(self._config)
             if self._is_lost(part) and self._replacements is not None:
                 self._replacements.forget(proxy_id(part.number))
 
@@ -138,7 +138,7 @@ class ConnectionWatch:
         ).start()
 
     def _take(self, message: Mapping[str, Any]) -> None:
-        live, there = self._part.live, self._part.there
+        live, there = self._part.live, self._part.ollama_there
         # What makes no sense is no reading: the host is as one that says nothing.
         with contextlib.suppress(ValueError, TypeError):
             if message.get("kind") == "sample":
@@ -156,7 +156,7 @@ class ConnectionWatch:
     def _follow(self, connection: HostConnection) -> None:
         while not connection.is_over:
             connection.say("beat")
-            silent = time.monotonic() - connection.heard_at
+            silent = time.monotonic() - connection.last_message_at
             if silent >= SILENCE:
                 self._lost(f"silent for {SILENCE:g} s")
                 return

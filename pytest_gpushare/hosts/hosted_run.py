@@ -118,8 +118,8 @@ class HostedRun(ActiveRun):
             for text in part.loaded:
                 self.record.note("ollama-preloaded", f"{part.name}: {text}", host=part.name)
         for part in parts:
-            if part.there is not None and part.connection is not None:
-                monitor = part.there.follow(self.workers, self.record, part.connection)
+            if part.ollama_there is not None and part.connection is not None:
+                monitor = part.ollama_there.follow(self.workers, self.record, part.connection)
                 if monitor is not None:
                     self.services.include(monitor)
 
@@ -137,7 +137,7 @@ class HostedRun(ActiveRun):
                 sorted(part.devices),
                 self.workers,
                 self.record,
-                self.statements if part.there is None else part.there.statements,
+                self.statements if part.ollama_there is None else part.ollama_there.statements,
             )
             for part in self.parts
             if part.live is not None and part.devices
@@ -188,7 +188,7 @@ class HostedRun(ActiveRun):
         ]
 
     def _resident_on(self, part: HostPart) -> Callable[[], Mapping[str, int]]:
-        monitor = part.there.monitor if part.there is not None else None
+        monitor = part.ollama_there.monitor if part.ollama_there is not None else None
         if part.number:
             return dict if monitor is None else monitor.resident
         return self.resident
@@ -215,7 +215,9 @@ class HostedRun(ActiveRun):
 
     def monitors(self) -> list[tuple[str, Monitor]]:
         """See `ActiveRun`."""
-        there = [(part.name, part.there) for part in self.parts if part.there is not None]
+        there = [
+            (part.name, part.ollama_there) for part in self.parts if part.ollama_there is not None
+        ]
         return [
             *super().monitors(),
             *((name, each.monitor) for name, each in there if each.monitor is not None),

@@ -219,7 +219,7 @@ def _parts(
                 path=hello.path,
                 connection=connection,
                 python=hello.python,
-                there=there,
+                ollama_there=there,
                 cache=facts.cache,
                 notes=facts.notes,
                 loaded=facts.loaded,

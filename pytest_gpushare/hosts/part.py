@@ -52,7 +52,7 @@ class HostPart:
     connection: HostConnection | None = None
     python: str = ""
     """The version of Python there."""
-    there: HostOllama | None = None
+    ollama_there: HostOllama | None = None
     """Its Ollama, for the monitor; None where it has no GPU worker."""
     shared: HostLease | None = None
     """What the run leases there while its tests are dispatched."""
