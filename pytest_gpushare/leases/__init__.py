@@ -66,7 +66,7 @@ _raise: Raise | None = None
 _most: Callable[[int], int] | None = None
 
 
-def in_run(terms: AcquireTerms) -> Callable[[], None]:
+def set_terms(terms: AcquireTerms) -> Callable[[], None]:
     """Have `acquire` follow the settings of a run in this process until the result is called."""
     global _terms
     before, _terms = _terms, terms
@@ -78,7 +78,7 @@ def _set(terms: AcquireTerms | None) -> None:
     _terms = terms
 
 
-def in_tests(raised: Raise | None, most: Callable[[int], int] | None = None) -> None:
+def set_need_hooks(raised: Raise | None, most: Callable[[int], int] | None = None) -> None:
     """Have `acquire` raise the need of the test that runs, where tests are admitted by needs.
 
     `most` raises it as far as that goes at once; see `most_for_test`.

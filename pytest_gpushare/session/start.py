@@ -31,7 +31,7 @@ from pytest_gpushare.gpu.devices import GpuFacts, HostFacts
 from pytest_gpushare.gpu.host import available_ram
 from pytest_gpushare.gpu.readings import LiveVram
 from pytest_gpushare.gpu.visibility import VARIABLE, cuda_is_up, set_variables
-from pytest_gpushare.leases import AcquireTerms, in_run
+from pytest_gpushare.leases import AcquireTerms, set_terms
 from pytest_gpushare.leases.ledger import OFF
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
@@ -414,7 +414,7 @@ def start_locally(
 
 
 def _active(facts: StartFacts, config: pytest.Config, options: Any, unplaced: str) -> ActiveRun:
-    config.add_cleanup(in_run(AcquireTerms.of(facts.settings)))
+    config.add_cleanup(set_terms(AcquireTerms.of(facts.settings)))
     return ActiveRun(facts, run_options(config, options, unplaced), config=config)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpushare.leases import LeaseUnavailable, in_tests
+from pytest_gpushare.leases import LeaseUnavailable, set_need_hooks
 from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.leases.ledger import LedgerError
 from pytest_gpushare.leases.lessee import Lessee, View, Wish
@@ -46,7 +46,7 @@ def begin_in_process(run: ActiveRun, config: pytest.Config, message: Mapping[str
         wait = None if run.settings.wait is None else float(run.settings.wait)
         leases = LeasePerTest(run.lessee, run.plan, tests, wait)
         plugins.register(leases, "gpu-share-lease-per-test")
-        config.add_cleanup(partial(in_tests, None))
+        config.add_cleanup(partial(set_need_hooks, None))
 
 
 class LeasePerTest:
@@ -63,7 +63,7 @@ class LeasePerTest:
         self._is_explained = False
         self._need = self._acquired = 0
         """Bytes that the running test has by its need, and by what it acquired."""
-        in_tests(self.raised)
+        set_need_hooks(self.raised)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self) -> Generator[None, Any, Any]:

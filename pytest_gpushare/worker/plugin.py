@@ -75,11 +75,11 @@ class PlacementPlugin:
 def begin(config: pytest.Config, message: Mapping[str, Any]) -> None:
     """In an xdist worker, before pytest's own plugins are configured."""
     # Every worker pays for what is imported here: no more than the place itself.
-    from pytest_gpushare.leases import AcquireTerms, in_run
+    from pytest_gpushare.leases import AcquireTerms, set_terms
     from pytest_gpushare.place import Place, entered
 
     config.add_cleanup(entered(Place(**message["place"])))
-    config.add_cleanup(in_run(AcquireTerms(*message["acquire"])))
+    config.add_cleanup(set_terms(AcquireTerms(*message["acquire"])))
     keep_log_file(config)
     channel = message["channel"]
     link = Link(channel.send)

@@ -21,7 +21,7 @@ import pytest
 
 from pytest_gpushare.compat import pytest_items
 from pytest_gpushare.compat.xdist_events import Commands, Interactor, interactor_of
-from pytest_gpushare.leases import DEFAULT_WAIT, LeaseUnavailable, in_tests
+from pytest_gpushare.leases import DEFAULT_WAIT, LeaseUnavailable, set_need_hooks
 from pytest_gpushare.scheduler.needs import spread, written
 from pytest_gpushare.units import format_gb
 from pytest_gpushare.worker.collection import (
@@ -187,11 +187,11 @@ class RunLoop:
             commands.hand_over()
             return None
         raised = RaisedNeed(self._link.on, partial(interactor.send, "raise"))
-        in_tests(raised, raised.most)
+        set_need_hooks(raised, raised.most)
         try:
             self._run(session, interactor, commands)
         finally:
-            in_tests(None)
+            set_need_hooks(None)
         return True
 
     def _run(self, session: pytest.Session, interactor: Interactor, commands: Commands) -> None:
