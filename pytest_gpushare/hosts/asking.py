@@ -98,7 +98,10 @@ class AskedHost:
         return self.connection, self.hello, self.facts
 
     def receive_until(self, until: float) -> bool:
-        """Take its next message; whether one came until then. Raises `HostError` where it cannot take part."""
+        """Take its next message; whether one came until then.
+
+        Raises `HostError` where it cannot take part.
+        """
         message = self.connection.next(until)
         if message is None:
             if self.connection.is_over:
