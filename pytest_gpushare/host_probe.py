@@ -1,11 +1,14 @@
-"""The probe of this host's devices, which knows the processes of the servers beside the tests."""
+"""What reads the devices of this host, and knows the processes of the servers that use them.
+
+The one module that imports a vendor's: others ask for a reader here.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pytest_gpushare.gpu.readings import Probe
+    from pytest_gpushare.gpu.readings import DeviceReader, Probe
 
 
 def host_probe() -> Probe:
@@ -19,3 +22,18 @@ def host_probe() -> Probe:
     from pytest_gpushare.ollama.reservation import neighbour_of
 
     return Nvml(neighbour_of)
+
+
+def device_reader(uuid: str) -> DeviceReader:
+    """What a worker reads of its own device; opened by the first reading."""
+    from pytest_gpushare.gpu.nvml import OneDevice
+
+    return OneDevice(uuid)
+
+
+def own_vram(uuid: str) -> int | None:
+    """Bytes of this process on the device of that UUID; None where the driver gives none in
+    time."""
+    from pytest_gpushare.gpu import nvml
+
+    return nvml.own_vram(uuid)

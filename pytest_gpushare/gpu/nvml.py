@@ -237,6 +237,10 @@ class Nvml:
             for process in found
         )
 
+    def reason(self, error: Exception) -> str:
+        """Why NVML gave no answer, with what to do about it."""
+        return reason(error)
+
     def _shut_down(self, library: Any) -> None:
         with contextlib.suppress(Exception):
             library.nvmlShutdown()

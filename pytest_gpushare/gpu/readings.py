@@ -50,6 +50,9 @@ class Probe(DeviceReader, Protocol):
     def versions(self) -> tuple[str | None, str | None]:
         """Versions of the library, and of the runtime that its driver supports."""
 
+    def reason(self, error: Exception) -> str:
+        """Why the driver gave no answer, with what to do about it."""
+
     def close(self) -> None:
         """Release the library; harmless when called twice."""
 

@@ -134,14 +134,12 @@ class _NvmlReading:
         self._call = TimedCall(self._read, "nvml")
 
     def _read(self) -> GpuFacts:
-        from pytest_gpushare.gpu.nvml import reason
-
         try:
             self.nvml.open()
             return self.nvml.read(*self._visible)
         except Exception as error:
             # Else it would be reported as a time-out.
-            return GpuFacts(absence=reason(error))
+            return GpuFacts(absence=self.nvml.reason(error))
 
     def finish(self) -> GpuFacts:
         facts = _until(self._end, self._call) or GpuFacts(

@@ -331,7 +331,7 @@ def measured_context(device: str) -> int | None:
     counted = _counted_by_frameworks()
     if counted is None:
         return None
-    from pytest_gpushare.gpu.nvml import own_vram
+    from pytest_gpushare.host_probe import own_vram
 
     own = own_vram(device)
     return own - counted if own is not None and own > counted else None
