@@ -77,9 +77,9 @@ class Interactor:
         """The protocol of this test is over."""
         self._plugin.sendevent("runtest_protocol_complete", item_index=index, duration=seconds)
 
-    def send(self, *words: Any) -> None:
-        """Send something to the scheduler, which receives it in xdist's own thread."""
-        self._plugin.sendevent("unscheduled", indices=list(words))
+    def send(self, kind: str, *payload: Any) -> None:
+        """Send the dispatcher a message, which it receives in xdist's own thread."""
+        self._plugin.sendevent("unscheduled", indices=[kind, *payload])
 
 
 class Commands:
