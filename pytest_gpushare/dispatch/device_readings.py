@@ -46,6 +46,9 @@ class DeviceReadings:
         self._naming: set[str] = set()
         """UUIDs of devices of which the driver has named what a worker holds there."""
         self._last_report = self._read_at = float("-inf")
+        self._spaced_from = float("-inf")
+        """When they were read last, but where that was required."""
+        self._is_required = False
         self._basis: object = None
         """What the last answer was made of."""
         self._found: dict[str, DeviceReading] = {}
@@ -54,10 +57,18 @@ class DeviceReadings:
         """A GPU worker has done a test: what was read before shows what it held then."""
         self._last_report = self._reported[worker] = self._clock()
 
+    def require_current(self) -> None:
+        """The next answer decides what a worker gets: have NVML asked, if no report is new.
+
+        What tests have allocated since the processes were listed is missing there, and in what
+        is free by now: counted twice, it would keep out what fits.
+        """
+        self._is_required = True
+
     @property
     def due_at(self) -> float:
         """When the devices may be read again, if a test is over that the last answer lacks."""
-        return self._read_at + SOONEST if self._read_at < self._last_report else float("inf")
+        return self._spaced_from + SOONEST if self._read_at < self._last_report else float("inf")
 
     def now(self) -> Mapping[str, DeviceReading]:
         """UUID -> reading; empty where nobody can be asked.
@@ -68,8 +79,13 @@ class DeviceReadings:
             return {}
         # The processes first: of what a test allocates meanwhile, free must show at least as
         # much as its worker does, or the room would be counted twice.
-        age = max(SOONEST, self._clock() - self._last_report)
+        now, is_required, self._is_required = self._clock(), self._is_required, False
+        # What is read for a request of a worker does not delay the reading for its next report.
+        soonest = 0.0 if now - self._spaced_from >= SOONEST else SOONEST
+        age = SOONEST if is_required else max(soonest, now - self._last_report)
         processes = self._live.processes(min(PROCESSES_AGE, age))
+        if not is_required and processes.at > self._read_at:
+            self._spaced_from = processes.at
         self._read_at = processes.at
         # Free VRAM that is older than the processes lacks what they have taken since: it would
         # be given away twice. One thread reads both, so the younger one began after the other.

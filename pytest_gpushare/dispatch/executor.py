@@ -195,8 +195,10 @@ class Executor:
         if member is not None and message:
             kind, payload = message[0], message[1:]
             if kind == "asked":
-                test = member.collection.numbers[payload[0]]
-                self._dispatcher.next_test_requested(worker, test, str(payload[1]))
+                test, when = member.collection.numbers[payload[0]], str(payload[1])
+                if when == "end":
+                    self._readings.require_current()
+                self._dispatcher.next_test_requested(worker, test, when)
             elif kind == "emptied":
                 self._readings.has_reported(worker)
                 self._has_changed = True

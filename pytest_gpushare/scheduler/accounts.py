@@ -12,7 +12,7 @@ class Account:
     """What one worker has on one device, in bytes."""
 
     __slots__ = (
-        "ahead", "began_after_reading", "by_nvml", "committed", "has_context", "held",
+        "ahead", "began_after_reading", "beyond", "by_nvml", "committed", "has_context", "held",
         "left_behind", "need", "outstanding", "present", "running", "unseen",
     )  # fmt: skip
 
@@ -38,6 +38,8 @@ class Account:
     ahead: int
     """What its next test, which was sent already, takes of the VRAM that is free while the running
     one ends: what that gives back may come late."""
+    beyond: int
+    """The part of that which is not in `outstanding`."""
     unseen: int
     """What it keeps for its next test beyond `present`, where neither NVML nor the worker itself
     knows: what the device lacked when its last test was over, as far as that was admitted with so
@@ -46,7 +48,7 @@ class Account:
     @classmethod
     def opened(cls) -> Account:
         """That of a worker which has done nothing yet."""
-        return cls(0, 0, None, False, False, False, 0, 0, 0, 0, 0, 0)
+        return cls(0, 0, None, False, False, False, 0, 0, 0, 0, 0, 0, 0)
 
 
 class DeviceLedger:
@@ -78,7 +80,7 @@ class DeviceLedger:
         """Whether processes have outlived the tests that started them."""
         self._is_attributed = False
         """Whether NVML has reported what a worker holds here."""
-        self.present = self.committed = self.outstanding = self.ahead = 0
+        self.present = self.committed = self.outstanding = self.beyond = 0
         """The sums over all accounts."""
 
     def open(self, worker: str) -> None:
@@ -109,8 +111,8 @@ class DeviceLedger:
     def keep_ahead(self, worker: str, need: int) -> None:
         """Keep so much free for the next test of a worker while its running one ends; 0: none."""
         account = self.accounts[worker]
-        self.ahead += need - account.ahead
         account.ahead = need
+        self._post(account)
 
     def stop(self, worker: str, held: int | None) -> int:
         """The test is over; returns what should come back."""
@@ -144,10 +146,17 @@ class DeviceLedger:
         committed, outstanding = present, 0
         if account.running and account.need > present:
             committed, outstanding = account.need, account.need - present
+        beyond = account.ahead
+        if beyond and account.by_nvml is not None:
+            # The running test, of which the call is over, has given back what it held and takes
+            # no more: what is outstanding is the next one's. Where that is unknown both count.
+            beyond = max(0, beyond - outstanding)
         self.present += present - account.present
         self.committed += committed - account.committed
         self.outstanding += outstanding - account.outstanding
-        account.present, account.committed, account.outstanding = present, committed, outstanding
+        self.beyond += beyond - account.beyond
+        account.present, account.committed = present, committed
+        account.outstanding, account.beyond = outstanding, beyond
 
     def read(self, reading: DeviceReading) -> bool:
         """Take what NVML says now. Returns whether that is anything new."""
@@ -243,12 +252,12 @@ class DeviceLedger:
         leased = self._leased(own)
         if self.reading.free is None:
             return leased
-        free = self.reading.free - self.kept - self.ahead
+        free = self.reading.free - self.kept - self.beyond
         if own is None:
             live = free - self._unclaimed(self.outstanding)
         else:
             outstanding = self._unclaimed(self.outstanding - own.outstanding)
-            live = free - outstanding + own.ahead + own.present + own.unseen
+            live = free - outstanding + own.beyond + own.present + own.unseen
         return live if leased is None else min(live, leased)
 
     def _leased(self, own: Account | None) -> int | None:
@@ -285,8 +294,8 @@ class DeviceLedger:
         if outstanding:
             outstanding = self._unclaimed(outstanding)
         live = free - self.kept - outstanding + own.present + own.unseen
-        if self.ahead:
-            live -= self.ahead - own.ahead
+        if self.beyond:
+            live -= self.beyond - own.beyond
         if own.left_behind:
             # A need that is no more than a slot may count them in; but what they hold is not free.
             live = min(live, free + own.present + own.unseen - own.left_behind)

@@ -142,15 +142,13 @@ class Sharing:
 
 
 def _committed(ledger: DeviceLedger) -> int:
-    if not ledger.ahead:
+    if not ledger.beyond:
         return ledger.committed
     # The first test that was sent ahead takes no more than is free, those behind it may want more.
     free = ledger.reading.free
-    left = ledger.ahead if free is None else max(0, free - ledger.kept)
-    return sum(
-        max(account.committed, account.present + min(account.ahead, left))
-        for account in ledger.accounts.values()
-    )
+    accounts = ledger.accounts.values()
+    left = max(one.ahead for one in accounts) if free is None else max(0, free - ledger.kept)
+    return sum(max(one.committed, one.present + min(one.ahead, left)) for one in accounts)
 
 
 def _kept(account: Account, context: int) -> int:

@@ -54,6 +54,8 @@ class Script:
     crashes: bool = False
     teardown: float = 0.0
     """Seconds after the call."""
+    frees: bool = False
+    """Whether it gives back in its call what it does not keep, and not after its teardown."""
 
 
 @dataclass
@@ -274,6 +276,8 @@ class World:
     def _called(self, process: Process, test: int, script: Script) -> None:
         if not process.alive:
             return
+        if script.frees:
+            self._give_back(process, test, script)
         self._ask(process, "end")
         if script.teardown:
             self._at(script.teardown, self._finish, process, test, script)
@@ -303,13 +307,7 @@ class World:
         process.running = None
         self._outcome(test, "done")
         held = None
-        if needs := self._needs(process, test):
-            for device in needs:
-                keeps = self.rooms[device].context + script.keeps
-                back = process.held[device] - keeps
-                process.held[device] = keeps
-                if self.late and back > 0:
-                    self.devices[device].late.append((self.now + self.late, back))
+        if self._give_back(process, test, script):
             held = dict(process.held) if self.by_pid or (script.keeps and self.counts) else None
         wants = self.dispatcher.finished(process.worker.id, test, held, script.duration)
         self._start(process)
@@ -318,6 +316,17 @@ class World:
             wants = True
         if wants:
             self._step()
+
+    def _give_back(self, process: Process, test: int, script: Script) -> bool:
+        """Have its process hold no more than the test keeps; False: it has used no device."""
+        needs = self._needs(process, test)
+        for device in needs:
+            keeps = self.rooms[device].context + script.keeps
+            back = process.held[device] - keeps
+            process.held[device] = keeps
+            if self.late and back > 0:
+                self.devices[device].late.append((self.now + self.late, back))
+        return bool(needs)
 
     def _emptied(self, process: Process, withdraw: bool) -> None:
         if not process.alive:

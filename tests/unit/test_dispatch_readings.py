@@ -92,6 +92,32 @@ def test_free_is_never_older_than_the_processes() -> None:
     live.close()
 
 
+def test_what_is_read_when_a_worker_asks_for_its_next_test() -> None:
+    """What a test has taken since the processes were listed would be missing twice: there, and in
+    what is free. The report that follows is seen as soon as it would be without."""
+    nvml = Nvml(GpuProcess(os.getpid(), GB))
+    clock = [100.0]
+    live = LiveVram(nvml, lambda: clock[0])
+    readings = DeviceReadings(live, ["GPU-0"], clock=lambda: clock[0])
+    readings.workers[os.getpid()] = "gw0"
+    readings.now()
+    nvml.held = (GpuProcess(os.getpid(), 3 * GB),)
+    clock[0] += 0.2
+    assert readings.now()["GPU-0"].held == {"gw0": GB}
+    readings.require_current()
+    assert readings.now()["GPU-0"].held == {"gw0": 3 * GB}
+    nvml.held = (GpuProcess(os.getpid(), 2 * GB),)
+    clock[0] += 0.001
+    readings.has_reported("gw0")
+    assert readings.now()["GPU-0"].held == {"gw0": 2 * GB}
+    assert nvml.lists == 3
+    clock[0] += 0.001
+    readings.require_current()
+    readings.now()
+    assert nvml.lists == 3
+    live.close()
+
+
 def test_who_is_not_in_the_list_holds_nothing() -> None:
     """Once the driver has named a worker; a list that names none may be one of another host."""
     nvml = Nvml(GpuProcess(2**22 + 1, GB))

@@ -68,7 +68,10 @@ def test_the_sums_are_those_of_the_accounts() -> None:
             one.held if one.by_nvml is None else one.by_nvml for one in accounts
         )
         assert ledger.committed == sum(one.committed for one in accounts)
-        assert ledger.ahead == sum(one.ahead for one in accounts)
+        assert ledger.beyond == sum(
+            one.ahead if one.by_nvml is None else max(0, one.ahead - one.outstanding)
+            for one in accounts
+        )
         assert ledger.outstanding == sum(max(0, one.need - one.present) for one in accounts)
         assert ledger.running == {w: a for w, a in ledger.accounts.items() if a.running}
         for one in ledger.accounts:
@@ -87,6 +90,12 @@ def test_what_the_next_test_takes_while_the_running_one_ends() -> None:
     ledger.keep_ahead("gw0", 8 * GB)
     assert (ledger.limit("gw0"), ledger.limit("gw1")) == (21 * GB, 3 * GB)
     assert (ledger.limit_by_budget("gw1"), ledger.limit_by_free_vram("gw1")) == (11 * GB, 3 * GB)
+    # Its call has given all back: what is outstanding is what the next test takes.
+    ledger.read(DeviceReading(22 * GB, None, {"gw0": 0, "gw1": 0}))
+    assert (ledger.limit("gw0"), ledger.limit("gw1")) == (21 * GB, 11 * GB)
+    # Where no process is named nobody knows that.
+    ledger.read(DeviceReading(22 * GB, None, {"gw0": None, "gw1": None}))
+    assert ledger.limit("gw1") == 3 * GB
     ledger.close("gw0")
     ledger.read(DeviceReading(22 * GB, None, {"gw1": 0}))
     assert ledger.limit("gw1") == 21 * GB

@@ -81,6 +81,7 @@ def suite(count: int, seed: int, *, faults: bool, **policy: Any) -> dict[str, An
             draw.choice([0, 0, draw.randint(0, 4) * GB // 2]),
             faults and draw.random() < 0.1,
             draw.choice([0.0, 0.0, 0.3]),
+            frees=number % 2 == 0,
         )
     devices = {uuid: Device(size + GB) for uuid, size in budgets.items()}
     if faults and draw.random() < 0.5:
