@@ -278,10 +278,9 @@ class _RunHooks:
             run.model_sizes.keep(session.config)
             if run.has_failed() and session.exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
-            from pytest_gpushare.report.publish import log_summary, publish
+            from pytest_gpushare.report.publish import publish
 
             publish(self._results, session.config, int(session.exitstatus))
-            log_summary(self._results, session.config)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """What the tests used, and what went wrong on the way."""

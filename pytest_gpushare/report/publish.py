@@ -21,8 +21,7 @@ from pytest_gpushare.report.output import (
     shown_text,
     verbosity_of,
 )
-from pytest_gpushare.report.results import Results
-from pytest_gpushare.report.summary import HINT, leak_text, summary
+from pytest_gpushare.report.results import HINT, Results, leak_text, summary
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.text import append_regular, printable, redactor, write_whole
 from pytest_gpushare.units import format_gb
@@ -35,18 +34,27 @@ SUMMARY, ACTIONS = "GITHUB_STEP_SUMMARY", "GITHUB_ACTIONS"
 
 
 def publish(results: Results, config: pytest.Config, exit_status: int) -> None:
-    """Write the reports; one that cannot be written is a problem that the summary reports."""
-    run = results.run
+    """Write GitHub's job page, the reports, and the lines after the tests to the same logger as the
+    header; a report that cannot be written is a problem of which the lines inform."""
+    run, view = results.run, OutputOptions(max(0, verbosity_of(config)), WIDE.columns)
     for leak in results.leaks:
         facts = {"bytes": leak.size, "worker": leak.worker, "suspects": list(leak.suspects)}
         run.record.note("leak", leak_text(leak), **facts)
     _publish_to_github(results)
-    if not run.reports:
-        return
+    if run.reports:
+        _publish_reports(results, view, exit_status)
+    logger = logging.getLogger(LOGGER)
+    for line in summary(results, view):
+        log_line(logger, line)
+
+
+def _publish_reports(results: Results, view: OutputOptions, exit_status: int) -> None:
+    """The files that the user asked for."""
     from pytest_gpushare.report.document import document
 
+    run = results.run
     try:
-        lines = [line.text for line in summary(results, _view_of_log(config))]
+        lines = [line.text for line in summary(results, view)]
         whole = document(results, exit_status, lines)
         problems = write_reports(whole, run.reports)
         run.unwritten += problems.values()
@@ -93,17 +101,6 @@ def _publish_to_github(results: Results) -> None:
         append_regular(Path(path), redactor()(step_summary(results, lines)))
     except Exception as error:
         results.run.unwritten.append(f"no table in {SUMMARY}: {why(error)}")
-
-
-def log_summary(results: Results, config: pytest.Config) -> None:
-    """The lines after the tests, at default verbosity, to the same logger as the header."""
-    logger = logging.getLogger(LOGGER)
-    for line in summary(results, _view_of_log(config)):
-        log_line(logger, line)
-
-
-def _view_of_log(config: pytest.Config) -> OutputOptions:
-    return OutputOptions(max(0, verbosity_of(config)), WIDE.columns)
 
 
 def print_summary(results: Results, reporter: pytest.TerminalReporter) -> None:
