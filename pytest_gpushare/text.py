@@ -153,6 +153,13 @@ def width_of(text: str) -> int:
     )
 
 
+def cut(text: str, columns: int) -> str:
+    """As much of the text, from its start, as so many columns show."""
+    while width_of(text) > columns:
+        text = text[:-1]
+    return text
+
+
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII = str.maketrans(f"{_BARS}▓▒░×·…→", "_.-=+*#@%=.x|~>")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pyte
 from simulator.child import start_child
 
-from pytest_gpushare.compat.pytest_terminal import DRAW, RESTORE
+from pytest_gpushare.report.live_line import DRAW, RESTORE
 
 LIVE = re.compile(f"{re.escape(DRAW)}([^\x1b]*){re.escape(RESTORE)}")
 """The live line as it is drawn; without a text where it is removed."""

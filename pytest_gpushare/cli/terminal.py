@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from pytest_gpushare.text import encodable, width_of
+from pytest_gpushare.text import cut, encodable, width_of
 
 OK, FOUND, USAGE, INTERNAL, REFUSED = 0, 1, 2, 3, 4
 """Exit codes: success; doctor found an [x]; wrong usage; an internal error; the run would refuse
@@ -126,14 +126,12 @@ def _cropped(rows: Iterable[Row], width: int, height: int) -> list[Row]:
 
 def _row(row: Row, width: int) -> Row:
     """The row, cut at the terminal's width: a wrapped line would push the others down."""
-    left, cut = width, []
+    left, fitting = width, []
     for piece in row:
-        text = piece.text
-        while width_of(text) > left:
-            text = text[:-1]
-        cut.append(piece._replace(text=text))
+        text = cut(piece.text, left)
+        fitting.append(piece._replace(text=text))
         left -= width_of(text)
-    return cut
+    return fitting
 
 
 def _understands_codes() -> bool:

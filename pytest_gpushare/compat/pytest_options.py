@@ -1,4 +1,4 @@
-"""Private and undocumented names of pytest's parser and configuration.
+"""Private and undocumented names of pytest's parser, configuration and reporter.
 
 Idle runs import it: no imports at the top. Each function says what it uses and since which
 version of pytest that exists; without the name it does what its docstring says, never fails.
@@ -7,7 +7,7 @@ version of pytest that exists; without the name it does what its docstring says,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,3 +133,41 @@ def overrides(config: pytest.Config) -> list[tuple[str, str]]:
     texts = getattr(options_of(config), "override_ini", None) or ()
     parts = [text.partition("=") for text in texts]
     return [(name, value) for name, _, value in parts]
+
+
+_ADDS_LINES = "pytest_instafail"
+"""A plugin whose reporter writes more lines, in the way of pytest's own."""
+
+
+def reporter_file(config: pytest.Config) -> TextIO | None:
+    """The file of pytest's own reporter, where that is a terminal.
+
+    Uses `TerminalWriter._file` (pytest 5.4), and the module of the reporter's class, which is not
+    public in pytest 8.0. None without them, and where another plugin has put a reporter that moves
+    the cursor in the place of pytest's, as pytest-sugar does: no line is drawn then.
+    """
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if type(reporter).__module__ not in ("_pytest.terminal", _ADDS_LINES):
+        return None
+    file = getattr(config.get_terminal_writer(), "_file", None)
+    try:
+        return file if file is not None and file.isatty() else None
+    except ValueError:
+        # It is closed.
+        return None
+
+
+def shows_progress(config: pytest.Config) -> bool:
+    """Whether pytest shows its progress in the terminal's title or tab.
+
+    Uses the name under which that plugin is registered (pytest 9). False without it.
+    """
+    return bool(config.pluginmanager.hasplugin("terminalprogress-plugin"))
+
+
+def captures_output(config: pytest.Config) -> bool:
+    """Whether the output of tests is captured: not with `-s` and `-p no:capture`.
+
+    Uses the name under which the option is stored (pytest 2). False without it.
+    """
+    return getattr(config.option, "capture", "no") != "no"

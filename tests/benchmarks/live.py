@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
 
-from pytest_gpushare.compat.pytest_terminal import LineBelow
+from pytest_gpushare.report.live_line import LineBelow
 
 from .scene import LIMIT
 

@@ -12,16 +12,9 @@ from typing import Any, TextIO
 import pytest
 from _pytest.terminal import TerminalReporter
 
-from pytest_gpushare.compat.pytest_terminal import (
-    DRAW,
-    RESTORE,
-    LineBelow,
-    captures_output,
-    cut,
-    is_drawable,
-    reporter_file,
-    shows_progress,
-)
+from pytest_gpushare.compat.pytest_options import captures_output, reporter_file, shows_progress
+from pytest_gpushare.report.live_line import DRAW, RESTORE, LineBelow, is_drawable
+from pytest_gpushare.text import cut
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 
