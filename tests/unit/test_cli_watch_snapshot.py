@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from pytest_gpushare.cli.terminal import _cropped, text_of
-from pytest_gpushare.cli.watch_view import (
+from pytest_gpushare.cli.watch import (
     SeenDevice,
     Snapshot,
     Watcher,
@@ -166,7 +166,7 @@ def test_watcher_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library that hangs is waited for no longer than the limit."""
     from pathlib import Path
 
-    from pytest_gpushare.cli import watch_view as module
+    from pytest_gpushare.cli import watch as module
     from pytest_gpushare.config.sources import Written, load
 
     monkeypatch.setattr(module, "_OPEN_PATIENCE", 0.05)
