@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
-from pytest_gpushare.cli.doctor.examine import ask, settings_of
+from pytest_gpushare.cli.doctor.examine import settings_of
+from pytest_gpushare.cli.doctor.project_view import ask
 from pytest_gpushare.cli.terminal import OK, Piece, Row, screen, show, write_lines
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, ProcessSplit

@@ -14,13 +14,12 @@ from pytest_gpushare.cli.doctor import Finding, Level, look, render, safe
 from pytest_gpushare.cli.doctor.examine import (
     Examined,
     Platform,
-    PytestView,
-    ask,
     overwriting,
     settings_of,
 )
 from pytest_gpushare.cli.doctor.machine import driver, ollama, sessions, visibility
 from pytest_gpushare.cli.doctor.project import caps, packages, release, tools
+from pytest_gpushare.cli.doctor.project_view import PytestView, ask
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
 from pytest_gpushare.leases.ledger import MEETING_PLACE, Ledger
@@ -272,7 +271,7 @@ def test_pytest_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     """A plugin that never comes back is waited for no longer than the limit."""
     (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("pytest_gpushare.cli.doctor.examine.TIMEOUT", 0.5)
+    monkeypatch.setattr("pytest_gpushare.cli.doctor.project_view.TIMEOUT", 0.5)
     assert ask(["-p", "sleeper"]).error == "pytest did not start within 0.5 s"
 
 

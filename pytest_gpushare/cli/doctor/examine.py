@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
+from pytest_gpushare.cli.doctor.project_view import PytestView, ask
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.errors import GpuShareError
@@ -30,80 +27,6 @@ from pytest_gpushare.planning.startup import PlanHooks
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start import Host, start
 from pytest_gpushare.timed import call_within
-
-TIMEOUT = 30.0
-"""Seconds that pytest may take to start, without conftests and tests."""
-
-MARK = "pytest-gpushare found: "
-"""The start of the line with the answer; plugins may print other lines."""
-
-
-@dataclass(frozen=True)
-class PytestView:
-    """What pytest found."""
-
-    error: str = ""
-    """Why there is no answer."""
-    written: Written | None = None
-    configuration: str = ""
-    """The configuration file; empty: none."""
-    root: str = ""
-    switched_on: bool = False
-    """Whether `gpu_share = true` stands in the configuration."""
-    wrong_switch: str = ""
-    asked_by_arguments: bool = False
-    """Whether `addopts` or PYTEST_ADDOPTS ask for the plugin."""
-    strict: bool = False
-    xdist: bool = True
-    """Whether pytest loaded xdist."""
-    anyio: bool = False
-    """Whether pytest loaded the plugin of anyio."""
-    autoload: bool = True
-    request: Request = field(default_factory=Request)
-    cpus: int | None = None
-    named_hosts: Sequence[str] = ()
-    """The specs of `--tx gpu-auto*...`."""
-
-
-def ask(arguments: Sequence[str]) -> PytestView:
-    """Have a child process read pytest's configuration, within `TIMEOUT`. Never raises."""
-    command = [sys.executable, "-m", "pytest_gpushare.cli.doctor.child", *arguments]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=TIMEOUT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return PytestView(f"pytest did not start within {TIMEOUT:g} s")
-    except OSError as error:
-        return PytestView(f"Python cannot be started: {error.strerror or error}")
-    for line in done.stdout.splitlines():
-        if MARK in line:
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                return _view(json.loads(line.partition(MARK)[2]))
-    return PytestView(_complaint(done.stderr) or f"pytest ended with code {done.returncode}")
-
-
-def _view(found: Mapping[str, Any]) -> PytestView:
-    written = dict(found["written"])
-    for name in ("root", "ini_directory", "invocation_directory"):
-        written[name] = Path(written[name])
-    return PytestView(
-        **{**found, "written": Written(**written), "request": Request(**found["request"])}
-    )
-
-
-def _complaint(text: str) -> str:
-    """The most telling line: pytest's `ERROR: ...`, else the last one."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return (errors or lines[-1:] or [""])[0][:400]
-
 
 _MOST_SECONDS = 3.0
 _MOST_FILES = 500
@@ -198,6 +121,7 @@ def examine(arguments: Sequence[str]) -> Examined:
     request = Request() if view.request.in_process else view.request
     host = Host((), view.cpus or os.cpu_count() or 1, environment)
     run, start_error = _start(settings, request, host)
+    root = Path(view.root) if view.root else Path.cwd()
     return Examined(
         environment=environment,
         where=_surroundings(),
@@ -212,7 +136,7 @@ def examine(arguments: Sequence[str]) -> Examined:
         if run.gpus.driver
         else NvmlVersions(),
         patient_ollama=_ask_patiently(run),
-        overwriting=_overwriting(Path(view.root) if view.root else Path.cwd()),
+        overwriting=call_within(5.0, lambda: overwriting(root)) or (),
     )
 
 
@@ -300,11 +224,6 @@ def _surroundings() -> Platform:
         or bool(os.environ.get("KUBERNETES_SERVICE_HOST")),
         wsl_library=Path("/usr/lib/wsl/lib/libnvidia-ml.so.1").exists(),
     )
-
-
-def _overwriting(root: Path) -> Sequence[str]:
-
-    return call_within(5.0, lambda: overwriting(root)) or ()
 
 
 def executable() -> str:
