@@ -247,7 +247,7 @@ def _cpu_workers(run: ActiveRun, case: Case) -> list[Advice]:
     saved = now - _makespan(tests, len(plan.slots), plan.cpu_workers, idle)
     if saved < max(_WORTH_SAVING, _WORTH_PART * now):
         return []
-    others = f"with the other {rest} marked {run.settings.marker}" if rest else ""
+    others = f"with the other {rest} marked {run.settings.marker} and" if rest else ""
     return [
         Advice(
             f"{len(idle)} of {len(unmarked)} unmarked tests never touched the GPU",

@@ -36,7 +36,7 @@ class Advice(NamedTuple):
     changes: Mapping[str, object] = {}
     """Attribute of `Settings` -> its value; empty where the change is no setting."""
     action: str = ""
-    """What to do instead of changing a setting, or as well."""
+    """What to do instead of changing a setting, or the words before the settings."""
     workers: int = 0
     """GPU workers that the plan has with the changes, at least."""
     slot: int = 0
@@ -51,8 +51,7 @@ class Advice(NamedTuple):
     def change(self) -> str:
         """What to change, its settings as options of pytest, and what that gives."""
         options = " ".join(f"-o {setting}" for setting in self.settings.split(" ") if setting)
-        change = " and ".join(filter(None, [self.action, options]))
-        return f"{change} {self.gives}".strip()
+        return " ".join(filter(None, [self.action, options, self.gives]))
 
     @property
     def text(self) -> str:
@@ -132,9 +131,9 @@ def _no_reservation(case: Case, why: str, need: int) -> list[Advice]:
     """No reservation for an Ollama that is absent, or that runs its models on the CPU."""
     if not any(device.outstanding for device in case.plan.devices):
         return []
-    action = "start no Ollama here"
+    action = "if no Ollama is to run here,"
     if case.ollama.answered:
-        action = "let Ollama take a smaller model, a smaller context or the CPU"
+        action = "if Ollama takes a smaller model, a smaller context or the CPU,"
     changes: dict[str, object] = {"ollama_gpu": ("none",)}
     found = checked(case, why, changes, need, action=action)
     free = max(d.device.free - d.safety_buffer for d in case.plan.devices)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -107,95 +107,51 @@ def difference(value: Any, schema: Mapping[str, Any], where: str) -> str:
 
     Knows the keywords that the report's schema uses; `where` is the path of the value.
     """
-    for keyword, check in _CHECKS.items():
-        if keyword in schema and (problem := check(value, schema, where)):
-            return problem
-    return ""
+    return next(_differences(value, schema, where), "")
 
 
-def _place(where: str) -> str:
-    return one_line(where.lstrip("."), _MOST_NAME) or "the document"
-
-
-def _check_type(value: Any, schema: Mapping[str, Any], where: str) -> str:
-    allowed = schema["type"]
-    names = [allowed] if isinstance(allowed, str) else allowed
-    if any(_TYPES[name](value) for name in names):
-        return ""
-    return f"{_place(where)} is not {' or '.join(names)}"
-
-
-def _check_const(value: Any, schema: Mapping[str, Any], where: str) -> str:
-    return _check_one_of(value, [schema["const"]], where)
-
-
-def _check_enum(value: Any, schema: Mapping[str, Any], where: str) -> str:
-    return _check_one_of(value, schema["enum"], where)
-
-
-def _check_one_of(value: Any, allowed: Any, where: str) -> str:
-    # True equals 1 in Python, not in JSON.
-    if any(type(value) is type(one) and value == one for one in allowed):
-        return ""
-    words = ", ".join(json.dumps(one) for one in allowed)
-    return f"{_place(where)} is not one of {words}"
-
-
-def _check_minimum(value: Any, schema: Mapping[str, Any], where: str) -> str:
-    if type(value) in (int, float) and value < schema["minimum"]:
-        return f"{_place(where)} is below {schema['minimum']}"
-    return ""
-
-
-def _check_required(value: Any, schema: Mapping[str, Any], where: str) -> str:
+def _differences(value: Any, schema: Mapping[str, Any], where: str) -> Iterator[str]:
+    if "type" in schema:
+        allowed = schema["type"]
+        names = [allowed] if isinstance(allowed, str) else allowed
+        if not any(_TYPES[name](value) for name in names):
+            yield f"{_place(where)} is not {' or '.join(names)}"
+    if "const" in schema or "enum" in schema:
+        ones = [schema["const"]] if "const" in schema else schema["enum"]
+        # True equals 1 in Python, not in JSON.
+        if not any(type(value) is type(one) and value == one for one in ones):
+            yield f"{_place(where)} is not one of {', '.join(map(json.dumps, ones))}"
+    if "minimum" in schema and type(value) in (int, float) and value < schema["minimum"]:
+        yield f"{_place(where)} is below {schema['minimum']}"
     if isinstance(value, dict):
-        for name in schema["required"]:
-            if name not in value:
-                return f"{_place(f'{where}.{name}')} is missing"
-    return ""
-
-
-def _check_properties(value: Any, schema: Mapping[str, Any], where: str) -> str:
-    if isinstance(value, dict):
-        for name, part in schema["properties"].items():
-            if name in value and (problem := difference(value[name], part, f"{where}.{name}")):
-                return problem
-    return ""
-
-
-def _check_others(value: Any, schema: Mapping[str, Any], where: str) -> str:
-    part = schema["additionalProperties"]
-    if isinstance(value, dict) and isinstance(part, dict):
-        known = schema.get("properties", {})
-        for name, each in value.items():
-            if name not in known and (problem := difference(each, part, f"{where}.{name}")):
-                return problem
-    return ""
-
-
-def _check_items(value: Any, schema: Mapping[str, Any], where: str) -> str:
-    if isinstance(value, list):
+        yield from _differences_of_object(value, schema, where)
+    elif isinstance(value, list) and "items" in schema:
         part = schema["items"]
         for index, each in enumerate(value):
             # The path costs more than the check: samples are long lists of figures.
             if difference(each, part, ""):
-                return difference(each, part, f"{where}[{index}]")
-    return ""
+                yield from _differences(each, part, f"{where}[{index}]")
+    if "anyOf" in schema:
+        problems = [difference(value, part, where) for part in schema["anyOf"]]
+        if "" not in problems:
+            yield problems[-1]
 
 
-def _check_any(value: Any, schema: Mapping[str, Any], where: str) -> str:
-    problems = [difference(value, part, where) for part in schema["anyOf"]]
-    return "" if "" in problems else problems[-1]
+def _differences_of_object(
+    value: Mapping[str, Any], schema: Mapping[str, Any], where: str
+) -> Iterator[str]:
+    for name in schema.get("required", ()):
+        if name not in value:
+            yield f"{_place(f'{where}.{name}')} is missing"
+    known, others = schema.get("properties", {}), schema.get("additionalProperties")
+    for name, part in known.items():
+        if name in value:
+            yield from _differences(value[name], part, f"{where}.{name}")
+    if isinstance(others, dict):
+        for name, each in value.items():
+            if name not in known:
+                yield from _differences(each, others, f"{where}.{name}")
 
 
-_CHECKS: Mapping[str, Callable[[Any, Mapping[str, Any], str], str]] = {
-    "type": _check_type,
-    "const": _check_const,
-    "enum": _check_enum,
-    "minimum": _check_minimum,
-    "required": _check_required,
-    "properties": _check_properties,
-    "additionalProperties": _check_others,
-    "items": _check_items,
-    "anyOf": _check_any,
-}
+def _place(where: str) -> str:
+    return one_line(where.lstrip("."), _MOST_NAME) or "the document"

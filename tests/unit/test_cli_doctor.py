@@ -150,13 +150,21 @@ def server(**changes: Any) -> OllamaFacts:
             server(models=(LoadedModel("m", 40 * GB, 20 * GB),)),
             {},
             "ollama-spilled",
-            "ollama stop m",
+            "ollama stop m and ask it something; to keep room for it, "
+            "gpu_share_ollama_vram_reservation_mb = 41984 or more",
         ),
     ],
 )
 def test_ollama(facts: OllamaFacts, changes: dict[str, Any], code: str, words: str) -> None:
     """What may be odd about the server."""
     assert words in only(ollama(examined(server=facts, **changes)), code).fix
+
+
+@pytest.mark.parametrize(("held", "words"), [(20, "20.0 of 40.0 GB (50 %)"), (0, "40.0 GB on the")])
+def test_figures_of_a_spilled_model(held: int, words: str) -> None:
+    """What Ollama itself says, also where no NVML shows a device."""
+    found = examined(server=server(models=(LoadedModel("m", 40 * GB, held * GB),)))
+    assert words in only(ollama(found), "ollama-spilled").fact
 
 
 @pytest.mark.parametrize("version", ["0.30.0", "0.33.0-rc2", "0.0.0", None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 from pytest_gpushare.cli.doctor import Finding, broken, look, ok
@@ -15,11 +16,12 @@ from pytest_gpushare.gpu.devices import ComputeMode, Device
 from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.leases.ledger import MEETING_PLACE, OFF, Ledger, LedgerError, directory_of
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.ollama.prediction import MARGIN
 from pytest_gpushare.ollama.reservation import devices_of_ollama
 from pytest_gpushare.ollama.spill import has_room, uses_no_gpu, why_in_ram
 from pytest_gpushare.report.header import host_line, ollama_lines, what_stands
 from pytest_gpushare.session.start_facts import HostOfRun
-from pytest_gpushare.units import format_gb, plural
+from pytest_gpushare.units import MB, format_gb, plural
 
 _CONTAINER = "start the container with the GPU: docker run --gpus all"
 _LIBRARY_CODES = {
@@ -202,7 +204,7 @@ def ollama(found: Examined) -> Iterator[Finding]:
         yield ok("no model is loaded")
     free = max((device.free for device in found.started.gpus.all_devices), default=None)
     for model in server.models:
-        yield _model(model, free)
+        yield _model(model, free, found.settings.ollama_vram_reservation)
     yield from _needs(found)
     yield from _device(found, server)
 
@@ -281,7 +283,8 @@ def _version(server: OllamaFacts) -> Iterator[Finding]:
         )
 
 
-def _model(model: LoadedModel, free: int | None) -> Finding:
+def _model(model: LoadedModel, free: int | None, reserved: Fraction | None) -> Finding:
+    """A loaded model; `reserved`: bytes as the settings have them, None where its size decides."""
     size = format_gb(model.size)
     if model.size_vram is None:
         return ok(f"{model.name}: {size}; Ollama does not say how much of it is on the GPU")
@@ -293,14 +296,19 @@ def _model(model: LoadedModel, free: int | None) -> Finding:
             f"{model.name}: {size}, in RAM though {format_gb(free or 0)} of VRAM is free",
             why_in_ram(model),
         )
+    held = format_gb(model.size_vram).removesuffix(" GB")
     part = 100 * model.size_vram // model.size
-    where = f"{part} % on the GPU, the rest" if model.size_vram else "all of it"
+    where = f"{held} of {size} ({part} %) on the GPU, the rest" if model.size_vram else size
+    wanted = model.size + MARGIN
+    more = ""
+    if reserved is not None and reserved < wanted:
+        mb = -(-wanted // MB)
+        more = f"; to keep room for it, gpu_share_ollama_vram_reservation_mb = {mb} or more"
     return look(
         "ollama-spilled",
-        f"{model.name}: {size}, {where} on the CPU, where it is slow; it stays so until it is "
-        "loaded again",
+        f"{model.name}: {where} on the CPU, where it is slow; it stays so until it is loaded again",
         f"{'' if has_room(model, free) else 'free VRAM, then '}ollama stop {model.name} and ask it "
-        "something; to keep room for it, raise gpu_share_ollama_vram_reservation_mb",
+        f"something{more}",
     )
 
 

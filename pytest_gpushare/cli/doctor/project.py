@@ -242,7 +242,7 @@ def _make_room(found: Examined) -> str:
     """Changes with which a GPU worker would fit; each was planned again."""
     run = found.started
     ways = [
-        " and ".join(filter(None, [advice.action, *advice.settings.split(" ")]))
+        f"{advice.action} {' and '.join(advice.settings.split(' '))}".strip()
         for advice in more_room(case_of(run.settings, run.gpus, run.ollama, run.plan, run.replan))
     ]
     return "; or ".join(

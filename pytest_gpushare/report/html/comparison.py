@@ -16,9 +16,10 @@ from pytest_gpushare.report.html.markup import (
     peak_text,
     size,
     span,
+    table,
     tag,
+    whole,
 )
-from pytest_gpushare.report.html.page import asset, policy
 from pytest_gpushare.report.html.shown import Shown, ShownModel, ShownTest, shown
 from pytest_gpushare.text import one_line
 from pytest_gpushare.units import GB, MB, plural
@@ -281,23 +282,8 @@ def document(sections: Sequence[ComparedSubject]) -> dict[str, Any]:
     }
 
 
-_STYLES = ("page.css", "media.css")
-
-
 def page(names: Sequence[str], sections: Sequence[ComparedSubject]) -> str:
     """The HTML; `names` are those of the two files, the earlier run first."""
-    style = "".join(map(asset, _STYLES))
-    head = Markup("").join(
-        [
-            tag("meta", charset="utf-8"),
-            tag("meta", http_equiv="Content-Security-Policy", content=policy(style, [])),
-            tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            tag("meta", name="color-scheme", content="light dark"),
-            tag("title", "Two runs compared"),
-            tag("link", rel="icon", href="data:,"),
-            tag("style", Markup(style)),
-        ]
-    )
     before, after = names
     body = Markup("\n").join(
         [
@@ -311,29 +297,23 @@ def page(names: Sequence[str], sections: Sequence[ComparedSubject]) -> str:
             tag("footer", "This page is one file and asks no network."),
         ]
     )
-    return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', body), lang='en')}\n"
+    return whole("Two runs compared", ("page.css", "media.css"), [body])
 
 
 def _section(section: ComparedSubject) -> Markup:
-    heads = ("", "before", "after", "change")
-    table = tag(
-        "table",
-        tag("thead", tag("tr", *(tag("th", head, scope="col") for head in heads))),
-        tag("tbody", *map(_row, section.rows)),
-    )
+    heads = ["", "before", "after", "change"]
     return tag(
         "section",
         tag("h2", section.title),
-        tag("div", table, cls="scroll", tabindex=0, role="region", aria_label=section.title),
+        table(section.title, heads, map(_row, section.rows)),
         tag("p", section.note) if section.note else Markup(""),
     )
 
 
-def _row(row: Difference) -> Markup:
-    return tag(
-        "tr",
-        tag("td", tag("code", *breakable(row.name))),
-        tag("td", *breakable(row.before)),
-        tag("td", *breakable(row.after)),
-        tag("td", tag("span", row.change, cls=row.state or None)),
-    )
+def _row(row: Difference) -> list[str]:
+    values = [Markup("").join(breakable(text)) for text in (row.before, row.after)]
+    return [
+        tag("code", *breakable(row.name)),
+        *values,
+        tag("span", row.change, cls=row.state or None),
+    ]

@@ -1,13 +1,16 @@
-"""The elements of the page, escaped as they are made, and how figures are written on it.
+"""The elements of a page, escaped as they are made, its frame, and how figures are written on it.
 
 The script's `words` write figures in the same way.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import NamedTuple
 
 from pytest_gpushare.report.html.shown import ShownDevice
@@ -233,3 +236,52 @@ def meter(
 
 def _rect(kind: str, at: float, width: float) -> Markup:
     return tag("rect", cls=kind, x=f"{at:.1f}", y=0, width=f"{width:.1f}", height=_HEIGHT)
+
+
+_ASSETS = Path(__file__).parent / "assets"
+
+
+def whole(
+    title: str,
+    styles: Iterable[str],
+    content: Sequence[str],
+    scripts: Sequence[str] = (),
+    generator: str | None = None,
+) -> str:
+    """A page: its head, its content, and scripts at its end; `styles` are names of assets.
+
+    Scripts and styles are allowed by their hashes alone, and everything that would reach out is
+    forbidden.
+    """
+    style = "".join(map(asset, styles))
+    head = [
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_policy(style, scripts)),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        *([tag("meta", name="generator", content=generator)] if generator is not None else []),
+        tag("title", title),
+        # Without it a browser asks the server that the page came from.
+        tag("link", rel="icon", href="data:,"),
+        tag("style", Markup(style)),
+    ]
+    body = [*content, *(tag("script", Markup(script)) for script in scripts)]
+    return f"<!doctype html>\n{tag('html', tag('head', *head), tag('body', *body), lang='en')}\n"
+
+
+def _policy(style: str, scripts: Iterable[str]) -> str:
+    """The Content-Security-Policy that allows these texts and nothing else."""
+    allowed = " ".join(map(_hash, scripts)) or "'none'"
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def asset(name: str) -> str:
+    """The text of a file of the page's assets."""
+    return (_ASSETS / name).read_text(encoding="utf-8")

@@ -6,11 +6,8 @@ settings. The page's own script draws the timeline, with uPlot, and the table of
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pytest_gpushare.report.html import sections
@@ -19,6 +16,7 @@ from pytest_gpushare.report.html.markup import (
     Edges,
     Markup,
     Part,
+    asset,
     clock,
     code,
     meter,
@@ -27,12 +25,12 @@ from pytest_gpushare.report.html.markup import (
     size,
     tag,
     tests_peak,
+    whole,
 )
 from pytest_gpushare.report.html.sections import Answer, answers, outcome, subtitle, title
 from pytest_gpushare.report.html.shown import Shown, ShownDevice, figures, number, shown
 from pytest_gpushare.units import plural
 
-_ASSETS = Path(__file__).parent / "assets"
 _SCRIPTS = (
     "words.js",
     "tests.js",
@@ -54,54 +52,16 @@ def page(document: Mapping[str, Any]) -> str:
     UTF-8 whatever the names are.
     """
     report = shown(document)
-    style = "".join(map(asset, _STYLES))
     # The licence asks to go wherever the library goes.
     library = f"/*!\n{asset('uPlot.LICENSE.txt')}*/\n{asset('uPlot.iife.min.js')}"
     own = "".join(asset(name) for name in _SCRIPTS)
     # Nothing of ours in the page's global names.
     own = f'(() => {{\n"use strict";\n{own}}})();\n'
-    scripts = [library, own]
-    head = Markup("").join(
-        [
-            tag("meta", charset="utf-8"),
-            tag("meta", http_equiv="Content-Security-Policy", content=policy(style, scripts)),
-            tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            tag("meta", name="color-scheme", content="light dark"),
-            tag("meta", name="generator", content=report.generator),
-            tag("title", title(report)),
-            # Without it a browser asks the server that the page came from.
-            tag("link", rel="icon", href="data:,"),
-            tag("style", Markup(style)),
-        ]
-    )
     # In a script of data only "<" could end it; JSON has an escape for it.
     held = json.dumps(data(report), separators=(",", ":"), allow_nan=False)
-    content = Markup("").join(
-        [
-            body(report),
-            tag("script", Markup(held.replace("<", "\\u003c")), type="application/json", id="data"),
-            *[tag("script", Markup(script)) for script in scripts],
-        ]
-    )
-    return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', content), lang='en')}\n"
-
-
-def policy(style: str, scripts: list[str]) -> str:
-    """The Content-Security-Policy that allows these texts and nothing else."""
-    allowed = " ".join(map(_hash, scripts)) or "'none'"
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def asset(name: str) -> str:
-    """The text of a file of the page's assets."""
-    return (_ASSETS / name).read_text(encoding="utf-8")
+    embedded = Markup(held.replace("<", "\\u003c"))
+    content = [body(report), tag("script", embedded, type="application/json", id="data")]
+    return whole(title(report), _STYLES, content, [library, own], report.generator)
 
 
 _NAMES = {"ollama": "Ollama", "others": "others", "rest": "unattributed"}
