@@ -27,14 +27,14 @@ from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, ProcessSplit
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, Memory
 from pytest_gpushare.gpu.host import identity, sees_every_process
-from pytest_gpushare.gpu.sampler import LiveVram
+from pytest_gpushare.gpu.readings import LiveVram
+from pytest_gpushare.host_probe import host_probe
 from pytest_gpushare.leases.ledger import directory_of
 from pytest_gpushare.leases.records import SessionWorker
 from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts, described
 from pytest_gpushare.ollama.reservation import statements
-from pytest_gpushare.planning.startup import host_probe
 from pytest_gpushare.report.document import PLAN_SCHEMA, ollama_document
-from pytest_gpushare.session.registry import RunningSession, sessions
+from pytest_gpushare.session.session_record import RunningSession, sessions
 from pytest_gpushare.text import sparkline, wrapped
 from pytest_gpushare.timed import call_within
 from pytest_gpushare.units import format_gb, plural

@@ -22,7 +22,7 @@ from pytest_gpushare.report.advice import (
     over_need,
 )
 from pytest_gpushare.report.header import Line, OutputOptions, header
-from pytest_gpushare.report.of_ollama import lines_of_tests, verdict
+from pytest_gpushare.report.ollama_lines import lines_of_tests, verdict
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import Leak, RecordedTest, leaks
 from pytest_gpushare.session.workers import Peak, WorkerRecord
