@@ -93,8 +93,13 @@ class Project:
 
     def __init__(self, path: Path, environment: Mapping[str, str]) -> None:
         self.path = path
-        # Every project is on a host of its own: no other run's leases may shine into it.
-        self.environment = {"PYTEST_GPUSHARE_LEASES": f"{path}-leases", **environment}
+        self.environment = {
+            # Every project is on a host of its own: no other run's leases may shine into it.
+            "PYTEST_GPUSHARE_LEASES": f"{path}-leases",
+            # In the folder that all runs of a user share, each looks through those of the others.
+            "PYTEST_DEBUG_TEMPROOT": str(path.parent),
+            **environment,
+        }
         self.write(test_project=TRIVIAL)
 
     def write(self, **modules: str) -> None:
@@ -123,6 +128,7 @@ class Project:
             errors="replace",
             timeout=self.limit,
         )
+        assert "Exception ignored" not in done.stderr, done.stderr
         return Result(done.returncode, done.stdout, done.stderr)
 
     def pytest(

@@ -134,7 +134,7 @@ def test_ini_file(project: Project, machine: Machine) -> None:
 def test_ini_file_with_workers(project: Project, machine: Machine) -> None:
     """The same in workers, where warnings are errors too."""
     project.file("pytest.ini", INI_FILES["pytest.ini"])
-    result = project.pytest(*STRICTEST)
+    result = project.pytest(*STRICTEST, beside=["unraisableexception"])
     assert (result.code, result.err, result.said[0], result.workers) == (0, "", TWO, 2)
 
 

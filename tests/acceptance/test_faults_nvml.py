@@ -649,7 +649,8 @@ def test_run_with_impossible_figures_in_the_middle(project: Project, machine: Ma
                     memory[:] = bytes(state)
         """
     )
-    result = project.pytest("--gpu-share", "-W", "error", "--gpu-share-report=report.json")
+    arguments = ("--gpu-share", "-W", "error", "--gpu-share-report=report.json")
+    result = project.pytest(*arguments, beside=["unraisableexception"])
     assert (result.code, result.passed, result.err) == (0, 1, "")
     (device,) = json.loads((project.path / "report.json").read_text())["devices"]
     assert device["peak_used_bytes"] == 2 << 30
@@ -719,7 +720,8 @@ def deprecated() -> str:
 def test_run_with_deprecated_pynvml(project: Project, machine: Machine) -> None:
     """Its warning is only a warning, under pytest's own -W error too."""
     path = stand_in(project, deprecated())
-    result = project.pytest("--gpu-share", "-W", "error", PYTHONPATH=path)
+    beside = ["unraisableexception"]
+    result = project.pytest("--gpu-share", "-W", "error", beside=beside, PYTHONPATH=path)
     assert (result.code, result.passed, result.said[0]) == (0, 4, TWO)
     assert "Traceback" not in result.err
 

@@ -38,6 +38,7 @@ def test_registered_random(project: Project, machine: Machine, arguments: tuple[
         project.write(conftest=REGISTERS, test_project=USES)
         result = project.pytest(
             "--gpu-share", "-W", "error", *arguments,
+            beside=["unraisableexception"],
             OLLAMA_HOST=server.host, PYTHONWARNINGS="error",
         )  # fmt: skip
     assert (result.code, result.passed, result.err) == (0, 2, ""), result.out

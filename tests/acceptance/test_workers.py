@@ -350,7 +350,8 @@ INVISIBLE = """
 def test_invisible_in_workers(project: Project, machine: Machine) -> None:
     """Strictest settings, warnings as errors, and a suite that watches its own surroundings."""
     project.write(test_project=INVISIBLE)
-    result = project.pytest("--gpu-share", "--strict-config", "--strict-markers", "-W", "error")
+    strict = ("--strict-config", "--strict-markers", "-W", "error")
+    result = project.pytest("--gpu-share", *strict, beside=["unraisableexception"])
     assert (result.code, result.passed, result.err) == (0, 4, ""), result.out
 
 
