@@ -58,6 +58,8 @@ def test_host_check(project: Project, machine: Machine, ollama_with: OllamaWith)
     assert any(f"Ollama at {host}" in line and "status 403" in line for line in result.said)
 
 
+# They wait nearly all the time: one after the other, and while others use the CPUs.
+@pytest.mark.xdist_group("keeping-a-model")
 @pytest.mark.parametrize(
     ("is_asked", "options", "hides", "why"),
     [

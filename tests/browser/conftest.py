@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Kept after the tests, to be looked at; not in version control.
 OUTPUT = Path(__file__).parent / "output"
 
+# One worker runs them all, and first of all: each would start a Chromium of its own.
+TOGETHER = pytest.mark.xdist_group("browser")
+
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -35,7 +38,7 @@ FLAGS = (
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """A Chromium of its own for each worker."""
+    """A Chromium for all tests of the worker."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     try:
         from playwright.sync_api import sync_playwright

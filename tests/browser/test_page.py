@@ -12,7 +12,9 @@ import pytest_gpushare.report.html as package
 from pytest_gpushare.report.html.markup import clock, size, span
 
 from . import documents
-from .conftest import Opened
+from .conftest import TOGETHER, Opened
+
+pytestmark = TOGETHER
 
 Open = Callable[..., Opened]
 ASSETS = Path(package.__file__).parent / "assets"

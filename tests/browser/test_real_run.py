@@ -17,7 +17,9 @@ from ..acceptance.conftest import (  # noqa: F401 - fixtures
     nvml_library,
     project,
 )
-from .conftest import Opened
+from .conftest import TOGETHER, Opened
+
+pytestmark = TOGETHER
 
 SUITE = """
     import time

@@ -50,7 +50,7 @@ def _name(node: ast.expr) -> str:
 def _is_unlimited(call: ast.Call, source: str) -> bool:
     name = _name(call)
     limited = any(keyword.arg == "timeout" for keyword in call.keywords)
-    if ast.unparse(call.func) in {f"subprocess.{runner}" for runner in RUNNERS}:
+    if name in RUNNERS and ast.unparse(call.func) == f"subprocess.{name}":
         return not limited
     if name in ONLY_BY_NAME:
         return not limited
