@@ -50,7 +50,7 @@ def collect_seldom(environment: Path) -> None:
 
 
 def distribution() -> list[str]:
-    """The options of pytest-xdist: three workers a CPU, since tests wait most of the time."""
+    """The options of pytest-xdist: three workers a CPU, since tests wait half of the time."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return ["-n", str(3 * cpus), "--dist", "loadgroup"]
 

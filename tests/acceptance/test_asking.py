@@ -416,7 +416,7 @@ def test_conftest_that_names_the_server(
     """The tests ask the server that a conftest names: so does the plan."""
     server = ollama_with({"qwen2.5:14b": "10GB"}, load="qwen2.5:14b")
     project.write(conftest=f"import os\nos.environ['OLLAMA_HOST'] = {server.host!r}\n")
-    result = project.pytest("--gpu-share", OLLAMA_HOST=f"127.0.0.1:{closed_port()}")
+    result = project.pytest("--gpu-share", "-n1", OLLAMA_HOST=f"127.0.0.1:{closed_port()}")
     assert f"at {server.host}: qwen2.5:14b" in result.out
 
 

@@ -254,7 +254,7 @@ def test_run_with_setting_over_environment(
     server = ollama_with({"m": "1GB"})
     with FaultyServer("garbage") as other:
         result = project.pytest(
-            "--gpu-share", "-o", f"gpu_share_ollama_host= 'http://{server.host}/' ",
+            "--gpu-share", "-n1", "-o", f"gpu_share_ollama_host= 'http://{server.host}/' ",
             OLLAMA_HOST=other.host,
         )  # fmt: skip
         assert other.connections == 0
@@ -301,6 +301,6 @@ def test_a_model_without_size_vram_alone(
     machine_with(Device(total="24GB", used="2GB"))
     with OllamaServer(None, {}) as server:
         server.answers["/api/ps"] = b'{"models": [{"name": "m", "size": 1073741824}]}'
-        result = project.pytest("--gpu-share", OLLAMA_HOST=server.host)
+        result = project.pytest("--gpu-share", "-n1", OLLAMA_HOST=server.host)
     assert (result.code, result.passed) == (0, 4)
     assert result.said[2] == RESERVED

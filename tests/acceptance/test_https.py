@@ -75,7 +75,7 @@ def test_directory_of_a_private_authority(
 def test_unknown_authority(project: Project, server: OllamaServer) -> None:
     """Nothing is sent, the reservation stands, and the line says why."""
     patient = ("-o", "gpu_share_ollama_timeout_s=20")
-    result = project.pytest("--gpu-share", *patient, SSL_CERT_FILE=None, SSL_CERT_DIR=None)
+    result = project.pytest("--gpu-share", "-n1", *patient, SSL_CERT_FILE=None, SSL_CERT_DIR=None)
     assert (result.code, result.passed, result.err) == (0, 4, "")
     line = next(line for line in result.said if "Ollama at" in line)
     assert line.startswith(f"  Ollama at {server.host}: cannot be reached: ")

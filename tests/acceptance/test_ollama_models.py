@@ -90,15 +90,15 @@ def test_reservation_that_is_too_small(
 ) -> None:
     """The number that would do is told, and a run with that number says nothing more."""
     ollama_with(QWEN)
-    small = project.pytest("--gpu-share", *AUTO, "-o", "gpu_share_ollama_vram_reservation_mb=8192",
-                           *models("qwen2.5:14b"))  # fmt: skip
+    too_small = "gpu_share_ollama_vram_reservation_mb=8192"
+    small = project.pytest("--gpu-share", "-n1", *AUTO, "-o", too_small, *models("qwen2.5:14b"))
     assert small.code == 0
     said = "  Ollama needs more VRAM than is reserved: "
     line = next(line for line in small.said if line.startswith(said))
     setting = line.removeprefix(said).partition(" would hold its models")[0]
     number = int(setting.partition(" = ")[2])
     assert 11000 < number < 13500
-    enough = project.pytest("--gpu-share", *AUTO, "-o", setting.replace(" ", ""),
+    enough = project.pytest("--gpu-share", "-n1", *AUTO, "-o", setting.replace(" ", ""),
                             *models("qwen2.5:14b"))  # fmt: skip
     assert (enough.code, [line for line in enough.said if line.startswith(said)]) == (0, [])
 
@@ -106,21 +106,21 @@ def test_reservation_that_is_too_small(
 def test_without_an_answer(project: Project, machine: Machine) -> None:
     """By the sizes in the names, released, or refused."""
     host = project.environment["OLLAMA_HOST"]
-    by_name = project.pytest("--gpu-share", *AUTO, *models("qwen2.5:14b"))
+    by_name = project.pytest("--gpu-share", "-n1", *AUTO, *models("qwen2.5:14b"))
     assert (by_name.code, by_name.passed) == (0, 4)
     assert by_name.said[2].startswith("  VRAM: Ollama reservation 12.0 GB, ")
     assert by_name.said[3:] == [
         f"  Ollama at {host}: nothing listens there; its VRAM is reserved by the sizes in its "
         "models' names"
     ]
-    released = project.pytest("--gpu-share", "-o", "gpu_share_ollama_unreachable=release")
+    released = project.pytest("--gpu-share", "-n1", "-o", "gpu_share_ollama_unreachable=release")
     assert (released.code, released.passed) == (0, 4)
     assert released.said[2].startswith("  VRAM: Ollama reservation 0.0 GB, ")
     assert released.said[3:] == [
         f"  Ollama at {host}: nothing listens there; no VRAM is reserved for it "
         "(gpu_share_ollama_unreachable = release)"
     ]
-    refused = project.pytest("--gpu-share", "-o", "gpu_share_ollama_unreachable=fail")
+    refused = project.pytest("--gpu-share", "-n1", "-o", "gpu_share_ollama_unreachable=fail")
     assert (refused.code, refused.out) == (4, "")
     assert refused.err.strip() == (
         f"ERROR: gpu-share: Ollama at {host}: nothing listens there; gpu_share_ollama_unreachable "
@@ -132,7 +132,11 @@ def test_something_is_there(project: Project, machine: Machine) -> None:
     """A server that answers nonsense is not a server that is not there."""
     with FaultyServer("status-503") as server:
         result = project.pytest(
-            "--gpu-share", "-o", "gpu_share_ollama_unreachable=release", OLLAMA_HOST=server.host
+            "--gpu-share",
+            "-n1",
+            "-o",
+            "gpu_share_ollama_unreachable=release",
+            OLLAMA_HOST=server.host,
         )
     assert (result.code, result.passed) == (0, 4)
     assert result.said[2].startswith("  VRAM: Ollama reservation 12.0 GB, ")
@@ -142,7 +146,7 @@ def test_something_is_there(project: Project, machine: Machine) -> None:
 def test_found(project: Project, machine: Machine, ollama_with: OllamaWith) -> None:
     """`ollama_host = auto`: the header tells where it is and how it was found."""
     server = ollama_with(QWEN)
-    result = project.pytest("--gpu-share", "-o", "gpu_share_ollama_host=auto")
+    result = project.pytest("--gpu-share", "-n1", "-o", "gpu_share_ollama_host=auto")
     assert (result.code, result.passed) == (0, 4)
     assert result.said[-1] == (
         f"  Ollama 0.33.0 at {server.host}, found as OLLAMA_HOST: no model in VRAM"
@@ -155,7 +159,7 @@ def test_on_a_device_that_was_not_named(
     """The process list knows better than the setting, and says so."""
     machine_with(card("24GB", "20GB"), card("24GB", "23GB"))
     ollama_with(QWEN, load="qwen2.5:14b")
-    result = project.pytest("--gpu-share", "-o", "gpu_share_ollama_gpu=0")
+    result = project.pytest("--gpu-share", "-n1", "-o", "gpu_share_ollama_gpu=0")
     assert (result.code, result.passed) == (0, 4)
     assert result.said[1] == (
         "  gpu_share_ollama_gpu = 0, but NVML lists Ollama on GPU 1: VRAM is reserved for it "
@@ -180,7 +184,7 @@ def test_slow_answers_cost_the_limit_alone(
     server = ollama_with(QWEN)
     server.delays["/api/show"] = 60
     result = project.pytest(
-        "--gpu-share", *AUTO, *models("qwen2.5:14b"), "-o", "gpu_share_ollama_timeout_s=0.5"
+        "--gpu-share", "-n1", *AUTO, *models("qwen2.5:14b"), "-o", "gpu_share_ollama_timeout_s=0.5"
     )
     assert (result.code, result.passed) == (0, 4)
     assert result.said[-1] == (
@@ -193,7 +197,7 @@ def test_arithmetic(project: Project, machine: Machine, ollama_with: OllamaWith)
     """-vv shows what each part of a prediction is made from."""
     model = Model("qwen2.5:14b", size="10.8GB", embeddings="400MB")
     ollama_with({"qwen2.5:14b": model})
-    result = project.pytest("--gpu-share", "-vv", *AUTO, *models("qwen2.5:14b"))
+    result = project.pytest("--gpu-share", "-n1", "-vv", *AUTO, *models("qwen2.5:14b"))
     said = [line.strip() for line in result.said if line.startswith("  VRAM of qwen2.5:14b: ")]
     assert said == [
         "VRAM of qwen2.5:14b: weights 10.05 GB: 7 tensors of /api/show; the token embeddings, "
@@ -210,9 +214,9 @@ def test_arithmetic(project: Project, machine: Machine, ollama_with: OllamaWith)
 def test_measured_process(project: Project, machine: Machine, ollama_with: OllamaWith) -> None:
     """What a process takes beyond its model is measured with one model and counts for others."""
     server = ollama_with({**QWEN, "small": "1GB"}, load="qwen2.5:14b", context="700MB")
-    assert remembering(project, *AUTO, *models("qwen2.5:14b")).code == 0
+    assert remembering(project, "-n1", *AUTO, *models("qwen2.5:14b")).code == 0
     server.unload("qwen2.5:14b")
-    result = remembering(project, "-vv", *AUTO, *models("small"))
+    result = remembering(project, "-n1", "-vv", *AUTO, *models("small"))
     assert result.code == 0
     assert (
         "  VRAM of small: process 0.68 GB: CUDA context and libraries, measured in an earlier run"
@@ -224,17 +228,17 @@ def test_model_that_nobody_named(
 ) -> None:
     """A model that earlier runs saw, larger than what is reserved for it, is one line."""
     server = ollama_with({"other:14b": "14.7GB"}, load="other:14b", context="500MB")
-    first = remembering(project)
+    first = remembering(project, "-n1")
     assert (first.code, [line for line in first.said if "earlier run" in line]) == (0, [])
-    resident = remembering(project)
+    resident = remembering(project, "-n1")
     assert [line for line in resident.said if "earlier run" in line] == []
     server.unload("other:14b")
-    second = remembering(project)
+    second = remembering(project, "-n1")
     assert [line for line in second.said if "earlier run" in line] == [
         "  Ollama's other:14b held 15.19 GB of VRAM in an earlier run, at 4096 tokens, more than "
         "the 12.0 GB reserved for it: gpu_share_ollama_vram_reservation_mb = 17000 would hold it"
     ]
-    enough = remembering(project, "-o", "gpu_share_ollama_vram_reservation_mb=17000")
+    enough = remembering(project, "-n1", "-o", "gpu_share_ollama_vram_reservation_mb=17000")
     assert [line for line in enough.said if "earlier run" in line] == []
 
 
@@ -242,7 +246,7 @@ def test_context_is_what_costs(project: Project, machine: Machine, ollama_with: 
     """14B at the 32,768 tokens that a server of 24 GB chooses: the ways to a smaller need."""
     ollama_with(QWEN, context_length=0)
     limit = ("-o", "gpu_share_ollama_timeout_s=5")
-    result = project.pytest("--gpu-share", *limit, *models("qwen2.5:14b"))
+    result = project.pytest("--gpu-share", "-n1", *limit, *models("qwen2.5:14b"))
     assert result.code == 0
     assert (
         "  VRAM of qwen2.5:14b at its 32768 tokens: 16.85 GB; 12.3 GB at 8192 tokens (PARAMETER "
@@ -256,7 +260,7 @@ def test_small_model_that_is_missing(
 ) -> None:
     """0.7 GB for each billion and 1 GB; that it is missing is said once."""
     ollama_with(QWEN)
-    result = project.pytest("--gpu-share", *AUTO, *models("nosuch:1b"))
+    result = project.pytest("--gpu-share", "-n1", *AUTO, *models("nosuch:1b"))
     assert result.code == 0
     assert result.said[2].startswith("  VRAM: Ollama reservation 2.7 GB, ")
     assert [line for line in result.said if "ollama pull" in line] == [
@@ -276,7 +280,7 @@ def test_spilled_model_needs_what_is_predicted(
     assert entry["size"] == model.need(4096) + (1 << 30)
     assert 0 < entry["size_vram"] < model.need(4096)
     machine.set_used(0, "2GB")
-    result = project.pytest("--gpu-share", *AUTO, *models("qwen2.5:14b"))
+    result = project.pytest("--gpu-share", "-n1", *AUTO, *models("qwen2.5:14b"))
     need = 10 + 0.75 + 0.125 + 1.0
     kept = float(result.said[2].split("reservation ")[1].split(" GB")[0])
     assert abs(kept - need) < 0.02, result.said

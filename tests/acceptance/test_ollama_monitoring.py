@@ -180,13 +180,13 @@ def test_in_process(
 def test_quiet(project: Project, neighbour: OllamaServer) -> None:
     """-q tells problems alone, and a model that stayed where it was is none."""
     neighbour.load("qwen2.5:14b")
-    assert project.pytest("--gpu-share", "-q").said == []
+    assert project.pytest("--gpu-share", "-n1", "-q").said == []
 
 
 def test_report(project: Project, neighbour: OllamaServer) -> None:
     """The report has the verdict, and what Ollama held at the end."""
     neighbour.load("qwen2.5:14b")
-    result = project.pytest("--gpu-share", "--gpu-share-report=r.json")
+    result = project.pytest("--gpu-share", "-n1", "--gpu-share-report=r.json")
     assert result.code == 0, result.out
     ollama = json.loads((project.path / "r.json").read_text(encoding="utf-8"))["ollama"]
     assert ollama["verdict"] == ["Ollama kept qwen2.5:14b on the GPU (10.8 GB, 100 %) throughout"]
@@ -320,7 +320,7 @@ def test_server_without_a_gpu(
     """Every model in RAM while VRAM is free: that is what is said, not how to make room."""
     machine_with(Device(total="24GB", used="2GB"))
     ollama_with({"m": "1GB"}, load="m", visible="")
-    result = project.pytest("--gpu-share")
+    result = project.pytest("--gpu-share", "-n1")
     assert result.said[3].endswith(": m:latest 1.0 GB, on the CPU, not on GPU")
     (said,) = [line for line in result.said if line.startswith("gpu-share: Ollama had")]
     assert said.startswith(
@@ -337,7 +337,7 @@ def test_model_that_was_loaded_while_vram_was_taken(
     machine = machine_with(Device(total="24GB", used="23GB"))
     ollama_with({"m": "1GB"}, load="m", cpu_bytes="40MB")
     machine.set_used(0, "2GB")
-    result = project.pytest("--gpu-share")
+    result = project.pytest("--gpu-share", "-n1")
     assert result.said[3].endswith(": m:latest 1.0 GB, 3 % on GPU, perhaps no layer")
     (said,) = [line for line in result.said if line.startswith("gpu-share: Ollama had")]
     assert said.startswith(

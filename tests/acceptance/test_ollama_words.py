@@ -103,7 +103,7 @@ def test_small_sizes(project: Project, machine: Machine, ollama_with: OllamaWith
     tiny = Model("tiny:1b", "60MB", layers=2, heads=4, kv_heads=2, key_length=16, value_length=16,
                  embedding_length=64)  # fmt: skip
     ollama_with([tiny], load="tiny:1b")
-    result = project.pytest("--gpu-share")
+    result = project.pytest("--gpu-share", "-n1")
     assert (result.code, result.passed) == (0, 4), result.out
     told = [line for line in result.said if "tiny:1b" in line]
     assert len(told) == 2

@@ -63,7 +63,9 @@ def changes(server: OllamaServer) -> list[tuple[str, Any]]:
 
 def test_preload(project: Project, server: OllamaServer) -> None:
     """Loaded one after another, counted as resident, kept for the tests, then as usual."""
-    result = project.pytest(*ON, "-o", f"{MODELS}{QWEN} embed:1b", "--gpu-share-report=r.json")
+    result = project.pytest(
+        *ON, "-n1", "-o", f"{MODELS}{QWEN} embed:1b", "--gpu-share-report=r.json"
+    )
     assert (result.code, result.passed, result.err) == (0, 4, ""), result.out
     assert "  VRAM: Ollama reservation 12.0 GB (11.8 GB of it resident)" in result.out
     assert f"gpu-share: Ollama kept {QWEN} on the GPU (10.8 GB, 100 %) throughout" in result.out
@@ -111,13 +113,13 @@ def test_keep_alive_of_the_server(project: Project, server: OllamaServer) -> Non
     """Also where a test fails, and where no worker starts at all."""
     server.scheduler.settings = type(server.scheduler.settings)(keep_alive="90s")
     project.write(test_project="def test_it(): assert 0")
-    result = project.pytest(*ON, "-o", f"{MODELS}small:1b")
+    result = project.pytest(*ON, "-n1", "-o", f"{MODELS}small:1b")
     assert result.code == 1
     assert 0 < keeps(server, "small:1b") <= 90
     server.unload("small:1b")
     no_room = ["-o", "gpu_share_min_vram_per_worker_gb=20"]
     no_room += ["-o", "gpu_share_fallback_to_cpu_when_constrained=false"]
-    result = project.pytest(*ON, "-o", f"{MODELS}small:1b", *no_room)
+    result = project.pytest(*ON, "-n1", "-o", f"{MODELS}small:1b", *no_room)
     assert result.code == 4
     assert 0 < keeps(server, "small:1b") <= 90
 
@@ -234,7 +236,7 @@ def test_what_does_not_fit(project: Project, server: OllamaServer) -> None:
     result = project.pytest(*ON, "-n1", "-o", f"{MODELS}missing:7b", *auto)
     assert (result.code, result.out.count("ollama pull missing:7b")) == (0, 1), result.out
     fail = ["-o", "gpu_share_ollama_preload_failed=fail"]
-    result = project.pytest(*ON, "-o", f"{MODELS}small:1b missing:7b", *fail)
+    result = project.pytest(*ON, "-n1", "-o", f"{MODELS}small:1b missing:7b", *fail)
     assert result.code == 4
     assert result.err.splitlines() == [
         "ERROR: gpu-share: not preloaded: missing:7b: the server does not have it: ollama pull "

@@ -185,6 +185,7 @@ def test_secrets_and_what_cannot_be_written(project: Project, machine: Machine) 
     (home / "config.json").write_text('{"gpu_resource_management": {}}')
     result = project.pytest(
         "--gpu-share",
+        "-n1",
         "--gpu-share-report=there.json",
         "--gpu-share-report=test_project.py/r.json",
         "--gpu-share-report=fine.json",
@@ -210,7 +211,7 @@ def test_secrets_and_what_cannot_be_written(project: Project, machine: Machine) 
     assert [test["nodeid"] for test in told["tests"]] == ["test_project.py::test_name[***]"]
     assert told["plan"]["settings"]["config"]["value"] == "~/config.json"
     # A suffix that says no format, and a report without a plan.
-    result = project.pytest("--gpu-share", "--gpu-share-report=r.xml")
+    result = project.pytest("--gpu-share", "-n1", "--gpu-share-report=r.xml")
     assert (result.code, result.err) == (
         4,
         "ERROR: --gpu-share-report r.xml: no format is known by this name: allowed is a file "
@@ -251,7 +252,7 @@ def test_files_that_are_not_regular(project: Project, machine: Machine) -> None:
         ("/dev/full", "not a regular file"),
     ):
         result = project.pytest(
-            "--gpu-share", "-q", GITHUB_STEP_SUMMARY=str(project.path / summary)
+            "--gpu-share", "-n1", "-q", GITHUB_STEP_SUMMARY=str(project.path / summary)
         )
         assert (result.code, result.passed) == (0, 4)
         assert result.said == [f"gpu-share: no table in GITHUB_STEP_SUMMARY: {why}"]
