@@ -183,9 +183,7 @@ def sparkline(parts: Iterable[float]) -> str:
 
 
 _TIED = "\0"
-_TIE = re.compile(
-    r"(?<=\d) (?=(?:[GMk]?B|ms|s|%)(?!\w))|(?<= -o) | (?== \S)|(?<= [=×]) (?=\S)|(?<=\d) (?=×)"
-)
+_TIE = r"(?<=\d) (?=(?:[GMk]?B|ms|s|%)(?!\w))|(?<= -o) | (?== \S)|(?<= [=×]) (?=\S)|(?<=\d) (?=×)"
 
 
 def wrapped(text: str, columns: int, indent: int) -> list[str]:
@@ -197,7 +195,7 @@ def wrapped(text: str, columns: int, indent: int) -> list[str]:
     """
     if width_of(text) <= columns or not text.strip():
         return [text]
-    words = [word.replace(_TIED, " ") for word in _TIE.sub(_TIED, text).split(" ")]
+    words = [word.replace(_TIED, " ") for word in re.sub(_TIE, _TIED, text).split(" ")]
     # The blanks at the start are empty words.
     first = next((at for at, word in enumerate(words) if word), 0)
     lines, line, is_empty = [], " " * first, True
@@ -211,17 +209,16 @@ def wrapped(text: str, columns: int, indent: int) -> list[str]:
 
 
 _HIDDEN = "***"
-_SECRET_NAME = re.compile(
-    r"(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL"
-    r"|(?<![^_])AUTH)S?(?![^_])",
-    re.IGNORECASE,
+_SECRET_NAME = (
+    r"(?i)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL"
+    r"|(?<![^_])AUTH)S?(?![^_])"
 )
 """Whole words, or their ends: PGPASSWORD and NPM_AUTH, but not GIT_AUTHOR_NAME or TOKENIZERS."""
 _SHORTEST = 8
 """A value of fewer characters is no secret, and would be found in harmless words."""
 
-_USER = re.compile(r"(?<=://)[^/\s@]*@")
-_QUERY = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s?#'\"]+)[?#][^\s'\"]*", re.IGNORECASE)
+_USER = r"(?<=://)[^/\s@]*@"
+_QUERY = r"(?i)(\b[a-z][a-z0-9+.-]*://[^\s?#'\"]+)[?#][^\s'\"]*"
 
 
 def redactor(
@@ -235,7 +232,7 @@ def redactor(
     values = {
         value
         for name, value in environment.items()
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST
+        if re.search(_SECRET_NAME, name) and len(value) >= _SHORTEST
     }
     # The longest first: one secret may begin another.
     secrets = [re.escape(value) for value in sorted(values, key=len, reverse=True)]
@@ -250,7 +247,7 @@ def redactor(
         if known is not None:
             text = known.sub(_HIDDEN, text)
         if "://" in text:
-            text = _QUERY.sub(rf"\1?{_HIDDEN}", _USER.sub(f"{_HIDDEN}@", text))
+            text = re.sub(_QUERY, rf"\1?{_HIDDEN}", re.sub(_USER, f"{_HIDDEN}@", text))
         return at_home.sub("~", text) if at_home is not None else text
 
     return redact

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -224,7 +224,7 @@ class Watcher:
                 self._ollama = again._replace(server=known.server, found_by=known.found_by)
             else:
                 # Every address that may be Ollama's; asking for models by name takes more GETs.
-                self._ollama = ask_ollama(replace(self._settings, ollama_models=()), os.environ)
+                self._ollama = ask_ollama(self._settings._replace(ollama_models=()), os.environ)
         finally:
             # Counted from the end: the first round also imports the client.
             self._asked_at = time.monotonic()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -52,8 +51,7 @@ class ModelRule(NamedTuple):
         return f"{self.pattern} = {self.model}"
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What the user asked for, after precedence; sizes in bytes, times in seconds.
 
     What each field means is said once, in `config.options.OPTIONS`.
@@ -107,13 +105,13 @@ class Settings:
     live: str
     config: str
     """The JSON file that was read; empty: none."""
-    origins: Mapping[str, str] = field(default_factory=dict, compare=False)
+    origins: Mapping[str, str] = {}
     """Key -> where its value came from, as a user would say it."""
 
 
 _IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_]*"
-_HEAD = re.compile(rf"({_IDENTIFIER})\s*(?:\(\s*((?:{_IDENTIFIER}\s*,?\s*)*)\))?")
-_PARAMETER = re.compile(rf"\{{({_IDENTIFIER})\}}")
+_HEAD = rf"({_IDENTIFIER})\s*(?:\(\s*((?:{_IDENTIFIER}\s*,?\s*)*)\))?"
+_PARAMETER = rf"\{{({_IDENTIFIER})\}}"
 
 
 def parse_aliases(raw: object) -> tuple[Alias, ...]:
@@ -183,7 +181,7 @@ FLAGS = ("exclusive", "required", "gpu", "cpu", "ollama")
 
 def filled(text: str, values: Mapping[str, str]) -> str:
     """The text of a meaning with the values of its parameters."""
-    return _PARAMETER.sub(lambda match: values[match[1]], text)
+    return re.sub(_PARAMETER, lambda match: values[match[1]], text)
 
 
 def parse_lines(raw: object) -> tuple[str, ...]:
@@ -211,7 +209,7 @@ def _lines(raw: object) -> Sequence[str]:
 
 def _alias(line: str) -> Alias:
     head, equals, meaning = line.partition("=")
-    match = _HEAD.fullmatch(head.strip())
+    match = re.fullmatch(_HEAD, head.strip())
     if match is None or not equals:
         raise LineError(line, "is not MARKER = meaning")
     parameters = tuple(re.findall(_IDENTIFIER, match[2] or ""))
@@ -242,12 +240,12 @@ def _meaning(line: str, part: str, parameters: Sequence[str]) -> tuple[str, str]
 def _check(line: str, name: str, text: str, parameters: Sequence[str]) -> None:
     if name not in READERS or not text:
         return
-    for used in _PARAMETER.findall(text):
+    for used in re.findall(_PARAMETER, text):
         if used not in parameters:
             raise LineError(line, f"{{{used}}} is not a parameter of the marker")
     try:
         # Any number will do to see whether the rest of the text makes sense.
-        READERS[name](_PARAMETER.sub("1", text))
+        READERS[name](re.sub(_PARAMETER, "1", text))
     except ValueError:
         raise LineError(line, f"{name}={text} cannot be read") from None
 

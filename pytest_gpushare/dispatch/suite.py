@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.scheduler.llm_marks import ModelUse, only_one, use_by_rules
@@ -16,7 +16,9 @@ from pytest_gpushare.scheduler.needs import (
     rules_of,
     wanted,
 )
-from pytest_gpushare.scheduler.types import Job
+
+if TYPE_CHECKING:
+    from pytest_gpushare.scheduler.types import Job
 
 UNKNOWN = -1
 """The number of a test that is not in the run's list."""
@@ -119,6 +121,9 @@ def weigh(
     suite: Suite, kinds: KindsOfWorkers, settings: Settings, dist: str, learned: Learned
 ) -> Weighed:
     """The jobs of the run, with which the dispatcher begins."""
+    # A run that leaves the tests to xdist does not get here, and needs none of its types.
+    from pytest_gpushare.scheduler.types import Job
+
     collected = _merged(len(suite.nodeids), [*kinds.on_gpu, *kinds.on_cpu])
     skipped = _skipped(kinds.on_cpu) - _skipped(kinds.on_gpu)
     runs_on_gpu = {number for collection, _ in kinds.on_gpu for number in collection.numbers}

@@ -11,8 +11,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, Statement
 from pytest_gpushare.gpu.devices import GpuFacts, GpuProcess, Memory
@@ -57,14 +56,14 @@ class Probe(DeviceReader, Protocol):
         """Release the library; harmless when called twice."""
 
 
-@dataclass(frozen=True, slots=True)
 class Reading(Generic[T]):
     """The answer to one question to the driver, with its time."""
 
-    devices: Mapping[str, T]
-    """UUID -> figure; empty before the first reading."""
-    at: float
-    """On the monotonic clock; minus infinity before the first reading."""
+    def __init__(self, devices: Mapping[str, T], at: float) -> None:
+        self.devices = devices
+        """UUID -> figure; empty before the first reading."""
+        self.at = at
+        """On the monotonic clock; minus infinity before the first reading."""
 
 
 class Live(Protocol):
@@ -335,8 +334,7 @@ def _highest(column: array[int]) -> int:
     return max(range(len(column)), key=column.__getitem__)
 
 
-@dataclass(frozen=True)
-class DevicePeaks:
+class DevicePeaks(NamedTuple):
     """The most VRAM that was seen in use on one device during a run, in bytes.
 
     Memory is sampled five times a second, process lists once, so every figure is a lower bound;
@@ -364,11 +362,11 @@ class DevicePeaks:
         peaks = self
         if self.workers and least > self.workers:
             rise, used = max(self.rise, least), max(self.used or 0, least)
-            peaks = replace(self, workers=least, rise=rise, used=used)
+            peaks = self._replace(workers=least, rise=rise, used=used)
         if most is None:
-            return replace(peaks, missed=None, missed_used=None)
-        return replace(
-            peaks, missed=max(0, most - peaks.rise), missed_used=max(0, most - self.rise)
+            return peaks._replace(missed=None, missed_used=None)
+        return peaks._replace(
+            missed=max(0, most - peaks.rise), missed_used=max(0, most - self.rise)
         )
 
     @property
@@ -413,7 +411,7 @@ class DeviceSamples:
         self.series.add(at, usage)
         self.last = usage
         if usage.used > (self.peaks.used or 0) or self.peaks.used is None:
-            self.peaks = replace(self.peaks, used=usage.used)
+            self.peaks = self.peaks._replace(used=usage.used)
         self._pending.append(usage)
         if len(self._pending) > _MOST_PENDING:
             self._pending = [max(self._pending, key=lambda sample: sample.unattributed)]
@@ -431,13 +429,13 @@ class DeviceSamples:
             rise = sample.used - max(neighbours, sum(sample.neighbours.values()))
             rise -= max(foreign, _foreign(sample))
             if rise > self.peaks.rise:
-                self.peaks = replace(self.peaks, rise=rise)
+                self.peaks = self.peaks._replace(rise=rise)
         self._pending = []
         self._listed = lists[-2:] if usage is not None else []
         if usage is not None and usage.tests is not None:
             workers = max(usage.tests, self.peaks.workers or 0)
             rise = max(workers, self.peaks.rise)
-            self.peaks = replace(self.peaks, workers=workers, rise=rise)
+            self.peaks = self.peaks._replace(workers=workers, rise=rise)
 
     def without_tests(self) -> None:
         """No test runs: the samples since the last list say nothing of tests."""

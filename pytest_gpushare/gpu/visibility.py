@@ -13,7 +13,7 @@ from pytest_gpushare.gpu.devices import Device
 from pytest_gpushare.text import printable, read_regular
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
-_ORDINAL = re.compile(r"([+-]?)([0-9]+)")
+_ORDINAL = r"([+-]?)([0-9]+)"
 """The start of an entry that CUDA reads as an integer, as C's `strtoul` does."""
 
 
@@ -65,7 +65,7 @@ def visible(devices: Sequence[Device], value: str | None, order: str | None = No
 
 def _named(gpus: Mapping[str, Sequence[Device]], entry: str) -> Device | None:
     """The device that an entry means; of a GPU that is cut into MIG instances, its first one."""
-    ordinal = _ORDINAL.match(entry)
+    ordinal = re.match(_ORDINAL, entry)
     if ordinal is not None:
         # What follows the digits is ignored: "1gpu2" is 1. Compared as text, since
         # Python converts no integer of more than 4300 digits.
@@ -109,7 +109,7 @@ def _short(text: str) -> str:
 
 def _order_matters(devices: Sequence[Device], value: str, order: str | None) -> bool:
     """Whether integers may mean other devices to CUDA (fastest first) than to NVML."""
-    integers = any(_ORDINAL.match(entry.strip()) for entry in value.split(","))
+    integers = any(re.match(_ORDINAL, entry.strip()) for entry in value.split(","))
     return integers and order != "PCI_BUS_ID" and _are_mixed(devices)
 
 

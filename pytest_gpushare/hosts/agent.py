@@ -176,7 +176,7 @@ def _started(settings: Settings, request: Mapping[str, Any], line: WaitingLine) 
     environment = dict(os.environ)
     if request["only_asks"]:
         # Whether a run would wait depends on the other hosts.
-        settings = replace(settings, wait=Fraction(0))
+        settings = settings._replace(wait=Fraction(0))
     found = start(
         settings,
         Request(),
@@ -233,8 +233,7 @@ def settings_of(texts: Mapping[str, str], *, only_asks: bool) -> Settings:
         for option in OPTIONS
     }
     settings = on_several_hosts(Settings(**values))
-    return replace(
-        settings,
+    return settings._replace(
         # The controller decides for all hosts together whether CPU workers will do.
         fallback_to_cpu_when_constrained=True,
         ollama_preload=settings.ollama_preload and not only_asks,
@@ -247,7 +246,7 @@ def on_several_hosts(settings: Settings) -> Settings:
     The server of each host loads models as its tests ask for them, at any time, so that VRAM is
     kept for it throughout.
     """
-    return replace(settings, ollama_phase="beside")
+    return settings._replace(ollama_phase="beside")
 
 
 def _found(facts: StartFacts, checkout: Checkout, cache: str) -> RemoteFacts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from importlib import metadata
@@ -171,7 +170,7 @@ class StartOfHosts:
         """`start_here` probes and plans on this host; None: it takes no part."""
         self._settings, self._start_here = settings, start_here
         # Whether CPU workers will do is decided for all hosts together.
-        self._here = replace(settings, fallback_to_cpu_when_constrained=True)
+        self._here = settings._replace(fallback_to_cpu_when_constrained=True)
         self.hosts = [AskedHost(connection) for connection in connections]
         self.here: StartFacts | None = None
         """What was found on this host."""
@@ -228,7 +227,7 @@ class StartOfHosts:
     def _look_here(self) -> None:
         """Probe this host, and do not wait for VRAM: others may have some."""
         if self._start_here is not None:
-            at_once = replace(self._here, wait=Fraction(0))
+            at_once = self._here._replace(wait=Fraction(0))
             found = self._start_here(at_once, WaitingLine())
             # Its tests may wait.
             self.here = found._replace(settings=self._settings)
@@ -254,7 +253,7 @@ class StartOfHosts:
     def _wait_here(self, before: StartFacts, start_here: StartHere, line: WaitingLine) -> None:
         before.release()
         # What was loaded is there, and stays.
-        found = start_here(replace(self._here, ollama_preload=False), line)
+        found = start_here(self._here._replace(ollama_preload=False), line)
         if before.loading is not None:
             before.loading.look_by(found.live, found.lessee)
         self.here = found._replace(settings=self._settings, loading=before.loading)

@@ -82,7 +82,7 @@ def start_on_hosts(
     selected = str(getattr(options, "markexpr", "") or "")
     excluded = f"-m {selected!r} selects no GPU test"
     if excludes_gpu_tests(selected, settings):
-        settings = replace(settings, fallback_to_cpu_when_constrained=True)
+        settings = settings._replace(fallback_to_cpu_when_constrained=True)
     else:
         excluded = ""
     with ExitStack() as stack:

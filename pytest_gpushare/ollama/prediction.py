@@ -41,9 +41,7 @@ _PER_BILLION, _BASE = 7 * GB // 10, GB
 _EMBEDDING = 2048 * MB
 _EMBEDDING_NAMES = ("embed", "minilm", "bge")
 
-_PARAMETERS = re.compile(
-    r"(?:^|[^a-z0-9.])(?:([0-9]{1,3})x)?([0-9]{1,4}(?:\.[0-9]{1,3})?)([bm])(?![a-z0-9])", re.ASCII
-)
+_PARAMETERS = r"(?:^|[^a-z0-9.])(?:([0-9]{1,3})x)?([0-9]{1,4}(?:\.[0-9]{1,3})?)([bm])(?![a-z0-9])"
 
 
 def free_needed(need: int, *, has_choice: bool) -> int:
@@ -282,7 +280,7 @@ def by_name(name: str, parameter_size: str = "", file_bytes: int | None = None) 
 
 def _billions(text: str) -> float:
     """Parameters in billions: 14 of `14b`, 30 of `30b-a3b`, 56 of `8x7b`; 0: not said."""
-    found = _PARAMETERS.search(text.lower())
+    found = re.search(_PARAMETERS, text.lower())
     if found is None:
         return 0.0
     count = float(found[2]) * (int(found[1]) if found[1] else 1)

@@ -123,7 +123,7 @@ def neighbour_of(pid: int) -> str:
         return OLLAMA
     if name not in _RUNNERS:
         return ""
-    if name != "llama-server" or any(_BLOB.search(argument) for argument in arguments):
+    if name != "llama-server" or any(re.search(_BLOB, argument) for argument in arguments):
         return OLLAMA
     parent = parent_of(pid)
     is_child = parent is not None and "ollama" in (command_line(parent) or ("",))[0].lower()
@@ -131,7 +131,7 @@ def neighbour_of(pid: int) -> str:
 
 
 _RUNNERS = ("llama-server", "ollama_llama_server", "ollama-runner")
-_BLOB = re.compile(r"[/\\]blobs[/\\]sha256-[0-9a-f]+$")
+_BLOB = r"[/\\]blobs[/\\]sha256-[0-9a-f]+$"
 
 
 def _named(name: str, devices: Sequence[Device]) -> Device:

@@ -20,12 +20,12 @@ from pytest_gpushare.leases.ledger import OFF, Ledger, LedgerError, directory_of
 from pytest_gpushare.leases.lessee import Lessee, LiveReadings, View, Wish
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 from pytest_gpushare.planning.plan import DevicePlan, LeasedByOthers, Limit, Plan
-from pytest_gpushare.scheduler.types import DeviceCapacity
 from pytest_gpushare.units import format_gb
 from pytest_gpushare.waiting_line import WaitingLine
 
 if TYPE_CHECKING:
     from pytest_gpushare.gpu.readings import LiveVram
+    from pytest_gpushare.scheduler.types import DeviceCapacity
 
 _OLLAMA_EVERY = 2.0
 """Seconds between two requests to Ollama while the session waits."""
@@ -407,6 +407,9 @@ def lease_plan(lessee: Lessee, plan: Plan) -> None:
 
 def capacities_of(plan: Plan) -> list[DeviceCapacity]:
     """The devices as the plan leaves them to the tests."""
+    # Not needed at the start: the dispatch asks for them.
+    from pytest_gpushare.scheduler.types import DeviceCapacity
+
     return [
         DeviceCapacity(
             planned.device.uuid,

@@ -51,8 +51,7 @@ class LeasedByOthers(NamedTuple):
     """The largest reservation for Ollama that one of them publishes."""
 
 
-@dataclass(frozen=True, slots=True)
-class NeighbourShare:
+class NeighbourShare(NamedTuple):
     """What another program on the same devices needs, as planning sees it; bytes by UUID."""
 
     name: str

@@ -149,7 +149,7 @@ def _without_packed(settings: Settings) -> Settings:
     if not changed:
         return settings
     presets = tuple(name for name in settings.presets if name != _PACKED)
-    return replace(settings, **changed, presets=presets)
+    return settings._replace(**changed, presets=presets)
 
 
 _PACKED = "packed"

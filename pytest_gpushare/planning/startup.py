@@ -100,7 +100,7 @@ def plan_run(
     Raises `SettingsError` where `ollama_gpu` names no device of this host.
     """
     shares = [
-        replace(share, reservation=_larger(share.reservation, others.reserved))
+        share._replace(reservation=_larger(share.reservation, others.reserved))
         if share.name == OLLAMA
         else share
         for share in neighbours(settings, gpus, ollama, sizes)

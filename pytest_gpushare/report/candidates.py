@@ -7,7 +7,6 @@ the suggestion promises.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -76,7 +75,7 @@ class Case(NamedTuple):
         """The plan with these changes."""
         if self.replan is None:
             return None
-        changed: Settings = replace(self.settings, **changes)  # type: ignore[arg-type]
+        changed: Settings = self.settings._replace(**changes)  # type: ignore[arg-type]
         return self.replan(changed)
 
     @property

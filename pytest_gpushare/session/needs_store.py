@@ -42,7 +42,7 @@ _MOST_BYTES = 32 * MB
 _MOST_NODEID = 1000
 _MOST_SECONDS = 1e7
 _VERSION = 1
-_DATE = re.compile(r"20[0-9]{2}-[0-9]{2}-[0-9]{2}")
+_DATE = r"20[0-9]{2}-[0-9]{2}-[0-9]{2}"
 _MARGIN = 115
 """Per cent of what was measured: fragmentation, and what differs from run to run."""
 _SAME_SHARE, _SAME_SIZE = 0.10, 64 * MB
@@ -262,7 +262,7 @@ def _validated(tests: object) -> dict[str, Learned]:
                 duration is None
                 or (type(duration) in (int, float) and 0 <= duration <= _MOST_SECONDS)
             )
-            if good and isinstance(date, str) and _DATE.fullmatch(date):
+            if good and isinstance(date, str) and re.fullmatch(_DATE, date):
                 found[nodeid] = Learned(peak, duration, date)
     return found
 

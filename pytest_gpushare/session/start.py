@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -162,7 +161,7 @@ def start(
 
         def make(gpus: GpuFacts, leased: LeasedByOthers, changed: Settings = settings) -> Plan:
             if is_phased:
-                changed = replace(changed, ollama_vram_reservation=Fraction(0))
+                changed = changed._replace(ollama_vram_reservation=Fraction(0))
             return plan_run(
                 changed, gpus, ollama.facts, facts, request, earlier.model_sizes, leased
             )
@@ -435,7 +434,7 @@ def settings_of_run(config: pytest.Config) -> Settings:
         from pytest_gpushare.planning.preloading import check
 
         check(settings)
-        return replace(settings, ollama_preload=False)
+        return settings._replace(ollama_preload=False)
     return settings
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from pytest_gpushare.config.settings import Settings
@@ -63,7 +62,7 @@ class Scene:
         self._now = [0.0]
         gpus = GpuFacts((device(free),), (device(free),), driver="580.95.05")
         ollama, host = OllamaFacts(), HostFacts(cpus)
-        chosen = replace(DEFAULTS, **settings)
+        chosen = DEFAULTS._replace(**settings)
 
         def planned(changed: Settings) -> Plan:
             return plan_run(changed, gpus, ollama, host, request or Request())

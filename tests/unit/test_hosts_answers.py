@@ -98,7 +98,7 @@ def test_a_host_without_room_falls_back_as_a_run_on_it_alone(allowed: bool) -> N
     full = replace(DEVICE, used=24 * GB, free=0)
     facts = decode(answer(), "box")
     facts = facts._replace(gpus=GpuFacts((full,), (full,)), cpus=6)
-    settings = replace(SETTINGS, fallback_to_cpu_when_constrained=allowed)
+    settings = SETTINGS._replace(fallback_to_cpu_when_constrained=allowed)
     found = plan_there(settings, facts)
     alone = make_plan(SETTINGS, facts.gpus, [facts.share], HostFacts(6, None), Request())
     assert (len(found.slots), alone.cpu_workers) == (0, 6)

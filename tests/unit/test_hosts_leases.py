@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +186,7 @@ def test_that_the_start_does_not_wait_is_no_setting_of_the_run(tmp_path: Path) -
         found.append((settings.wait, settings.fallback_to_cpu_when_constrained))
         return StartFacts(settings, GpuFacts(), OllamaFacts(), plan())
 
-    refusing = replace(SETTINGS, fallback_to_cpu_when_constrained=False)
+    refusing = SETTINGS._replace(fallback_to_cpu_when_constrained=False)
     hosts = StartOfHosts(refusing, [], start)
     assert hosts.answers(tmp_path, strict=False) == []
     assert found == [(0, True)]

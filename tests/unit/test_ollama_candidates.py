@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 from simulator.ollama import FaultyServer, OllamaServer
@@ -73,7 +72,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, *hosts: str, limit: float = 0.5, **sett
     found = tuple(Candidate(parse_address(h), f"place {n}") for n, h in enumerate(hosts))
     monkeypatch.setattr(together, "candidates", lambda *_: found)
     began = time.monotonic()
-    given = replace(DEFAULTS, ollama_timeout=limit, **settings)  # type: ignore[arg-type]
+    given = DEFAULTS._replace(ollama_timeout=limit, **settings)  # type: ignore[arg-type]
     facts = probe(given, ("24GB",), {}).ollama
     return facts, time.monotonic() - began
 

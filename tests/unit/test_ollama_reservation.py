@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -166,7 +165,7 @@ def test_seen_larger_than_reserved(
     reservation: int | None, sighting: Sighting, ollama: OllamaFacts, text: str | None
 ) -> None:
     """One sentence where a recent run saw more than is reserved, and it is not loaded now."""
-    settings = replace(DEFAULTS, ollama_vram_reservation=reservation)
+    settings = DEFAULTS._replace(ollama_vram_reservation=reservation)
     gpus = GpuFacts((device(22),), (device(22),))
     found = seen_larger(settings, gpus, ollama, KnownSizes({"k": sighting}))
     assert len(found) == (text is not None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,8 +22,7 @@ from pytest_gpushare.units import GB
 
 from .test_planning_sizing import DEFAULTS
 
-SETTINGS = replace(
-    DEFAULTS,
+SETTINGS = DEFAULTS._replace(
     ollama_vram_reservation=Fraction(0),
     enable_ollama_detection=False,
     max_workers_per_gb=Fraction(0),
@@ -46,8 +44,8 @@ def other(tmp_path: Path) -> Iterator[Lessee]:
 
 
 def agreed(directory: Path, wait: str | None = None) -> Agreed:
-    settings = replace(
-        SETTINGS, leases=str(directory), wait=None if wait is None else Fraction(wait)
+    settings = SETTINGS._replace(
+        leases=str(directory), wait=None if wait is None else Fraction(wait)
     )
 
     def make(gpus: GpuFacts, others: LeasedByOthers) -> Plan:

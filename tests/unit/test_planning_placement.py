@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from fractions import Fraction
 
 from hypothesis import given
@@ -28,8 +27,7 @@ AROUND = PlacementContext({}, {})
 
 def planned(devices: tuple[Device, ...], seen: tuple[Device, ...], number: int | None) -> Plan:
     """A plan in which nothing but the budget counts."""
-    settings = replace(
-        DEFAULTS,
+    settings = DEFAULTS._replace(
         ollama_vram_reservation=Fraction(0),
         max_workers_per_gb=Fraction(0),
         max_workers_per_gpu=0,

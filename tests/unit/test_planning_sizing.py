@@ -55,7 +55,7 @@ def plan(
     """The plan for these devices, the rest at its default."""
     facts = GpuFacts(devices, devices, absence="" if devices else "NVML finds no device")
     host = HostFacts(cpus, ram)
-    return plan_run(replace(DEFAULTS, **settings), facts, ollama, host, request, sizes)
+    return plan_run(DEFAULTS._replace(**settings), facts, ollama, host, request, sizes)
 
 
 def slots(result: Plan) -> list[tuple[str, float]]:

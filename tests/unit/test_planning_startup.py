@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 from simulator.ollama import FaultyServer
@@ -18,7 +17,7 @@ from .test_planning_sizing import DEFAULTS
 def test_no_thread_is_left_behind(mode: str) -> None:
     """Given up on, a server that drips its answer for ever does not keep a thread for ever."""
     with FaultyServer(mode) as server:
-        facts = probe(replace(DEFAULTS, ollama_host=server.host), ("24GB",)).ollama
+        facts = probe(DEFAULTS._replace(ollama_host=server.host), ("24GB",)).ollama
         assert facts.problem == "no answer within 0.5 s"
         until = time.monotonic() + 5
         while time.monotonic() < until and _ours():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +22,7 @@ REMOTE = OllamaFacts(
 
 
 def lines(ollama: OllamaFacts, **settings: Any) -> list[str]:
-    given = replace(DEFAULTS, **settings)
+    given = DEFAULTS._replace(**settings)
     run: Any = SimpleNamespace(
         ollama=ollama,
         settings=given,

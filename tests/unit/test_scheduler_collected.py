@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import execnet
 import pytest
 from hypothesis import given
@@ -94,7 +92,7 @@ def test_weighing() -> None:
     cpu = collected(*said, skips=(False, True, True, True, False))
     kinds.add(True, suite.add(ids), gpu)
     kinds.add(False, suite.add(ids), cpu)
-    settings = replace(DEFAULTS, vram=parse_rules("big = 8GB\nt.py::a = 1GB"))
+    settings = DEFAULTS._replace(vram=parse_rules("big = 8GB\nt.py::a = 1GB"))
     weighed = weigh(suite, kinds, settings, "load", lambda _: (None, 2.5))
     assert [job.marked for job in weighed.jobs] == [True, True, False, False, True]
     assert weighed.by_skip == [1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from pytest_gpushare.config.settings import Alias
@@ -37,8 +35,8 @@ def test_by_the_expression(expression: str, excludes: bool) -> None:
 def test_other_markers_of_gpu_tests() -> None:
     """Aliases are markers of GPU tests too, and all tests are where one means the CPU."""
     alias = Alias("multi", (), (("devices", "2"),), "multi = devices=2")
-    settings = replace(DEFAULTS, markers=(alias,))
+    settings = DEFAULTS._replace(markers=(alias,))
     assert not excludes_gpu_tests("not gpu", settings)
     assert excludes_gpu_tests("not (gpu or multi)", settings)
-    cpu = replace(DEFAULTS, markers=(Alias("host", (), (("cpu", ""),), "host = cpu"),))
+    cpu = DEFAULTS._replace(markers=(Alias("host", (), (("cpu", ""),), "host = cpu"),))
     assert not excludes_gpu_tests("not gpu and not host", cpu)

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -154,7 +154,7 @@ def settings_of(view: PytestView) -> tuple[Settings, str]:
 def _start(settings: Settings, request: Request, host: Host) -> tuple[ActiveRun, str]:
     """The plan of a run, and why it would not start; the plan is then made without that limit."""
     # doctor never loads a model.
-    lenient = replace(settings, fallback_to_cpu_when_constrained=True, ollama_preload=False)
+    lenient = settings._replace(fallback_to_cpu_when_constrained=True, ollama_preload=False)
     terms = Terms(Path.cwd(), only_asks=True)
     error = ""
     try:
@@ -163,7 +163,7 @@ def _start(settings: Settings, request: Request, host: Host) -> tuple[ActiveRun,
         facts = start(lenient, request, host, PlanHooks(), terms=terms)
     except GpuShareError as refused:
         error = str(refused)
-        sure = replace(lenient, ollama_unreachable="reserve", ollama_gpu=("auto",))
+        sure = lenient._replace(ollama_unreachable="reserve", ollama_gpu=("auto",))
         facts = start(sure, request, host, PlanHooks(), terms=terms)
     facts.close()
     return ActiveRun(facts), error
