@@ -419,15 +419,20 @@ def report_files(
     """
     found: dict[Path, None] = {}
     for text in given or ():
-        name = printable(text)[-120:]
         if Path(text).suffix.lower() not in _REPORT_FORMATS:
             raise SettingsError(
-                f"{flag} {name}: no format is known by this name: allowed is a "
+                f"{flag} {_shown_end(text)}: no format is known by this name: allowed is a "
                 f"file that ends in {' or '.join(_REPORT_FORMATS)}"
             )
         try:
             path = directory / Path(_filled(text)).expanduser()
         except RuntimeError:
-            raise SettingsError(f"{flag} {name}: no such home directory: check the path") from None
+            raise SettingsError(
+                f"{flag} {_shown_end(text)}: no such home directory: check the path"
+            ) from None
         found[path] = None
     return tuple(found)
+
+
+def _shown_end(name: str) -> str:
+    return printable(name)[-120:]

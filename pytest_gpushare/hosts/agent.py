@@ -42,7 +42,8 @@ from pytest_gpushare.planning.caps import without_caps_of_outer_run
 from pytest_gpushare.planning.leasing import Terms
 from pytest_gpushare.planning.plan import NeighbourShare, Request
 from pytest_gpushare.planning.startup import PlanHooks
-from pytest_gpushare.session.start import EarlierRuns, Host, start
+from pytest_gpushare.session.needs_store import EarlierRuns
+from pytest_gpushare.session.start import Host, start
 from pytest_gpushare.session.start_facts import StartFacts
 from pytest_gpushare.timed import TimedCall
 from pytest_gpushare.waiting_line import WaitingLine

@@ -52,7 +52,7 @@ from pytest_gpushare.session.start import (
     settings_of_run,
     start_locally,
 )
-from pytest_gpushare.session.start_facts import StartFacts, placement_context
+from pytest_gpushare.session.start_facts import RunOptions, StartFacts, placement_context
 from pytest_gpushare.text import read_regular
 from pytest_gpushare.units import MB
 from pytest_gpushare.waiting_line import WaitingLine
@@ -73,6 +73,7 @@ def start_on_hosts(
         return None
     if not takes_proxies(options):
         raise SettingsError("workers on other hosts need pytest-xdist 3.6.1 or newer: upgrade it")
+    at_end = run_options(config, options)
     settings = on_several_hosts(settings_of_run(config))
     if settings.ollama_preload:
         from pytest_gpushare.planning.preloading import check
@@ -105,7 +106,7 @@ def start_on_hosts(
                 f"gpu-share: no GPU worker fits on any host: {shortage(plan)}; "
                 "gpu_share_fallback_to_cpu_when_constrained is false: free VRAM, or set it to true"
             )
-        run = _run(config, settings, local, parts, plan)
+        run = _run(config, settings, local, parts, plan, at_end)
         _write_workers(options, parts)
         config.pluginmanager.register(HostHooks(run, config), "gpu-share-hosts")
         closing = stack.pop_all()
@@ -287,6 +288,7 @@ def _run(
     local: StartFacts | None,
     parts: Sequence[HostPart],
     plan: Plan,
+    at_end: RunOptions,
 ) -> HostedRun:
     if local is None:
         local = StartFacts(
@@ -306,7 +308,7 @@ def _run(
         leases=(*local.leases, *(f"{part.name} {text}" for part in parts for text in part.leases)),
         has_needs=may_have_needs(settings, config) and bool(plan.slots),
     )
-    return HostedRun(facts, parts, run_options(config, config.option, ""), config)
+    return HostedRun(facts, parts, at_end, config)
 
 
 def _write_workers(options: Any, parts: Sequence[HostPart]) -> None:

@@ -21,11 +21,11 @@ from pytest_gpushare.leases.lessee import Lessee, LiveReadings, View, Wish
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 from pytest_gpushare.planning.plan import DevicePlan, LeasedByOthers, Limit, Plan
 from pytest_gpushare.units import format_gb
-from pytest_gpushare.waiting_line import WaitingLine
 
 if TYPE_CHECKING:
     from pytest_gpushare.gpu.readings import LiveVram
     from pytest_gpushare.scheduler.types import DeviceCapacity
+    from pytest_gpushare.waiting_line import WaitingLine
 
 _OLLAMA_EVERY = 2.0
 """Seconds between two requests to Ollama while the session waits."""
@@ -149,7 +149,7 @@ class _Negotiation:
         self._naming = Naming()
         # Notes stand in reports, which are passed on to others.
         self._reported = Naming(settings.report_names)
-        self._line = terms.line or WaitingLine()
+        self._line = terms.line
         self.now, self.others = gpus, LeasedByOthers()
         self.plan: Plan | None = None
         self._without: Plan | None = None
@@ -184,7 +184,8 @@ class _Negotiation:
                     waited=outcome.waited
                 )
         finally:
-            self._line.clear()
+            if self._line is not None:
+                self._line.clear()
         if in_process:
             # The tests lease what they need, one by one.
             lessee.shrink({})
@@ -302,14 +303,17 @@ class _Negotiation:
         return self.now._replace(devices=devices)
 
     def _report(self, view: View, waited: float) -> None:
+        from pytest_gpushare.waiting_line import WaitingLine
+
+        line = self._line = self._line or WaitingLine()
         needed = format_gb(self.plan.needed) if self.plan is not None else "VRAM"
         who = "; ".join(self._holders(view, self._naming)) or "other programs hold the VRAM"
         text = f"gpu-share: waiting for {needed} of VRAM for a GPU worker, {waited:.0f} s: {who}"
         is_fixed = not any(share.spare for share in self._shares(view))
         if is_fixed and any(claim.holders for claim in view.claims.values()):
-            self._line.show(text, _AT_ONCE)
+            line.show(text, _AT_ONCE)
         else:
-            self._line.show(text)
+            line.show(text)
         if self._refresh is not None and waited - self._refreshed >= _OLLAMA_EVERY:
             # Its models come and go meanwhile: what it held at the start holds no longer.
             self._refreshed = waited

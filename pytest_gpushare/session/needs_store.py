@@ -20,7 +20,12 @@ from pytest_gpushare.compat.pytest_options import options_of
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import GpuFacts
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
-from pytest_gpushare.ollama.prediction import KnownSizes, known_sizes, with_sightings
+from pytest_gpushare.ollama.prediction import (
+    NOTHING_KNOWN,
+    KnownSizes,
+    known_sizes,
+    with_sightings,
+)
 from pytest_gpushare.text import read_regular, write_whole
 from pytest_gpushare.units import MB, MOST_VRAM, format_gb
 
@@ -405,6 +410,29 @@ _MOST_STORED_BYTES = 256 * 1024
 def recall_ollama(config: pytest.Config) -> KnownSizes:
     """What earlier runs measured of Ollama; what makes no sense is left out."""
     return known_sizes(stored(config, OLLAMA_KEY))
+
+
+class EarlierRuns(NamedTuple):
+    """What earlier runs measured."""
+
+    model_sizes: KnownSizes = NOTHING_KNOWN
+    """Of Ollama's models and their processes."""
+    contexts: Mapping[str, int] = {}
+    """Device name -> bytes of a CUDA context."""
+    has_needs: bool = False
+    """Whether tests may have needs of their own."""
+    uses_models: bool = False
+    """Whether tests said that they use models of Ollama's."""
+
+
+def earlier_runs(config: pytest.Config, settings: Settings) -> EarlierRuns:
+    """All that the start needs of them."""
+    return EarlierRuns(
+        recall_ollama(config) if settings.enable_ollama_detection else NOTHING_KNOWN,
+        recall_contexts(config),
+        may_have_needs(settings, config),
+        recall_model_use(config),
+    )
 
 
 class ModelSizes:

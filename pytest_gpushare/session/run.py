@@ -29,7 +29,6 @@ from pytest_gpushare.planning.placement import (
     worker_message,
 )
 from pytest_gpushare.planning.plan import Slot
-from pytest_gpushare.service import Service
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.session.needs_store import ModelSizes, NeedsRecorder
 from pytest_gpushare.session.sampler import Sampler
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.gpu.readings import Live
     from pytest_gpushare.ollama.monitor import Monitor
     from pytest_gpushare.scheduler.llm_marks import ModelUse
+    from pytest_gpushare.service import Service
     from pytest_gpushare.session.llm import LlmTests
 
 

@@ -17,7 +17,6 @@ from pytest_gpushare.gpu.readings import (
 from pytest_gpushare.ollama.models import LoadedModel
 from pytest_gpushare.ollama.monitor import Monitor
 from pytest_gpushare.ollama.reservation import devices_of_ollama
-from pytest_gpushare.service import Service
 from pytest_gpushare.session.workers import Workers
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.ollama.models import OllamaFacts
     from pytest_gpushare.ollama.monitor import MonitoredServer
     from pytest_gpushare.planning.plan import Plan
+    from pytest_gpushare.service import Service
     from pytest_gpushare.session.needs_store import ModelSizes
 
 

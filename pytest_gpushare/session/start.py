@@ -33,7 +33,6 @@ from pytest_gpushare.gpu.visibility import VARIABLE, cuda_is_up, set_variables
 from pytest_gpushare.leases import AcquireTerms, set_terms
 from pytest_gpushare.leases.ledger import OFF
 from pytest_gpushare.ollama.models import OllamaFacts
-from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
 from pytest_gpushare.ollama.reservation import devices_of_ollama, seen_larger, unexpected
 from pytest_gpushare.place import entered
 from pytest_gpushare.planning.leasing import Agreed, Terms, agree, lease_plan
@@ -48,17 +47,11 @@ from pytest_gpushare.planning.plan import LeasedByOthers, Limit, Plan, Request, 
 from pytest_gpushare.planning.startup import PlanHooks, Probes, ask_ollama, plan_run, probe
 from pytest_gpushare.scheduler.llm_marks import uses_models
 from pytest_gpushare.scheduler.needs import excludes_gpu_tests
-from pytest_gpushare.session.needs_store import (
-    may_have_needs,
-    recall_contexts,
-    recall_model_use,
-    recall_ollama,
-)
+from pytest_gpushare.session.needs_store import EarlierRuns, earlier_runs
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start_facts import RunOptions, StartFacts
 from pytest_gpushare.session.tests import Observer
 from pytest_gpushare.units import format_gb
-from pytest_gpushare.waiting_line import WaitingLine
 from pytest_gpushare.wire import ITSELF
 
 if TYPE_CHECKING:
@@ -66,6 +59,7 @@ if TYPE_CHECKING:
 
     from pytest_gpushare.events import Event
     from pytest_gpushare.planning.preloading import Loading
+    from pytest_gpushare.waiting_line import WaitingLine
 
 
 def request_for(config: pytest.Config) -> tuple[Request, int]:
@@ -107,19 +101,6 @@ def environment_for_plan(before_conftests: Mapping[str, str] | None) -> dict[str
             if name in before_conftests:
                 environment[name] = before_conftests[name]
     return environment
-
-
-class EarlierRuns(NamedTuple):
-    """What earlier runs measured."""
-
-    model_sizes: KnownSizes = NOTHING_KNOWN
-    """Of Ollama's models and their processes."""
-    contexts: Mapping[str, int] = {}
-    """Device name -> bytes of a CUDA context."""
-    has_needs: bool = False
-    """Whether tests may have needs of their own."""
-    uses_models: bool = False
-    """Whether tests said that they use models of Ollama's."""
 
 
 def start(
@@ -332,10 +313,11 @@ def start_in_process(config: pytest.Config, environment: Mapping[str, str]) -> A
             "--gpu-share sizes the workers of pytest-xdist, which is not loaded: install "
             "pytest-xdist, or drop -p no:xdist"
         )
+    at_end = run_options(config, options)
     facts = start_locally(config, options, Request(in_process=True), 1, environment)
     is_up = cuda_is_up(facts.gpus.own_process_has_context)
     unplaced = "CUDA is up in this process already" if is_up else ""
-    run = _active(facts, config, options, unplaced)
+    run = _active(facts, config, at_end._replace(unplaced=unplaced))
     if not unplaced:
         config.add_cleanup(set_variables(worker_environment(run.plan, 0, run.placement)))
         config.add_cleanup(entered(place_of(run.plan, 0)))
@@ -362,18 +344,19 @@ def start_workers(
             why = "the workers of --tx have devices of your own: no GPU is assigned to them"
         return f"{why}, and no report is written" if options.gpu_share_report else why
     request, cpus = request_for(config)
+    at_end = run_options(config, options)
     environment = environment_for_plan(before_conftests)
     facts = start_locally(config, options, request, cpus, environment)
-    unplaced = ""
     if request.in_process:
-        unplaced = "the plugin was loaded too late to place this process: load it with -p"
+        why = "the plugin was loaded too late to place this process: load it with -p"
+        at_end = at_end._replace(unplaced=why)
     if runs_each_test_everywhere(options) and facts.plan.workers > 1:
         note = (
             f"--dist=each: every test runs on each of the {facts.plan.workers} workers: "
             "use --dist=load to share them out"
         )
         facts = facts._replace(notes=(*facts.notes, note))
-    run = _active(facts, config, options, unplaced)
+    run = _active(facts, config, at_end)
     if not own_workers:
         set_number(options, run.plan.workers)
     return run
@@ -389,22 +372,15 @@ def start_locally(
     line: WaitingLine | None = None,
 ) -> StartFacts:
     """Probe this host, and plan; without `settings` by those of the run. `line`: see `Terms`."""
-    _report_files(config, options)
     settings = settings or settings_of_run(config)
     host = Host(tuple(options.gpu_share_simulate or ()), cpus, environment)
-    earlier = EarlierRuns(
-        recall_ollama(config) if settings.enable_ollama_detection else NOTHING_KNOWN,
-        recall_contexts(config),
-        may_have_needs(settings, config),
-        recall_model_use(config),
-    )
     expression = str(getattr(options, "markexpr", "") or "")
     return start(
         settings,
         request,
         host,
         _plan_hooks(config),
-        earlier,
+        earlier_runs(config, settings),
         terms=Terms(config.rootpath, only_asks=only_asks(config), line=line),
         no_gpu_tests=f"-m {expression!r} selects no GPU test"
         if excludes_gpu_tests(expression, settings)
@@ -412,19 +388,16 @@ def start_locally(
     )
 
 
-def _active(facts: StartFacts, config: pytest.Config, options: Any, unplaced: str) -> ActiveRun:
+def _active(facts: StartFacts, config: pytest.Config, options: RunOptions) -> ActiveRun:
     config.add_cleanup(set_terms(AcquireTerms.of(facts.settings)))
-    return ActiveRun(facts, run_options(config, options, unplaced), config=config)
+    return ActiveRun(facts, options, config=config)
 
 
-def run_options(config: pytest.Config, options: Any, unplaced: str) -> RunOptions:
-    """What the command line says of the run's end."""
-    return RunOptions(_report_files(config, options), bool(options.gpu_share_strict), unplaced)
-
-
-def _report_files(config: pytest.Config, options: Any) -> tuple[Path, ...]:
-    """The files of `--gpu-share-report`. Raises `SettingsError` for a kind that is unknown."""
-    return report_files(options.gpu_share_report, Path(config.invocation_params.dir))
+def run_options(config: pytest.Config, options: Any) -> RunOptions:
+    """What the command line says of the run's end. Raises `SettingsError` for a report of a kind
+    that is unknown."""
+    reports = report_files(options.gpu_share_report, Path(config.invocation_params.dir))
+    return RunOptions(reports, bool(options.gpu_share_strict))
 
 
 def settings_of_run(config: pytest.Config) -> Settings:
