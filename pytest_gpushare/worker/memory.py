@@ -17,7 +17,7 @@ from pytest_gpushare.planning.caps import cap_of
 from pytest_gpushare.units import MB
 from pytest_gpushare.worker import counters
 from pytest_gpushare.worker.framework_caps import TorchCap
-from pytest_gpushare.worker.oom_retry import SECTION, Retry
+from pytest_gpushare.worker.oom_retry import Retry
 from pytest_gpushare.worker.own_vram import OwnVram, own_children, reaped
 from pytest_gpushare.worker.runner import NEED
 
@@ -86,9 +86,6 @@ class StartBarrier:
 WORTH_COLLECTING = 16 * MB
 """Bytes that a test leaves behind beyond which garbage is collected before it is blamed."""
 
-FIGURES = "gpushare_figures"
-"""The attribute of a forked test's last report that carries its figures to the worker."""
-
 
 def watch(
     config: pytest.Config, place: Mapping[str, Any], memory: Mapping[str, Any], link: Link
@@ -113,14 +110,52 @@ def watch(
     slots = [uuid for uuid, _ in place["plan"]["slots"]]
     own = OwnVram(place["device"], max(1, slots.count(place["device"])), link)
     retry = Retry(link, cap, memory, own)
-    config.pluginmanager.register(retry, "gpu-share-retry")
-    config.pluginmanager.register(Meter(link, barrier, retry, cap, memory, own), "gpu-share-meter")
-    loop = config.pluginmanager.get_plugin("gpu-share-run-loop")
+    plugins = config.pluginmanager
+    forked = ForkedTests() if plugins.has_plugin("pytest_forked") else None
+    if forked is not None:
+        plugins.register(forked, "gpu-share-forked-tests")
+    plugins.register(retry, "gpu-share-retry")
+    meter = Meter(link, barrier, retry, cap, memory, own, forked)
+    plugins.register(meter, "gpu-share-meter")
+    loop = plugins.get_plugin("gpu-share-run-loop")
     if loop is not None:
         # Not when its first test is to start: others wait for the VRAM of that one.
         loop.when_idle = own.prepare
     config.add_cleanup(cap.watch())
     link.send("here", os.getpid())
+
+
+class ForkedTests:
+    """The plugin that brings what the child of a forked test measured to the worker.
+
+    pytest-forked carries nothing out of the child but the attributes of its reports.
+    """
+
+    _NAME = "gpushare_figures"
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._figures: dict[str, Any] | None = None
+
+    def take(self) -> dict[str, Any] | None:
+        """What the last test's child measured; None where it had none."""
+        figures, self._figures = self._figures, None
+        return figures
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """In the child: add the figures to its last report."""
+        report = yield
+        if report.when == "teardown" and os.getpid() != self._pid:
+            figures = counters.measured(None, counters.counts())
+            if figures is not None:
+                setattr(report, self._NAME, _message_of(figures))
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """In the worker: take them from it."""
+        if self._NAME in vars(report):
+            self._figures = vars(report).pop(self._NAME)
 
 
 class Meter:
@@ -135,7 +170,9 @@ class Meter:
         cap: TorchCap,
         memory: Mapping[str, Any],
         own: OwnVram,
+        forked: ForkedTests | None = None,
     ) -> None:
+        """`forked`: where pytest-forked is installed."""
         self._link = link
         self._own = own
         self._barrier = barrier
@@ -143,7 +180,7 @@ class Meter:
         self._cap = cap
         self._context = int(memory["context"])
         self._empty_caches = str(memory["empty_caches"])
-        self._pid = os.getpid()
+        self._forked = forked
         self._fixtures: dict[int, int] = {}
         """id of a fixture of a wider scope -> bytes by which its set-up grew what is in use,
         without those of the fixtures that were set up meanwhile."""
@@ -158,7 +195,6 @@ class Meter:
         and when the last one did in which a framework could count."""
         self._errors: list[BaseException] = []
         self._outcome = "passed"
-        self._forked: dict[str, Any] | None = None
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -168,7 +204,7 @@ class Meter:
         try:
             self._retry.begin()
             self._own.prepare()
-            self._outcome, self._forked = "passed", None
+            self._outcome = "passed"
             need = item.stash.get(NEED, None)
             if need is not None:
                 self._cap.set(cap_of(need, self._context))
@@ -187,28 +223,18 @@ class Meter:
         finally:
             self._barrier.leave()
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(
-        self, item: pytest.Item, call: pytest.CallInfo[None]
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Keep how it went, and what it raised until its frames are cleared."""
-        if call.when == "call" or (call.when == "setup" and call.excinfo is not None):
-            # Its teardown is about to give back what it holds.
-            self._own.look(item.nodeid)
-        is_explained = self._retry.explains(item, call)
-        report = yield
-        if is_explained:
-            report.sections.append((SECTION, self._retry.note))
-        if report.when == "setup" or self._outcome == "passed" or report.failed:
-            self._outcome = report.outcome
+    # Hooks that are called for each phase wrap nothing: that would cost three times as much.
+
+    def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> None:
+        """Keep what it raised until its frames are cleared."""
+        self._retry.reports()
         if call.excinfo is not None and self._empty_caches != "never":
             self._errors.append(call.excinfo.value)
-        if report.when == "teardown" and os.getpid() != self._pid:
-            # pytest-forked: only this report leaves the child.
-            figures = counters.measured(None, counters.counts())
-            if figures is not None:
-                setattr(report, FIGURES, _message_of(figures))
-        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep how it went."""
+        if report.when == "setup" or self._outcome == "passed" or report.failed:
+            self._outcome = report.outcome
 
     # An old-style wrapper: see `Retry`.
 
@@ -244,13 +270,6 @@ class Meter:
             self._children[fixture] = children
             self._link.send("kept", sorted(frozenset().union(*self._children.values())))
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take what a forked test's reports bring."""
-        if report.failed:
-            self._outcome = "failed"
-        if FIGURES in vars(report):
-            self._forked = vars(report).pop(FIGURES)
-
     def _finish(
         self,
         item: pytest.Item,
@@ -268,7 +287,8 @@ class Meter:
                 counters.clear_frames(error, kept)
             errors.clear()
         after = counters.counts()
-        if after is None and self._forked is None:
+        forked = None if self._forked is None else self._forked.take()
+        if after is None and forked is None:
             return
         # No framework here counts what other processes held for the test.
         cost, children = reaped(), own_children()
@@ -278,7 +298,7 @@ class Meter:
             self._link.send("ran-others", item.nodeid)
         # A framework in an odd state must not fail the test that is over.
         with contextlib.suppress(Exception):
-            measured = self._forked or self._measured(before, after, fixtures, alone)
+            measured = forked or self._measured(before, after, fixtures, alone)
             if measured is not None:
                 self._link.send(
                     "test",

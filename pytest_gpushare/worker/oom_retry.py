@@ -164,6 +164,27 @@ class _DeferredError:
         raise self._error
 
 
+class _Explanations:
+    """The plugin that says in the report of a test that it ran out of memory, and what came of it;
+    registered when the first one does."""
+
+    def __init__(self, retry: Retry) -> None:
+        self._retry = retry
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Add a section, and a property for junit."""
+        note = self._retry.explanation(item, call)
+        if note:
+            item.user_properties.append((SECTION.replace("-", "_"), note))
+        report = yield
+        if note:
+            report.sections.append((SECTION, note))
+        return report
+
+
 class Retry:
     """The plugin that watches set-up and call of each test of a GPU process."""
 
@@ -204,9 +225,13 @@ class Retry:
         """Set up, and once more alone where that ran out of memory."""
         outcome = yield
         error = outcome.exception
-        if not self._inside and isinstance(error, Exception) and self._starts_again(item, error):
+        if self._inside or error is None:
+            return
+        if isinstance(error, Exception) and self._starts_again(item, error):
             del error
             self._run_again(item, "setup", outcome)
+        if outcome.exception is not None:
+            self._own.look(item.nodeid)
 
     @pytest.hookimpl(hookwrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Result[Any], None]:
@@ -217,26 +242,30 @@ class Retry:
         self._phase = "call"
         outcome = yield
         self._phase = ""
-        error = outcome.exception
-        if error is None:
-            error = error_of_unittest(item)
-        elif not isinstance(error, Exception):
-            return
-        if error is not None and self._starts_again(item, error):
+        error = error_of_unittest(item) if outcome.exception is None else outcome.exception
+        if isinstance(error, Exception) and self._starts_again(item, error):
             del error
             self._run_again(item, "call", outcome)
+        # Its teardown is about to give back what it holds.
+        self._own.look(item.nodeid)
 
-    def explains(self, item: pytest.Item, call: pytest.CallInfo[None]) -> bool:
-        """Before a report is made: whether the note in `note` belongs to it."""
+    def reports(self) -> None:
+        """A report is about to be made; one that is made during the call is of a subtest."""
         if self._phase:
             self._subtests = True
-            return False
+
+    def explanation(self, item: pytest.Item, call: pytest.CallInfo[None]) -> str:
+        """What the report that is about to be made says of a lack of memory; mostly nothing."""
         # A set-up that went well the second time says nothing yet: the call is to come.
-        if not self._why or self.note or (call.when == "setup" and call.excinfo is None):
-            return False
+        if (
+            self._phase
+            or not self._why
+            or self.note
+            or (call.when == "setup" and call.excinfo is None)
+        ):
+            return ""
         self.note = self._sentence(failed=call.excinfo is not None or bool(excinfos(item)))
-        item.user_properties.append((SECTION.replace("-", "_"), self.note))
-        return True
+        return self.note
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
     def pytest_timeout_set_timer(self, settings: Any) -> None:
@@ -264,6 +293,10 @@ class Retry:
         if answer is None:
             return False
         self._why = str(answer["text"])
+        plugins = item.config.pluginmanager
+        if not plugins.has_plugin("gpu-share-explanations"):
+            # Most runs have nothing to explain, and its hook is called for each phase.
+            plugins.register(_Explanations(self), "gpu-share-explanations")
         if answer["verdict"] != "wait":
             return False
         self._waits = True

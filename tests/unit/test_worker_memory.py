@@ -12,6 +12,7 @@ import pytest
 
 from pytest_gpushare.worker import counters, memory, own_vram
 from pytest_gpushare.worker.memory import Meter, StartBarrier
+from pytest_gpushare.worker.oom_retry import Retry
 
 MB = 2**20
 
@@ -80,3 +81,28 @@ def test_of_tests_beside_which_no_framework_is_there(monkeypatch: pytest.MonkeyP
     for _ in range(3):
         run.test()
     assert (run.calls, run.sent) == (1, [])
+
+
+def test_wrappers_are_few() -> None:
+    """Each costs every test several microseconds: none is round what is made for each phase."""
+    plugins = pytest.PytestPluginManager()
+    link: Any = SimpleNamespace(on=lambda *_: None)
+    nothing: Any = None
+    settings = {"context": 0, "empty_caches": "never"}
+    retry = Retry(link, nothing, settings, nothing)
+    ours = retry, Meter(link, nothing, retry, nothing, settings, nothing)
+    for plugin in ours:
+        plugins.register(plugin)
+    wrappers = [
+        found.function.__name__
+        for plugin in ours
+        for caller in plugins.get_hookcallers(plugin) or ()
+        for found in caller.get_hookimpls()
+        if found.plugin is plugin and (found.hookwrapper or found.wrapper)
+    ]
+    assert sorted(wrappers) == [
+        "pytest_fixture_setup",
+        "pytest_runtest_call",
+        "pytest_runtest_protocol",
+        "pytest_runtest_setup",
+    ]
