@@ -234,8 +234,7 @@ class Admitting:
         """The first pending unit in the order of those that will fit first."""
         pool = self._pool
         tree = pool.pending.trees.get(USUAL)
-        if tree is None or pool.pending.again or pool.cold:
-            # Without known durations nobody knows what ends soon: the first one it is.
+        if tree is None or pool.pending.again:
             return None
         for limit in self._backfilling.room_to_come(worker):
             rank = tree.first(limit)

@@ -411,6 +411,15 @@ def test_caches_are_left_alone_where_the_user_says_so() -> None:
     assert made.step({}, 1)[0] == Shutdown("gw1")
 
 
+def test_without_durations_a_worker_waits_for_what_will_fit_first() -> None:
+    """Not for the first in the order: its VRAM would be idle longer, as those that began end."""
+    jobs = [gpu_test(f"t{number}", need) for number, need in enumerate((5, 3, 2, 9, 5))]
+    made = dispatcher_of(jobs, [gpu_worker(number, 2) for number in range(3)])
+    assert runs(made.step({}, 0)) == {"gw0": (0,), "gw1": (1,), "gw2": (2,)}
+    made.next_test_requested("gw2", 2, "end")
+    assert waiting(made.step({}, 1)) == {"gw2": 4}
+
+
 def test_a_bound_test_is_withdrawn_where_its_fixtures_are_in_the_way() -> None:
     """Two workers wait, each with fixtures that keep the other from starting: the later yields."""
     jobs = [gpu_test(name, need) for name, need in (("a", 5), ("b", 5), ("c", 9), ("d", 9))]
