@@ -16,9 +16,10 @@ from pytest_gpushare.scheduler.admission import Admitting
 from pytest_gpushare.scheduler.backfilling import Backfilling
 from pytest_gpushare.scheduler.cpu_pool import CpuPool, Helping
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
+from pytest_gpushare.scheduler.packing import ordered
 from pytest_gpushare.scheduler.pressure import Pressure, raise_needs
 from pytest_gpushare.scheduler.queue import LoadOrder, Unit
-from pytest_gpushare.scheduler.routing import Fallback, ordered, routes
+from pytest_gpushare.scheduler.routing import Fallback, routes
 from pytest_gpushare.scheduler.sharing import OwnShare, Sharing
 from pytest_gpushare.scheduler.types import (
     Action,

@@ -6,9 +6,13 @@ order that fits starts. Deterministic, and bounded by a number of steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
+
+from pytest_gpushare.scheduler.gpu_pool import GpuPool
+from pytest_gpushare.scheduler.queue import GROUPED, Pending, Unit, in_parts, in_units, kind_of
+from pytest_gpushare.scheduler.types import Job
 
 STEPS = 60_000
 """Starts of tests that are simulated at most: about 100 ms on two slow cores."""
@@ -32,6 +36,96 @@ class Bin(NamedTuple):
     workers: int
     context: int = 0
     """What an idle worker holds that has run a test, in bytes."""
+
+
+def ordered(
+    tests: Sequence[int], jobs: Sequence[Job], gpu: GpuPool, *, alone: bool = False
+) -> tuple[Pending, bool]:
+    """The GPU tests in the order to start them, and whether that is for lack of durations.
+
+    `alone`: one worker runs all tests of the run, in stock xdist's order, as no other order
+    would pack better: that of collection, or of groups the largest first. Else, with known
+    durations, the best order found in simulation; else the largest needs first. What does not
+    fit beside the contexts of its device's other workers comes first of all: then they have
+    none yet, and need not be ended for its sake.
+    """
+    grouped = gpu.policy.dist in GROUPED
+    if alone and not grouped:
+        units = [Unit([test]) for test in tests]
+    else:
+        units = in_parts(in_units(tests, jobs), gpu.any_worker_can_run)
+    bins = _bins(gpu)
+    largest = max((b.budget for b in bins), default=0)
+    widest = max((b.budget - (b.workers - 1) * b.context for b in bins), default=0)
+    slots = _slots(gpu)
+    gpu.is_exact = all(
+        min(worker.slot, most) == slots[count]
+        for worker in gpu.workers.values()
+        for count, most in worker.most.items()
+    )
+    heads = [gpu.need(unit.tests[0]) for unit in units]
+    kinds = [kind_of(head) for head in heads]
+    needs = [slots[head.devices] if head.vram is None else head.vram for head in heads]
+
+    def pending(order: Sequence[int]) -> Pending:
+        return Pending(
+            [units[at] for at in order], [kinds[at] for at in order], [needs[at] for at in order]
+        )
+
+    if grouped and alone and gpu.policy.reorder:
+        return pending(sorted(range(len(units)), key=lambda at: -len(units[at].tests))), False
+    if alone or (grouped and not gpu.policy.reorder):
+        return pending(range(len(units))), False
+    sizes = [largest if kind[1] else need for kind, need in zip(kinds, needs, strict=True)]
+    times = [jobs[unit.tests[0]].duration for unit in units]
+    for at, unit in enumerate(units):
+        if len(unit.tests) > 1:
+            sizes[at], times[at] = _whole(unit, jobs, gpu, slots, largest)
+    order = best_order(sizes, times, bins)
+    cold = order is None
+    if order is None:
+        order = sorted(range(len(units)), key=sizes.__getitem__, reverse=True)
+    first = [at for at in order if (cold if kinds[at][1] else sizes[at] > widest)]
+    if first:
+        chosen = set(first)
+        order = [*first, *(at for at in order if at not in chosen)]
+    gpu.prefix = len(first)
+    return pending(order), cold
+
+
+def _slots(gpu: GpuPool) -> dict[int, int]:
+    """Number of devices -> what a test of unknown need gets there at least, in bytes."""
+    return {
+        count: min(
+            min(worker.slot, worker.most[count])
+            for worker in gpu.workers.values()
+            if count in worker.most
+        )
+        for count in gpu.largest
+    }
+
+
+def _whole(
+    unit: Unit, jobs: Sequence[Job], gpu: GpuPool, slots: Mapping[int, int], largest: int
+) -> tuple[int, float | None]:
+    """The largest need of a unit's tests, in bytes, and how long they take, if all is known."""
+    needs = [gpu.need(test) for test in unit.tests]
+    sizes = [slots[need.devices] if need.vram is None else need.vram for need in needs]
+    most = max(largest if need.exclusive else size for need, size in zip(needs, sizes, strict=True))
+    known = [time for test in unit.tests if (time := jobs[test].duration) is not None]
+    return most, sum(known) if len(known) == len(unit.tests) else None
+
+
+def _bins(gpu: GpuPool) -> list[Bin]:
+    counts: dict[str, int] = {}
+    for worker in gpu.workers.values():
+        device = worker.devices[0]
+        counts[device] = counts.get(device, 0) + 1
+    capacities = [gpu.ledgers[device].capacity for device in counts]
+    return [
+        Bin(each.budget, count, each.context)
+        for each, count in zip(capacities, counts.values(), strict=True)
+    ]
 
 
 def best_order(
