@@ -1,10 +1,13 @@
-"""A run on several hosts: one plan, and for each host what its workers need."""
+"""A run on several hosts: one plan, for each host what its workers need, and the watch over it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +19,8 @@ from pytest_gpushare.compat.xdist_hosts import WorkerStart
 from pytest_gpushare.gpu.attribution import Attribution
 from pytest_gpushare.gpu.readings import DeviceSamples, Live
 from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.hosts.answers import decode_sample
+from pytest_gpushare.hosts.connection import SILENCE, HostConnection
 from pytest_gpushare.hosts.host_lease import HostLease, LeasesElsewhere
 from pytest_gpushare.hosts.live import AllAttribution, HostLive, global_pid
 from pytest_gpushare.hosts.part import HostPart
@@ -36,6 +41,7 @@ from pytest_gpushare.session.start_facts import (
     StartFacts,
 )
 from pytest_gpushare.session.workers import WorkerRecord
+from pytest_gpushare.text import one_line
 from pytest_gpushare.wire import Links
 
 if TYPE_CHECKING:
@@ -355,3 +361,53 @@ class HostedRun(ActiveRun):
         """Whether another worker may come in the place of one that has died."""
         part = self.host_of(node.gateway.spec)
         return part is None or not part.lost
+
+
+_MOST_TEXTS = 100
+
+
+class ConnectionWatch:
+    """Follows the connection to a host, and its silence."""
+
+    def __init__(self, run: HostedRun, part: HostPart, cut: Callable[[HostPart], object]) -> None:
+        self._run, self._part, self._cut = run, part, cut
+
+    def begin(self) -> None:
+        """Take its samples from now on."""
+        connection = self._part.connection
+        assert connection is not None
+        connection.listen(self._take)
+        threading.Thread(
+            target=self._follow, args=(connection,), name="gpu-share-host", daemon=True
+        ).start()
+
+    def _take(self, message: Mapping[str, Any]) -> None:
+        live, there = self._part.live, self._part.ollama_there
+        # What makes no sense is no reading: the host is as one that says nothing.
+        with contextlib.suppress(ValueError, TypeError):
+            if message.get("kind") == "sample":
+                sample = decode_sample(message)
+                self._part.shift = min(self._part.shift, time.time() - sample.wall)
+                if isinstance(live, HostLive):
+                    live.take(sample)
+            elif message.get("kind") in ("leased", "others") and self._part.shared is not None:
+                self._part.shared.take(message)
+            elif message.get("kind") == "not-kept" and len(self._part.not_kept) < _MOST_TEXTS:
+                self._part.not_kept.append(one_line(str(message.get("text")), 500))
+            elif message.get("kind") == "models" and there is not None and there.monitor:
+                there.monitor.take(message)
+
+    def _follow(self, connection: HostConnection) -> None:
+        while not connection.is_over:
+            connection.say("beat")
+            silent = time.monotonic() - connection.last_message_at
+            if silent >= SILENCE:
+                self._lost(f"silent for {SILENCE:g} s")
+                return
+            connection.wait(min(1.0, SILENCE - silent))
+        if not connection.is_closed:
+            self._lost(connection.problem)
+
+    def _lost(self, why: str) -> None:
+        if self._run.lose(self._part, why):
+            self._cut(self._part)

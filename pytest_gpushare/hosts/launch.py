@@ -1,17 +1,28 @@
-"""The start of a run on several hosts: probe all at once, check, plan, and set xdist up."""
+"""A run on several hosts as pytest sees it: its start and its hooks.
+
+At the start all hosts are probed at once and checked, the plan is made, and xdist is set up.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pytest
 
 from pytest_gpushare.compat.pytest_options import runs_tests
-from pytest_gpushare.compat.xdist_hosts import given_specs, takes_proxies, write_workers
+from pytest_gpushare.compat.xdist_hosts import (
+    Replacements,
+    change_start,
+    given_specs,
+    takes_proxies,
+    write_workers,
+)
 from pytest_gpushare.compat.xdist_options import asks_for_hosts, count_of_auto
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import NoRoomError, SettingsError
@@ -21,8 +32,7 @@ from pytest_gpushare.hosts.agent import models_of_server, on_several_hosts
 from pytest_gpushare.hosts.answers import RemoteFacts
 from pytest_gpushare.hosts.asking import Answer, StartOfHosts, request_for
 from pytest_gpushare.hosts.connection import HostConnection
-from pytest_gpushare.hosts.hooks import HostHooks, notes_of
-from pytest_gpushare.hosts.hosted_run import HostedRun
+from pytest_gpushare.hosts.hosted_run import ConnectionWatch, HostedRun
 from pytest_gpushare.hosts.live import AllLive, HostLive, HostOllama, global_pid
 from pytest_gpushare.hosts.part import (
     HostPart,
@@ -37,6 +47,7 @@ from pytest_gpushare.hosts.specs import (
     parse_lines,
     parse_tx,
     proxy,
+    proxy_id,
     workers,
 )
 from pytest_gpushare.ollama.models import OllamaFacts
@@ -53,12 +64,9 @@ from pytest_gpushare.session.start import (
     start_locally,
 )
 from pytest_gpushare.session.start_facts import RunOptions, StartFacts, placement_context
-from pytest_gpushare.text import read_regular
+from pytest_gpushare.text import one_line, read_regular
 from pytest_gpushare.units import MB
 from pytest_gpushare.waiting_line import WaitingLine
-
-if TYPE_CHECKING:
-    import pytest
 
 
 def start_on_hosts(
@@ -304,7 +312,10 @@ def _run(
         plan=plan,
         replan=None,
         live=AllLive(lives) if lives else None,
-        notes=(*local.notes, *notes_of(parts)),
+        notes=(
+            *local.notes,
+            *(f"{part.name}: {note}" for part in parts if part.number for note in part.notes),
+        ),
         leases=(*local.leases, *(f"{part.name} {text}" for part in parts for text in part.leases)),
         has_needs=may_have_needs(settings, config) and bool(plan.slots),
     )
@@ -323,3 +334,102 @@ def _write_workers(options: Any, parts: Sequence[HostPart]) -> None:
         else:
             specs.append(f"{count}*popen")
     write_workers(options, proxies, specs, sum(part.plan.workers for part in parts))
+
+
+class HostHooks:
+    """The hooks of a run on several hosts, beside those of every run."""
+
+    def __init__(self, run: HostedRun, config: pytest.Config) -> None:
+        self._run, self._config = run, config
+        self._plugins = config.pluginmanager
+        self._collected: set[str] = set()
+        self._replacements: Replacements | None = None
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionstart(self) -> Generator[None, Any, Any]:
+        """Follow the hosts from before xdist starts the workers; one may be lost meanwhile."""
+        self._begin()
+        try:
+            return (yield)
+        except Exception:
+            lost = [part.name for part in self._run.parts if self._is_lost(part)]
+            if not lost or self._replacements is None:
+                raise
+            self._replacements.end_all()
+            hosts = ", ".join(lost)
+            raise pytest.UsageError(
+                f"gpu-share: host {hosts}: lost while its workers were started: start the run again"
+            ) from None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        """Before xdist ends its workers: those of lost hosts are gone."""
+        for part in self._run.parts:
+            if part.ollama_there is not None:
+                part.ollama_there.model_sizes.keep(self._config)
+            if self._is_lost(part) and self._replacements is not None:
+                self._replacements.forget(proxy_id(part.number))
+
+    def _is_lost(self, part: HostPart) -> bool:
+        if not part.number or not part.plan.workers or self._replacements is None:
+            return False
+        return bool(part.lost) or not self._is_connected(part)
+
+    def _begin(self) -> None:
+        self._replacements = Replacements(self._plugins)
+        self._replacements.ask(self._refusal)
+        for part in self._run.parts:
+            if part.connection is not None:
+                ConnectionWatch(self._run, part, self._cut).begin()
+
+    def _cut(self, part: HostPart) -> None:
+        if self._replacements is not None:
+            self._replacements.cut(proxy_id(part.number))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """A worker is about to be started."""
+        part = self._run.host_of(node.gateway.spec)
+        if part is not None and part.number:
+            worker = node.gateway.id
+            change_start(node, lambda start: self._run.start_of(worker, part, start))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any) -> None:
+        """A worker has collected."""
+        self._collected.add(node.gateway.id)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """A worker has ended; is it the only one of its host?"""
+        part = self._run.host_of(node.gateway.spec)
+        if error is None or part is None or not part.number or self._replacements is None:
+            return
+        if not hasattr(node, "workerinfo") or not self._is_connected(part):
+            self._cannot_start(part, node, str(error))
+
+    def _cannot_start(self, part: HostPart, node: Any, error: str) -> None:
+        """A worker of a host is gone and no other can come in its place."""
+        if not self._is_connected(part):
+            self._run.lose(part, "its connection has ended")
+            return
+        lines = [line for line in error.splitlines() if line.strip()]
+        why = one_line(lines[-1], 200) if lines else "no reason is known"
+        self._run.lose(part, f"{node.gateway.id} cannot start there: {why}")
+
+    def _is_connected(self, part: HostPart) -> bool:
+        replacements = self._replacements
+        return replacements is not None and replacements.is_connected(proxy_id(part.number))
+
+    def _refusal(self, node: Any, problem: str) -> str:
+        part = self._run.host_of(node.gateway.spec)
+        if part is not None and problem:
+            self._cannot_start(part, node, problem)
+        if part is None or not part.lost or self._replacements is None:
+            return ""
+        if node.gateway.id not in self._collected:
+            self._replacements.wait_for_one_less()
+        others = [each for each in self._run.parts if each.plan.workers and not each.lost]
+        if not others:
+            self._replacements.stop(f"no host is left: {part.name}: {part.lost}")
+        return f"worker {node.gateway.id} is not replaced: host {part.name}: {part.lost}"
