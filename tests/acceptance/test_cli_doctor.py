@@ -231,7 +231,8 @@ def test_ollama_spilled_and_old(
     ollama_with({"qwen2.5:14b": "10.8GB"}, load="qwen2.5:14b", version="0.24.0")
     report = doctor(project)
     assert report.level("ollama-spilled") == "look"
-    assert re.search(r"qwen2.5:14b: 10.8 GB, \d+ % on the GPU", report.fact("ollama-spilled"))
+    found = re.search(r"14b: [\d.]+ of 10.8 GB \(\d+ %\) on the GPU", report.fact("ollama-spilled"))
+    assert found is not None
     assert "ollama stop qwen2.5:14b" in report.fix("ollama-spilled")
     assert report.level("ollama-old") == "look"
     assert "update Ollama" in report.fix("ollama-old")
