@@ -21,6 +21,11 @@ EXPECTED = {
     "testing.acceptance_test.TestLoadScope::test_workqueue_ordered_by_size": (
         "It asserts which worker runs which scope."
     ),
+    "testing.acceptance_test.TestGroupScope::test_with_two_group_names": (
+        "With pytest 9.2, xdist 3.8 keeps no groups together (it writes them into `_nodeid`, which "
+        "items have no more): the test passes in stock by the order in which two workers take "
+        "four tests."
+    ),
 }
 """Test -> why its outcome differs."""
 
