@@ -7,10 +7,9 @@ help of the options, and nothing else: whatever else is needed is imported where
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +69,7 @@ class _Early:
             from pytest_gpushare.session.start import start_in_process
 
             environment = early_config.stash[BEFORE_CONFTESTS]
-            with _collector_paused():
-                _activate(early_config, _checked(start_in_process, early_config, environment))
+            _activate(early_config, _checked(start_in_process, early_config, environment))
         if any(os.environ.get(name) for name in _CAPS_AFTER_IMPORT):
             from pytest_gpushare.worker.framework_caps import cap_after_import
 
@@ -125,8 +123,7 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
             _report_unused_options(config)
         elif RUN not in config.stash:
             before = config.stash.get(BEFORE_CONFTESTS, None)
-            with _collector_paused():
-                _activate(config, _checked(_start_of(config), config, before))
+            _activate(config, _checked(_start_of(config), config, before))
         # xdist does not know gpu-auto: --no-gpu-share makes it auto, a run without workers 0.
         if asks_for_gpu_auto(config.option):
             set_number(config.option, "auto" if config.option.gpu_share is False else 0)
@@ -305,19 +302,6 @@ def _options_if_asked(early_config: pytest.Config) -> Any | None:
     if options is None or not runs_tests(options) or not _is_asked(early_config, options):
         return None
     return options
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Collect no garbage meanwhile: httpx, NVML's bindings and our own modules, which are imported
-    here, are 20,000 objects that stay, and would be gone through again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _start_of(config: pytest.Config) -> Callable[..., ActiveRun | str | None]:

@@ -45,30 +45,6 @@ def test_leaves_the_process_as_it_was_found(
     assert "4 passed" in result.out
 
 
-def test_garbage_is_not_collected_during_the_start_alone(
-    project: Project, machine: Machine
-) -> None:
-    """The many modules that it imports stay; a collector that is off stays off."""
-    del machine
-    project.file(
-        "conftest.py",
-        """
-        import gc
-
-        def pytest_gpushare_plan():
-            print("start", gc.isenabled())
-
-        def pytest_sessionstart():
-            print("session", gc.isenabled())
-        """,
-    )
-    code = "import pytest, gc; {}; pytest.main(['-s', '--gpu-share'])"
-    for before, after in (("gc.enable()", True), ("gc.disable()", False)):
-        result = project.command([sys.executable, "-c", code.format(before)])
-        assert "start False\n" in result.out
-        assert f"session {after}\n" in result.out
-
-
 def test_a_run_on_this_host_imports_nothing_of_others(
     project: Project, machine_with: Callable[..., Machine]
 ) -> None:
