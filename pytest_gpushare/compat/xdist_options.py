@@ -62,6 +62,15 @@ def is_in_process(options: Any) -> bool:
     return bool(getattr(options, "usepdb", False)) and not _starts_own_workers(options)
 
 
+def keeps_groups(options: Any) -> bool:
+    """In a worker: whether `--dist loadgroup` was given.
+
+    Uses `loadgroup`, which xdist sets in its workers (2.5). Without it groups are known from what
+    xdist writes behind node ids.
+    """
+    return bool(getattr(options, "loadgroup", False))
+
+
 def asks_for_gpu_auto(options: Any) -> bool:
     """Whether `-n gpu-auto` was given."""
     return getattr(options, "numprocesses", None) == GPU_AUTO

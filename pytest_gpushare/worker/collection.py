@@ -21,6 +21,7 @@ from pytest_gpushare.compat.pytest_items import (
     parameter_of,
     parameter_scopes,
 )
+from pytest_gpushare.compat.xdist_options import keeps_groups
 from pytest_gpushare.scheduler.llm_marks import MARKER
 from pytest_gpushare.scheduler.needs import IN_ORDER, CollectedTests, Declared, Need
 from pytest_gpushare.units import format_gb, plural
@@ -142,12 +143,25 @@ def collected_tests(items: Sequence[pytest.Item], reader: MarkerReader) -> Colle
     """All tests of this process."""
     said, groups, skips = [], [], []
     scopes: dict[int, int] = {}
+    by_marker = bool(items) and keeps_groups(items[0].config.option)
     for item in items:
         marks = list(item.iter_markers())
         said.append(reader.with_model(item, reader.declared(marks)))
-        groups.append(_group(item, scopes))
+        groups.append(_marked_group(marks) if by_marker else _group(item, scopes))
         skips.append(_is_skipped(item, marks))
-    return CollectedTests(os.getpid(), said, _in_order(items, _widened(items, groups)), skips)
+    if not by_marker:
+        groups = _in_order(items, _widened(items, groups))
+    return CollectedTests(os.getpid(), said, groups, skips)
+
+
+def _marked_group(marks: Iterable[pytest.Mark]) -> str:
+    """The name that xdist gives the group of a test with these markers; empty where it has none."""
+    names = {
+        str(mark.args[0] if mark.args else mark.kwargs.get("name", "default"))
+        for mark in marks
+        if mark.name == "xdist_group"
+    }
+    return "_".join(sorted(names))
 
 
 _NODES: Mapping[int, type[Any]] = {1: pytest.Class, 2: pytest.Module, 3: pytest.Package}

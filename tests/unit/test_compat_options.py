@@ -196,6 +196,7 @@ def test_without_xdist() -> None:
     assert xdist_options.given_number(options) is None
     assert xdist_options.given_most(options) is None
     assert not xdist_options.keeps_own_workers(options)
+    assert not xdist_options.keeps_groups(options)
     assert not xdist_options.runs_each_test_everywhere(options)
     assert xdist_options.most_deaths(options) is None
     assert xdist_options.chunk_size(options) is None

@@ -115,12 +115,12 @@ def test_a_marker_alone_is_no_need() -> None:
         ("a.py::T::t[x::y]", "loadfile", "a.py", "a.py::T::t[x::y]"),
         ("a.py::T::t", "loadscope", "a.py::T", "a.py::T::t"),
         ("a.py::t@g", "loadgroup", "g", "a.py::t"),
-        ("a.py::t[a@b]", "loadgroup", "", "a.py::t[a@b]"),
-        ("a.py::t@g", "load", "fixtures", "a.py::t@g"),
-        ("a.py::t", "worksteal", "fixtures", "a.py::t"),
+        ("a.py::t[a@b]", "loadgroup", "sent", "a.py::t[a@b]"),
+        ("a.py::t@g", "load", "sent", "a.py::t@g"),
+        ("a.py::t", "worksteal", "sent", "a.py::t"),
     ],
 )
 def test_groups(nodeid: str, dist: str, group: str, plain: str) -> None:
-    """The key of a group is xdist's; under load it is what shares fixtures."""
-    assert group_of(nodeid, "fixtures", dist) == group
+    """The key of a group is xdist's; else it is what the worker says."""
+    assert group_of(nodeid, "sent", dist) == group
     assert plain_id(nodeid, dist) == plain
