@@ -38,6 +38,11 @@ EXCEPTIONS = {
         "crash`), so that a second test that crashes may run before the failure that ends the run. "
         "Stock has two ends there, too, if the failure comes later (seed 9482 with slower tests)."
     ),
+    "groups": (
+        "With pytest 9.2, xdist 3.8 cannot write the group of a test into its node id, and keeps "
+        "no groups together under --dist=loadgroup. The plugin reads the markers, and keeps them. "
+        "So the order differs there, with one worker too: then stock runs the tests in ours."
+    ),
     "worker's end": (
         "A worker that ends in the teardown of a module or class (`pytest.exit` there) is reported "
         "for its last test; which test that is, and whether a second worker ends so, too, depends "

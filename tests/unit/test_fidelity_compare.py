@@ -8,6 +8,7 @@ import pytest
 from fidelity.compare import beyond_replays, ends_as_replayed, exactly, within
 from fidelity.generator import Case, draw
 from fidelity.hostile import HOSTILE
+from fidelity.random_runs import groups_are_lost
 from fidelity.runs import Run, without_pluggy
 
 PHASES = ("setup", "call", "teardown")
@@ -249,6 +250,20 @@ _ _ _ _ _
 /lib/_pytest/runner.py:17: in setup
     col.setup()
 """
+
+
+@pytest.mark.parametrize(
+    ("dist", "text", "nodeid", "lost"),
+    [
+        ("loadgroup", "@pytest.mark.xdist_group('a')", "test_a.py::test_a[x@y]", True),
+        ("loadgroup", "@pytest.mark.xdist_group('a')", "test_a.py::test_a[x]@a", False),
+        ("loadgroup", "@pytest.mark.skip", "test_a.py::test_a", False),
+        ("load", "@pytest.mark.xdist_group('a')", "test_a.py::test_a", False),
+    ],
+)
+def test_groups_that_stock_loses(dist: str, text: str, nodeid: str, lost: bool) -> None:
+    case = Case(0, files={"test_a.py": text}, arguments=[f"--dist={dist}"])
+    assert groups_are_lost(case, [nodeid]) == lost
 
 
 def test_frames_of_pluggy_are_left_out() -> None:
