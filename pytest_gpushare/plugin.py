@@ -10,7 +10,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Generator
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -198,6 +197,7 @@ class _RunHooks:
 
     def __init__(self, run: ActiveRun) -> None:
         self._run = run
+        self._results: Results | None = None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -280,20 +280,24 @@ class _RunHooks:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
             from pytest_gpushare.report.publish import publish
 
-            publish(self._results, session.config, int(session.exitstatus))
+            publish(self._make_results(), session.config, int(session.exitstatus))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """What the tests used, and what went wrong on the way."""
         from pytest_gpushare.report.publish import print_summary
 
-        print_summary(self._results, terminalreporter)
+        print_summary(self._make_results(), terminalreporter)
 
-    @cached_property
-    def _results(self) -> Results:
-        """What the run left; first asked for when its tests are over."""
+    def _make_results(self) -> Results:
+        """What the run left, made once, when its tests are over.
+
+        Not a property: older versions of pytest read those of a plugin when they register it.
+        """
         from pytest_gpushare.report.results import Results
 
-        return Results(self._run)
+        if self._results is None:
+            self._results = Results(self._run)
+        return self._results
 
 
 def _options_if_asked(early_config: pytest.Config) -> Any | None:

@@ -255,7 +255,6 @@ class Parity:
         elif report.nodeid in self._unmarked:
             self._on_cpu[report.nodeid] = tuple(where)
 
-    @property
     def lost(self) -> Sequence[Skip]:
         """Tests that skipped on CPU workers, and that GPU workers would run.
 

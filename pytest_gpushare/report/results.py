@@ -165,7 +165,7 @@ def _routing(run: ActiveRun) -> Iterator[Line]:
     parity, marker = run.routing.differences, run.settings.marker
     if parity is None:
         return
-    lost = parity.lost
+    lost = parity.lost()
     if lost:
         names = [f"{skip.nodeid} ({skip.reason[:80]})" for skip in lost[:_MOST_NAMES]]
         more = f", and {len(lost) - len(names)} more" if len(lost) > len(names) else ""

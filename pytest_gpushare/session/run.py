@@ -359,7 +359,7 @@ class ActiveRun:
     def has_failed(self) -> bool:
         """Whether `--gpu-share-strict` fails the run, whatever its tests say."""
         differences = self.routing.differences
-        lost = differences is not None and bool(differences.lost)
+        lost = differences is not None and bool(differences.lost())
         spilled = any(monitor.has_failed() for _, monitor in self.monitors())
         refused = self.llm is not None and bool(self.llm.refused)
         return self.strict and (bool(self.overwritten) or lost or spilled or refused)

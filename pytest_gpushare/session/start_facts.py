@@ -96,7 +96,6 @@ class CollectionDifferences(Protocol):
     only_on_gpu: int
     only_on_cpu: int
 
-    @property
     def lost(self) -> Sequence[Any]:
         """Tests that were skipped on CPU workers and would run on a GPU."""
 

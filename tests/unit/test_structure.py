@@ -35,6 +35,26 @@ def test_no_class_name_stands_twice() -> None:
     assert twice(classes) == set()
 
 
+def test_no_plugin_has_a_property() -> None:
+    """pytest 8.0 looks for fixtures in all attributes of a plugin that is registered: it would read
+    a property before there is anything to know."""
+    plugins, properties = [], []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+            if any(each.name.startswith("pytest_") for each in methods):
+                plugins.append(node.name)
+                properties += [
+                    f"{node.name}.{each.name}"
+                    for each in methods
+                    if any("property" in ast.unparse(it) for it in each.decorator_list)
+                ]
+    assert len(plugins) > 15
+    assert properties == []
+
+
 def test_no_module_is_too_long() -> None:
     """One subject a module: a longer one has two."""
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
