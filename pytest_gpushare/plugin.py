@@ -347,8 +347,8 @@ def _is_asked(config: pytest.Config, options: Any) -> bool:
 def _report_unused_options(config: pytest.Config) -> None:
     """Options that make no sense without the switch, where they were typed."""
     options = config.option
-    names = ("simulate", "report", "strict", "preset", "config")
-    if options.gpu_share is None and any(getattr(options, f"gpu_share_{n}") for n in names):
+    ours = (value for name, value in vars(options).items() if name.startswith("gpu_share_"))
+    if options.gpu_share is None and any(ours):
         from pytest_gpushare.config.sources import unused_options
 
         if runs_tests(options) and (text := _checked(unused_options, config)):

@@ -436,6 +436,7 @@ def test_options_without_the_switch(project: Project) -> None:
         "--gpu-share-strict": "--gpu-share-strict has no effect",
         "--gpu-share-preset packed": "--gpu-share-preset has no effect",
         "--gpu-share-config=gone.json": "--gpu-share-config has no effect",
+        "--gpu-share-wait=0": "--gpu-share-wait has no effect",
         "--gpu-share-strict --gpu-share-report=r.json": (
             "--gpu-share-report and --gpu-share-strict have no effect"
         ),
