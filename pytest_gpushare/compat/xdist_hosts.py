@@ -2,7 +2,7 @@
 
 Names of xdist and execnet that are used:
 
-- The option `px` (xdist 3.2) and `maxworkerrestart` (since 1.0): the gateways through which workers
+- The option `px` (xdist 3.7) and `maxworkerrestart` (since 1.0): the gateways through which workers
   run, and how many that die are replaced. Without `px` there are no other hosts.
 - `xdist.plugin.pytest_xdist_auto_num_workers` (since 2.0): the number of `-n auto`, on a host where
   no pytest runs. Without it the CPUs are counted here.

@@ -80,7 +80,7 @@ def start_on_hosts(
     if not runs_tests(options):
         return None
     if not takes_proxies(options):
-        raise SettingsError("workers on other hosts need pytest-xdist 3.6.1 or newer: upgrade it")
+        raise SettingsError("workers on other hosts need pytest-xdist 3.7 or newer: upgrade it")
     at_end = run_options(config, options)
     settings = on_several_hosts(settings_of_run(config))
     if settings.ollama_preload:

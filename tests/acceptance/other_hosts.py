@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -68,6 +69,8 @@ def missing() -> str:
     """Why there can be no other host here; empty where there can."""
     if SSHD is None:
         return "no sshd: install OpenSSH's server (Debian: openssh-server)"
+    if tuple(map(int, version("pytest-xdist").split(".")[:2])) < (3, 7):
+        return "this pytest-xdist has no --px"
     if sys.platform != "linux" or shutil.which("unshare") is None:
         return "no namespaces"
     done = subprocess.run(

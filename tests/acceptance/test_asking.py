@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 
 import pytest
 from simulator import Device, Machine
@@ -583,3 +584,14 @@ def test_in_process_at_v(project: Project, machine: Machine) -> None:
     uuid = machine.snapshot()[0].uuid
     result = project.pytest("--gpu-share", "-n0", "-v")
     assert f"  this process: GPU 0 ({uuid}), VRAM 9.0 GB" in result.said
+
+
+def test_other_hosts_with_an_old_xdist(project: Project) -> None:
+    """Workers on other hosts run through gateways, which xdist takes since 3.7."""
+    if tuple(map(int, version("pytest-xdist").split(".")[:2])) >= (3, 7):
+        pytest.skip("this xdist is new enough")
+    result = project.pytest("--tx", "gpu-auto*ssh=somewhere")
+    assert (result.code, result.err.strip()) == (
+        4,
+        "ERROR: workers on other hosts need pytest-xdist 3.7 or newer: upgrade it",
+    )
