@@ -464,6 +464,10 @@ def scheduler_for(
     options = config.option
     if options.dist == "each" or not started.has_placed_all:
         return stock
+    # xdist counts those of its options. One that a hook added may have collected before a GPU
+    # worker has.
+    if hasattr(stock, "numnodes"):
+        stock.numnodes = max(stock.numnodes, len(list(started.workers)))
     dispatch = VramDispatch(
         started,
         config,

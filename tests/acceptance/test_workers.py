@@ -269,7 +269,12 @@ def test_hook_that_changes_the_workers(change: str, project: Project, machine: M
     """Whatever a hook does to the specs, each worker on this host has a place."""
     project.write(
         conftest=f"""
+            import os, time
             import execnet
+
+            # xdist counts no worker that a hook adds, so that another one may have collected first.
+            if os.environ.get("PYTEST_XDIST_WORKER") == "gw0":
+                time.sleep(1)
 
             def pytest_xdist_setupnodes(config, specs):
                 {change}
