@@ -199,7 +199,7 @@ def group_of(nodeid: str, sent: str, dist: str) -> str:
     if dist == "loadfile":
         return nodeid.partition("::")[0]
     if dist == "loadgroup":
-        return nodeid.rpartition("@")[2] if nodeid.rfind("@") > nodeid.rfind("]") else sent
+        return nodeid[len(plain_id(nodeid, dist)) + 1 :] or sent
     return sent
 
 

@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 GOLDEN = Path(__file__).parent / "golden"
 FRAMEWORKS = Path(__file__).parents[1] / "simulator" / "frameworks"
+XDIST_HAS_PX = tuple(map(int, version("pytest-xdist").split(".")[:2])) >= (3, 7)
+"""Whether workers can run through gateways, and so on other hosts."""
 
 # What would let the outside shine into a run: CI systems, an outer xdist, the user's own GPU.
 _REMOVED = re.compile(

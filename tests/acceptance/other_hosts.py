@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -26,7 +25,7 @@ import pytest
 from simulator import Device, Machine
 from simulator.child import child_process
 
-from .conftest import FRAMEWORKS, Project, clean_environment, closed_port
+from .conftest import FRAMEWORKS, XDIST_HAS_PX, Project, clean_environment, closed_port
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 _NAMESPACES = ("unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc")
@@ -69,7 +68,7 @@ def missing() -> str:
     """Why there can be no other host here; empty where there can."""
     if SSHD is None:
         return "no sshd: install OpenSSH's server (Debian: openssh-server)"
-    if tuple(map(int, version("pytest-xdist").split(".")[:2])) < (3, 7):
+    if not XDIST_HAS_PX:
         return "this pytest-xdist has no --px"
     if sys.platform != "linux" or shutil.which("unshare") is None:
         return "no namespaces"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 
 import pytest
 from simulator import Device, Machine
 from simulator.ollama import OllamaServer
 
-from .conftest import SHOW_PLACE, Project, closed_port
+from .conftest import SHOW_PLACE, XDIST_HAS_PX, Project, closed_port
 from .in_one_process import Case, arguments, run_all
 
 TWO = (
@@ -588,7 +587,7 @@ def test_in_process_at_v(project: Project, machine: Machine) -> None:
 
 def test_other_hosts_with_an_old_xdist(project: Project) -> None:
     """Workers on other hosts run through gateways, which xdist takes since 3.7."""
-    if tuple(map(int, version("pytest-xdist").split(".")[:2])) >= (3, 7):
+    if XDIST_HAS_PX:
         pytest.skip("this xdist is new enough")
     result = project.pytest("--tx", "gpu-auto*ssh=somewhere")
     assert (result.code, result.err.strip()) == (

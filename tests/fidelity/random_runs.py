@@ -9,6 +9,8 @@ from pathlib import Path
 
 from inner_pytest import left_out
 
+from pytest_gpushare.dispatch.suite import plain_id
+
 from .compare import (
     beyond_replays,
     broken_rules,
@@ -101,7 +103,7 @@ def groups_are_lost(case: Case, begun: Iterable[str]) -> bool:
     begun: node ids, behind which xdist writes the group where pytest lets it.
     """
     has_groups = any("xdist_group" in text for text in case.files.values())
-    written = any("@" in nodeid.rpartition("]")[2] for nodeid in begun)
+    written = any(plain_id(nodeid, "loadgroup") != nodeid for nodeid in begun)
     return case.dist == "loadgroup" and has_groups and not written
 
 
