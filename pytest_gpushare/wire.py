@@ -48,9 +48,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 Handler = Callable[[str, Any], None]
 """Called with the worker's id and the payload."""
@@ -158,3 +158,34 @@ class Link:
             # An error here would end execnet's receiver, and with it this worker.
             with contextlib.suppress(Exception):
                 handler(payload)
+
+
+_H = TypeVar("_H", bound=Hashable)
+
+_MOST_TESTS = 10_000_000
+"""Beyond that a message is not believed."""
+
+
+def squeezed(values: Iterable[_H]) -> tuple[list[_H], list[int]]:
+    """The different values, and runs of them: number of the value, length, and so on."""
+    numbers: dict[_H, int] = {}
+    runs: list[int] = []
+    before = -1
+    for value in values:
+        number = numbers.setdefault(value, len(numbers))
+        if number == before:
+            runs[-1] += 1
+        else:
+            runs += (number, 1)
+        before = number
+    return list(numbers), runs
+
+
+def spread(values: Sequence[_H], runs: Sequence[int]) -> list[_H]:
+    """The values one by one, from what `squeezed` made of them."""
+    if sum(runs[1::2]) > _MOST_TESTS:
+        raise ValueError("too many tests")
+    result: list[_H] = []
+    for number, length in zip(runs[::2], runs[1::2], strict=True):
+        result += [values[number]] * length
+    return result

@@ -22,8 +22,8 @@ from pytest_gpushare.session.run import ActiveRun
 if TYPE_CHECKING:
     from pytest_gpushare.dispatch.executor import Executor
     from pytest_gpushare.dispatch.suite import Learned, Weighed
-    from pytest_gpushare.scheduler.llm_marks import ModelUse
     from pytest_gpushare.scheduler.model_queue import ModelQueue
+    from pytest_gpushare.scheduler.needs import ModelUse
     from pytest_gpushare.scheduler.types import DeviceCapacity, Job, Policy, Worker
     from pytest_gpushare.wire import Links
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.dispatch.device_readings import DeviceReadings
 from pytest_gpushare.dispatch.suite import Collection
-from pytest_gpushare.scheduler.needs import squeezed
 from pytest_gpushare.scheduler.types import (
     Action,
     Admission,
@@ -27,6 +26,7 @@ from pytest_gpushare.scheduler.types import (
     Shutdown,
     Worker,
 )
+from pytest_gpushare.wire import squeezed
 
 if TYPE_CHECKING:
     from pytest_gpushare.dispatch.leases_by_test import SharedDevices

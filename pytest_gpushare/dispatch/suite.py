@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.scheduler.llm_marks import ModelUse, only_one, use_by_rules
 from pytest_gpushare.scheduler.needs import (
     CollectedTests,
     Declared,
+    ModelUse,
+    Patterns,
     means_cpu,
-    model_rules_of,
-    rules_of,
+    only_one,
+    use_by_rules,
     wanted,
 )
 
@@ -127,10 +128,10 @@ def weigh(
     collected = _merged(len(suite.nodeids), [*kinds.on_gpu, *kinds.on_cpu])
     skipped = _skipped(kinds.on_cpu) - _skipped(kinds.on_gpu)
     runs_on_gpu = {number for collection, _ in kinds.on_gpu for number in collection.numbers}
-    rules, all_gpu = rules_of(settings.vram), means_cpu(settings.markers)
+    rules, all_gpu = Patterns(settings.vram), means_cpu(settings.markers)
     jobs, by_skip = [], []
     uses: dict[int, ModelUse] = {}
-    models, only = model_rules_of(settings.ollama_tests), only_one(settings.ollama_models)
+    models, only = Patterns(settings.ollama_tests), only_one(settings.ollama_models)
     for number, nodeid in enumerate(suite.nodeids):
         said, group = collected[number]
         plain = plain_id(nodeid, dist)
@@ -138,7 +139,7 @@ def weigh(
         want = wanted(plain, said, rules, learned=need, gpu_unless_marked=all_gpu)
         marked = want.marked
         if (said.llm or settings.ollama_tests) and (
-            use := use_by_rules(plain, said.llm, models.find, only)
+            use := use_by_rules(plain, said.llm, models, only)
         ):
             uses[number] = use
         if not marked and number in skipped and number in runs_on_gpu and said.route != "cpu":

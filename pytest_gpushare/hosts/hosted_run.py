@@ -46,7 +46,7 @@ from pytest_gpushare.wire import Links
 
 if TYPE_CHECKING:
     from pytest_gpushare.ollama.monitor import Monitor
-    from pytest_gpushare.scheduler.llm_marks import ModelUse
+    from pytest_gpushare.scheduler.needs import ModelUse
 
 
 class HostLinks(Links):

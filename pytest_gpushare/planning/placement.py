@@ -21,8 +21,7 @@ from pytest_gpushare.planning.caps import (
     with_mark,
 )
 from pytest_gpushare.planning.plan import Plan, Slot, shortage
-from pytest_gpushare.scheduler.llm_marks import MARKER, only_one, uses_models
-from pytest_gpushare.scheduler.needs import means_cpu
+from pytest_gpushare.scheduler.needs import MARKER, means_cpu, only_one, uses_models
 
 ROLE = "PYTEST_GPUSHARE_ROLE"
 """`gpu` or `cpu`: what a worker is; set in its environment before its first import."""

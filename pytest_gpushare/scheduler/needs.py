@@ -1,10 +1,16 @@
-"""What a test needs of the GPU: from its markers, rules, what was learned, or its slot."""
+"""What a test needs: VRAM, by its markers, rules, what was learned, or its slot; and a model of
+Ollama's, by its markers, parameters and rules.
+
+`@pytest.mark.ollama` is in use elsewhere, too: what it says beyond a model and a context is left
+alone and reported once, and a bare marker is a test whose model is unknown.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from pytest_gpushare.config.settings import (
@@ -12,15 +18,18 @@ from pytest_gpushare.config.settings import (
     MOST_DEVICES,
     READERS,
     Alias,
-    ModelRule,
     Settings,
-    VramRule,
     filled,
+    parse_context,
+    parse_model,
     parse_vram,
 )
-from pytest_gpushare.scheduler.llm_marks import MARKER, own_marker, taken_out, use_of
+from pytest_gpushare.wire import spread, squeezed
 
 T = TypeVar("T")
+
+MARKER = "ollama"
+"""The marker of tests that use a model."""
 
 
 class Patterns(Generic[T]):
@@ -198,22 +207,20 @@ def declared(marks: Iterable[Mark], marker: str, aliases: Sequence[Alias]) -> De
                 routes.append("gpu")
             elif mark.name in by_name:
                 found = dict(_by_alias(mark, by_name[mark.name]))
-                uses = taken_out(found)
+                uses = {key: found.pop(key) for key in _OF_MODELS if key in found}
                 models += [uses] if uses else []
                 if found or not uses:
                     routes.append("cpu" if found.pop("cpu", False) else "gpu")
                     others.append(found)
             elif mark.name == MARKER:
-                models.append(own_marker(mark.args, mark.kwargs))
+                models.append(_by_ollama_marker(mark))
     except MarkerError as error:
         return Declared(route="gpu", refusal=str(error))
-    llm = use_of(models).sent if models else None
+    llm = _use_of(models).sent if models else None
     route = routes[0] if routes else ""
     if route == "cpu":
         return Declared(route="cpu", llm=llm)
-    merged: dict[str, Any] = {}
-    for found in (*own, *others):
-        merged = {**found, **merged}
+    merged = dict(ChainMap(*own, *others))
     merged.pop("gpu", None)
     return Declared(route=route, llm=llm, **merged)
 
@@ -246,16 +253,6 @@ def wanted(
     if not marked and vram is None:
         return Wanted(False, None)
     return Wanted(marked, Need(vram, said.devices or 1, said.exclusive, said.required, source))
-
-
-def rules_of(rules: Sequence[VramRule]) -> Patterns[int]:
-    """The ini rules, ready to be asked for many node ids."""
-    return Patterns((rule.pattern, rule.vram) for rule in rules)
-
-
-def model_rules_of(rules: Iterable[ModelRule]) -> Patterns[str]:
-    """The models by node id, ready to be asked for many."""
-    return Patterns((rule.pattern, rule.model) for rule in rules)
 
 
 def _by_marker(mark: Mark, marker: str) -> dict[str, Any]:
@@ -335,10 +332,93 @@ def _shown(mark: Mark) -> str:
     return f"@pytest.mark.{mark.name}({text if len(text) <= 60 else text[:57] + '...'})"
 
 
-_H = TypeVar("_H", bound=Hashable)
+class ModelUse(NamedTuple):
+    """What a test says of the model that it uses."""
 
-_MOST_TESTS = 10_000_000
-"""Beyond that a message is not believed."""
+    model: str = ""
+    """As the user wrote it; empty: unknown."""
+    context: int = 0
+    """Tokens of context; 0: those that the server itself gives."""
+    odd: str = ""
+    """What the marker says that means nothing here; empty where it says no more."""
+
+    @property
+    def sent(self) -> tuple[str, int, str]:
+        """As a worker sends it: a plain tuple."""
+        return self.model, self.context, self.odd
+
+
+_OF_MODELS = ("ollama", "context")
+"""The meanings of a marker that say something of a model."""
+
+
+def _use_of(said: Sequence[Mapping[str, Any]]) -> ModelUse:
+    """What markers say together, the closest to the test first."""
+    merged = ChainMap(*map(dict, said))
+    return ModelUse(merged.get("ollama", ""), merged.get("context", 0), merged.get("odd", ""))
+
+
+def uses_models(alias: Alias) -> bool:
+    """Whether a marker of the suite means that a test uses a model."""
+    return any(name in _OF_MODELS for name, _ in alias.meanings)
+
+
+def _by_ollama_marker(mark: Mark) -> dict[str, Any]:
+    """What `@pytest.mark.ollama(...)` says; a single text is the model."""
+    args, kwargs = mark.args, mark.kwargs
+    found: dict[str, Any] = {}
+    odd: list[str] = []
+    if len(args) == 1 and "model" not in kwargs:
+        kwargs = {"model": args[0], **kwargs}
+    elif args:
+        odd.append("arguments by position")
+    for name, value in kwargs.items():
+        try:
+            if name == "model" and isinstance(value, str):
+                found["ollama"] = parse_model(value)
+            elif name == "context" and type(value) is int:
+                found["context"] = parse_context(str(value))
+            else:
+                odd.append(str(name))
+        except ValueError:
+            odd.append(name)
+    if odd:
+        found["odd"] = ", ".join(odd)[:200]
+    return found
+
+
+def with_parameter(use: tuple[str, int, str] | None, value: object) -> ModelUse | None:
+    """The use, where a parameter names the model; a marker that names one goes before it."""
+    found = None if use is None else ModelUse(*use)
+    if not isinstance(value, str) or (found is not None and found.model):
+        return found
+    try:
+        return (found or ModelUse())._replace(model=parse_model(value))
+    except ValueError:
+        return found
+
+
+def use_by_rules(
+    nodeid: str, use: tuple[str, int, str] | None, rules: Patterns[str], only_model: str
+) -> ModelUse | None:
+    """The model that a test uses: by marker or parameter, by rule, or the only one of the run.
+
+    `only_model` is empty where the run relies on none, or on several. None: it uses no model.
+    """
+    found = None if use is None else ModelUse(*use)
+    if found is not None and found.model:
+        return found
+    by_rule = rules.find(nodeid)
+    if by_rule is not None:
+        return (found or ModelUse())._replace(model=by_rule)
+    if found is not None and only_model:
+        return found._replace(model=only_model)
+    return found
+
+
+def only_one(models: Sequence[str]) -> str:
+    """The one model that the run relies on; empty where there are none or several."""
+    return models[0] if len(models) == 1 else ""
 
 
 IN_ORDER = "in order: "
@@ -376,28 +456,3 @@ def read(message: Mapping[str, Any]) -> CollectedTests:
         spread(*message["groups"]),
         spread(*message["skips"]),
     )
-
-
-def squeezed(values: Iterable[_H]) -> tuple[list[_H], list[int]]:
-    """The different values, and runs of them: number of the value, length, and so on."""
-    numbers: dict[_H, int] = {}
-    runs: list[int] = []
-    before = -1
-    for value in values:
-        number = numbers.setdefault(value, len(numbers))
-        if number == before:
-            runs[-1] += 1
-        else:
-            runs += (number, 1)
-        before = number
-    return list(numbers), runs
-
-
-def spread(values: Sequence[_H], runs: Sequence[int]) -> list[_H]:
-    """The values one by one, from what `squeezed` made of them."""
-    if sum(runs[1::2]) > _MOST_TESTS:
-        raise ValueError("too many tests")
-    result: list[_H] = []
-    for number, length in zip(runs[::2], runs[1::2], strict=True):
-        result += [values[number]] * length
-    return result

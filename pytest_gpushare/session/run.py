@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from pytest_gpushare.gpu.readings import Live
     from pytest_gpushare.ollama.monitor import Monitor
-    from pytest_gpushare.scheduler.llm_marks import ModelUse
+    from pytest_gpushare.scheduler.needs import ModelUse
     from pytest_gpushare.service import Service
     from pytest_gpushare.session.llm import LlmTests
 

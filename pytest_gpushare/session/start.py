@@ -45,8 +45,7 @@ from pytest_gpushare.planning.placement import (
 )
 from pytest_gpushare.planning.plan import LeasedByOthers, Limit, Plan, Request, shortage
 from pytest_gpushare.planning.startup import PlanHooks, Probes, ask_ollama, plan_run, probe
-from pytest_gpushare.scheduler.llm_marks import uses_models
-from pytest_gpushare.scheduler.needs import excludes_gpu_tests
+from pytest_gpushare.scheduler.needs import excludes_gpu_tests, uses_models
 from pytest_gpushare.session.needs_store import EarlierRuns, earlier_runs
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start_facts import RunOptions, StartFacts

@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -22,15 +22,23 @@ from pytest_gpushare.compat.pytest_items import (
     parameter_scopes,
 )
 from pytest_gpushare.compat.xdist_options import keeps_groups
-from pytest_gpushare.scheduler.llm_marks import MARKER
-from pytest_gpushare.scheduler.needs import IN_ORDER, CollectedTests, Declared, Need
+from pytest_gpushare.config.settings import Alias
+from pytest_gpushare.scheduler.needs import (
+    IN_ORDER,
+    MARKER,
+    CollectedTests,
+    Declared,
+    Mark,
+    ModelUse,
+    Need,
+    Patterns,
+    Wanted,
+    declared,
+    use_by_rules,
+    wanted,
+    with_parameter,
+)
 from pytest_gpushare.units import format_gb, plural
-
-if TYPE_CHECKING:
-    from pytest_gpushare.config.settings import Alias
-    from pytest_gpushare.scheduler.llm_marks import ModelUse
-    from pytest_gpushare.scheduler.needs import Patterns, Wanted
-
 
 _NOTHING = Declared()
 NO_MODELS: Mapping[str, Any] = {"rules": [], "param": "", "only_model": "", "markers": [MARKER]}
@@ -48,28 +56,21 @@ class MarkerReader:
         self._parameter: str = self._ollama["param"]
         self._all_are_gpu_tests: bool = message["gpu_unless_marked"]
 
-    # Most workers see no such marker and weigh nothing: what reads them is loaded when needed.
+    # Most workers see no such marker and weigh nothing.
 
     @cached_property
     def _aliases(self) -> Sequence[Alias]:
-        from pytest_gpushare.config.settings import Alias
-
         return [Alias(*alias) for alias in self._message["aliases"]]
 
     @cached_property
     def _rules(self) -> Patterns[int]:
-        from pytest_gpushare.config.settings import VramRule
-        from pytest_gpushare.scheduler.needs import rules_of
-
-        return rules_of([VramRule(*rule) for rule in self._message["rules"]])
+        return Patterns(self._message["rules"])
 
     def declared(self, marks: Iterable[pytest.Mark]) -> Declared:
         """What the markers of one test say; most say nothing to us."""
         ours = [mark for mark in marks if mark.name in self._names]
         if not ours:
             return _NOTHING
-        from pytest_gpushare.scheduler.needs import Mark, declared
-
         read = [Mark(mark.name, mark.args, mark.kwargs) for mark in ours]
         return declared(read, self._marker, self._aliases)
 
@@ -77,30 +78,21 @@ class MarkerReader:
         """What a test says, with the model that a parameter of it names."""
         if not self._parameter:
             return said
-        from pytest_gpushare.scheduler.llm_marks import with_parameter
-
         use = with_parameter(said.llm, parameter_of(item, self._parameter))
         return said if use is None else said._replace(llm=use.sent)
 
     @cached_property
     def _model_rules(self) -> Patterns[str]:
-        from pytest_gpushare.config.settings import ModelRule
-        from pytest_gpushare.scheduler.needs import model_rules_of
-
-        return model_rules_of([ModelRule(*rule) for rule in self._ollama["rules"]])
+        return Patterns(self._ollama["rules"])
 
     def model_of(self, item: pytest.Item) -> ModelUse | None:
         """The model of Ollama's that a test uses, where no controller says; None: it uses none."""
-        from pytest_gpushare.scheduler.llm_marks import use_by_rules
-
         said = self.with_model(item, self.declared(item.iter_markers()))
         only = self._ollama["only_model"]
-        return use_by_rules(item.nodeid, said.llm, self._model_rules.find, only)
+        return use_by_rules(item.nodeid, said.llm, self._model_rules, only)
 
     def wanted(self, item: pytest.Item) -> tuple[Declared, Wanted]:
         """Whether a test is a GPU test, where no controller weighs it."""
-        from pytest_gpushare.scheduler.needs import wanted
-
         said = self.declared(item.iter_markers())
         return said, wanted(
             item.nodeid, said, self._rules, gpu_unless_marked=self._all_are_gpu_tests

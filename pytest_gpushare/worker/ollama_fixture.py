@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpushare.scheduler.llm_marks import ModelUse
+from pytest_gpushare.scheduler.needs import ModelUse
 from pytest_gpushare.worker.collection import MarkerReader
 from pytest_gpushare.worker.plugin import TESTS
 

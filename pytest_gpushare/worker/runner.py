@@ -22,8 +22,9 @@ import pytest
 from pytest_gpushare.compat import pytest_items
 from pytest_gpushare.compat.xdist_events import Commands, Interactor, interactor_of
 from pytest_gpushare.leases import DEFAULT_WAIT, LeaseUnavailable, set_need_hooks
-from pytest_gpushare.scheduler.needs import spread, written
+from pytest_gpushare.scheduler.needs import written
 from pytest_gpushare.units import format_gb
+from pytest_gpushare.wire import spread
 from pytest_gpushare.worker.collection import (
     REFUSAL,
     MarkerReader,

@@ -13,11 +13,10 @@ from pytest_gpushare.scheduler.needs import (
     CollectedTests,
     Declared,
     read,
-    spread,
-    squeezed,
     written,
 )
 from pytest_gpushare.units import GB
+from pytest_gpushare.wire import spread, squeezed
 
 from .test_planning_sizing import DEFAULTS
 

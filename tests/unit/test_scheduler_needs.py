@@ -19,7 +19,6 @@ from pytest_gpushare.scheduler.needs import (
     Wanted,
     declared,
     means_cpu,
-    rules_of,
     wanted,
 )
 from pytest_gpushare.units import GB, MB
@@ -133,7 +132,7 @@ def test_a_marker_with_anything_in_it() -> None:
     assert said(gpu(vram=Shy())).refusal.startswith("@pytest.mark.gpu(...): allowed is")
 
 
-RULES = rules_of(parse_rules("tests/test_llm.py::test_small = 2GB\ntests/test_llm.py = 8GB"))
+RULES = Patterns(parse_rules("tests/test_llm.py::test_small = 2GB\ntests/test_llm.py = 8GB"))
 
 
 def test_precedence() -> None:

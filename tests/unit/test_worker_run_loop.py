@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from pytest_gpushare.compat import pytest_items
-from pytest_gpushare.scheduler.needs import squeezed
-from pytest_gpushare.wire import Link
+from pytest_gpushare.wire import Link, squeezed
 from pytest_gpushare.worker import runner
 from pytest_gpushare.worker.collection import REFUSAL
 from pytest_gpushare.worker.runner import NEED, RunLoop
