@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Iterator, Mapping
 
 from pytest_gpushare.errors import GpuShareError
-from pytest_gpushare.gpu.visibility import VARIABLE
 from pytest_gpushare.leases import Lease, acquire
 from pytest_gpushare.planning.placement import ROLE, SLOT
 
@@ -50,7 +49,7 @@ def _run(command: list[str], lease: Lease) -> int:
 
 def environment(lease: Lease) -> Mapping[str, str]:
     """The variables by which the command sees its device, and a run in it its share."""
-    return {VARIABLE: lease.device, ROLE: "gpu", SLOT: str(lease.size)}
+    return {**lease.environment, ROLE: "gpu", SLOT: str(lease.size)}
 
 
 @contextlib.contextmanager

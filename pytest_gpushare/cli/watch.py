@@ -136,28 +136,30 @@ class Snapshot:
 
 
 class Watcher:
-    """Takes snapshots; NVML is opened once and stays open."""
+    """Takes snapshots; the driver's library is opened once and stays open."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._nvml = host_probe()
+        self._probe = host_probe()
         self._attribution = Attribution()
         facts = call_within(_OPEN_PATIENCE, self._open)
-        self._facts = facts or GpuFacts(absence=f"NVML did not answer within {_OPEN_PATIENCE:g} s")
-        self._live = LiveVram(self._nvml) if facts and facts.all_devices else None
+        self._facts = facts or GpuFacts(
+            absence=f"{self._probe.library} did not answer within {_OPEN_PATIENCE:g} s"
+        )
+        self._live = LiveVram(self._probe) if facts and facts.all_devices else None
         self._history: dict[str, deque[float]] = {}
         self._ollama = OllamaFacts()
         self._asked_at = float("-inf")
         self._asking: threading.Thread | None = None
 
     def close(self) -> None:
-        """Close NVML."""
+        """Close the driver's library."""
         if self._live is not None:
             self._live.close()
-        call_within(1.0, self._nvml.close)
+        call_within(1.0, self._probe.close)
 
     def snapshot(self, max_age: float) -> Snapshot:
-        """A snapshot; its VRAM figures are at most `max_age` seconds old unless NVML is slow."""
+        """A snapshot; its VRAM is at most `max_age` seconds old unless the driver is slow."""
         self._ask_ollama()
         running = tuple(sessions(directory_of(self._settings.leases)))
         workers = {w.pid: str(w.pid) for session in running for w in session.workers}
@@ -186,9 +188,9 @@ class Watcher:
         )
 
     def _open(self) -> GpuFacts:
-        self._nvml.open()
-        # All devices of the host, those hidden by CUDA_VISIBLE_DEVICES included.
-        return self._nvml.read(None, None)
+        self._probe.open()
+        # All devices of the host, those included that the environment hides.
+        return self._probe.read({})
 
     def _seen(self, device: Device, memory: Memory | None, usage: DeviceUsage | None) -> SeenDevice:
         history = self._history.setdefault(device.uuid, deque(maxlen=HISTORY))

@@ -6,7 +6,7 @@ stored. All that are used here exist in xdist 3.6.1 and later.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.compat.pytest_options import change_type
@@ -164,7 +164,8 @@ def reorders_groups(options: Any) -> bool:
 class TxWorkers:
     """The workers that the specs of `--tx` list, such as `3*popen`."""
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: Any, variables: Collection[str]) -> None:
+        """`variables` are those by which a process is shown devices."""
         self.local = 0
         """Workers on this host that see what the plan gives them."""
         self.with_devices = 0
@@ -174,7 +175,7 @@ class TxWorkers:
             parts = [part.partition("=")[0] for part in spec.split("//")]
             if "popen" not in parts or "via" in parts:
                 continue
-            if "env:CUDA_VISIBLE_DEVICES" in parts:
+            if any(f"env:{name}" in parts for name in variables):
                 self.with_devices += number
             else:
                 self.local += number

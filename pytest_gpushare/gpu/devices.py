@@ -69,6 +69,11 @@ class Device:
     """The host that it is in, where a run has several; empty: this one."""
 
     @property
+    def selector(self) -> str:
+        """What is written to `variable` for a process that is to see this device."""
+        return self.visible_as or self.uuid
+
+    @property
     def label(self) -> str:
         """`GPU 0`, or `box GPU 0`, as lines of output name it."""
         return f"{self.host} GPU {self.index}" if self.host else f"GPU {self.index}"

@@ -1,4 +1,4 @@
-"""The probe of NVIDIA devices: NVML through pynvml, opened once and held.
+"""NVIDIA: devices read by NVML through pynvml, and CUDA's rules on which of them a process sees.
 
 An error of one device leaves out that device, with a problem; an error of the library is
 an absence with its reason. pynvml is imported here alone, and only when a probe runs.
@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, GpuProcess, Memory
 from pytest_gpushare.gpu.host import unified_memory
-from pytest_gpushare.gpu.visibility import visible
+from pytest_gpushare.gpu.vendors import NeighbourOf, Vendor
 from pytest_gpushare.text import printable
-from pytest_gpushare.timed import call_within
 from pytest_gpushare.units import MOST_VRAM
+
+VARIABLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
+_OF_CONTAINER = "NVIDIA_VISIBLE_DEVICES"
+"""By which a container is given devices."""
+
+_ORDINAL = r"([+-]?)([0-9]+)"
+"""The start of an entry that CUDA reads as an integer, as C's `strtoul` does."""
 
 _NOT_SUPPORTED = 3
 _NO_INSTANCE = (2, 6)
@@ -38,8 +45,9 @@ _REMEDIES = {
 class Nvml:
     """An open NVML library; `close` it once at the end. Errors at opening are in `absence`."""
 
-    def __init__(self, neighbour_of: Callable[[int], str] = lambda _pid: "") -> None:
-        """`neighbour_of` names the neighbour whose process a PID is; empty for any other."""
+    library = "NVML"
+
+    def __init__(self, neighbour_of: NeighbourOf = lambda _pid: "") -> None:
         self.absence = ""
         self._neighbour_of = neighbour_of
         self._library: Any = None
@@ -71,18 +79,32 @@ class Nvml:
         if library is not None:
             self._shut_down(library)
 
-    def versions(self) -> tuple[str | None, str | None]:
-        """Versions of the library and of the CUDA that its driver supports; None: unknown."""
+    def versions(self) -> Mapping[str, str]:
+        """Those of the library and of the CUDA that its driver supports, where it says so."""
         if self._library is None:
-            return None, None
-        nvml = self._or_none(self._library.nvmlSystemGetNVMLVersion)
+            return {}
+        nvml = _text(self._or_none(self._library.nvmlSystemGetNVMLVersion))
         cuda = self._or_none(self._library.nvmlSystemGetCudaDriverVersion)
-        is_known = isinstance(cuda, int) and cuda > 0
-        version = f"{cuda // 1000}.{cuda % 1000 // 10}" if is_known else None
-        return _text(nvml) or None, version
+        found = {"NVML": nvml} if nvml else {}
+        if isinstance(cuda, int) and cuda > 0:
+            found["CUDA up to"] = f"{cuda // 1000}.{cuda % 1000 // 10}"
+        return found
 
-    def read(self, outer: str | None, order: str | None) -> GpuFacts:
-        """The devices now; `outer` is CUDA_VISIBLE_DEVICES and `order` CUDA_DEVICE_ORDER."""
+    def read(self, environment: Mapping[str, str]) -> GpuFacts:
+        """The devices now, or why there are none."""
+        try:
+            facts = self._read(environment.get(VARIABLE), environment.get(ORDER))
+        except Exception as error:
+            facts = GpuFacts(absence=reason(error))
+        if facts.all_devices:
+            return facts
+        return facts._replace(absence=facts.absence + _hidden(environment))
+
+    def remedy_when_slow(self, environment: Mapping[str, str]) -> str:
+        """What to do about a driver that hangs, or starts slowly."""
+        return f"check nvidia-smi; persistence mode makes it start faster{_hidden(environment)}"
+
+    def _read(self, outer: str | None, order: str | None) -> GpuFacts:
         if self._library is None:
             return GpuFacts(absence=self.absence or "NVML is not open")
         problems: list[str] = []
@@ -237,10 +259,6 @@ class Nvml:
             for process in found
         )
 
-    def reason(self, error: Exception) -> str:
-        """Why NVML gave no answer, with what to do about it."""
-        return reason(error)
-
     def _shut_down(self, library: Any) -> None:
         with contextlib.suppress(Exception):
             library.nvmlShutdown()
@@ -250,49 +268,6 @@ class Nvml:
             return call()
         except Exception:
             return None
-
-
-class OneDevice:
-    """The process list of one device, for a worker that reads its own; opened by the first
-    reading and never closed: the end of the process does that."""
-
-    def __init__(self, uuid: str) -> None:
-        self._uuid = uuid
-        self._nvml: Nvml | None = None
-
-    def memory(self) -> dict[str, Memory]:
-        """Nothing: memory says nothing of this process."""
-        return {}
-
-    def processes(self) -> dict[str, tuple[GpuProcess, ...] | None]:
-        """The processes on the device; None without the driver."""
-        if self._nvml is None:
-            self._nvml = Nvml()
-            self._nvml.open()
-            self._nvml.read(None, None)
-        return {self._uuid: self._nvml.processes_on(self._uuid)}
-
-
-_OWN_TIMEOUT = 1.0
-"""Seconds for which a worker waits for the driver at its end."""
-
-
-def own_vram(uuid: str) -> int | None:
-    """Bytes of this process on the device of that UUID; None where the driver gives none in
-    time. The library is opened for a moment only."""
-    return call_within(_OWN_TIMEOUT, lambda: _own_vram(uuid), "nvml")
-
-
-def _own_vram(uuid: str) -> int | None:
-    nvml = Nvml()
-    nvml.open()
-    try:
-        nvml.read(None, None)
-        found = nvml.processes_on(uuid) or ()
-    finally:
-        nvml.close()
-    sizes = [each.used for each in found if each.pid == os.getpid() and each.used is not None]
-    return sum(sizes) if sizes else None
 
 
 def reason(error: Exception) -> str:
@@ -349,3 +324,112 @@ def _capability(found: object) -> tuple[int, int]:
 
 def _text(found: object, most: int = 80) -> str:
     return printable(str(found or ""), most)
+
+
+def _hidden(environment: Mapping[str, str]) -> str:
+    """What is added to the absence in a container that was given no device."""
+    given = environment.get(_OF_CONTAINER)
+    if given not in ("void", "none"):
+        return ""
+    return f"; {_OF_CONTAINER}={given} gives this container none: start it with --gpus"
+
+
+class Visible(NamedTuple):
+    """The devices that are left, in the order that CUDA gives them, and what is wrong."""
+
+    devices: tuple[Device, ...]
+    problem: str = ""
+    """What is wrong with the variable's value; CUDA does not report it."""
+    absence: str = ""
+    """Why no device is left, where none is."""
+
+
+def visible(devices: Sequence[Device], value: str | None, order: str | None = None) -> Visible:
+    """The devices that a process with this CUDA_VISIBLE_DEVICES sees.
+
+    `value` None is an unset variable: all devices. `order` is CUDA_DEVICE_ORDER.
+    An entry that names no device hides itself and all that follow, and a device that
+    is named twice leaves none at all (CUDA Programming Guide, environment variables).
+    """
+    if value is None:
+        return Visible(tuple(devices))
+    if not value.strip():
+        return Visible((), absence=f"{VARIABLE} is empty; unset it or name a device")
+    found: list[Device] = []
+    problem, written = "", f"{VARIABLE}={_short(value)}"
+    gpus = _as_cuda_counts(devices, order)
+    for entry in value.split(","):
+        device = _named(gpus, entry.strip())
+        if device is None:
+            problem = (
+                f'{written}: "{_short(entry.strip())}" names no device: it and what follows '
+                "are ignored"
+            )
+            break
+        if device in found:
+            twice = f"{written}: names {device.label} twice: CUDA then sees no device"
+            return Visible((), twice, twice)
+        found.append(device)
+    if not found:
+        return Visible((), "", problem)
+    if not problem and _order_matters(devices, value, order):
+        problem = (
+            f"{written}: counts in CUDA's own order of devices, which NVML does not know: taken "
+            "as the fastest first; set CUDA_DEVICE_ORDER=PCI_BUS_ID or name UUIDs"
+        )
+    return Visible(tuple(found), problem)
+
+
+def _named(gpus: Mapping[str, Sequence[Device]], entry: str) -> Device | None:
+    """The device that an entry means; of a GPU that is cut into MIG instances, its first one."""
+    ordinal = re.match(_ORDINAL, entry)
+    if ordinal is not None:
+        # What follows the digits is ignored: "1gpu2" is 1. Compared as text, since
+        # Python converts no integer of more than 4300 digits.
+        sign, digits = ordinal.group(1), ordinal.group(2).lstrip("0") or "0"
+        number = digits if digits == "0" else sign.replace("+", "") + digits
+        return next(iter(gpus.get(number, ())), None)
+    if not entry.upper().startswith(("GPU-", "MIG-")) or len(entry) < 5:
+        return None
+    start = entry.lower()
+    matches = [parts[0] for parts in gpus.values() if parts[0].parent.lower().startswith(start)]
+    matches += [d for parts in gpus.values() for d in parts if d.uuid.lower().startswith(start)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _as_cuda_counts(devices: Sequence[Device], order: str | None) -> dict[str, list[Device]]:
+    """Number in CUDA -> the GPU's MIG instances, or the GPU itself.
+
+    Under CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA counts as NVML does. By default it puts the fastest
+    first, by a rule of its own that capability and size come near; equal ones stay in order.
+    """
+    gpus: dict[str, list[Device]] = {}
+    for device in devices:
+        gpus.setdefault(device.index.partition(".")[0], []).append(device)
+    if order == "PCI_BUS_ID" or not _are_mixed(devices):
+        return gpus
+    fastest = sorted(
+        gpus.values(), key=lambda gpu: (gpu[0].capability, sum(d.total for d in gpu)), reverse=True
+    )
+    return {str(number): gpu for number, gpu in enumerate(fastest)}
+
+
+def _are_mixed(devices: Sequence[Device]) -> bool:
+    return len({device.name for device in devices}) > 1
+
+
+def _short(text: str) -> str:
+    """A piece of the environment, fit for one line of a message."""
+    text = printable(text)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _order_matters(devices: Sequence[Device], value: str, order: str | None) -> bool:
+    """Whether integers may mean other devices to CUDA (fastest first) than to NVML."""
+    integers = any(re.match(_ORDINAL, entry.strip()) for entry in value.split(","))
+    return integers and order != "PCI_BUS_ID" and _are_mixed(devices)
+
+
+VENDOR = Vendor(
+    Nvml, VARIABLE, (ORDER, "PCI_BUS_ID"), ("torch", "JAX", "CuPy", "TensorFlow", "CUDA MPS")
+)

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, Statement
-from pytest_gpushare.gpu.devices import GpuFacts, GpuProcess, Memory
+from pytest_gpushare.gpu.devices import GpuProcess, Memory
+from pytest_gpushare.gpu.vendors import DeviceReader
 
 READ_TIMEOUT = 1.0
 """Seconds that a caller waits for a reading. After one time-out nobody waits until the driver
@@ -24,36 +25,6 @@ MEMORY_AGE, PROCESSES_AGE = 0.05, 1.0
 """Seconds for which a reading counts as fresh."""
 
 T = TypeVar("T")
-
-
-class DeviceReader(Protocol):
-    """What reads devices, such as an open `gpu.nvml.Nvml`."""
-
-    def memory(self) -> Mapping[str, Memory]:
-        """UUID -> VRAM now; a device that cannot be read is left out."""
-
-    def processes(self) -> Mapping[str, tuple[GpuProcess, ...] | None]:
-        """UUID -> processes that hold VRAM there; None where the driver lists none."""
-
-
-class Probe(DeviceReader, Protocol):
-    """The devices of one vendor's driver; `gpu.nvml.Nvml` is the one for NVIDIA."""
-
-    def open(self) -> None:
-        """Load the driver's library; an error is kept for `read`."""
-
-    def read(self, outer: str | None, order: str | None) -> GpuFacts:
-        """The devices now, or why there are none; `outer` is the variable by which the user
-        selects devices, `order` the one that says how its numbers count."""
-
-    def versions(self) -> tuple[str | None, str | None]:
-        """Versions of the library, and of the runtime that its driver supports."""
-
-    def reason(self, error: Exception) -> str:
-        """Why the driver gave no answer, with what to do about it."""
-
-    def close(self) -> None:
-        """Release the library; harmless when called twice."""
 
 
 class Reading(Generic[T]):

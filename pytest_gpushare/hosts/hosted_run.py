@@ -18,7 +18,7 @@ import pytest
 from pytest_gpushare.compat.xdist_hosts import WorkerStart
 from pytest_gpushare.gpu.attribution import Attribution
 from pytest_gpushare.gpu.readings import DeviceSamples, Live
-from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.gpu.vendors import variables
 from pytest_gpushare.hosts.answers import decode_sample
 from pytest_gpushare.hosts.connection import SILENCE, HostConnection
 from pytest_gpushare.hosts.host_lease import HostLease, LeasesElsewhere
@@ -243,10 +243,11 @@ class HostedRun(ActiveRun):
         }
         by_proxy = {proxy_id(part.number): part for part in self.parts if part.number}
         self.has_placed_all = True
+        shown_by = frozenset(variables())
         for spec in specs:
             number = placed.get(id(spec))
             part = by_proxy.get(spec.via) if spec.via else self.parts[0]
-            if number is None and part is not None and VARIABLE not in (spec.env or {}):
+            if number is None and part is not None and shown_by.isdisjoint(spec.env or {}):
                 number = next(free[part.number], None)
             if number is None or part is None:
                 self.has_placed_all = False

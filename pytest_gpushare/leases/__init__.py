@@ -43,6 +43,8 @@ class Lease(NamedTuple):
     """Bytes."""
     descriptor: int | None = None
     """A process that inherits this open file keeps the lease; None where it is part of a run's."""
+    environment: Mapping[str, str] = {}
+    """The variable by which a process sees the device; empty where this one sees it already."""
 
 
 class AcquireTerms(NamedTuple):
@@ -133,11 +135,12 @@ def acquire(
         yield Lease(str(place.device), wanted)
         return
     with _opened(device, directory) as (found, lessee):
+        shown = {found.variable: found.selector}
         if lessee is None:
-            yield Lease(found.uuid, wanted)
+            yield Lease(found.uuid, wanted, None, shown)
             return
         _claim(lessee, found, wanted - own, wait)
-        yield Lease(found.uuid, wanted, lessee.ledger.descriptor)
+        yield Lease(found.uuid, wanted, lessee.ledger.descriptor, shown)
 
 
 @contextlib.contextmanager
@@ -151,11 +154,11 @@ def _opened(device: str | int, directory: str) -> Iterator[tuple[Device, Lessee 
     from pytest_gpushare.leases.records import LeaseRecord
     from pytest_gpushare.timed import call_within
 
-    nvml = host_probe()
+    probe = host_probe()
     live = None
     try:
-        nvml.open()
-        facts = nvml.read(None, None)
+        probe.open()
+        facts = probe.read({})
         names = {name: d for d in facts.all_devices for name in (d.index, d.uuid)}
         found = names.get(str(device))
         if found is None:
@@ -165,7 +168,7 @@ def _opened(device: str | int, directory: str) -> Iterator[tuple[Device, Lessee 
         if directory == OFF:
             yield found, None
             return
-        live = LiveVram(nvml)
+        live = LiveVram(probe)
         try:
             ledger = Ledger(directory_of(directory or AUTO))
         except LedgerError as error:
@@ -179,7 +182,7 @@ def _opened(device: str | int, directory: str) -> Iterator[tuple[Device, Lessee 
     finally:
         if live is not None:
             live.close()
-        call_within(1.0, nvml.close)
+        call_within(1.0, probe.close)
 
 
 def _claim(lessee: Lessee, device: Device, size: int, wait: float | None) -> None:

@@ -17,7 +17,8 @@ from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, ModelTurn, 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_gpushare.gpu.readings import DeviceReader, LiveVram
+    from pytest_gpushare.gpu.readings import LiveVram
+    from pytest_gpushare.gpu.vendors import DeviceReader
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25
 """Seconds between two looks at the ledger: the longer the wait, the longer the pause."""

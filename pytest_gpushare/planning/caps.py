@@ -7,7 +7,7 @@ the user has set is respected, and merged where a variable holds several setting
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +31,8 @@ _JAX, _JAX_OLD = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _JAX_PREALLOCATE, _JAX_ALLOCATOR = "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_ALLOCATOR"
 _CUPY = "CUPY_GPU_MEMORY_LIMIT"
 _MPS = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
+MPS = "CUDA MPS"
+"""The rule that caps all that a process does on a device, not one framework."""
 
 
 class Caps(NamedTuple):
@@ -58,6 +60,7 @@ def caps_for(
     outer: Mapping[str, str],
     versions: Mapping[str, str],
     *,
+    rules: Collection[str],
     context: int = CONTEXT_ALLOWANCE,
     mps: bool = False,
     budget: int | None = None,
@@ -68,7 +71,8 @@ def caps_for(
     their own: what only the environment can set must let the largest of them through.
 
     `outer` is the environment that it would have without us, `versions` the installed
-    frameworks (see `gpu.host.installed_frameworks`), `context` the allowance in bytes.
+    frameworks (see `gpu.host.installed_frameworks`), `rules` the names of those that hold on the
+    device (see `gpu.vendors.Vendor.caps`), `context` the allowance in bytes.
     """
     vram = slot.vram if budget is None else budget
     cap = cap_of(vram, context)
@@ -77,14 +81,16 @@ def caps_for(
     environment: dict[str, str] = {}
     descriptions: list[str] = []
     for name, rule in _RULES.items():
+        if name not in rules:
+            continue
         added, how = rule(_Cap(cap, fraction, outer, versions.get(name, "")))
         environment.update(added)
         if name in versions:
             descriptions.append(f"{name} {versions[name]}: {how}")
-    if mps and _MPS not in outer:
+    if mps and MPS in rules and _MPS not in outer:
         # The worker's device is its only one, so its number is 0 there.
         environment[_MPS] = f"0={vram // MB}M"
-        descriptions.append(f"CUDA MPS: {format_gb(vram)}")
+        descriptions.append(f"{MPS}: {format_gb(vram)}")
     return Caps(environment, tuple(descriptions))
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import Device
-from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.gpu.vendors import variables, vendor_of
 from pytest_gpushare.leases import AcquireTerms
 from pytest_gpushare.place import Place
 from pytest_gpushare.planning.caps import (
@@ -29,8 +29,6 @@ ROLE = "PYTEST_GPUSHARE_ROLE"
 SLOT = "PYTEST_GPUSHARE_SLOT"
 """Bytes of VRAM of a GPU worker's slot, for runs that its tests start."""
 
-ORDER = "CUDA_DEVICE_ORDER"
-
 NO_DEVICE = "-1" if sys.platform == "win32" else ""
 """What shows no device. Windows knows no empty variables: an empty one would show all."""
 
@@ -46,7 +44,7 @@ class PlacementContext(NamedTuple):
     """Whether the daemon of CUDA MPS runs."""
     cap_vram: bool = True
     by_index: bool = False
-    """Devices by NVML's index, which is CUDA's under CUDA_DEVICE_ORDER=PCI_BUS_ID."""
+    """Devices by index, where their vendor has a numbering that all processes share."""
     see_all: bool = False
     """Whether a GPU worker sees the other devices too, after its own."""
     simulated: bool = False
@@ -77,13 +75,15 @@ def worker_environment(plan: Plan, number: int, placement: PlacementContext) -> 
 
 def caps_of(slot: Slot, placement: PlacementContext) -> Caps:
     """What caps the frameworks of a worker in this slot, where anything does."""
-    if not placement.cap_vram or placement.simulated or slot.device.variable != VARIABLE:
+    vendor = vendor_of(slot.device)
+    if not placement.cap_vram or placement.simulated or vendor is None:
         return Caps()
     context = placement.contexts.get(slot.device.name, CONTEXT_ALLOWANCE)
     return caps_for(
         slot,
         placement.outer,
         placement.versions,
+        rules=vendor.caps,
         context=context,
         mps=placement.mps,
         budget=placement.budgets.get(slot.device.uuid),
@@ -101,14 +101,19 @@ def slot_of_outer_run(environment: Mapping[str, str]) -> int | None:
 def visibility(plan: Plan, device: Device | None, placement: PlacementContext) -> dict[str, str]:
     """The variables that show a worker what it is to see, and hide all others from it."""
     # A worker that is given one kind of accelerator sees none of the others.
-    hidden = dict.fromkeys([VARIABLE, *(d.device.variable for d in plan.devices)], NO_DEVICE)
+    hidden = dict.fromkeys([*variables(), *(d.device.variable for d in plan.devices)], NO_DEVICE)
     if device is None:
         return hidden
     devices = seen(plan, device, placement)
+    vendor = vendor_of(device) if placement.by_index else None
     # MIG instances have no index that CUDA knows.
-    if placement.by_index and device.variable == VARIABLE and not _is_instance(device):
-        return {**hidden, VARIABLE: ",".join(d.index for d in devices), ORDER: "PCI_BUS_ID"}
-    return {**hidden, device.variable: ",".join(d.visible_as or d.uuid for d in devices)}
+    if vendor is not None and vendor.numbering is not None and not _is_instance(device):
+        return {
+            **hidden,
+            device.variable: ",".join(d.index for d in devices),
+            vendor.numbering[0]: vendor.numbering[1],
+        }
+    return {**hidden, device.variable: ",".join(d.selector for d in devices)}
 
 
 def seen(plan: Plan, device: Device, placement: PlacementContext) -> tuple[Device, ...]:

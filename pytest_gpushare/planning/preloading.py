@@ -114,7 +114,7 @@ def _failure(done: Preloaded) -> str:
 
 
 def _live(probes: Probes) -> LiveVram | None:
-    """Readings of the devices; None where there is no NVML, or no device."""
-    if probes.nvml is None or not probes.gpus.all_devices:
+    """Readings of the devices; None under a what-if, or where there is no device."""
+    if probes.devices is None or not probes.gpus.all_devices:
         return None
-    return LiveVram(probes.nvml)
+    return LiveVram(probes.devices)

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts, simulated
-from pytest_gpushare.gpu.readings import Probe
-from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.gpu.vendors import Probe
 from pytest_gpushare.host_probe import host_probe
 from pytest_gpushare.ollama.address import Address, Candidate, candidates
 from pytest_gpushare.ollama.models import OLLAMA, ModelFacts, OllamaFacts
@@ -37,11 +36,11 @@ if TYPE_CHECKING:
     from pytest_gpushare.ollama.client import Connection
 
 
-NVML_TIMEOUT = 2.5
-"""Seconds that NVML may take to open and to list the devices; 1.5 s has been seen."""
+DEVICES_TIMEOUT = 2.5
+"""Seconds that the driver may take to open and to list the devices; 1.5 s has been seen."""
 
 _CLOSE_TIMEOUT = 0.5
-"""Seconds that NVML may take to shut down; the end of the process does the same."""
+"""Seconds that it may take to shut down; the end of the process does the same."""
 
 _GRACE = 0.02
 """Seconds for a probe that ran into its own limit to say so."""
@@ -62,8 +61,8 @@ class Probes(NamedTuple):
     ollama: OllamaFacts
     close: Callable[[], None]
     """Releases the probe; harmless when called twice."""
-    nvml: Probe | None = None
-    """The open probe, for readings during the run; None under a what-if."""
+    devices: Probe | None = None
+    """The open probe of the devices, for readings during the run; None under a what-if."""
 
 
 def probe(
@@ -71,7 +70,7 @@ def probe(
     simulate: tuple[str, ...] = (),
     environment: Mapping[str, str] = os.environ,
 ) -> Probes:
-    """Ask NVML (or the what-if) and Ollama at the same time; `environment` is the user's.
+    """Ask the driver (or the what-if) and Ollama at the same time; `environment` is the user's.
 
     Raises `SettingsError` for a what-if that cannot be understood; nothing else.
     """
@@ -79,9 +78,9 @@ def probe(
         # What a live server has loaded is on real devices: a what-if counts none of it.
         ollama = ask_ollama(settings, environment)._replace(models=())
         return Probes(simulated(simulate), ollama, _nothing)
-    reading = _NvmlReading(environment)
+    reading = _DevicesAsking(environment)
     ollama = ask_ollama(settings, environment)
-    return Probes(reading.finish(), ollama, reading.close, reading.nvml)
+    return Probes(reading.finish(), ollama, reading.close, reading.probe)
 
 
 def plan_run(
@@ -123,39 +122,29 @@ def neighbours(
     return (share,)
 
 
-class _NvmlReading:
-    """NVML being opened and read in the background."""
+class _DevicesAsking:
+    """The driver being opened and read in the background."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
-        self._visible = environment.get(VARIABLE), environment.get("CUDA_DEVICE_ORDER")
-        self.nvml = host_probe()
-        self._end = time.monotonic() + NVML_TIMEOUT
-        self._call = TimedCall(self._read, "nvml")
+        self.probe = host_probe()
+        self._end = time.monotonic() + DEVICES_TIMEOUT
+        self._call = TimedCall(self._read, "devices")
 
     def _read(self) -> GpuFacts:
-        try:
-            self.nvml.open()
-            return self.nvml.read(*self._visible)
-        except Exception as error:
-            # Else it would be reported as a time-out.
-            return GpuFacts(absence=self.nvml.reason(error))
+        self.probe.open()
+        return self.probe.read(self._environment)
 
     def finish(self) -> GpuFacts:
-        facts = _until(self._end, self._call) or GpuFacts(
-            absence=f"NVML did not answer within {NVML_TIMEOUT:g} s: check nvidia-smi; "
-            "persistence mode makes it start faster"
+        return _until(self._end, self._call) or GpuFacts(
+            absence=f"{self.probe.library} did not answer within {DEVICES_TIMEOUT:g} s: "
+            f"{self.probe.remedy_when_slow(self._environment)}"
         )
-        given = self._environment.get("NVIDIA_VISIBLE_DEVICES")
-        if facts.all_devices or given not in ("void", "none"):
-            return facts
-        hidden = f"NVIDIA_VISIBLE_DEVICES={given} gives this container none: start it with --gpus"
-        return facts._replace(absence=f"{facts.absence}; {hidden}")
 
     def close(self) -> None:
         # A driver that hangs is not waited for a second time.
         limit = _CLOSE_TIMEOUT if self._call.is_over else 0.0
-        call_within(limit, self.nvml.close, "nvml-close")
+        call_within(limit, self.probe.close, "devices-close")
 
 
 def ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFacts:
@@ -252,12 +241,12 @@ class PlanHooks(NamedTuple):
     """The answers of the two hooks."""
 
     devices: Callable[[], Iterable[Device]] = tuple
-    """Devices that NVML does not know."""
+    """Devices that no vendor's driver is asked for."""
     revise: Callable[[Plan], Plan | None] = lambda plan: plan
     """Another plan in place of the one that was made; None leaves it."""
 
     def with_devices(self, gpus: GpuFacts) -> GpuFacts:
-        """The devices of NVML and of the hook. Raises `GpuShareError` for what is no device."""
+        """The drivers' devices and the hook's. Raises `GpuShareError` for what is no device."""
         more = tuple(self.devices())
         names = {device.uuid for device in gpus.all_devices}
         for device in more:

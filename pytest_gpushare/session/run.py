@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Attribution, Holding, Statement, holding
-from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.gpu.vendors import variables
 from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.ollama.address import candidates
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel
@@ -282,13 +282,14 @@ class ActiveRun:
         placed = {id(spec): number for number, (spec, _) in self._placed.items()}
         taken = {placed[id(spec)] for spec in specs if id(spec) in placed}
         free = (number for number in count() if number not in taken)
+        shown_by = variables()
         self.has_placed_all = True
         for spec in specs:
             theirs = spec.env or {}
             number = placed.get(id(spec))
             if number is not None:
                 spec.env = {**self._placed[number][1], **theirs}
-            elif spec.popen and not spec.via and VARIABLE not in theirs:
+            elif spec.popen and not spec.via and theirs.keys().isdisjoint(shown_by):
                 number = next(free)
                 environment = worker_environment(self.plan, number, self.placement)
                 environment = {**environment, NUMBER: str(number)}

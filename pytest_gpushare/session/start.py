@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import chain
@@ -29,15 +30,14 @@ from pytest_gpushare.errors import NoRoomError, OllamaUnreachableError, Settings
 from pytest_gpushare.gpu.devices import GpuFacts, HostFacts
 from pytest_gpushare.gpu.host import available_ram
 from pytest_gpushare.gpu.readings import LiveVram
-from pytest_gpushare.gpu.visibility import VARIABLE, cuda_is_up, set_variables
+from pytest_gpushare.gpu.vendors import settling_variables, variables
 from pytest_gpushare.leases import AcquireTerms, set_terms
 from pytest_gpushare.leases.ledger import OFF
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama, seen_larger, unexpected
-from pytest_gpushare.place import entered
+from pytest_gpushare.place import entered, set_variables
 from pytest_gpushare.planning.leasing import Agreed, Terms, agree, lease_plan
 from pytest_gpushare.planning.placement import (
-    ORDER,
     ROLE,
     place_of,
     slot_of_outer_run,
@@ -67,7 +67,7 @@ def request_for(config: pytest.Config) -> tuple[Request, int]:
     if is_in_process(options):
         return Request(in_process=True), 1
     if keeps_own_workers(options):
-        return Request(TxWorkers(options).local, fixed=True), 1
+        return Request(TxWorkers(options, variables()).local, fixed=True), 1
     given = given_number(options)
     cpus = count_of_auto(config)
     number = None if given == GPU_AUTO else cpus if isinstance(given, str) else given
@@ -95,7 +95,7 @@ def environment_for_plan(before_conftests: Mapping[str, str] | None) -> dict[str
     """
     environment = dict(os.environ)
     if before_conftests is not None:
-        for name in (VARIABLE, ORDER):
+        for name in settling_variables():
             environment.pop(name, None)
             if name in before_conftests:
                 environment[name] = before_conftests[name]
@@ -134,7 +134,7 @@ def start(
             slot_of_outer_run(host.environment),
         )
         gpus = probes.gpus if no_gpu_tests else hooks.with_devices(probes.gpus)
-        live = LiveVram(probes.nvml) if probes.nvml is not None and gpus.all_devices else None
+        live = LiveVram(probes.devices) if probes.devices is not None and gpus.all_devices else None
         ollama = _AskedAgain(settings, host, probes.ollama)
 
         is_phased = _is_phased(settings, earlier, request, probes)
@@ -301,6 +301,16 @@ def _no_room(plan: Plan, notes: Sequence[str]) -> str:
     )
 
 
+def _cuda_is_up(own_process_has_context: bool) -> bool:
+    """Whether CUDA was initialised in this process, so that its visibility is settled.
+
+    Asks no framework to load: what is not imported has not initialised anything.
+    """
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    is_initialized = getattr(cuda, "is_initialized", None)
+    return own_process_has_context or bool(is_initialized and is_initialized())
+
+
 def start_in_process(config: pytest.Config, environment: Mapping[str, str]) -> ActiveRun:
     """Place this process, which runs the tests itself.
 
@@ -314,7 +324,7 @@ def start_in_process(config: pytest.Config, environment: Mapping[str, str]) -> A
         )
     at_end = run_options(config, options)
     facts = start_locally(config, options, Request(in_process=True), 1, environment)
-    is_up = cuda_is_up(facts.gpus.own_process_has_context)
+    is_up = _cuda_is_up(facts.gpus.own_process_has_context)
     unplaced = "CUDA is up in this process already" if is_up else ""
     run = _active(facts, config, at_end._replace(unplaced=unplaced))
     if not unplaced:
@@ -336,7 +346,7 @@ def start_workers(
     own_workers = keeps_own_workers(options) and not is_in_process(options)
     if own_workers:
         distribute(options)
-    named = TxWorkers(options)
+    named = TxWorkers(options, variables())
     if own_workers and not named.local:
         why = "the workers of --tx are on other hosts: no GPU is assigned to them"
         if named.with_devices:

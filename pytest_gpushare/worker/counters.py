@@ -326,12 +326,12 @@ def measured_context(device: str) -> int | None:
     """Bytes of this process's context on the device of that UUID; None where that is unknown.
 
     Imports no framework and does not initialise CUDA: without CUDA there is nothing to measure.
-    NVML is opened here for a moment, in a process that has finished its tests.
+    The driver's library is opened here for a moment, in a process that has finished its tests.
     """
     counted = _counted_by_frameworks()
     if counted is None:
         return None
-    from pytest_gpushare.host_probe import own_vram
+    from pytest_gpushare.gpu.vendors import own_vram
 
     own = own_vram(device)
     return own - counted if own is not None and own > counted else None

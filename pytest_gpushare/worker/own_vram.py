@@ -83,9 +83,9 @@ class OwnVram:
     def _open(self) -> LiveVram:
         # Imported by the first test that may end without a framework's counters.
         from pytest_gpushare.gpu.readings import LiveVram
-        from pytest_gpushare.host_probe import device_reader
+        from pytest_gpushare.gpu.vendors import OneDevice
 
-        self._live = LiveVram(device_reader(self._device), timeout=PATIENCE)
+        self._live = LiveVram(OneDevice(self._device), timeout=PATIENCE)
         return self._live
 
     def _read(self) -> int | None:

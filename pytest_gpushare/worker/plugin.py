@@ -63,7 +63,7 @@ class PlacementPlugin:
     def _compare(self, files: Iterable[str | None]) -> None:
         if self._has_reported or all(os.environ.get(n) == text for n, text in self._wanted.items()):
             return
-        from pytest_gpushare.gpu.visibility import culprit, difference
+        from pytest_gpushare.place import culprit, difference
 
         self._has_reported = True
         where = culprit(self._wanted, files)

@@ -48,7 +48,7 @@ job = json.loads(sys.argv[1])
 if "hold" in job:
     held = machine.allocate(*job["hold"])
 if "limit" in job:
-    startup.NVML_TIMEOUT = job["limit"]
+    startup.DEVICES_TIMEOUT = job["limit"]
 answers = []
 for case in job["cases"]:
     machine.clear_injections()

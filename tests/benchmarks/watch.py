@@ -35,7 +35,7 @@ def sample(seconds: float, workers: int) -> None:
     machine = Machine.open()
     nvml = host_probe()
     nvml.open()
-    devices = nvml.read(None, None).all_devices
+    devices = nvml.read({}).all_devices
     present = Workers(Plan((), 0, (), (), (), Request()), lambda _device: 0)
     children = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
                 for _ in range(workers)]  # fmt: skip

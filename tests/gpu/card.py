@@ -53,9 +53,7 @@ def find_card() -> Card:
     nvml = Nvml()
     nvml.open()
     try:
-        facts = nvml.read(
-            os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER")
-        )
+        facts = nvml.read(os.environ)
         if not facts.devices:
             raise NoCardError(f"no GPU: {facts.absence}")
         number = pynvml.nvmlSystemGetCudaDriverVersion_v2()

@@ -203,7 +203,7 @@ def test_without_xdist() -> None:
     assert xdist_options.reorders_groups(options)
     xdist_options.distribute(options)
     assert vars(options) == {}
-    workers = xdist_options.TxWorkers(options)
+    workers = xdist_options.TxWorkers(options, ["CUDA_VISIBLE_DEVICES"])
     assert (workers.local, workers.with_devices) == (0, 0)
 
 
@@ -222,7 +222,7 @@ def test_without_xdist() -> None:
 )
 def test_workers_of_tx(specs: list[str], local: int, with_devices: int) -> None:
     """Which of them are on this host, as xdist and execnet read the specs."""
-    found = xdist_options.TxWorkers(SimpleNamespace(tx=specs))
+    found = xdist_options.TxWorkers(SimpleNamespace(tx=specs), ["CUDA_VISIBLE_DEVICES"])
     assert (found.local, found.with_devices) == (local, with_devices)
 
 

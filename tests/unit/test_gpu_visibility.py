@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpushare.gpu.devices import Device
-from pytest_gpushare.gpu.visibility import visible
+from pytest_gpushare.gpu.nvml import visible
 
 A = Device("GPU-aaaa1111-0000-0000-0000-000000000000", "Big", "0", 24, 0, 24)
 B = Device("GPU-aaaa2222-0000-0000-0000-000000000000", "Big", "1", 24, 0, 24)

@@ -99,8 +99,8 @@ def test_earlier_one_that_is_about_to_start(
 
     renew()
     timer = threading.Timer(0.3 if wait is None else 5.0, other.leave)
-    timer.start()
     began = time.monotonic()
+    timer.start()
     assert len(agreed(tmp_path, wait).plan.slots) == slots
     assert least <= time.monotonic() - began < least + 2
     timer.cancel()

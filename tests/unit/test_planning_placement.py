@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
-from pytest_gpushare.gpu.visibility import visible
+from pytest_gpushare.gpu.nvml import visible
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.placement import (
     PlacementContext,

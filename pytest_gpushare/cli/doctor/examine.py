@@ -17,9 +17,10 @@ from pytest_gpushare.cli.doctor.project_view import PytestView, ask
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.errors import GpuShareError
-from pytest_gpushare.gpu.visibility import VARIABLE, culprit
+from pytest_gpushare.gpu.vendors import variables
 from pytest_gpushare.host_probe import host_probe
 from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.place import culprit
 from pytest_gpushare.planning.leasing import Terms
 from pytest_gpushare.planning.plan import Request
 from pytest_gpushare.planning.preloading import check
@@ -42,7 +43,7 @@ def overwriting(root: Path) -> list[str]:
     for number, path in enumerate(_conftests(root, time.monotonic() + _MOST_SECONDS)):
         if number == _MOST_FILES:
             break
-        if where := culprit([VARIABLE], [str(path)]):
+        if where := culprit(variables(), [str(path)]):
             found.append(where)
     return found
 
@@ -67,15 +68,7 @@ _PACKAGES = ("pytest", "pytest-xdist", "execnet", "nvidia-ml-py", "httpx", "pynv
 _TOOLS = ("torch", "vllm", "deepspeed")
 _PATIENCE = 5.0
 """Seconds for an Ollama that did not answer within the time limit of a run."""
-_NVML_PATIENCE = 10.0
-
-
-@dataclass(frozen=True)
-class NvmlVersions:
-    """The versions that the library reports; None where it reports none."""
-
-    nvml: str | None = None
-    cuda: str | None = None
+_DRIVER_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,8 @@ class Examined:
     started: ActiveRun
     start_error: str
     """Why a run with these settings would not start."""
-    nvml: NvmlVersions = field(default_factory=NvmlVersions)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """What the driver's library says of itself: name -> version."""
     patient_ollama: OllamaFacts | None = None
     """Ollama's answer with a longer time limit; None where that was not needed."""
     overwriting: Sequence[str] = ()
@@ -132,9 +126,7 @@ def examine(arguments: Sequence[str]) -> Examined:
         settings_error=settings_error,
         started=run,
         start_error=start_error,
-        nvml=call_within(_NVML_PATIENCE, _nvml_versions) or NvmlVersions()
-        if run.gpus.driver
-        else NvmlVersions(),
+        versions=(run.gpus.driver and call_within(_DRIVER_PATIENCE, _versions_of_driver)) or {},
         patient_ollama=_ask_patiently(run),
         overwriting=call_within(5.0, lambda: overwriting(root)) or (),
     )
@@ -185,13 +177,13 @@ def _ask_patiently(run: ActiveRun) -> OllamaFacts | None:
     return call_within(_PATIENCE + 0.5, lambda: ask_ollama(address, _PATIENCE))
 
 
-def _nvml_versions() -> NvmlVersions:
-    nvml = host_probe()
-    nvml.open()
+def _versions_of_driver() -> Mapping[str, str]:
+    probe = host_probe()
+    probe.open()
     try:
-        return NvmlVersions(*nvml.versions())
+        return probe.versions()
     finally:
-        nvml.close()
+        probe.close()
 
 
 def _versions(names: Sequence[str]) -> dict[str, str]:

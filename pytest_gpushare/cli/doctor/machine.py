@@ -13,7 +13,7 @@ from pytest_gpushare.cli.doctor.examine import Examined, Platform
 from pytest_gpushare.cli.doctor.project import release
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.devices import ComputeMode, Device
-from pytest_gpushare.gpu.visibility import VARIABLE
+from pytest_gpushare.gpu.vendors import variables
 from pytest_gpushare.leases.ledger import MEETING_PLACE, OFF, Ledger, LedgerError, directory_of
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.prediction import MARGIN
@@ -44,10 +44,8 @@ def driver(found: Examined) -> Iterator[Finding]:
     """The library and the driver, or why they are missing."""
     gpus = found.started.gpus
     if gpus.driver:
-        versions = [f"driver {gpus.driver}"]
-        versions += [f"NVML {found.nvml.nvml}"] if found.nvml.nvml else []
-        versions += [f"CUDA up to {found.nvml.cuda}"] if found.nvml.cuda else []
-        yield ok(", ".join(versions))
+        more = (f"{name} {version}" for name, version in found.versions.items())
+        yield ok(", ".join((f"driver {gpus.driver}", *more)))
     elif gpus.absence:
         yield _no_library(gpus.absence, found)
     given = found.environment.get("NVIDIA_VISIBLE_DEVICES")
@@ -70,29 +68,39 @@ def devices(found: Examined) -> Iterator[Finding]:
 
 def visibility(found: Examined) -> Iterator[Finding]:
     """The environment variables that hide or order devices."""
-    gpus, value = found.started.gpus, found.environment.get(VARIABLE)
     for name in ("CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES"):
         if found.environment.get(name) and found.environment[name] not in ("void", "none"):
             yield ok(f"{name}={found.environment[name]}")
+    for variable in variables():
+        yield from _shown_by(variable, found)
+
+
+def _shown_by(variable: str, found: Examined) -> Iterator[Finding]:
+    """What this variable hides."""
+    gpus, value = found.started.gpus, found.environment.get(variable)
+    total = sum(device.variable == variable for device in gpus.all_devices)
+    seen = ", ".join(device.label for device in gpus.devices if device.variable == variable)
     if value is None:
-        yield ok(f"{VARIABLE} is not set: every device counts")
+        yield ok(f"{variable} is not set: every device counts")
         return
-    if not gpus.all_devices:
-        yield ok(f"{VARIABLE}={value}")
+    if not total:
+        yield ok(f"{variable}={value}")
         return
     if not value.strip():
-        yield broken("visible-empty", f"{VARIABLE} is empty: no device is visible", _UNSET)
+        fact = f"{variable} is empty: no device is visible"
+        yield broken("visible-empty", fact, _unset(variable))
     # Where no device is visible, only `absence` gives the reason.
     problems = dict.fromkeys((*gpus.problems, gpus.absence))
-    odd = [text for text in problems if text.startswith(VARIABLE) and "is empty" not in text]
+    odd = [text for text in problems if text.startswith(variable) and "is empty" not in text]
     for problem in odd:
-        yield _odd_value(problem, seen=bool(gpus.devices))
-    if not odd and gpus.devices:
-        seen = ", ".join(device.label for device in gpus.devices)
-        yield ok(f"{VARIABLE}={value}: {seen} of {plural(len(gpus.all_devices), 'device')}")
+        yield _odd_value(variable, problem, seen=bool(seen))
+    if not odd and seen:
+        yield ok(f"{variable}={value}: {seen} of {plural(total, 'device')}")
 
 
-_UNSET = f"unset {VARIABLE}, or name a device: nvidia-smi -L lists their UUIDs"
+def _unset(variable: str) -> str:
+    how = ": nvidia-smi -L lists their UUIDs" if variable.startswith("CUDA") else ""
+    return f"unset {variable}, or name a device{how}"
 
 
 def _no_library(absence: str, found: Examined) -> Finding:
@@ -174,12 +182,12 @@ def _left_out(problem: str) -> Finding:
     return broken(code, problem, fix.format(index=index))
 
 
-def _odd_value(problem: str, *, seen: bool) -> Finding:
+def _odd_value(variable: str, problem: str, *, seen: bool) -> Finding:
     if "twice" in problem:
-        return broken("visible-twice", problem, f"export {VARIABLE} with each device once")
+        return broken("visible-twice", problem, f"export {variable} with each device once")
     if "own order" in problem:
         return look("visible-order", problem, "export CUDA_DEVICE_ORDER=PCI_BUS_ID")
-    return (look if seen else broken)("visible-unknown", problem, _UNSET)
+    return (look if seen else broken)("visible-unknown", problem, _unset(variable))
 
 
 _WATERSHED = (0, 30)
