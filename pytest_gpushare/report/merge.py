@@ -21,13 +21,17 @@ Document = Mapping[str, Any]
 MOST_TESTS = 500_000
 """Of all shards together; what is more is counted under problems."""
 
-_PEAKS = (
+_LARGEST = (
     "peak_used_bytes",
     "peak_workers_bytes",
     "peak_tests_bytes",
     "peak_unattributed_bytes",
     "used_at_start_bytes",
+    "budget_bytes",
+    "workers",
 )
+"""Figures of a device of which the largest of all shards counts."""
+_TIMES = ("at_s", "start_s", "end_s", "started_s", "ended_s")
 _MOST_NAME = 60
 _NO_TESTS = 5
 
@@ -45,9 +49,14 @@ class Shard(NamedTuple):
         """A worker's name that no worker of another shard has."""
         return f"{self.name}/{one_line(str(name), 200)}"
 
-    def at(self, seconds: float | None) -> float | None:
+    def at(self, seconds: float) -> float:
         """A time of this shard as seconds since the first one started."""
-        return None if seconds is None else round(seconds + self.offset, 3)
+        return round(seconds + self.offset, 3)
+
+    def moved(self, record: Document) -> dict[str, Any]:
+        """A record of this shard with its times as `at` gives them."""
+        times = {name: record[name] for name in _TIMES if record.get(name) is not None}
+        return {**record, **{name: self.at(seconds) for name, seconds in times.items()}}
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -78,7 +87,11 @@ def merged(documents: Sequence[Document], names: Sequence[str]) -> dict[str, Any
         )
         for name, document, start in zip(names, documents, starts, strict=True)
     ]
-    tests = [_test(shard, test) for shard in shards for test in shard.document["tests"]]
+    tests = [
+        {**shard.moved(test), "worker": shard.worker(test["worker"]), "shard": shard.name}
+        for shard in shards
+        for test in shard.document["tests"]
+    ]
     problems = _texts(shards, "problems")
     if len(tests) > MOST_TESTS:
         problems.append(f"{len(tests) - MOST_TESTS} more tests ran than a report can hold")
@@ -88,11 +101,22 @@ def merged(documents: Sequence[Document], names: Sequence[str]) -> dict[str, Any
         "run": _run(shards, first),
         "plan": _plan(shards),
         "devices": list(_devices(shards)),
-        "workers": [_worker(shard, each) for shard in shards for each in shard.document["workers"]],
+        "workers": [
+            {**shard.moved(worker), "id": shard.worker(worker["id"]), "shard": shard.name}
+            for shard in shards
+            for worker in shard.document["workers"]
+        ],
         "tests": tests[:MOST_TESTS],
         "ollama": _ollama(shards),
         "events": _events(shards),
-        "samples": {"devices": _samples(shards), "leases": list(_leases(shards))},
+        "samples": {
+            "devices": _samples(shards),
+            "leases": [
+                shard.moved(lease)
+                for shard in shards
+                for lease in shard.document["samples"]["leases"]
+            ],
+        },
         "summary": _texts(shards, "summary"),
         "hints": _texts(shards, "hints"),
         "shortages": _texts(shards, "shortages"),
@@ -104,13 +128,6 @@ def merged(documents: Sequence[Document], names: Sequence[str]) -> dict[str, Any
         "problems": problems,
         "shards": [_shard(shard) for shard in shards],
     }
-
-
-def _leases(shards: Sequence[Shard]) -> Iterator[dict[str, Any]]:
-    for shard in shards:
-        for lease in shard.document["samples"].get("leases", ()):
-            times = {name: round(lease[name] + shard.offset, 3) for name in ("start_s", "end_s")}
-            yield {**lease, **times}
 
 
 def _start(document: Document) -> datetime | None:
@@ -159,23 +176,22 @@ def _common(values: Sequence[str | None]) -> str | None:
 
 def _plan(shards: Sequence[Shard]) -> dict[str, Any]:
     plans = [shard.document["plan"] for shard in shards]
-    absences = [f"{s.name}: {s.document['plan']['absence']}" for s in shards
-                if s.document["plan"]["absence"]]  # fmt: skip
+    absences = [f"{s.name}: {p['absence']}" for s, p in zip(shards, plans, strict=True)
+                if p["absence"]]  # fmt: skip
     has_gpu = any(plan["gpu_workers"] for plan in plans)
     return {
         "gpu_workers": sum(plan["gpu_workers"] for plan in plans),
         "cpu_workers": sum(plan["cpu_workers"] for plan in plans),
-        "in_process": all(plan.get("in_process", False) for plan in plans),
+        "in_process": all(plan["in_process"] for plan in plans),
         "limited_by": _union(plan["limited_by"] for plan in plans),
         "limits": {},
         "presets": _union(plan["presets"] for plan in plans),
         "absence": "" if has_gpu else "; ".join(absences),
-        "shortage": "" if has_gpu else "; ".join(filter(None, (plan.get("shortage", "")
-                                                               for plan in plans))),
+        "shortage": "" if has_gpu else "; ".join(p["shortage"] for p in plans if p["shortage"]),
         "needed_bytes": max(plan["needed_bytes"] for plan in plans),
         "ollama_needs": None,
         "settings": _settings(plans),
-    }  # fmt: skip
+    }
 
 
 def _settings(plans: Sequence[Document]) -> dict[str, dict[str, str]]:
@@ -200,43 +216,19 @@ def _devices(shards: Sequence[Shard]) -> Iterator[dict[str, Any]]:
             found.setdefault(device["uuid"], []).append(device)
     for devices in found.values():
         first = dict(devices[0])
-        for name in _PEAKS:
-            values = [device[name] for device in devices if device.get(name) is not None]
-            if name in first or values:
-                first[name] = max(values, default=None)
+        for name in _LARGEST:
+            values = [device[name] for device in devices if device[name] is not None]
+            first[name] = max(values, default=None)
         for name in ("peak_used_exact", "peak_tests_exact"):
-            exact = [device[name] for device in devices if device.get(name) is not None]
-            if name in first or exact:
-                first[name] = all(exact) if exact else None
+            exact = [device[name] for device in devices if device[name] is not None]
+            first[name] = all(exact) if exact else None
         first["free_at_start_bytes"] = min(device["free_at_start_bytes"] for device in devices)
-        first["budget_bytes"] = max(device["budget_bytes"] for device in devices)
-        first["workers"] = max(device["workers"] for device in devices)
         yield first
-
-
-def _worker(shard: Shard, worker: Document) -> dict[str, Any]:
-    return {
-        **worker,
-        "id": shard.worker(worker["id"]),
-        "started_s": shard.at(worker["started_s"]),
-        "ended_s": shard.at(worker["ended_s"]),
-        "shard": shard.name,
-    }
-
-
-def _test(shard: Shard, test: Document) -> dict[str, Any]:
-    return {
-        **test,
-        "worker": shard.worker(test["worker"]),
-        "start_s": shard.at(test["start_s"]),
-        "end_s": shard.at(test["end_s"]),
-        "shard": shard.name,
-    }
 
 
 def _events(shards: Sequence[Shard]) -> list[dict[str, Any]]:
     found = [
-        {**event, "at_s": shard.at(event["at_s"]), "text": f"{shard.name}: {event['text']}"}
+        {**shard.moved(event), "text": f"{shard.name}: {event['text']}"}
         for shard in shards
         for event in shard.document["events"]
     ]
@@ -244,7 +236,7 @@ def _events(shards: Sequence[Shard]) -> list[dict[str, Any]]:
 
 
 def _texts(shards: Sequence[Shard], name: str) -> list[str]:
-    return [f"{shard.name}: {text}" for shard in shards for text in shard.document.get(name, ())]
+    return [f"{shard.name}: {text}" for shard in shards for text in shard.document[name]]
 
 
 def _ollama(shards: Sequence[Shard]) -> dict[str, Any] | None:
@@ -257,7 +249,7 @@ def _ollama(shards: Sequence[Shard]) -> dict[str, Any] | None:
         "version": _common([server["version"] for server in servers]),
         "found_by": ", ".join(_union([server["found_by"]] for server in servers)),
         "answered": any(server["answered"] for server in servers),
-        "on_this_host": any(server.get("on_this_host", False) for server in servers),
+        "on_this_host": any(server["on_this_host"] for server in servers),
         "problem": "; ".join(f"{s.name}: {server['problem']}" for s, server in asked
                              if server["problem"]),
         "models": [
@@ -281,7 +273,7 @@ def _samples(shards: Sequence[Shard]) -> dict[str, Any]:
             part.append((shard, columns))
             length = _length(columns)
             rows.setdefault(uuid, []).extend(
-                (shard.at(columns["at_s"][row]) or 0.0, len(part) - 1, row) for row in range(length)
+                (shard.at(columns["at_s"][row]), len(part) - 1, row) for row in range(length)
             )
     return {uuid: _columns(sorted(rows[uuid]), held[uuid]) for uuid in held}
 

@@ -5,6 +5,7 @@ Texts in them are foreign: whoever prints one makes it printable or escapes it.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +31,8 @@ class ReportFileError(GpuShareError):
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """The report document in this file. Raises `ReportFileError`."""
+    """The report document in this file, with the schema's defaults for what earlier versions of
+    this package did not write. Raises `ReportFileError`."""
     name = one_line(str(path), 4 * _MOST_NAME)[-_MOST_NAME:]
     found = _parsed(_content(path, name), name)
     if not isinstance(found, dict) or "schema" not in found:
@@ -46,6 +48,7 @@ def read_report(path: Path) -> dict[str, Any]:
     problem = difference(found, _schema(), "")
     if problem:
         raise ReportFileError(f"{name}: does not follow the report's schema: {problem}")
+    _complete(found, _schema())
     return found
 
 
@@ -151,6 +154,20 @@ def _differences_of_object(
         for name, each in value.items():
             if name not in known:
                 yield from _differences(each, others, f"{where}.{name}")
+
+
+def _complete(value: Any, schema: Mapping[str, Any]) -> None:
+    """Add the defaults of a schema to a value that follows it."""
+    if isinstance(value, list) and "properties" in schema["items"]:
+        for each in value:
+            _complete(each, schema["items"])
+    elif isinstance(value, dict):
+        for form in (schema, *schema.get("anyOf", ())):
+            for name, part in form.get("properties", {}).items():
+                if "default" in part:
+                    value.setdefault(name, copy.copy(part["default"]))
+                if name in value:
+                    _complete(value[name], part)
 
 
 def _place(where: str) -> str:

@@ -97,7 +97,7 @@ def cut_off() -> Document:
     document["tests"][-2].update(start_s=None, end_s=None, worker="gw9")
     document["workers"][1].update(crashed=True, ended_s=None)
     for key in ("leaks", "hints", "summary", "problems"):
-        del document[key]
+        document[key] = []
     return document
 
 
@@ -215,8 +215,10 @@ class _Run:
                 "started_s": round(0.4 + 0.05 * number, 3),
                 "ended_s": None,
                 "crashed": False,
+                "need_bytes": None,
                 "peak_bytes": None,
                 "peak_source": None,
+                "peak_exact": None,
             }
             for number, device in enumerate(places)
         ]
@@ -260,6 +262,7 @@ class _Run:
             "need_source": "marker" if marked else "slot" if gpu else None,
             "peak_bytes": peak,
             "peak_source": "frameworks" if peak else None,
+            "peak_exact": True if peak else None,
             "left_bytes": 0 if peak else None,
             "waited_s": round(self.random.random(), 3) if self.random.random() < 0.1 else 0.0,
             "attempts": 1,
@@ -274,7 +277,7 @@ class _Run:
             own = [t["peak_bytes"] or 0 for t in self.tests if t["worker"] == worker["id"]]
             worker["ended_s"] = round(self.duration - 0.2, 3)
             if worker["role"] == "gpu" and any(own):
-                worker.update(peak_bytes=max(own), peak_source="frameworks")
+                worker.update(peak_bytes=max(own), peak_source="frameworks", peak_exact=True)
         failed = any(test["outcome"] in ("failed", "error") for test in self.tests)
         leaks = [test for test in self.tests if (test["left_bytes"] or 0) > 200 * MB]
         return {
@@ -297,7 +300,9 @@ class _Run:
                 "cpu_workers": self.shape.cpu_workers,
                 "limited_by": ["max_workers_per_gb"],
                 "presets": ["conservative"],
+                "in_process": False,
                 "absence": "",
+                "shortage": "",
                 "needed_bytes": 3 * GB,
                 "settings": {
                     "ollama_vram_reservation_mb": {"value": "12288", "origin": "default"},
@@ -312,7 +317,7 @@ class _Run:
             "tests": self.tests,
             "ollama": self._ollama(),
             "events": events,
-            "samples": {"devices": samples},
+            "samples": {"devices": samples, "leases": []},
             "summary": ["gpu-share: this is what the terminal said"],
             "hints": self._hints(),
             "leaks": [
@@ -327,6 +332,7 @@ class _Run:
                 for t in leaks
             ],
             "problems": [],
+            "shortages": [],
         }
 
     def _hints(self) -> list[str]:
@@ -437,8 +443,10 @@ class _Run:
             "budget_bytes": self.budget,
             "workers": self.shape.workers,
             "peak_used_bytes": max(samples["used_bytes"]),
+            "peak_used_exact": True,
             "peak_workers_bytes": held,
             "peak_tests_bytes": held,
+            "peak_tests_exact": None if held is None else True,
             "peak_unattributed_bytes": None if held is None else 0,
         }
 
@@ -463,6 +471,7 @@ class _Run:
             "address": "127.0.0.1:11434",
             "version": "0.33.0" if answered else None,
             "answered": answered,
+            "on_this_host": True,
             "found_by": "OLLAMA_HOST",
             "problem": "" if answered else "no answer in 0.5 s",
             "models": [model] if answered else [],

@@ -67,9 +67,9 @@ def test_what_differs() -> None:
 
 def test_a_model_that_spilled() -> None:
     before, after = changed()
-    before["ollama"] = {"models": [], "verdict": ["kept"], "spilled_under_tests": False}
-    model = {"name": "m", "size_bytes": 10 * GB, "size_vram_bytes": 4 * GB}
-    after["ollama"] = {"models": [model], "verdict": ["put"], "spilled_under_tests": True}
+    before["ollama"].update(models=[], verdict=["kept"], spilled_under_tests=False)
+    model = {"name": "m", "size_bytes": 10 * GB, "size_vram_bytes": 4 * GB, "spilled": True}
+    after["ollama"].update(models=[model], verdict=["put"], spilled_under_tests=True)
     found = {section.title: section.rows for section in compare(before, after)}["Ollama"]
     assert ("m", "not loaded", "4.0 GB of 10.0 GB on the GPU", "", "") in found
     assert next(row for row in found if row.name == "verdict").state == "bad"

@@ -11,6 +11,7 @@ import pytest
 from browser import documents
 
 from pytest_gpushare.cli.main import main
+from pytest_gpushare.report.html.comparison import compare
 from pytest_gpushare.report.html.page import page
 from pytest_gpushare.report.merge import exit_status, merged, names_of
 from pytest_gpushare.report.reading import ReportFileError, read_report
@@ -19,7 +20,7 @@ from .damage import ODD, damaged
 
 
 def whole(make: Any, started: str = "2026-01-01T10:00:00.000+00:00") -> dict[str, Any]:
-    document = {"leaks": [], "hints": [], "summary": [], "problems": [], **make()}
+    document = make()
     document["run"] = {**document["run"], "started": started}
     return dict(json.loads(json.dumps(document)))
 
@@ -78,6 +79,14 @@ def test_times_are_those_of_one_clock() -> None:
     assert {len(column) for column in columns["workers_bytes"].values()} == {len(columns["at_s"])}
 
 
+def test_samples_of_uneven_length_are_as_long_as_the_shortest() -> None:
+    one = whole(documents.small)
+    (columns,) = one["samples"]["devices"].values()
+    columns["used_bytes"] = columns["used_bytes"][:7]
+    (found,) = merged([one], ["a"])["samples"]["devices"].values()
+    assert {len(found[name]) for name in ("at_s", "used_bytes", "others_bytes")} == {7}
+
+
 @pytest.mark.parametrize(
     ("codes", "code"), [([0, 0], 0), ([0, 5], 0), ([5, 5], 5), ([0, 1, 2], 1), ([3, 1], 3)]
 )
@@ -121,6 +130,7 @@ def test_damaged_reports_are_refused_or_merged(tmp_path: Path, make: Any) -> Non
         except ReportFileError:
             refused += 1
             continue
+        assert all(compare(*pair) for pair in ((found, good), (good, found)))
         result = merged([found, good], ["a", "b"])
         path.write_text(json.dumps(result, allow_nan=False))
         read_report(path)

@@ -1,18 +1,22 @@
 """What differs between the reports of two runs: peaks, durations, outcomes, Ollama, settings.
 
-Works on report documents of schema version 1; nothing is required of them.
+Works on report documents as `read_report` returns them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pytest_gpushare.report.html.markup import (
     UNKNOWN,
     Markup,
+    Record,
     breakable,
+    generator,
+    label,
+    lasted,
     peak_text,
     size,
     span,
@@ -20,7 +24,6 @@ from pytest_gpushare.report.html.markup import (
     tag,
     whole,
 )
-from pytest_gpushare.report.html.shown import Shown, ShownModel, ShownTest, shown
 from pytest_gpushare.text import one_line
 from pytest_gpushare.units import GB, MB, plural
 
@@ -53,9 +56,8 @@ class ComparedSubject(NamedTuple):
     """How many more there are, or what cannot be compared."""
 
 
-def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[ComparedSubject]:
+def compare(old: Record, new: Record) -> list[ComparedSubject]:
     """The sections, without those in which nothing differs; `Run` is always there."""
-    old, new = shown(before), shown(after)
     sections = [
         ComparedSubject("Run", tuple(_run(old, new))),
         _devices(old, new),
@@ -66,50 +68,47 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Compare
     return [section for section in sections if section.rows or section.note]
 
 
-def _run(old: Shown, new: Shown) -> Iterator[Difference]:
-    yield Difference("started", *(run.started[:19].replace("T", " ") for run in (old.run, new.run)))
-    yield _duration("duration", old.run.duration_s, new.run.duration_s)
-    counts = [Counter(_text(test.outcome) for test in report.tests) for report in (old, new)]
+def _run(old: Record, new: Record) -> Iterator[Difference]:
+    runs = old["run"], new["run"]
+    yield Difference("started", *(run["started"][:19].replace("T", " ") for run in runs))
+    yield _duration("duration", *(run["duration_s"] for run in runs))
+    counts = [Counter(test["outcome"] for test in report["tests"]) for report in (old, new)]
     for outcome in sorted(counts[0] | counts[1]):
         before, more = counts[0][outcome], counts[1][outcome] - counts[0][outcome]
         better = _BETTER.get(outcome)
         state = "" if better is None or not more else "good" if (more > 0) == better else "bad"
         change = f"{more:+d}" if more else ""
         yield Difference(outcome, str(before), str(before + more), change, state)
-    for name, one, other in (
-        ("GPU workers", old.plan.gpu_workers, new.plan.gpu_workers),
-        ("CPU workers", old.plan.cpu_workers, new.plan.cpu_workers),
-    ):
-        yield Difference(name, _text(one), _text(other))
-    limits = [", ".join(report.plan.limited_by) for report in (old, new)]
-    yield from _changed("limited by", *limits)
+    plans = old["plan"], new["plan"]
+    for name, key in (("GPU workers", "gpu_workers"), ("CPU workers", "cpu_workers")):
+        yield Difference(name, *(str(plan[key]) for plan in plans))
+    yield from _changed("limited by", *(", ".join(plan["limited_by"]) for plan in plans))
     for name in ("driver", "pytest", "xdist", "python", "platform", "simulated"):
-        yield from _changed(name, getattr(old.run, name), getattr(new.run, name))
-    yield from _changed("written by", old.generator, new.generator)
+        yield from _changed(name, *(run[name] for run in runs))
+    yield from _changed("written by", generator(old), generator(new))
 
 
 _BETTER = {"passed": True, "failed": False, "error": False, "crashed": False}
 """Outcome -> whether more of it is better."""
 
 
-def _devices(old: Shown, new: Shown) -> ComparedSubject:
-    after = {device.uuid: device for device in new.devices}
-    pairs = [(one, after[one.uuid]) for one in old.devices if one.uuid in after]
+def _devices(old: Record, new: Record) -> ComparedSubject:
+    before, after = old["devices"], {device["uuid"]: device for device in new["devices"]}
+    pairs = [(one, after[one["uuid"]]) for one in before if one["uuid"] in after]
     note = ""
-    if not pairs and old.devices and new.devices:
+    if not pairs and before and after:
         # Two machines: device by device, as they are numbered.
-        pairs = list(zip(old.devices, new.devices, strict=False))
+        pairs = list(zip(before, new["devices"], strict=False))
         note = "the devices are not the same: they are compared by their order"
     rows: list[Difference] = []
     for one, other in pairs:
-        name = one_line(other.label, _LONGEST)
-        rows += _changed(f"{name} name", one.name, other.name)
+        name = one_line(label(other), _LONGEST)
+        rows += _changed(f"{name} name", one["name"], other["name"])
         for what, kind in (("in use", "used"), ("of tests", "tests")):
             peaks = [_peak_of(device, f"peak_{kind}") for device in (one, other)]
             rows += _peaks(f"{name} peak {what}", *peaks, always=True)
-        for what, attribute in _OF_DEVICE:
-            figures = (getattr(device, attribute) for device in (one, other))
-            rows += _bytes(f"{name} {what}", *figures)
+        for what, key in _OF_DEVICE:
+            rows += _bytes(f"{name} {what}", one[key], other[key])
     return ComparedSubject("VRAM", tuple(rows), note)
 
 
@@ -120,14 +119,13 @@ _OF_DEVICE = (
 )
 
 
-def _tests(old: Shown, new: Shown) -> Iterator[ComparedSubject]:
-    before = {test.nodeid: test for test in old.tests}
-    after = {test.nodeid: test for test in new.tests}
+def _tests(old: Record, new: Record) -> Iterator[ComparedSubject]:
+    before, after = ({test["nodeid"]: test for test in report["tests"]} for report in (old, new))
     both = [(one, after[nodeid]) for nodeid, one in before.items() if nodeid in after]
-    outcomes = [_outcome(*pair) for pair in both if pair[0].outcome != pair[1].outcome]
+    outcomes = [_outcome(*pair) for pair in both if pair[0]["outcome"] != pair[1]["outcome"]]
     yield _listed("Outcomes", outcomes)
-    yield _listed("Peaks of tests", _largest(both, lambda test: test.peak_bytes, _test_peaks))
-    yield _listed("Durations of tests", _largest(both, lambda test: test.took, _durations))
+    yield _listed("Peaks of tests", _largest(both, lambda test: test["peak_bytes"], _test_peaks))
+    yield _listed("Durations of tests", _largest(both, _took, _durations))
     rows = [Difference(_name(t), "ran", "did not run") for n, t in before.items() if n not in after]
     rows += [
         Difference(_name(t), "did not run", "ran") for n, t in after.items() if n not in before
@@ -135,20 +133,17 @@ def _tests(old: Shown, new: Shown) -> Iterator[ComparedSubject]:
     yield _listed("Tests of one run only", rows)
 
 
-def _outcome(one: ShownTest, other: ShownTest) -> Difference:
-    now = _text(other.outcome)
-    return Difference(_name(one), _text(one.outcome), now, "", _STATES.get(now, ""))
-
-
-_STATES = {"passed": "good", "failed": "bad", "error": "bad", "crashed": "bad"}
-
-_Pair = tuple[ShownTest, ShownTest]
+def _outcome(one: Record, other: Record) -> Difference:
+    now = other["outcome"]
+    better = _BETTER.get(now)
+    state = "" if better is None else "good" if better else "bad"
+    return Difference(_name(one), one["outcome"], now, "", state)
 
 
 def _largest(
-    both: Sequence[_Pair],
-    figure: Callable[[ShownTest], float | None],
-    rows: Callable[[ShownTest, ShownTest], Iterator[Difference]],
+    both: Sequence[tuple[Record, Record]],
+    figure: Callable[[Record], float | None],
+    rows: Callable[[Record, Record], Iterator[Difference]],
 ) -> list[Difference]:
     """The rows of tests whose figure changed, the largest change first."""
     found: list[tuple[float, Difference]] = []
@@ -159,19 +154,19 @@ def _largest(
     return [row for _, row in sorted(found, key=lambda pair: (-pair[0], pair[1].name))]
 
 
-def _peak_of(shown: object, name: str) -> tuple[float | None, bool]:
+def _peak_of(record: Record, name: str) -> tuple[int | None, bool]:
     """The figure, and whether it is a lower bound."""
-    return getattr(shown, f"{name}_bytes"), getattr(shown, f"{name}_exact") is False
+    return record[f"{name}_bytes"], record[f"{name}_exact"] is False
 
 
-def _test_peaks(one: ShownTest, other: ShownTest) -> Iterator[Difference]:
+def _test_peaks(one: Record, other: Record) -> Iterator[Difference]:
     return _peaks(_name(one), _peak_of(one, "peak"), _peak_of(other, "peak"))
 
 
 def _peaks(
     name: str,
-    before: tuple[float | None, bool],
-    after: tuple[float | None, bool],
+    before: tuple[int | None, bool],
+    after: tuple[int | None, bool],
     *,
     always: bool = False,
 ) -> Iterator[Difference]:
@@ -183,8 +178,12 @@ def _peaks(
         yield row._replace(before=texts[0], after=texts[1], change=row.change * is_measure)
 
 
-def _durations(one: ShownTest, other: ShownTest) -> Iterator[Difference]:
-    row = _duration(_name(one), one.took, other.took)
+def _took(test: Record) -> float | None:
+    return lasted(test["start_s"], test["end_s"])
+
+
+def _durations(one: Record, other: Record) -> Iterator[Difference]:
+    row = _duration(_name(one), _took(one), _took(other))
     if row.state:
         yield row
 
@@ -195,31 +194,31 @@ def _listed(title: str, rows: Sequence[Difference]) -> ComparedSubject:
     return ComparedSubject(title, tuple(rows[:MOST_TESTS]), note)
 
 
-def _ollama(old: Shown, new: Shown) -> Iterator[Difference]:
-    servers = (old.ollama, new.ollama)
-    yield from _changed("version", *(server and server.version for server in servers))
-    yield from _changed("answered", *(server and server.answered for server in servers))
-    models = [{model.name: model for model in report.models} for report in (old, new)]
+def _ollama(old: Record, new: Record) -> Iterator[Difference]:
+    servers = [report["ollama"] or {} for report in (old, new)]
+    for key in ("version", "answered"):
+        yield from _changed(key, *(server.get(key) for server in servers))
+    models = [{each["name"]: each for each in server.get("models", ())} for server in servers]
     for name in dict.fromkeys([*models[0], *models[1]]):
         placed = (_placed(held.get(name)) for held in models)
         yield from _changed(one_line(name, _LONGEST), *placed)
-    verdicts = ["; ".join(server.verdict) if server else "" for server in servers]
-    spilled = [bool(server and server.spilled_under_tests) for server in servers]
+    verdicts = ["; ".join(server.get("verdict", ())) for server in servers]
+    spilled = [server.get("spilled_under_tests", False) for server in servers]
     state = "" if spilled[0] == spilled[1] else "bad" if spilled[1] else "good"
     for row in _changed("verdict", *verdicts):
         yield row._replace(state=state)
 
 
-def _placed(model: ShownModel | None) -> str:
+def _placed(model: Record | None) -> str:
     if model is None:
         return "not loaded"
-    return f"{size(model.size_vram_bytes)} of {size(model.size_bytes)} on the GPU"
+    return f"{size(model['size_vram_bytes'])} of {size(model['size_bytes'])} on the GPU"
 
 
-def _settings(old: Shown, new: Shown) -> Iterator[Difference]:
-    before, after = old.plan.settings, new.plan.settings
-    for key in dict.fromkeys([*before, *after]):
-        values = (settings.get(key, {}).get("value") for settings in (before, after))
+def _settings(old: Record, new: Record) -> Iterator[Difference]:
+    settings = [report["plan"]["settings"] for report in (old, new)]
+    for key in dict.fromkeys([*settings[0], *settings[1]]):
+        values = (held[key]["value"] if key in held else None for held in settings)
         yield from _changed(f"gpu_share_{one_line(key, 80)}", *values)
 
 
@@ -255,16 +254,16 @@ def _bytes(
 
 
 def _text(value: object) -> str:
-    """A text, a number or a boolean of a document."""
+    """A text or a boolean of a document."""
     if value is None or value == "":
         return UNKNOWN
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return one_line(f"{value:g}" if isinstance(value, float) else str(value), 4 * _LONGEST)
+    return one_line(str(value), 4 * _LONGEST)
 
 
-def _name(test: ShownTest) -> str:
-    return one_line(test.nodeid, 4 * _LONGEST)
+def _name(test: Record) -> str:
+    return one_line(test["nodeid"], 4 * _LONGEST)
 
 
 def document(sections: Sequence[ComparedSubject]) -> dict[str, Any]:

@@ -6,20 +6,10 @@ Samples are in MiB and thinned to what a screen can show; figures of tests stay 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pytest_gpushare.report.html.markup import severity, visible
-from pytest_gpushare.report.html.shown import (
-    Shown,
-    ShownDevice,
-    ShownLease,
-    ShownSamples,
-    ShownTest,
-    ShownWorker,
-    figures,
-    number,
-)
+from pytest_gpushare.report.html.markup import Record, label, lasted, severity, visible
 from pytest_gpushare.units import MB
 
 Values = Sequence[float | None]
@@ -38,42 +28,34 @@ class Holders(NamedTuple):
     """Kind (`ollama`, `others`, `rest`, `worker`), the worker's name, and what it held."""
 
 
-def holders(
-    samples: ShownSamples, at: Sequence[int], total: float | None, workers: Sequence[ShownWorker]
-) -> Holders:
-    """The samples at these indices, of which the times are known, attributed as far as can be.
+def holders(samples: Record, at: Sequence[int], total: int, workers: Sequence[Record]) -> Holders:
+    """The samples at these indices, attributed as far as can be.
 
     What no part accounts for is a part `rest`, unless it stays below a hundredth of *total*:
     figures of one moment are read one after another.
     """
-    times = [samples.at_s[index] for index in at]
-    used = figures(samples.used_bytes, at)
-    parts: list[tuple[str, str, Any]] = [("ollama", "", samples.ollama_bytes)]
-    parts.append(("others", "", samples.others_bytes))
-    parts += [("worker", worker, held) for worker, held in in_order(samples.workers_bytes, workers)]
-    columns = [figures(held, at) for _, _, held in parts]
-    columns = settled(times, used, columns, total)
-    columns = without_workers(used, columns, total)
+    times, used = ([samples[name][row] for row in at] for name in ("at_s", "used_bytes"))
+    parts = [("ollama", "", samples["ollama_bytes"]), ("others", "", samples["others_bytes"])]
+    order = {worker["id"]: place for place, worker in enumerate(workers)}
+    by_worker = samples["workers_bytes"]
+    names = sorted(by_worker, key=lambda name: order.get(name, len(order)))
+    parts += [("worker", name, by_worker[name]) for name in names]
+    read: list[Values] = [[held[row] for row in at] for _, _, held in parts]
+    columns = without_workers(used, settled(times, used, read, total), total)
     found: list[tuple[str, str, Values]] = [
         (kind, name, values)
         for (kind, name, _), values in zip(parts, columns, strict=True)
         if any(values)
     ]
     rest = _rest(used, [values for _, _, values in found])
-    if max(rest, default=0) > (total or 0) / 100:
+    if max(rest, default=0) > total / 100:
         first_worker = sum(kind != "worker" for kind, _, _ in found)
         found.insert(first_worker, ("rest", "", rest))
     return Holders(times, used, found)
 
 
-def in_order(held: Mapping[str, Any], workers: Sequence[ShownWorker]) -> list[tuple[str, Any]]:
-    """What samples hold by worker, in the order of the document's workers."""
-    order = {worker.id: at for at, worker in enumerate(workers)}
-    return sorted(held.items(), key=lambda pair: order.get(pair[0], len(order)))
-
-
 def settled(
-    times: Sequence[float], used: Values, parts: Sequence[Values], total: float | None
+    times: Sequence[float], used: Values, parts: Sequence[Values], total: int
 ) -> list[list[float | None]]:
     """The parts, where the next reading of them fits a sample better than the last one did.
 
@@ -81,7 +63,7 @@ def settled(
     the next reading: a sample that its sum accounts for belongs to it.
     """
     columns = [list(values) for values in parts]
-    near = (total or 0) / 200
+    near = total / 200
     rows = [tuple(column[row] for column in columns) for row in range(len(times))]
     following: tuple[float | None, ...] | None = None
     read_at = 0.0
@@ -98,16 +80,14 @@ def settled(
     return columns
 
 
-def without_workers(
-    used: Values, parts: Sequence[Values], total: float | None
-) -> list[list[float | None]]:
+def without_workers(used: Values, parts: Sequence[Values], total: int) -> list[list[float | None]]:
     """The parts, also where no reading was made as no worker lived.
 
     *parts* begins with Ollama, which may be known from its own answers, and others. Where the
     nearest reading, or these two figures of it, account for all that is in use, they hold here too.
     """
     columns = [list(values) for values in parts]
-    near = (total or 0) / 200
+    near = total / 200
     others = parts[1]
     known = [row for row, value in enumerate(others) if value is not None]
     for row, held in enumerate(used):
@@ -132,15 +112,13 @@ def _rest(used: Values, parts: Sequence[Values]) -> list[float]:
 
 
 def drawn(
-    samples: ShownSamples, most: int, total: float | None, workers: Sequence[ShownWorker] = ()
+    samples: Record, most: int, total: int, workers: Sequence[Record]
 ) -> dict[str, Any] | None:
     """Times, what is used, and the parts of it from the ground up; None without a sample.
 
     *most* bounds the number of samples.
     """
-    times = samples.at_s
-    used = figures(samples.used_bytes, range(len(times)))
-    at = [index for index in thinned(used, most) if number(times[index]) is not None]
+    at = thinned(samples["used_bytes"], most)
     if not at:
         return None
     shown = holders(samples, at, total, workers)
@@ -198,109 +176,110 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def data(report: Shown) -> dict[str, Any]:
+def data(report: Record) -> dict[str, Any]:
     """The object that the page's script reads."""
-    columns = sum(3 + len(held.workers_bytes) for held in report.samples.values())
+    workers, samples = report["workers"], report["samples"]["devices"]
+    columns = sum(3 + len(held["workers_bytes"]) for held in samples.values())
     most = max(500, _MOST_VALUES // max(1, columns))
-    events = report.events[:MOST_EVENTS]
+    of_models = (report["ollama"] or {}).get("tests") or {"phases": []}
     return {
         "duration": _duration(report),
-        "simulated": bool(report.run.simulated),
+        "simulated": report["run"]["simulated"],
         "devices": [
             {
-                **_device(device, report.samples.get(device.uuid), most, report.workers),
-                "leases": _leases(report.leases, device.uuid),
+                **_device(device, samples.get(device["uuid"]), most, workers),
+                "leases": _leases(report["samples"]["leases"], device["uuid"]),
             }
-            for device in report.devices
+            for device in report["devices"]
         ],
         "workers": [
-            {"id": worker.id, "device": worker.device, "colour": colour}
-            for worker, colour in zip(report.workers, colours(report.workers), strict=True)
+            {"id": worker["id"], "device": worker["device"], "colour": colour}
+            for worker, colour in zip(workers, colours(workers), strict=True)
         ],
         "events": [
             {
-                "at": event.at_s,
-                "state": severity(event.kind),
-                "text": visible(event.text or event.kind),
-                "device": event.facts.get("device"),
+                "at": event["at_s"],
+                "state": severity(event["kind"]),
+                "text": visible(event["text"] or event["kind"]),
+                "device": event["facts"].get("device"),
             }
-            for event in events
+            for event in report["events"][:MOST_EVENTS]
         ],
         "phases": [
-            {"model": visible(phase.model), "start": phase.start_s, "end": phase.end_s}
-            for phase in report.phases[:MOST_EVENTS]
-            if phase.start_s is not None and phase.end_s is not None
+            {"model": visible(phase["model"]), "start": phase["start_s"], "end": phase["end_s"]}
+            for phase in of_models["phases"][:MOST_EVENTS]
         ],
-        "tests": _tests(report.tests, report.workers),
+        "tests": _tests(report["tests"], workers),
     }
 
 
-def colours(workers: Sequence[ShownWorker]) -> list[int | None]:
+def colours(workers: Sequence[Record]) -> list[int | None]:
     """The number of each worker's colour; None for CPU workers, which share one."""
     numbers: list[int | None] = []
     for worker in workers:
         known = sum(held is not None for held in numbers)
-        numbers.append(known % WORKER_COLOURS if worker.role == "gpu" else None)
+        numbers.append(known % WORKER_COLOURS if worker["role"] == "gpu" else None)
     return numbers
 
 
-def _duration(report: Shown) -> float:
-    """The end of the time axis; a run that was cut off knows no duration of its own."""
-    moments = [report.run.duration_s]
-    moments += [test.end_s for test in report.tests]
-    moments += [event.at_s for event in report.events[:MOST_EVENTS]]
-    moments += [number(at) for held in report.samples.values() for at in held.at_s[-1:]]
-    return max((moment for moment in moments if moment is not None), default=0.0)
+def _duration(report: Record) -> float:
+    """The end of the time axis: clocks of workers may be a little ahead of the run's."""
+    moments = [report["run"]["duration_s"]]
+    moments += [test["end_s"] or 0.0 for test in report["tests"]]
+    moments += [event["at_s"] for event in report["events"][:MOST_EVENTS]]
+    moments += [at for held in report["samples"]["devices"].values() for at in held["at_s"][-1:]]
+    return float(max(moments))
 
 
 def _device(
-    device: ShownDevice, samples: ShownSamples | None, most: int, workers: Sequence[ShownWorker]
+    device: Record, samples: Record | None, most: int, workers: Sequence[Record]
 ) -> dict[str, Any]:
     return {
-        "uuid": device.uuid,
-        "label": device.label,
-        "name": visible(device.name),
-        "total": device.total_bytes,
-        "used_at_start": device.used_at_start_bytes,
-        "reservation": device.reservation_bytes,
-        "resident": device.resident_bytes,
-        "safety_buffer": device.safety_buffer_bytes,
-        "budget": device.budget_bytes,
-        "samples": drawn(samples, most, device.total_bytes, workers) if samples else None,
+        "uuid": device["uuid"],
+        "label": label(device),
+        "name": visible(device["name"]),
+        "total": device["total_bytes"],
+        "used_at_start": device["used_at_start_bytes"],
+        "reservation": device["reservation_bytes"],
+        "resident": device["resident_bytes"],
+        "safety_buffer": device["safety_buffer_bytes"],
+        "budget": device["budget_bytes"],
+        "samples": drawn(samples, most, device["total_bytes"], workers) if samples else None,
     }
 
 
-def _leases(leases: Sequence[ShownLease], uuid: str) -> list[dict[str, Any]]:
+def _leases(leases: Sequence[Record], uuid: str) -> list[dict[str, Any]]:
     """What other sessions had leased of this device, and when."""
     return [
         {
-            "start": lease.start_s,
-            "end": lease.end_s,
-            "bytes": lease.bytes,
-            "session": visible(lease.session),
+            "start": lease["start_s"],
+            "end": lease["end_s"],
+            "bytes": lease["bytes"],
+            "session": visible(lease["session"]),
         }
         for lease in leases
-        if lease.device == uuid and lease.bytes is not None
+        if lease["device"] == uuid
     ][:MOST_EVENTS]
 
 
-def _tests(tests: Sequence[ShownTest], workers: Sequence[ShownWorker]) -> dict[str, Any]:
-    numbers = {worker.id: at for at, worker in enumerate(workers)}
+def _tests(tests: Sequence[Record], workers: Sequence[Record]) -> dict[str, Any]:
+    numbers = {worker["id"]: at for at, worker in enumerate(workers)}
     files: dict[str, int] = {}
     file_of, names = [], []
     for test in tests:
-        file, separator, name = visible(test.nodeid).partition("::")
+        file, separator, name = visible(test["nodeid"]).partition("::")
         file_of.append(files.setdefault(file, len(files)))
         names.append(separator + name)
+    times = [lasted(test["start_s"], test["end_s"]) for test in tests]
     columns: dict[str, list[Any]] = {
         "file": file_of,
         "name": names,
-        "worker": [numbers.get(test.worker) for test in tests],
-        "start": [test.start_s for test in tests],
-        "took": [None if test.took is None else round(test.took, 3) for test in tests],
-        "notes": [visible("\n".join(test.notes)) for test in tests],
-        **{name: [getattr(test, name) for test in tests] for name in _COLUMNS},
-        "least": [test.peak_exact is False for test in tests],
+        "worker": [numbers.get(test["worker"]) for test in tests],
+        "start": [test["start_s"] for test in tests],
+        "took": [None if took is None else round(took, 3) for took in times],
+        "notes": [visible("\n".join(test["notes"])) for test in tests],
+        **{name: [test[name] for test in tests] for name in _COLUMNS},
+        "least": [test["peak_exact"] is False for test in tests],
     }
     return {
         "count": len(tests),

@@ -8,15 +8,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from pytest_gpushare.report.html.shown import ShownDevice
 from pytest_gpushare.units import at_least, format_gb
 
 UNKNOWN = "unknown"
+
+Record = Mapping[str, Any]
+"""The report document, or an object in it, as report-schema.json describes it."""
 
 _BAD = frozenset(
     {"ollama-spilled", "ollama-unreachable", "worker-crashed", "placement-overwritten", "oom"}
@@ -70,11 +72,27 @@ def peak_text(held: float | None, exact: bool | None) -> str:
     return f"{at_least(exact)}{size(held)}"
 
 
-def tests_peak(device: ShownDevice) -> str:
+def label(device: Record) -> str:
+    """`GPU 0` or `box GPU 0`, as the terminal has it."""
+    name, host = f"GPU {device['index']}", device.get("host")
+    return f"{host} {name}" if host else name
+
+
+def lasted(start: float | None, end: float | None) -> float | None:
+    """Seconds from a start to an end; None where one is unknown."""
+    return None if start is None or end is None else end - start
+
+
+def generator(report: Record) -> str:
+    """`pytest-gpushare 0.2.0`."""
+    return "{name} {version}".format_map(report["generator"])
+
+
+def tests_peak(device: Record) -> str:
     """What the tests held at most: `at least 7.4 GB (3.9 GB of it unattributed)`."""
-    held, left = device.peak_tests_bytes, device.peak_unattributed_bytes or 0
+    held, left = device["peak_tests_bytes"], device["peak_unattributed_bytes"] or 0
     if held is None or 20 * left <= held:
-        return peak_text(held, device.peak_tests_exact)
+        return peak_text(held, device["peak_tests_exact"])
     return f"at least {size(held)} ({size(left)} of it unattributed)"
 
 

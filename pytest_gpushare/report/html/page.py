@@ -7,8 +7,6 @@ settings. The page's own script draws the timeline, with uPlot, and the table of
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 from pytest_gpushare.report.html import sections
 from pytest_gpushare.report.html.data import colours, data, holders
@@ -16,9 +14,12 @@ from pytest_gpushare.report.html.markup import (
     Edges,
     Markup,
     Part,
+    Record,
     asset,
     clock,
     code,
+    generator,
+    label,
     meter,
     pairs,
     peak_text,
@@ -28,7 +29,6 @@ from pytest_gpushare.report.html.markup import (
     whole,
 )
 from pytest_gpushare.report.html.sections import Answer, answers, outcome, subtitle, title
-from pytest_gpushare.report.html.shown import Shown, ShownDevice, figures, number, shown
 from pytest_gpushare.units import plural
 
 _SCRIPTS = (
@@ -44,14 +44,13 @@ _SCRIPTS = (
 _STYLES = ("uPlot.min.css", "page.css", "media.css")
 
 
-def page(document: Mapping[str, Any]) -> str:
+def page(report: Record) -> str:
     """The HTML of a report document of schema version 1; the same for the same document.
 
     Text of the document, such as node ids, is escaped. Scripts and styles are allowed by their
     hashes alone, and everything that would reach out is forbidden. The text can be written as
     UTF-8 whatever the names are.
     """
-    report = shown(document)
     # The licence asks to go wherever the library goes.
     library = f"/*!\n{asset('uPlot.LICENSE.txt')}*/\n{asset('uPlot.iife.min.js')}"
     own = "".join(asset(name) for name in _SCRIPTS)
@@ -61,7 +60,7 @@ def page(document: Mapping[str, Any]) -> str:
     held = json.dumps(data(report), separators=(",", ":"), allow_nan=False)
     embedded = Markup(held.replace("<", "\\u003c"))
     content = [body(report), tag("script", embedded, type="application/json", id="data")]
-    return whole(title(report), _STYLES, content, [library, own], report.generator)
+    return whole(title(report), _STYLES, content, [library, own], generator(report))
 
 
 _NAMES = {"ollama": "Ollama", "others": "others", "rest": "unattributed"}
@@ -70,29 +69,29 @@ _NAMES = {"ollama": "Ollama", "others": "others", "rest": "unattributed"}
 _AROUND = 20
 
 
-def meters(report: Shown) -> Markup:
+def meters(report: Record) -> Markup:
     """A bar for each device: what it held at its fullest moment."""
-    if not report.devices:
+    if not report["devices"]:
         return Markup("")
-    measured = any(device.peak_used_bytes is not None for device in report.devices)
+    measured = any(device["peak_used_bytes"] is not None for device in report["devices"])
     return tag(
         "section",
         tag("h2", "At the fullest moment" if measured else "As it was planned"),
-        *[_meter(report, device) for device in report.devices],
+        *[_meter(report, device) for device in report["devices"]],
         id="devices",
     )
 
 
-def _meter(report: Shown, device: ShownDevice) -> Markup:
-    total, peak = device.total_bytes, device.peak_used_bytes
-    most = peak_text(peak, device.peak_used_exact)
+def _meter(report: Record, device: Record) -> Markup:
+    total, peak = device["total_bytes"], device["peak_used_bytes"]
+    most = peak_text(peak, device["peak_used_exact"])
     at, parts = _fullest(report, device)
     if not parts and peak:
         parts = [Part("rest", "in use", peak)]
     when = f" at {clock(at)}" if at is not None else ""
     return tag(
         "article",
-        tag("h3", tag("b", device.label), " ", device.name),
+        tag("h3", tag("b", label(device)), " ", device["name"]),
         tag(
             "p",
             tag("b", most, data_bytes=peak),
@@ -103,11 +102,11 @@ def _meter(report: Shown, device: ShownDevice) -> Markup:
         _key(parts, total, peak),
         pairs(
             [
-                ("free at the start", size(device.free_at_start_bytes)),
-                ("kept for Ollama", size(device.reservation_bytes)),
-                ("of it resident", size(device.resident_bytes)),
-                ("safety buffer", size(device.safety_buffer_bytes)),
-                ("budget of tests", size(device.budget_bytes)),
+                ("free at the start", size(device["free_at_start_bytes"])),
+                ("kept for Ollama", size(device["reservation_bytes"])),
+                ("of it resident", size(device["resident_bytes"])),
+                ("safety buffer", size(device["safety_buffer_bytes"])),
+                ("budget of tests", size(device["budget_bytes"])),
                 ("most held by tests", tests_peak(device)),
             ]
         ),
@@ -115,34 +114,25 @@ def _meter(report: Shown, device: ShownDevice) -> Markup:
     )
 
 
-def _bar(device: ShownDevice, parts: list[Part], total: float) -> Markup:
+def _bar(device: Record, parts: list[Part], total: float) -> Markup:
     """As the timeline has it: Ollama at one end, all others at the other."""
     ollama = next((part for part in parts if part.kind == "ollama"), None)
-    resident = 0 if ollama else device.resident_bytes or 0
-    kept = max(0, (device.reservation_bytes or 0) - resident)
-    edges = Edges(kept, device.safety_buffer_bytes or 0)
+    resident = 0 if ollama else device["resident_bytes"]
+    edges = Edges(max(0, device["reservation_bytes"] - resident), device["safety_buffer_bytes"])
     return meter([part for part in parts if part is not ollama], total, ollama, edges)
 
 
-def _fullest(report: Shown, device: ShownDevice) -> tuple[float | None, list[Part]]:
+def _fullest(report: Record, device: Record) -> tuple[float | None, list[Part]]:
     """The moment at which the device was fullest, and who held what."""
-    held = report.samples.get(device.uuid)
-    used = figures(held.used_bytes, range(len(held.used_bytes))) if held is not None else []
-    if held is None or not any(used):
+    held = report["samples"]["devices"].get(device["uuid"])
+    if held is None or not any(held["used_bytes"]):
         return None, []
-    index = max(range(len(used)), key=lambda at: used[at] or 0)
-    times = held.at_s
-    around = [
-        at
-        for at in range(max(0, index - _AROUND), min(len(times), index + _AROUND + 1))
-        if number(times[at]) is not None
-    ]
-    if index not in around:
-        return None, []
-    columns = holders(held, around, device.total_bytes, report.workers)
+    used, workers = held["used_bytes"], report["workers"]
+    index = used.index(max(used))
+    around = range(max(0, index - _AROUND), min(len(used), index + _AROUND + 1))
+    columns = holders(held, around, device["total_bytes"], workers)
     there = around.index(index)
-    ids = [worker.id for worker in report.workers]
-    numbers = dict(zip(ids, colours(report.workers), strict=True))
+    numbers = dict(zip((worker["id"] for worker in workers), colours(workers), strict=True))
     parts = [
         Part(
             f"worker-{numbers.get(name) or 0}" if kind == "worker" else kind,
@@ -154,7 +144,7 @@ def _fullest(report: Shown, device: ShownDevice) -> tuple[float | None, list[Par
     return columns.times[there], [part for part in parts if part.held > 0]
 
 
-def _key(parts: list[Part], total: float | None, peak: float | None) -> Markup:
+def _key(parts: list[Part], total: int, peak: int | None) -> Markup:
     if not parts:
         return Markup("")
     free = [Part("free", "free", total - peak)] if total and peak is not None else []
@@ -175,7 +165,7 @@ _SIGNS = {"good": "✓", "warning": "!", "bad": "✕", "neutral": "i"}
 _MEANT = {"good": "good", "warning": "look at this", "bad": "bad", "neutral": "for information"}
 
 
-def body(report: Shown) -> Markup:
+def body(report: Record) -> Markup:
     """All that stands in the page before its scripts."""
     return Markup("\n").join(
         [
@@ -200,12 +190,12 @@ def body(report: Shown) -> Markup:
                     ],
                 ),
             ),
-            tag("footer", f"Made by {report.generator}. {_ALONE}"),
+            tag("footer", f"Made by {generator(report)}. {_ALONE}"),
         ]
     )
 
 
-def _header(report: Shown) -> Markup:
+def _header(report: Record) -> Markup:
     state, text = outcome(report)
     return tag(
         "header",
@@ -215,7 +205,7 @@ def _header(report: Shown) -> Markup:
     )
 
 
-def _verdict(report: Shown) -> Markup:
+def _verdict(report: Record) -> Markup:
     return tag(
         "section",
         tag("h2", "Verdict", cls="unseen"),
@@ -248,8 +238,8 @@ def _list(texts: list[str]) -> Markup:
     return tag("ul", *[tag("li", code(text)) for text in texts])
 
 
-def _timeline(report: Shown) -> Markup:
-    if not report.tests and not report.devices:
+def _timeline(report: Record) -> Markup:
+    if not report["tests"] and not report["devices"]:
         return Markup("")
     buttons = [
         ("in", "+", "Zoom in"),
@@ -288,8 +278,8 @@ def _timeline(report: Shown) -> Markup:
     )
 
 
-def _tests(report: Shown) -> Markup:
-    count = len(report.tests)
+def _tests(report: Record) -> Markup:
+    count = len(report["tests"])
     if not count:
         return tag("section", tag("h2", "Tests"), tag("p", "No test ran."), id="tests")
     return tag(
