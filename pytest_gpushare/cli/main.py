@@ -22,7 +22,7 @@ TRACEBACK = "PYTEST_GPUSHARE_TRACEBACK"
 COMPLETION = "--print-completion"
 COMMANDS = {
     "plan": ("pytest_gpushare.cli.plan_command", "plan"),
-    "doctor": ("pytest_gpushare.cli.doctor.render", "doctor"),
+    "doctor": ("pytest_gpushare.cli.doctor", "doctor"),
     "watch": ("pytest_gpushare.cli.watch", "watch"),
     "hold": ("pytest_gpushare.cli.hold", "hold"),
     "merge": ("pytest_gpushare.cli.report_files", "merge"),

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from pytest_gpushare.cli.doctor.examine import settings_of
-from pytest_gpushare.cli.doctor.project_view import ask
+from pytest_gpushare.cli.plan_command import pytest_view, settings_of
 from pytest_gpushare.cli.terminal import OK, Piece, Row, screen, show, write_lines
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, ProcessSplit
@@ -60,7 +59,7 @@ def watch(options: argparse.Namespace) -> int:
         _terminable(),
         contextlib.suppress(KeyboardInterrupt),
         # For Ollama's address; the defaults where the project's settings cannot be read.
-        closing(Watcher(settings_of(ask(()))[0])) as watcher,
+        closing(Watcher(settings_of(pytest_view(()))[0])) as watcher,
         _output(options) as show_snapshot,
     ):
         due = time.monotonic()

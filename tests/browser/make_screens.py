@@ -30,7 +30,7 @@ from playwright.sync_api import Browser, sync_playwright
 from simulator import Device, Machine, build
 from simulator.ollama import OllamaServer
 
-from pytest_gpushare.cli.doctor.render import PAGE as DOCTOR
+from pytest_gpushare.cli.doctor import PAGE as DOCTOR
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = Path(__file__).with_name("output")

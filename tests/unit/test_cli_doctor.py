@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.cli.doctor import Finding, Level, look, render, safe
+from pytest_gpushare.cli import doctor
 from pytest_gpushare.cli.doctor.examine import (
     Examined,
+    Finding,
+    Level,
     Platform,
+    look,
     overwriting,
-    settings_of,
+    safe,
 )
 from pytest_gpushare.cli.doctor.machine import driver, ollama, sessions, visibility
 from pytest_gpushare.cli.doctor.project import caps, packages, release, tools
-from pytest_gpushare.cli.doctor.project_view import PytestView, ask
+from pytest_gpushare.cli.plan_command import PytestView, pytest_view, settings_of
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
 from pytest_gpushare.leases.ledger import MEETING_PLACE, Ledger
@@ -100,7 +103,7 @@ def test_other_absences(absence: str, code: str) -> None:
 
 
 def test_visibility_without_devices() -> None:
-    """Where there is no device, the variable is only render."""
+    """Where there is no device, the variable is only shown."""
     environment = {"CUDA_VISIBLE_DEVICES": "0", "NVIDIA_VISIBLE_DEVICES": "all"}
     findings = list(visibility(examined(NO_LIBRARY, environment=environment)))
     assert [finding.level for finding in findings] == [Level.OK, Level.OK]
@@ -250,8 +253,8 @@ def test_a_check_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def works(_: Examined) -> Any:
         yield look("no-room", "little", "more")
 
-    monkeypatch.setattr(render, "_SECTIONS", (("A", (fails,)), ("B", (works,))))
-    sections = render.sections_of(examined())
+    monkeypatch.setattr(doctor, "_SECTIONS", (("A", (fails,)), ("B", (works,))))
+    sections = doctor.sections_of(examined())
     assert [f.code for section in sections for f in section.findings] == [
         "doctor-failed",
         "no-room",
@@ -279,8 +282,8 @@ def test_pytest_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     """A plugin that never comes back is waited for no longer than the limit."""
     (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("pytest_gpushare.cli.doctor.project_view.TIMEOUT", 0.5)
-    assert ask(["-p", "sleeper"]).error == "pytest did not start within 0.5 s"
+    monkeypatch.setattr("pytest_gpushare.cli.plan_command.TIMEOUT", 0.5)
+    assert pytest_view(["-p", "sleeper"]).error == "pytest did not start within 0.5 s"
 
 
 def test_settings_that_stand_in() -> None:
@@ -310,13 +313,13 @@ def test_each_code_has_its_section() -> None:
 def test_wrapped_for_a_terminal() -> None:
     """Each line within the width, under the text and not under the mark; whole without one."""
     findings = (look("no-room", "little " * 20, "more " * 20), look("no-cap", "x" * 90, "y"))
-    section = [render.Section("Plan", findings)]
-    wrapped = ["".join(piece.text for piece in row) for row in render.rows(section, 60)]
+    section = [doctor.Section("Plan", findings)]
+    wrapped = ["".join(piece.text for piece in row) for row in doctor.rows(section, 60)]
     assert max(len(line) for line in wrapped if "x" not in line and "see: " not in line) <= 60
     assert wrapped[3].startswith("  [!]  little")
     assert wrapped[4].startswith("       little")
     assert next(line for line in wrapped if "fix" in line).startswith("       fix: more")
-    lines = ["".join(piece.text for piece in row) for row in render.rows(section)]
+    lines = ["".join(piece.text for piece in row) for row in doctor.rows(section)]
     # The address of the documentation is the installed package's.
     whole = [line for line in lines if not line.startswith("       see: http")]
     assert (len(whole), whole[3].count("little")) == (9, 20)

@@ -1,4 +1,4 @@
-"""The facts that doctor checks, gathered once, each part with a time limit."""
+"""The facts that doctor checks, gathered once, each part with a time limit; and its findings."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
-from pytest_gpushare.cli.doctor.project_view import PytestView, ask
+from pytest_gpushare.cli.plan_command import PytestView, pytest_view, settings_of
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.vendors import variables
 from pytest_gpushare.host_probe import host_probe
@@ -27,7 +28,59 @@ from pytest_gpushare.planning.preloading import check
 from pytest_gpushare.planning.startup import PlanHooks
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start import Host, start
+from pytest_gpushare.text import one_line
 from pytest_gpushare.timed import call_within
+
+
+class Level(str, Enum):
+    """How bad a finding is; the values are the marks that are printed."""
+
+    OK = "ok"
+    LOOK = "!"
+    """The run works, but something needs a look, or can go wrong later."""
+    BROKEN = "x"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of doctor, with the fix where something is wrong."""
+
+    level: Level
+    fact: str
+    code: str = ""
+    """The name of its section in the documentation; empty for an [ok]."""
+    fix: str = ""
+    """The command or the setting that fixes it."""
+
+
+class Section(NamedTuple):
+    """The findings about one subject."""
+
+    title: str
+    findings: tuple[Finding, ...]
+
+
+def ok(fact: str) -> Finding:
+    """A finding that needs nothing."""
+    return Finding(Level.OK, safe(fact))
+
+
+def look(code: str, fact: str, fix: str) -> Finding:
+    """A finding that needs a look."""
+    return Finding(Level.LOOK, safe(fact), code, safe(fix))
+
+
+def broken(code: str, fact: str, fix: str) -> Finding:
+    """A finding of something broken: doctor's exit code is 1."""
+    return Finding(Level.BROKEN, safe(fact), code, safe(fix))
+
+
+def safe(text: str) -> str:
+    """Foreign text on one line, without the passwords and query values of URLs."""
+    text = re.sub(r"://[^/\s@]*@", "://***@", text)
+    text = re.sub(r"([?&][^=\s&]{1,40}=)[^\s&]+", r"\1***", text)
+    return one_line(text, 600)
+
 
 _MOST_SECONDS = 3.0
 _MOST_FILES = 500
@@ -110,7 +163,7 @@ class Examined:
 def examine(arguments: Sequence[str]) -> Examined:
     """Gather the facts; `arguments` are passed to pytest."""
     environment = dict(os.environ)
-    view = ask(arguments)
+    view = pytest_view(arguments)
     settings, settings_error = settings_of(view)
     request = Request() if view.request.in_process else view.request
     host = Host((), view.cpus or os.cpu_count() or 1, environment)
@@ -132,17 +185,6 @@ def examine(arguments: Sequence[str]) -> Examined:
     )
 
 
-def settings_of(view: PytestView) -> tuple[Settings, str]:
-    """The settings in force, or the defaults and what is wrong with the settings."""
-    error = view.wrong_switch
-    if view.written is not None:
-        try:
-            return load(view.written), error
-        except GpuShareError as refused:
-            error = error or str(refused)
-    return load(_nothing_written()), error
-
-
 def _start(settings: Settings, request: Request, host: Host) -> tuple[ActiveRun, str]:
     """The plan of a run, and why it would not start; the plan is then made without that limit."""
     # doctor never loads a model.
@@ -159,12 +201,6 @@ def _start(settings: Settings, request: Request, host: Host) -> tuple[ActiveRun,
         facts = start(sure, request, host, PlanHooks(), terms=terms)
     facts.close()
     return ActiveRun(facts), error
-
-
-def _nothing_written() -> Written:
-    here = Path()
-    # No JSON file either.
-    return Written({}, {"gpu_share_config": ""}, {}, "", here, here, here)
 
 
 def _ask_patiently(run: ActiveRun) -> OllamaFacts | None:

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from pytest_gpushare.cli.doctor import Finding, broken, look, ok
-from pytest_gpushare.cli.doctor.examine import Examined, Platform
+from pytest_gpushare.cli.doctor.examine import Examined, Finding, Platform, broken, look, ok
 from pytest_gpushare.cli.doctor.project import release
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.devices import ComputeMode, Device

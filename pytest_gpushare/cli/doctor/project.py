@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pytest_gpushare.cli.doctor import Finding, broken, look, ok
-from pytest_gpushare.cli.doctor.examine import Examined, executable
+from pytest_gpushare.cli.doctor.examine import Examined, Finding, broken, executable, look, ok
 from pytest_gpushare.config.options import INI_PREFIX, JSON_FILE
 from pytest_gpushare.gpu.host import installed_frameworks
 from pytest_gpushare.planning.placement import caps_of
