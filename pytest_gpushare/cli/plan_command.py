@@ -39,8 +39,8 @@ from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, gather, load, switched_on
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.planning.plan import Request
-from pytest_gpushare.report.header import Line, header, left_out
-from pytest_gpushare.report.output import laid_out
+from pytest_gpushare.report.header import header, left_out
+from pytest_gpushare.report.output import Line, laid_out
 from pytest_gpushare.session.start import request_for
 
 ALWAYS = (

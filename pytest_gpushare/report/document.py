@@ -24,7 +24,7 @@ from pytest_gpushare.planning.placement import PlacementContext, caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
 from pytest_gpushare.report.header import header, left_out
 from pytest_gpushare.report.ollama_lines import document_of_tests, verdict
-from pytest_gpushare.report.results import Results
+from pytest_gpushare.report.results import Results, Usage
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.workers import Peak, WorkerRecord
 from pytest_gpushare.text import redacted, redactor
@@ -52,7 +52,7 @@ _FINISHED = (0, 1, 5)
 
 def document(results: Results, exit_status: int, summary: Sequence[str]) -> dict[str, Any]:
     """The document, in builtin types; `summary`: the lines that the terminal shows."""
-    run, assessment, needs = results.run, results.assessment, _largest_needs(results)
+    run, assessment = results.run, results.assessment
     began = datetime.fromtimestamp(run.record.began_at, timezone.utc)
     whole = {
         "schema": SCHEMA,
@@ -71,7 +71,7 @@ def document(results: Results, exit_status: int, summary: Sequence[str]) -> dict
         },
         "plan": _plan(run),
         "devices": _devices(results),
-        "workers": [_worker(member, results.held[member.id], needs) for member in results.workers],
+        "workers": [_worker(member, results) for member in results.workers],
         "tests": _tests(results),
         "ollama": _ollama(run),
         "events": [
@@ -204,17 +204,17 @@ def _models(models: Iterable[LoadedModel]) -> list[dict[str, Any]]:
 
 
 def _devices(results: Results) -> list[dict[str, Any]]:
-    watched = {use.plan.device.uuid: use.peaks for use in results.usages}
+    watched = {use.plan.device.uuid: use for use in results.usages}
     return [
         {**_device(plan, "_at_start"), **_peaks(watched.get(plan.device.uuid))}
         for plan in results.run.plan.devices
     ]
 
 
-def _peaks(peaks: DevicePeaks | None) -> dict[str, int | None]:
-    peaks = peaks or DevicePeaks()
+def _peaks(use: Usage | None) -> dict[str, int | None]:
+    peaks = DevicePeaks() if use is None else use.peaks
     # Where the driver attributes nothing, nobody knows whose the rise was.
-    is_known = bool(peaks.workers)
+    is_known = use is not None and use.is_attributed
     return {
         "peak_used_bytes": peaks.used,
         "peak_used_exact": None if peaks.used is None else peaks.is_used_exact,
@@ -225,18 +225,18 @@ def _peaks(peaks: DevicePeaks | None) -> dict[str, int | None]:
     }
 
 
-def _worker(member: WorkerRecord, held: Peak | None, needs: Mapping[str, int]) -> dict[str, Any]:
+def _worker(member: WorkerRecord, results: Results) -> dict[str, Any]:
     return {
         "id": member.id,
         "role": member.role,
         "device": member.device,
         "slot_bytes": member.slot,
-        "need_bytes": needs.get(member.id),
+        "need_bytes": results.largest_needs.get(member.id),
         "pid": member.pid,
         "started_s": _seconds(member.started),
         "ended_s": _seconds(member.ended),
         "crashed": member.crashed,
-        **_peak(held),
+        **_peak(results.held[member.id]),
     }
 
 
@@ -261,17 +261,6 @@ def _tests(results: Results) -> list[dict[str, Any]]:
         }
         for test in results.tests
     ]
-
-
-def _largest_needs(results: Results) -> dict[str, int]:
-    """Worker -> the largest need of a test that it ran; workers without such tests left out."""
-    found: dict[str, int] = {}
-    needs = results.run.tests.needs
-    for test in results.tests:
-        need, source = needs.get(test.nodeid, (0, ""))
-        if need and source != "slot":
-            found[test.worker] = max(need, found.get(test.worker, 0))
-    return found
 
 
 def _peak(peak: Peak | None) -> dict[str, Any]:

@@ -7,42 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.ollama.address import AUTO
 from pytest_gpushare.ollama.models import OllamaFacts, described
 from pytest_gpushare.planning.placement import caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Limit, Plan, shortage
+from pytest_gpushare.report.output import Line
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.units import MB, format_gb, format_number, plural
 
 if TYPE_CHECKING:
     from pytest_gpushare.ollama.reservation import Demand, ModelNeed
     from pytest_gpushare.session.start_facts import HostOfRun
-
-
-class Line(NamedTuple):
-    """A line of output."""
-
-    text: str
-    problem: bool = False
-    """Whether it needs attention."""
-    mark: str = ""
-    """`green` or `red`; empty: yellow for a problem, else plain."""
-
-    @property
-    def colour(self) -> str:
-        """The colour in a terminal; empty: none."""
-        return self.mark or ("yellow" if self.problem else "")
-
-
-class OutputOptions(NamedTuple):
-    """How much of it is wanted, and how wide a picture may be."""
-
-    verbosity: int = 0
-    """Below 0: problems only; 1 and more: details."""
-    columns: int = 80
 
 
 def ollama_lines(run: ActiveRun, verbosity: int) -> Iterator[Line]:

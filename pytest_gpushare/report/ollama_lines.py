@@ -9,7 +9,7 @@ from pytest_gpushare.ollama.history import Life
 from pytest_gpushare.ollama.models import LoadedModel, described, full_name
 from pytest_gpushare.ollama.monitor import MonitoredServer
 from pytest_gpushare.ollama.spill import Cause, has_room, held_by, uses_no_gpu, why, why_in_ram
-from pytest_gpushare.report.header import Line, OutputOptions
+from pytest_gpushare.report.output import Line, OutputOptions
 from pytest_gpushare.units import format_gb, plural
 
 if TYPE_CHECKING:

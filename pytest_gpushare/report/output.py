@@ -10,21 +10,39 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.events import Event
-from pytest_gpushare.report.header import Line, OutputOptions
-from pytest_gpushare.text import (
-    encodable,
-    width_of,
-    wrapped,
-)
+from pytest_gpushare.text import encodable, width_of, wrapped
 
 if TYPE_CHECKING:
     import pytest
 
-
 LOGGER = "pytest_gpushare"
+
+
+class Line(NamedTuple):
+    """A line of output."""
+
+    text: str
+    problem: bool = False
+    """Whether it needs attention."""
+    mark: str = ""
+    """`green` or `red`; empty: yellow for a problem, else plain."""
+
+    @property
+    def colour(self) -> str:
+        """The colour in a terminal; empty: none."""
+        return self.mark or ("yellow" if self.problem else "")
+
+
+class OutputOptions(NamedTuple):
+    """How much of it is wanted, and how wide a picture may be."""
+
+    verbosity: int = 0
+    """Below 0: problems only; 1 and more: details."""
+    columns: int = 80
+
 
 WIDE = OutputOptions(0, 400)
 """For readers that are no terminal."""

@@ -5,26 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpushare.planning.plan import shortage
-from pytest_gpushare.report.advice import amount
-from pytest_gpushare.report.header import Line, OutputOptions
 from pytest_gpushare.report.output import (
     LOGGER,
     WIDE,
+    OutputOptions,
     log_line,
     print_lines,
     shown_text,
     verbosity_of,
 )
-from pytest_gpushare.report.results import HINT, Results, leak_text, summary
-from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.report.results import Results
+from pytest_gpushare.report.summary import leak_text, step_summary, summary, workflow_commands
 from pytest_gpushare.text import append_regular, printable, redactor, write_whole
-from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
     import pytest
@@ -116,98 +112,3 @@ def print_summary(results: Results, reporter: pytest.TerminalReporter) -> None:
         # As pytest does for its own XML file.
         for path in results.run.written:
             reporter.write_sep("-", shown_text(f"generated VRAM report: {path}"))
-
-
-_MOST_ANNOTATIONS = 10
-"""GitHub shows ten of a kind for each step."""
-_LONGEST = 300
-_HARMLESS = frozenset(" .,:/%()=")
-
-
-def step_summary(results: Results, lines: Sequence[Line]) -> str:
-    """Markdown: the devices, hosts, highest peaks, what became of Ollama's models, and every
-    problem; text is escaped."""
-    run = results.run
-    parts = ["### gpu-share", "", *_table(results)]
-    if run.hosts:
-        parts += ["", "| host | GPU workers | CPU workers | tests | |", "|---|---|---|---|---|"]
-        parts += [f"| {' | '.join(map(escaped, row))} |" for row in _host_rows(run)]
-    if results.highest_peaks:
-        parts += ["", "| test | VRAM |", "|---|---|"]
-        for test in results.highest_peaks:
-            assert test.peak is not None
-            parts.append(f"| {escaped(test.nodeid)} | {amount(test.peak)} |")
-    notable = [
-        line.text.strip()
-        for line in lines
-        if line.problem or line.mark or line.text.startswith(HINT)
-    ]
-    if notable:
-        parts += ["", *(f"- {escaped(text)}" for text in notable)]
-    return "\n".join([*parts, "", ""])
-
-
-def workflow_commands(results: Results) -> Iterator[str]:
-    """The workflow commands for spills and leaks; errors where they fail the run."""
-    run = results.run
-    spills = [event.text for event in run.record.events("ollama-spilled")]
-    kind = "error" if spills and run.has_failed() else "warning"
-    for text in spills[:_MOST_ANNOTATIONS]:
-        yield f"::{kind} title={_property('gpu-share: Ollama')}::{_data(text)}"
-    for leak in results.leaks[:_MOST_ANNOTATIONS]:
-        name = leak.suspects[0] if leak.among == 1 else ""
-        file = name.partition("::")[0]
-        place = f"file={_property(file)}," if file else ""
-        title = _property("gpu-share: VRAM left behind")
-        yield f"::warning {place}title={title}::{_data(leak_text(leak))}"
-
-
-def escaped(text: str) -> str:
-    """A text that Markdown and HTML take as it is: every sign that means something is a number."""
-    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-    return "".join(
-        c if c.isalnum() or c in _HARMLESS else f"&#{ord(c)};" if c.isprintable() else " "
-        for c in text
-    )
-
-
-def _table(results: Results) -> Iterator[str]:
-    yield "| device | VRAM peak | of | tests, peak | usable for tests | GPU workers |"
-    yield "|---|---|---|---|---|---|"
-    seen = {use.plan.device.uuid: use for use in results.usages}
-    run = results.run
-    for plan in run.plan.devices:
-        use = seen.get(plan.device.uuid)
-        cells = [
-            f"{plan.device.label} {plan.device.name}",
-            "unknown" if use is None else use.used,
-            format_gb(plan.device.total),
-            (use.tests if use is not None else "") or "unknown",
-            format_gb(plan.budget),
-            str(plan.workers),
-        ]
-        yield f"| {' | '.join(escaped(cell) for cell in cells)} |"
-    if not run.plan.devices:
-        yield f"| {escaped(run.plan.absence or 'no GPU')} | | | | | |"
-
-
-def _host_rows(run: ActiveRun) -> Iterator[list[str]]:
-    """For each host: its name, GPU and CPU workers, tests that ran there, and what went wrong."""
-    tests = Counter(run.host_named(test.worker) for test in run.tests)
-    for host in run.hosts:
-        missing = "" if host.plan.slots else shortage(host.plan)
-        yield [
-            host.label,
-            str(len(host.plan.slots)),
-            str(host.plan.cpu_workers),
-            str(tests[host.name or None]),
-            f"lost: {host.lost}" if host.lost else missing,
-        ]
-
-
-def _data(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-
-
-def _property(text: str) -> str:
-    return _data(text).replace(":", "%3A").replace(",", "%2C")

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from pytest_gpushare.config.sources import report_files
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.report.header import Line
-from pytest_gpushare.report.publish import escaped, step_summary, workflow_commands, write_reports
+from pytest_gpushare.report.output import Line
+from pytest_gpushare.report.publish import write_reports
 from pytest_gpushare.report.results import Results
+from pytest_gpushare.report.summary import escaped, step_summary, workflow_commands
 from pytest_gpushare.text import redacted, redactor, write_whole
 from pytest_gpushare.units import GB
 

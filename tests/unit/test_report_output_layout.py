@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gpushare.report.header import Line
-from pytest_gpushare.report.output import INDENT, aligned, laid_out
+from pytest_gpushare.report.output import INDENT, Line, aligned, laid_out
 from pytest_gpushare.text import width_of, wrapped
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from pytest_gpushare.planning.plan import Plan
 from pytest_gpushare.report.document import document
-from pytest_gpushare.report.header import Line, OutputOptions
-from pytest_gpushare.report.output import laid_out
-from pytest_gpushare.report.results import Results, summary
+from pytest_gpushare.report.output import Line, OutputOptions, laid_out
+from pytest_gpushare.report.results import Results
+from pytest_gpushare.report.summary import summary
 from pytest_gpushare.session.tests import leaks
 from pytest_gpushare.text import encodable, width_of
 from pytest_gpushare.units import GB
