@@ -70,7 +70,7 @@ def document(results: Results, exit_status: int, summary: Sequence[str]) -> dict
             "simulated": run.gpus.simulated,
         },
         "plan": _plan(run),
-        "devices": _devices(results),
+        "devices": devices(results),
         "workers": [_worker(member, results) for member in results.workers],
         "tests": _tests(results),
         "ollama": _ollama(run),
@@ -111,9 +111,21 @@ def _add_hosts(document: dict[str, Any], run: ActiveRun) -> dict[str, Any]:
     # Only a run on several hosts needs it.
     from pytest_gpushare.hosts.live import pid_there
 
-    devices = {each.device.uuid: each.device.host or None for each in run.plan.devices}
     workers = {member.id: run.host_named(member.id) for member in run.workers}
-    document["hosts"] = [
+    document["hosts"] = _hosts(run)
+    for device, planned in zip(document["devices"], run.plan.devices, strict=True):
+        device["host"] = planned.device.host or None
+    for worker in document["workers"]:
+        worker["host"] = workers.get(worker["id"])
+        if worker["pid"] is not None:
+            worker["pid"] = pid_there(worker["pid"])
+    for test in document.get("tests", ()):
+        test["host"] = workers.get(test["worker"])
+    return document
+
+
+def _hosts(run: ActiveRun) -> list[dict[str, Any]]:
+    return [
         {
             "name": host.name or None,
             "python": host.python or None,
@@ -124,15 +136,6 @@ def _add_hosts(document: dict[str, Any], run: ActiveRun) -> dict[str, Any]:
         }
         for host in run.hosts
     ]
-    for device in document["devices"]:
-        device["host"] = devices.get(device["uuid"])
-    for worker in document["workers"]:
-        worker["host"] = workers.get(worker["id"])
-        if worker["pid"] is not None:
-            worker["pid"] = pid_there(worker["pid"])
-    for test in document.get("tests", ()):
-        test["host"] = workers.get(test["worker"])
-    return document
 
 
 def _plan(run: ActiveRun) -> dict[str, Any]:
@@ -203,7 +206,8 @@ def _models(models: Iterable[LoadedModel]) -> list[dict[str, Any]]:
     ]
 
 
-def _devices(results: Results) -> list[dict[str, Any]]:
+def devices(results: Results) -> list[dict[str, Any]]:
+    """The devices of the plan, as they were at its start, and their peaks."""
     watched = {use.plan.device.uuid: use for use in results.usages}
     return [
         {**_device(plan, "_at_start"), **_peaks(watched.get(plan.device.uuid))}
@@ -242,12 +246,12 @@ def _worker(member: WorkerRecord, results: Results) -> dict[str, Any]:
 
 def _tests(results: Results) -> list[dict[str, Any]]:
     kept = results.run.tests
-    devices = {member.id: member.device for member in results.workers}
+    placed = {member.id: member.device for member in results.workers}
     return [
         {
             "nodeid": test.nodeid,
             "worker": test.worker,
-            "device": devices.get(test.worker),
+            "device": placed.get(test.worker),
             "start_s": _seconds(test.start),
             "end_s": _seconds(test.end),
             "outcome": test.outcome,
@@ -361,15 +365,9 @@ def left_out_document(reason: str) -> dict[str, Any]:
 
 def plan_document(run: ActiveRun) -> dict[str, Any]:
     """What `plan --json` prints."""
-    document: dict[str, Any] = redacted(_add_hosts(_plan_document(run), run), redactor())
-    return document
-
-
-def _plan_document(run: ActiveRun) -> dict[str, Any]:
-    lines = [line.text for line in header(run, 0)]
-    head = {"schema": PLAN_SCHEMA, "generator": generator()}
-    return {
-        **head,
+    whole = {
+        "schema": PLAN_SCHEMA,
+        "generator": generator(),
         "simulated": run.gpus.simulated,
         "driver": run.gpus.driver,
         "plan": _plan(run),
@@ -377,8 +375,10 @@ def _plan_document(run: ActiveRun) -> dict[str, Any]:
         "workers": _workers(run.plan, run.placement),
         "ollama": ollama_document(run.ollama),
         "problems": list(run.notes),
-        "lines": lines,
+        "lines": [line.text for line in header(run, 0)],
     }
+    document: dict[str, Any] = redacted(_add_hosts(whole, run), redactor())
+    return document
 
 
 def _workers(plan: Plan, placement: PlacementContext) -> list[dict[str, Any]]:

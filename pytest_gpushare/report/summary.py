@@ -350,36 +350,26 @@ def escaped(text: str) -> str:
 
 
 def _table(results: Results) -> Iterator[str]:
+    """The devices, in the words of the page."""
+    # Only a job of GitHub's needs it.
+    from pytest_gpushare.report.document import devices
+    from pytest_gpushare.report.html.markup import peak_text, size, tests_peak
+
     yield "| device | VRAM peak | of | tests, peak | usable for tests | GPU workers |"
     yield "|---|---|---|---|---|---|"
-    seen = {use.plan.device.uuid: use for use in results.usages}
-    run = results.run
-    for plan in run.plan.devices:
-        use = seen.get(plan.device.uuid)
+    plan = results.run.plan
+    for planned, device in zip(plan.devices, devices(results), strict=True):
         cells = [
-            f"{plan.device.label} {plan.device.name}",
-            "unknown" if use is None else _in_use(use),
-            format_gb(plan.device.total),
-            "unknown" if use is None or not use.is_attributed else _of_tests(use),
-            format_gb(plan.budget),
-            str(plan.workers),
+            f"{planned.device.label} {device['name']}",
+            peak_text(device["peak_used_bytes"], device["peak_used_exact"]),
+            size(device["total_bytes"]),
+            tests_peak(device),
+            size(device["budget_bytes"]),
+            str(device["workers"]),
         ]
         yield f"| {' | '.join(escaped(cell) for cell in cells)} |"
-    if not run.plan.devices:
-        yield f"| {escaped(run.plan.absence or 'no GPU')} | | | | | |"
-
-
-def _in_use(use: Usage) -> str:
-    """`at least 7.2 GB`."""
-    return f"{at_least(use.peaks.is_used_exact)}{format_gb(use.peak_used)}"
-
-
-def _of_tests(use: Usage) -> str:
-    """`5.2 GB`, `at least 7.4 GB (3.9 GB of it unattributed)`."""
-    peaks, part = use.peaks, ""
-    if peaks.is_unattributed:
-        part = f" ({format_gb(peaks.unattributed)} of it unattributed)"
-    return f"{at_least(peaks.is_rise_exact)}{format_gb(peaks.rise)}{part}"
+    if not plan.devices:
+        yield f"| {escaped(plan.absence or 'no GPU')} | | | | | |"
 
 
 def _host_rows(run: ActiveRun) -> Iterator[list[str]]:
