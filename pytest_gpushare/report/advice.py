@@ -56,7 +56,7 @@ def assess(run: ActiveRun, over: Sequence[tuple[RecordedTest, int]]) -> Assessme
     """What lacked in a run, and what to change; `over` is as by `over_need`."""
     if run.gpus.simulated or run.plan.request.in_process:
         return Assessment()
-    case = _case_of_run(run)
+    case = case_of(run)
     members = [record for record in run.workers if record.role == "gpu"]
     shortages = [*_shortage_of_gpus(run), *_out_of_memory(run), *_over(run, members)]
     advice: list[Advice] = []
@@ -79,20 +79,6 @@ def assess(run: ActiveRun, over: Sequence[tuple[RecordedTest, int]]) -> Assessme
 def admits_by_needs(run: ActiveRun) -> bool:
     """Whether tests are admitted by needs of their own, so that a slot is no measure."""
     return run.has_needs or run.tests.has_own_needs
-
-
-def _case_of_run(run: ActiveRun) -> Case:
-    server = run.monitor.server if run.monitor is not None else None
-    seen = [life.model for life in server.history.lives.values()] if server is not None else []
-    return case_of(
-        run.settings,
-        run.gpus,
-        run.ollama,
-        run.plan,
-        run.replan,
-        seen=seen,
-        need=run.tests.largest_own_need,
-    )
 
 
 class WithoutGpu(NamedTuple):

@@ -6,7 +6,7 @@ the suggestion promises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -14,10 +14,11 @@ from pytest_gpushare.config.kinds import kind_of
 from pytest_gpushare.config.options import INI_PREFIX, OPTIONS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import GpuFacts
-from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.prediction import MARGIN, OVERHEAD
 from pytest_gpushare.ollama.reservation import devices_of_ollama
 from pytest_gpushare.planning.plan import Limit, Plan, shortage
+from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.units import GB, MB, format_gb, plural
 
 STEP = GB // 2
@@ -84,23 +85,17 @@ class Case(NamedTuple):
         return max(self.plan.needed, self.need)
 
 
-def case_of(
-    settings: Settings,
-    gpus: GpuFacts,
-    ollama: OllamaFacts,
-    plan: Plan,
-    replan: Callable[[Settings], Plan] | None,
-    *,
-    seen: Iterable[LoadedModel] = (),
-    need: int = 0,
-) -> Case:
-    """The case of a plan; `seen` are models that were loaded during the run."""
-    sizes = [model.size + OVERHEAD + MARGIN for model in (*ollama.models, *seen)]
+def case_of(run: ActiveRun) -> Case:
+    """The case of a run, with what its tests have shown so far."""
+    plan, server = run.plan, run.monitor.server if run.monitor is not None else None
+    seen = [life.model for life in server.history.lives.values()] if server is not None else []
+    sizes = [model.size + OVERHEAD + MARGIN for model in (*run.ollama.models, *seen)]
     named = 0
     if plan.demand is not None:
         named = sum(each.vram for each in plan.demand.needs) + plan.demand.margin
-    resident = max((device.resident for device in plan.devices), default=0)
-    return Case(settings, gpus, ollama, plan, replan, max([named, resident, *sizes]), need)
+    models = max([named, *(device.resident for device in plan.devices), *sizes])
+    need = run.tests.largest_own_need
+    return Case(run.settings, run.gpus, run.ollama, plan, run.replan, models, need)
 
 
 def more_room(case: Case) -> list[Advice]:

@@ -80,7 +80,8 @@ def random_machine(seed: int) -> RandomMachine:
 def case(machine: RandomMachine, need: int = 0) -> Case:
     settings = machine.settings({})
     plan = machine.plan(settings)
-    return case_of(settings, machine.gpus, machine.ollama, plan, machine.plan, need=need)
+    facts = StartFacts(settings, machine.gpus, machine.ollama, plan, replan=machine.plan)
+    return case_of(ActiveRun(facts))._replace(need=need)
 
 
 def check(machine: RandomMachine, before: Case, advice: Advice) -> None:

@@ -239,10 +239,9 @@ def plan(found: Examined) -> Iterator[Finding]:
 
 def _make_room(found: Examined) -> str:
     """Changes with which a GPU worker would fit; each was planned again."""
-    run = found.started
     ways = [
         f"{advice.action} {' and '.join(advice.settings.split(' '))}".strip()
-        for advice in more_room(case_of(run.settings, run.gpus, run.ollama, run.plan, run.replan))
+        for advice in more_room(case_of(found.started))
     ]
     return "; or ".join(
         [*(re.sub(r"(?<=\w)=", " = ", way) for way in ways), "free VRAM on the device"]
