@@ -104,19 +104,14 @@ def _devices(old: Record, new: Record) -> ComparedSubject:
     for one, other in pairs:
         name = one_line(label(other), _LONGEST)
         rows += _changed(f"{name} name", one["name"], other["name"])
-        for what, kind in (("in use", "used"), ("of tests", "tests")):
-            peaks = [_peak_of(device, f"peak_{kind}") for device in (one, other)]
-            rows += _peaks(f"{name} peak {what}", *peaks, always=True)
-        for what, key in _OF_DEVICE:
-            rows += _bytes(f"{name} {what}", one[key], other[key])
+        rows += _peaks(f"{name} peak in use", one, other, "peak_used", always=True)
+        rows += _peaks(f"{name} peak of tests", one, other, "peak_tests", always=True)
+        rows += _bytes(f"{name} usable for tests", one["budget_bytes"], other["budget_bytes"])
+        rows += _bytes(
+            f"{name} kept for Ollama", one["reservation_bytes"], other["reservation_bytes"]
+        )
+        rows += _bytes(f"{name} total", one["total_bytes"], other["total_bytes"])
     return ComparedSubject("VRAM", tuple(rows), note)
-
-
-_OF_DEVICE = (
-    ("usable for tests", "budget_bytes"),
-    ("kept for Ollama", "reservation_bytes"),
-    ("total", "total_bytes"),
-)
 
 
 def _tests(old: Record, new: Record) -> Iterator[ComparedSubject]:
@@ -124,7 +119,7 @@ def _tests(old: Record, new: Record) -> Iterator[ComparedSubject]:
     both = [(one, after[nodeid]) for nodeid, one in before.items() if nodeid in after]
     outcomes = [_outcome(*pair) for pair in both if pair[0]["outcome"] != pair[1]["outcome"]]
     yield _listed("Outcomes", outcomes)
-    yield _listed("Peaks of tests", _largest(both, lambda test: test["peak_bytes"], _test_peaks))
+    yield _listed("Peaks of tests", _largest(both, lambda test: test["peak_bytes"], _peaks))
     yield _listed("Durations of tests", _largest(both, _took, _durations))
     rows = [Difference(_name(t), "ran", "did not run") for n, t in before.items() if n not in after]
     rows += [
@@ -143,47 +138,36 @@ def _outcome(one: Record, other: Record) -> Difference:
 def _largest(
     both: Sequence[tuple[Record, Record]],
     figure: Callable[[Record], float | None],
-    rows: Callable[[Record, Record], Iterator[Difference]],
+    rows: Callable[[str, Record, Record], Iterator[Difference]],
 ) -> list[Difference]:
     """The rows of tests whose figure changed, the largest change first."""
     found: list[tuple[float, Difference]] = []
     for one, other in both:
         before, after = figure(one), figure(other)
         if before is not None and after is not None:
-            found += [(abs(after - before), row) for row in rows(one, other)]
+            found += [(abs(after - before), row) for row in rows(_name(one), one, other)]
     return [row for _, row in sorted(found, key=lambda pair: (-pair[0], pair[1].name))]
 
 
-def _peak_of(record: Record, name: str) -> tuple[int | None, bool]:
-    """The figure, and whether it is a lower bound."""
-    return record[f"{name}_bytes"], record[f"{name}_exact"] is False
-
-
-def _test_peaks(one: Record, other: Record) -> Iterator[Difference]:
-    return _peaks(_name(one), _peak_of(one, "peak"), _peak_of(other, "peak"))
-
-
 def _peaks(
-    name: str,
-    before: tuple[int | None, bool],
-    after: tuple[int | None, bool],
-    *,
-    always: bool = False,
+    name: str, one: Record, other: Record, key: str = "peak", *, always: bool = False
 ) -> Iterator[Difference]:
     """As `_bytes`, of figures that may be lower bounds."""
-    for row in _bytes(name, before[0], after[0], always=always):
+    held = [record[f"{key}_bytes"] for record in (one, other)]
+    exact = [record[f"{key}_exact"] for record in (one, other)]
+    for row in _bytes(name, *held, always=always):
         # A lower bound that is read by chance, as a test's is, is no measure of what has changed.
-        is_measure = always or not (before[1] or after[1])
-        texts = [peak_text(held, not is_least) for held, is_least in (before, after)]
-        yield row._replace(before=texts[0], after=texts[1], change=row.change * is_measure)
+        change = row.change if always or False not in exact else ""
+        before, after = map(peak_text, held, exact)
+        yield row._replace(before=before, after=after, change=change)
 
 
 def _took(test: Record) -> float | None:
     return lasted(test["start_s"], test["end_s"])
 
 
-def _durations(one: Record, other: Record) -> Iterator[Difference]:
-    row = _duration(_name(one), _took(one), _took(other))
+def _durations(name: str, one: Record, other: Record) -> Iterator[Difference]:
+    row = _duration(name, _took(one), _took(other))
     if row.state:
         yield row
 
