@@ -169,17 +169,15 @@ def _larger_slots(case: Case, members: Sequence[WorkerRecord]) -> list[Advice]:
     changes: dict[str, object] = {"min_vram_per_worker": Fraction(need)}
     plan = case.planned(changes)
     fitting = reservation_for(case, need)
-    if plan is not None and not plan.slots and fitting is not None:
-        if fitting < max(case.models, LEAST_RESERVATION):
-            return []
+    least = max(case.models, LEAST_RESERVATION)
+    if plan is not None and not plan.slots and fitting is not None and fitting >= least:
         changes["ollama_vram_reservation"] = Fraction(fitting)
         plan = case.planned(changes)
-    if plan is None or not plan.slots or min(s.vram for s in plan.slots) < need:
+    slots = () if plan is None or plan.slots == case.plan.slots else plan.slots
+    if not slots or min(slot.vram for slot in slots) < need:
         return []
-    if plan.slots == case.plan.slots:
-        return []
-    gives = f"would give enough, to {plural(len(plan.slots), 'worker')}"
-    return [Advice(why, gives, changes, workers=len(plan.slots), slot=need)]
+    gives = f"would give enough, to {plural(len(slots), 'worker')}"
+    return [Advice(why, gives, changes, workers=len(slots), slot=need)]
 
 
 def _more_workers(run: ActiveRun, case: Case, members: Sequence[WorkerRecord]) -> list[Advice]:

@@ -26,6 +26,8 @@ from pytest_gpushare.units import GB
 if TYPE_CHECKING:
     import pytest
 
+    from pytest_gpushare.session.sampler import Sampler
+
 INTERVAL = 0.25
 """Seconds between two looks at the figures."""
 
@@ -36,11 +38,9 @@ _STOP_TIMEOUT = 1.0
 
 def begin(run: ActiveRun, config: pytest.Config) -> None:
     """Show the line from now on until the run's services stop, where it is wanted."""
-    if run.sampler is None or not is_wanted(run, config):
-        return
     file = reporter_file(config)
-    if file is not None:
-        run.services.add(LiveLine(run, LineBelow(file), file.encoding or "ascii"))
+    if run.sampler is not None and file is not None and is_wanted(run, config):
+        run.services.add(LiveLine(run, run.sampler, LineBelow(file)))
 
 
 def is_wanted(
@@ -61,8 +61,8 @@ def is_wanted(
 class LiveLine:
     """The service that draws the line: four times a second at most, and only what has changed."""
 
-    def __init__(self, run: ActiveRun, place: LineBelow, encoding: str) -> None:
-        self._run, self._place, self._encoding = run, place, encoding
+    def __init__(self, run: ActiveRun, sampler: Sampler, place: LineBelow) -> None:
+        self._run, self._sampler, self._place = run, sampler, place
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="gpu-share-line", daemon=True)
 
@@ -81,7 +81,7 @@ class LiveLine:
     def _serve(self) -> None:
         while not self._stopped.wait(INTERVAL):
             try:
-                text = encodable(line(self._run), self._encoding)
+                text = line(self._run, self._sampler)
             except Exception:
                 # The line is no reason to disturb a run.
                 self._place.remove()
@@ -90,15 +90,13 @@ class LiveLine:
                 self._place.show(text)
 
 
-def line(run: ActiveRun) -> str:
+def line(run: ActiveRun, sampler: Sampler) -> str:
     """`gpu-share: GPU 0 ▇▇▇▂ 19.5 of 24 GB · tests 7.4 · Ollama 10.1 · 212/600`; empty before
     the first reading."""
-    if run.sampler is None:
-        return ""
     labels = {planned.device.uuid: planned.device.label for planned in run.plan.devices}
     used = [
         (watched.last, labels.get(uuid, "GPU"))
-        for uuid, watched in run.sampler.devices.items()
+        for uuid, watched in sampler.devices.items()
         if watched.last is not None and watched.last.total
     ]
     if not used:
@@ -206,6 +204,7 @@ class LineBelow:
 
     def show(self, line: str) -> None:
         """Draw the line, or draw it again; not where the output's end is no place for it."""
+        line = encodable(line, self._file.encoding or "ascii")
         with self._alone():
             is_there = self._is_shown and line == self._line and self._shown_in == self._size()
             if self._hooked and not is_there:

@@ -20,8 +20,15 @@ from pytest_gpushare.cli.doctor.examine import (
     overwriting,
     safe,
 )
-from pytest_gpushare.cli.doctor.machine import driver, ollama, sessions, visibility
-from pytest_gpushare.cli.doctor.project import caps, packages, release, tools
+from pytest_gpushare.cli.doctor.machine import (
+    devices,
+    driver,
+    ollama,
+    other_hosts,
+    sessions,
+    visibility,
+)
+from pytest_gpushare.cli.doctor.project import caps, packages, plan, release, tools
 from pytest_gpushare.cli.plan_command import PytestView, pytest_view, settings_of
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
@@ -223,6 +230,45 @@ def test_missing_package() -> None:
     assert 'pip install "httpx>=0.27"' in found.fix
 
 
+FULL = replace(CARD, used=23 * GB, free=GB)
+UNTOLD = SILENT._replace(answered=True, models=(LoadedModel("m", 8 * GB, None),))
+
+
+@pytest.mark.parametrize(
+    ("check", "facts", "code", "words"),
+    [
+        (devices, {"gpus": GpuFacts(driver="580")}, "no-device", "NVML finds no device"),
+        (devices, {"gpus": GpuFacts((), (replace(CARD, unified=True),))}, "unified-memory", ""),
+        (visibility, {"environment": {"CUDA_VISIBLE_DEVICES": "0"}}, "", "=0: GPU 0 of 1 device"),
+        (ollama, {"ini": {"gpu_share_ollama_host": "h:1"}}, "ollama-silent", "host, pytest.ini)"),
+        (ollama, {"server": UNTOLD}, "", "Ollama does not say how much of it is on the GPU"),
+        (packages, {"packages": {"pytest": "9.2.0"}}, "package-missing", "httpx is not installed"),
+        (plan, {"ini": {"gpu_share_hosts": "box"}}, "", "on this host alone, would start"),
+        (
+            plan,
+            {
+                "gpus": GpuFacts((FULL,), (FULL,), driver="580"),
+                "ini": {"gpu_share_fallback_to_cpu_when_constrained": "false"},
+            },
+            "no-room",
+            "a run would fail: ",
+        ),
+        (other_hosts, {"ini": {"gpu_share_hosts": "box //x=1"}}, "host-unusable", ""),
+    ],
+)
+def test_what_few_machines_have(check: Any, facts: dict[str, Any], code: str, words: str) -> None:
+    found = [each for each in check(examined(**facts)) if each.code == code]
+    assert any(words in each.fact for each in found), found
+
+
+def test_frameworks_without_a_worker_to_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torch": "2.13.0"}
+    monkeypatch.setattr("pytest_gpushare.cli.doctor.project.installed_frameworks", lambda: versions)
+    assert [each.fact for each in caps(examined(NO_LIBRARY))] == [
+        "torch 2.13.0: no GPU worker to cap"
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "numbers"), [("2.10.0+cu130", (2, 10, 0)), ("0.33.0-rc2", (0, 33, 0)), ("", ())]
 )
@@ -276,6 +322,8 @@ def test_conftests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / name / "conftest.py").write_text(text)
     (tmp_path / "venv" / "pyvenv.cfg").touch()
     assert overwriting(tmp_path) == [str(Path("tests", "conftest.py:2"))]
+    monkeypatch.setattr("pytest_gpushare.cli.doctor.examine._MOST_SECONDS", -1.0)
+    assert overwriting(tmp_path) == []
 
 
 def test_pytest_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from pytest_gpushare.errors import GpuShareError
         (("plan", "--sim", "24GB"), 2, "unrecognized arguments: --sim 24GB"),
         (("watch", "--interval", "0"), 2, "allowed is a number of seconds from 0.2 to 3600"),
         (("watch", "--interval", "nan"), 2, "allowed is a number of seconds from 0.2 to 3600"),
+        (("watch", "--interval", "soon"), 2, "allowed is a number of seconds from 0.2 to 3600"),
         (("watch", "--", "x"), 2, "nothing may follow --"),
         (("--help",), 0, "exit codes:"),
         (("plan", "--help"), 0, "without running a test"),
@@ -60,6 +61,18 @@ def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
     script = capsys.readouterr().out
     assert ended.value.code == 0
     assert all(name in script for name in command.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["hold", "--vram", "8GB"], "hold runs a command: write it after --"),
+        (["merge", *["a.json"] * 1001, "-o", "b.json"], "1001 reports: at most 1000 are merged"),
+    ],
+)
+def test_refused(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 4
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["--print-completion", "bash"]], ids=["help", "script"])

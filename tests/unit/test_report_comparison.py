@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import documents
 
+from pytest_gpushare.cli.main import main
 from pytest_gpushare.cli.report_files import rows
 from pytest_gpushare.cli.terminal import text_of
 from pytest_gpushare.report.html.comparison import ComparedSubject, compare, document, page
@@ -73,6 +76,38 @@ def test_a_model_that_spilled() -> None:
     found = {section.title: section.rows for section in compare(before, after)}["Ollama"]
     assert ("m", "not loaded", "4.0 GB of 10.0 GB on the GPU", "", "") in found
     assert next(row for row in found if row.name == "verdict").state == "bad"
+
+
+def test_another_machine() -> None:
+    """Its devices are compared in their order, and what nobody knows is no difference."""
+    before, after = documents.small(), documents.small()
+    after["devices"][0].update(uuid="GPU-other", name="RTX 4090", peak_tests_bytes=None)
+    after["tests"][0]["start_s"] = None
+    vram = next(section for section in compare(before, after) if section.title == "VRAM")
+    assert vram.note == "the devices are not the same: they are compared by their order"
+    found = {row.name: (row.before, row.after, row.change) for row in vram.rows}
+    assert found["GPU 0 name"][1] == "RTX 4090"
+    assert found["GPU 0 peak of tests"][1:] == ("unknown", "")
+
+
+@pytest.mark.parametrize("colour", ["1", "0"])
+def test_command(
+    tmp_path: Path,
+    colour: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In colour where it is asked for; a page that cannot be written is one line."""
+    monkeypatch.setenv("PY_COLORS", colour)
+    names = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for name, run in zip(names, changed(), strict=True):
+        Path(name).write_text(json.dumps(run))
+    assert main(["compare", *names]) == 0
+    assert ("\x1b[1m" in capsys.readouterr().out) == (colour == "1")
+    (tmp_path / "folder.html").mkdir()
+    for page_name, words in (("a.txt", "a file that ends in .html"), ("folder.html", "be written")):
+        assert main(["compare", *names, "-o", str(tmp_path / page_name)]) == 4
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("make", [documents.hostile, documents.empty, documents.eventful])

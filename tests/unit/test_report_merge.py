@@ -11,6 +11,7 @@ import pytest
 from browser import documents
 
 from pytest_gpushare.cli.main import main
+from pytest_gpushare.report import merge
 from pytest_gpushare.report.html.comparison import compare
 from pytest_gpushare.report.html.page import page
 from pytest_gpushare.report.merge import exit_status, merged, names_of
@@ -85,6 +86,35 @@ def test_samples_of_uneven_length_are_as_long_as_the_shortest() -> None:
     columns["used_bytes"] = columns["used_bytes"][:7]
     (found,) = merged([one], ["a"])["samples"]["devices"].values()
     assert {len(found[name]) for name in ("at_s", "used_bytes", "others_bytes")} == {7}
+
+
+def test_more_tests_than_a_report_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "MOST_TESTS", 30)
+    result = merged([whole(documents.small), whole(documents.small)], ["a", "b"])
+    assert len(result["tests"]) == 30
+    assert result["problems"] == ["18 more tests ran than a report can hold"]
+
+
+def test_leases_and_a_start_that_nobody_knows() -> None:
+    """Without its start a shard begins with the first one."""
+    one, two = whole(documents.small), whole(documents.small, "2026-01-01T10:00:02.000+00:00")
+    lease = {"device": "GPU-0", "session": "pid 7", "start_s": 1.0, "end_s": 2.5, "bytes": 1}
+    two["samples"]["leases"] = [lease]
+    odd = whole(documents.small, "yesterday")
+    result = merged([one, two, odd], ["a", "b", "c"])
+    assert result["samples"]["leases"] == [{**lease, "start_s": 3.0, "end_s": 4.5}]
+    assert [shard["started_s"] for shard in result["shards"]] == [0.0, 2.0, 0.0]
+    assert merged([odd], ["c"])["run"]["started"] == "yesterday"
+
+
+def test_a_report_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "a.json", tmp_path / "all.json"
+    path.write_text(json.dumps(whole(documents.small)))
+    out.mkdir()
+    assert main(["merge", str(path), "-o", str(out)]) == 4
+    assert capsys.readouterr().err == f"ERROR: no report in {out}: all.json is a directory\n"
 
 
 @pytest.mark.parametrize(

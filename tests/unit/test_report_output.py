@@ -12,14 +12,21 @@ from hypothesis import strategies as st
 
 from pytest_gpushare.config.sources import report_files
 from pytest_gpushare.errors import SettingsError
+from pytest_gpushare.gpu.devices import GpuFacts, HostFacts
+from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.planning.plan import Request
+from pytest_gpushare.planning.startup import plan_run
 from pytest_gpushare.report.output import Line
 from pytest_gpushare.report.publish import write_reports
 from pytest_gpushare.report.results import Results
 from pytest_gpushare.report.summary import escaped, step_summary, workflow_commands
+from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.session.start_facts import StartFacts
 from pytest_gpushare.text import redacted, redactor, write_whole
 from pytest_gpushare.units import GB
 
 from .scene import Scene
+from .test_planning_sizing import DEFAULTS
 
 SECRETS = {
     "HF_TOKEN": "hf_abcdefghij",
@@ -111,6 +118,13 @@ def test_no_text_means_anything_to_markdown(text: str) -> None:
         left = left.replace(str(number), "")
     assert not set(left) & set("`*_{}[]<>#+!|~\\\r\n\"'@-") - set("&#;")
     assert "\n" not in shown
+
+
+def test_github_table_without_a_gpu() -> None:
+    settings, nothing = DEFAULTS, GpuFacts(absence="NVML library not found")
+    plan = plan_run(settings, nothing, OllamaFacts(), HostFacts(8), Request())
+    run = ActiveRun(StartFacts(settings, nothing, OllamaFacts(), plan))
+    assert "| NVML library not found | | | | | |" in step_summary(Results(run), [])
 
 
 def test_github_table() -> None:

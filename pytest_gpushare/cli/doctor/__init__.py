@@ -17,7 +17,7 @@ from pytest_gpushare.cli.doctor.examine import (
     Level,
     Section,
     broken,
-    examine,
+    find_facts,
 )
 from pytest_gpushare.cli.doctor.machine import (
     devices,
@@ -59,7 +59,7 @@ def doctor(options: argparse.Namespace) -> int:
     if not sys.warnoptions:
         # The deprecated pynvml warns when it is imported; the finding about it says more.
         warnings.simplefilter("ignore")
-    sections = sections_of(examine(options.pytest_arguments))
+    sections = sections_of(find_facts(options.pytest_arguments))
     if options.json:
         show_json(document(sections))
     else:

@@ -7,7 +7,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib import metadata
@@ -83,7 +83,6 @@ def safe(text: str) -> str:
 
 
 _MOST_SECONDS = 3.0
-_MOST_FILES = 500
 _SKIPPED = {"node_modules", "site-packages", "__pycache__", "build", "dist"}
 
 
@@ -92,19 +91,10 @@ def overwriting(root: Path) -> list[str]:
 
     The search ends after `_MOST_SECONDS`.
     """
-    found = []
-    for number, path in enumerate(_conftests(root, time.monotonic() + _MOST_SECONDS)):
-        if number == _MOST_FILES:
-            break
-        if where := culprit(variables(), [str(path)]):
-            found.append(where)
-    return found
-
-
-def _conftests(root: Path, until: float) -> Iterator[Path]:
+    found, until = [], time.monotonic() + _MOST_SECONDS
     for folder, folders, files in os.walk(root):
         if time.monotonic() > until:
-            return
+            break
         # Sorted: file systems list directories in different orders.
         folders[:] = sorted(
             name
@@ -114,7 +104,8 @@ def _conftests(root: Path, until: float) -> Iterator[Path]:
             and not Path(folder, name, "pyvenv.cfg").exists()
         )
         if "conftest.py" in files:
-            yield Path(folder, "conftest.py")
+            found.append(culprit(variables(), [str(Path(folder, "conftest.py"))]))
+    return list(filter(None, found))
 
 
 _PACKAGES = ("pytest", "pytest-xdist", "execnet", "nvidia-ml-py", "httpx", "pynvml")
@@ -160,7 +151,7 @@ class Examined:
     """`conftest.py:3` for each conftest that sets CUDA_VISIBLE_DEVICES."""
 
 
-def examine(arguments: Sequence[str]) -> Examined:
+def find_facts(arguments: Sequence[str]) -> Examined:
     """Gather the facts; `arguments` are passed to pytest."""
     environment = dict(os.environ)
     view = pytest_view(arguments)
@@ -235,10 +226,7 @@ def _versions(names: Sequence[str]) -> dict[str, str]:
 
 def _pynvml_is_foreign() -> bool:
     """Whether `import pynvml` finds a package; nvidia-ml-py has a single module."""
-    try:
-        spec = find_spec("pynvml")
-    except (ImportError, ValueError):
-        return False
+    spec = find_spec("pynvml")
     return spec is not None and spec.submodule_search_locations is not None
 
 
