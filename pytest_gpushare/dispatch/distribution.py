@@ -468,10 +468,12 @@ def scheduler_for(
     # worker has.
     if hasattr(stock, "numnodes"):
         stock.numnodes = max(stock.numnodes, len(list(started.workers)))
+    names = {slot.device.name for slot in started.plan.slots}
+    contexts = {name: started.context_of(name) for name in names}
     dispatch = VramDispatch(
         started,
         config,
-        LearnedNeeds(started, config),
+        LearnedNeeds(config, contexts, packs="packed" in started.settings.presets),
         partial(report_lost, config),
         partial(report_difference, config),
     )

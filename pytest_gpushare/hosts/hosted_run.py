@@ -299,7 +299,6 @@ class HostedRun(ActiveRun):
         own = part.own_number(number, len(self.plan.slots))
         self._host_links.places[worker] = part, own
         slot = self.plan.slots[number] if number < len(self.plan.slots) else None
-        self._devices[worker] = slot.device.uuid if slot is not None else None
         if self.exclusive is not None and slot is not None:
             self.exclusive.joined(worker, self.seen_by(slot))
 

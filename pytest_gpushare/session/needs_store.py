@@ -12,9 +12,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpushare.compat.pytest_options import options_of
 from pytest_gpushare.config.settings import Settings
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from pytest_gpushare.planning.plan import Plan
     from pytest_gpushare.session.tests import RecordedTests
     from pytest_gpushare.session.workers import Workers
-    from pytest_gpushare.wire import Links
 
 
 FILE = "needs.json"
@@ -78,37 +77,27 @@ def recall_needs(config: pytest.Config, device: str) -> dict[str, Learned]:
     return _validated(_read(path).get(device)) if path is not None else {}
 
 
-class MeasuredRun(Protocol):
-    """The parts of the active run that the recorder uses."""
-
-    settings: Settings
-    plan: Plan
-    links: Links
-    record: Record
-    tests: RecordedTests
-    workers: Workers
-    notes: list[str]
-
-    def device_of(self, worker: str) -> str | None:
-        """The UUID of a worker's device; None for a CPU worker and an unknown one."""
-
-    def context_of(self, name: str | None) -> int:
-        """Bytes of a CUDA context on devices of that name."""
-
-
 class NeedsRecorder:
     """Receives what tests take, and keeps it at the end of the run."""
 
-    def __init__(self, run: MeasuredRun, config: pytest.Config) -> None:
-        self._run = run
-        self._config = config
+    def __init__(
+        self,
+        config: pytest.Config,
+        plan: Plan,
+        workers: Workers,
+        tests: RecordedTests,
+        record: Record,
+        problem: Callable[[str], object],
+    ) -> None:
+        """`problem` is called with a sentence where nothing can be kept."""
+        self._config, self._problem = config, problem
+        self._workers, self._tests, self._record = workers, tests, record
         self._found: dict[str, dict[str, Learned]] = {}
         """Device's name -> node id -> what was learned in this run."""
         self._before: dict[str, dict[str, Learned]] = {}
         self._measured: set[str] = set()
         """Tests whose workers have reported how long they took."""
-        self._names = {slot.device.uuid: slot.device.name for slot in run.plan.slots}
-        run.links.on("test", self._note_measured)
+        self._names = {slot.device.uuid: slot.device.name for slot in plan.slots}
 
     def start(self) -> None:
         """Read what earlier runs kept; nothing is written before the end."""
@@ -129,7 +118,7 @@ class NeedsRecorder:
         try:
             _write(path, kept)
         except OSError as error:
-            self._run.notes.append(f"what the tests took could not be kept in {path}: {error}")
+            self._problem(f"what the tests took could not be kept in {path}: {error}")
 
     def learned(self, device: str) -> Mapping[str, Learned]:
         """What earlier runs kept of this model of device."""
@@ -154,26 +143,29 @@ class NeedsRecorder:
 
     def _take_unmeasured(self) -> None:
         """Record the tests that passed and that no framework measured."""
-        for test in self._run.tests:
-            if test.outcome != "passed" or test.start is None or test.end is None:
+        for test in self._tests:
+            member = self._workers.get(test.worker)
+            if member is None or test.outcome != "passed" or test.start is None or test.end is None:
                 continue
-            device = self._names.get(self._run.device_of(test.worker) or "", "")
-            found, member = self._found.get(device, {}), self._run.workers.get(test.worker)
-            if test.nodeid in found and member is not None and member.is_undercounted:
+            device = self._names.get(member.device or "", "")
+            found = self._found.get(device, {})
+            if test.nodeid in found and member.is_undercounted:
                 # No need is better than one that leaves out what another library holds.
                 found[test.nodeid] = found[test.nodeid]._replace(peak=None)
             if device and test.peak is not None and test.peak.source == "nvml":
-                size = test.peak.size - self._run.context_of(device)
+                size = test.peak.size - member.context
                 self.at_least(device, test.nodeid, max(0, size))
             if test.nodeid not in self._measured:
                 self.took(test.nodeid, max(0.0, test.end - test.start), device)
 
-    def _note_measured(self, worker: str, message: Mapping[str, Any]) -> None:
-        device = self._run.device_of(worker)
-        name = self._names.get(device or "")
-        if name is not None:
-            self._compare(name, message)
-        if name is None or message["outcome"] != "passed":
+    def measured(self, worker: str, message: Mapping[str, Any]) -> None:
+        """Take what a worker counted around a test."""
+        member = self._workers.get(worker)
+        name = self._names.get(member.device or "") if member is not None else None
+        if member is None or name is None:
+            return
+        self._compare(message, member.context)
+        if message["outcome"] != "passed":
             # A test that failed or was skipped may not have reached its peak.
             return
         duration = max(0.0, float(message["end"]) - float(message["start"]))
@@ -184,15 +176,15 @@ class NeedsRecorder:
             name, str(message["nodeid"]), message["peak"], duration or None, message["exact"]
         )
 
-    def _compare(self, device: str, message: Mapping[str, Any]) -> None:
+    def _compare(self, message: Mapping[str, Any], context: int) -> None:
         """Name a test that took more than the need with which it was admitted."""
         need, peak = message.get("need"), message["peak"]
         if not need or not peak:
             return
-        took = peak + self._run.context_of(device)
+        took = peak + context
         if _differ(need, took) and took > need:
             nodeid = str(message["nodeid"])
-            self._run.record.note(
+            self._record.note(
                 "need-exceeded",
                 f"{nodeid} took {format_gb(took)} of VRAM, its need was {format_gb(need)}",
                 nodeid=nodeid,
@@ -207,7 +199,7 @@ class NeedsRecorder:
         old = before.peak if before is not None else None
         new = _merged(old, peak, exact)
         if before is not None and old is not None and new is not None and _differ(old, new):
-            self._run.record.note(
+            self._record.note(
                 "need-changed",
                 f"{nodeid} took {format_gb(new)} of VRAM, {format_gb(old)} when it last ran"
                 f" ({before.date})",
@@ -284,15 +276,16 @@ HAS_NEEDS_KEY = "gpushare/has_needs"
 class LearnedNeeds:
     """Node id -> need and duration, on the devices of this run."""
 
-    def __init__(self, run: MeasuredRun, config: pytest.Config) -> None:
-        names = dict.fromkeys(slot.device.name for slot in run.plan.slots)
-        self._by_context: list[tuple[int, Mapping[str, Learned]]] = [
-            (run.context_of(name), recall_needs(config, name)) for name in names
-        ]
+    def __init__(
+        self, config: pytest.Config, contexts: Mapping[str, int], *, packs: bool
+    ) -> None:
+        """`contexts`: name of a device with slots -> bytes of a CUDA context there; `packs`:
+        whether slots may be smaller than needs, so that needs are worth knowing."""
         # Under no device: how long tests took on CPU workers.
-        self._by_context.append((0, recall_needs(config, "")))
-        # Slots are as large as needs where the plan does not pack: nothing would be gained.
-        self._packs = "packed" in run.settings.presets
+        self._by_context = [
+            (context, recall_needs(config, name)) for name, context in {**contexts, "": 0}.items()
+        ]
+        self._packs = packs
 
     def __call__(self, nodeid: str) -> tuple[int | None, float | None]:
         """Bytes, of several models of device the most, and seconds."""

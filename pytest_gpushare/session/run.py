@@ -90,7 +90,6 @@ class ActiveRun:
         """Worker -> how its placement was changed behind the plan, and by which file."""
         self.has_placed_all = False
         """Whether every worker was placed by the plan."""
-        self._devices: dict[str, str | None] = {}
         self._placed: dict[int, tuple[Any, dict[str, str]]] = {}
         """Number -> the execnet spec that has this place, and the environment that it got."""
 
@@ -123,7 +122,11 @@ class ActiveRun:
                 leased=self._leased,
             )
             if config is not None:
-                services.append(NeedsRecorder(self, config))
+                needs = NeedsRecorder(
+                    config, self.plan, self.workers, self.tests, self.record, self.notes.append
+                )
+                services.append(needs)
+                self.links.on("test", needs.measured)
         self.leases = facts.leases
         """One sentence for each device and session that has leased VRAM there."""
         self._alone = facts.alone
@@ -158,7 +161,7 @@ class ActiveRun:
             self.record.note("ollama-preloaded", text)
         self.links.on("overwritten", self._note_overwritten)
         self.links.on("here", self.workers.came_up)
-        self.links.on("test", self._note_test)
+        self.links.on("test", self.tests.measured)
         self.links.on("own", self._note_own)
         self.links.on("kept", self._note_kept)
         self.links.on("ran-others", lambda worker, _: self.workers.ran_others(worker))
@@ -302,7 +305,7 @@ class ActiveRun:
 
     def joined(self, worker: str, message: Mapping[str, Any]) -> None:
         """A worker with this placement is starting; its device is known from now on."""
-        device = self._devices[worker] = message["place"]["device"]
+        device = message["place"]["device"]
         slot = next((slot for slot in self.plan.slots if slot.device.uuid == device), None)
         if self.exclusive is not None and slot is not None:
             # A worker that sees several devices may use them all.
@@ -312,10 +315,6 @@ class ActiveRun:
         """A worker has ended, in order or not."""
         if self.exclusive is not None:
             self.exclusive.gone(worker, in_order=in_order)
-
-    def device_of(self, worker: str) -> str | None:
-        """The UUID of a worker's device; None for a CPU worker and an unknown one."""
-        return self._devices.get(worker)
 
     def seen_by(self, slot: Slot) -> tuple[str, ...]:
         """UUIDs of the devices that the worker in this slot sees, its own first."""
@@ -392,11 +391,6 @@ class ActiveRun:
     def _lease_path(self) -> str:
         """The record that workers keep alive; empty where nothing is leased."""
         return self._lease.path if self._lease is not None else ""
-
-    def _note_test(self, worker: str, measured: Any) -> None:
-        record = self.workers.get(worker)
-        context = self.context_on(record.device if record else None)
-        self.tests.measured(worker, measured, context)
 
     def _note_own(self, worker: str, message: Any) -> None:
         began_at = self.record.began_at - self.shift_of(worker)

@@ -165,14 +165,13 @@ class RecordedTests:
         self.counts[last.outcome] += 1
         return True
 
-    def measured(self, worker: str, message: Any, context: int) -> None:
-        """Take what a worker counted around a test; what makes no sense is dropped.
-
-        `context`: bytes of a CUDA context there, which no framework counts.
-        """
-        if not isinstance(message, Mapping) or not isinstance(message.get("nodeid"), str):
-            return
+    def measured(self, worker: str, message: Any) -> None:
+        """Take what a worker counted around a test; what makes no sense is dropped."""
         member = self._workers.get(worker)
+        if member is None or not isinstance(message, Mapping):
+            return
+        # No framework counts it.
+        context = member.context
         nodeid, size, left = message["nodeid"], _bytes(message.get("peak")), message.get("left")
         process = _bytes(message.get("process"))
         counted = Counted(
@@ -181,14 +180,13 @@ class RecordedTests:
             None if size is None else size > 0 and message.get("idle") is not True,
         )
         with self._lock:
-            if member is not None:
-                member.counted = higher(member.counted, counted.peak)
-                if process:
-                    sure = message.get("process_exact") is True
-                    whole = Peak(process + context, "frameworks", sure)
-                    member.process = higher(member.process, whole)
-                if counted.left is not None:
-                    member.left.ran(nodeid, counted.left)
+            member.counted = higher(member.counted, counted.peak)
+            if process:
+                sure = message.get("process_exact") is True
+                whole = Peak(process + context, "frameworks", sure)
+                member.process = higher(member.process, whole)
+            if counted.left is not None:
+                member.left.ran(nodeid, counted.left)
             for text in message.get("notes") or ():
                 self.remarks.setdefault(nodeid, []).append(str(text)[:_LONGEST])
             last = self._last.get(worker)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,6 @@ from pytest_gpushare.events import Record
 from pytest_gpushare.session import needs_store as profile
 from pytest_gpushare.session.needs_store import Learned, NeedsRecorder, recall_needs
 from pytest_gpushare.units import GB, MB
-from pytest_gpushare.wire import Links
 
 CARD = "NVIDIA H100"
 
@@ -30,6 +30,10 @@ class Cache:
         return found
 
 
+def worker(device: str | None = "GPU-1", *, is_undercounted: bool = False) -> Any:
+    return SimpleNamespace(device=device, context=600 * MB, is_undercounted=is_undercounted)
+
+
 class Run:
     """One run after the other on the same cache."""
 
@@ -39,23 +43,22 @@ class Run:
         self.began()
 
     def began(self) -> None:
-        self.links, self.record, self.notes = Links(), Record(), list[str]()
+        self.record, self.notes = Record(), list[str]()
         card = SimpleNamespace(uuid="GPU-1", name=CARD)
-        self.plan = SimpleNamespace(slots=[SimpleNamespace(device=card)])
-        self.tests: list[Any] = []
-        self.workers: dict[str, Any] = {}
-        self.profile = NeedsRecorder(self, self.config)  # type: ignore[arg-type]
+        plan: Any = SimpleNamespace(slots=[SimpleNamespace(device=card)])
+        self.tests: Any = []
+        self.workers: Any = {"gw0": worker(), "gw9": worker(None)}
+        self.profile = NeedsRecorder(
+            self.config, plan, self.workers, self, self.record, self.notes.append
+        )
         self.profile.start()
 
-    def context_of(self, _device: str) -> int:
-        return 600 * MB
-
-    def device_of(self, worker: str) -> str | None:
-        return "GPU-1" if worker == "gw0" else None
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.tests)
 
     def test(self, peak: int, worker: str = "gw0", **more: Any) -> None:
         told = {"nodeid": "t", "start": 1.0, "end": 3.5, "outcome": "passed", "attempts": 1}
-        self.links.receive(worker, ("test", {**told, "peak": peak, "exact": True, **more}))
+        self.profile.measured(worker, {**told, "peak": peak, "exact": True, **more})
 
     def ended(self) -> Learned | None:
         self.profile.stop()
@@ -172,7 +175,7 @@ def test_nothing_is_learned_beside_a_library_that_no_framework_counts(run: Run) 
     for is_undercounted, peak in ((False, 1 * GB), (True, None)):
         run.test(1 * GB)
         run.tests = [seen()]
-        run.workers = {"gw0": SimpleNamespace(is_undercounted=is_undercounted)}
+        run.workers["gw0"] = worker(is_undercounted=is_undercounted)
         kept = run.ended()
         assert kept is not None
         assert (kept.peak, kept.duration) == (peak, 2.5)
