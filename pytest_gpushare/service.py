@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 
@@ -48,3 +49,48 @@ class AtSigterm(Generic[S]):
         self.service.stop()
         signal.signal(number, self._before)
         signal.raise_signal(number)
+
+
+class Services:
+    """The services of one run, in the order in which they start."""
+
+    def __init__(self, services: Iterable[Service], problem: Callable[[str], object]) -> None:
+        """`problem` is called with a sentence for each that could not start or stop."""
+        self._services = list(services)
+        self._problem = problem
+
+    def start(self) -> None:
+        """Start all; one that fails is reported and left out."""
+        for service in list(self._services):
+            try:
+                service.start()
+            except Exception as error:
+                self._services.remove(service)
+                self._problem(f"{_name(service)} could not start: {error}")
+
+    def include(self, service: Service) -> None:
+        """Start one more with the others."""
+        self._services.append(service)
+
+    def add(self, service: Service) -> None:
+        """Start one more, and stop it before the others."""
+        service.start()
+        self._services.append(service)
+
+    def runs(self, service: Service) -> bool:
+        """Whether a service has not been stopped."""
+        return service in self._services
+
+    def stop(self) -> None:
+        """Stop all, the last first; harmless when called twice."""
+        while self._services:
+            service = self._services.pop()
+            try:
+                service.stop()
+            except Exception as error:
+                self._problem(f"{_name(service)} could not stop: {error}")
+
+
+def _name(service: Service) -> str:
+    """The name of a service in messages."""
+    return type(getattr(service, "service", service)).__name__.lower()

@@ -29,7 +29,7 @@ from pytest_gpushare.ollama.monitor import Monitor
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
 from pytest_gpushare.planning.plan import Plan
 from pytest_gpushare.session.needs_store import ModelSizes
-from pytest_gpushare.session.services import monitored_server
+from pytest_gpushare.session.sampler import monitored_server
 from pytest_gpushare.session.workers import Workers
 
 _SHIFT = 32
@@ -246,7 +246,7 @@ class HostMonitor(Monitor):
 
     def __init__(self, run: HostOllama, connection: HostConnection, live: Live) -> None:
         address = run.ollama.server
-        super().__init__(address, lambda: monitored_server(run, live, run.devices))  # type: ignore[arg-type]
+        super().__init__(address, lambda: monitored_server(run, live))  # type: ignore[arg-type]
         self._connection = connection
         self._there: HostQuestion | None = None
 
@@ -263,7 +263,7 @@ class HostMonitor(Monitor):
 
 
 class HostOllama:
-    """One host of a run, as its monitor sees it: `session.services.MonitoredRun`."""
+    """One host of a run, as its monitor sees it: `session.sampler.MonitoredRun`."""
 
     def __init__(
         self,
@@ -280,15 +280,14 @@ class HostOllama:
         self.workers: Workers
         self.record: Record
         self.model_sizes = ModelSizes(settings, gpus, ollama)
-        self.devices = devices_of_ollama(settings.ollama_gpu, gpus)
-        """UUIDs of those that its Ollama uses; None: unknown."""
+        self.ollama_devices = devices_of_ollama(settings.ollama_gpu, gpus)
         self.monitor: HostMonitor | None = None
 
     def statements(self, loaded: Sequence[LoadedModel] | None = None) -> tuple[Statement, ...]:
         """What its Ollama says that it holds: of these models, or of those in its last answer."""
         if loaded is None and self.monitor is not None:
             loaded = self.monitor.models
-        return statements(self.devices, self.ollama, loaded)
+        return statements(self.ollama_devices, self.ollama, loaded)
 
     def follow(
         self, workers: Workers, record: Record, connection: HostConnection
@@ -296,7 +295,7 @@ class HostOllama:
         """The monitor of this run; None where no server is asked there, or none that holds VRAM."""
         self.workers, self.record = workers, record
         asked = self.ollama.asked and self.ollama.on_this_host
-        if not asked or self.devices == () or self.live is None:
+        if not asked or self.ollama_devices == () or self.live is None:
             return None
         self.monitor = HostMonitor(self, connection, self.live)
         return self.monitor

@@ -276,9 +276,7 @@ HAS_NEEDS_KEY = "gpushare/has_needs"
 class LearnedNeeds:
     """Node id -> need and duration, on the devices of this run."""
 
-    def __init__(
-        self, config: pytest.Config, contexts: Mapping[str, int], *, packs: bool
-    ) -> None:
+    def __init__(self, config: pytest.Config, contexts: Mapping[str, int], *, packs: bool) -> None:
         """`contexts`: name of a device with slots -> bytes of a CUDA context there; `packs`:
         whether slots may be smaller than needs, so that needs are worth knowing."""
         # Under no device: how long tests took on CPU workers.

@@ -18,9 +18,7 @@ from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.ollama.address import candidates
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
-from pytest_gpushare.planning.caps import (
-    CONTEXT_ALLOWANCE,
-)
+from pytest_gpushare.planning.caps import CONTEXT_ALLOWANCE
 from pytest_gpushare.planning.placement import (
     NUMBER,
     PlacementContext,
@@ -29,10 +27,10 @@ from pytest_gpushare.planning.placement import (
     worker_message,
 )
 from pytest_gpushare.planning.plan import Slot
+from pytest_gpushare.service import Services
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.session.needs_store import ModelSizes, NeedsRecorder
-from pytest_gpushare.session.sampler import Sampler
-from pytest_gpushare.session.services import Services, monitor_for
+from pytest_gpushare.session.sampler import Sampler, monitor_for
 from pytest_gpushare.session.session_record import OtherLeases, SessionRecord
 from pytest_gpushare.session.start_facts import (
     DispatchState,
@@ -95,7 +93,7 @@ class ActiveRun:
 
         self.record = record or Record()
         self.links = self._make_links()
-        self._ollama_devices = devices_of_ollama(self.settings.ollama_gpu, self.gpus)
+        self.ollama_devices = devices_of_ollama(self.settings.ollama_gpu, self.gpus)
         self.attribution = self._make_attribution()
         """Who holds the VRAM of the devices: the source of every such figure."""
         self.monitor: Monitor | None = None
@@ -174,7 +172,7 @@ class ActiveRun:
         return Links()
 
     def _make_attribution(self) -> Attribution:
-        return Attribution(self.gpus.all_devices, statements(self._ollama_devices, self.ollama))
+        return Attribution(self.gpus.all_devices, statements(self.ollama_devices, self.ollama))
 
     def _make_sampler(self, live: Live) -> Sampler:
         uuids = [planned.device.uuid for planned in self.plan.devices]
@@ -337,7 +335,7 @@ class ActiveRun:
         """What Ollama says that it holds: of these models, or of those in its last answer."""
         if loaded is None and self.monitor is not None:
             loaded = self.monitor.models
-        return statements(self._ollama_devices, self.ollama, loaded)
+        return statements(self.ollama_devices, self.ollama, loaded)
 
     def _read_now(self, _uuid: str) -> tuple[Live | None, Mapping[str, int]]:
         """What reads this device as of now, and UUID -> bytes that Ollama holds on its host."""

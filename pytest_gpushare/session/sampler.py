@@ -1,7 +1,8 @@
-"""The service that samples the VRAM of the devices.
+"""What follows the devices and Ollama while the tests run.
 
-It reads their VRAM five times a second and the process lists once a second. One thread reads and
-keeps; nothing is written while the tests run, so no slow disk can cost a sample.
+The sampler reads the VRAM of the devices five times a second and the process lists once a second.
+One thread reads and keeps; nothing is written while the tests run, so no slow disk can cost a
+sample.
 """
 
 from __future__ import annotations
@@ -9,21 +10,31 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, ProcessSplit, Statement
-from pytest_gpushare.gpu.devices import Memory
+from pytest_gpushare.gpu.devices import Device, Memory
 from pytest_gpushare.gpu.readings import (
+    MEMORY_AGE,
     MOST_ROWS,
+    PROCESSES_AGE,
     RECENT_ROWS,
     DeviceSamples,
     Live,
+    read_usage,
 )
+from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.ollama.monitor import Monitor
 from pytest_gpushare.session.workers import Workers
 
 if TYPE_CHECKING:
-    pass
+    from pytest_gpushare.config.settings import Settings
+    from pytest_gpushare.gpu.devices import GpuFacts
+    from pytest_gpushare.ollama.models import OllamaFacts
+    from pytest_gpushare.ollama.monitor import MonitoredServer
+    from pytest_gpushare.planning.plan import Plan
+    from pytest_gpushare.session.needs_store import ModelSizes
 
 INTERVAL = 0.2
 """Seconds between readings of a device's memory: 12 microseconds for the driver."""
@@ -180,3 +191,70 @@ class Sampler:
         self._splits = {}
         for device in self.devices.values():
             device.listed(None)
+
+
+class MonitoredRun(Protocol):
+    """What is asked of the active run beside which Ollama is monitored."""
+
+    settings: Settings
+    gpus: GpuFacts
+    ollama: OllamaFacts
+    ollama_devices: tuple[Device, ...] | None
+    """Those that it uses; None: any of them."""
+    plan: Plan
+    live: Live | None
+    attribution: Attribution
+    workers: Workers
+    record: Record
+    model_sizes: ModelSizes
+
+    def statements(self, loaded: Sequence[LoadedModel] | None = ...) -> Sequence[Statement]:
+        """What Ollama says that it holds, given the models that it has loaded."""
+
+
+def monitor_for(run: MonitoredRun) -> Monitor | None:
+    """The monitor of Ollama; None where no server is asked, or none that holds VRAM here."""
+    ollama, live = run.ollama, run.live
+    if not (ollama.asked and ollama.on_this_host) or ollama.server is None or live is None:
+        return None
+    if run.ollama_devices == ():
+        return None
+    return Monitor(ollama.server, lambda: monitored_server(run, live))
+
+
+def monitored_server(run: MonitoredRun, live: Live) -> MonitoredServer:
+    """What receives the answers of Ollama, and judges them by what is held on its devices."""
+    # Imported in the monitor's thread, as the workers start meanwhile.
+    from pytest_gpushare.ollama.monitor import MonitoredServer
+    from pytest_gpushare.ollama.spill import Promise
+
+    known = run.gpus.all_devices if run.ollama_devices is None else run.ollama_devices
+    may_use = {device.uuid for device in known}
+    models = run.ollama.models if run.ollama.answered else None
+    budgets = dict.fromkeys(may_use, 0)
+    for slot in run.plan.slots:
+        if slot.device.uuid in may_use:
+            budgets[slot.device.uuid] += slot.vram
+
+    def look(loaded: Sequence[LoadedModel], by_worker: bool) -> Mapping[str, DeviceUsage]:
+        """`by_worker` reads the process lists again, which takes milliseconds; older ones are of
+        another moment than the memory and would mix up workers and others."""
+        usage = read_usage(
+            live,
+            run.attribution,
+            run.workers.at_work(),
+            run.statements(loaded),
+            memory_age=0.0 if by_worker else MEMORY_AGE,
+            processes_age=0.0 if by_worker else PROCESSES_AGE,
+        )
+        found = {uuid: each for uuid, each in usage.items() if uuid in may_use}
+        return found if by_worker else {u: f._replace(workers=None) for u, f in found.items()}
+
+    promise = Promise(
+        start={u: each for u, each in run.attribution.start.items() if u in may_use},
+        budgets=budgets,
+        reservation=max((d.reservation for d in run.plan.devices), default=0),
+        safety_buffer=int(run.settings.safety_buffer),
+        needed=run.plan.needed,
+    )
+    return MonitoredServer(models, promise, look, run.record, run.model_sizes.saw)
