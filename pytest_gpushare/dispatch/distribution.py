@@ -347,7 +347,7 @@ class VramDispatch:
             started.llm.on_outcome = lambda: wake(executor.node())
             started.services.add(AtSigterm(started.llm))
         self._parity = Parity(weighed, kinds)
-        started.routing.begin(self._parity, has_needs=weighed.has_needs)
+        started.dispatches(self._parity, has_needs=weighed.has_needs)
         if kinds.on_cpu:
             # Its hook is called for each report, and only skips on CPU workers are lost tests.
             self._plugins.register(self._parity, "gpu-share-parity")

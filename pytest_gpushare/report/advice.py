@@ -272,7 +272,7 @@ def declared_too_small(
 
 def _wait_for_others(run: ActiveRun) -> Iterator[Advice]:
     """Tests ran out of VRAM that other processes took, and xdist scheduled them."""
-    if run.routing.differences is not None:
+    if run.differences is not None:
         return
     before = max((u.remainder or 0 for u in run.attribution.start.values()), default=0)
     taken = [e for e in run.record.events("oom") if e.facts["held"].get(OTHERS, 0) > before + GB]

@@ -59,7 +59,7 @@ _MOST_NAMES = 3
 
 def _routing(run: ActiveRun) -> Iterator[Line]:
     """Tests that ran on other workers than their markers say, and tests skipped because of that."""
-    parity, marker = run.routing.differences, run.settings.marker
+    parity, marker = run.differences, run.settings.marker
     if parity is None:
         return
     lost = parity.lost()

@@ -33,13 +33,12 @@ from pytest_gpushare.session.needs_store import ModelSizes, NeedsRecorder
 from pytest_gpushare.session.sampler import Sampler, monitor_for
 from pytest_gpushare.session.session_record import OtherLeases, SessionRecord
 from pytest_gpushare.session.start_facts import (
-    DispatchState,
+    CollectionDifferences,
     HostOfRun,
     LeasesElsewhereProtocol,
     ReadingSource,
     RunOptions,
     StartFacts,
-    nothing,
     placement_context,
 )
 from pytest_gpushare.session.tests import RecordedTests
@@ -104,7 +103,6 @@ class ActiveRun:
         self.exclusive: ExclusiveAccess | None = None
         self.sampler: Sampler | None = None
         services: list[Service] = []
-        on_needs: Callable[[], object] = nothing
         if self.live is not None and self.plan.devices:
             self.sampler = self._make_sampler(self.live)
             services.append(self.sampler)
@@ -144,12 +142,12 @@ class ActiveRun:
                 self.other_leases,
             )
             services.append(self._lease)
-            on_needs = self._lease.admits_by_needs
             if "packed" in self.settings.presets:
                 self._lease.admits_by_needs()
         self.llm: LlmTests | None = None
         """The tests that use models of Ollama's; None where none does."""
-        self.routing = DispatchState(on_needs)
+        self.differences: CollectionDifferences | None = None
+        """None where xdist's scheduler distributes the tests."""
         self.monitor = monitor_for(self)
         if self.monitor is not None:
             services.append(self.monitor)
@@ -242,6 +240,12 @@ class ActiveRun:
                 for planned in self.plan.devices
             ),
         )
+
+    def dispatches(self, differences: CollectionDifferences, *, has_needs: bool) -> None:
+        """The plugin's own scheduler distributes the tests; `has_needs`: by needs of their own."""
+        self.differences = differences
+        if has_needs and self._lease is not None:
+            self._lease.admits_by_needs()
 
     def look_with(self, look: Callable[[], object]) -> None:
         """Call this function now and then, from the thread that keeps the record up to date."""
@@ -356,8 +360,7 @@ class ActiveRun:
 
     def has_failed(self) -> bool:
         """Whether `--gpu-share-strict` fails the run, whatever its tests say."""
-        differences = self.routing.differences
-        lost = differences is not None and bool(differences.lost())
+        lost = self.differences is not None and bool(self.differences.lost())
         spilled = any(monitor.has_failed() for _, monitor in self.monitors())
         refused = self.llm is not None and bool(self.llm.refused)
         return self.strict and (bool(self.overwritten) or lost or spilled or refused)

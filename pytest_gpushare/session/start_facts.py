@@ -100,22 +100,6 @@ class CollectionDifferences(Protocol):
         """Tests that were skipped on CPU workers and would run on a GPU."""
 
 
-class DispatchState:
-    """The plugin's own dispatch, once all workers have collected."""
-
-    def __init__(self, on_needs: Callable[[], object]) -> None:
-        """`on_needs` is called once it is known that tests have needs of their own."""
-        self._on_needs = on_needs
-        self.differences: CollectionDifferences | None = None
-        """None where xdist's scheduler distributes the tests."""
-
-    def begin(self, differences: CollectionDifferences, *, has_needs: bool) -> None:
-        """The plugin's own scheduler distributes the tests."""
-        self.differences = differences
-        if has_needs:
-            self._on_needs()
-
-
 class HostOfRun(NamedTuple):
     """A host of a run that has several, for reports."""
 
