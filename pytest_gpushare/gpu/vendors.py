@@ -49,7 +49,7 @@ class Probe(DeviceReader, Protocol):
         """The devices now, or why there are none. Those that this environment hides from a
         process are in `all_devices` alone."""
 
-    def remedy_when_slow(self, environment: Mapping[str, str]) -> str:
+    def remedy_when_slow(self, environment: Mapping[str, str], /) -> str:
         """What to do where `open` and `read` take too long."""
 
     def processes_on(self, uuid: str) -> tuple[GpuProcess, ...] | None:
