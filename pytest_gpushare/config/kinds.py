@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from fractions import Fraction
 from functools import cache, partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -25,13 +25,14 @@ from pytest_gpushare.config.settings import (
 )
 from pytest_gpushare.errors import LineError, SettingsError
 from pytest_gpushare.text import nearest, shown_text, shown_value
-from pytest_gpushare.units import format_number, parse_size
+from pytest_gpushare.units import GB, MB, format_number, parse_size
 
 if TYPE_CHECKING:
     from pytest_gpushare.config.options import Option
 
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
+_UNITS = {"MB": MB, "GB": GB}
 _NUMBER = re.compile(r"[+-]?([0-9]{1,24}(\.[0-9]{0,24})?|\.[0-9]{1,24})([eE][+-]?[0-9]{1,3})?")
 
 
@@ -158,7 +159,7 @@ class Size(Number):
 
     def read(self, raw: object) -> Fraction | None:
         """The size in bytes; exact, so perhaps a fraction of a byte."""
-        scale = parse_size("1", self.unit)
+        scale = _UNITS[self.unit]
         if isinstance(raw, str):
             if self.auto and raw.strip().lower() == "auto":
                 return None
@@ -169,7 +170,7 @@ class Size(Number):
     def write(self, value: object) -> str:
         """`1024` where the unit is MB."""
         if isinstance(value, (int, Fraction)):
-            value = Fraction(value) / parse_size("1", self.unit)
+            value = Fraction(value) / _UNITS[self.unit]
         return super().write(value)
 
 
@@ -219,7 +220,7 @@ class Presets(Kind):
     def read(self, raw: object) -> tuple[str, ...]:
         """The names in their order."""
         words = _words(raw)
-        if not set(words) <= set(self.choices):
+        if not words or not set(words) <= set(self.choices):
             raise ValueError(raw)
         return words
 
@@ -232,7 +233,7 @@ class Devices(Kind):
     def read(self, raw: object) -> tuple[str, ...]:
         """The words; nobody has checked yet whether there is such a device."""
         words = _words(raw)
-        if len(words) > 1 and {"auto", "none"} & set(words):
+        if not words or (len(words) > 1 and {"auto", "none"} & set(words)):
             raise ValueError(raw)
         return words
 
@@ -246,13 +247,7 @@ class Names(Kind):
 
     def read(self, raw: object) -> tuple[str, ...]:
         """The texts in their order."""
-        parts = raw if isinstance(raw, (list, tuple)) else (raw,)
-        if not all(isinstance(part, str) for part in parts):
-            raise TypeError(raw)
-        names = tuple(name for part in parts for name in re.split(r"[\s,]+", part) if name)
-        if len(names) > self.most or not all(n.isprintable() and len(n) <= 256 for n in names):
-            raise ValueError(raw)
-        return names
+        return _words(raw, self.most)
 
 
 class Lines(Kind):
@@ -273,10 +268,7 @@ def _decimal(raw: object) -> Fraction:
     if isinstance(raw, float):
         # The shortest text that reads back as this float is what the user wrote in TOML.
         raw = repr(raw)
-    try:
-        number = Decimal(raw)
-    except InvalidOperation:
-        raise ValueError(raw) from None
+    number = Decimal(raw)
     # A Fraction of 1e999999999 would fill the memory: look at the exponent first.
     if not number.is_finite() or (number and not -30 < number.adjusted() < 30):
         raise ValueError(raw)
@@ -295,16 +287,16 @@ def _word(raw: object, choices: Iterable[str]) -> str:
     return word
 
 
-def _words(raw: object) -> tuple[str, ...]:
+def _words(raw: object, most: int = 64) -> tuple[str, ...]:
     parts = raw if isinstance(raw, (list, tuple)) else (raw,)
     words = tuple(word for part in parts for word in re.split(r"[\s,]+", _as_text(part)) if word)
-    if not words or len(words) > 64 or max(map(len, words)) > 128:
+    if len(words) > most or not all(word.isprintable() and len(word) <= 256 for word in words):
         raise ValueError(raw)
     return words
 
 
 def _as_text(part: object) -> str:
-    """A text, or an index of a device, which TOML and JSON have as a number."""
+    """A text; or a number in TOML and JSON, such as the index of a device."""
     if isinstance(part, str):
         return part
     if isinstance(part, (int, Decimal)) and re.fullmatch("[0-9]{1,9}", str(part)):

@@ -40,7 +40,7 @@ class Option:
         """The default as a user would write it."""
         self.meaning = meaning
         """The help text."""
-        self.attribute = field or key
+        self.attribute = field or key.removesuffix(f"_{self.accepts.get('unit', '').lower()}")
         """The name in `Settings`, which has no unit in it."""
         self.flag = flag
         """The option of the command line, where there is one; what follows describes it."""
@@ -97,7 +97,6 @@ OPTIONS: tuple[Option, ...] = (
         "12288",
         "VRAM kept for Ollama, in MB; what it holds already counts towards it; auto: as much as "
         "gpu_share_ollama_models will need",
-        field="ollama_vram_reservation",
         accepts={"high": _MOST_MB, "unit": "MB", "auto": True},
     ),
     Option(
@@ -105,7 +104,6 @@ OPTIONS: tuple[Option, ...] = (
         "size",
         "1024",
         "VRAM left free on each device, in MB",
-        field="safety_buffer",
         accepts={"high": _MOST_MB, "unit": "MB"},
     ),
     Option(
@@ -120,7 +118,6 @@ OPTIONS: tuple[Option, ...] = (
         "size",
         "3.0",
         "the least VRAM of a GPU worker, in GB",
-        field="min_vram_per_worker",
         accepts={"low": "0.001", "high": _MOST_GB, "unit": "GB"},
     ),
     Option(
@@ -135,7 +132,6 @@ OPTIONS: tuple[Option, ...] = (
         "size",
         "0",
         "host RAM that a worker needs, in GB; 0: no limit by RAM",
-        field="ram_per_worker",
         accepts={"high": _MOST_GB, "unit": "GB"},
     ),
     Option(
@@ -230,7 +226,6 @@ OPTIONS: tuple[Option, ...] = (
         "number",
         "600",
         "how long the tests of a model wait until it is loaded, in seconds",
-        field="ollama_load_timeout",
         accepts={"low": "0.1", "high": "86400", "unit": "s"},
     ),
     Option(
@@ -238,7 +233,6 @@ OPTIONS: tuple[Option, ...] = (
         "number",
         "1800",
         "how long pulling one model may take, in seconds",
-        field="ollama_pull_timeout",
         accepts={"low": "0.1", "high": "86400", "unit": "s"},
     ),
     Option(
@@ -273,7 +267,6 @@ OPTIONS: tuple[Option, ...] = (
         "number",
         "0.5",
         "seconds for all requests to Ollama at the start",
-        field="ollama_timeout",
         accepts={"low": "0.01", "high": "60", "unit": "s"},
     ),
     Option(
@@ -323,7 +316,6 @@ OPTIONS: tuple[Option, ...] = (
         "number",
         "300",
         "how long GPU tests wait for VRAM that Ollama or other programs took, in seconds",
-        field="pressure_timeout",
         accepts={"high": "86400", "unit": "s"},
     ),
     Option(

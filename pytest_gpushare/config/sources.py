@@ -21,7 +21,7 @@ from pytest_gpushare.compat.pytest_options import (
     options_of,
     overrides,
 )
-from pytest_gpushare.config.kinds import Boolean, Value, defaults, read
+from pytest_gpushare.config.kinds import Boolean, defaults, read
 from pytest_gpushare.config.options import (
     BY_KEY,
     INI_PREFIX,
@@ -75,7 +75,7 @@ class Written(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    value: Value
+    value: Any
     level: int
     origin: str
 
@@ -131,7 +131,7 @@ def _prefixed(found: Mapping[str, object], where: str, level: int) -> dict[str, 
 
 
 def _json_level(written: Written, config: _Entry) -> dict[str, _Entry]:
-    named = str(config.value)
+    named: str = config.value
     base = written.invocation_directory if config.level == _COMMAND_LINE else written.ini_directory
     if named:
         name = _shown_path(named)
@@ -172,12 +172,7 @@ def _shown_path(path: str) -> str:
 
 def _apply_presets(entries: dict[str, _Entry]) -> None:
     presets = entries["preset"]
-    names = presets.value
-    if not isinstance(names, tuple):
-        raise SettingsError(
-            f"{presets.origin}: preset = {names!r}: allowed is one or several names"
-        )
-    for key, (raw, name) in merged([str(name) for name in names]).items():
+    for key, (raw, name) in merged(presets.value).items():
         if entries[key].level < presets.level:
             value = read(BY_KEY[key], raw, f"preset {name}")
             entries[key] = _Entry(value, presets.level, f"preset {name}")
@@ -421,18 +416,14 @@ def report_files(
     for text in given or ():
         if Path(text).suffix.lower() not in _REPORT_FORMATS:
             raise SettingsError(
-                f"{flag} {_shown_end(text)}: no format is known by this name: allowed is a "
+                f"{flag} {_shown_path(text)}: no format is known by this name: allowed is a "
                 f"file that ends in {' or '.join(_REPORT_FORMATS)}"
             )
         try:
             path = directory / Path(_filled(text)).expanduser()
         except RuntimeError:
             raise SettingsError(
-                f"{flag} {_shown_end(text)}: no such home directory: check the path"
+                f"{flag} {_shown_path(text)}: no such home directory: check the path"
             ) from None
         found[path] = None
     return tuple(found)
-
-
-def _shown_end(name: str) -> str:
-    return printable(name)[-120:]

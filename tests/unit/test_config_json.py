@@ -147,6 +147,9 @@ REFUSED = {
     section('"safety_buffer_mb": 1073741825'): f": safety_buffer_mb = 1073741825: {SIZE}",
     section(f'"safety_buffer_mb": 1{"0" * 30}'): f": safety_buffer_mb = 1{'0' * 30}: {SIZE}",
     section(f'"safety_buffer_mb": {"1" * 5000}'): f": safety_buffer_mb = {ONES}: {SIZE}",
+    section('"safety_buffer_mb": 1.' + "0" * 101): (
+        f": safety_buffer_mb = 1.{'0' * 55}...: {SIZE}"
+    ),
     section('"safety_buffer_mb": 1e999999999'): f": safety_buffer_mb = 1E+999999999: {SIZE}",
     section('"safety_buffer_mb": 1e-999999999'): f": safety_buffer_mb = 1E-999999999: {SIZE}",
     section('"safety_buffer_mb": 1e99999999999999999999'): (

@@ -6,8 +6,8 @@ import pytest
 
 from pytest_gpushare.config.kinds import read
 from pytest_gpushare.config.options import BY_KEY
-from pytest_gpushare.config.settings import parse_aliases, parse_rules
-from pytest_gpushare.errors import SettingsError
+from pytest_gpushare.config.settings import parse_aliases, parse_model_rules, parse_rules
+from pytest_gpushare.errors import LineError, SettingsError
 from pytest_gpushare.units import GB, MB
 
 MEANINGS = (
@@ -54,6 +54,8 @@ def test_the_lines_of_the_documentation() -> None:
         ("big = vram=0GB", "vram=0GB cannot be read"),
         ("two = devices=0", "devices=0 cannot be read"),
         ("two = devices=65", "devices=65 cannot be read"),
+        ("ctx = ollama=m context=0", "context=0 cannot be read"),
+        ("ctx = ollama=m context=many", "context=many cannot be read"),
         ("big(n) = vram={m}GB", "{m} is not a parameter of the marker"),
         ("big(n, n) = vram={n}GB", "names a parameter twice"),
         ("big = vram=1GB vram=2GB", "names a meaning twice"),
@@ -86,6 +88,23 @@ def test_a_wrong_rule(line: str, problem: str) -> None:
     with pytest.raises(SettingsError) as caught:
         read(BY_KEY["vram"], ["a.py = 1GB", line], "pyproject.toml", written="gpu_share_vram")
     assert str(caught.value) == f"pyproject.toml: gpu_share_vram, line '{line}': {problem}: {SIZES}"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("tests/rag", "is not PATTERN = MODEL"),
+        ("= qwen2.5:14b", "is not PATTERN = MODEL"),
+        ("tests/rag =", "nothing is not the name of a model"),
+        ("tests/rag = two words", "two words is not the name of a model"),
+        (f"tests/rag = {'x' * 257}", f"{'x' * 257} is not the name of a model"),
+    ],
+)
+def test_a_wrong_model(line: str, problem: str) -> None:
+    """The same for models by node id."""
+    with pytest.raises(LineError) as caught:
+        parse_model_rules(["a.py = llama3", line])
+    assert caught.value.problem == problem
 
 
 def test_no_lines_at_all() -> None:
