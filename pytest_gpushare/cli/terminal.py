@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from pytest_gpushare.text import cut, encodable, width_of
 
-OK, FOUND, USAGE, INTERNAL, REFUSED = 0, 1, 2, 3, 4
-"""Exit codes: success; doctor found an [x]; wrong usage; an internal error; the run would refuse
-to start, as pytest does with its code 4."""
+OK, FOUND, INTERNAL, REFUSED = 0, 1, 3, 4
+"""Exit codes: success; doctor found an [x]; an internal error; the run would refuse to start, as
+pytest does with its code 4. 2 is argparse's, for wrong usage."""
 
 _CODES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35,
           "cyan": 36}  # fmt: skip

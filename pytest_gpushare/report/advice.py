@@ -60,7 +60,7 @@ def assess(run: ActiveRun, over: Sequence[tuple[RecordedTest, int]]) -> Assessme
     members = [record for record in run.workers if record.role == "gpu"]
     shortages = [*_shortage_of_gpus(run), *_out_of_memory(run), *_over(run, members)]
     advice: list[Advice] = []
-    if run.plan.limited_by != (Limit.HOOK,):
+    if case is not None and run.plan.limited_by != (Limit.HOOK,):
         if not run.plan.slots:
             if any(test.marked for test in run.tests) or gpu_tests_without_gpu(run):
                 advice += more_room(case)
@@ -72,7 +72,7 @@ def assess(run: ActiveRun, over: Sequence[tuple[RecordedTest, int]]) -> Assessme
             advice += _cpu_workers(run, case)
     advice += _skip(run)
     advice += _wait_for_others(run)
-    advice += _declare_what_passed_alone(run, case, over)
+    advice += _declare_what_passed_alone(run, over)
     return Assessment(tuple(shortages), tuple(advice), tuple(declared_too_small(run, over)))
 
 
@@ -170,11 +170,11 @@ def _larger_slots(case: Case, members: Sequence[WorkerRecord]) -> list[Advice]:
     plan = case.planned(changes)
     fitting = reservation_for(case, need)
     least = max(case.models, LEAST_RESERVATION)
-    if plan is not None and not plan.slots and fitting is not None and fitting >= least:
+    if not plan.slots and fitting is not None and fitting >= least:
         changes["ollama_vram_reservation"] = Fraction(fitting)
         plan = case.planned(changes)
-    slots = () if plan is None or plan.slots == case.plan.slots else plan.slots
-    if not slots or min(slot.vram for slot in slots) < need:
+    slots = plan.slots
+    if not slots or slots == case.plan.slots or min(slot.vram for slot in slots) < need:
         return []
     gives = f"would give enough, to {plural(len(slots), 'worker')}"
     return [Advice(why, gives, changes, workers=len(slots), slot=need)]
@@ -195,7 +195,7 @@ def _more_workers(run: ActiveRun, case: Case, members: Sequence[WorkerRecord]) -
         for lifted in combinations(limits, count):
             changes = {"min_vram_per_worker": Fraction(need), **{k: limits[k] for k in lifted}}
             plan = case.planned(changes)
-            if plan is not None and len(plan.slots) > best.workers:
+            if len(plan.slots) > best.workers:
                 why = f"peak per worker was {format_gb(highest)}"
                 gives = f"would allow {len(plan.slots)} workers"
                 best = Advice(why, gives, changes, workers=len(plan.slots), slot=need)
@@ -218,7 +218,7 @@ def _too_large(run: ActiveRun, case: Case) -> list[Advice]:
 def _cpu_workers(run: ActiveRun, case: Case) -> list[Advice]:
     """Most tests needed no GPU: CPU workers would have taken them."""
     plan = case.planned({"cpu_workers": None})
-    if run.plan.cpu_workers or plan is None or not plan.cpu_workers:
+    if run.plan.cpu_workers or not plan.cpu_workers:
         return []
     tests = [test for test in run.tests if test.start is not None and test.end is not None]
     unmarked = [test for test in tests if not test.marked]
@@ -287,7 +287,7 @@ def _wait_for_others(run: ActiveRun) -> Iterator[Advice]:
 
 
 def _declare_what_passed_alone(
-    run: ActiveRun, case: Case, over: Sequence[tuple[RecordedTest, int]]
+    run: ActiveRun, over: Sequence[tuple[RecordedTest, int]]
 ) -> Iterator[Advice]:
     """Tests that ran out of memory beside others and passed alone: what to declare."""
     again = {e.facts["nodeid"]: e.facts["outcome"] for e in run.record.events("oom-retried")}
@@ -300,7 +300,7 @@ def _declare_what_passed_alone(
         if nodeid in named or again[nodeid] != "passed" or peak is None:
             continue
         size = _rounded(Fraction(peak.size))
-        if size <= case.plan.usable:
+        if size <= run.plan.usable:
             yield Advice(
                 f"{printable(nodeid)} ran out of VRAM next to others and passed alone",
                 "would keep that much for it from the start",

@@ -66,16 +66,14 @@ class Case(NamedTuple):
     gpus: GpuFacts
     ollama: OllamaFacts
     plan: Plan
-    replan: Callable[[Settings], Plan] | None
+    replan: Callable[[Settings], Plan]
     models: int = 0
     """Bytes that Ollama needs at least for the models that are named or were seen."""
     need: int = 0
     """Bytes of the largest need of a test that is known; 0: none is."""
 
-    def planned(self, changes: Mapping[str, object]) -> Plan | None:
+    def planned(self, changes: Mapping[str, object]) -> Plan:
         """The plan with these changes."""
-        if self.replan is None:
-            return None
         changed: Settings = self.settings._replace(**changes)  # type: ignore[arg-type]
         return self.replan(changed)
 
@@ -85,8 +83,11 @@ class Case(NamedTuple):
         return max(self.plan.needed, self.need)
 
 
-def case_of(run: ActiveRun) -> Case:
-    """The case of a run, with what its tests have shown so far."""
+def case_of(run: ActiveRun) -> Case | None:
+    """The case of a run, with what its tests have shown so far; None where nothing can be planned
+    again, as on several hosts."""
+    if run.replan is None:
+        return None
     plan, server = run.plan, run.monitor.server if run.monitor is not None else None
     seen = [life.model for life in server.history.lives.values()] if server is not None else []
     sizes = [model.size + OVERHEAD + MARGIN for model in (*run.ollama.models, *seen)]
@@ -148,10 +149,8 @@ def idle_devices(case: Case) -> list[Advice]:
     best: tuple[int, int] | None = None
     for device in devices:
         plan = case.planned({"ollama_gpu": (device.index,)})
-        if plan is None or not device.index.isdigit():
-            continue
         gain = len(plan.slots) - len(case.plan.slots)
-        if gain > 0 and (best is None or gain > best[1]):
+        if device.index.isdigit() and gain > 0 and (best is None or gain > best[1]):
             best = int(device.index), gain
     if best is None:
         return []
@@ -186,23 +185,12 @@ def checked(
 ) -> list[Advice]:
     """The suggestion, if the plan with it has more GPU workers, each with so many bytes."""
     plan = case.planned(changes)
-    if plan is None or len(plan.slots) <= len(case.plan.slots):
+    sizes = [each.vram for each in plan.slots]
+    if len(sizes) <= len(case.plan.slots) or min(sizes) < slot:
         return []
-    if min(each.vram for each in plan.slots) < slot:
-        return []
-    size = format_gb(min(each.vram for each in plan.slots))
-    workers = plural(len(plan.slots), "GPU worker")
-    least = "" if len({each.vram for each in plan.slots}) == 1 else "at least "
-    return [
-        Advice(
-            why,
-            f"{gives} {workers} of {least}{size}",
-            changes,
-            action,
-            len(plan.slots),
-            slot,
-        )
-    ]
+    least = "" if len(set(sizes)) == 1 else "at least "
+    gives += f" {plural(len(sizes), 'GPU worker')} of {least}{format_gb(min(sizes))}"
+    return [Advice(why, gives, changes, action, len(sizes), slot)]
 
 
 def _written(changes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -81,7 +81,9 @@ def case(machine: RandomMachine, need: int = 0) -> Case:
     settings = machine.settings({})
     plan = machine.plan(settings)
     facts = StartFacts(settings, machine.gpus, machine.ollama, plan, replan=machine.plan)
-    return case_of(ActiveRun(facts))._replace(need=need)
+    found = case_of(ActiveRun(facts))
+    assert found is not None
+    return found._replace(need=need)
 
 
 def check(machine: RandomMachine, before: Case, advice: Advice) -> None:
@@ -103,7 +105,6 @@ def would_fit(machine: RandomMachine, before: Case) -> bool:
     kept = max(device.reservation for device in before.plan.devices)
     for size in range(-(-least // MB), kept // MB, 64):
         plan = before.planned({"ollama_vram_reservation": Fraction(size * MB)})
-        assert plan is not None
         if plan.slots and min(slot.vram for slot in plan.slots) >= before.least_slot:
             return True
     return False

@@ -15,13 +15,7 @@ from pytest_gpushare.report.candidates import case_of, more_room
 from pytest_gpushare.report.document import in_force
 from pytest_gpushare.report.header import header
 
-_OLDEST = {"pytest": (8, 0), "pytest-xdist": (3, 6, 1), "nvidia-ml-py": (12, 535), "httpx": (0, 27)}
-_NEEDS = {
-    "pytest": "pytest>=8.0",
-    "pytest-xdist": "pytest-xdist>=3.6.1",
-    "nvidia-ml-py": "nvidia-ml-py>=12.535.133",
-    "httpx": "httpx>=0.27",
-}
+_OLDEST = {"pytest": "8.0", "pytest-xdist": "3.6.1", "nvidia-ml-py": "12.535.133", "httpx": "0.27"}
 _WITHOUT = {
     "pytest-xdist": "there are no workers to share a GPU",
     "nvidia-ml-py": "no GPU can be seen",
@@ -44,20 +38,19 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"[0-9]{1,9}", version.split("+")[0])[:3])
 
 
-def _package(found: Examined, name: str, oldest: tuple[int, ...]) -> Finding:
+def _package(found: Examined, name: str, oldest: str) -> Finding:
     version = found.packages.get(name)
-    install = f'{executable()} -m pip install "{_NEEDS[name]}"'
+    install = f'{executable()} -m pip install "{name}>={oldest}"'
     if version is None:
         why = f": {_WITHOUT[name]}" if name in _WITHOUT else ""
         if name == "pytest-xdist":
             return broken("xdist-missing", f"{name} is not installed{why}", install)
         return broken("package-missing", f"{name} is not installed{why}", install)
-    if release(version) < oldest:
-        needed = ".".join(map(str, oldest))
+    if release(version) < release(oldest):
         if name == "pytest-xdist":
-            fact = f"{name} {version} is too old: before {needed} tests may run off the main thread"
+            fact = f"{name} {version} is too old: before {oldest} tests may run off the main thread"
             return broken("xdist-old", fact, install)
-        return broken("package-old", f"{name} {version} is older than {needed}", install)
+        return broken("package-old", f"{name} {version} is older than {oldest}", install)
     return ok(f"{name} {version}")
 
 
@@ -239,9 +232,10 @@ def plan(found: Examined) -> Iterator[Finding]:
 
 def _make_room(found: Examined) -> str:
     """Changes with which a GPU worker would fit; each was planned again."""
+    case = case_of(found.started)
     ways = [
         f"{advice.action} {' and '.join(advice.settings.split(' '))}".strip()
-        for advice in more_room(case_of(found.started))
+        for advice in (more_room(case) if case is not None else ())
     ]
     return "; or ".join(
         [*(re.sub(r"(?<=\w)=", " = ", way) for way in ways), "free VRAM on the device"]
