@@ -239,85 +239,18 @@ def _list(texts: list[str]) -> Markup:
 
 
 def _timeline(report: Record) -> Markup:
-    if not report["tests"] and not report["devices"]:
-        return Markup("")
-    buttons = [
-        ("in", "+", "Zoom in"),
-        ("out", "−", "Zoom out"),
-        ("back", "‹", "Earlier"),
-        ("on", "›", "Later"),
-        ("all", "Whole run", "Show the whole run"),
-    ]
-    return tag(
-        "section",
-        tag("h2", "Timeline"),
-        tag(
-            "div",
-            tag(
-                "p",
-                "Tests stack up from the bottom, Ollama down from the top; between them is what is "
-                "free. Drag to zoom, double-click for the whole run; keys: arrows, + and −, 0.",
-                cls="hint",
-            ),
-            tag(
-                "div",
-                *[
-                    tag("button", sign, type="button", data_zoom=name, title=what, aria_label=what)
-                    for name, sign, what in buttons
-                ],
-                cls="buttons",
-                role="group",
-                aria_label="Zoom",
-            ),
-            cls="bar",
-        ),
-        tag("div", id="charts"),
-        tag("p", id="moment", role="status", cls="unseen"),
-        _without_script("The timeline"),
-        id="timeline",
-    )
+    """What the page's script fills."""
+    is_empty = not report["tests"] and not report["devices"]
+    return Markup("" if is_empty else asset("timeline.html"))
 
 
 def _tests(report: Record) -> Markup:
+    """The same for the table of tests."""
     count = len(report["tests"])
     if not count:
         return tag("section", tag("h2", "Tests"), tag("p", "No test ran."), id="tests")
-    return tag(
-        "section",
-        tag("h2", "Tests", " ", tag("span", f"{count:,}", cls="count")),
-        tag(
-            "div",
-            tag(
-                "input",
-                type="search",
-                id="find",
-                placeholder="Find by name",
-                aria_label="Find tests by name",
-            ),
-            tag(
-                "select", tag("option", "Any outcome", value=""), id="outcome", aria_label="Outcome"
-            ),
-            tag("select", tag("option", "Any worker", value=""), id="worker", aria_label="Worker"),
-            tag(
-                "label",
-                tag("input", type="checkbox", id="in-view"),
-                " only in the timeline's view",
-                cls="check",
-            ),
-            cls="bar filters",
-        ),
-        tag("div", tag("table", id="test-table"), cls="scroll"),
-        tag("p", id="shown", role="status"),
-        tag(
-            "div",
-            tag("button", "Show more", type="button", id="more"),
-            tag("button", "Show all", type="button", id="every"),
-            cls="buttons",
-        ),
-        _without_script(f"The table of {plural(count, 'test')}"),
-        id="tests",
-    )
-
-
-def _without_script(what: str) -> Markup:
-    return tag("noscript", tag("p", f"{what} needs JavaScript; the rest of the page does not."))
+    words = {"{count}": f"{count:,}", "{tests}": plural(count, "test")}
+    section = asset("tests.html")
+    for name, word in words.items():
+        section = section.replace(name, word)
+    return Markup(section)
