@@ -52,8 +52,8 @@ class Assessment(NamedTuple):
     """Tests whose declared needs are too small."""
 
 
-def assess(run: ActiveRun, over: Sequence[tuple[RecordedTest, int]]) -> Assessment:
-    """What lacked in a run, and what to change; `over` is as by `over_need`."""
+def assess(run: ActiveRun, over: Sequence[OverNeed]) -> Assessment:
+    """What lacked in a run, and what to change."""
     if run.gpus.simulated or run.plan.request.in_process:
         return Assessment()
     case = case_of(run)
@@ -157,15 +157,12 @@ def _over(run: ActiveRun, members: Sequence[WorkerRecord]) -> Iterator[str]:
 
 def _larger_slots(case: Case, members: Sequence[WorkerRecord]) -> list[Advice]:
     """A worker held more than its slot: fewer workers, or a smaller reservation."""
-    over = [m for m in members if m.peak is not None and m.peak.size > m.slot]
-    worst = max(over, key=lambda m: m.peak.size if m.peak else 0, default=None)
-    if worst is None or worst.peak is None:
+    over = [(m.peak, m) for m in members if m.peak is not None and m.peak.size > m.slot]
+    if not over:
         return []
-    need = _rounded(Fraction(worst.peak.size))
-    why = (
-        f"{worst.id} used {amount(worst.peak)} of VRAM, more than its slot of "
-        f"{format_gb(worst.slot)}"
-    )
+    peak, worst = max(over, key=lambda each: each[0].size)
+    need = _rounded(Fraction(peak.size))
+    why = f"{worst.id} used {amount(peak)} of VRAM, more than its slot of {format_gb(worst.slot)}"
     changes: dict[str, object] = {"min_vram_per_worker": Fraction(need)}
     plan = case.planned(changes)
     fitting = reservation_for(case, need)
@@ -243,28 +240,33 @@ def _cpu_workers(run: ActiveRun, case: Case) -> list[Advice]:
     ]
 
 
-def over_need(run: ActiveRun) -> list[tuple[RecordedTest, int]]:
-    """Tests that held more than the need that is declared for them, the largest first."""
+class OverNeed(NamedTuple):
+    """A test that held more than the need that is declared for it."""
+
+    nodeid: str
+    peak: Peak
+    need: int
+    """Bytes."""
+
+
+def over_need(run: ActiveRun) -> list[OverNeed]:
+    """Tests that held more than their declared needs, the largest first."""
     found, needs = [], run.tests.needs
     for test in run.tests:
         need, source = needs.get(test.nodeid, (0, ""))
         declared = need if source in ("marker", "rule") else 0
         if declared and test.peak is not None and test.peak.size > declared * _OVER:
-            found.append((test, declared))
-    return sorted(found, key=lambda entry: -(entry[0].peak.size if entry[0].peak else 0))
+            found.append(OverNeed(test.nodeid, test.peak, declared))
+    return sorted(found, key=lambda each: -each.peak.size)
 
 
-def declared_too_small(
-    run: ActiveRun, over: Sequence[tuple[RecordedTest, int]]
-) -> Iterator[Advice]:
-    """Tests that held more than their declared needs, as by `over_need`: what to declare."""
-    for test, need in over:
-        assert test.peak is not None
-        size = _rounded(Fraction(test.peak.size))
+def declared_too_small(run: ActiveRun, over: Sequence[OverNeed]) -> Iterator[Advice]:
+    """What to declare for such tests."""
+    for nodeid, peak, need in over:
+        size = _rounded(Fraction(peak.size))
         fits = size <= run.plan.usable
         yield Advice(
-            f"{printable(test.nodeid)} held {amount(test.peak)} of VRAM, its need was "
-            f"{format_gb(need)}",
+            f"{printable(nodeid)} held {amount(peak)} of VRAM, its need was {format_gb(need)}",
             "" if fits else f"is needed, and {format_gb(run.plan.usable)} are there for tests",
             action=f"declare vram={size / GB:g}GB" if fits else f"{size / GB:g} GB",
         )
@@ -286,14 +288,12 @@ def _wait_for_others(run: ActiveRun) -> Iterator[Advice]:
         )
 
 
-def _declare_what_passed_alone(
-    run: ActiveRun, over: Sequence[tuple[RecordedTest, int]]
-) -> Iterator[Advice]:
+def _declare_what_passed_alone(run: ActiveRun, over: Sequence[OverNeed]) -> Iterator[Advice]:
     """Tests that ran out of memory beside others and passed alone: what to declare."""
     again = {e.facts["nodeid"]: e.facts["outcome"] for e in run.record.events("oom-retried")}
     if not again:
         return
-    named = {test.nodeid for test, _ in over}
+    named = {each.nodeid for each in over}
     peaks = {test.nodeid: test.peak for test in run.tests if test.nodeid in again}
     for nodeid in list(again)[:_MOST_TESTS]:
         peak = peaks.get(nodeid)

@@ -150,15 +150,21 @@ def _silences(server: MonitoredServer) -> Iterator[Sentence]:
         )
 
 
+def as_error(run: ActiveRun) -> str:
+    """What stands behind a problem that fails the run."""
+    return " (an error under --gpu-share-strict)" if run.strict else ""
+
+
 def lines_of_tests(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
     """The lines; none in a run without such tests."""
     llm = run.llm
     if llm is None:
         return
-    kind = " (an error under --gpu-share-strict)" if run.strict else ""
     for refusal, count in llm.refused.items():
         outcome, _, reason = refusal.partition(": ")
-        yield Line(f"gpu-share: {plural(count, 'test')} {outcome}: {reason}{kind}", problem=True)
+        yield Line(
+            f"gpu-share: {plural(count, 'test')} {outcome}: {reason}{as_error(run)}", problem=True
+        )
     if view.verbosity >= 2 and llm.estimate is not None and llm.estimate.seconds:
         yield Line(
             f"gpu-share: tests that use models, as estimated: {llm.estimate.text} "

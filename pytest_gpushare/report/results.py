@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from pytest_gpushare.gpu.readings import DevicePeaks, DeviceSamples
 from pytest_gpushare.planning.plan import DevicePlan
-from pytest_gpushare.report.advice import Assessment, assess, over_need
+from pytest_gpushare.report.advice import Assessment, OverNeed, assess, over_need
 from pytest_gpushare.session.run import ActiveRun
-from pytest_gpushare.session.tests import Leak, RecordedTest, leaks
+from pytest_gpushare.session.tests import Leak, leaks
 from pytest_gpushare.session.workers import Peak
 
 MOST_PEAKS = 5
@@ -66,8 +66,8 @@ class Results:
         return assess(self.run, self.over_need)
 
     @cached_property
-    def over_need(self) -> list[tuple[RecordedTest, int]]:
-        """Tests that held more than their declared needs, and these."""
+    def over_need(self) -> list[OverNeed]:
+        """Tests that held more than their declared needs."""
         return over_need(self.run)
 
     @cached_property
@@ -104,7 +104,7 @@ class Results:
         return found
 
     @cached_property
-    def highest_peaks(self) -> list[RecordedTest]:
-        """The tests that used the most VRAM, those alone of which that is known."""
-        known = [test for test in self.tests if test.peak is not None]
-        return sorted(known, key=lambda t: (-t.peak.size if t.peak else 0, t.nodeid))[:MOST_PEAKS]
+    def highest_peaks(self) -> list[tuple[str, Peak]]:
+        """The node ids of the tests that used the most VRAM, as far as that is known."""
+        known = [(test.nodeid, test.peak) for test in self.tests if test.peak is not None]
+        return sorted(known, key=lambda each: (-each[1].size, each[0]))[:MOST_PEAKS]

@@ -14,7 +14,7 @@ from pytest_gpushare.report.advice import (
     gpu_tests_without_gpu,
 )
 from pytest_gpushare.report.header import header
-from pytest_gpushare.report.ollama_lines import lines_of_tests, verdict
+from pytest_gpushare.report.ollama_lines import as_error, lines_of_tests, verdict
 from pytest_gpushare.report.output import Line, OutputOptions
 from pytest_gpushare.report.results import Results, Usage
 from pytest_gpushare.session.run import ActiveRun
@@ -66,11 +66,10 @@ def _routing(run: ActiveRun) -> Iterator[Line]:
     if lost:
         names = [f"{skip.nodeid} ({skip.reason[:80]})" for skip in lost[:_MOST_NAMES]]
         more = f", and {len(lost) - len(names)} more" if len(lost) > len(names) else ""
-        kind = " (an error under --gpu-share-strict)" if run.strict else ""
         yield Line(
             "gpu-share: skipped on CPU workers for lack of a GPU: "
             f"{plural(len(lost), 'test')}; mark with {marker} what needs one: "
-            f"{', '.join(names)}{more}{kind}",
+            f"{', '.join(names)}{more}{as_error(run)}",
             problem=True,
             mark=_mark(run),
         )
@@ -112,14 +111,14 @@ def _sentence(event: Event, again: Event | None) -> str:
 
 def _needs_exceeded(results: Results) -> Iterator[Line]:
     """Tests that took more than they were admitted with, which their neighbours then lack."""
-    named = {test.nodeid for test, _ in results.over_need}
-    others = {
-        event.facts["nodeid"]: event.text
-        for event in results.run.record.events("need-exceeded")
-        if event.facts["nodeid"] not in named
-    }
+    named = {each.nodeid for each in results.over_need}
+    others = _latest(results.run, "need-exceeded")
     texts = [advice.text for advice in declared_too_small(results.run, results.over_need)]
-    texts += [f"{text}: raise it, or let it be learned" for text in others.values()]
+    texts += [
+        f"{text}: raise it, or let it be learned"
+        for nodeid, text in others.items()
+        if nodeid not in named
+    ]
     yield from _first(texts, "took more VRAM than their needs", problem=True)
 
 
@@ -127,14 +126,13 @@ def _needs_changed(run: ActiveRun) -> Iterator[Line]:
     """Tests that took another amount than the one by which they are packed."""
     # Elsewhere nothing is admitted by what was learned, and nobody has to know.
     if "packed" in run.settings.presets:
-        texts = [f"{text}: learned again" for text in _latest(run, "need-changed")]
+        texts = [f"{text}: learned again" for text in _latest(run, "need-changed").values()]
         yield from _first(texts, "took other VRAM than when they last ran", problem=False)
 
 
-def _latest(run: ActiveRun, kind: str) -> list[str]:
-    """The last event of this kind of each test, in words."""
-    found = {event.facts["nodeid"]: event for event in run.record.events(kind)}
-    return [event.text for event in found.values()]
+def _latest(run: ActiveRun, kind: str) -> dict[str, str]:
+    """Node id -> the last event of this kind, in words."""
+    return {event.facts["nodeid"]: event.text for event in run.record.events(kind)}
 
 
 def _first(texts: Sequence[str], others: str, *, problem: bool) -> Iterator[Line]:
@@ -147,10 +145,9 @@ def _first(texts: Sequence[str], others: str, *, problem: bool) -> Iterator[Line
 
 
 def _overwritten(run: ActiveRun) -> Iterator[Line]:
-    kind = " (an error under --gpu-share-strict)" if run.strict else ""
     for worker, how in sorted(run.overwritten.items()):
-        text = f"gpu-share: {worker} does not see the GPU that it was given: {how}{kind}"
-        yield Line(text, problem=True, mark=_mark(run))
+        text = f"{worker} does not see the GPU that it was given: {how}{as_error(run)}"
+        yield Line(f"gpu-share: {text}", problem=True, mark=_mark(run))
 
 
 def _mark(run: ActiveRun) -> str:
@@ -167,8 +164,7 @@ def _verdict(run: ActiveRun) -> Iterator[Line]:
             text = f"{where}the monitor of Ollama's VRAM has failed: {monitor.problem}"
             yield Line(f"gpu-share: {text}", problem=True)
         for sentence in verdict(monitor.server) if monitor.server is not None else ():
-            fails = sentence.is_ours and run.strict
-            kind = " (an error under --gpu-share-strict)" if fails else ""
+            kind = as_error(run) if sentence.is_ours else ""
             yield Line(
                 f"gpu-share: {where}{sentence.text}{kind}", sentence.is_problem, sentence.mark
             )
@@ -198,9 +194,8 @@ def _usage_lines(results: Results, view: OutputOptions) -> Iterator[Line]:
     if view.verbosity >= 1 and (devices or peaks):
         for member in members:
             yield _worker(member, results)
-        for test in results.highest_peaks:
-            if test.peak is not None:
-                yield Line(f"  VRAM {amount(test.peak)}: {printable(test.nodeid)}")
+        for nodeid, peak in results.highest_peaks:
+            yield Line(f"  VRAM {amount(peak)}: {printable(nodeid)}")
     yield from _leaks(results.leaks, view)
 
 
@@ -312,9 +307,7 @@ def step_summary(results: Results, lines: Sequence[Line]) -> str:
         parts += [f"| {' | '.join(map(escaped, row))} |" for row in _host_rows(run)]
     if results.highest_peaks:
         parts += ["", "| test | VRAM |", "|---|---|"]
-        for test in results.highest_peaks:
-            assert test.peak is not None
-            parts.append(f"| {escaped(test.nodeid)} | {amount(test.peak)} |")
+        parts += [f"| {escaped(name)} | {amount(peak)} |" for name, peak in results.highest_peaks]
     notable = [
         line.text.strip()
         for line in lines
