@@ -74,7 +74,7 @@ def write_reports(document: Mapping[str, Any], files: Sequence[Path]) -> dict[Pa
 
 def _text(document: Mapping[str, Any], path: Path) -> str:
     if path.suffix.lower() == ".html":
-        from pytest_gpushare.report.html.page import page
+        from pytest_gpushare.report.html import page
 
         return page(document)
     return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"

@@ -17,7 +17,7 @@ from browser import documents
 from browser.conftest import FLAGS
 from playwright.sync_api import Browser, sync_playwright
 
-from pytest_gpushare.report.html.page import page
+from pytest_gpushare.report.html import page
 
 # From the start of the navigation to the frame after everything was drawn.
 _WATCH = """

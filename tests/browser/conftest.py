@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gpushare.report.html.page import page
+from pytest_gpushare.report.html import page
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -16,6 +16,7 @@ from browser import documents
 from jsonschema import Draft202012Validator
 
 import pytest_gpushare.report.html as package
+from pytest_gpushare.report.html import page
 from pytest_gpushare.report.html.data import (
     data,
     differences,
@@ -25,7 +26,6 @@ from pytest_gpushare.report.html.data import (
     without_workers,
 )
 from pytest_gpushare.report.html.markup import clock, label, listed, percent, size, span
-from pytest_gpushare.report.html.page import page
 from pytest_gpushare.report.html.sections import answers, outcome
 
 GB, MB = documents.GB, documents.MB

@@ -12,8 +12,8 @@ from browser import documents
 
 from pytest_gpushare.cli.main import main
 from pytest_gpushare.report import merge
+from pytest_gpushare.report.html import page
 from pytest_gpushare.report.html.comparison import compare
-from pytest_gpushare.report.html.page import page
 from pytest_gpushare.report.merge import exit_status, merged, names_of
 from pytest_gpushare.report.reading import ReportFileError, read_report
 

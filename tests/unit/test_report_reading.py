@@ -12,8 +12,8 @@ from browser import documents
 from jsonschema import Draft202012Validator
 
 from pytest_gpushare.report import reading
+from pytest_gpushare.report.html import page
 from pytest_gpushare.report.html.comparison import compare
-from pytest_gpushare.report.html.page import page
 from pytest_gpushare.report.reading import ReportFileError, difference, read_report
 
 from .damage import damaged
