@@ -4,51 +4,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pytest_gpushare.scheduler.types import NOBODY, DeviceCapacity, DeviceReading
+from pytest_gpushare.scheduler.types import DeviceCapacity, DeviceReading
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Account:
     """What one worker has on one device, in bytes."""
 
-    __slots__ = (
-        "ahead", "began_after_reading", "beyond", "by_nvml", "committed", "has_context", "held",
-        "left_behind", "need", "outstanding", "present", "running", "unseen",
-    )  # fmt: skip
-
-    held: int
+    held: int = 0
     """What it holds while it is idle, or held when its test began."""
-    need: int
+    need: int = 0
     """What its running test was admitted with; 0 while it is idle."""
-    by_nvml: int | None
+    by_nvml: int | None = None
     """What NVML says that it holds; None: unknown."""
-    has_context: bool
+    has_context: bool = False
     """Whether it has run a GPU test there, and so has a context."""
-    running: bool
-    began_after_reading: bool
+    running: bool = False
+    began_after_reading: bool = False
     """Whether its test began after the device was read: it cannot be seen there yet."""
-    left_behind: int
+    left_behind: int = 0
     """What processes hold that a test of this worker started and that have outlived it."""
-    present: int
+    present: int = 0
     """What it holds as far as is known."""
-    committed: int
+    committed: int = 0
     """What is set aside for it: a test that takes more than its need is believed."""
-    outstanding: int
+    outstanding: int = 0
     """What its test may still take."""
-    ahead: int
+    ahead: int = 0
     """What its next test, which was sent already, takes of the VRAM that is free while the running
     one ends: what that gives back may come late."""
-    beyond: int
+    beyond: int = 0
     """The part of that which is not in `outstanding`."""
-    unseen: int
+    unseen: int = 0
     """What it keeps for its next test beyond `present`, where neither NVML nor the worker itself
     knows: what the device lacked when its last test was over, as far as that was admitted with so
     much."""
-
-    @classmethod
-    def opened(cls) -> Account:
-        """That of a worker which has done nothing yet."""
-        return cls(0, 0, None, False, False, False, 0, 0, 0, 0, 0, 0, 0)
 
 
 class DeviceLedger:
@@ -63,13 +53,13 @@ class DeviceLedger:
         """As the plan leaves it to the tests."""
         self.capacity = capacity
         """The same, less what is kept for a model that tests use."""
-        self.due = 0
+        self.awaited_by_model = 0
         """What a model takes that is to be loaded, while it waits for that."""
         self.accounts: dict[str, Account] = {}
         self.running: dict[str, Account] = {}
         """The workers that run a GPU test here."""
         self.reading = DeviceReading()
-        self.is_due = False
+        self.has_report = False
         """Whether a test is over since then: the same figures mean something else now."""
         self.kept = _kept(capacity, self.reading)
         """What must stay free: Ollama's outstanding reservation, the safety buffer, and what
@@ -85,16 +75,13 @@ class DeviceLedger:
 
     def open(self, worker: str) -> None:
         """A worker that sees the device; it has no context yet."""
-        self.accounts[worker] = Account.opened()
+        self.accounts[worker] = Account()
 
     def close(self, worker: str) -> int:
         """The worker is gone; returns what was set aside for it, which may come back late."""
-        account = self.accounts.get(worker)
-        if account is None:
-            return 0
+        account = self.accounts[worker]
         before = account.committed
-        self.keep_ahead(worker, 0)
-        account.held = account.need = 0
+        account.held = account.need = account.ahead = 0
         account.by_nvml, account.running = None, False
         self._post(account)
         self.running.pop(worker, None)
@@ -136,7 +123,7 @@ class DeviceLedger:
         """Use the worker's own figure until the next reading of the device."""
         before = account.committed
         account.held, account.by_nvml = held if held > 0 else 0, None
-        self.is_due = True
+        self.has_report = True
         self._post(account)
         return before - account.held if before > account.held else 0
 
@@ -160,12 +147,12 @@ class DeviceLedger:
 
     def read(self, reading: DeviceReading) -> bool:
         """Take what NVML says now. Returns whether that is anything new."""
-        if not self.is_due and (reading is self.reading or reading == self.reading):
+        if not self.has_report and (reading is self.reading or reading == self.reading):
             return False
         if reading is not self.reading:
             self.reading = reading
             self._recount()
-        self.is_due = False
+        self.has_report = False
         for account in self.running.values():
             account.began_after_reading = False
         if reading.left_behind or self.has_left_behind:
@@ -188,7 +175,7 @@ class DeviceLedger:
             reservation=max(full.reservation, size), budget=max(0, full.budget - more)
         )
         self._recount()
-        self.is_due = True
+        self.has_report = True
 
     def _recount(self) -> None:
         limit, budget = self.reading.others.limit, self.capacity.budget
@@ -198,7 +185,7 @@ class DeviceLedger:
     @property
     def has_model_reservation(self) -> bool:
         """Whether VRAM is kept for a model that tests use."""
-        return self.capacity is not self.full and self.capacity.budget < self.full.budget
+        return self.capacity.budget < self.full.budget
 
     def _note_unseen(self) -> None:
         for account in self.accounts.values():
@@ -241,31 +228,22 @@ class DeviceLedger:
 
     def limit_by_budget(self, worker: str) -> int:
         """Bytes that this worker's whole process may hold by the plan's budget."""
-        own = self.accounts.get(worker)
-        return self.budget - self.committed + (0 if own is None else own.committed)
+        return self.budget - self.committed + self.accounts[worker].committed
 
     def limit_by_free_vram(self, worker: str) -> int | None:
-        """The same by what is free now; None where that is unknown."""
-        own = self.accounts.get(worker)
-        if own is not None and self.bars(own):
+        """The same by what is free now, or leased on its host; None where neither is known."""
+        own, reading = self.accounts[worker], self.reading
+        if self.bars(own):
             return 0
-        leased = self._leased(own)
-        if self.reading.free is None:
+        leased = reading.others.leased
+        if leased is not None:
+            leased += own.committed - self.committed
+        if reading.free is None:
             return leased
-        free = self.reading.free - self.kept - self.beyond
-        if own is None:
-            live = free - self._unclaimed(self.outstanding)
-        else:
-            outstanding = self._unclaimed(self.outstanding - own.outstanding)
-            live = free - outstanding + own.beyond + own.present + own.unseen
-        return live if leased is None else min(live, leased)
-
-    def _leased(self, own: Account | None) -> int | None:
-        """What the worker may hold by what is leased on its host; None: no such limit."""
-        leased = self.reading.others.leased
-        if leased is None:
-            return None
-        return leased - self.committed + (0 if own is None else own.committed)
+        outstanding = self._unclaimed(self.outstanding - own.outstanding)
+        live = reading.free - self.kept - outstanding + own.present + own.unseen
+        live -= self.beyond - own.beyond
+        return live if leased is None or live < leased else leased
 
     def bars(self, account: Account) -> bool:
         """Whether older sessions need the VRAM that this worker would keep between its tests."""
@@ -274,32 +252,19 @@ class DeviceLedger:
 
     def limit(self, worker: str) -> int:
         """The largest need that may start in this worker now: the smaller of `limit_by_budget` and
-        `limit_by_free_vram`.
-
-        Asked for every test, so both are found in one go.
-        """
-        own = self.accounts[worker]
-        left = self.budget - self.committed + own.committed
-        reading = self.reading
-        if reading.others is not NOBODY:
-            if self.bars(own):
-                return 0
-            leased = self._leased(own)
-            if leased is not None:
-                left = min(left, leased)
-        free = reading.free
+        `limit_by_free_vram`."""
+        own, free = self.accounts[worker], self.reading.free
+        if self.bars(own):
+            return 0
+        left, live = self.limit_by_budget(worker), self.limit_by_free_vram(worker)
+        if live is not None and live < left:
+            left = live
         if free is None:
-            return left - reading.others.claimed
-        outstanding = self.outstanding - own.outstanding
-        if outstanding:
-            outstanding = self._unclaimed(outstanding)
-        live = free - self.kept - outstanding + own.present + own.unseen
-        if self.beyond:
-            live -= self.beyond - own.beyond
+            return left - self.reading.others.claimed
         if own.left_behind:
             # A need that is no more than a slot may count them in; but what they hold is not free.
-            live = min(live, free + own.present + own.unseen - own.left_behind)
-        return live if live < left else left
+            left = min(left, free + own.present + own.unseen - own.left_behind)
+        return left
 
     def floor(self, worker: str) -> int:
         """What the worker holds at least as long as it lives, once it has a context."""
@@ -308,11 +273,8 @@ class DeviceLedger:
 
     def most(self, worker: str) -> int:
         """The largest need that can ever fit in this worker while the others live."""
-        most, context = self.capacity.budget, self.capacity.context
-        for name, account in self.accounts.items():
-            if account.has_context and name != worker:
-                most -= account.committed if account.committed < context else context
-        return most
+        others = sum(self.floor(name) for name in self.accounts if name != worker)
+        return self.capacity.budget - others
 
     def retained(self, least: int) -> list[tuple[int, str]]:
         """The idle workers that hold so much beyond their contexts, and how much that is."""

@@ -11,9 +11,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_gpushare.scheduler.model_room import ModelRoom
-from pytest_gpushare.scheduler.phases import AFTER, BEFORE
 from pytest_gpushare.scheduler.queue import GROUPED, Unit, in_units
 from pytest_gpushare.scheduler.types import (
+    AFTER,
+    BEFORE,
     Action,
     Admission,
     Admit,

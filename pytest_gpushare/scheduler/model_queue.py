@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from pytest_gpushare.scheduler.phases import BESIDE
-from pytest_gpushare.scheduler.types import Action, CloseModel, Job, ModelGroup, OpenModel
+from pytest_gpushare.scheduler.types import BESIDE, Action, CloseModel, Job, ModelGroup, OpenModel
 
 
 class State(Enum):

@@ -80,12 +80,12 @@ class Sharing:
             waits_for=test,
             reserved=ledger.kept - ledger.reading.others.claimed,
             reservation=ledger.capacity.reservation,
-            published=(ledger.full if ledger.due else ledger.capacity).reservation,
+            published=(ledger.full if ledger.awaited_by_model else ledger.capacity).reservation,
         )
 
     def _wanted(self, device: str, ledger: DeviceLedger) -> tuple[int | None, int]:
-        if ledger.due:
-            return A_MODEL, ledger.due
+        if ledger.awaited_by_model:
+            return A_MODEL, ledger.awaited_by_model
         pool = self._pool
         raising = (w for w in pool.raising.values() if w.device == device and w.more and w.sent)
         worker = next(raising, None)

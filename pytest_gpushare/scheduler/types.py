@@ -44,6 +44,10 @@ class ModelGroup(NamedTuple):
     as it is used; empty where the plan keeps VRAM for Ollama all the time."""
 
 
+BESIDE, BEFORE, AFTER = "beside", "before", "after"
+"""When tests that use models run: next to the GPU tests, before or after them."""
+
+
 class Worker(NamedTuple):
     """A worker process."""
 

@@ -20,9 +20,9 @@ from pytest_gpushare.ollama.catalog import ask_models
 from pytest_gpushare.ollama.models import ModelFacts, RunModel, full_name, grouped, in_order
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN
 from pytest_gpushare.ollama.reservation import Demand, devices_of_ollama, need_of, server_of
+from pytest_gpushare.scheduler.model_room import Estimate, ModelLoad, choose
 from pytest_gpushare.scheduler.needs import ModelUse
-from pytest_gpushare.scheduler.phases import BESIDE, Estimate, ModelLoad, choose
-from pytest_gpushare.scheduler.types import CloseModel, ModelGroup, OpenModel
+from pytest_gpushare.scheduler.types import BESIDE, CloseModel, ModelGroup, OpenModel
 from pytest_gpushare.session.llm_loads import Load, ModelLoads, Phase, RunParts
 from pytest_gpushare.session.model_turns import Limited
 from pytest_gpushare.text import printable
