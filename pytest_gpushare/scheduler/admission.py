@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from itertools import islice
+from typing import TYPE_CHECKING
 
 from pytest_gpushare.scheduler.backfilling import Backfilling
 from pytest_gpushare.scheduler.cpu_pool import Helping
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
-from pytest_gpushare.scheduler.queue import GROUPED, USUAL, Kind, Order, Unit
+from pytest_gpushare.scheduler.queue import GROUPED, USUAL, Order, Unit
 from pytest_gpushare.scheduler.types import (
     Action,
     Admission,
@@ -19,7 +20,7 @@ from pytest_gpushare.scheduler.types import (
 )
 
 if TYPE_CHECKING:
-    from pytest_gpushare.scheduler.model_queue import ModelQueue
+    from pytest_gpushare.scheduler.model_dispatch import ModelDispatch
 
 TRIES = 64
 """Units that are looked at for one worker: those that it has not collected cost a try each."""
@@ -28,46 +29,6 @@ CHAIN = 0.1
 """Seconds for which tests are expected to last that a worker is sent at once."""
 
 MOST_IN_CHAIN = 128
-
-
-def first_for(worker: GpuWorker, pool: GpuPool, *, unbarred: bool = False) -> Unit | None:
-    """The first pending unit that it may ever begin; `unbarred`: that no model keeps waiting."""
-    pending = pool.pending
-
-    def may_begin(unit: Unit) -> bool:
-        barred = unbarred and pool.bars(worker, unit.tests[0])
-        return not barred and pool.may_begin(worker, unit)
-
-    for unit in pending.again:
-        if may_begin(unit):
-            return unit
-    first: Unit | None = None
-    for kind, tree in pending.trees.items():
-        most = worker.most.get(kind[0], -1)
-        rank = tree.first(most)
-        while rank >= 0 and not may_begin(pending.units[rank]):
-            rank = tree.first(most, rank + 1)
-        if rank >= 0 and (first is None or rank < first.rank):
-            first = pending.units[rank]
-    return first
-
-
-class ModelTests(Protocol):
-    """The tests that use models of Ollama's, as far as GPU workers run them."""
-
-    queue: ModelQueue
-
-    def use(self, worker: GpuWorker) -> Run | None:
-        """A test for a worker that has nothing else to go on with."""
-
-    def began(self, worker: GpuWorker, test: int) -> None:
-        """A test was admitted; one whose model is missing is refused."""
-
-    def allows(self, worker: str, test: int) -> bool:
-        """Whether a test may start as far as models go."""
-
-    def may_wait(self, worker: GpuWorker, test: int) -> bool:
-        """Whether a test may wait in a worker: not where models keep its VRAM for long."""
 
 
 class Admitting:
@@ -79,7 +40,7 @@ class Admitting:
         self._backfilling = backfilling
         self._may_split = pool.policy.dist not in GROUPED
         self._may_share = self._may_split and any(job.group for job in pool.jobs)
-        self.models: ModelTests | None = None
+        self.models: ModelDispatch | None = None
         """The tests that use models of Ollama's; None: there are none."""
 
     # --- tests that wait for admission ---
@@ -112,28 +73,23 @@ class Admitting:
         if self.models is not None and not self.models.allows(worker.id, test):
             return False
         if test in pool.forced:
-            return pool.may_force(worker, test)
-        kind = pool.kind_of(test)
-        need = pool.bytes_for(worker, test)
-        if not (
-            need <= pool.limit(worker, kind) and self._backfilling.allows(worker, test, need, kind)
-        ):
-            return False
-        return not pool.has_left_behind(worker) or self._fits_beside_what_was_left(
-            worker, test, kind
+            return not pool.has_neighbours(worker)
+        return (
+            pool.bytes_for(worker, test) <= pool.limit(worker, pool.kind_of(test))
+            and self._backfilling.allows(worker, test)
+            and self._fits_beside_what_was_left(worker, test)
         )
 
-    def _fits_beside_what_was_left(self, worker: GpuWorker, test: int, kind: Kind) -> bool:
+    def _fits_beside_what_was_left(self, worker: GpuWorker, test: int) -> bool:
         """Whether the test fits though processes of earlier tests of this worker live on."""
         pool = self._pool
-        for device in pool.devices(worker, kind[0]):
+        if not pool.has_left_behind(worker):
+            return True
+        for device in pool.devices(worker, test):
             live = pool.ledgers[device].limit_by_free_vram(worker.id)
             if live is not None and pool.live_need(worker, test, device) > live:
                 return False
         return True
-
-    def _unit_fits(self, worker: GpuWorker, unit: Unit) -> bool:
-        return self._fits(worker, unit.tests[0])
 
     # --- workers that ask ---
 
@@ -178,7 +134,7 @@ class Admitting:
         unit = worker.unit
         if unit is None or not unit.tests or not self._may_split or self._may_wait(worker, unit):
             return
-        if self._unit_fits(worker, unit):
+        if self._fits(worker, unit.tests[0]):
             return
         worker.unit = None
         self._pool.pending.back(unit)
@@ -195,7 +151,7 @@ class Admitting:
         if not worker.sent:
             return True
         need = pool.bytes_for(worker, test)
-        for device in pool.devices(worker, pool.need(test).devices):
+        for device in pool.devices(worker, test):
             ledger = pool.ledgers[device]
             live = ledger.limit_by_free_vram(worker.id)
             if live is not None and need > live - ledger.accounts[worker.id].present:
@@ -214,7 +170,7 @@ class Admitting:
         """What this worker can begin now."""
         due = self._due(worker)
         if due is not None:
-            return due if self._unit_fits(worker, due) else None
+            return due if self._fits(worker, due.tests[0]) else None
         unit = self._first(worker)
         if unit is None and self._may_share:
             unit = self._share(worker, must_fit=True)
@@ -225,25 +181,21 @@ class Admitting:
         due = self._due(worker)
         if due is not None:
             return due
-        unit = self._soonest(worker) or first_for(worker, self._pool)
+        unit = self._soonest(worker) or self._pool.first_for(worker)
         if unit is None and self._may_share:
             unit = self._share(worker, must_fit=False)
         return unit
 
     def _soonest(self, worker: GpuWorker) -> Unit | None:
         """The first pending unit in the order of those that will fit first."""
-        pool = self._pool
+        pool, units = self._pool, self._pool.pending.units
         tree = pool.pending.trees.get(USUAL)
         if tree is None or pool.pending.again:
             return None
         for limit in self._backfilling.room_to_come(worker):
-            rank = tree.first(limit)
-            for _ in range(TRIES):
-                if rank < 0:
-                    break
-                if pool.may_begin(worker, pool.pending.units[rank]):
-                    return pool.pending.units[rank]
-                rank = tree.first(limit, rank + 1)
+            for rank in islice(tree.up_to(limit), TRIES):
+                if pool.may_begin(worker, units[rank]):
+                    return units[rank]
         return None
 
     def _bind(self, worker: GpuWorker, unit: Unit, *, waits: bool, reserved: bool = False) -> Run:
@@ -337,7 +289,7 @@ class Admitting:
         pool = self._pool
         pending = pool.pending
         for unit in pending.again:
-            if pool.may_begin(worker, unit) and self._unit_fits(worker, unit):
+            if pool.may_begin(worker, unit) and self._fits(worker, unit.tests[0]):
                 return unit
         best = -1
         plain = worker.collected is None
@@ -354,7 +306,7 @@ class Admitting:
                 unit = pending.units[rank]
                 # What fits now is a test that the worker could ever run, if it has collected it.
                 known = (plain and not unit.key) or pool.may_begin(worker, unit)
-                if known and (sure or self._unit_fits(worker, unit)):
+                if known and (sure or self._fits(worker, unit.tests[0])):
                     best = rank
                     break
                 rank = tree.first(limit, rank + 1)
@@ -396,7 +348,7 @@ class Admitting:
             return None
         half = len(whole.tests) // 2
         part = Unit(whole.tests[-half:], whole.key)
-        if not worker.knows(part.tests[0]) or (must_fit and not self._unit_fits(worker, part)):
+        if not worker.knows(part.tests[0]) or (must_fit and not self._fits(worker, part.tests[0])):
             return None
         del whole.tests[-half:]
         pool.pending.back(part)
@@ -407,7 +359,7 @@ class Admitting:
     def _take(self, worker: GpuWorker, unit: Unit) -> None:
         pool = self._pool
         if worker.unit is not unit:
-            pool.pending.take(unit, pool.kind(unit))
+            pool.pending.take(unit)
             worker.begin(unit)
 
     def _begin(self, worker: GpuWorker, unit: Unit, *, while_ending: bool = False) -> Run:
@@ -436,7 +388,7 @@ class Admitting:
             next_unit = self._fitting(worker)
             if next_unit is not None:
                 following = pool.expected(next_unit.tests[0])
-                kind = pool.kind(next_unit)
+                kind = pool.kind_of(next_unit.tests[0])
                 if following is None or seconds + following > CHAIN or kind != USUAL:
                     next_unit = None
         self._backfilling.admitted(worker, tests)

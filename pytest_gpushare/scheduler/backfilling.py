@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
-from pytest_gpushare.scheduler.queue import Kind, Unit
+from pytest_gpushare.scheduler.queue import Unit
 
 if TYPE_CHECKING:
     from pytest_gpushare.scheduler.accounts import DeviceLedger
@@ -39,7 +39,7 @@ class Backfilling:
         """
         for worker in self._pool.waiting.values():
             test = worker.bound
-            if test is None or device not in self._devices_of(worker):
+            if test is None or device not in self._pool.devices(worker, test):
                 continue
             if not self._pool.bars(worker, test):
                 yield worker
@@ -50,22 +50,17 @@ class Backfilling:
             return None
         return next(self.waiting(device), None)
 
-    def _devices_of(self, worker: GpuWorker) -> tuple[str, ...]:
-        assert worker.bound is not None
-        return self._pool.devices(worker, self._pool.need(worker.bound).devices)
-
-    def allows(self, worker: GpuWorker, test: int, need: int, kind: Kind) -> bool:
+    def allows(self, worker: GpuWorker, test: int) -> bool:
         """Whether this test may start here, as far as those are concerned that wait."""
         pool = self._pool
         return not pool.waiting or all(
-            self._allows_on(pool.ledgers[device], worker, test, need, kind[1])
-            for device in pool.devices(worker, kind[0])
+            self._allows_on(pool.ledgers[device], worker, test)
+            for device in pool.devices(worker, test)
         )
 
-    def _allows_on(
-        self, ledger: DeviceLedger, worker: GpuWorker, test: int, need: int, exclusive: bool
-    ) -> bool:
+    def _allows_on(self, ledger: DeviceLedger, worker: GpuWorker, test: int) -> bool:
         pool = self._pool
+        need = pool.bytes_for(worker, test)
         left = ledger.capacity.budget
         running: list[tuple[float, int, bool]] = []
         for name, account in ledger.accounts.items():
@@ -86,7 +81,7 @@ class Backfilling:
             if goes_first and pool.jobs[head.bound].model is None:
                 continue
             more = pool.bytes_for(head, head.bound) - ledger.accounts[head.id].committed
-            alone = pool.kind_of(head.bound)[1] or head.bound in pool.forced
+            alone = pool.is_alone(head.bound)
             if more <= left and not alone:
                 # It starts as soon as this worker's test is over.
                 left -= more
@@ -107,7 +102,7 @@ class Backfilling:
             left += freed
             if is_known:
                 start = max(start, over)
-        if not alone and not exclusive and need <= left:
+        if not alone and not pool.is_alone(test) and need <= left:
             return True
         seconds = pool.expected(test)
         return seconds is not None and pool.at + seconds <= start

@@ -26,10 +26,10 @@ from pytest_gpushare.scheduler.types import (
 class CpuWorker:
     """What a CPU worker has to do."""
 
-    worker: Worker
+    id: str
     collected: Collection[int] | None
-    queue: list[int] = field(default_factory=list)
-    """Sent and not finished, in order."""
+    sent: list[int] = field(default_factory=list)
+    """Tests that are not over, in order."""
     share: deque[int] = field(default_factory=deque)
     """Under worksteal: its share, not sent yet; others may take from its end."""
     asks: bool = False
@@ -40,9 +40,9 @@ class CpuWorker:
     is_taken: bool = False
     """Whether it has a chain of tests of which some use a model, and gets nothing else."""
 
-    def knows(self, test: int) -> bool:
-        """Whether it has collected the test."""
-        return self.collected is None or test in self.collected
+    def knows(self, *tests: int) -> bool:
+        """Whether it has collected these tests."""
+        return self.collected is None or all(test in self.collected for test in tests)
 
 
 WORTH_HELP = 0.01
@@ -70,13 +70,13 @@ class CpuPool:
         """GPU tests that run without a GPU, and why."""
         self.divert: Callable[[int], bool] | None = None
         """Takes tests that go elsewhere, as they use a model of Ollama's; None: there are none."""
-        self._durations = [0.0, 0]
+        self._seconds, self._finished = 0.0, 0
+        """How long tests have taken in all, and how many."""
 
     def add(self, tests: Sequence[int]) -> None:
         """Tests to be run, in this order."""
         if self.divert is not None:
-            divert = self.divert
-            tests = [test for test in tests if not divert(test)]
+            tests = [test for test in tests if not self.divert(test)]
         if self._policy.dist in GROUPED:
             units = in_parts(in_units(tests, self._jobs), self._could_run_whole)
             if self._policy.reorder:
@@ -102,36 +102,33 @@ class CpuPool:
 
     def could_run(self, *tests: int) -> bool:
         """Whether one CPU worker has collected these tests."""
-        return any(
-            not worker.ending and all(map(worker.knows, tests)) for worker in self.workers.values()
-        )
+        return any(not worker.ending and worker.knows(*tests) for worker in self.workers.values())
 
     def _could_run_whole(self, unit: Unit) -> bool:
         return self.could_run(*unit.tests)
 
     def up(self, worker: Worker, collected: Collection[int] | None) -> None:
         """A worker is ready."""
-        self.workers[worker.id] = cpu_worker = CpuWorker(worker, collected)
-        self._low[worker.id] = cpu_worker
+        self.workers[worker.id] = self._low[worker.id] = CpuWorker(worker.id, collected)
 
     def down(self, worker: str) -> list[int]:
-        """A worker is gone; what it had begun or not, the one that it ran first."""
+        """A worker is gone; returns what it was sent, the test that it ran first."""
         cpu_worker = self.workers.pop(worker)
         self._low.pop(worker, None)
         self._pending.extendleft(reversed(cpu_worker.share))
-        return cpu_worker.queue
+        return cpu_worker.sent
 
     def finished(self, worker: str, test: int, duration: float | None) -> bool:
         """A test is over. Returns whether the worker wants more."""
         cpu_worker = self.workers[worker]
-        cpu_worker.queue.remove(test)
+        cpu_worker.sent.remove(test)
         if duration is not None:
-            self._durations[0] += duration
-            self._durations[1] += 1
-        if self._wants(cpu_worker, duration):
+            self._seconds += duration
+            self._finished += 1
+        wants = self._wants(cpu_worker, duration)
+        if wants:
             self._low[worker] = cpu_worker
-            return True
-        return False
+        return wants
 
     def orphans(self) -> list[int]:
         """Take out the tests that no CPU worker can run any more."""
@@ -139,7 +136,8 @@ class CpuPool:
             return []
         found: list[int] = []
         queues: list[MutableSequence[int]] = [self._pending, *(unit.tests for unit in self._units)]
-        for queue in [*queues, *(worker.share for worker in self.workers.values())]:
+        queues += [worker.share for worker in self.workers.values()]
+        for queue in queues:
             lost = [test for test in queue if not self.could_run(test)]
             for test in lost:
                 queue.remove(test)
@@ -151,11 +149,10 @@ class CpuPool:
     @property
     def average(self) -> float | None:
         """Seconds that a test lasts on average; None: unknown yet."""
-        total, count = self._durations
-        return total / count if count else None
+        return self._seconds / self._finished if self._finished else None
 
     def _wants(self, worker: CpuWorker, duration: float | None) -> bool:
-        held = len(worker.queue)
+        held = len(worker.sent)
         if worker.is_shallow:
             return not held
         if self._policy.dist in GROUPED:
@@ -174,10 +171,9 @@ class CpuPool:
     def next_test_requested(self, worker: str, test: int) -> None:
         """A worker wants to know what follows this test, which was its last."""
         cpu_worker = self.workers[worker]
-        if cpu_worker.queue[-1:] != [test]:
-            return
-        cpu_worker.asks = True
-        self._low[worker] = cpu_worker
+        if cpu_worker.sent[-1:] == [test]:
+            cpu_worker.asks = True
+            self._low[worker] = cpu_worker
 
     def refill(self, *, more_may_come: bool) -> Iterator[Action]:
         """More for the workers that want it; where nothing is left, what becomes of them."""
@@ -190,12 +186,12 @@ class CpuPool:
             tests = self._next(worker)
             if tests:
                 worker.asks = False
-                worker.queue.extend(tests)
-                yield Run(worker.worker.id, tuple(tests), self._admissions(tests))
+                worker.sent.extend(tests)
+                yield Run(worker.id, tuple(tests), self._admissions(tests))
             elif worker.asks:
                 worker.asks = False
                 worker.ending = not more_may_come
-                yield Park(worker.worker.id) if more_may_come else Shutdown(worker.worker.id)
+                yield Park(worker.id) if more_may_come else Shutdown(worker.id)
 
     def _admissions(self, tests: Sequence[int]) -> Mapping[int, Admission]:
         if not (self.refusals or self.notes):
@@ -207,14 +203,14 @@ class CpuPool:
         }
 
     def _next(self, worker: CpuWorker) -> list[int]:
-        if worker.is_shallow and worker.queue and not worker.asks:
+        if worker.is_shallow and worker.sent and not worker.asks:
             return []
         if self._policy.dist in GROUPED:
             return self._next_unit(worker)
         if self._policy.dist == "worksteal":
             return self._next_of_share(worker)
-        count = max(2, len(self._pending) // max(1, len(self.workers)) // 2) - len(worker.queue)
-        most = max(2 - len(worker.queue), self._policy.chunk or len(self._jobs))
+        count = max(2, len(self._pending) // max(1, len(self.workers)) // 2) - len(worker.sent)
+        most = max(2 - len(worker.sent), self._policy.chunk or len(self._jobs))
         if worker.is_shallow:
             count = most = 1
         if len(self._pending) < 2 * len(self.workers):
@@ -225,8 +221,8 @@ class CpuPool:
     def _next_unit(self, worker: CpuWorker) -> list[int]:
         tests: list[int] = []
         most = 1 if worker.is_shallow else 2
-        while len(worker.queue) * (not worker.is_shallow) + len(tests) < most:
-            known = (unit for unit in self._units if all(map(worker.knows, unit.tests)))
+        while len(worker.sent) * (not worker.is_shallow) + len(tests) < most:
+            known = (unit for unit in self._units if worker.knows(*unit.tests))
             unit = next(known, None)
             if unit is None:
                 break
@@ -237,7 +233,7 @@ class CpuPool:
     def _next_of_share(self, worker: CpuWorker) -> list[int]:
         # One that knows no next test tears down what that test uses, too.
         least = int(worker.asks)
-        count = 1 if worker.is_shallow else max(least, self._depth() - len(worker.queue))
+        count = 1 if worker.is_shallow else max(least, self._depth() - len(worker.sent))
         tests = self._known(worker, worker.share, count)
         if not tests and not worker.share:
             richest = max(self.workers.values(), key=lambda other: len(other.share))

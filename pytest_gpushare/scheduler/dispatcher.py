@@ -173,7 +173,7 @@ class Dispatcher:
         pending = self._gpu.pending
         units = pending.all()
         for unit in units:
-            pending.take(unit, self._gpu.kind(unit))
+            pending.take(unit)
         for unit in sorted(units, key=lambda unit: places.get(unit.tests[0], -1)):
             pending.back(unit)
 
@@ -290,8 +290,7 @@ class Dispatcher:
             self._requeue([test])
         else:
             self._alone.again(test)
-            self._gpu.pending.back(Unit([test]), first=True)
-            self._gpu.note_change()
+            self._gpu.put_back(Unit([test]), first=True)
 
     def stop(self, stopping: bool = True) -> None:
         """Say whether the run ends before its tests are done: then nothing more is handed out."""
@@ -323,9 +322,7 @@ class Dispatcher:
         if cpu:
             self._cpu.add(cpu)
         for unit in units:
-            self._gpu.pending.back(unit)
-        if units:
-            self._gpu.note_change()
+            self._gpu.put_back(unit)
 
     # --- what is to be done ---
 
@@ -456,8 +453,7 @@ class Dispatcher:
         if self._models is not None:
             actions += self._models.stop()
         for worker in list(gpu.waiting.values()):
-            busy = any(gpu.ledgers[device].runs_beside(worker.id) for device in worker.devices)
-            if not worker.sent and not busy and worker.emptying is None:
+            if not (worker.sent or gpu.has_neighbours(worker) or worker.emptying is not None):
                 actions.append(self._pressure.reclaiming.ask(worker, withdraw=True))
         return actions
 

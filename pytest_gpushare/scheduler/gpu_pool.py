@@ -18,8 +18,7 @@ class GpuWorker:
     __slots__ = (
         "bound", "collected", "deadline", "device", "devices", "emptied",
         "emptying", "ending", "helps_in", "id", "last_group", "latest", "leaves", "left_groups",
-        "more", "most", "own_device", "question", "reserved", "sent", "serial", "slot", "unit",
-        "waiting_since",
+        "more", "most", "question", "reserved", "sent", "slot", "unit", "waiting_since",
     )  # fmt: skip
 
     def __init__(
@@ -33,7 +32,6 @@ class GpuWorker:
         self.devices = worker.devices
         self.device = worker.devices[0]
         """Its own."""
-        self.own_device = worker.devices[:1]
         self.collected = collected
         budgets = [capacities[device].budget for device in worker.devices]
         self.most = {count: min(budgets[:count]) for count in range(1, len(budgets) + 1)}
@@ -56,8 +54,6 @@ class GpuWorker:
         """The GPU test that it was given last."""
         self.unit: Unit | None = None
         """The group of which it has been given a part, with the tests that follow."""
-        self.serial = 0
-        """The number of its latest admission."""
         self.ending = False
         self.leaves = False
         """Whether it is to end as soon as it is idle, for another session's sake."""
@@ -101,9 +97,9 @@ class GpuWorker:
         is_in_order = unit.key.startswith(IN_ORDER)
         return is_in_order and unit.key == self.last_group and test < self.latest
 
-    def knows(self, test: int) -> bool:
-        """Whether it has collected the test."""
-        return self.collected is None or test in self.collected
+    def knows(self, *tests: int) -> bool:
+        """Whether it has collected these tests."""
+        return self.collected is None or all(test in self.collected for test in tests)
 
 
 class GpuPool:
@@ -122,6 +118,7 @@ class GpuPool:
         )
         """Whether a test wants several devices: what changes on one matters on others."""
         self.serial = 0
+        """The number of the latest admission."""
         self.largest: Mapping[int, int] = {}
         """Number of devices -> the largest budget that a test on so many can get."""
         self._needs: list[Need] = []
@@ -174,8 +171,7 @@ class GpuPool:
         self.raising.pop(worker.id, None)
         self.exclusive.discard(worker.id)
         self.note_change()
-        if worker.bound is not None:
-            self.unbind(worker)
+        self.unbind(worker)
         unit, worker.unit = worker.unit, None
         if unit is None or not unit.tests:
             return []
@@ -192,8 +188,13 @@ class GpuPool:
         group = self.jobs[test].group
         if worker.unit is not None and worker.unit.tests and worker.unit.key == group:
             worker.unit.put_first(test)
+            self.note_change()
         else:
-            self.pending.back(Unit([test], group))
+            self.put_back(Unit([test], group))
+
+    def put_back(self, unit: Unit, *, first: bool = False) -> None:
+        """A unit is pending again."""
+        self.pending.back(unit, first=first)
         self.note_change()
 
     def refresh(self, worker: GpuWorker) -> None:
@@ -277,19 +278,17 @@ class GpuPool:
         """What is known of its need."""
         return self._needs[test]
 
-    def kind(self, unit: Unit) -> Kind:
-        """How many devices its next test wants, and whether alone."""
-        if unit.kind is None:
-            unit.kind = self.kind_of(unit.tests[0])
-        return unit.kind
-
     def kind_of(self, test: int) -> Kind:
         """How many devices the test wants, and whether alone."""
         return kind_of(self.need(test))
 
-    def devices(self, worker: GpuWorker, count: int) -> tuple[str, ...]:
+    def is_alone(self, test: int) -> bool:
+        """Whether no other GPU test may run on the devices of this one."""
+        return self._needs[test].exclusive or test in self.forced
+
+    def devices(self, worker: GpuWorker, test: int) -> tuple[str, ...]:
         """The devices that a test uses in this worker."""
-        return worker.own_device if count == 1 else worker.devices[:count]
+        return worker.devices[: self._needs[test].devices]
 
     def bytes_for(self, worker: GpuWorker, test: int) -> int:
         """Bytes on each device with which the test is admitted in this worker."""
@@ -322,9 +321,7 @@ class GpuPool:
 
     def could(self, worker: GpuWorker, unit: Unit) -> bool:
         """Whether this worker can ever run all tests of the unit."""
-        if worker.ending:
-            return False
-        if worker.collected is not None and not all(worker.knows(test) for test in unit.tests):
+        if worker.ending or not worker.knows(*unit.tests):
             return False
         if unit.wants is None and len(unit.tests) == 1:
             test = unit.tests[0]
@@ -352,6 +349,15 @@ class GpuPool:
                     return False
         return self.could(worker, unit)
 
+    def first_for(self, worker: GpuWorker, *, unbarred: bool = False) -> Unit | None:
+        """The first pending unit that it may ever begin; `unbarred`: that waits for no model."""
+
+        def suits(unit: Unit) -> bool:
+            is_barred = unbarred and self.bars(worker, unit.tests[0])
+            return not is_barred and self.may_begin(worker, unit)
+
+        return self.pending.first(worker.most, suits)
+
     # --- admission ---
 
     def limit(self, worker: GpuWorker, kind: Kind) -> int:
@@ -362,16 +368,13 @@ class GpuPool:
         count, exclusive = kind
         if self.raising and worker.id not in self.raising:
             # A test that runs already and waits for more goes before those that have not begun.
-            wanted = self.devices(worker, count)
+            wanted = worker.devices[:count]
             if any(other.device in wanted for other in self.raising.values()):
                 return -1
-        if count == 1 and not exclusive and not self.exclusive:
-            return self.ledgers[worker.device].limit(worker.id)
-        devices = self.devices(worker, count)
-        if len(devices) < count:
+        if len(worker.devices) < count:
             return -1
-        most = 1 << 61
-        for device in devices:
+        limits = []
+        for device in worker.devices[:count]:
             ledger = self.ledgers[device]
             if exclusive and ledger.runs_beside(worker.id):
                 return -1
@@ -379,45 +382,40 @@ class GpuPool:
                 ledger.running.keys() - {worker.id}
             ):
                 return -1
-            limit = ledger.limit(worker.id)
-            if limit < most:
-                most = limit
-        return most
+            limits.append(ledger.limit(worker.id))
+        return min(limits)
 
-    def may_force(self, worker: GpuWorker, test: int) -> bool:
-        """Whether a test for which there is no room may start all the same: it is alone."""
-        return test in self.forced and not any(
-            self.ledgers[device].runs_beside(worker.id) for device in worker.devices
-        )
+    def has_neighbours(self, worker: GpuWorker) -> bool:
+        """Whether other tests run on its devices."""
+        return any(self.ledgers[device].runs_beside(worker.id) for device in worker.devices)
 
     def assign(self, worker: GpuWorker, test: int, *, ahead: bool = False) -> bool:
         """Count a test as running in this worker. Returns whether it is alone on its devices.
 
         `ahead`: it was sent while the running one ends, and takes what is free now.
         """
-        count, exclusive = self.kind_of(test)
-        exclusive = exclusive or test in self.forced
+        is_alone = self.is_alone(test)
         self.serial += 1
-        worker.serial, worker.emptied = self.serial, 0
+        worker.emptied = 0
         worker.sent.append(test)
         need = self.bytes_for(worker, test)
-        if need or exclusive:
-            for device in self.devices(worker, count):
+        if need or is_alone:
+            for device in self.devices(worker, test):
                 ledger = self.ledgers[device]
                 before = ledger.running.get(worker.id)
                 whole = self.live_need(worker, test, device) if need else 0
                 ledger.start(worker.id, whole if before is None else max(whole, before.need))
                 if ahead and before is not None:
                     ledger.keep_ahead(worker.id, max(whole, before.ahead))
-        if exclusive:
+        if is_alone:
             self.exclusive.add(worker.id)
         self.idle[worker.device].pop(worker.id, None)
-        return exclusive
+        return is_alone
 
     def reserve(self, worker: GpuWorker, test: int) -> None:
         """Keep room for a test that is to start when the running one of this worker is over."""
         need = self.bytes_for(worker, test)
-        for device in self.devices(worker, self.need(test).devices):
+        for device in self.devices(worker, test):
             ledger = self.ledgers[device]
             running = ledger.running.get(worker.id)
             if running is not None and need > running.need:
@@ -442,27 +440,24 @@ class GpuPool:
                 size = None if held is None else held.get(worker.device)
                 return {worker.device: ledger.stop(worker.id, size)}
             return {}
-        count, exclusive = self.kind_of(test)
-        exclusive = exclusive or test in self.forced
+        is_alone = self.is_alone(test)
         for device in worker.devices:
             if self.ledgers[device].accounts[worker.id].ahead:
                 self.ledgers[device].keep_ahead(worker.id, 0)
                 self.note_change(device)
         rest = [t for t in worker.sent if t not in self.helped] if self.helped else worker.sent
-        if len(rest) > 1 and not exclusive and not self.has_several:
+        if len(rest) > 1 and not is_alone and not self.has_several:
             # In a chain of short tests the largest need stands for all of them.
             return {}
-        if exclusive:
+        if is_alone and not any(map(self.is_alone, worker.sent)):
             self.exclusive.discard(worker.id)
-            if any(self.kind_of(t)[1] or t in self.forced for t in worker.sent):
-                self.exclusive.add(worker.id)
         returned: dict[str, int] = {}
-        for device in self.devices(worker, count):
+        for device in self.devices(worker, test):
             ledger = self.ledgers[device]
             if worker.id not in ledger.running:
                 continue
             returned[device] = ledger.stop(worker.id, None if held is None else held.get(device))
-            here = [t for t in rest if device in self.devices(worker, self.need(t).devices)]
+            here = [t for t in rest if device in self.devices(worker, t)]
             need = max((self.bytes_for(worker, t) for t in here), default=0)
             if need or (here and worker.id in self.exclusive):
                 ledger.start(worker.id, need)

@@ -7,7 +7,6 @@ do, or that asks for what follows, so that it starts at once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_gpushare.scheduler.model_room import ModelRoom
@@ -37,10 +36,6 @@ if TYPE_CHECKING:
 
 IDLE = 1.0
 """Seconds for which no worker runs anything before a model makes way that nobody can use."""
-
-
-def _knows(worker: CpuWorker | GpuWorker, *tests: int) -> bool:
-    return all(map(worker.knows, tests))
 
 
 class ModelDispatch:
@@ -93,7 +88,7 @@ class ModelDispatch:
 
         def could_run(*tests: int) -> bool:
             return cpu.could_run(*tests) or any(
-                _knows(worker, *tests) and not worker.ending for worker in gpu.workers.values()
+                worker.knows(*tests) and not worker.ending for worker in gpu.workers.values()
             )
 
         for test in self.queue.orphans(could_run):
@@ -140,8 +135,7 @@ class ModelDispatch:
             if refusal is not None:
                 gpu.refuse(test, *refusal)
             # First, as it has one of the places for which others wait.
-            gpu.pending.back(Unit([test]), first=True)
-            gpu.note_change()
+            gpu.put_back(Unit([test]), first=True)
             # Its worker may have gone while it was held back, and another may take its place.
             self._fallback.is_due = True
 
@@ -154,9 +148,9 @@ class ModelDispatch:
         wanted = queue.workers_wanted
         for number, worker in enumerate(cpu.workers.values()):
             worker.is_shallow = number < wanted
-            worker.is_taken = queue.has_chain(worker.worker.id)
-            if not worker.ending and (not worker.queue or worker.asks):
-                offer = queue.offer(worker.worker.id, partial(_knows, worker))
+            worker.is_taken = queue.has_chain(worker.id)
+            if not worker.ending and (not worker.sent or worker.asks):
+                offer = queue.offer(worker.id, worker.knows)
                 if offer is not None:
                     yield self._to_cpu(worker, offer)
 
@@ -279,7 +273,7 @@ class ModelDispatch:
     def _kept(self, worker: GpuWorker, test: int) -> list[int]:
         """The budgets of a test's devices where models have some of it."""
         gpu = self._gpu
-        ledgers = [gpu.ledgers[uuid] for uuid in gpu.devices(worker, gpu.need(test).devices)]
+        ledgers = [gpu.ledgers[uuid] for uuid in gpu.devices(worker, test)]
         return [ledger.capacity.budget for ledger in ledgers if ledger.has_model_reservation]
 
     def release(self, group: int) -> None:
@@ -322,25 +316,22 @@ class ModelDispatch:
 
     def _is_idle(self) -> bool:
         gate = self.queue.gate
-        sent = [(w.id, w.sent) for w in self._gpu.workers.values() if w.emptying is None]
-        sent += [(w.worker.id, w.queue) for w in self._cpu.workers.values()]
-        is_complete = len(sent) == len(self._gpu.workers) + len(self._cpu.workers)
+        workers: list[GpuWorker | CpuWorker] = [*self._gpu.workers.values()]
+        workers += self._cpu.workers.values()
         return (
-            bool(sent)
-            and is_complete
-            and all(
-                not has or (len(has) == 1 and gate.get(worker) == has[0]) for worker, has in sent
-            )
+            bool(workers)
+            and all(worker.emptying is None for worker in self._gpu.workers.values())
+            and all(not each.sent or each.sent == [gate.get(each.id)] for each in workers)
         )
 
     def _to_cpu(self, worker: CpuWorker, offer: Offer) -> Run:
         worker.asks = False
-        worker.queue.append(offer.test)
-        worker.is_taken = self.queue.has_chain(worker.worker.id)
+        worker.sent.append(offer.test)
+        worker.is_taken = self.queue.has_chain(worker.id)
         note = self._cpu.notes.pop(offer.test, "")
         refusal = self._cpu.refusals.pop(offer.test, None)
         offer = offer._replace(refusal=offer.refusal or refusal)
-        return self._run(worker.worker.id, offer, note)
+        return self._run(worker.id, offer, note)
 
     def use(self, worker: GpuWorker) -> Run | None:
         """A test for a GPU worker that has no group to go on with; None where it gets none."""
@@ -351,7 +342,7 @@ class ModelDispatch:
             return None
         # CPU workers are for these tests, where they have collected them.
         offer = self.queue.offer(
-            worker.id, lambda *tests: _knows(worker, *tests) and not self._cpu.could_run(*tests)
+            worker.id, lambda *tests: worker.knows(*tests) and not self._cpu.could_run(*tests)
         )
         if offer is None:
             return None

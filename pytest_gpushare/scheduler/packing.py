@@ -6,11 +6,13 @@ order that fits starts. Deterministic, and bounded by a number of steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
 
 from pytest_gpushare.scheduler.gpu_pool import GpuPool
+from pytest_gpushare.scheduler.needs import Need
 from pytest_gpushare.scheduler.queue import GROUPED, Pending, Unit, in_parts, in_units, kind_of
 from pytest_gpushare.scheduler.types import Job
 
@@ -65,23 +67,26 @@ def ordered(
     )
     heads = [gpu.need(unit.tests[0]) for unit in units]
     kinds = [kind_of(head) for head in heads]
-    needs = [slots[head.devices] if head.vram is None else head.vram for head in heads]
+
+    def size_of(need: Need) -> int:
+        return slots[need.devices] if need.vram is None else need.vram
+
+    def whole_size(unit: Unit) -> int:
+        """The largest need of a unit's tests, in bytes; that of a test alone is the device."""
+        needs = [gpu.need(test) for test in unit.tests]
+        return max(largest if need.exclusive else size_of(need) for need in needs)
+
+    needs = [size_of(head) for head in heads]
 
     def pending(order: Sequence[int]) -> Pending:
-        return Pending(
-            [units[at] for at in order], [kinds[at] for at in order], [needs[at] for at in order]
-        )
+        return Pending([(units[at], kinds[at], needs[at]) for at in order])
 
     if grouped and alone and gpu.policy.reorder:
         return pending(sorted(range(len(units)), key=lambda at: -len(units[at].tests))), False
     if alone or (grouped and not gpu.policy.reorder):
         return pending(range(len(units))), False
-    sizes = [largest if kind[1] else need for kind, need in zip(kinds, needs, strict=True)]
-    times = [jobs[unit.tests[0]].duration for unit in units]
-    for at, unit in enumerate(units):
-        if len(unit.tests) > 1:
-            sizes[at], times[at] = _whole(unit, jobs, gpu, slots, largest)
-    order = best_order(sizes, times, bins)
+    sizes = [whole_size(unit) for unit in units]
+    order = best_order(sizes, [_seconds(unit, jobs) for unit in units], bins)
     cold = order is None
     if order is None:
         order = sorted(range(len(units)), key=sizes.__getitem__, reverse=True)
@@ -105,27 +110,16 @@ def _slots(gpu: GpuPool) -> dict[int, int]:
     }
 
 
-def _whole(
-    unit: Unit, jobs: Sequence[Job], gpu: GpuPool, slots: Mapping[int, int], largest: int
-) -> tuple[int, float | None]:
-    """The largest need of a unit's tests, in bytes, and how long they take, if all is known."""
-    needs = [gpu.need(test) for test in unit.tests]
-    sizes = [slots[need.devices] if need.vram is None else need.vram for need in needs]
-    most = max(largest if need.exclusive else size for need, size in zip(needs, sizes, strict=True))
+def _seconds(unit: Unit, jobs: Sequence[Job]) -> float | None:
+    """How long the tests of a unit take; None where one of them is unknown."""
     known = [time for test in unit.tests if (time := jobs[test].duration) is not None]
-    return most, sum(known) if len(known) == len(unit.tests) else None
+    return sum(known) if len(known) == len(unit.tests) else None
 
 
 def _bins(gpu: GpuPool) -> list[Bin]:
-    counts: dict[str, int] = {}
-    for worker in gpu.workers.values():
-        device = worker.devices[0]
-        counts[device] = counts.get(device, 0) + 1
-    capacities = [gpu.ledgers[device].capacity for device in counts]
-    return [
-        Bin(each.budget, count, each.context)
-        for each, count in zip(capacities, counts.values(), strict=True)
-    ]
+    counts = Counter(worker.device for worker in gpu.workers.values())
+    capacities = {device: gpu.ledgers[device].capacity for device in counts}
+    return [Bin(capacities[d].budget, count, capacities[d].context) for d, count in counts.items()]
 
 
 def best_order(
@@ -143,8 +137,6 @@ def best_order(
     largest = max(b.budget for b in bins)
     durations = [max(median if time is None else time, 1e-6) for time in times]
     needs = [max(1, min(size, largest)) for size in sizes]
-    if len(needs) > STEPS:
-        return _sorted(_plain(durations, needs, EXPONENTS[0]))
     # A start costs the more, the more needs there are to choose from.
     levels = _levels(needs, largest)
     tries = min(MOST_TRIES, STEPS * 8 // (len(needs) * (8 + len(set(levels)))))

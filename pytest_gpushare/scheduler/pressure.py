@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pytest_gpushare.scheduler.accounts import DeviceLedger
-from pytest_gpushare.scheduler.admission import first_for
 from pytest_gpushare.scheduler.backfilling import Backfilling
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
-from pytest_gpushare.scheduler.queue import Unit
 from pytest_gpushare.scheduler.types import Action, EmptyCaches, Note, Raised, Shutdown
 from pytest_gpushare.units import MB, format_gb
 
@@ -34,8 +32,6 @@ class Waiter(NamedTuple):
 
     worker: GpuWorker
     test: int
-    unit: Unit | None
-    """None: the test is bound to the worker."""
 
 
 class Reclaiming:
@@ -213,7 +209,7 @@ class Pressure:
         for test in tests:
             if test in pool.helped or test in pool.refusals or test in pool.forced:
                 continue
-            for device in pool.devices(gpu_worker, pool.need(test).devices):
+            for device in pool.devices(gpu_worker, test):
                 blocked = self._blocked.pop(device, None)
                 if blocked is not None and blocked.noted:
                     label = pool.ledgers[device].capacity.label
@@ -272,22 +268,22 @@ class Pressure:
                 return
             if head.waiting_since is None:
                 head.waiting_since = pool.at
-            yield Waiter(head, head.bound, None)
+            yield Waiter(head, head.bound)
         idle = list(pool.idle[device].values())
         if len(idle) > 1:
             accounts = pool.ledgers[device].accounts
             idle.sort(key=lambda worker: -accounts[worker.id].committed)
         for worker in idle:
-            unit = first_for(worker, pool, unbarred=True) or first_for(worker, pool)
+            unit = pool.first_for(worker, unbarred=True) or pool.first_for(worker)
             if unit is not None:
                 if unit.since is None:
                     unit.since = pool.at
-                yield Waiter(worker, unit.tests[0], unit)
+                yield Waiter(worker, unit.tests[0])
 
     def gave_up(self, worker: GpuWorker, test: int) -> tuple[str, int] | None:
         """Device and bytes left there, where the test has waited long enough for others' VRAM."""
         pool = self._pool
-        for device in pool.devices(worker, pool.need(test).devices):
+        for device in pool.devices(worker, test):
             blocked, ledger = self._blocked.get(device), pool.ledgers[device]
             live, need = ledger.limit_by_free_vram(worker.id), pool.live_need(worker, test, device)
             if blocked is not None and blocked.given_up and live is not None and need > live:
@@ -303,10 +299,9 @@ class Pressure:
     def _make_room_for(self, waiter: Waiter) -> list[Action]:
         pool, reclaiming, worker = self._pool, self.reclaiming, waiter.worker
         need = pool.bytes_for(worker, waiter.test)
-        count, exclusive = pool.kind_of(waiter.test)
         if waiter.test in pool.forced:
             return []
-        for device in pool.devices(worker, count):
+        for device in pool.devices(worker, waiter.test):
             ledger = pool.ledgers[device]
             if ledger.has_model_reservation and need > ledger.capacity.budget:
                 # The tests of a model have it for as long as they run.
@@ -328,7 +323,7 @@ class Pressure:
                 if asked or is_on_its_way or comes_back:
                     return asked
                 return list(self._missing(ledger, waiter.test, need, live, whole - need))
-            if exclusive and ledger.runs_beside(worker.id):
+            if pool.need(waiter.test).exclusive and ledger.runs_beside(worker.id):
                 return []
         return []
 
@@ -420,7 +415,7 @@ def raise_needs(pool: GpuPool, reclaiming: Reclaiming) -> Iterator[Action]:
                 left = format_gb(max(0, ledger.limit(worker.id)))
                 text = f"{left} is left for it on {ledger.capacity.label}{held_by(ledger)}"
                 yield Raised(worker.id, more.number, False, is_final=False, text=text)
-            yield from reclaiming.reclaim(ledger, Waiter(worker, worker.sent[0], None), more.size)
+            yield from reclaiming.reclaim(ledger, Waiter(worker, worker.sent[0]), more.size)
 
 
 def _raise(pool: GpuPool, worker: GpuWorker, size: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from pytest_gpushare.scheduler.needs import Need
 from pytest_gpushare.scheduler.types import Job
@@ -86,6 +86,13 @@ class Order:
                 node += 1
         return node - leaves
 
+    def up_to(self, most: int) -> Iterator[int]:
+        """The ranks whose need is at most `most`, in order."""
+        rank = self.first(most)
+        while rank >= 0:
+            yield rank
+            rank = self.first(most, rank + 1)
+
 
 GROUPED = ("loadscope", "loadfile", "loadgroup")
 """The values of `--dist` whose groups are never split."""
@@ -114,8 +121,8 @@ class Unit:
         """The group; empty for a test of its own."""
         self.rank = -1
         """The place in the order; -1: before all, as it was begun or lost already."""
-        self.kind: Kind | None = None
-        """That of its next test; found when asked."""
+        self.kind = USUAL
+        """That of its first test when the order was found."""
         self.overtaken = 0
         """How many tests were admitted before it though it was its turn."""
         self.wants: dict[int, int] | None = None
@@ -125,12 +132,11 @@ class Unit:
 
     def next(self) -> int:
         """Its next test, taken out."""
-        self.kind = None
         return self.tests.pop(0)
 
     def put_first(self, test: int) -> None:
         """Put a test back that was not begun."""
-        self.kind = self.wants = None
+        self.wants = None
         self.tests.insert(0, test)
 
 
@@ -140,9 +146,7 @@ def in_units(numbers: Iterable[int], jobs: Sequence[Job]) -> list[Unit]:
     by_key: dict[str, Unit] = {}
     for number in numbers:
         key = jobs[number].group
-        if not key:
-            units.append(Unit([number]))
-        elif key in by_key:
+        if key and key in by_key:
             by_key[key].tests.append(number)
         else:
             by_key[key] = Unit([number], key)
@@ -164,27 +168,25 @@ def in_parts(units: Iterable[Unit], is_runnable: Callable[[Unit], bool]) -> list
 class Pending:
     """Units that no worker has begun, found by what fits and in order."""
 
-    def __init__(
-        self, units: Sequence[Unit] = (), kinds: Sequence[Kind] = (), needs: Sequence[int] = ()
-    ) -> None:
-        """The units in this order; kind and need, in bytes, of the first test of each."""
-        self.units = units
+    def __init__(self, entries: Sequence[tuple[Unit, Kind, int]] = ()) -> None:
+        """The units in this order, with kind and need, in bytes, of the first test of each."""
+        self.units = [unit for unit, _, _ in entries]
         """By rank."""
         self.again: list[Unit] = []
         """Begun before, by workers that are gone; they come first."""
-        self.count = len(units)
-        for rank, unit in enumerate(units):
-            unit.rank, unit.kind = rank, kinds[rank]
-        self.trees: dict[Kind, Order] = {}
-        for kind in dict.fromkeys(kinds):
-            own = [need if kind == at else NOTHING for at, need in zip(kinds, needs, strict=True)]
-            self.trees[kind] = Order(own)
+        self.count = len(entries)
+        for rank, (unit, kind, _) in enumerate(entries):
+            unit.rank, unit.kind = rank, kind
+        self.trees = {
+            kind: Order([need if of == kind else NOTHING for _, of, need in entries])
+            for kind in dict.fromkeys(kind for _, kind, _ in entries)
+        }
 
-    def take(self, unit: Unit, kind: Kind) -> None:
+    def take(self, unit: Unit) -> None:
         """A worker begins this unit."""
         self.count -= 1
         if unit.rank >= 0:
-            self.trees[kind].take(unit.rank)
+            self.trees[unit.kind].take(unit.rank)
         else:
             self.again.remove(unit)
 
@@ -198,22 +200,24 @@ class Pending:
         """The unit whose turn it is."""
         if self.again:
             return self.again[0]
-        first = -1
-        for tree in self.trees.values():
-            rank = tree.front
-            if rank >= 0 and (rank < first or first < 0):
-                first = rank
-        return self.units[first] if first >= 0 else None
+        fronts = [rank for tree in self.trees.values() if (rank := tree.front) >= 0]
+        return self.units[min(fronts)] if fronts else None
 
     def all(self) -> list[Unit]:
         """Every pending unit; slow."""
-        found = list(self.again)
-        for tree in self.trees.values():
-            rank = tree.front
-            while rank >= 0:
-                found.append(self.units[rank])
-                rank = tree.first(1 << 61, rank + 1)
-        return found
+        ranks = [rank for tree in self.trees.values() for rank in tree.up_to(NOTHING - 1)]
+        return [*self.again, *(self.units[rank] for rank in ranks)]
+
+    def first(self, most: Mapping[int, int], suits: Callable[[Unit], bool]) -> Unit | None:
+        """The first unit that suits; `most`: by number of devices, the largest need that does."""
+        for unit in self.again:
+            if suits(unit):
+                return unit
+        first = len(self.units)
+        for (devices, _), tree in self.trees.items():
+            ranks = tree.up_to(most.get(devices, -1))
+            first = min(first, next((r for r in ranks if suits(self.units[r])), first))
+        return self.units[first] if first < len(self.units) else None
 
 
 class LoadOrder:

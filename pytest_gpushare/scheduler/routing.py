@@ -179,7 +179,7 @@ class Fallback:
         for unit in gpu.pending.all():
             if gpu.any_worker_can_run(unit):
                 continue
-            gpu.pending.take(unit, gpu.kind(unit))
+            gpu.pending.take(unit)
             for test in unit.tests:
                 single = Unit([test])
                 if gpu.any_worker_can_run(single):
@@ -217,7 +217,7 @@ class Fallback:
                 self._cpu.add([test])
             gpu.note_change()
         for unit, reason in gone:
-            gpu.pending.take(unit, gpu.kind(unit))
+            gpu.pending.take(unit)
             # The rest of a group may fit: it stays.
             test = unit.next()
             if unit.tests:
@@ -231,7 +231,7 @@ class Fallback:
         gpu = self._gpu
         for unit in gpu.pending.again:
             if unit.tests[0] == test:
-                gpu.pending.take(unit, gpu.kind(unit))
+                gpu.pending.take(unit)
                 unit.next()
                 if unit.tests:
                     gpu.pending.back(unit)
@@ -251,7 +251,7 @@ class Fallback:
             if not worker.knows(test) or worker.ending or len(worker.devices) < count:
                 continue
             need = gpu.bytes_for(worker, test)
-            if any(need > gpu.ledgers[d].capacity.budget for d in gpu.devices(worker, count)):
+            if any(need > gpu.ledgers[d].capacity.budget for d in gpu.devices(worker, test)):
                 continue
             found = self._pressure.gave_up(worker, test)
             if found is None:

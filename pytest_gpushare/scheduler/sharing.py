@@ -126,7 +126,7 @@ class Sharing:
         found: dict[str, int] = {}
         for count, size in by_count.items():
             for worker in pool.workers.values():
-                for device in pool.devices(worker, count):
+                for device in worker.devices[:count]:
                     found[device] = max(size, found.get(device, 0))
         return found
 
