@@ -64,8 +64,7 @@ class Backfilling:
         left = ledger.capacity.budget
         running: list[tuple[float, int, bool]] = []
         for name, account in ledger.accounts.items():
-            other = pool.workers.get(name)
-            if other is None or other is worker:
+            if name == worker.id:
                 continue
             left -= account.committed
             if name in ledger.running:

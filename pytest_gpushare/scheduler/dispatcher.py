@@ -17,7 +17,7 @@ from pytest_gpushare.scheduler.backfilling import Backfilling
 from pytest_gpushare.scheduler.cpu_pool import CpuPool, Helping
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 from pytest_gpushare.scheduler.packing import ordered
-from pytest_gpushare.scheduler.pressure import Pressure, raise_needs
+from pytest_gpushare.scheduler.pressure import Pressure
 from pytest_gpushare.scheduler.queue import LoadOrder, Unit
 from pytest_gpushare.scheduler.routing import Fallback, routes
 from pytest_gpushare.scheduler.sharing import OwnShare, Sharing
@@ -336,9 +336,7 @@ class Dispatcher:
         self.prepare(at)
         if self._reported or readings is not self._readings:
             self._read(readings)
-        raised = (
-            list(raise_needs(self._gpu, self._pressure.reclaiming)) if self._gpu.raising else []
-        )
+        raised = list(self._pressure.reclaiming.raise_needs())
         return raised + (self._stop() if self._stopping else self._actions())
 
     def prepare(self, at: float) -> None:
@@ -369,11 +367,9 @@ class Dispatcher:
         if alone and self._gpu.policy.dist == "load":
             self._alone = LoadOrder(found.gpu, self._gpu.policy.chunk)
         self._fallback.refuse(found.refused)
-        cpu = set(found.cpu)
         for test, reason in found.without_gpu.items():
-            if self._fallback.decide(test, reason):
-                cpu.add(test)
-        self._cpu.add(sorted(cpu))
+            self._fallback.decide(test, reason)
+        self._cpu.add(sorted([*found.cpu, *found.without_gpu]))
 
     def _actions(self) -> list[Action]:
         gpu, cpu, pressure, fallback = self._gpu, self._cpu, self._pressure, self._fallback

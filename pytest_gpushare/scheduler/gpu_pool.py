@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from pytest_gpushare.scheduler.accounts import DeviceLedger
 from pytest_gpushare.scheduler.needs import IN_ORDER, Need
@@ -205,10 +205,13 @@ class GpuPool:
         else:
             self.idle[worker.device].pop(worker.id, None)
 
+    def workers_on(self, ledger: DeviceLedger) -> Iterator[GpuWorker]:
+        """The workers that see a device."""
+        return (self.workers[name] for name in ledger.accounts)
+
     def staying(self, ledger: DeviceLedger) -> list[GpuWorker]:
-        """The workers of a device that are not about to end."""
-        found = (self.workers.get(name) for name in ledger.accounts)
-        return [worker for worker in found if worker is not None and not worker.ending]
+        """Those that are not about to end."""
+        return [worker for worker in self.workers_on(ledger) if not worker.ending]
 
     def is_leaving(self, worker: GpuWorker) -> bool:
         """Whether it gets no more tests, as an older session needs what it keeps."""

@@ -171,11 +171,8 @@ class ModelRoom:
     def _make_room(self, group: int) -> Iterator[Action]:
         """Take what idle workers hold."""
         for ledger, _ in self.devices_of(group):
-            for name in ledger.accounts:
-                worker = self._gpu.workers.get(name)
-                if worker is None or not worker.is_between_tests:
-                    continue
-                if not ledger.running and worker.emptied < 2:
+            for worker in self._gpu.workers_on(ledger):
+                if worker.is_between_tests and not ledger.running and worker.emptied < 2:
                     yield self._reclaiming.ask(worker, withdraw=worker.emptied == 1)
 
 

@@ -42,12 +42,8 @@ class Reclaiming:
 
     def is_under_way(self, ledger: DeviceLedger) -> bool:
         """Whether a worker gives something back at this moment."""
-        workers = self._pool.workers
-        for name in ledger.accounts:
-            worker = workers.get(name)
-            if worker is not None and (worker.emptying is not None or worker.ending):
-                return True
-        return False
+        workers = self._pool.workers_on(ledger)
+        return any(worker.emptying is not None or worker.ending for worker in workers)
 
     def reclaim(self, ledger: DeviceLedger, waiter: Waiter, need: int) -> list[Action]:
         """Have neighbours empty their caches, give up fixtures or end, as far as it helps."""
@@ -83,8 +79,7 @@ class Reclaiming:
         found = [
             (size, other)
             for size, name in ledger.retained(0 if withdraw else WORTH_EMPTYING)
-            if (other := pool.workers.get(name)) is not None
-            and other is not worker
+            if (other := pool.workers[name]) is not worker
             and other.is_between_tests
             and other.emptied <= withdraw
             and (other.bound is not None or not withdraw)
@@ -142,23 +137,17 @@ class Reclaiming:
         return actions
 
     def _end(self, ledger: DeviceLedger, waiter: Waiter, short: int) -> list[Action]:
-        pool = self._pool
-        idle = [
-            (ledger.accounts[name].committed, other)
-            for name in ledger.accounts
-            if (other := pool.workers.get(name)) is not None
-            and other is not waiter.worker
-            and other.is_idle
-        ]
+        accounts, name = ledger.accounts, self._pool.jobs[waiter.test].nodeid
+        workers = self._pool.workers_on(ledger)
+        idle = [each for each in workers if each.is_idle and each is not waiter.worker]
         actions: list[Action] = []
-        for size, other in sorted(idle, key=lambda pair: -pair[0]):
+        for other in sorted(idle, key=lambda worker: -accounts[worker.id].committed):
+            size = accounts[other.id].committed
             if short <= 0 or size <= 0:
                 break
             short -= size
-            name = pool.jobs[waiter.test].nodeid
-            actions += self._end_one(
-                other, size, f"ended: its {format_gb(size)} were in the way of {name}"
-            )
+            why = f"ended: its {format_gb(size)} were in the way of {name}"
+            actions += self._end_one(other, size, why)
         return actions
 
     def _end_one(self, worker: GpuWorker, size: int, why: str) -> list[Action]:
@@ -166,6 +155,42 @@ class Reclaiming:
         self._pool.refresh(worker)
         facts: dict[str, int | float | str] = {"worker": worker.id, "bytes": size}
         return [Shutdown(worker.id), Note("worker-ended", f"{worker.id} {why}", facts)]
+
+    def raise_needs(self) -> Iterator[Action]:
+        """Give running tests that want more what is there, and see to the rest."""
+        pool = self._pool
+        for worker in list(pool.raising.values()):
+            more, ledger = worker.more, pool.ledgers[worker.device]
+            assert more is not None
+            size, left = more.size, ledger.limit(worker.id)
+            there = max(left, ledger.accounts[worker.id].committed)
+            if more.takes_less:
+                size = min(size, there)
+            need = max(size, self._need_of_what_follows(worker))
+            if need <= there:
+                ledger.start(worker.id, need)
+                del pool.raising[worker.id]
+                pool.note_change(worker.device)
+                yield Raised(worker.id, more.number, True, size)
+            elif more.size > ledger.budget:
+                del pool.raising[worker.id]
+                text = f"the largest budget is {format_gb(ledger.budget)} ({ledger.capacity.label})"
+                yield Raised(worker.id, more.number, False, text=text)
+            else:
+                if not more.is_noted:
+                    worker.more = more._replace(is_noted=True)
+                    there_is = f"{format_gb(max(0, left))} is left for it"
+                    text = f"{there_is} on {ledger.capacity.label}{held_by(ledger)}"
+                    yield Raised(worker.id, more.number, False, is_final=False, text=text)
+                yield from self.reclaim(ledger, Waiter(worker, worker.sent[0]), more.size)
+
+    def _need_of_what_follows(self, worker: GpuWorker) -> int:
+        """What the tests need that the worker was sent, or that take the running one's place."""
+        pool, tests = self._pool, list(worker.sent)
+        if worker.reserved and worker.bound is not None:
+            tests.append(worker.bound)
+        needs = [pool.live_need(worker, t, worker.device) for t in tests if t not in pool.helped]
+        return max(needs, default=0)
 
 
 @dataclass
@@ -390,45 +415,3 @@ def held_by(ledger: DeviceLedger) -> str:
     holders, names = ledger.reading.holders, ledger.reading.others.names
     held = f"; held by {holders}" if holders else ""
     return held + (f"; leased by {names}" if names else "")
-
-
-def raise_needs(pool: GpuPool, reclaiming: Reclaiming) -> Iterator[Action]:
-    """Give those that want more what is there, and see to the rest."""
-    for worker in list(pool.raising.values()):
-        more, ledger = worker.more, pool.ledgers[worker.device]
-        assert more is not None
-        size = more.size
-        if more.takes_less:
-            there = max(ledger.limit(worker.id), ledger.accounts[worker.id].committed)
-            size = min(size, there)
-        if _raise(pool, worker, size):
-            del pool.raising[worker.id]
-            pool.note_change(worker.device)
-            yield Raised(worker.id, more.number, True, size)
-        elif more.size > ledger.budget:
-            del pool.raising[worker.id]
-            text = f"the largest budget is {format_gb(ledger.budget)} ({ledger.capacity.label})"
-            yield Raised(worker.id, more.number, False, text=text)
-        else:
-            if not more.is_noted:
-                worker.more = more._replace(is_noted=True)
-                left = format_gb(max(0, ledger.limit(worker.id)))
-                text = f"{left} is left for it on {ledger.capacity.label}{held_by(ledger)}"
-                yield Raised(worker.id, more.number, False, is_final=False, text=text)
-            yield from reclaiming.reclaim(ledger, Waiter(worker, worker.sent[0]), more.size)
-
-
-def _raise(pool: GpuPool, worker: GpuWorker, size: int) -> bool:
-    """Let the running test of a worker use so much of its device. Returns whether it may.
-
-    What was sent after it, or is to take its place, keeps its need.
-    """
-    ledger, tests = pool.ledgers[worker.device], list(worker.sent)
-    if worker.reserved and worker.bound is not None:
-        tests.append(worker.bound)
-    needs = [pool.live_need(worker, t, worker.device) for t in tests if t not in pool.helped]
-    need = max([size, *needs])
-    if need > max(ledger.limit(worker.id), ledger.accounts[worker.id].committed):
-        return False
-    ledger.start(worker.id, need)
-    return True
