@@ -173,8 +173,8 @@ class Executor:
             return None
         self._held.pop(worker, None)
         self._has_changed = True
-        lost = self._dispatcher.worker_down(worker, replaced=replaced, unsent=member.unsent)
-        return None if lost.running is None else self._nodeids[lost.running]
+        running = self._dispatcher.worker_down(worker, replaced=replaced, unsent=member.unsent)
+        return None if running is None else self._nodeids[running]
 
     def on_test_done(self, worker: str, index: int, duration: float) -> None:
         """A worker has done a test."""

@@ -132,12 +132,11 @@ class Admitting:
     def _set_aside(self, worker: GpuWorker) -> None:
         """Put the rest of a worker's group back where a model keeps the VRAM for it."""
         unit = worker.unit
-        if unit is None or not unit.tests or not self._may_split or self._may_wait(worker, unit):
+        if not unit.tests or not self._may_split or self._may_wait(worker, unit):
             return
-        if self._fits(worker, unit.tests[0]):
-            return
-        worker.unit = None
-        self._pool.pending.back(unit)
+        if not self._fits(worker, unit.tests[0]):
+            worker.unit = Unit([])
+            self._pool.pending.back(unit)
 
     def _may_wait(self, worker: GpuWorker, unit: Unit) -> bool:
         return self.models is None or self.models.may_wait(worker, unit.tests[0])
@@ -160,7 +159,7 @@ class Admitting:
 
     def _due(self, worker: GpuWorker) -> Unit | None:
         """What comes before all else: the rest of its group, or a test for which others wait."""
-        if worker.unit is not None and worker.unit.tests:
+        if worker.unit.tests:
             return worker.unit
         overdue = self._overdue(worker)
         may_begin = overdue is not None and self._pool.may_begin(worker, overdue)
@@ -242,7 +241,7 @@ class Admitting:
             # Who has begun a group goes first, then who has a context: a new one costs VRAM.
             idle.sort(
                 key=lambda worker: (
-                    worker.unit is None or not worker.unit.tests,
+                    not worker.unit.tests,
                     -self._held(worker),
                 )
             )
@@ -255,8 +254,7 @@ class Admitting:
                 actions.append(run)
                 continue
             self._set_aside(worker)
-            has_group = worker.unit is not None and bool(worker.unit.tests)
-            if not has_group and failed.get(worker.device, -1) >= self._held(worker):
+            if not worker.unit.tests and failed.get(worker.device, -1) >= self._held(worker):
                 # A worker that holds no less than this one, and may do as much, found nothing.
                 continue
             unit = self._fitting(worker)
@@ -338,7 +336,6 @@ class Admitting:
             other.unit
             for other in pool.workers.values()
             if other is not worker
-            and other.unit is not None
             and len(other.unit.tests) > 1
             and not worker.goes_back(other.unit, other.unit.tests[-(len(other.unit.tests) // 2)])
             and pool.may_begin(worker, other.unit)
@@ -404,7 +401,7 @@ class Admitting:
 
     def _most_in_chain(self, worker: GpuWorker) -> int:
         pool = self._pool
-        left = pool.pending.count + (len(worker.unit.tests) if worker.unit is not None else 0)
+        left = pool.pending.count + len(worker.unit.tests)
         return min(MOST_IN_CHAIN, left // (2 * max(1, len(pool.workers))))
 
     def _is_short(self, tests: Iterable[int]) -> bool:

@@ -317,7 +317,7 @@ class Helping:
     def help(self, worker: GpuWorker) -> Run | None:
         """CPU tests for a GPU worker that has nothing to do."""
         pool, average = self._pool, self._cpu.average
-        if not self._cpu.waits or (worker.unit is not None and worker.unit.tests):
+        if not self._cpu.waits or worker.unit.tests:
             return None
         if pool.pending.count and (average is None or average > LONG_HELP):
             # A GPU test that could start soon would wait for this worker.

@@ -28,7 +28,6 @@ from pytest_gpushare.scheduler.types import (
     DeviceReading,
     Drop,
     Job,
-    Lost,
     MoreWanted,
     Policy,
     Run,
@@ -65,14 +64,15 @@ class Dispatcher:
         self._pressure = Pressure(self._gpu, self._backfilling)
         self._sharing = Sharing(self._gpu, self._pressure)
         self._fallback = Fallback(self._gpu, self._cpu, self._pressure)
-        self._models: ModelDispatch | None = None
+        self.models: ModelDispatch | None = None
+        """The tests that use models: there goes what came of loads."""
         if models is not None:
             from pytest_gpushare.scheduler.model_dispatch import ModelDispatch
 
-            self._models = ModelDispatch(
+            self.models = ModelDispatch(
                 models, jobs, self._gpu, self._cpu, self._fallback, self._pressure.reclaiming
             )
-            self._admitting.models = self._models
+            self._admitting.models = self.models
         self._left = len(jobs)
         self._readings: Mapping[str, DeviceReading] = {}
         self._reported: list[str] = []
@@ -92,18 +92,15 @@ class Dispatcher:
     @property
     def due_at(self) -> float | None:
         """When a step may do something though no event comes; None: not without an event."""
-        if self._waits_for_vram or (self._models is not None and self._models.is_due):
+        gpu = self._gpu
+        waits_for_vram = (
+            bool(gpu.waiting or gpu.raising)
+            or gpu.is_emptying
+            or (bool(gpu.pending.count) and not self._stopping and gpu.is_waited_for)
+        )
+        if waits_for_vram or (self.models is not None and self.models.is_due):
             return float("-inf")
         return self._helping.next_deadline
-
-    @property
-    def _waits_for_vram(self) -> bool:
-        gpu = self._gpu
-        if not self._begun or not gpu.is_waited_for:
-            return False
-        return bool(
-            gpu.waiting or gpu.raising or (gpu.pending.count and not self._stopping)
-        ) or any(worker.emptying is not None for worker in gpu.workers.values())
 
     @property
     def wants_reading(self) -> bool:
@@ -112,12 +109,12 @@ class Dispatcher:
             # What no CPU worker takes may use the GPU, and gets a slot.
             return not self._cpu.knows_all or any(job.marked for job in self._jobs)
         gpu = self._gpu
-        if self._models is not None and self._models.is_due:
+        if self.models is not None and self.models.is_due:
             return True
         return gpu.is_waited_for and (
             bool(gpu.waiting or gpu.raising)
             or gpu.pending.count > 0
-            or any(worker.unit is not None and worker.unit.tests for worker in gpu.workers.values())
+            or any(worker.unit.tests for worker in gpu.workers.values())
         )
 
     # --- events ---
@@ -134,39 +131,33 @@ class Dispatcher:
 
     def worker_down(
         self, worker: str, *, replaced: bool = False, unsent: Collection[int] = ()
-    ) -> Lost:
+    ) -> int | None:
         """A worker has ended or died; `replaced`: another takes its place soon.
 
-        The first of the tests that it had is over, as crashed, unless it is one of `unsent`,
-        which the worker has never received; the others are dispatched again.
+        The first of the tests that it had is over, as crashed, and returned, unless it is one of
+        `unsent`, which the worker has never received; the others are dispatched again.
         """
         self._expected += replaced
         self._fallback.is_due = True
-        if self._models is not None:
-            self._models.queue.down(worker)
-        queued: list[int] = []
-        kept: Unit | None = None
+        if self.models is not None:
+            self.models.queue.down(worker)
+        unit = Unit([])
         if worker in self._cpu.workers:
             had = self._cpu.down(worker)
-        elif worker in self._gpu.workers:
+        else:
             gpu_worker = self._gpu.workers[worker]
-            had, queued = gpu_worker.sent, [] if gpu_worker.bound is None else [gpu_worker.bound]
-            kept = gpu_worker.unit
-            queued += self._gpu.down(gpu_worker)
+            had = gpu_worker.sent
+            self._gpu.down(gpu_worker)
+            if gpu_worker.unit.tests:
+                unit = gpu_worker.unit
             for device in gpu_worker.devices:
                 self._pressure.released(device, self._ledgers[device].close(worker))
-        else:
-            return Lost()
-        began = bool(had) and had[0] not in unsent
-        running, rest = (had[0], had[1:]) if began else (None, had)
-        lost = Lost(running, (*rest, *queued))
-        while rest and kept is not None and kept.tests and self._is_of(kept, rest[-1]):
-            self._put_first(kept, rest.pop())
+        running = had.pop(0) if had and had[0] not in unsent else None
         self._left -= running is not None
-        self._requeue(rest)
+        self._take_back(had, unit)
         if self._alone is not None:
             self._reorder(self._alone.down(running))
-        return lost
+        return running
 
     def _reorder(self, places: Mapping[int, int]) -> None:
         """Put what is pending into this order; tests that have no place keep theirs, first."""
@@ -209,7 +200,7 @@ class Dispatcher:
         self._left -= 1
         if self._alone is not None:
             self._alone.done(test, duration or 0.0)
-        used_model = self._models is not None and self._models.queue.finished(worker, test)
+        used_model = self.models is not None and self.models.queue.finished(worker, test)
         if used_model:
             self._gpu.note_change()
         if worker in self._cpu.workers:
@@ -268,20 +259,19 @@ class Dispatcher:
         back = [test for test in gpu_worker.sent if test in tests]
         for test in back:
             gpu_worker.sent.remove(test)
-        unit = gpu_worker.unit
-        while back and unit is not None and unit.key and self._is_of(unit, back[-1]):
-            # It goes on with its group where it was.
-            self._put_first(unit, back.pop())
-        self._requeue(back)
+        self._take_back(back, gpu_worker.unit)
 
-    def _put_first(self, unit: Unit, test: int) -> None:
-        unit.put_first(test)
-        if self._models is not None and self._jobs[test].model is not None:
-            self._models.queue.expect_again(test)
-
-    def _is_of(self, unit: Unit, test: int) -> bool:
-        """Whether a test came with this unit: one that a worker was sent beside it did not."""
-        return self._jobs[test].group == unit.key and test not in self._gpu.helped
+    def _take_back(self, tests: list[int], unit: Unit) -> None:
+        """Dispatch tests again that a worker had not begun: the last ones go on with its unit, if
+        they came with it, and not beside it."""
+        while tests and unit.key == self._jobs[tests[-1]].group and unit.key:
+            if tests[-1] in self._gpu.helped:
+                break
+            test = tests.pop()
+            unit.put_first(test)
+            if self.models is not None and self._jobs[test].model is not None:
+                self.models.queue.expect_again(test)
+        self._requeue(tests)
 
     def again(self, test: int) -> None:
         """Dispatch once more a test that is over."""
@@ -296,11 +286,6 @@ class Dispatcher:
         """Say whether the run ends before its tests are done: then nothing more is handed out."""
         self._stopping = stopping
 
-    @property
-    def models(self) -> ModelDispatch | None:
-        """The tests that use models: there goes what came of loads."""
-        return self._models
-
     def _requeue(self, tests: Iterable[int]) -> None:
         """Tests that no worker has any more, to whoever can run them."""
         cpu: list[int] = []
@@ -309,7 +294,7 @@ class Dispatcher:
             job = self._jobs[test]
             was_helped = test in self._gpu.helped
             self._gpu.helped.discard(test)
-            if self._models is not None and self._models.back(test):
+            if self.models is not None and self.models.back(test):
                 self._gpu.note_change()
             elif (was_helped or not job.marked) and self._cpu.could_run(test):
                 cpu.append(test)
@@ -360,8 +345,8 @@ class Dispatcher:
     def _begin(self) -> None:
         self._begun = True
         found = routes(self._jobs, self._gpu, self._cpu)
-        if self._models is not None:
-            found = self._models.take(found)
+        if self.models is not None:
+            found = self.models.take(found)
         alone = len(self._gpu.workers) == 1 and not self._cpu.workers
         self._gpu.pending, self._gpu.cold = ordered(found.gpu, self._jobs, self._gpu, alone=alone)
         if alone and self._gpu.policy.dist == "load":
@@ -375,21 +360,21 @@ class Dispatcher:
         gpu, cpu, pressure, fallback = self._gpu, self._cpu, self._pressure, self._fallback
         admitting = self._admitting
         actions: list[Action] = []
-        if self._models is not None:
-            self._models.release_tests()
+        if self.models is not None:
+            self.models.release_tests()
         if fallback.is_due and not self._expected:
             fallback.orphans()
-            if self._models is not None:
-                self._models.drop_orphans()
+            if self.models is not None:
+                self.models.drop_orphans()
         if pressure.has_given_up:
             actions += fallback.sort_out()
-        given = [] if self._models is None else list(self._models.actions())
+        given = [] if self.models is None else list(self.models.actions())
         is_due = gpu.at >= pressure.due_at
         if is_due:
             pressure.look_everywhere()
-        if self._models is not None and not self._models.has_begun:
+        if self.models is not None and not self.models.has_begun:
             # Before GPU tests take the VRAM that the first model needs.
-            given += self._models.loads()
+            given += self.models.loads()
         changed = gpu.take_changed()
         looked_at = changed
         for _ in range(_PASSES):
@@ -410,8 +395,8 @@ class Dispatcher:
             actions += self._helping.help_all()
         if cpu.workers:
             actions += cpu.refill(more_may_come=self._gpu_tests_may_come)
-        if self._models is not None:
-            actions += self._models.loads()
+        if self.models is not None:
+            actions += self.models.loads()
         if fallback.dropped:
             actions += self._drop()
         return actions
@@ -429,15 +414,11 @@ class Dispatcher:
     def _gpu_tests_may_come(self) -> bool:
         """Whether tests wait for a GPU that CPU workers may have to run in the end."""
         gpu = self._gpu
-        return bool(
+        return (
             gpu.policy.awaits_losses
             or self._cpu.waits
-            or (self._models is not None and self._models.queue.waits)
-            or gpu.pending.count
-            or any(
-                worker.bound is not None or (worker.unit is not None and worker.unit.tests)
-                for worker in gpu.workers.values()
-            )
+            or (self.models is not None and self.models.queue.waits)
+            or gpu.has_tests_to_send
         )
 
     def _stop(self) -> list[Action]:
@@ -446,8 +427,8 @@ class Dispatcher:
         actions = self._admitting.admit_waiting(gpu.ledgers)
         gpu.changed.clear()
         self._asking.clear()
-        if self._models is not None:
-            actions += self._models.stop()
+        if self.models is not None:
+            actions += self.models.stop()
         for worker in list(gpu.waiting.values()):
             if not (worker.sent or gpu.has_neighbours(worker) or worker.emptying is not None):
                 actions.append(self._pressure.reclaiming.ask(worker, withdraw=True))
@@ -455,8 +436,8 @@ class Dispatcher:
 
     def _drop(self) -> list[Action]:
         drops: list[Action] = [Drop(test, reason) for test, reason in self._fallback.dropped]
-        if self._models is not None:
-            self._models.queue.forget(test for test, _ in self._fallback.dropped)
+        if self.models is not None:
+            self.models.queue.forget(test for test, _ in self._fallback.dropped)
         self._fallback.dropped.clear()
         self._left -= len(drops)
         return drops

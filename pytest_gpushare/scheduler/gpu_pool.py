@@ -52,7 +52,7 @@ class GpuWorker:
         """When its short tests should long be over."""
         self.latest = -1
         """The GPU test that it was given last."""
-        self.unit: Unit | None = None
+        self.unit = Unit([])
         """The group of which it has been given a part, with the tests that follow."""
         self.ending = False
         self.leaves = False
@@ -163,8 +163,8 @@ class GpuPool:
         self.is_exact = False
         self.refresh(gpu_worker)
 
-    def down(self, worker: GpuWorker) -> list[int]:
-        """A worker is gone; returns the tests that it had and was not sent, pending again."""
+    def down(self, worker: GpuWorker) -> None:
+        """A worker is gone; the tests that it had and was not sent are pending again."""
         del self.workers[worker.id]
         self.idle[worker.device].pop(worker.id, None)
         self.waiting.pop(worker.id, None)
@@ -172,12 +172,8 @@ class GpuPool:
         self.exclusive.discard(worker.id)
         self.note_change()
         self.unbind(worker)
-        unit, worker.unit = worker.unit, None
-        if unit is None or not unit.tests:
-            return []
-        queued = list(unit.tests)
-        self.pending.back(unit)
-        return queued
+        if worker.unit.tests:
+            self.pending.back(worker.unit)
 
     def unbind(self, worker: GpuWorker) -> None:
         """Put the bound test back: it is the first of its group, or pending by itself."""
@@ -186,7 +182,7 @@ class GpuPool:
         if test is None:
             return
         group = self.jobs[test].group
-        if worker.unit is not None and worker.unit.tests and worker.unit.key == group:
+        if worker.unit.tests and worker.unit.key == group:
             worker.unit.put_first(test)
             self.note_change()
         else:
@@ -235,14 +231,25 @@ class GpuPool:
         return changed
 
     @property
+    def is_emptying(self) -> bool:
+        """Whether a worker empties its caches."""
+        return any(worker.emptying is not None for worker in self.workers.values())
+
+    @property
     def is_waited_for(self) -> bool:
         """Whether a worker has nothing to run, or asks for what follows."""
         return (
             bool(self.waiting or self.raising)
             or any(self.idle.values())
-            or any(
-                worker.question or worker.emptying is not None for worker in self.workers.values()
-            )
+            or any(worker.question for worker in self.workers.values())
+            or self.is_emptying
+        )
+
+    @property
+    def has_tests_to_send(self) -> bool:
+        """Whether tests are left that no worker has been sent."""
+        return bool(self.pending.count) or any(
+            worker.bound is not None or worker.unit.tests for worker in self.workers.values()
         )
 
     # --- what is known of a test ---

@@ -307,11 +307,8 @@ class ModelDispatch:
 
     def _gpu_tests_are_left(self) -> bool:
         gpu = self._gpu
-        return bool(gpu.pending.count) or any(
-            worker.bound is not None
-            or (worker.unit is not None and worker.unit.tests)
-            or any(test not in gpu.helped for test in worker.sent)
-            for worker in gpu.workers.values()
+        return gpu.has_tests_to_send or any(
+            test not in gpu.helped for worker in gpu.workers.values() for test in worker.sent
         )
 
     def _is_idle(self) -> bool:
@@ -335,10 +332,9 @@ class ModelDispatch:
 
     def use(self, worker: GpuWorker) -> Run | None:
         """A test for a GPU worker that has no group to go on with; None where it gets none."""
-        unit = worker.unit
-        has_group = unit is not None and bool(unit.tests) and not self.queue.has_chain(worker.id)
+        rest = worker.unit.tests
         # It goes on with its group, unless models keep the VRAM for that.
-        if has_group and unit is not None and self.may_wait(worker, unit.tests[0]):
+        if rest and not self.queue.has_chain(worker.id) and self.may_wait(worker, rest[0]):
             return None
         # CPU workers are for these tests, where they have collected them.
         offer = self.queue.offer(

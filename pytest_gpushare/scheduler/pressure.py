@@ -113,7 +113,7 @@ class Reclaiming:
         staying = pool.staying(ledger)
         others = ledger.reading.others
         owed = others.owed or others.lacks
-        is_done = not pool.pending.count and not any(w.unit and w.unit.tests for w in staying)
+        is_done = not pool.pending.count and not any(w.unit.tests for w in staying)
         actions: list[Action] = []
         for other in sorted(staying, key=lambda worker: -accounts[worker.id].committed):
             size = accounts[other.id].committed

@@ -135,8 +135,7 @@ class Sharing:
         for unit in pool.pending.all():
             yield from unit.tests
         for worker in pool.workers.values():
-            if worker.unit is not None:
-                yield from worker.unit.tests
+            yield from worker.unit.tests
             if worker.bound is not None:
                 yield worker.bound
 

@@ -289,12 +289,3 @@ Action: TypeAlias = (
     | OpenModel
     | CloseModel
 )
-
-
-class Lost(NamedTuple):
-    """What a worker had when it went down."""
-
-    running: int | None = None
-    """The test that it ran, which does not come again by itself."""
-    queued: tuple[int, ...] = ()
-    """Tests that it had not begun; they are dispatched again."""

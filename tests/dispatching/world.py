@@ -225,12 +225,12 @@ class World:
             if self.late:
                 self.devices[device].late.append((self.now + self.late, size))
         process.held.clear()
-        lost = self.dispatcher.worker_down(process.worker.id, replaced=replaced)
-        if lost.running is not None and self._reruns:
+        running = self.dispatcher.worker_down(process.worker.id, replaced=replaced)
+        if running is not None and self._reruns:
             self._reruns -= 1
-            self.dispatcher.again(lost.running)
-        elif lost.running is not None:
-            self._outcome(lost.running, "crashed")
+            self.dispatcher.again(running)
+        elif running is not None:
+            self._outcome(running, "crashed")
         if replaced:
             self._at(0.3, self._replace, process.worker)
 

@@ -19,7 +19,6 @@ from pytest_gpushare.scheduler.types import (
     Drop,
     EmptyCaches,
     Job,
-    Lost,
     Note,
     Park,
     Policy,
@@ -186,7 +185,7 @@ def test_a_dead_workers_account_is_closed() -> None:
     """The test that it ran is over, and its VRAM is there for others."""
     made = dispatcher_of([gpu_test("a", 9), gpu_test("b", 9)], [gpu_worker(0), gpu_worker(1)])
     assert runs(made.step({}, 0)) == {"gw0": (0,)}
-    assert made.worker_down("gw0", replaced=True) == Lost(0)
+    assert made.worker_down("gw0", replaced=True) == 0
     assert runs(made.step({}, 1)) == {"gw1": (1,)}
 
 
@@ -370,7 +369,7 @@ def test_idle_workers_wait_for_the_tests_of_a_host_that_is_lost(marked: bool) ->
     made.next_test_requested("gw1", first["gw1"][-1], "end")
     assert made.step({}, 2) == [Park("gw1")]
     made.finished("gw1", first["gw1"][-1])
-    assert made.worker_down("gw0").running == first["gw0"][0]
+    assert made.worker_down("gw0") == first["gw0"][0]
     assert runs(made.step({}, 3)) == {"gw1": (last,)}
 
 
@@ -691,10 +690,10 @@ def test_a_worker_that_dies_before_it_begins() -> None:
     made = dispatcher_of(jobs, [gpu_worker(0), gpu_worker(1), Worker("gw2")], policy=policy)
     first = runs(made.step({}, 0))
     assert (first["gw0"], first["gw2"]) == ((0,), (3, 4))
-    assert made.worker_down("gw0", unsent={0}) == Lost(None, (0, 1, 2))
+    assert made.worker_down("gw0", unsent={0}) is None
     assert [runs(made.step({}, 1))["gw1"]] == [(0,)]
     made.worker_up(Worker("gw3"))
-    assert made.worker_down("gw2", unsent={3, 4}) == Lost(None, (3, 4))
+    assert made.worker_down("gw2", unsent={3, 4}) is None
     assert runs(made.step({}, 3))["gw3"] == (3, 4)
     for number, (worker, test) in enumerate([("gw3", 3), ("gw3", 4), ("gw1", 0)]):
         made.finished(worker, test)
@@ -881,7 +880,9 @@ def test_short_tests_behind_a_long_one_are_taken_back() -> None:
     assert made.due_at == pytest.approx(0.2)
     assert Recall("gw0") in made.step({}, 0.3)
     made.returned("gw0", tests[2:])
-    assert made.worker_down("gw0") == Lost(tests[0], (tests[1],))
+    assert made.worker_down("gw0") == tests[0]
+    pending = {test for unit in made._gpu.pending.all() for test in unit.tests}
+    assert pending >= set(tests[1:])
 
 
 def test_a_run_that_ends_early() -> None:
