@@ -20,7 +20,6 @@ from pytest_gpushare.scheduler.types import (
     CloseModel,
     EmptyCaches,
     Job,
-    OpenModel,
     Run,
 )
 
@@ -121,7 +120,7 @@ class ModelDispatch:
         uses_model = self._jobs[test].model is not None
         is_grouped = self._gpu.policy.dist in GROUPED
         if self.queue.owns(test) or (uses_model and not is_grouped):
-            self.queue.back([test])
+            self.queue.back(test)
             return True
         if uses_model:
             self.queue.expect([test])
@@ -163,18 +162,16 @@ class ModelDispatch:
         may_open = queue.phase != AFTER or is_idle or not self._gpu_tests_are_left()
         actions: list[Action] = []
         for action in queue.actions(bound, is_idle=is_idle, may_open=may_open):
-            if isinstance(action, OpenModel):
-                self._asked[action.group] = gpu.at
-            if isinstance(action, OpenModel) and queue.facts(action.group).reservations:
+            holds_vram = bool(queue.groups[action.group].facts.reservations)
+            if isinstance(action, CloseModel):
+                more = queue.waits or self._gpu_tests_are_left()
+                actions.append(action._replace(makes_room=holds_vram and more))
+                continue
+            self._asked[action.group] = gpu.at
+            if holds_vram:
                 # Until it is known that the turn takes a while.
                 self._room.hold(action.group)
-                actions.append(action._replace(turn_only=True))
-            elif isinstance(action, CloseModel):
-                has_room = bool(queue.facts(action.group).reservations)
-                more = queue.waits or self._gpu_tests_are_left()
-                actions.append(action._replace(makes_room=has_room and more))
-            else:
-                actions.append(action)
+            actions.append(action._replace(turn_only=holds_vram))
         actions += self._room.look()
         if queue.phase == BEFORE or self._room.is_held:
             actions += self._withdraw()
@@ -215,8 +212,8 @@ class ModelDispatch:
         """VRAM is what the model waits for now; `waits`: not yet, GPU tests go on meanwhile."""
         if waits:
             self.release(group)
-            return
-        self._room.await_room(group)
+        else:
+            self._room.await_room(group)
 
     def began(self, worker: GpuWorker, test: int) -> None:
         """A test was admitted; one whose model is missing is refused."""
@@ -289,9 +286,9 @@ class ModelDispatch:
             self._room.fit(group, size)
         self._gpu.note_change()
 
-    def not_opened(self, group: int, outcome: str, reason: str) -> None:
-        """The model of this group cannot be loaded; `outcome` is `fail` or `skip`."""
-        self.queue.not_opened(group, outcome, reason)
+    def not_opened(self, group: int, reason: str) -> None:
+        """The model of this group cannot be loaded."""
+        self.queue.not_opened(group, reason)
         self.release(group)
 
     def closed(self, group: int) -> None:
@@ -303,7 +300,7 @@ class ModelDispatch:
         """Let so many tests of this group be under way at once. Returns how many are."""
         if self.queue.limit(group, places):
             self._gpu.note_change()
-        return self.queue.taken(group)
+        return self.queue.groups[group].taken
 
     def _gpu_tests_are_left(self) -> bool:
         gpu = self._gpu

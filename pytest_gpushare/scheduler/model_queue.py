@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from pytest_gpushare.scheduler.types import BESIDE, Action, CloseModel, Job, ModelGroup, OpenModel
+from pytest_gpushare.scheduler.types import BESIDE, CloseModel, Job, ModelGroup, OpenModel
 
 
 class State(Enum):
@@ -37,7 +37,7 @@ class Offer(NamedTuple):
     refusal: tuple[str, str] | None = None
 
 
-class _Group:
+class GroupState:
     """One group, and what became of its tests."""
 
     def __init__(self, facts: ModelGroup) -> None:
@@ -67,6 +67,15 @@ class _Group:
             return self.taken <= self.places
         return self.taken < self.places
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether its tests are reported without being run."""
+        return self.refusal is not None
+
+    def could_start(self, worker: str) -> bool:
+        """Whether a test of it may be sent to this worker and start there."""
+        return self.is_refused or (self.state is State.OPEN and self.has_place(worker))
+
     def take_back(self, test: int) -> None:
         """A test is over, or was not begun after all: it holds no place any more."""
         self.released.discard(test)
@@ -95,7 +104,7 @@ class ModelQueue:
         self.patience = 600.0
         """Seconds without progress of other sessions for which their VRAM is waited for."""
         self._jobs = jobs
-        self._groups = [_Group(facts) for facts in groups]
+        self.groups = [GroupState(facts) for facts in groups]
         self._chains: list[deque[int]] = []
         """Chains that no worker has."""
         self._chained: set[int] = set()
@@ -131,23 +140,20 @@ class ModelQueue:
 
     def expect_again(self, test: int) -> None:
         """One of those was not begun after all."""
-        group = self._group(test)
-        group.take_back(test)
-        group.elsewhere.add(test)
+        self._group(test).take_back(test)
+        self.expect([test])
 
     def take_over(self, test: int) -> None:
         """A test that needs VRAM, too, and has to do without."""
-        group = self._group(test)
-        group.elsewhere.discard(test)
-        group.released.discard(test)
-        group.pending.append(test)
+        self.forget([test])
+        self.add([test])
 
     def forget(self, tests: Iterable[int]) -> None:
         """Tests that nobody can run."""
         for test in tests:
-            if self._jobs[test].model is not None:
-                self._group(test).elsewhere.discard(test)
-                self._group(test).released.discard(test)
+            if group := self._group_of(test):
+                group.elsewhere.discard(test)
+                group.released.discard(test)
 
     def owns(self, test: int) -> bool:
         """Whether workers get this test from here alone."""
@@ -155,22 +161,21 @@ class ModelQueue:
             self._jobs[test].model is not None and not self._jobs[test].marked
         )
 
-    def back(self, tests: Sequence[int]) -> None:
-        """Tests that were not begun after all, or come again."""
-        for test in reversed(tests):
-            if self._jobs[test].model is not None:
-                self._group(test).take_back(test)
-            if test not in self._chained:
-                group = self._group(test)
-                (group.held if self._jobs[test].marked else group.pending).appendleft(test)
-                continue
-            key = self._jobs[test].group
-            same = (c for c in self._chains if key and self._jobs[c[0]].group == key)
-            chain = next(same, None)
-            if chain is None:
-                self._chains.insert(0, deque([test]))
-            else:
-                chain.appendleft(test)
+    def back(self, test: int) -> None:
+        """A test that was not begun after all, or comes again."""
+        job, group = self._jobs[test], self._group_of(test)
+        if group is not None:
+            group.take_back(test)
+        if test not in self._chained:
+            group = self._group(test)
+            (group.held if job.marked else group.pending).appendleft(test)
+            return
+        same = (c for c in self._chains if job.group and self._jobs[c[0]].group == job.group)
+        chain = next(same, None)
+        if chain is None:
+            self._chains.insert(0, deque([test]))
+        else:
+            chain.appendleft(test)
 
     @property
     def waits(self) -> bool:
@@ -178,19 +183,19 @@ class ModelQueue:
         return bool(
             self._chains
             or any(self._own.values())
-            or any(group.pending or group.held for group in self._groups)
+            or any(group.pending or group.held for group in self.groups)
         )
 
     @property
     def workers_wanted(self) -> int:
         """How many workers could run such tests at once."""
-        most = max((group.facts.parallel for group in self._groups), default=0)
+        most = max((group.facts.parallel for group in self.groups), default=0)
         return most if self.waits else 0
 
     def orphans(self, could_run: Callable[..., bool]) -> list[int]:
         """Take out the tests that no worker can run; of chains that none can run as a whole, each
         test goes by itself. `could_run` says whether one worker could run these tests."""
-        queues: list[deque[int]] = [*self._chains, *(g.pending for g in self._groups)]
+        queues: list[deque[int]] = [*self._chains, *(g.pending for g in self.groups)]
         lost = [test for queue in queues for test in queue if not could_run(test)]
         for queue in queues:
             for test in [test for test in queue if test in lost]:
@@ -202,10 +207,15 @@ class ModelQueue:
         ]
         return lost
 
-    def _group(self, test: int) -> _Group:
+    def _group_of(self, test: int) -> GroupState | None:
+        """That of a test; None where it uses no model."""
         number = self._jobs[test].model
-        assert number is not None
-        return self._groups[number]
+        return None if number is None else self.groups[number]
+
+    def _group(self, test: int) -> GroupState:
+        group = self._group_of(test)
+        assert group is not None
+        return group
 
     # --- the workers ---
 
@@ -222,17 +232,15 @@ class ModelQueue:
             return None
         if self._own.get(worker):
             return self._next_of_chain(worker)
-        for group in self._groups:
-            if not self._could_start(worker, group):
+        for group in self.groups:
+            if not group.could_start(worker):
                 continue
             test = next((test for test in group.pending if knows(test)), None)
             if test is not None:
                 group.pending.remove(test)
                 return self._given(worker, test)
         for chain in self._chains:
-            first = self._first_use(chain)
-            may_start = first is None or self._could_start(worker, self._group(first))
-            if may_start and knows(*chain):
+            if self._could_begin(worker, chain) and knows(*chain):
                 self._chains.remove(chain)
                 self._own[worker] = chain
                 return self._next_of_chain(worker)
@@ -241,13 +249,9 @@ class ModelQueue:
     def _first_use(self, chain: Iterable[int]) -> int | None:
         return next((test for test in chain if self._jobs[test].model is not None), None)
 
-    def _could_start(self, worker: str, group: _Group) -> bool:
-        if group.refusal is not None:
-            return True
-        return group.state is State.OPEN and group.has_place(worker)
-
-    def _is_ready(self, group: _Group) -> bool:
-        return group.refusal is not None or group.state is State.OPEN
+    def _could_begin(self, worker: str, chain: Iterable[int]) -> bool:
+        first = self._first_use(chain)
+        return first is None or self._group(first).could_start(worker)
 
     def _next_of_chain(self, worker: str) -> Offer:
         chain = self._own[worker]
@@ -261,35 +265,27 @@ class ModelQueue:
 
     def _given(self, worker: str, test: int) -> Offer:
         self.begin(worker, test)
-        model = self._jobs[test].model
-        return Offer(test, refusal=None if model is None else self._groups[model].refusal)
+        return Offer(test, refusal=self.refusal_of(test))
 
     def may_start(self, worker: str, test: int) -> bool:
         """Whether a test may start in this worker as far as its model goes."""
-        model = self._jobs[test].model
-        if model is None:
-            return True
-        group = self._groups[model]
-        if group.refusal is not None or test in group.released:
-            return True
-        return group.state is State.OPEN and group.has_place(worker)
+        group = self._group_of(test)
+        return group is None or test in group.released or group.could_start(worker)
 
     def want(self, test: int) -> None:
         """A GPU worker could begin this test, were its model loaded."""
         model = self._jobs[test].model
-        if model is not None and self._groups[model].state is State.CLOSED:
+        if model is not None and self.groups[model].state is State.CLOSED:
             self._wanted.add(model)
 
     def begin(self, worker: str, test: int) -> None:
         """A test is sent to a worker, and may start there."""
-        model = self._jobs[test].model
-        if model is None:
+        group = self._group_of(test)
+        if group is None:
             return
-        group = self._groups[model]
-        group.released.discard(test)
-        group.elsewhere.discard(test)
+        self.forget([test])
         group.was_used = True
-        if group.refusal is None:
+        if not group.is_refused:
             group.workers.setdefault(worker, set()).add(test)
 
     def open_gate(self) -> list[tuple[str, Offer]]:
@@ -305,16 +301,16 @@ class ModelQueue:
         """A test is over. Returns whether that changes what may start, or which model is next."""
         if self.gate.get(worker) == test:
             del self.gate[worker]
-        model = self._jobs[test].model
-        if model is None:
+        group = self._group_of(test)
+        if group is None:
             return worker in self.gate
-        self._groups[model].take_back(test)
+        group.take_back(test)
         return True
 
     def down(self, worker: str) -> None:
         """A worker is gone; what it was sent comes back by `back`."""
         self.gate.pop(worker, None)
-        for group in self._groups:
+        for group in self.groups:
             group.workers.pop(worker, None)
         chain = self._own.pop(worker, None)
         if chain:
@@ -325,76 +321,62 @@ class ModelQueue:
     @property
     def released(self) -> set[int]:
         """Tests released to GPU workers that have not begun."""
-        return set().union(*(group.released for group in self._groups))
+        return set().union(*(group.released for group in self.groups))
 
     def release(self) -> list[int]:
         """Tests that need VRAM, too, and that may start as far as their models go."""
         found = []
-        for group in self._groups:
-            while group.held and self._is_ready(group):
-                if group.refusal is None and not group.has_place(""):
-                    break
+        for group in self.groups:
+            while group.held and group.could_start(""):
                 test = group.held.popleft()
-                if group.refusal is None:
+                if not group.is_refused:
                     group.released.add(test)
                 found.append(test)
         return found
 
     def refusal_of(self, test: int) -> tuple[str, str] | None:
         """Why a test is not run, as its model is not there."""
-        model = self._jobs[test].model
-        return None if model is None else self._groups[model].refusal
+        group = self._group_of(test)
+        return None if group is None else group.refusal
 
     def opened(self, number: int) -> None:
         """The model of this group is loaded."""
-        if self._groups[number].state is State.OPENING:
-            self._groups[number].state = State.OPEN
+        if self.groups[number].state is State.OPENING:
+            self.groups[number].state = State.OPEN
             self._wanted.discard(number)
 
-    def not_opened(self, number: int, outcome: str, reason: str) -> None:
-        """The model cannot be loaded: its tests are reported so."""
-        self._groups[number].state = State.CLOSED
-        self._groups[number].refusal = outcome, reason
+    def not_opened(self, number: int, reason: str) -> None:
+        """The model cannot be loaded: its tests fail."""
+        self.groups[number].state = State.CLOSED
+        self.groups[number].refusal = "fail", reason
 
     def closed(self, number: int) -> None:
         """Nothing keeps the model of this group any more."""
-        if self._groups[number].state is State.CLOSING:
-            self._groups[number].state = State.CLOSED
+        if self.groups[number].state is State.CLOSING:
+            self.groups[number].state = State.CLOSED
 
     def limit(self, number: int, places: int) -> bool:
         """Let so many tests of the group be under way at once. Returns whether that is new."""
-        group, before = self._groups[number], self._groups[number].places
+        group, before = self.groups[number], self.groups[number].places
         group.places = min(places, group.facts.parallel)
         return group.places != before
-
-    def taken(self, number: int) -> int:
-        """How many tests of the group are under way, or about to be."""
-        return self._groups[number].taken
-
-    def facts(self, number: int) -> ModelGroup:
-        """What is known of this group."""
-        return self._groups[number].facts
 
     @property
     def has_offers(self) -> bool:
         """Whether a test could begin now, were there a worker for it."""
         return any(
             group.state is State.OPEN and group.pending and group.has_place("")
-            for group in self._groups
-        ) or any(self._is_ready_chain(chain) for chain in self._chains)
-
-    def _is_ready_chain(self, chain: Iterable[int]) -> bool:
-        first = self._first_use(chain)
-        return first is None or self._could_start("", self._group(first))
+            for group in self.groups
+        ) or any(self._could_begin("", chain) for chain in self._chains)
 
     @property
     def is_active(self) -> bool:
         """Whether tests that use models run, or are to come."""
-        return self.waits or any(group.is_used for group in self._groups)
+        return self.waits or any(group.is_used for group in self.groups)
 
     def actions(
         self, bound: Iterable[int] = (), *, is_idle: bool = False, may_open: bool = True
-    ) -> list[Action]:
+    ) -> list[OpenModel | CloseModel]:
         """The models to load, and those that nothing uses any more.
 
         `bound`: tests that wait in GPU workers. `is_idle`: no worker runs anything, though each
@@ -403,11 +385,12 @@ class ModelQueue:
         startable = self._startable()
         blocked, wanted = self._waited_for()
         # In the order of binding: those that came first must not be passed by for long.
-        first = self._closed_models_of(bound)
+        models = [(number, self.groups[number]) for number in self._models_of(bound)]
+        first = [n for n, group in models if not group.is_refused and group.state is State.CLOSED]
         blocked.update(first)
         wanted |= startable
-        actions: list[Action] = []
-        for number, group in enumerate(self._groups):
+        actions: list[OpenModel | CloseModel] = []
+        for number, group in enumerate(self.groups):
             if group.state is not State.OPEN or group.is_used:
                 continue
             if not group.places and self._is_left(number):
@@ -424,9 +407,9 @@ class ModelQueue:
                 actions.append(CloseModel(number))
         # Each in turn where a model was loaded in vain: another test may be what it waits for.
         in_turn = dict.fromkeys([*first, *sorted(blocked), *sorted(wanted)])
-        for number in sorted(in_turn, key=lambda number: self._groups[number].in_vain):
-            group = self._groups[number]
-            if may_open and all(each.state is State.CLOSED for each in self._groups):
+        for number in sorted(in_turn, key=lambda number: self.groups[number].in_vain):
+            group = self.groups[number]
+            if may_open and all(each.state is State.CLOSED for each in self.groups):
                 group.state = State.OPENING
                 group.was_used = False
                 actions.append(OpenModel(number))
@@ -434,40 +417,26 @@ class ModelQueue:
 
     def _startable(self) -> set[int]:
         """The groups of which a worker could begin a test now, were the model loaded."""
-        found = {
-            number
-            for number, group in enumerate(self._groups)
-            if group.refusal is None and (group.pending or group.held)
-        }
+        found = {n for n, group in enumerate(self.groups) if group.pending or group.held}
         for chain in self._chains:
-            first = self._first_use(chain)
-            found |= set() if first is None else {self._model_of(first)}
-        return {number for number in found if self._groups[number].refusal is None}
+            found.update(self._models_of(chain)[:1])
+        return {number for number in found if not self.groups[number].is_refused}
 
     def _waited_for(self) -> tuple[set[int], set[int]]:
         """The groups for which a worker waits, so that it does nothing else; and those of which
         GPU workers have asked for a test."""
-        waiting = {self._model_of(test) for test in self.gate.values()}
-        asked = {number for number in self._wanted if self._groups[number].elsewhere}
-        missing = {n for n, group in enumerate(self._groups) if group.refusal is not None}
+        waiting = set(self._models_of(self.gate.values()))
+        asked = {number for number in self._wanted if self.groups[number].elsewhere}
+        missing = {n for n, group in enumerate(self.groups) if group.is_refused}
         return waiting - missing, asked - missing
 
-    def _closed_models_of(self, tests: Iterable[int]) -> list[int]:
-        found = [model for t in tests if (model := self._jobs[t].model) is not None]
-        groups = self._groups
-        return [n for n in found if groups[n].refusal is None and groups[n].state is State.CLOSED]
+    def _models_of(self, tests: Iterable[int]) -> list[int]:
+        return [model for test in tests if (model := self._jobs[test].model) is not None]
 
     def _is_left(self, number: int) -> bool:
         """Whether tests of the group are still to come."""
-        group = self._groups[number]
-        if group.pending or group.held or group.elsewhere:
-            return True
-        chains = [*self._chains, *self._own.values()]
-        return any(self._jobs[t].model == number for chain in chains for t in chain) or any(
-            self._jobs[t].model == number for t in self.gate.values()
+        group = self.groups[number]
+        chains = [*self._chains, *self._own.values(), self.gate.values()]
+        return bool(group.pending or group.held or group.elsewhere) or any(
+            number in self._models_of(chain) for chain in chains
         )
-
-    def _model_of(self, test: int) -> int:
-        model = self._jobs[test].model
-        assert model is not None
-        return model

@@ -55,7 +55,7 @@ class ModelRoom:
 
     def devices_of(self, group: int) -> list[tuple[DeviceLedger, int]]:
         """The devices on which the model may be loaded, and the bytes that it takes there."""
-        found, ledgers = self._queue.facts(group).reservations.items(), self._gpu.ledgers
+        found, ledgers = self._queue.groups[group].facts.reservations.items(), self._gpu.ledgers
         return [(ledgers[uuid], size) for uuid, size in found if uuid in ledgers]
 
     # --- tests that need VRAM beside their model ---
@@ -72,10 +72,11 @@ class ModelRoom:
         budget, size = max((ledger.full.budget, size) for ledger, size in devices)
         if need is None or need + size <= budget:
             return ""
+        name = self._queue.groups[group].facts.name
         return (
-            f"needs {format_gb(need)} of VRAM next to its model {self._queue.facts(group).name}, "
-            f"which takes {format_gb(size)}: the largest budget is {format_gb(budget)}: lower the "
-            "need, or use a smaller model or context"
+            f"needs {format_gb(need)} of VRAM next to its model {name}, which takes "
+            f"{format_gb(size)}: the largest budget is {format_gb(budget)}: lower the need, or use "
+            "a smaller model or context"
         )
 
     def limit_unknown(self, test: int, group: int) -> None:
@@ -129,13 +130,13 @@ class ModelRoom:
                 ledger.awaited_by_model = 0
             waited = self._gpu.at - self._began
             if waited >= WORTH_A_NOTE:
-                name = self._queue.facts(group).name
+                name = self._queue.groups[group].facts.name
                 text = f"{name} waited {waited:.1f} s for VRAM before it was loaded"
                 yield Note("ollama-waited", text, {"waited_s": round(waited, 3)})
             yield OpenModel(group)
         elif text := self._lacks_leased(group):
             yield Note("ollama-not-loaded", text)
-            self._queue.not_opened(group, "fail", text)
+            self._queue.not_opened(group, text)
             self.release(group)
         else:
             yield from self._make_room(group)
@@ -162,7 +163,7 @@ class ModelRoom:
         is_lent = any(each.held_by_others for each in others)
         if not is_lent or self._gpu.at - self._since < self._queue.patience:
             return ""
-        facts, who = self._queue.facts(group), "; ".join(o.names for o in others if o.names)
+        facts, who = self._queue.groups[group].facts, "; ".join(o.names for o in others if o.names)
         return (
             f"{facts.name} needs {format_gb(max(facts.reservations.values()))} of VRAM, which "
             f"other sessions have leased: waited {self._gpu.at - self._began:.0f} s: {who}"

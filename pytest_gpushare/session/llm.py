@@ -81,8 +81,8 @@ class Receiver(Limited, Protocol):
     def opened(self, group: int, size: int | None) -> None:
         """The model of this group is loaded, with so many bytes of VRAM, where that is known."""
 
-    def not_opened(self, group: int, outcome: str, reason: str) -> None:
-        """It cannot be loaded."""
+    def not_opened(self, group: int, reason: str) -> None:
+        """It cannot be loaded: its tests fail."""
 
     def closed(self, group: int) -> None:
         """Nothing keeps it any more."""
@@ -280,7 +280,7 @@ class LlmTests:
                 elif isinstance(outcome, Closed):
                     receiver.closed(outcome.group)
                 elif outcome.problem:
-                    receiver.not_opened(outcome.group, "fail", outcome.problem)
+                    receiver.not_opened(outcome.group, outcome.problem)
                 else:
                     size = None if self.loader is None else self.loader.sizes.get(outcome.group)
                     receiver.opened(outcome.group, size)

@@ -428,7 +428,7 @@ class World:
 
     def _opened(self, group: int) -> None:
         if group in self._failing:
-            self.models_of_run.not_opened(group, "fail", "it cannot be loaded")
+            self.models_of_run.not_opened(group, "it cannot be loaded")
         else:
             self.loads.append(group)
             self.loaded.add(group)
