@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from pytest_gpushare.session.run import ActiveRun
 
 if TYPE_CHECKING:
     from pytest_gpushare.dispatch.executor import Executor
-    from pytest_gpushare.dispatch.suite import Learned, Weighed
+    from pytest_gpushare.dispatch.suite import Weighed
     from pytest_gpushare.scheduler.model_queue import ModelQueue
     from pytest_gpushare.scheduler.needs import ModelUse
     from pytest_gpushare.scheduler.types import DeviceCapacity, Job, Policy, Worker
@@ -87,14 +87,10 @@ class GpuShareScheduling:
         if executor is None:
             return self._differs or bool(self._stock.tests_finished)
         if self._due:
-            self._step_after_event(executor)
+            # All is known now that came with the event, such as that a test comes again.
+            self._due = False
+            executor.step()
         return executor.is_done
-
-    def _step_after_event(self, executor: Executor) -> None:
-        """Make the step that is due: all is known now that came with the event, such as that a
-        test comes again."""
-        self._due = False
-        executor.step()
 
     @property
     def has_pending(self) -> bool:
@@ -171,8 +167,12 @@ class GpuShareScheduling:
             lost = self._stock.remove_node(node)
             goes_on = bool(self._stock.nodes)
         else:
-            most, may_replace = self._most_deaths, self._dispatch.may_replace
-            replaced = has_died and (most is None or self._deaths <= most) and may_replace(node)
+            most = self._most_deaths
+            replaced = (
+                has_died
+                and (most is None or self._deaths <= most)
+                and self._dispatch.may_replace(node)
+            )
             self._due = True
             # Also where the worker ended in order: a test may have ended it, by `pytest.exit`.
             lost = self._executor.leave(node.gateway.id, replaced=replaced)
@@ -212,22 +212,12 @@ class GpuShareScheduling:
 class VramDispatch:
     """Begins the plugin's own dispatch where the design says so."""
 
-    def __init__(
-        self,
-        started: ActiveRun,
-        config: pytest.Config,
-        learned: Learned,
-        report_lost: Callable[[str, str], None],
-        report_difference: Callable[[str, str], None],
-    ) -> None:
+    def __init__(self, started: ActiveRun, config: pytest.Config) -> None:
         self._started = started
         self._uses: Mapping[int, ModelUse] = {}
         """The models of Ollama's that tests use, by their numbers."""
         self._config = config
         self._options: Any = config.option
-        self._learned = learned
-        self._report_lost = report_lost
-        self._report_difference = report_difference
         self._plugins = config.pluginmanager
         self._parity: Parity | None = None
 
@@ -283,7 +273,7 @@ class VramDispatch:
             names = other.gateway.id, node.gateway.id
             if text := collection_difference(expected, ids, *names):
                 found = True
-                self._report_difference(node.gateway.id, text)
+                report_difference(self._config, node.gateway.id, text)
         return found
 
     def joins(self, node: Any, suite: Suite) -> Worker:
@@ -307,10 +297,13 @@ class VramDispatch:
         from pytest_gpushare.dispatch.leases_by_test import SharedDevices
         from pytest_gpushare.scheduler.dispatcher import Dispatcher
 
-        weighed = weigh(suite, kinds, started.settings, dist, self._learned)
+        packs = "packed" in started.settings.presets
+        names = {slot.device.name for slot in started.plan.slots}
+        contexts = {name: started.context_of(name) for name in names}
+        learned = LearnedNeeds(self._config, contexts, packs=packs)
+        weighed = weigh(suite, kinds, started.settings, dist, learned)
         if not started.plan.slots and not weighed.uses:
             return None
-        packs = "packed" in started.settings.presets
         routes = kinds.on_cpu or weighed.uses or started.hosts
         if not (weighed.has_needs or packs or routes):
             return None
@@ -338,7 +331,7 @@ class VramDispatch:
             {each.uuid: each.context for each in capacities},
             started.tests,
             started.record.note,
-            self._report_lost,
+            partial(report_lost, self._config),
             lambda: is_ending(self._plugins),
         )
         started.links.on("test", executor.note_held)
@@ -400,11 +393,9 @@ class VramDispatch:
     def _may_have_needs(self, kinds: KindsOfWorkers) -> bool:
         """Whether a closer look is worth loading what it takes: most suites mark nothing."""
         settings = self._started.settings
-        if settings.vram or settings.markers or "packed" in settings.presets:
+        if settings.vram or settings.markers or settings.ollama_tests:
             return True
-        if settings.ollama_tests:
-            return True
-        return any(
+        return "packed" in settings.presets or any(
             said.asks() or said.llm is not None
             for _, found in kinds.on_gpu
             for said in set(found.declared)
@@ -455,11 +446,7 @@ def report_difference(config: pytest.Config, worker: str, text: str) -> None:
     config.hook.pytest_collectreport(report=report)
 
 
-def scheduler_for(
-    started: ActiveRun,
-    config: pytest.Config,
-    stock: Any,
-) -> Any:
+def scheduler_for(started: ActiveRun, config: pytest.Config, stock: Any) -> Any:
     """The scheduler of this run, given the one that xdist would use."""
     options = config.option
     if options.dist == "each" or not started.has_placed_all:
@@ -468,13 +455,5 @@ def scheduler_for(
     # worker has.
     if hasattr(stock, "numnodes"):
         stock.numnodes = max(stock.numnodes, len(list(started.workers)))
-    names = {slot.device.name for slot in started.plan.slots}
-    contexts = {name: started.context_of(name) for name in names}
-    dispatch = VramDispatch(
-        started,
-        config,
-        LearnedNeeds(config, contexts, packs="packed" in started.settings.presets),
-        partial(report_lost, config),
-        partial(report_difference, config),
-    )
+    dispatch = VramDispatch(started, config)
     return GpuShareScheduling(stock, started.links, dispatch, most_deaths(options))

@@ -85,14 +85,12 @@ class Timer:
 
 
 class _Member:
-    """A worker, and what it was sent."""
+    """A worker."""
 
     def __init__(self, node: Any, collection: Collection, devices: Sequence[str]) -> None:
         self.node = node
         self.collection = collection
         self.devices = devices
-        self.sent: set[int] = set()
-        """Numbers of the tests that it was sent and has not done."""
         self.unsent: set[int] = set()
         """Numbers of the tests that could not be sent: its process has died."""
 
@@ -182,7 +180,6 @@ class Executor:
         if member is None:
             return
         number = member.collection.numbers[index]
-        member.sent.discard(number)
         if member.devices:
             self._readings.has_reported(worker)
             self._has_changed = True
@@ -209,7 +206,6 @@ class Executor:
                 self._dispatcher.wants_more(worker, number, size, takes_less=bool(takes_less))
             elif kind == "returned":
                 numbers = [member.collection.numbers[index] for index in payload[0]]
-                member.sent.difference_update(numbers)
                 self._dispatcher.returned(worker, numbers)
         self.step()
 
@@ -341,7 +337,6 @@ class Executor:
     def _send(
         self, worker: str, member: _Member, kind: str, message: object, tests: Sequence[int]
     ) -> None:
-        member.sent.update(tests)
         if not self._links.send(worker, kind, message):
             # Its process has died, and xdist will say so: these have not begun.
             member.unsent.update(tests)

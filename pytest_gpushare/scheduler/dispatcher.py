@@ -176,13 +176,9 @@ class Dispatcher:
         if worker in self._cpu.workers:
             self._cpu.next_test_requested(worker, test)
             return
-        gpu_worker = self._gpu.workers.get(worker)
-        if (
-            gpu_worker is not None
-            and gpu_worker.bound is None
-            and gpu_worker.sent[-1:] == [test]
-            and not gpu_worker.ending
-        ):
+        gpu_worker = self._gpu.workers[worker]
+        is_last = gpu_worker.bound is None and gpu_worker.sent[-1:] == [test]
+        if is_last and not gpu_worker.ending:
             gpu_worker.question = when
             self._asking.append(gpu_worker)
 
@@ -207,9 +203,7 @@ class Dispatcher:
             wants_more = self._cpu.finished(worker, test, duration)
             return wants_more or used_model or not self._left
         gpu = self._gpu
-        gpu_worker = gpu.workers.get(worker)
-        if gpu_worker is None or test not in gpu_worker.sent:
-            return True
+        gpu_worker = gpu.workers[worker]
         if duration is not None and test not in gpu.helped and test not in gpu.refusals:
             before = gpu.average
             gpu.average = duration if before is None else before + (duration - before) / 8
@@ -232,6 +226,7 @@ class Dispatcher:
         """The worker has done what `EmptyCaches` asked for."""
         gpu_worker = self._gpu.workers.get(worker)
         if gpu_worker is None:
+            # A CPU worker gave back the test that waited in it for a model.
             return
         gpu_worker.emptying = None
         for device in gpu_worker.devices:
@@ -253,9 +248,7 @@ class Dispatcher:
 
     def returned(self, worker: str, tests: Collection[int]) -> None:
         """The worker has given back these tests, which it had not begun."""
-        gpu_worker = self._gpu.workers.get(worker)
-        if gpu_worker is None:
-            return
+        gpu_worker = self._gpu.workers[worker]
         back = [test for test in gpu_worker.sent if test in tests]
         for test in back:
             gpu_worker.sent.remove(test)
