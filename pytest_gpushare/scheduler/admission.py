@@ -7,7 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from pytest_gpushare.scheduler.backfilling import Backfilling
-from pytest_gpushare.scheduler.cpu_pool import Helping
+from pytest_gpushare.scheduler.cpu_pool import CpuPool
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 from pytest_gpushare.scheduler.queue import GROUPED, USUAL, Order, Unit
 from pytest_gpushare.scheduler.types import (
@@ -15,6 +15,7 @@ from pytest_gpushare.scheduler.types import (
     Admission,
     Admit,
     Park,
+    Recall,
     Run,
     Shutdown,
 )
@@ -30,13 +31,16 @@ CHAIN = 0.1
 
 MOST_IN_CHAIN = 128
 
+LONG_HELP = 1.0
+"""From this duration on, in seconds, no GPU test is to wait for a worker that helps out."""
+
 
 class Admitting:
     """Admits tests that wait, answers workers that ask, and serves idle ones."""
 
-    def __init__(self, pool: GpuPool, helping: Helping, backfilling: Backfilling) -> None:
+    def __init__(self, pool: GpuPool, cpu: CpuPool, backfilling: Backfilling) -> None:
         self._pool = pool
-        self._helping = helping
+        self._cpu = cpu
         self._backfilling = backfilling
         self._may_split = pool.policy.dist not in GROUPED
         self._may_share = self._may_split and any(job.group for job in pool.jobs)
@@ -57,10 +61,9 @@ class Admitting:
             if test is None or changed.isdisjoint(worker.devices) or worker.emptying is not None:
                 continue
             if self._fits(worker, test) and self._is_there(worker, test):
-                waited = 0.0 if worker.waiting_since is None else pool.at - worker.waiting_since
-                worker.bound, worker.waiting_since = None, None
+                since, worker.bound, worker.waiting_since = worker.waiting_since, None, None
                 del pool.waiting[worker.id]
-                actions.append(Admit(worker.id, test, self._assign(worker, test, waited)))
+                actions.append(Admit(worker.id, test, self._assign(worker, test, since)))
                 self._backfilling.admitted(worker, [test])
                 pool.note_change(worker.device)
         return actions
@@ -96,19 +99,19 @@ class Admitting:
     def answer(self, worker: GpuWorker) -> list[Action]:
         """What follows for a worker that asks for its next test."""
         question, worker.question = worker.question, ""
-        running = worker.sent[-1] if worker.sent else None
         if self.models is not None and (run := self.models.use(worker)) is not None:
             return [run]
-        # A test that has only begun may last: what it holds is not given back soon.
         self._set_aside(worker)
-        reserves = question == "end" or (running is not None and self._is_short([running]))
+        # A test that has only begun may last: what it holds is not given back soon.
+        lasts = self._pool.expected(worker.sent[-1]) if worker.sent else None
+        reserves = question == "end" or (lasts is not None and lasts < CHAIN)
         unit = self._fitting(worker)
         if unit is not None and reserves:
             if self._is_there(worker, unit.tests[0]):
                 return [self._begin(worker, unit, while_ending=question == "end")]
             return [self._bind(worker, unit, waits=False, reserved=True)]
         if unit is None:
-            help_ = self._helping.help(worker)
+            help_ = self._help(worker)
             if help_ is not None:
                 return [help_]
             unit = None if self._is_in_the_way(worker) else self._first_though_unfitting(worker)
@@ -121,13 +124,8 @@ class Admitting:
         return [Shutdown(worker.id)]
 
     def _is_in_the_way(self, worker: GpuWorker) -> bool:
-        """Whether it has made room for a test that waits, to no avail: it ends."""
+        """Whether it has made room for a test that waits, to no avail: it may have to end."""
         return worker.emptied == 2 and bool(self._pool.waiting)
-
-    def _overdue(self, worker: GpuWorker) -> Unit | None:
-        """The pending unit for which others wait; not one that models keep from starting."""
-        unit = self._backfilling.overdue()
-        return unit if unit is not None and self._may_wait(worker, unit) else None
 
     def _set_aside(self, worker: GpuWorker) -> None:
         """Put the rest of a worker's group back where a model keeps the VRAM for it."""
@@ -158,12 +156,14 @@ class Admitting:
         return True
 
     def _due(self, worker: GpuWorker) -> Unit | None:
-        """What comes before all else: the rest of its group, or a test for which others wait."""
+        """What comes before all else: the rest of its group, or a test for which others wait; not
+        one that models keep from starting."""
         if worker.unit.tests:
             return worker.unit
-        overdue = self._overdue(worker)
-        may_begin = overdue is not None and self._pool.may_begin(worker, overdue)
-        return overdue if may_begin else None
+        unit = self._backfilling.overdue()
+        if unit is None or not self._may_wait(worker, unit):
+            return None
+        return unit if self._pool.may_begin(worker, unit) else None
 
     def _fitting(self, worker: GpuWorker) -> Unit | None:
         """What this worker can begin now."""
@@ -204,18 +204,17 @@ class Admitting:
         it fits already, and takes the place of the running one.
         """
         pool = self._pool
-        self._take(worker, unit)
-        since, unit.since, unit.overtaken = unit.since, None, 0
-        worker.bound = worker.latest = unit.next()
+        test, since = self._take_next(worker, unit)
+        worker.bound = worker.latest = test
         worker.waiting_since = since
         worker.reserved = reserved
         if reserved:
-            pool.reserve(worker, worker.bound)
+            pool.reserve(worker, test)
             self._backfilling.overtaken_by(unit)
         pool.idle[worker.device].pop(worker.id, None)
         if waits or not worker.sent:
             self.wait_for_admission(worker)
-        return Run(worker.id, (worker.bound,), admitted=False)
+        return Run(worker.id, (test,), admitted=False)
 
     def wait_for_admission(self, worker: GpuWorker) -> None:
         """The bound test of this worker may start once it fits."""
@@ -239,12 +238,7 @@ class Admitting:
             idle += pool.idle[device].values()
         if len(idle) > 1:
             # Who has begun a group goes first, then who has a context: a new one costs VRAM.
-            idle.sort(
-                key=lambda worker: (
-                    not worker.unit.tests,
-                    -self._held(worker),
-                )
-            )
+            idle.sort(key=lambda worker: (not worker.unit.tests, -self._held(worker)))
         actions: list[Action] = []
         failed: dict[str, int] = {}
         for worker in idle:
@@ -262,8 +256,7 @@ class Admitting:
                 failed.pop(worker.device, None)
                 actions.append(self._begin(worker, unit))
                 continue
-            if worker.emptied == 2 and pool.waiting:
-                # It has made room for one that waits, and may have to end for it.
+            if self._is_in_the_way(worker):
                 continue
             due = self._due(worker)
             if due is not None:
@@ -293,13 +286,13 @@ class Admitting:
         plain = worker.collected is None
         left_behind = pool.has_left_behind(worker)
         sure = pool.is_exact and not (pool.waiting or left_behind) and self.models is None
+        # Where models decide too, what leaves room for others may have to wait for its model.
+        is_cold = pool.cold and self.models is None
         for kind, tree in pending.trees.items():
             limit = pool.limit(worker, kind)
-            # Where models decide too, what leaves room for others may have to wait for its model.
-            is_cold = pool.cold and self.models is None
-            rank = self._first_cold(worker, tree, limit) if is_cold else tree.first(limit)
-            for _ in range(TRIES):
-                if rank < 0 or (0 <= best < rank):
+            start = self._first_modest(worker, tree, limit) if is_cold else 0
+            for rank in islice(tree.up_to(limit, start), TRIES):
+                if 0 <= best < rank:
                     break
                 unit = pending.units[rank]
                 # What fits now is a test that the worker could ever run, if it has collected it.
@@ -307,27 +300,18 @@ class Admitting:
                 if known and (sure or self._fits(worker, unit.tests[0])):
                     best = rank
                     break
-                rank = tree.first(limit, rank + 1)
         return pending.units[best] if best >= 0 else None
 
-    def _first_cold(self, worker: GpuWorker, tree: Order, limit: int) -> int:
-        """Without known durations: the largest need that leaves room for others.
-
-        That is room for the smallest pending tests on the other idle workers.
-        """
-        pool = self._pool
-        if tree.front < pool.prefix:
-            rank = tree.first(limit)
-            if rank < pool.prefix:
-                return rank
+    def _first_modest(self, worker: GpuWorker, tree: Order, limit: int) -> int:
+        """Without known durations, from which rank on to look: the largest need that leaves room
+        for the smallest pending tests on the other idle workers."""
+        pool, first = self._pool, tree.first(limit)
+        if first < pool.prefix:
+            return max(first, 0)
         others = len(pool.idle[worker.device]) - (worker.id in pool.idle[worker.device])
-        spare = (
-            others * min(tree.smallest, pool.ledgers[worker.device].capacity.budget)
-            if others
-            else 0
-        )
-        modest = tree.first(limit - spare)
-        return modest if modest >= 0 or not spare else tree.first(limit)
+        smallest = min(tree.smallest, pool.ledgers[worker.device].capacity.budget)
+        modest = tree.first(limit - others * smallest)
+        return modest if modest >= 0 else first
 
     def _share(self, worker: GpuWorker, *, must_fit: bool) -> Unit | None:
         """The second half of the group of which another worker has been given a part."""
@@ -353,11 +337,13 @@ class Admitting:
 
     # --- what is sent ---
 
-    def _take(self, worker: GpuWorker, unit: Unit) -> None:
-        pool = self._pool
+    def _take_next(self, worker: GpuWorker, unit: Unit) -> tuple[int, float | None]:
+        """Give the worker the next test of a unit. Returns it, and since when it has waited."""
         if worker.unit is not unit:
-            pool.pending.take(unit)
+            self._pool.pending.take(unit)
             worker.begin(unit)
+        since, unit.since, unit.overtaken = unit.since, None, 0
+        return unit.next(), since
 
     def _begin(self, worker: GpuWorker, unit: Unit, *, while_ending: bool = False) -> Run:
         """Send the next test of the unit, and more where these are short.
@@ -371,11 +357,8 @@ class Admitting:
         most = self._most_in_chain(worker)
         next_unit: Unit | None = unit
         while next_unit is not None:
-            self._take(worker, next_unit)
-            waited = 0.0 if next_unit.since is None else pool.at - next_unit.since
-            next_unit.since, next_unit.overtaken = None, 0
-            test = next_unit.next()
-            admission = self._assign(worker, test, waited, ahead=while_ending)
+            test, since = self._take_next(worker, next_unit)
+            admission = self._assign(worker, test, since, ahead=while_ending)
             tests.append(test)
             if admission != _PLAIN:
                 admissions[test] = admission
@@ -404,15 +387,11 @@ class Admitting:
         left = pool.pending.count + len(worker.unit.tests)
         return min(MOST_IN_CHAIN, left // (2 * max(1, len(pool.workers))))
 
-    def _is_short(self, tests: Iterable[int]) -> bool:
-        times = [self._pool.expected(test) for test in tests]
-        known = [time for time in times if time is not None]
-        return len(known) == len(times) and sum(known) < CHAIN
-
     def _assign(
-        self, worker: GpuWorker, test: int, waited: float, *, ahead: bool = False
+        self, worker: GpuWorker, test: int, since: float | None, *, ahead: bool = False
     ) -> Admission:
         pool = self._pool
+        waited = 0.0 if since is None else pool.at - since
         known, need = pool.need(test), pool.bytes_for(worker, test)
         note = ""
         if test in pool.forced:
@@ -423,6 +402,42 @@ class Admitting:
         worker.latest = test
         source = known.source if need else ""
         return Admission(need, source, waited, alone, note, pool.refusals.get(test))
+
+    # --- CPU tests on GPU workers, and short tests behind a long one ---
+
+    def _help(self, worker: GpuWorker) -> Run | None:
+        """CPU tests for a GPU worker that has nothing to do."""
+        pool, average = self._pool, self._cpu.average
+        if pool.pending.count and (average is None or average > LONG_HELP):
+            # A GPU test that could start soon would wait for this worker.
+            return None
+        tests = [] if worker.unit.tests else self._cpu.help(worker)
+        if not tests:
+            return None
+        pool.help_out(worker, tests)
+        return Run(worker.id, tuple(tests))
+
+    def help_all(self) -> list[Run]:
+        """CPU tests for the idle GPU workers."""
+        idle = [worker for idle in self._pool.idle.values() for worker in idle.values()]
+        return [run for worker in idle if (run := self._help(worker)) is not None]
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When short tests of some worker should long be over, and others may run them."""
+        workers = self._pool.workers.values()
+        found = [worker.deadline for worker in workers if worker.deadline is not None]
+        return min(found, default=None) if len(workers) > 1 else None
+
+    def recall(self) -> list[Recall]:
+        """Take back short tests behind one that lasts, where others may run them."""
+        pool = self._pool
+        late: list[Recall] = []
+        for worker in pool.workers.values() if len(pool.workers) > 1 else ():
+            if worker.deadline is not None and worker.deadline <= pool.at and len(worker.sent) > 2:
+                worker.deadline = None
+                late.append(Recall(worker.id))
+        return late
 
 
 _PLAIN = Admission()

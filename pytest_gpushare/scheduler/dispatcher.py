@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pytest_gpushare.scheduler.accounts import DeviceLedger
 from pytest_gpushare.scheduler.admission import Admitting
 from pytest_gpushare.scheduler.backfilling import Backfilling
-from pytest_gpushare.scheduler.cpu_pool import CpuPool, Helping
+from pytest_gpushare.scheduler.cpu_pool import CpuPool
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 from pytest_gpushare.scheduler.packing import ordered
 from pytest_gpushare.scheduler.pressure import Pressure
@@ -59,8 +59,7 @@ class Dispatcher:
         self._gpu = GpuPool(jobs, self._ledgers, policy)
         self._cpu = CpuPool(jobs, policy)
         self._backfilling = Backfilling(self._gpu)
-        self._helping = Helping(self._gpu, self._cpu)
-        self._admitting = Admitting(self._gpu, self._helping, self._backfilling)
+        self._admitting = Admitting(self._gpu, self._cpu, self._backfilling)
         self._pressure = Pressure(self._gpu, self._backfilling)
         self._sharing = Sharing(self._gpu, self._pressure)
         self._fallback = Fallback(self._gpu, self._cpu, self._pressure)
@@ -100,7 +99,7 @@ class Dispatcher:
         )
         if waits_for_vram or (self.models is not None and self.models.is_due):
             return float("-inf")
-        return self._helping.next_deadline
+        return self._admitting.next_deadline
 
     @property
     def wants_reading(self) -> bool:
@@ -383,9 +382,9 @@ class Dispatcher:
         actions += self._note_begun(actions)
         actions += given
         actions += pressure.look(looked_at, at_all=is_due)
-        actions += self._helping.recall()
+        actions += admitting.recall()
         if cpu.average is not None:
-            actions += self._helping.help_all()
+            actions += admitting.help_all()
         if cpu.workers:
             actions += cpu.refill(more_may_come=self._gpu_tests_may_come)
         if self.models is not None:

@@ -82,11 +82,6 @@ class GpuWorker:
             self.left_groups.add(self.last_group)
         self.unit, self.last_group, self.helps_in = unit, unit.key, ""
 
-    def help_out(self, groups: Sequence[str]) -> None:
-        """Take CPU tests of these groups."""
-        self.left_groups.update(filter(None, [self.last_group, *groups]))
-        self.last_group, self.helps_in = "", groups[-1]
-
     def helps_with(self, group: str) -> bool:
         """Whether it can take CPU tests of this group and set no fixtures up again."""
         known = group in self.left_groups or group == self.last_group
@@ -421,6 +416,16 @@ class GpuPool:
             self.exclusive.add(worker.id)
         self.idle[worker.device].pop(worker.id, None)
         return is_alone
+
+    def help_out(self, worker: GpuWorker, tests: Sequence[int]) -> None:
+        """Count CPU tests as sent to this worker."""
+        groups = [self.jobs[test].group for test in tests]
+        worker.left_groups.update(filter(None, [worker.last_group, *groups]))
+        worker.last_group, worker.helps_in = "", groups[-1]
+        self.helped.update(tests)
+        worker.sent += tests
+        worker.deadline = None
+        self.refresh(worker)
 
     def reserve(self, worker: GpuWorker, test: int) -> None:
         """Keep room for a test that is to start when the running one of this worker is over."""

@@ -339,12 +339,7 @@ class ModelDispatch:
         )
         if offer is None:
             return None
-        gpu = self._gpu
-        worker.help_out([self._jobs[offer.test].group])
-        gpu.helped.add(offer.test)
-        worker.sent.append(offer.test)
-        worker.deadline = None
-        gpu.refresh(worker)
+        self._gpu.help_out(worker, [offer.test])
         return self._run(worker.id, offer)
 
     def stop(self) -> Iterator[Action]:

@@ -86,9 +86,9 @@ class Order:
                 node += 1
         return node - leaves
 
-    def up_to(self, most: int) -> Iterator[int]:
-        """The ranks whose need is at most `most`, in order."""
-        rank = self.first(most)
+    def up_to(self, most: int, start: int = 0) -> Iterator[int]:
+        """The ranks from `start` on whose need is at most `most`, in order."""
+        rank = self.first(most, start)
         while rank >= 0:
             yield rank
             rank = self.first(most, rank + 1)
