@@ -199,9 +199,10 @@ def _settings(plans: Sequence[Document]) -> dict[str, dict[str, str]]:
     result = {}
     for key in keys:
         found = [plan["settings"][key] for plan in plans if key in plan["settings"]]
-        values = _union([each["value"]] for each in found)
-        origins = _union([each["origin"]] for each in found)
-        result[key] = {"value": " | ".join(values), "origin": " | ".join(origins)}
+        result[key] = {
+            part: " | ".join(dict.fromkeys(each[part] for each in found))
+            for part in ("value", "origin")
+        }
     return result
 
 
@@ -263,39 +264,34 @@ def _ollama(shards: Sequence[Shard]) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+_SAMPLED = ("used_bytes", "ollama_bytes", "others_bytes")
+
+
 def _samples(shards: Sequence[Shard]) -> dict[str, Any]:
-    """The rows of all shards in the order of their times; each fills its own workers' columns."""
-    rows: dict[str, list[tuple[float, int, int]]] = {}
-    held: dict[str, list[tuple[Shard, Document]]] = {}
+    found: dict[str, list[tuple[list[str], list[tuple[Any, ...]]]]] = {}
     for shard in shards:
         for uuid, columns in shard.document["samples"]["devices"].items():
-            part = held.setdefault(uuid, [])
-            part.append((shard, columns))
-            length = _length(columns)
-            rows.setdefault(uuid, []).extend(
-                (shard.at(columns["at_s"][row]), len(part) - 1, row) for row in range(length)
-            )
-    return {uuid: _columns(sorted(rows[uuid]), held[uuid]) for uuid in held}
+            workers = {shard.worker(name): held for name, held in columns["workers_bytes"].items()}
+            times = [shard.at(seconds) for seconds in columns["at_s"]]
+            lists = (times, *(columns[name] for name in _SAMPLED), *workers.values())
+            # As many rows as the shortest list has.
+            rows = list(zip(*lists, strict=False))
+            found.setdefault(uuid, []).append((list(workers), rows))
+    return {uuid: _columns(parts) for uuid, parts in found.items()}
 
 
-def _length(columns: Document) -> int:
-    lists = [columns[name] for name in ("at_s", "used_bytes", "ollama_bytes", "others_bytes")]
-    return min(map(len, [*lists, *columns["workers_bytes"].values()]))
-
-
-def _columns(
-    rows: Sequence[tuple[float, int, int]], held: Sequence[tuple[Shard, Document]]
-) -> dict[str, Any]:
-    result: dict[str, Any] = {"at_s": [at for at, _, _ in rows]}
-    for name in ("used_bytes", "ollama_bytes", "others_bytes"):
-        result[name] = [held[part][1][name][row] for _, part, row in rows]
-    workers: dict[str, list[int | None]] = {}
-    for number, (shard, columns) in enumerate(held):
-        for worker, sizes in columns["workers_bytes"].items():
-            workers[shard.worker(worker)] = [
-                sizes[row] if part == number else None for _, part, row in rows
-            ]
-    result["workers_bytes"] = workers
+def _columns(parts: Sequence[tuple[list[str], list[tuple[Any, ...]]]]) -> dict[str, Any]:
+    """The rows of all shards in the order of their times; each fills its own workers' columns."""
+    every = [(row, workers) for workers, rows in parts for row in rows]
+    every.sort(key=lambda each: each[0][0])
+    result: dict[str, Any] = {
+        name: [row[at] for row, _ in every] for at, name in enumerate(("at_s", *_SAMPLED))
+    }
+    result["workers_bytes"] = {
+        name: [row[at] if workers is own else None for row, workers in every]
+        for own, _ in parts
+        for at, name in enumerate(own, 1 + len(_SAMPLED))
+    }
     return result
 
 
