@@ -281,8 +281,11 @@ def test_budget_overrun_is_a_warning() -> None:
     [
         ({}, "good", "22 passed, 2 skipped"),
         ({"exit_status": 1}, "bad", "22 passed, 2 skipped"),
-        ({"exit_status": 2}, "bad", "22 passed, 2 skipped; interrupted"),
-        ({"finished": False}, "bad", "22 passed, 2 skipped; the run did not finish"),
+        (
+            {"exit_status": 2, "finished": False},
+            "bad",
+            "22 passed, 2 skipped; the run did not finish",
+        ),
     ],
 )
 def test_outcome(change: dict[str, Any], state: str, text: str) -> None:

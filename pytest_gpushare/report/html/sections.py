@@ -33,7 +33,6 @@ from pytest_gpushare.units import plural
 GOOD, WARNING, BAD, NEUTRAL = "good", "warning", "bad", "neutral"
 
 _OUTCOMES = ("failed", "error", "crashed", "passed", "skipped", "xfailed", "xpassed")
-_EXITS = {2: "interrupted", 3: "ended by an internal error", 4: "ended by wrong usage"}
 
 _KEPT = re.compile(r"gpu_share_\w+ = [^;]* would have kept [^;]*")
 """What the verdict on a model says to change."""
@@ -59,12 +58,11 @@ def outcome(report: Record) -> tuple[str, str]:
     counts = Counter(test["outcome"] for test in report["tests"])
     words = [f"{counts[name]} {name}" for name in _OUTCOMES if name in counts]
     text = ", ".join(words) or "No test ran"
-    status = report["run"]["exit_status"]
     if not report["run"]["finished"]:
         return BAD, f"{text}; the run did not finish"
-    if status in _EXITS:
-        return BAD, f"{text}; {_EXITS[status]}"
-    wrong = status not in (0, 5) or any(map(counts.get, ("failed", "error", "crashed")))
+    wrong = report["run"]["exit_status"] not in (0, 5) or any(
+        map(counts.get, ("failed", "error", "crashed"))
+    )
     return (BAD if wrong else GOOD if words else NEUTRAL), text
 
 
