@@ -25,9 +25,8 @@ function testPlot(timeline) {
     space: 1,
   };
   made.series = [{}, { points: { show: false } }];
-  const events = data.events.filter((event) => event.at !== null);
   made.hooks.draw = [
-    (chart) => drawEvents(timeline, chart, events, false),
+    (chart) => drawEvents(timeline, chart, data.events, false),
     (chart) => drawBars(timeline, chart, rows, row),
     (chart) => drawPhases(timeline, chart, phases, rows.length * row + 2, row - 4),
   ];

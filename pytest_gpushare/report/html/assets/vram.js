@@ -6,9 +6,8 @@ function vramPlot(timeline, device, height) {
   const times = sums(samples.at_ms, 1 / 1000);
   const used = sums(samples.used, 1);
   const all = samples.parts.map((part) => describe(timeline, part, sums(part.held, 1)));
-  const mib = (bytes) => (bytes === null ? null : bytes / MB);
-  const total = mib(device.total);
-  const hanging = total === null ? [] : all.filter((part) => part.colour === "ollama");
+  const total = device.total / MB;
+  const hanging = all.filter((part) => part.colour === "ollama");
   const standing = all.filter((part) => !hanging.includes(part));
   const parts = [...standing, ...hanging];
   const plot = {};
@@ -21,7 +20,7 @@ function vramPlot(timeline, device, height) {
     return below;
   });
 
-  const most = Math.max(total ?? 0, reduceMost(used), 1);
+  const most = Math.max(total, reduceMost(used), 1);
   const made = options(timeline, height);
   made.scales.y = { range: [0, most * 1.08] };
   made.axes[1] = {
@@ -45,7 +44,7 @@ function vramPlot(timeline, device, height) {
   if (!parts.length) made.series.push(paint("rest", 0));
   const plan = planned(device, hanging.length > 0);
   const leases = leasesOf(device);
-  const events = timeline.data.events.filter((event) => event.at !== null && (!event.device || event.device === device.uuid));
+  const events = timeline.data.events.filter((event) => !event.device || event.device === device.uuid);
   made.hooks.drawAxes = [(chart) => drawKept(timeline, chart, plan)];
   made.hooks.draw = [
     (chart) => drawLines(timeline, chart, plan),
@@ -110,8 +109,7 @@ function vramPlot(timeline, device, height) {
 
 // Other sessions are looked at twice a second: what was seen once lasts until the next look.
 function leasesOf(device) {
-  const known = (device.leases ?? []).filter((lease) => lease.start !== null && lease.end !== null);
-  return known.map((lease) => ({ ...lease, end: Math.max(lease.end, lease.start + 0.5) }));
+  return device.leases.map((lease) => ({ ...lease, end: Math.max(lease.end, lease.start + 0.5) }));
 }
 
 // What all other sessions had leased, as a line over the ground.
@@ -169,14 +167,13 @@ function seen(chart, times) {
 // safety buffer, and what is kept for Ollama. Where nobody knows which part is Ollama's,
 // only what it does not hold yet hangs from the ceiling.
 function planned(device, toldApart) {
-  const { total, budget, reservation, used_at_start: start } = device;
-  const resident = device.resident ?? 0;
-  const kept = toldApart ? reservation : Math.max(0, (reservation ?? 0) - resident);
-  const ground = start === null ? null : start - (toldApart ? Math.min(resident, reservation ?? 0) : 0);
+  const { total, budget, reservation, resident, used_at_start: start } = device;
+  const kept = toldApart ? reservation : Math.max(0, reservation - resident);
+  const ground = start - (toldApart ? Math.min(resident, reservation) : 0);
   const lines = [[total, "total", `total ${size(total)}`, [], -4]];
   if (kept) lines.push([total - kept, "ollama-line", `kept for Ollama: ${size(reservation)}`, [2, 3], -4]);
-  if (ground !== null && budget) lines.push([ground + budget, "budget", `budget of tests: ${size(budget)}`, [7, 4], 12]);
-  return { total, kept: kept ?? 0, buffer: device.safety_buffer ?? 0, lines: lines.filter(([at]) => at !== null) };
+  if (budget) lines.push([ground + budget, "budget", `budget of tests: ${size(budget)}`, [7, 4], 12]);
+  return { total, kept, buffer: device.safety_buffer, lines };
 }
 
 function drawKept(timeline, chart, plan) {
