@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pytest_gpushare.cli.terminal import (
@@ -57,10 +57,8 @@ def rows(sections: Sequence[ComparedSubject], width: int | None = None) -> Itera
 
 
 def _table(found: Sequence[Difference], width: int | None) -> Iterator[Row]:
-    name, old, new = (
-        max((width_of(text) for text in texts if width_of(text) <= _WIDEST), default=0)
-        for texts in zip(*((row.name, row.before, row.after) for row in found), strict=True)
-    ) if found else (0, 0, 0)  # fmt: skip
+    name = _widest(row.name for row in found)
+    old, new = _widest(row.before for row in found), _widest(row.after for row in found)
     for row in found:
         change = f"  {row.change}" if row.change else ""
         after = _padded(row.after, new) if change else row.after
@@ -76,6 +74,10 @@ def _table(found: Sequence[Difference], width: int | None) -> Iterator[Row]:
                 yield [Piece(text)]
             for text in wrapped(f"    {row.before} → {row.after}{change}", width, 6):
                 yield [Piece(text, _STYLES[row.state])]
+
+
+def _widest(texts: Iterable[str]) -> int:
+    return max((width for width in map(width_of, texts) if width <= _WIDEST), default=0)
 
 
 def _is_long(row: Difference) -> bool:
