@@ -146,19 +146,14 @@ def idle_devices(case: Case) -> list[Advice]:
         return []
     if not any(device.outstanding for device in case.plan.devices):
         return []
-    best: tuple[int, int] | None = None
-    for device in devices:
-        plan = case.planned({"ollama_gpu": (device.index,)})
-        gain = len(plan.slots) - len(case.plan.slots)
-        if device.index.isdigit() and gain > 0 and (best is None or gain > best[1]):
-            best = int(device.index), gain
-    if best is None:
+    indices = [device.index for device in devices if device.index.isdigit()]
+    if not indices:
         return []
-    why = "Ollama's device is unknown, so VRAM is reserved for it on every GPU"
+    best = max(indices, key=lambda index: len(case.planned({"ollama_gpu": (index,)}).slots))
     return checked(
         case,
-        why,
-        {"ollama_gpu": (str(best[0]),)},
+        "Ollama's device is unknown, so VRAM is reserved for it on every GPU",
+        {"ollama_gpu": (best,)},
         case.plan.needed,
         "(the GPU that it uses) would allow",
     )
