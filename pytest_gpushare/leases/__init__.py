@@ -149,14 +149,14 @@ def _opened(device: str | int, directory: str) -> Iterator[tuple[Device, Lessee 
     from pytest_gpushare.gpu.host import pid_space
     from pytest_gpushare.gpu.readings import LiveVram
     from pytest_gpushare.host_probe import host_probe
-    from pytest_gpushare.leases.ledger import AUTO, OFF, Ledger, LedgerError, directory_of
+    from pytest_gpushare.leases.ledger import AUTO, OFF, Ledger, directory_of
     from pytest_gpushare.leases.lessee import Lessee, LiveReadings
     from pytest_gpushare.leases.records import LeaseRecord
     from pytest_gpushare.timed import call_within
 
-    probe = host_probe()
-    live = None
-    try:
+    with contextlib.ExitStack() as at_end:
+        probe = host_probe()
+        at_end.callback(call_within, 1.0, probe.close)
         probe.open()
         facts = probe.read({})
         names = {name: d for d in facts.all_devices for name in (d.index, d.uuid)}
@@ -169,25 +169,27 @@ def _opened(device: str | int, directory: str) -> Iterator[tuple[Device, Lessee 
             yield found, None
             return
         live = LiveVram(probe)
-        try:
+        at_end.callback(live.close)
+        with _as_unavailable():
             ledger = Ledger(directory_of(directory or AUTO))
-        except LedgerError as error:
-            raise LeaseUnavailable(f"no VRAM is leased: {error}") from None
         record = LeaseRecord(os.getpid(), pid_space() or "", str(Path.cwd()), began=time.time())
         lessee = Lessee(ledger, record, {found.uuid: found.total}, LiveReadings(live))
-        try:
-            yield found, lessee
-        finally:
-            lessee.close()
-    finally:
-        if live is not None:
-            live.close()
-        call_within(1.0, probe.close)
+        at_end.callback(lessee.close)
+        yield found, lessee
+
+
+@contextlib.contextmanager
+def _as_unavailable() -> Iterator[None]:
+    from pytest_gpushare.leases.ledger import LedgerError
+
+    try:
+        yield
+    except LedgerError as error:
+        raise LeaseUnavailable(f"no VRAM is leased: {error}") from None
 
 
 def _claim(lessee: Lessee, device: Device, size: int, wait: float | None) -> None:
     from pytest_gpushare.leases.claims import Naming
-    from pytest_gpushare.leases.ledger import LedgerError
     from pytest_gpushare.leases.lessee import Wish
     from pytest_gpushare.leases.records import DeviceLease
     from pytest_gpushare.waiting_line import WaitingLine
@@ -208,16 +210,15 @@ def _claim(lessee: Lessee, device: Device, size: int, wait: float | None) -> Non
         return "; ".join(Naming().holder(h, time.time()) for h in found) or "other programs hold it"
 
     line = WaitingLine()
-    try:
-        outcome = lessee.claim(
-            decide,
-            wait,
-            lambda view, waited: line.show(
-                f"gpu-share: waiting for {format_gb(size)} of VRAM, {waited:.0f} s: {holders(view)}"
-            ),
+
+    def report(view: View, waited: float) -> None:
+        line.show(
+            f"gpu-share: waiting for {format_gb(size)} of VRAM, {waited:.0f} s: {holders(view)}"
         )
-    except LedgerError as error:
-        raise LeaseUnavailable(f"no VRAM is leased: {error}") from None
+
+    try:
+        with _as_unavailable():
+            outcome = lessee.claim(decide, wait, report)
     finally:
         line.clear()
     if not outcome.is_granted:
@@ -230,11 +231,10 @@ def _claim(lessee: Lessee, device: Device, size: int, wait: float | None) -> Non
 def _room(view: View, device: Device) -> tuple[int, int]:
     """Bytes that can be leased, and those that the other sessions' leases withhold."""
     claims = view.claims[device.uuid]
-    memory: Mapping[str, object] = view.memory or {}
-    found = memory.get(device.uuid)
-    free = int(getattr(found, "free", device.free))
+    memory = (view.memory or {}).get(device.uuid)
+    free = device.free if memory is None else memory.free
     processes = view.processes.get(device.uuid, device.processes) or ()
     resident = sum(process.used or 0 for process in processes if process.neighbour)
     outstanding = max(0, claims.reserved - resident)
     room = max(0, free - outstanding - SAFETY_BUFFER - claims.leased)
-    return room, claims.leased + sum(holder.held or 0 for holder in claims.holders)
+    return room, claims.leased + claims.held

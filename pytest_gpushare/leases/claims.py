@@ -204,11 +204,11 @@ def claims_of(
     `space` is where the reader's PIDs hold: only sessions of the same place can be found in
     the list of processes. `ancestors` gives a process and those that started it.
     """
-    known = _with_what_tests_lease([session for session in sessions if session.record is not None])
+    known = _with_what_tests_lease(list(sessions))
     owners: dict[int, str] = {}
     for session in known:
         record = session.record
-        if space and record is not None and record.space == space:
+        if space and record.space == space:
             owners.setdefault(record.pid, session.name)
             owners.update((worker.pid, session.name) for worker in record.workers if worker.pid)
     return {
@@ -225,15 +225,14 @@ def _with_what_tests_lease(sessions: Sequence[LiveSession]) -> Sequence[LiveSess
     runs = {
         (session.record.space, worker.pid): session.name
         for session in sessions
-        if session.record is not None
         for worker in session.record.workers
     }
     more: dict[str, Counter[str]] = {}
     found = []
     for session in sessions:
         record = session.record
-        run = None if record is None else runs.get((record.space, record.pid))
-        if record is None or run is None or run == session.name:
+        run = runs.get((record.space, record.pid))
+        if run is None or run == session.name:
             found.append(session)
             continue
         sizes = {uuid: share.lease for uuid, share in record.devices.items()}
@@ -244,7 +243,7 @@ def _with_what_tests_lease(sessions: Sequence[LiveSession]) -> Sequence[LiveSess
         return sessions
     return [
         session._replace(record=session.record.with_more(more[session.name]))
-        if session.record is not None and session.name in more
+        if session.name in more
         else session
         for session in found
     ]
@@ -261,7 +260,7 @@ def _claims_on(
     reserved = 0
     for session in sessions:
         record = session.record
-        if record is None or uuid not in record.devices:
+        if uuid not in record.devices:
             continue
         published, seniority = record.lease(uuid), record.seniority(session.name)
         lease = min(published.lease, total)
@@ -320,7 +319,7 @@ def _held(
 def names_device(sessions: Iterable[LiveSession], uuids: Iterable[str]) -> bool:
     """Whether one of the sessions claims, or waits for, one of these devices."""
     wanted = set(uuids)
-    return any(s.record is not None and wanted & s.record.devices.keys() for s in sessions)
+    return any(wanted & session.record.devices.keys() for session in sessions)
 
 
 class Naming(NamedTuple):
@@ -331,8 +330,6 @@ class Naming(NamedTuple):
 
     def session(self, session: LiveSession) -> str:
         """`pid 1234, ci, in /srv/a`."""
-        if session.record is None:
-            return f"{session.name} of {session.owner}"
         if session.is_mine:
             return f"pid {session.record.pid}, {session.owner}, in {session.record.root}"
         if not self.shows_everybody:
@@ -344,9 +341,7 @@ class Naming(NamedTuple):
         """`pid 1234, ci, in /srv/a: 9.0 GB for 3 min, 412 of 1,000 tests done`."""
         record = holder.session.record
         size = format_gb(holder.lease or holder.held or 0)
-        text = f"{self.session(holder.session)}: {size}"
-        if record is None:
-            return text
         minutes = max(0, int((wall_clock - record.began) / 60))
-        text += f" for {minutes} min" if minutes else ""
-        return text + (f", {record.done:,} of {record.total:,} tests done" if record.total else "")
+        since = f" for {minutes} min" if minutes else ""
+        done = f", {record.done:,} of {record.total:,} tests done" if record.total else ""
+        return f"{self.session(holder.session)}: {size}{since}{done}"

@@ -63,10 +63,6 @@ class LedgerError(Exception):
     """The ledger cannot be used; its text is one line for the user."""
 
 
-class GateError(LedgerError):
-    """Somebody held the gate for too long."""
-
-
 class LiveSession(NamedTuple):
     """A session whose record is locked."""
 
@@ -74,32 +70,27 @@ class LiveSession(NamedTuple):
     """The name of the record's file."""
     uid: int | None
     """The owner of the file; None where files have no owner."""
-    record: LeaseRecord | None
-    """None where it could not be understood."""
+    record: LeaseRecord = LeaseRecord(0)
+    """One that could not be understood claims nothing, and stands for no process."""
     problem: str = ""
-    """Why not."""
+    """Why it could not be understood; empty where it could."""
 
     @property
     def owner(self) -> str:
-        """The name of the user."""
+        """The name of the user, else `uid 1001`."""
         if self.uid is None:
-            return (self.record.user if self.record else "") or "?"
-        return user_name(self.uid)
+            return self.record.user or "?"
+        try:
+            import pwd
+
+            return one_line(pwd.getpwuid(self.uid).pw_name, 40)
+        except (ImportError, KeyError):
+            return f"uid {self.uid}"
 
     @property
     def is_mine(self) -> bool:
         """Whether it is a session of the user who reads it."""
         return self.uid is None or self.uid == _own_uid()
-
-
-def user_name(uid: int) -> str:
-    """The name of a user of this host, else `uid 1001`."""
-    try:
-        import pwd
-
-        return one_line(pwd.getpwuid(uid).pw_name, 40)
-    except (ImportError, KeyError):
-        return f"uid {uid}"
 
 
 def _own_uid() -> int | None:
@@ -164,9 +155,9 @@ class Ledger:
 
     @contextlib.contextmanager
     def gate(self) -> Iterator[None]:
-        """Hold the gate. Raises `GateError` where it cannot be had in time, `LedgerError`."""
+        """Hold the gate. Raises `LedgerError`, also where it cannot be had in time."""
         if not self._thread_lock.acquire(timeout=GATE_MOST):
-            raise GateError(f"another thread holds the gate of {self.directory}")
+            raise LedgerError(f"another thread holds the gate of {self.directory}")
         try:
             descriptor = self._enter_gate()
             try:
@@ -270,14 +261,14 @@ class Ledger:
     def _enter_gate(self) -> int:
         began = self._clock()
         if began < self._shut_until:
-            raise GateError(self._held())
+            raise LedgerError(self._held())
         try:
             while True:
                 descriptor = self._open_gate()
                 try:
                     if not self._lock(descriptor, began):
                         self._shut_until = self._clock() + GATE_REST
-                        raise GateError(self._held())
+                        raise LedgerError(self._held())
                     # One that somebody removed meanwhile would let two in.
                     if self._is_the_gate(descriptor):
                         return descriptor
@@ -352,7 +343,8 @@ class Ledger:
 
     def _names(self) -> list[str]:
         try:
-            with os.scandir(self._place()) as entries:
+            path = self._path(".") if self._directory is None else self._directory
+            with os.scandir(path) as entries:
                 first = zip(range(MOST_ENTRIES), entries, strict=False)
                 return [entry.name for _, entry in first if _is_record(entry.name)]
         except OSError:
@@ -381,33 +373,37 @@ class Ledger:
             known = self._parsed[name] = content, _session(name, uid, content)
         return known[1]
 
-    # --- relative to the directory that was opened ---
+    # --- relative to the directory that was opened, where the system opens directories ---
 
-    def _place(self) -> int | Path:
+    def _path(self, name: str) -> str:
+        """What names a file of the directory together with `dir_fd=self._directory`."""
         if self._directory is not None:
-            return self._directory
+            return name
         if _HAS_DIR_FD:
             raise OSError(errno.EBADF, "the ledger is closed")
-        return self.directory
+        return os.fspath(self.directory / name)
 
     def _open(self, name: str, flags: int) -> int:
-        place = self._place()
-        if isinstance(place, int):
-            return os.open(name, flags | locks.OPEN_FLAGS, 0o644, dir_fd=place)
-        return os.open(place / name, flags | locks.OPEN_FLAGS, 0o644)
+        path = self._path(name)
+        return os.open(path, flags | locks.OPEN_FLAGS, 0o644, dir_fd=self._directory)
 
     def _stat(self, name: str) -> os.stat_result:
-        place = self._place()
-        if isinstance(place, int):
-            return os.stat(name, dir_fd=place, follow_symlinks=False)
-        return (place / name).lstat()
+        return os.stat(self._path(name), dir_fd=self._directory, follow_symlinks=False)
 
     def _unlink(self, name: str) -> None:
-        place = self._place()
-        if isinstance(place, int):
-            os.unlink(name, dir_fd=place)
-        else:
-            (place / name).unlink()
+        os.unlink(self._path(name), dir_fd=self._directory)
+
+
+def sessions_in(directory: Path) -> list[LiveSession]:
+    """The sessions that are alive, for one that takes no part; none where it cannot look."""
+    try:
+        ledger = Ledger(directory, is_reader=True)
+    except LedgerError:
+        return []
+    try:
+        return ledger.look()
+    finally:
+        ledger.close()
 
 
 _ALL: weakref.WeakSet[Ledger] = weakref.WeakSet()
@@ -468,7 +464,7 @@ def _session(name: str, uid: int | None, content: bytes) -> LiveSession:
     try:
         return LiveSession(name, uid, from_bytes(content))
     except UnreadableError as error:
-        return LiveSession(name, uid, None, str(error))
+        return LiveSession(name, uid, problem=str(error))
 
 
 def _is_record(name: str) -> bool:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.host import line_of, pid_space
 from pytest_gpushare.leases import DEFAULT_WAIT
-from pytest_gpushare.leases.claims import DeviceClaims, claims_of, names_device
-from pytest_gpushare.leases.ledger import Ledger, LedgerError, LiveSession
+from pytest_gpushare.leases.claims import DeviceClaims, Processes, claims_of, names_device
+from pytest_gpushare.leases.ledger import Ledger, LedgerError, LiveSession, sessions_in
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, ModelTurn, Seniority
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_gpushare.gpu.readings import LiveVram
+    from pytest_gpushare.gpu.readings import LiveVram, Reading
     from pytest_gpushare.gpu.vendors import DeviceReader
+
+T = TypeVar("T")
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.25
 """Seconds between two looks at the ledger: the longer the wait, the longer the pause."""
@@ -38,15 +40,17 @@ class LiveReadings:
 
     def memory(self) -> Mapping[str, Memory]:
         """See `DeviceReader`."""
-        asked = time.monotonic()
-        reading = self._live.memory(0.0)
-        return reading.devices if reading.at >= asked else {}
+        return _in_time(self._live.memory)
 
     def processes(self) -> Mapping[str, tuple[GpuProcess, ...] | None]:
         """See `DeviceReader`."""
-        asked = time.monotonic()
-        reading = self._live.processes(0.0)
-        return reading.devices if reading.at >= asked else {}
+        return _in_time(self._live.processes)
+
+
+def _in_time(read: Callable[[float], Reading[T]]) -> Mapping[str, T]:
+    asked = time.monotonic()
+    reading = read(0.0)
+    return reading.devices if reading.at >= asked else {}
 
 
 class View(NamedTuple):
@@ -120,7 +124,8 @@ class Lessee:
     ) -> None:
         """`totals` are the devices that are shared, UUID -> bytes."""
         self.ledger = ledger
-        self._record = record
+        self.record = record
+        """What this session publishes of itself."""
         self.totals = totals
         """UUID -> bytes, of the devices that are shared."""
         self._readings = readings
@@ -133,11 +138,6 @@ class Lessee:
         """The ticket with which it waited for its start: its first test has the same one."""
         self.problem = ""
         """Why the ledger could not be used the last time; empty where it could."""
-
-    @property
-    def record(self) -> LeaseRecord:
-        """What this session publishes of itself."""
-        return self._record
 
     def claim(self, decide: Decide, wait: float | None, report: Report) -> Outcome:
         """Lease what `decide` wants, once there is enough.
@@ -164,13 +164,13 @@ class Lessee:
                 if current != progress:
                     progress, since = current, now
             if now - since >= limit:
-                self.change(ticket=0, devices=_without_wants(self._record.devices))
+                self.change(ticket=0, devices=_without_wants(self.record.devices))
                 return Outcome(view, False, now - began)
             try:
                 report(view, now - began)
                 self._await_turn(view, began, since + limit)
             except EnoughElsewhereError:
-                self.change(ticket=0, devices=_without_wants(self._record.devices))
+                self.change(ticket=0, devices=_without_wants(self.record.devices))
                 return Outcome(view, False, 0.0)
             except BaseException:
                 self.leave()
@@ -212,7 +212,7 @@ class Lessee:
     def _before(self, view: View) -> tuple[int, Sequence[str]]:
         """How many asked before, on a device that this session waits for; and the records to
         watch: of the last of these, or of all that have leased something."""
-        own = self._record
+        own = self.record
         claims = [claim for uuid, claim in view.claims.items() if own.lease(uuid).want]
         waiting = {w.ticket: w.seniority[1] for claim in claims for w in claim.waiting}
         before = [ticket for ticket in waiting if ticket < own.ticket]
@@ -231,9 +231,9 @@ class Lessee:
             self._in_gate = self._clock() - entered
             # Who has asked keeps its place also while it would be in an older one's way.
             waits = any(share.want for share in wish.devices.values()) or (
-                bool(self._record.ticket) and wish.is_explained
+                bool(self.record.ticket) and wish.is_explained
             )
-            self._turn = self._record.ticket or self._turn
+            self._turn = self.record.ticket or self._turn
             self._publish(view, wish.devices, asked if waits and not wish.is_granted else None)
         return view, wish
 
@@ -246,12 +246,12 @@ class Lessee:
         asked = self._clock()
         with self._lock, self.ledger.gate():
             view = self.view(may_reuse=True)
-            if not self._record.since:
+            if not self.record.since:
                 self._begin_to_revise(view)
             revision = decide(view)
             if not revision.waits_for & self._waits_for:
                 self._waits_for = revision.waits_for
-                self._record = self._record._replace(ticket=self._turn)
+                self.record = self.record._replace(ticket=self._turn)
                 if revision.waits_for:
                     self._turn = 0
             self._publish(view, revision.devices, asked if revision.waits_for else None)
@@ -262,9 +262,9 @@ class Lessee:
         Those have been asked before whether each of them can run its largest test; when this one
         was started does not matter to that.
         """
-        others = (s.record.since for s in view.sessions if s.record is not None)
+        others = (session.record.since for session in view.sessions)
         since = max(time.time(), max(others, default=0.0) + 0.001)
-        self._record = self._record._replace(since=since)
+        self.record = self.record._replace(since=since)
 
     def _publish(self, view: View, devices: Mapping[str, DeviceLease], asked: float | None) -> None:
         """Publish this; `asked` is since when it waits, None where it does not.
@@ -273,17 +273,17 @@ class Lessee:
         """
         ticket = 0
         if asked is not None:
-            others = {s.record.ticket for s in view.sessions if s.record is not None}
-            ticket = self._record.ticket or max(1, int(asked * 1e6))
+            others = {session.record.ticket for session in view.sessions}
+            ticket = self.record.ticket or max(1, int(asked * 1e6))
             while ticket in others:
                 ticket += 1
-        self._write(self._record._replace(devices=devices, ticket=ticket, renewed=self._clock()))
+        self._write(self.record._replace(devices=devices, ticket=ticket, renewed=self._clock()))
 
     @property
     def seniority(self) -> Seniority:
         """This session among the others, as they read it."""
         path = self.ledger.record_path
-        return self._record.seniority("" if path is None else path.name)
+        return self.record.seniority("" if path is None else path.name)
 
     def view(self, *, may_reuse: bool = False) -> View:
         """The others as they are now; to be called while the gate is held.
@@ -296,15 +296,14 @@ class Lessee:
         names = names_device(sessions, self.totals)
         if self._readings is not None and (names or not may_reuse):
             memory, processes = _read(self._readings)
-        claims = claims_of(
-            sessions,
-            self.totals,
-            processes,
-            space=pid_space() or "",
-            now=self._clock(),
-            ancestors=line_of,
-        )
-        return View(sessions, claims, memory, processes, self._record.ticket)
+        claims = self._claims(sessions, processes, pid_space() or "")
+        return View(sessions, claims, memory, processes, self.record.ticket)
+
+    def _claims(
+        self, sessions: Sequence[LiveSession], processes: Processes, space: str
+    ) -> Mapping[str, DeviceClaims]:
+        now = self._clock()
+        return claims_of(sessions, self.totals, processes, space=space, now=now, ancestors=line_of)
 
     @property
     def claims_devices(self) -> bool:
@@ -314,10 +313,7 @@ class Lessee:
     def look(self) -> View:
         """The others, without the gate and without NVML, for whoever only shows them."""
         sessions = self.ledger.look()
-        claims = claims_of(
-            sessions, self.totals, {}, space="", now=self._clock(), ancestors=line_of
-        )
-        return View(sessions, claims)
+        return View(sessions, self._claims(sessions, {}, ""))
 
     def models_of_others(self) -> frozenset[str]:
         """The models of Ollama's that other sessions use, by full name."""
@@ -327,7 +323,7 @@ class Lessee:
         """Publish the turns that `decide` makes of the other sessions. Raises `LedgerError`."""
         with self._lock, self.ledger.gate():
             turns = tuple(decide(self.ledger.others()))
-            self._write(self._record._replace(turns=turns, renewed=self._clock()))
+            self._write(self.record._replace(turns=turns, renewed=self._clock()))
 
     def change(self, **fields: object) -> bool:
         """Publish other values of fields of the record. Returns whether that was possible.
@@ -335,10 +331,10 @@ class Lessee:
         What could not be written is written with the next change.
         """
         with self._lock:
-            self._record = self._record._replace(**fields)  # type: ignore[arg-type]
+            self.record = self.record._replace(**fields)  # type: ignore[arg-type]
             try:
                 with self.ledger.gate():
-                    self._write(self._record)
+                    self._write(self.record)
             except LedgerError as error:
                 self.problem = str(error)
                 return False
@@ -349,18 +345,14 @@ class Lessee:
         with self._lock:
             devices = {
                 uuid: share._replace(lease=min(share.lease, leases.get(uuid, 0)))
-                for uuid, share in self._record.devices.items()
+                for uuid, share in self.record.devices.items()
             }
-            return devices == self._record.devices or self.change(devices=devices)
-
-    def is_lost(self) -> bool:
-        """Whether somebody has removed the record, so that it must be published again."""
-        return self.ledger.is_lost()
+            return devices == self.record.devices or self.change(devices=devices)
 
     def leave(self) -> None:
         """Give everything back; harmless when called twice."""
         with self._lock:
-            self._record = self._record._replace(devices={}, ticket=0, turns=())
+            self.record = self.record._replace(devices={}, ticket=0, turns=())
             self.ledger.leave()
 
     def close(self) -> None:
@@ -369,26 +361,18 @@ class Lessee:
         self.ledger.close()
 
     def _write(self, record: LeaseRecord) -> None:
-        self._record = record
+        self.record = record
         self.ledger.publish(record)
         self.problem = ""
 
 
 def models_in_use(directory: Path) -> frozenset[str]:
     """The models of Ollama's that sessions use, by full name, before this one takes part."""
-    try:
-        ledger = Ledger(directory, is_reader=True)
-    except LedgerError:
-        return frozenset()
-    try:
-        return _models_of(ledger.look())
-    finally:
-        ledger.close()
+    return _models_of(sessions_in(directory))
 
 
 def _models_of(sessions: Iterable[LiveSession]) -> frozenset[str]:
-    records = (session.record for session in sessions)
-    names = (name for record in records if record is not None for name in record.models)
+    names = (name for session in sessions for name in session.record.models)
     return frozenset(name if ":" in name else f"{name}:latest" for name in names)
 
 
@@ -421,7 +405,7 @@ def progress_of(sessions: Iterable[LiveSession]) -> object:
     return frozenset(
         (session.name, session.record.done, session.record.leased)
         for session in sessions
-        if session.record is not None and session.record.leased
+        if session.record.leased
     )
 
 

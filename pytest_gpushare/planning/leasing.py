@@ -190,7 +190,7 @@ class _Negotiation:
             # The tests lease what they need, one by one.
             lessee.shrink({})
         notes = [_unreadable(session.name, session.problem)
-                 for session in outcome.view.sessions if session.record is None]  # fmt: skip
+                 for session in outcome.view.sessions if session.problem]  # fmt: skip
         if not outcome.is_granted and outcome.waited >= 1:
             who = "; ".join(self._holders(outcome.view, self._reported)) or "other programs hold it"
             notes.append(f"waited {outcome.waited:.0f} s for VRAM: {who}")
@@ -241,7 +241,7 @@ class _Negotiation:
         left = dict(self.others.leases)
         for uuid, claim in view.claims.items():
             for holder in claim.holders:
-                if holder.session.record is not None and holder.session.record.is_ending:
+                if holder.session.record.is_ending:
                     ended[uuid] += holder.held or 0
                     left[uuid] -= holder.unclaimed
         if left == self.others.leases and not any(ended.values()):
@@ -289,8 +289,7 @@ class _Negotiation:
 
         Nor had models loaded that their tests use: those are unloaded for one that waits.
         """
-        records = (session.record for session in view.sessions if session.record is not None)
-        uses_models = any(turn.is_open for record in records for turn in record.turns)
+        uses_models = any(turn.is_open for s in view.sessions for turn in s.record.turns)
         held = {uuid: claim.held for uuid, claim in view.claims.items()}
         for planned in self.plan.devices if self.plan is not None and uses_models else ():
             if planned.device.uuid in held:
@@ -320,8 +319,7 @@ class _Negotiation:
             self._refresh()
 
     def _shares(self, view: View) -> list[DeviceLease]:
-        records = (session.record for session in view.sessions if session.record is not None)
-        return [share for record in records for share in record.devices.values()]
+        return [share for s in view.sessions for share in s.record.devices.values()]
 
     def _holders(self, view: View, naming: Naming) -> list[str]:
         now, found = time.time(), {}

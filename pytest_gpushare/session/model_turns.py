@@ -35,10 +35,10 @@ class Queue(NamedTuple):
         turns, holders = [], []
         for session in sessions:
             record = session.record
-            for turn in record.turns if record is not None else ():
+            for turn in record.turns:
                 if turn.server != server:
                     continue
-                if record is not None and abs(now - record.renewed) > TICKET_LIFE:
+                if abs(now - record.renewed) > TICKET_LIFE:
                     turn = turn._replace(ticket=0)
                 turns.append(turn)
                 if turn.is_open:
@@ -177,10 +177,7 @@ class ModelTurns:
         sessions = self._lessee.ledger.look()
         others = Queue.of(sessions, self._server, time.monotonic())
         return any(turn.ticket and turn.model not in mine for turn in others.turns) or any(
-            share.want
-            for session in sessions
-            if session.record is not None
-            for share in session.record.devices.values()
+            share.want for session in sessions for share in session.record.devices.values()
         )
 
     def _others(self) -> Queue:
@@ -234,7 +231,7 @@ class ModelTurns:
         def decide(sessions: Sequence[LiveSession]) -> Sequence[ModelTurn]:
             now = time.monotonic()
             queue = Queue.of(sessions, self._server, now)
-            progress = {(s.name, s.record.done) for s in queue.sessions if s.record is not None}
+            progress = {(s.name, s.record.done) for s in queue.sessions}
             if progress != self._progress:
                 self._progress = progress
                 for number, turn in self._turns.items():

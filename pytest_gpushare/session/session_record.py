@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.leases.claims import Naming
-from pytest_gpushare.leases.ledger import Ledger, LedgerError, default_directory
+from pytest_gpushare.leases.ledger import default_directory, sessions_in
 from pytest_gpushare.leases.records import SessionWorker
 from pytest_gpushare.planning.leasing import slots_by_device
 
@@ -56,31 +56,22 @@ class RunningSession(NamedTuple):
 
 def sessions(directory: Path | None = None) -> list[RunningSession]:
     """The sessions that run now, the oldest first."""
-    try:
-        ledger = Ledger(directory or default_directory(), is_reader=True)
-    except LedgerError:
-        return []
-    try:
-        found = []
-        for session in ledger.look():
-            record = session.record
-            if record is None:
-                continue
-            found.append(
-                RunningSession(
-                    record.pid,
-                    record.root if session.is_mine else Path(record.root).name,
-                    record.began,
-                    _sorted(record.workers),
-                    "" if session.is_mine else session.owner,
-                    {uuid: share.lease for uuid, share in record.devices.items() if share.lease},
-                    record.done,
-                    record.total,
-                    bool(record.ticket),
-                )
-            )
-    finally:
-        ledger.close()
+    found = [
+        RunningSession(
+            record.pid,
+            record.root if session.is_mine else Path(record.root).name,
+            record.began,
+            _sorted(record.workers),
+            "" if session.is_mine else session.owner,
+            {uuid: share.lease for uuid, share in record.devices.items() if share.lease},
+            record.done,
+            record.total,
+            bool(record.ticket),
+        )
+        for session in sessions_in(directory or default_directory())
+        for record in (session.record,)
+        if not session.problem
+    ]
     return sorted(found, key=lambda session: (session.began, session.pid))
 
 
@@ -198,7 +189,7 @@ class SessionRecord:
                 self._shrink(self._workers())
                 if self._lessee.claims_devices:
                     self._others.see(self._lessee.look())
-                if now != before or self._lessee.is_lost():
+                if now != before or self._lessee.ledger.is_lost():
                     if self._lessee.change(**now):
                         before = now
                     if self.path != path:

@@ -137,7 +137,7 @@ class LeasePerTest:
         fits = is_alone or size - own <= room - claims.ahead(
             room, view.ticket, reserved=self._device.reservation
         )
-        others = claims.leased + sum(holder.held or 0 for holder in claims.holders)
+        others = claims.leased + claims.held
         self._is_explained = bool(claims.holders) and size - own <= room + others
         has = self._lessee.record.lease(device.uuid).lease
         share = DeviceLease(max(size, has)) if fits else DeviceLease(has, max(0, size - has))

@@ -143,3 +143,15 @@ def test_waits_for_another_session_and_gives_up(
     text = " ".join(session.finish().split())
     assert "14.0 GB of VRAM is not available for this test after 1 s: " in text
     assert f"leased by pid {holder.process.pid}, " in text
+
+
+def test_without_a_ledger_nothing_is_leased(project: Project, machine: Machine) -> None:
+    """A file where the directory should be, and one whose gate is no file."""
+    project.file("a-file", "")
+    (project.path / "a-gate" / "gate").mkdir(parents=True)
+    for directory, why in (("a-file", "cannot be opened"), ("a-gate", "cannot be locked")):
+        hold = [sys.executable, "-m", "pytest_gpushare", "hold", "--vram", "1GB"]
+        result = project.command([*hold, "--leases", str(project.path / directory), "--", "true"])
+        assert result.code != 0
+        assert "no VRAM is leased: " in result.err
+        assert why in result.err

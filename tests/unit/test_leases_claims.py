@@ -127,7 +127,7 @@ def test_ticket_counts_with_what_it_keeps_for_ollama() -> None:
 
 
 def test_record_that_is_not_understood_claims_nothing() -> None:
-    assert claims(LiveSession("a", 0, None, "it is damaged")).leased == 0
+    assert claims(LiveSession("a", 0, problem="it is damaged")).leased == 0
 
 
 def waiting(ticket: int, want: int, renewed: float) -> LiveSession:

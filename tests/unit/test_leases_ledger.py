@@ -21,7 +21,7 @@ from simulator.child import child_process
 
 from pytest_gpushare.leases import ledger as ledgers
 from pytest_gpushare.leases import locks
-from pytest_gpushare.leases.ledger import GateError, Ledger, LedgerError, LiveSession
+from pytest_gpushare.leases.ledger import Ledger, LedgerError, LiveSession
 from pytest_gpushare.leases.records import SIZE, DeviceLease, LeaseRecord
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="for POSIX systems")
@@ -123,7 +123,6 @@ def test_killed_holder_is_gone_at_once(
     ledger = Ledger(directory)
     child = run_child(HELD, str(directory))
     (found,) = others(ledger)
-    assert found.record is not None
     assert found.record.pid == child.pid
     child.kill()
     child.wait(30)
@@ -177,11 +176,11 @@ def test_stopped_holder_of_the_gate(
     os.kill(child.pid, signal.SIGSTOP)
     ledger = Ledger(directory)
     began = time.monotonic()
-    with pytest.raises(GateError, match=r"held by another process for 0\.3 s"):
+    with pytest.raises(LedgerError, match=r"held by another process for 0\.3 s"):
         others(ledger)
     assert 0.2 < time.monotonic() - began < 2
     began = time.monotonic()
-    with pytest.raises(GateError):
+    with pytest.raises(LedgerError, match="held by another process"):
         others(ledger)
     assert time.monotonic() - began < 0.2
     assert len(ledger.look()) == 1
@@ -208,7 +207,7 @@ def test_gate_on_a_busy_machine(
         with ledger.gate():
             assert len(attempts) == 7
     else:
-        with pytest.raises(GateError), ledger.gate():
+        with pytest.raises(LedgerError, match="held by another process"), ledger.gate():
             pass
         assert sum(attempts) == ledgers.GATE_LIMIT
 
@@ -302,7 +301,7 @@ def test_records_that_cannot_be_understood(directory: Path, content: bytes) -> N
     descriptor = os.open(path, os.O_RDONLY)
     assert locks.try_shared(descriptor)
     (found,) = others(ledger)
-    assert found.record is None
+    assert found.record == LeaseRecord(0)
     assert found.problem
     os.close(descriptor)
     assert others(ledger) == []
@@ -410,7 +409,6 @@ def test_disk_that_is_full(tmp_path: Path) -> None:
             publish(two)
         publish(one, RECORD._replace(done=5))
         (found,) = others(two)
-        assert found.record is not None
         assert found.record.done == 5
         one.close()
         two.close()
@@ -524,7 +522,6 @@ def test_holder_in_another_pid_namespace(directory: Path) -> None:
             pytest.skip("no PID namespace can be made here")
         ledger = Ledger(directory)
         (found,) = others(ledger)
-        assert found.record is not None
         assert found.record.space not in ("", pid_space())
         assert found.record.space.split("/")[0] == str(pid_space()).split("/")[0]
         child.kill()

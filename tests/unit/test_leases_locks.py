@@ -162,7 +162,7 @@ def test_ledger_on_such_locks(
 def _read(ledger: Ledger) -> list[tuple[int, str]]:
     with ledger.gate():
         records = [session.record for session in ledger.others()]
-    return [(record.pid, record.root) for record in records if record is not None]
+    return [(record.pid, record.root) for record in records]
 
 
 def test_other_errors_are_not_taken_for_a_lock(windows: Any, descriptors: list[int]) -> None:

@@ -391,7 +391,7 @@ def _ledger(directory: Path) -> Iterator[Finding]:
             fix = f"chmod 1777 {directory}"
             yield look("leases-unusable", f"{directory} cannot be written by this user", fix)
         for session in ledger.look():
-            if session.record is None:
+            if session.problem:
                 yield look(
                     "lease-not-understood",
                     f"{session.name} of {session.owner}: {session.problem}: it claims nothing",
