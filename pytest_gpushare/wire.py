@@ -13,12 +13,12 @@ To the controller:
     here           PID                             worker/memory.py         session/run.py
     overwritten    text: what changed it           worker/plugin.py         session/run.py
     test           figures of a test that is over  worker/memory.py         session/run.py
-    own            bytes that it holds by NVML     worker/own_vram.py       session/run.py
+    own            bytes that it holds by NVML     worker/memory.py         session/run.py
     kept           PIDs that wider fixtures keep   worker/memory.py         session/run.py
     ran-others     node id: it started processes   worker/memory.py         session/run.py
     ollama-answer  tokens and seconds              worker/ollama_fixture.py session/llm.py
     oom            test that ran out of memory     worker/oom_retry.py      session/exclusive.py
-    quiet          answer to `pause`, bytes held   worker/memory.py         session/exclusive.py
+    quiet          answer to `pause`, bytes held   worker/oom_retry.py      session/exclusive.py
     alone-over     outcome of the second attempt   worker/oom_retry.py      session/exclusive.py
 
 To the controller, as `unscheduled`:

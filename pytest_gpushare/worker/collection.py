@@ -41,8 +41,6 @@ from pytest_gpushare.scheduler.needs import (
 from pytest_gpushare.units import format_gb, plural
 
 _NOTHING = Declared()
-NO_MODELS: Mapping[str, Any] = {"rules": [], "param": "", "only_model": "", "markers": [MARKER]}
-"""What a worker knows of models where no setting says anything."""
 
 
 class MarkerReader:
@@ -51,7 +49,7 @@ class MarkerReader:
     def __init__(self, message: Mapping[str, Any]) -> None:
         self._marker: str = message["marker"]
         self._message = message
-        self._ollama: Mapping[str, Any] = message.get("ollama") or NO_MODELS
+        self._ollama: Mapping[str, Any] = message["ollama"]
         self._names = {self._marker, MARKER, *(alias[0] for alias in message["aliases"])}
         self._parameter: str = self._ollama["param"]
         self._all_are_gpu_tests: bool = message["gpu_unless_marked"]

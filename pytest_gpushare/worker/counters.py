@@ -243,7 +243,11 @@ _MOST_ERRORS = 100
 
 def empty(modules: Mapping[str, Any] = sys.modules) -> None:
     """Collect garbage, clear the frames of the last failure, empty the frameworks' caches."""
-    forget_last_failure()
+    # What pytest and Python keep for a debugger after the fact.
+    for name in ("last_exc", "last_value"):
+        error = getattr(sys, name, None)
+        if isinstance(error, BaseException):
+            clear_frames(error)
     gc.collect()
     for name, give_back in _CACHES:
         if (module := modules.get(name)) is not None:
@@ -289,14 +293,6 @@ def errors_of(error: BaseException | None) -> Iterator[BaseException]:
             waiting += (one for one in members if isinstance(one, BaseException))
 
 
-def forget_last_failure() -> None:
-    """Clear the frames of what pytest and Python keep for a debugger after the fact."""
-    for name in ("last_exc", "last_value"):
-        error = getattr(sys, name, None)
-        if isinstance(error, BaseException):
-            clear_frames(error)
-
-
 def _empty_torch(torch: Any, _modules: Mapping[str, Any]) -> None:
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -328,25 +324,12 @@ def measured_context(device: str) -> int | None:
     Imports no framework and does not initialise CUDA: without CUDA there is nothing to measure.
     The driver's library is opened here for a moment, in a process that has finished its tests.
     """
-    counted = _counted_by_frameworks()
-    if counted is None:
+    found = counts() or {}
+    # Without torch it is unknown whether CUDA is up, and JAX counts for itself.
+    if ("torch", 0) not in found or "jax" in sys.modules:
         return None
     from pytest_gpushare.gpu.vendors import own_vram
 
     own = own_vram(device)
+    counted = sum(count.held for (_, at), count in found.items() if at == 0)
     return own - counted if own is not None and own > counted else None
-
-
-def _counted_by_frameworks(modules: Mapping[str, Any] = sys.modules) -> int | None:
-    """Bytes that torch and CuPy hold; None where CUDA is down, or JAX counts for itself."""
-    torch, cupy = modules.get("torch"), modules.get("cupy")
-    if torch is None or "jax" in modules:
-        return None
-    try:
-        if not torch.cuda.is_initialized():
-            return None
-        pool = cupy.get_default_memory_pool().total_bytes() if cupy is not None else 0
-        return int(torch.cuda.memory_reserved()) + int(pool)
-    except Exception:
-        # A framework in an odd state at the end of a run is no reason to fail it.
-        return None

@@ -25,7 +25,7 @@ from pytest_gpushare.units import format_gb
 from pytest_gpushare.waiting_line import WaitingLine
 from pytest_gpushare.wire import ITSELF, Link
 from pytest_gpushare.worker.collection import REFUSAL, MarkerReader, may_use_models
-from pytest_gpushare.worker.plugin import PlacementPlugin, follow, watch_memory
+from pytest_gpushare.worker.plugin import register_plugins
 
 if TYPE_CHECKING:
     from pytest_gpushare.session.llm import LlmTests
@@ -38,10 +38,8 @@ def begin_in_process(run: ActiveRun, config: pytest.Config, message: Mapping[str
     run.links.attach(ITSELF, link.receive)
     run.joined(ITSELF, message)
     plugins, tests = config.pluginmanager, message["tests"]
-    plugins.register(PlacementPlugin(message, link), "gpu-share-placement")
-    follow(config, tests, link)
     plugins.register(ModelsInProcess(run, tests), "gpu-share-models")
-    watch_memory(config, message, link)
+    register_plugins(config, message, link)
     if run.lessee is not None and run.lessee.claims_devices and run.plan.slots:
         wait = None if run.settings.wait is None else float(run.settings.wait)
         leases = LeasePerTest(run.lessee, run.plan, tests, wait)

@@ -1,11 +1,14 @@
-"""What each test of a GPU process takes: measured around its protocol, sent to the controller."""
+"""What each test of a GPU process takes: measured around its protocol, sent to the controller.
+
+By the frameworks' counters, where a framework is up; else by what NVML shows of this process.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import os
-import threading
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,70 +20,12 @@ from pytest_gpushare.planning.caps import cap_of
 from pytest_gpushare.units import MB
 from pytest_gpushare.worker import counters
 from pytest_gpushare.worker.framework_caps import TorchCap
-from pytest_gpushare.worker.oom_retry import Retry
-from pytest_gpushare.worker.own_vram import OwnVram, own_children, reaped
+from pytest_gpushare.worker.oom_retry import Retry, StartBarrier
 from pytest_gpushare.worker.runner import NEED
 
 if TYPE_CHECKING:
+    from pytest_gpushare.gpu.readings import LiveVram
     from pytest_gpushare.wire import Link
-
-
-class StartBarrier:
-    """Keeps the next test back while another worker has the device to itself.
-
-    The main thread enters before a test and leaves after it; requests come in the thread that
-    receives. Whatever is done at rest is done with the lock held, so no test starts meanwhile.
-    """
-
-    def __init__(
-        self, send: Callable[[str, Any], object], give_back: Callable[[], int | None]
-    ) -> None:
-        self._send = send
-        self._give_back = give_back
-        """Empties caches; returns the bytes that are held still, None where unknown."""
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._running = False
-        self._pause: int | None = None
-        """The number of the request to rest; None: tests may run."""
-        self._open_for_good = False
-
-    def enter(self) -> None:
-        """Before a test: wait while the device is another's."""
-        with self._lock:
-            while self._pause is not None and not self._open_for_good:
-                self._changed.wait()
-            self._running = True
-
-    def leave(self) -> None:
-        """After a test: obey what was asked for meanwhile."""
-        with self._lock:
-            self._running = False
-            if self._pause is not None:
-                self._rest()
-
-    def pause(self, number: int) -> None:
-        """Rest from the end of the running test on, and say so under this number."""
-        with self._changed:
-            self._pause = number
-            if not self._running:
-                self._rest()
-
-    def resume(self, number: int) -> None:
-        """Go on, if the request to rest was this one."""
-        with self._changed:
-            if self._pause == number:
-                self._pause = None
-                self._changed.notify_all()
-
-    def open(self, _payload: object = None) -> None:
-        """The controller is gone: nobody would ever say when to go on."""
-        with self._changed:
-            self._open_for_good = True
-            self._changed.notify_all()
-
-    def _rest(self) -> None:
-        self._send("quiet", {"number": self._pause, "held": self._give_back()})
 
 
 WORTH_COLLECTING = 16 * MB
@@ -109,7 +54,7 @@ def watch(
     link.on("closed", barrier.open)
     slots = [uuid for uuid, _ in place["plan"]["slots"]]
     own = OwnVram(place["device"], max(1, slots.count(place["device"])), link)
-    retry = Retry(link, cap, memory, own)
+    retry = Retry(link, cap, memory, own.look)
     plugins = config.pluginmanager
     forked = ForkedTests() if plugins.has_plugin("pytest_forked") else None
     if forked is not None:
@@ -357,3 +302,127 @@ def _message_of(figures: counters.Measured) -> dict[str, Any]:
         "helds": list(figures.helds),
         "left": figures.grown,
     }
+
+
+PER_SECOND, URGENT_PER_SECOND = 16, 4
+"""Readings of a device by all its workers together: at the end of calls, and of tests that ran out
+of memory."""
+
+PAUSE_WITHOUT_VRAM = 0.25
+"""Seconds to the next reading at least while the process holds nothing: most tests use no GPU."""
+
+PATIENCE = 0.5
+"""Seconds that a test may be delayed by a driver that does not answer: once in this process, as
+nobody waits again until it has answered."""
+
+_SELF = "self"
+_MOST_BYTES = 64 * 1024
+_WALL = 0x40000000
+"""Linux's `__WALL`: children that end with another signal than SIGCHLD count, too."""
+
+
+class OwnVram:
+    """Reads by NVML what this process and its descendants hold on one device, and sends it.
+
+    At the end of a test's call, before its teardown, and when a test has run out of memory. A
+    process list takes milliseconds under a lock of the driver, so all workers of a device together
+    read no more than 20 a second; tests in between stay without a figure.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        workers: int,
+        link: Link,
+        *,
+        live: LiveVram | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`device` is a UUID, `workers` how many there are on it; `live` is for tests."""
+        self._device, self._link, self._live, self._clock = device, link, live, clock
+        self._pid = os.getpid()
+        self._pause = {False: workers / PER_SECOND, True: workers / URGENT_PER_SECOND}
+        self._next = dict.fromkeys(self._pause, float("-inf"))
+
+    def prepare(self) -> None:
+        """Before a test: open the driver's library, where no framework is there that would count.
+
+        Not while the test runs, which may fork, or look at the threads of its process.
+        """
+        if self._live is None and not counters.may_count():
+            # Where no thread can be started, the first reading opens it.
+            with contextlib.suppress(RuntimeError):
+                self._open().processes(0.0)
+
+    def look(self, nodeid: str, *, urgent: bool = False) -> None:
+        """Send what is held now as a lower bound of this test's peak; `urgent`: it ran out.
+
+        Nothing is read where a framework counts, or where the last reading was too short ago.
+        """
+        now = self._clock()
+        # A forked child has no thread that reads.
+        if now < self._next[urgent] or os.getpid() != self._pid or counters.counts() is not None:
+            return
+        size = self._read()
+        pause = self._pause[urgent]
+        self._next[urgent] = now + (pause if size else max(pause, PAUSE_WITHOUT_VRAM))
+        if size:
+            self._link.send("own", {"nodeid": nodeid, "held": size, "at": time.time()})
+
+    def _open(self) -> LiveVram:
+        # Imported by the first test that may end without a framework's counters.
+        from pytest_gpushare.gpu.readings import LiveVram
+        from pytest_gpushare.gpu.vendors import OneDevice
+
+        self._live = LiveVram(OneDevice(self._device), timeout=PATIENCE)
+        return self._live
+
+    def _read(self) -> int | None:
+        """Bytes; None where the driver does not say in time."""
+        from pytest_gpushare.gpu.attribution import Attribution
+
+        live = self._live or self._open()
+        asked = time.monotonic()
+        reading = live.processes(0.0)
+        if reading.at < asked:
+            return None
+        split = Attribution().split(reading.devices.get(self._device), {self._pid: _SELF})
+        return None if split is None else split.workers.get(_SELF)
+
+
+def own_children() -> frozenset[int]:
+    """PIDs of the processes that this one has started and that live; empty where unknown."""
+    found: set[int] = set()
+    if not _has_children():
+        return frozenset()
+    # Threads and processes come and go meanwhile.
+    with contextlib.suppress(OSError, ValueError):
+        for thread in os.listdir("/proc/self/task"):  # noqa: PTH208
+            with open(f"/proc/self/task/{thread}/children", "rb") as file:  # noqa: PTH123
+                found.update(map(int, file.read(_MOST_BYTES).split()))
+    return frozenset(found)
+
+
+def _has_children() -> bool:
+    """Whether there are any, by one system call; True where that is unknown."""
+    if sys.platform != "linux":
+        return True
+    options = os.WEXITED | os.WNOHANG | os.WNOWAIT | _WALL
+    try:
+        os.waitid(os.P_ALL, 0, options)
+    except ChildProcessError:
+        return False
+    except OSError:
+        # Older kernels know `_WALL` only elsewhere.
+        return True
+    return True
+
+
+def reaped() -> object:
+    """What differs once a process that this one has started is over; always None on Windows."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime, used.ru_stime, used.ru_minflt

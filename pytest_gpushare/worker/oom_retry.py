@@ -12,8 +12,9 @@ import os
 import queue
 import re
 import sys
+import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +22,7 @@ import pytest
 from pytest_gpushare.compat.pytest_items import end_function, error_of_unittest, excinfos, renew
 from pytest_gpushare.leases import most_for_test
 from pytest_gpushare.planning.caps import cap_of
-from pytest_gpushare.worker.counters import clear_frames, empty, errors_of
+from pytest_gpushare.worker.counters import clear_frames, empty, errors_of, held
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from pytest_gpushare.wire import Link
     from pytest_gpushare.worker.framework_caps import TorchCap
-    from pytest_gpushare.worker.own_vram import OwnVram
 
 
 _TYPES = {
@@ -138,6 +138,61 @@ def _one_line(text: str) -> str:
     return line if len(line) <= 200 else f"{line[:199]}…"
 
 
+class StartBarrier:
+    """Keeps the next test back while another worker has the device to itself.
+
+    The main thread enters before a test and leaves after it; requests come in the thread that
+    receives. Whatever is done at rest is done with the lock held, so no test starts meanwhile.
+    """
+
+    def __init__(
+        self, send: Callable[[str, Any], object], give_back: Callable[[], int | None]
+    ) -> None:
+        self._send = send
+        self._give_back = give_back
+        """Empties caches; returns the bytes that are held still, None where unknown."""
+        self._changed = threading.Condition()
+        self._running = False
+        self._pause: int | None = None
+        """The number of the request to rest; None: tests may run."""
+
+    def enter(self) -> None:
+        """Before a test: wait while the device is another's."""
+        with self._changed:
+            while self._pause is not None:
+                self._changed.wait()
+            self._running = True
+
+    def leave(self) -> None:
+        """After a test: obey what was asked for meanwhile."""
+        with self._changed:
+            self._running = False
+            if self._pause is not None:
+                self._rest()
+
+    def pause(self, number: int) -> None:
+        """Rest from the end of the running test on, and say so under this number."""
+        with self._changed:
+            self._pause = number
+            if not self._running:
+                self._rest()
+
+    def resume(self, number: int) -> None:
+        """Go on, if the request to rest was this one."""
+        with self._changed:
+            if self._pause == number:
+                self.open()
+
+    def open(self, _payload: object = None) -> None:
+        """Go on for good where the controller is gone, which asks for no more rest."""
+        with self._changed:
+            self._pause = None
+            self._changed.notify_all()
+
+    def _rest(self) -> None:
+        self._send("quiet", {"number": self._pause, "held": self._give_back()})
+
+
 SECTION = "gpu-share"
 """The title of the report's section, and the name of junit's property, with an underscore."""
 
@@ -188,10 +243,13 @@ class _Explanations:
 class Retry:
     """The plugin that watches set-up and call of each test of a GPU process."""
 
-    def __init__(self, link: Link, cap: TorchCap, memory: Mapping[str, Any], own: OwnVram) -> None:
+    def __init__(
+        self, link: Link, cap: TorchCap, memory: Mapping[str, Any], look: Callable[..., object]
+    ) -> None:
+        """`look` is `OwnVram.look`."""
         self._link = link
         self._cap = cap
-        self._own = own
+        self._look = look
         self._context = int(memory["context"])
         self._may_empty = memory["empty_caches"] != "never"
         self._answers: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
@@ -207,7 +265,7 @@ class Retry:
         self.attempts = 1
         self.note = ""
         """What is said of a test that ran out of memory, for its report."""
-        self._looked = self._inside = self._waits = self._ran_again = False
+        self._was_asked = self._inside = self._waits = self._ran_again = False
         self._phase = ""
         self._subtests = False
         self._why = ""
@@ -231,7 +289,7 @@ class Retry:
             del error
             self._run_again(item, "setup", outcome)
         if outcome.exception is not None:
-            self._own.look(item.nodeid)
+            self._look(item.nodeid)
 
     @pytest.hookimpl(hookwrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Result[Any], None]:
@@ -247,7 +305,7 @@ class Retry:
             del error
             self._run_again(item, "call", outcome)
         # Its teardown is about to give back what it holds.
-        self._own.look(item.nodeid)
+        self._look(item.nodeid)
 
     def reports(self) -> None:
         """A report is about to be made; one that is made during the call is of a subtest."""
@@ -281,14 +339,14 @@ class Retry:
         """Whether the test is to run once more; then the device is its own already."""
         # A forked child has no thread that receives from the controller; the error may be what an
         # xfail is about.
-        if self._looked or os.getpid() != self._pid or item.get_closest_marker("xfail"):
+        if self._was_asked or os.getpid() != self._pid or item.get_closest_marker("xfail"):
             return False
 
         said = ran_out(error)
         if not said:
             return False
-        self._looked = True
-        self._own.look(item.nodeid, urgent=True)
+        self._was_asked = True
+        self._look(item.nodeid, urgent=True)
         answer = self._ask(item, said)
         if answer is None:
             return False
@@ -300,7 +358,9 @@ class Retry:
         if answer["verdict"] != "wait":
             return False
         self._waits = True
-        settings, began = self._stop_timer(item), time.monotonic()
+        settings, began = self._timer, time.monotonic()
+        if settings is not None:
+            item.ihook.pytest_timeout_cancel_timer(item=item)
         # Its fixtures are kept until it is sure that it runs again: its teardown comes but once.
         clear_frames(error)
         if self._may_empty:
@@ -335,8 +395,6 @@ class Retry:
             self._inside, self._phase = False, ""
 
     def _ask(self, item: pytest.Item, said: str) -> Mapping[str, Any] | None:
-        from pytest_gpushare.worker.counters import held
-
         while not self._answers.empty():
             self._answers.get()
         again = not self._subtests
@@ -369,12 +427,6 @@ class Retry:
         if self._may_empty:
             empty()
         return True
-
-    def _stop_timer(self, item: pytest.Item) -> Any:
-        settings = self._timer
-        if settings is not None:
-            item.ihook.pytest_timeout_cancel_timer(item=item)
-        return settings
 
     def _end(self, item: pytest.Item, outcome: str) -> None:
         self._waits = False

@@ -83,25 +83,15 @@ def begin(config: pytest.Config, message: Mapping[str, Any]) -> None:
     keep_log_file(config)
     channel = message["channel"]
     link = Link(channel.send)
-    if message.get("lease"):
+    if message["lease"]:
         live_with(config, message["lease"], link)
     channel.setcallback(link.receive, endmarker=("closed", None))
-    config.pluginmanager.register(PlacementPlugin(message, link), "gpu-share-placement")
-    follow(config, message["tests"], link)
-    watch_memory(config, message, link)
+    register_plugins(config, message, link)
 
 
-def watch_memory(config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
-    """Measure the tests of a process that has a GPU; a CPU worker pays for none of this."""
-    # A what-if shows no device, and holds no VRAM.
-    if message["place"]["role"] == "gpu" and message["visible"]:
-        from pytest_gpushare.worker.memory import watch
-
-        watch(config, message["place"], message["memory"], link)
-
-
-def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
-    """Run the tests that the controller hands out; without any GPU, as the settings say."""
+def register_plugins(config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
+    """Register all that a process does in its place: it reads markers, refuses, runs what the
+    controller sends, and measures."""
     from pytest_gpushare.worker.collection import (
         LocalRefusals,
         MarkerErrors,
@@ -109,37 +99,22 @@ def follow(config: pytest.Config, message: Mapping[str, Any], link: Link) -> Non
         Refusals,
     )
 
-    plugins = config.pluginmanager
-    config.stash[TESTS] = message, link
-    plugins.register(MarkerErrors(MarkerReader(message)), "gpu-share-marker-errors")
-    if hasattr(config, "workerinput") and not message["absence"]:
+    plugins, tests = config.pluginmanager, message["tests"]
+    config.stash[TESTS] = tests, link
+    plugins.register(PlacementPlugin(message, link), "gpu-share-placement")
+    plugins.register(MarkerErrors(MarkerReader(tests)), "gpu-share-marker-errors")
+    is_worker = hasattr(config, "workerinput")
+    if tests["absence"] or not is_worker:
+        plugins.register(Refusals(LocalRefusals(tests)), "gpu-share-refusals")
+    if is_worker:
         from pytest_gpushare.worker.runner import RunLoop
 
-        plugins.register(RunLoop(config, message, link), "gpu-share-run-loop")
-    else:
-        plugins.register(Refusals(LocalRefusals(message)), "gpu-share-refusals")
-        if hasattr(config, "workerinput"):
-            plugins.register(LoopWhereNeeded(config, message, link), "gpu-share-loop-where-needed")
+        plugins.register(RunLoop(config, tests, link), "gpu-share-run-loop")
+    # A CPU worker holds no VRAM, and a what-if shows no device.
+    if message["place"]["role"] == "gpu" and message["visible"]:
+        from pytest_gpushare.worker.memory import watch
 
-
-class LoopWhereNeeded:
-    """Without a GPU only tests that use models leave something for the controller to decide."""
-
-    def __init__(self, config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
-        self._config, self._message, self._link = config, message, link
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Begin the run loop where there is such a test; xdist's own runs all others."""
-        from pytest_gpushare.worker.collection import may_use_models
-
-        if not may_use_models(self._message["ollama"], session.items):
-            return
-        from pytest_gpushare.worker.runner import RunLoop
-
-        loop = RunLoop(self._config, self._message, self._link)
-        self._config.pluginmanager.register(loop, "gpu-share-run-loop")
-        loop.pytest_collection_finish(session)
+        watch(config, message["place"], message["memory"], link)
 
 
 GRACE = 0.4

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -30,8 +30,12 @@ from pytest_gpushare.worker.collection import (
     MarkerReader,
     Refusals,
     collected_tests,
+    may_use_models,
     sent_by_the_controller,
 )
+
+if TYPE_CHECKING:
+    from pytest_gpushare.wire import Link
 
 _ANSWER_WITHIN = 10.0
 """Seconds for the controller's first answer."""
@@ -62,28 +66,20 @@ class RaisedNeed:
             yield
         finally:
             self._total -= size
-            self._lower()
+            self._want(self._total)
 
     def _raise_to(self, size: int, wait: float) -> None:
         __tracebackhide__ = True
-        self._number += 1
-        self._ask(self._number, size, False)
+        self._want(size)
         asked, why = time.monotonic(), ""
-        while True:
-            # The controller says at once what is in the way.
-            until = asked + (wait if why else max(wait, _ANSWER_WITHIN))
-            try:
-                answer = self._answers.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                break
-            if answer["number"] != self._number:
-                continue
+        # The controller says at once what is in the way.
+        while answer := self._answer(asked + (wait if why else max(wait, _ANSWER_WITHIN))):
             if answer["granted"]:
                 return
             why = answer["text"]
             if answer["is_final"]:
                 break
-        self._lower()
+        self._want(self._total)
         waited = time.monotonic() - asked
         after = f" after {waited:.0f} s" if waited >= 1 else ""
         raise LeaseUnavailable(
@@ -91,21 +87,24 @@ class RaisedNeed:
             f"{': ' * bool(why)}{why}"
         )
 
-    def _lower(self) -> None:
-        self._number += 1
-        self._ask(self._number, self._total, False)
-
     def most(self, size: int) -> int:
         """Have so many bytes until the test ends, or as many as are there; returns how many."""
+        self._want(size, takes_less=True)
+        answer = self._answer(time.monotonic() + _ANSWER_WITHIN)
+        return size if answer is None else min(size, int(answer["size"]))
+
+    def _want(self, size: int, *, takes_less: bool = False) -> None:
         self._number += 1
-        self._ask(self._number, size, True)
-        until = time.monotonic() + _ANSWER_WITHIN
+        self._ask(self._number, size, takes_less)
+
+    def _answer(self, until: float) -> Mapping[str, Any] | None:
+        """The next answer to the last question; None where none comes before then."""
         with contextlib.suppress(queue.Empty):
             while True:
                 answer = self._answers.get(timeout=max(0.0, until - time.monotonic()))
                 if answer["number"] == self._number:
-                    return min(size, int(answer["size"]))
-        return size
+                    return answer
+        return None
 
 
 NEED: pytest.StashKey[int] = pytest.StashKey()
@@ -115,26 +114,18 @@ _SHUTDOWN, _XDIST, _GONE = "shutdown", "xdist", "gone"
 """Not our messages: xdist ends this worker, or has another command; the controller is gone."""
 
 
-class Channel(Protocol):
-    """The private channel to the controller."""
-
-    def send(self, kind: str, payload: Any) -> None:
-        """Say something to the controller."""
-
-    def on(self, kind: str, handler: Any) -> None:
-        """Have a function called for messages of this kind."""
-
-
 class RunLoop:
     """Runs the tests that the controller sends, where it dispatches; else leaves it to xdist.
 
+    Without a GPU only tests that use models leave something for the controller to decide.
     Messages are put into one queue in the order in which they arrive, in execnet's thread; all
     but a recall are obeyed in the main thread.
     """
 
-    def __init__(self, config: pytest.Config, message: Mapping[str, Any], link: Channel) -> None:
+    def __init__(self, config: pytest.Config, message: Mapping[str, Any], link: Link) -> None:
         self._config = config
         self._reader = MarkerReader(message)
+        self._message = message
         self._link = link
         self._interactor = interactor_of(config)
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -163,13 +154,19 @@ class RunLoop:
         self.when_idle: Callable[[], object] = lambda: None
         """Called before it waits with nothing to run."""
         for kind in ("dispatch", "run", "admit", "park", "empty"):
-            link.on(kind, lambda payload, kind=kind: self._inbox.put((kind, payload)))
+            link.on(kind, partial(self._put, kind))
         link.on("recall", self._give_back)
-        link.on("closed", lambda _: self._inbox.put((_GONE, None)))
+        link.on("closed", partial(self._put, _GONE))
+
+    def _put(self, kind: str, payload: Any = None) -> None:
+        self._inbox.put((kind, payload))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Send what was collected before xdist does."""
+        if self._message["absence"] and not may_use_models(self._message["ollama"], session.items):
+            self._config.pluginmanager.unregister(self)
+            return
         message = written(collected_tests(session.items, self._reader))
         self._link.send("collected", {**message, "loop": self._interactor is not None})
 
@@ -178,9 +175,7 @@ class RunLoop:
         interactor = self._interactor
         if interactor is None:
             return None
-        commands = interactor.listen(
-            lambda ends: self._inbox.put((_SHUTDOWN if ends else _XDIST, None))
-        )
+        commands = interactor.listen(lambda ends: self._put(_SHUTDOWN if ends else _XDIST))
         if self._inbox.empty():
             self.when_idle()
         # Our own channel was open before: a shutdown does not overtake what was sent earlier.

@@ -180,33 +180,18 @@ def test_tensorflow_is_capped_when_its_context_comes_up(project: Project, machin
     assert lines[-4:] == ["IMPORTED", "LIMIT gpu 4008", "INITIALISED", "INITIALISED"]
 
 
-STAND_IN_TORCH = """
-    import gpusim
-
-    class cuda:
-        _held = []
-
-        @staticmethod
-        def is_initialized():
-            return bool(cuda._held)
-
-        @staticmethod
-        def memory_reserved():
-            return sum(block.nbytes for block in cuda._held)
-"""
-
-
 def test_context_is_measured(project: Project, machine: Machine) -> None:
     """What NVML tells of a worker, less what torch counts, is the next run's allowance."""
+    project.with_frameworks()
     project.write(
-        torch=STAND_IN_TORCH,
         test_project="""
             import os
-            import gpusim
             import torch
 
+            kept = []
+
             def test_holds():
-                torch.cuda._held.append(gpusim.alloc("1GB"))
+                kept.append(torch.empty(2**30, dtype=torch.uint8, device="cuda"))
                 print("CUPY", os.environ["CUPY_GPU_MEMORY_LIMIT"])
         """,
     )

@@ -16,7 +16,7 @@ from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.units import GB
 from pytest_gpushare.wire import Links
-from pytest_gpushare.worker.memory import StartBarrier
+from pytest_gpushare.worker.oom_retry import StartBarrier
 
 
 class Run:

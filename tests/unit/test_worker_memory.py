@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pytest_gpushare.worker import counters, memory, own_vram
-from pytest_gpushare.worker.memory import Meter, StartBarrier
-from pytest_gpushare.worker.oom_retry import Retry
+from pytest_gpushare.worker import counters, memory
+from pytest_gpushare.worker.memory import Meter, reaped
+from pytest_gpushare.worker.oom_retry import Retry, StartBarrier
 
 MB = 2**20
 
@@ -43,7 +43,7 @@ class Run:
 
     def _reaped(self) -> object:
         self.calls += 1
-        return own_vram.reaped()
+        return reaped()
 
     def test(self, *command: str) -> None:
         """Run a test, which runs this command."""

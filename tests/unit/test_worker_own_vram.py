@@ -14,7 +14,7 @@ from pytest_gpushare.gpu.readings import LiveVram
 from pytest_gpushare.units import GB
 from pytest_gpushare.wire import Link
 from pytest_gpushare.worker import counters
-from pytest_gpushare.worker.own_vram import PATIENCE, OwnVram
+from pytest_gpushare.worker.memory import PATIENCE, OwnVram
 
 
 class Driver:

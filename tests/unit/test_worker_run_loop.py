@@ -14,7 +14,10 @@ from pytest_gpushare.worker import runner
 from pytest_gpushare.worker.collection import REFUSAL
 from pytest_gpushare.worker.runner import NEED, RunLoop
 
-SETTINGS = {"marker": "gpu", "aliases": [], "rules": [], "gpu_unless_marked": False}
+SETTINGS = {
+    "marker": "gpu", "aliases": [], "rules": [], "gpu_unless_marked": False,
+    "absence": "", "ollama": {"rules": [], "param": "", "only_model": "", "markers": []},
+}  # fmt: skip
 
 
 class Item:
