@@ -34,7 +34,7 @@ pytest-rerunfailures has used them for years:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -46,13 +46,15 @@ def end_function(item: pytest.Item) -> None:
     Fixtures of its class, module and session live on, but for those that failed. No hook is
     called: where this raises, the test's own teardown is still to come.
     """
-    state = _setup_state(item)
+    state = _setup_state(item.session)
     if state is None:
         raise RuntimeError("this pytest does not show what is set up")
     state.teardown_exact(_lowest_sound_parent(item))
-    _forget_failed_fixtures(item)
-    if (found := excinfos(item)) is not None:
-        found.clear()
+    for definition, _ in _failed_fixtures(item):
+        # Finished as at the end of its scope, and not only emptied: pytest 9.1 and newer insist on
+        # that before the next set-up.
+        definition.finish(getattr(item, "_request", None))
+    excinfos(item).clear()
 
 
 def renew(item: pytest.Item) -> None:
@@ -66,10 +68,10 @@ def renew(item: pytest.Item) -> None:
         make_request()
 
 
-def excinfos(item: pytest.Item) -> list[Any] | None:
-    """Where a unittest test keeps its errors, which it does not raise."""
+def excinfos(item: pytest.Item) -> list[Any]:
+    """Where a unittest test keeps its errors, which it does not raise; else an empty list."""
     found = getattr(item, "_excinfo", None)
-    return found if isinstance(found, list) else None
+    return found if isinstance(found, list) else []
 
 
 def error_of_unittest(item: pytest.Item) -> BaseException | None:
@@ -84,22 +86,23 @@ def kept_errors(item: pytest.Item) -> list[BaseException]:
 
     Those of fixtures and collectors whose set-up failed, as far as the private names show them.
     """
-    found: list[Any] = [
-        entry[1] for entry in getattr(_setup_state(item), "stack", {}).values() if len(entry) > 1
-    ]
-    info = getattr(item, "_fixtureinfo", None)
-    for definitions in getattr(info, "name2fixturedefs", {}).values():
-        for definition in definitions:
-            result = getattr(definition, "cached_result", None)
-            if result is not None:
-                found.append(result[2])
+    stack = getattr(_setup_state(item.session), "stack", {})
+    found = [entry[1] for entry in stack.values() if len(entry) > 1]
+    found += [failure for _, failure in _failed_fixtures(item)]
     # Since pytest 8.1 with the traceback.
     errors = [each[0] if isinstance(each, tuple) and each else each for each in found]
     return [error for error in errors if isinstance(error, BaseException)]
 
 
-def _setup_state(item: pytest.Item) -> Any:
-    return getattr(item.session, "_setupstate", None)
+def tear_down_all(session: pytest.Session) -> None:
+    """Tear down what is set up still; raises what that raises. Without pytest's stack: nothing."""
+    state = _setup_state(session)
+    if state is not None:
+        state.teardown_exact(None)
+
+
+def _setup_state(session: pytest.Session) -> Any:
+    return getattr(session, "_setupstate", None)
 
 
 def _lowest_sound_parent(item: pytest.Item) -> Any:
@@ -108,7 +111,7 @@ def _lowest_sound_parent(item: pytest.Item) -> Any:
     One whose set-up failed (`setup_module`) keeps its error for all its tests: it must be torn
     down too, to be set up again.
     """
-    stack = getattr(_setup_state(item), "stack", {})
+    stack = getattr(_setup_state(item.session), "stack", {})
     for node in item.listchain()[:-1]:
         _, failure = stack.get(node, (None, None))
         if failure is not None:
@@ -116,16 +119,15 @@ def _lowest_sound_parent(item: pytest.Item) -> Any:
     return item.parent
 
 
-def _forget_failed_fixtures(item: pytest.Item) -> None:
-    """Let fixtures of wider scopes that failed run again; else what they raised is kept."""
+def _failed_fixtures(item: pytest.Item) -> Iterator[tuple[Any, Any]]:
+    """The definitions of the test's fixtures whose set-up failed, with what pytest keeps of that
+    to raise it again."""
     info = getattr(item, "_fixtureinfo", None)
     for definitions in getattr(info, "name2fixturedefs", {}).values():
         for definition in definitions:
             result = getattr(definition, "cached_result", None)
             if result is not None and result[2] is not None:
-                # Finished as at the end of its scope, and not only emptied: pytest 9.1 and
-                # newer insist on that before the next set-up.
-                definition.finish(getattr(item, "_request", None))
+                yield definition, result[2]
 
 
 def fixtures_of(item: pytest.Item) -> Any:
@@ -161,15 +163,6 @@ def _setup_shown(item: pytest.Item, runner: Any) -> bool:
     return setup_only
 
 
-def _accepts(function: Callable[..., Any], *arguments: Any, **more: Any) -> bool:
-    """Whether the function can be called with these arguments."""
-    try:
-        inspect.signature(function).bind(*arguments, **more)
-    except TypeError:
-        return False
-    return True
-
-
 def protocol_of(
     runner: Any,
 ) -> Callable[[pytest.Item, Callable[[], pytest.Item | None]], None] | None:
@@ -180,7 +173,9 @@ def protocol_of(
     needed = ("call_and_report", "show_test_item", "runtestprotocol")
     if not all(callable(getattr(runner, name, None)) for name in needed):
         return None
-    if not _accepts(runner.call_and_report, None, "teardown", nextitem=None):
+    try:
+        inspect.signature(runner.call_and_report).bind(None, "teardown", nextitem=None)
+    except TypeError:
         return None
     # From pytest 8.2 on a run that stops tears everything down with its last test.
     tears_all_down = "shouldfail" in runner.runtestprotocol.__code__.co_names
@@ -230,10 +225,3 @@ def who_wants_the_next_test(config: pytest.Config, own: object) -> Callable[[pyt
             return lambda _: True
         counts.append(count)
     return lambda item: any(count(item) is not None for count in counts)
-
-
-def tear_down_all(session: pytest.Session) -> None:
-    """Tear down what is set up still; raises what that raises. Without pytest's stack: nothing."""
-    state = getattr(session, "_setupstate", None)
-    if state is not None:
-        state.teardown_exact(None)

@@ -161,6 +161,6 @@ def test_without_the_names_of_an_item() -> None:
     item: Any = SimpleNamespace(parent=None)
     assert fixtures_of(item) is None
     assert parameter_scopes(item) == set()
-    assert excinfos(item) is None
+    assert excinfos(item) == []
     assert error_of_unittest(item) is None
     renew(item)
