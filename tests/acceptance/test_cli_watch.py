@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from inner_pytest import inner_command
 from simulator import Device, Machine
-from simulator.child import child_process
+from simulator.child import child_process, wait_for
 
 from .conftest import Project
 
@@ -66,13 +66,6 @@ def running(project: Project, *workers: str) -> Iterator[subprocess.Popen[bytes]
         finally:
             (project.path / "enough").touch()
             session.wait(60)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.02)
 
 
 def presence(project: Project) -> list[Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from inner_pytest import inner_command
 from simulator import Machine
-from simulator.child import child_process
+from simulator.child import child_process, wait_for
 
 from .conftest import Project
 
@@ -278,9 +278,7 @@ def test_interrupt(project: Project, machine: Machine) -> None:
         start_new_session=True,
     ) as process:
         pids = project.path / "pids"
-        until = time.monotonic() + 60
-        while time.monotonic() < until and not (pids.exists() and list(pids.iterdir())):
-            time.sleep(0.05)
+        wait_for(lambda: pids.exists() and list(pids.iterdir()))
         began = time.monotonic()
         os.killpg(process.pid, signal.SIGINT)
         out, _ = process.communicate(timeout=60)
@@ -289,10 +287,7 @@ def test_interrupt(project: Project, machine: Machine) -> None:
     assert "KeyboardInterrupt" in out
     assert took < 30
     holder = int(next(pids.iterdir()).name)
-    until = time.monotonic() + 10
-    while time.monotonic() < until and machine.snapshot()[0].used > 2 * 2**30:
-        time.sleep(0.05)
-    assert machine.snapshot()[0].used == 2 * 2**30
+    wait_for(lambda: machine.snapshot()[0].used == 2 * 2**30)
     with pytest.raises(ProcessLookupError):
         os.kill(holder, 0)
 

@@ -8,14 +8,13 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 
 import pytest
 from inner_pytest import inner_command
 from simulator import Machine
-from simulator.child import child_process
+from simulator.child import child_process, wait_for
 
 from .conftest import Project, Result
 
@@ -301,9 +300,7 @@ def test_interrupted_in_a_teardown(kind: str, project: Project, machine: Machine
         command, cwd=project.path, env=project.environment, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     ) as process:  # fmt: skip
-        until = time.monotonic() + 60
-        while time.monotonic() < until and not (project.path / "over").exists():
-            time.sleep(0.05)
+        wait_for((project.path / "over").exists)
         os.killpg(process.pid, signal.SIGINT)
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 2, out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 import urllib.request
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from simulator import Device, Machine
+from simulator.child import wait_for
 from simulator.ollama import OllamaServer, Settings
 
 from pytest_gpushare.report.reading import read_report
@@ -141,10 +141,7 @@ def test_a_keep_alive_of_ours_is_given_back(
             process.kill()
         else:
             assert process.wait(60) == 0, process.communicate(timeout=10)[0]
-        until = time.monotonic() + 15
-        while QWEN in loaded(host):
-            assert time.monotonic() < until
-            time.sleep(0.1)
+        wait_for(lambda: QWEN not in loaded(host))
 
 
 def test_what_was_loaded_here_stays_after_the_wait(

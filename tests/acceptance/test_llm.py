@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from inner_pytest import inner_command
 from simulator import Device, Machine
-from simulator.child import child_process
+from simulator.child import child_process, wait_for
 from simulator.ollama import Model, OllamaServer
 
 from .conftest import Project
@@ -84,14 +84,6 @@ def running(project: Project, *arguments: str) -> Iterator[subprocess.Popen[Any]
         command, cwd=project.path, env=project.environment, stdout=subprocess.DEVNULL
     ) as process:
         yield process
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """Wait for something that must come within a minute."""
-    until = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -671,7 +663,7 @@ def test_terminated(
     """
     )
     with running(project, workers) as process:
-        wait_until((project.path / "began").exists)
+        wait_for((project.path / "began").exists)
         assert keeps(server, "a:1b") > least
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == -signal.SIGTERM
@@ -693,7 +685,7 @@ def test_terminated_during_a_load(project: Project, server: OllamaServer, worker
     """
     )
     with running(project, workers) as process:
-        wait_until(lambda: any(r.path == "/api/generate" for r in server.requests))
+        wait_for(lambda: any(r.path == "/api/generate" for r in server.requests))
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == -signal.SIGTERM
     time.sleep(3.0)

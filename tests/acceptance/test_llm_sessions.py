@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from simulator import Device, Machine
+from simulator.child import wait_for
 from simulator.ollama import Model, OllamaServer
 
 from .conftest import Project, Result
@@ -137,9 +137,7 @@ def test_large_model_beside_gpu_tests_of_another_session(
     gpu = ["test_gpu.py", "-n2", "-o", "gpu_share_ollama_vram_reservation_mb=0"]
     with ThreadPoolExecutor() as pool:
         first = pool.submit(project.pytest, "--gpu-share", *gpu)
-        until = time.monotonic() + 60
-        while not (project.path / "begun").exists() and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_for((project.path / "begun").exists)
         second = pool.submit(project.pytest, "--gpu-share", *llm)
         results = [first.result(timeout=150), second.result(timeout=150)]
     for result, count in zip(results, (60, 5), strict=True):
@@ -177,9 +175,7 @@ def test_leased_vram_that_does_not_come_back(project: Project, server: OllamaSer
     gpu = ["test_gpu.py", "-n1", "-o", "gpu_share_ollama_vram_reservation_mb=0"]
     with ThreadPoolExecutor() as pool:
         first = pool.submit(project.pytest, "--gpu-share", *gpu)
-        until = time.monotonic() + 60
-        while not (project.path / "begun").exists() and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_for((project.path / "begun").exists)
         result = project.pytest("--gpu-share", *llm)
         project.file("over", "")
         other = first.result(timeout=150)
@@ -214,9 +210,7 @@ def test_gpu_tests_wait_for_the_model_of_another_session(
     gpu = ["test_gpu.py", "-n2", "-o", "gpu_share_ollama_vram_reservation_mb=0"]
     with ThreadPoolExecutor() as pool:
         first = pool.submit(project.pytest, "--gpu-share", "test_llm.py", "-n1")
-        until = time.monotonic() + 60
-        while not server.scheduler.loads and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_for(lambda: server.scheduler.loads)
         second = project.pytest("--gpu-share", *gpu)
         result = first.result(timeout=150)
     assert (result.code, result.passed) == (0, 9), result.out

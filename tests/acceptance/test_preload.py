@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from inner_pytest import inner_command
 from simulator import Device, Machine
-from simulator.child import child_process
+from simulator.child import child_process, wait_for
 from simulator.ollama import FaultyServer, Model, OllamaServer
 
 from pytest_gpushare.leases.ledger import Ledger
@@ -160,9 +160,7 @@ def test_killed(
         command, cwd=project.path, env=project.environment, stdout=subprocess.DEVNULL
     )
     try:
-        until = time.monotonic() + 30
-        while not (project.path / "began").exists() and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_for((project.path / "began").exists)
         assert (keeps(server, "small:1b") > 500) == (own == "10s")
         process.send_signal(number)
         assert process.wait(30) == -number
@@ -180,10 +178,7 @@ def test_terminated_while_another_model_loads(project: Project, server: OllamaSe
     with child_process(
         command, cwd=project.path, env=project.environment, stdout=subprocess.DEVNULL
     ) as process:
-        until = time.monotonic() + 60
-        while all(body["model"] != "other:1b" for _, body in changes(server)):
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        wait_for(lambda: any(body["model"] == "other:1b" for _, body in changes(server)))
         assert keeps(server, "small:1b") > 500
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == -signal.SIGTERM
@@ -208,10 +203,7 @@ def test_terminated_between_preload_and_tests(project: Project, server: OllamaSe
     with child_process(
         command, cwd=project.path, env=project.environment, stdout=subprocess.DEVNULL
     ) as process:
-        until = time.monotonic() + 60
-        while not (project.path / "began").exists():
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        wait_for((project.path / "began").exists)
         assert keeps(server, "small:1b") > 500
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == -signal.SIGTERM
@@ -398,9 +390,7 @@ def test_interrupt(project: Project, server: OllamaServer) -> None:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        until = time.monotonic() + 60
-        while not changes(server) and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_for(lambda: changes(server))
         time.sleep(0.5)
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
@@ -409,10 +399,7 @@ def test_interrupt(project: Project, server: OllamaServer) -> None:
     assert "gpu-share: interrupted before the tests" in errors
     assert "Traceback" not in errors
     assert time.monotonic() - began < 30
-    until = time.monotonic() + 10
-    while server.scheduler.loaded() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert server.ps() == []
+    wait_for(lambda: server.ps() == [])
 
 
 @pytest.mark.parametrize("mode", ["silent", "drip-body", "status-503", "status-403", "huge"])

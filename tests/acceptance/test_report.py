@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 from inner_pytest import inner_command
 from jsonschema import Draft202012Validator
 from simulator import Device, Machine
-from simulator.child import child_process
+from simulator.child import child_process, wait_for
 
 from .conftest import Project
 
@@ -145,9 +144,7 @@ def interrupted(project: Project, number: int, *arguments: str) -> int:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as process:
-        until = time.monotonic() + 60
-        while not (project.path / "running").exists() and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_for((project.path / "running").exists)
         process.send_signal(number)
         return int(process.wait(60))
 

@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 LIMIT = 60.0
@@ -54,6 +55,14 @@ def start_child(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]
         return subprocess.Popen(command, **options)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = LIMIT, message: str = "") -> None:
+    """Wait until *condition* holds, which it must within so many *seconds*."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, message or "it did not happen"
+        time.sleep(0.01)
 
 
 def _close_pipes(process: subprocess.Popen[Any]) -> None:

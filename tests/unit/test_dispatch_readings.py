@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from simulator.child import wait_for
 
 from pytest_gpushare.dispatch.device_readings import SOONEST, DeviceReadings
 from pytest_gpushare.dispatch.executor import Timer
@@ -169,9 +170,8 @@ def test_timer(waits: bool) -> None:
     woken: list[float] = []
     timer = Timer(lambda: 0.0 if waits else None, lambda: woken.append(time.monotonic()))
     timer.start()
-    until = time.monotonic() + 5
-    while waits and not woken and time.monotonic() < until:
-        time.sleep(0.01)
+    if waits:
+        wait_for(lambda: woken)
     timer.stop()
     count = len(woken)
     time.sleep(0.06)
@@ -191,9 +191,7 @@ def test_timer_sleeps_until_a_step_may_be_due() -> None:
 
     timer = Timer(look, woken.set)
     timer.start()
-    until = time.monotonic() + 5
-    while not looks and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_for(lambda: looks)
     time.sleep(0.1)
     assert len(looks) == 1
     due_at = time.monotonic() + 0.05

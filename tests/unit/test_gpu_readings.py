@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from simulator.child import wait_for
 
 from pytest_gpushare.gpu import readings as live
 from pytest_gpushare.gpu.attribution import DeviceUsage
@@ -103,11 +104,7 @@ def test_a_driver_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPatch)
     card.hangs.set()
     # The answer to the question that hung is late: it does not show that the next one will be
     # answered in time.
-    until = time.monotonic() + 10
-    while not vram.is_answering and time.monotonic() < until:
-        vram.memory(0)
-        time.sleep(0.01)
-    assert vram.is_answering
+    wait_for(lambda: vram.memory(0) and vram.is_answering)
     assert vram.memory(0).devices["GPU-0"].used > 1
     vram.close()
 

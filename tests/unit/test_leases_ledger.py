@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulator.child import child_process
+from simulator.child import child_process, wait_for
 
 from pytest_gpushare.leases import ledger as ledgers
 from pytest_gpushare.leases import locks
@@ -526,7 +526,4 @@ def test_holder_in_another_pid_namespace(directory: Path) -> None:
         assert found.record.space.split("/")[0] == str(pid_space()).split("/")[0]
         child.kill()
         child.wait(30)
-    until = time.monotonic() + 10
-    while others(ledger):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for(lambda: not others(ledger))

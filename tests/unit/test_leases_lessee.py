@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from simulator.child import wait_for
 
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.leases import lessee as lessees
@@ -401,10 +403,7 @@ def test_waiters_get_their_turn_in_order_of_arrival(tmp_path: Path) -> None:
     for number in range(1, 9):
         threads.append(threading.Thread(target=take_part, args=(number,)))
         threads[-1].start()
-        until = time.monotonic() + 10
-        while not has_asked(number):
-            assert time.monotonic() < until
-            time.sleep(0.002)
+        wait_for(partial(has_asked, number))
     for thread in threads:
         thread.join(30)
     assert order == list(range(1, 9))

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from simulator.child import wait_for
 from simulator.ollama import FaultyServer, OllamaServer
 
 from pytest_gpushare.gpu import host
@@ -88,10 +89,7 @@ def test_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (facts.answered, facts.found_by) == (True, "place 2")
         assert facts.server == parse_address(third.host)
         assert 0.4 < took < 1.5
-        until = time.monotonic() + 5
-        while time.monotonic() < until and _ours():
-            time.sleep(0.05)
-        assert _ours() == []
+        wait_for(lambda: _ours() == [])
 
 
 def test_the_first_that_answers_is_not_kept_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from simulator import Device, Machine
+from simulator.child import wait_for
 from simulator.ollama import FAULTS, FaultyServer, OllamaServer
 
 from pytest_gpushare.events import Record
@@ -28,13 +29,6 @@ HASTY = QUICK._replace(patience=0.4, last_patience=0.5)
 """For servers that do not answer."""
 MODEL = LoadedModel("m:latest", GB, GB, "0" * 64, 4096)
 IDLE = {"GPU-0": DeviceUsage(24 * GB, 3 * GB, 21 * GB, {"Ollama": GB}, {})}
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it never came"
-        time.sleep(0.01)
 
 
 def idle_book(models: Sequence[LoadedModel] | None = (MODEL,)) -> MonitoredServer:

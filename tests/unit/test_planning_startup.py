@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
+from simulator.child import wait_for
 from simulator.ollama import FaultyServer
 
 from pytest_gpushare.planning.startup import probe
@@ -19,10 +19,7 @@ def test_no_thread_is_left_behind(mode: str) -> None:
     with FaultyServer(mode) as server:
         facts = probe(DEFAULTS._replace(ollama_host=server.host), ("24GB",)).ollama
         assert facts.problem == "no answer within 0.5 s"
-        until = time.monotonic() + 5
-        while time.monotonic() < until and _ours():
-            time.sleep(0.05)
-        assert _ours() == []
+        wait_for(lambda: _ours() == [])
 
 
 def _ours() -> list[str]:

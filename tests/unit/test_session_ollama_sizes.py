@@ -25,6 +25,7 @@ from pytest_gpushare.units import GB, MB
 
 from .real_models import BY_NAME
 from .test_planning_sizing import DEFAULTS, device
+from .test_session_needs_store import Cache
 
 MODEL = LoadedModel("m:7b", 5 * GB, 5 * GB, "d" * 64, 4096)
 KEY = f"{'d' * 64} 4096 x 1 f16"
@@ -95,18 +96,6 @@ def test_used_by_the_only_model() -> None:
     assert used_by([MODEL, MODEL], both) is None
     assert used_by([MODEL], [device(12, processes=(silent,))]) is None
     assert used_by([MODEL], [device(12, processes=(GpuProcess(8, GB),))]) is None
-
-
-class Cache:
-    """pytest's cache, as far as it is used."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def mkdir(self, name: str) -> Path:
-        found = self.path / "d" / name
-        found.mkdir(parents=True, exist_ok=True)
-        return found
 
 
 def config(path: Path, directory: str = "cache", *, clear: bool = False) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from simulator.child import wait_for
 
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.devices import Device
@@ -64,13 +64,6 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running
     yield made
     made.service.stop()
     made.lessee.close()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_from_start_to_stop(running: Running) -> None:

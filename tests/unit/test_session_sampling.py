@@ -7,6 +7,7 @@ import time
 import tracemalloc
 
 import pytest
+from simulator.child import wait_for
 
 from pytest_gpushare.gpu.attribution import Attribution
 from pytest_gpushare.gpu.readings import LiveVram
@@ -226,9 +227,7 @@ def test_a_reader_that_hangs_adds_no_rows(monkeypatch: pytest.MonkeyPatch) -> No
     watch = Sampler(live, Attribution(), ["GPU-0"], run.active.workers, run.active.record)
     watch.start()
     series = watch.devices["GPU-0"].series
-    until = time.monotonic() + 10
-    while not len(series) and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_for(lambda: len(series))
     library.hangs.clear()
     time.sleep(0.3)
     rows = len(series)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
-from simulator.child import child_process
+from simulator.child import child_process, wait_for
 from simulator.store import start_time
 
 SLEEPS = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
@@ -52,10 +51,7 @@ def test_killed_where_the_block_fails() -> None:
         assert start_time(grandchild) is not None
         raise ZeroDivisionError
     assert process.returncode == -signal.SIGKILL
-    until = time.monotonic() + 20
-    while start_time(grandchild) is not None:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for(lambda: start_time(grandchild) is None)
 
 
 def test_killed_where_it_does_not_end() -> None:

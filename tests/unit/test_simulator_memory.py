@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from simulator import Device, Machine, Mig, OutOfMemoryError, to_bytes, to_text
+from simulator.child import wait_for
 from simulator.hardware import DeviceState
 from simulator.layout import INJECTION_LIMIT, SLOT_LIMIT
 from simulator.running import run, start
@@ -143,10 +144,7 @@ def test_vram_may_come_back_late(tmp_path: Path) -> None:
         process.communicate("\n", timeout=30)
     state = machine.snapshot()[0]
     assert (state.used, state.processes) == (3 * GIB + 600 * MIB, ())
-    deadline = time.monotonic() + 5
-    while machine.snapshot()[0].used and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert machine.snapshot()[0].used == 0
+    wait_for(lambda: machine.snapshot()[0].used == 0)
 
 
 def test_races_never_exceed_the_total(tmp_path: Path) -> None:

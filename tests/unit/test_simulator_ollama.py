@@ -17,13 +17,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from simulator import Device, Machine
-from simulator.child import child_process
+from simulator.child import child_process, wait_for
 from simulator.ollama import FAULTS, FaultyServer, Model, OllamaError, OllamaServer
 from simulator.ollama.durations import FOREVER, moment, seconds
 from simulator.ollama.placement import Room, forced, place_alone, place_beside
@@ -38,14 +37,6 @@ MIB = 1 << 20
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
     return Machine.create(tmp_path / "state", [Device()])
-
-
-def eventually(condition: Callable[[], object], within: float = 5.0) -> None:
-    """Wait until *condition* holds, *within* seconds."""
-    deadline = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # --- the API ---
@@ -270,7 +261,7 @@ def test_busy_models_are_waited_for(machine: Machine) -> None:
         body = {"model": "a", "prompt": "Hello", "stream": False}
         client = threading.Thread(target=server.request, args=("/api/generate", body))
         client.start()
-        eventually(server.runner_pids)
+        wait_for(server.runner_pids)
         began = time.monotonic()
         server.load("b")
         assert time.monotonic() - began > 0.15
@@ -315,13 +306,13 @@ def test_keep_alive(machine: Machine) -> None:
     """It expires; each request starts it anew; a later one replaces it; negative is for ever."""
     with OllamaServer(machine, {"m": "5GB"}, keep_alive=0.15) as server:
         server.load("m")
-        eventually(lambda: not server.ps(), within=2)
+        wait_for(lambda: not server.ps())
         # A model leaves the list first and VRAM afterwards.
-        eventually(lambda: machine.snapshot()[0].used == 2 * GIB)
+        wait_for(lambda: machine.snapshot()[0].used == 2 * GIB)
         server.load("m", keep_alive=-1)
         assert server.load("m")["expires_at"] > "2300"
         server.load("m", keep_alive="100ms")
-        eventually(lambda: not server.ps(), within=2)
+        wait_for(lambda: not server.ps())
 
 
 def test_durations() -> None:
@@ -344,7 +335,7 @@ def test_vram_may_come_back_late(tmp_path: Path) -> None:
         server.unload("a")
         assert server.ps() == []
         assert machine.snapshot()[0].used == 17 * GIB
-        eventually(lambda: machine.snapshot()[0].used == 2 * GIB)
+        wait_for(lambda: machine.snapshot()[0].used == 2 * GIB)
         server.load("a")
         server.load("b")
         assert server.spilled() == []
@@ -357,9 +348,9 @@ def test_a_model_that_is_loading_is_not_listed(machine: Machine) -> None:
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
             head = f"POST /api/generate HTTP/1.1\r\nHost: x.local\r\nContent-Length: {len(body)}"
             client.sendall(head.encode() + b"\r\n\r\n" + body)
-            eventually(lambda: machine.snapshot()[0].used == 7 * GIB)
+            wait_for(lambda: machine.snapshot()[0].used == 7 * GIB)
             assert server.ps() == []
-        eventually(lambda: machine.snapshot()[0].used == 2 * GIB)
+        wait_for(lambda: machine.snapshot()[0].used == 2 * GIB)
 
 
 def test_the_context_of_the_server_and_its_cost(tmp_path: Path) -> None:
@@ -408,7 +399,7 @@ def test_a_killed_runner_is_gone_from_ps(machine: Machine) -> None:
         server.load("m")
         (pid,) = server.runner_pids()
         os.kill(pid, signal.SIGKILL)
-        eventually(lambda: start_time(pid) is None)
+        wait_for(lambda: start_time(pid) is None)
         assert server.ps() == []
         assert machine.snapshot()[0].used == 2 * GIB
         assert server.load("m")["size_vram"] == 5 * GIB
@@ -433,7 +424,7 @@ def test_as_a_program(machine: Machine) -> None:
             process.send_signal(how)
             process.wait(30)
         assert process.returncode == (0 if how == signal.SIGTERM else -signal.SIGKILL)
-        eventually(lambda pid=runner: start_time(pid) is None)  # type: ignore[misc]
+        wait_for(lambda pid=runner: start_time(pid) is None)  # type: ignore[misc]
         assert machine.snapshot()[0].used == 2 * GIB
 
 
@@ -458,7 +449,7 @@ def test_every_fault_can_be_asked_and_closed(mode: str) -> None:
             fetch(server.url + "/api/ps", limit=1 << 16)
         end.cancel()
         assert server.connections == 1
-    eventually(lambda: threading.active_count() <= before)
+    wait_for(lambda: threading.active_count() <= before)
 
 
 def test_faults_are_what_they_are_called() -> None:

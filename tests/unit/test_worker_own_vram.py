@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+from simulator.child import wait_for
 
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.readings import LiveVram
@@ -115,10 +116,12 @@ def test_a_driver_that_hangs_is_waited_for_once() -> None:
     assert (driver.lists, worker.sent) == (1, [])
     driver.hangs.clear()
     driver.goes_on.set()
-    deadline = time.monotonic() + 10
-    while not worker.sent and time.monotonic() < deadline:
+
+    def look() -> object:
         worker.now += 1
         worker.own.look("test_b")
-        time.sleep(0.01)
+        return worker.sent
+
+    wait_for(look)
     worker.live.close()
     assert worker.sent[0][1]["nodeid"] == "test_b"
