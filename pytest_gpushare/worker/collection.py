@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -245,16 +245,16 @@ REFUSAL: pytest.StashKey[Refusal] = pytest.StashKey()
 
 
 class Refusals:
-    """The plugin that keeps refused tests from running."""
+    """The plugin that keeps tests from running that the controller refuses."""
 
-    def __init__(self, judge: Callable[[pytest.Item], Refusal | None]) -> None:
-        """`judge` says of a test that is about to run why it must not."""
-        self._judge = judge
+    def refusal_of(self, item: pytest.Item) -> Refusal | None:
+        """Why a test that is about to run must not."""
+        return item.stash.get(REFUSAL, None)
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Raise for a refused test; its own `skip` markers have spoken before."""
         __tracebackhide__ = True
-        refusal = self._judge(item)
+        refusal = self.refusal_of(item)
         if refusal is not None:
             item.stash[_RAISED] = refusal
             outcome, reason = refusal
@@ -286,13 +286,8 @@ class Refusals:
 _RAISED: pytest.StashKey[Refusal] = pytest.StashKey()
 
 
-def sent_by_the_controller(item: pytest.Item) -> Refusal | None:
-    """Why the controller does not want this test to run."""
-    return item.stash.get(REFUSAL, None)
-
-
-class LocalRefusals:
-    """Which tests a process cannot run for which no dispatcher decides."""
+class LocalRefusals(Refusals):
+    """The same where no dispatcher decides: refuses what this process cannot run, too."""
 
     def __init__(self, message: Mapping[str, Any]) -> None:
         self._reader = MarkerReader(message)
@@ -301,9 +296,9 @@ class LocalRefusals:
         self._budget: int = message["budget"]
         self._devices: int = message["devices"]
 
-    def __call__(self, item: pytest.Item) -> Refusal | None:
+    def refusal_of(self, item: pytest.Item) -> Refusal | None:
         """Why the test must not run here."""
-        if (refusal := sent_by_the_controller(item)) is not None:
+        if (refusal := super().refusal_of(item)) is not None:
             return refusal
         said, want = self._reader.wanted(item)
         if said.refusal:

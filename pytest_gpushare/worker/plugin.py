@@ -96,7 +96,6 @@ def register_plugins(config: pytest.Config, message: Mapping[str, Any], link: Li
         LocalRefusals,
         MarkerErrors,
         MarkerReader,
-        Refusals,
     )
 
     plugins, tests = config.pluginmanager, message["tests"]
@@ -105,7 +104,7 @@ def register_plugins(config: pytest.Config, message: Mapping[str, Any], link: Li
     plugins.register(MarkerErrors(MarkerReader(tests)), "gpu-share-marker-errors")
     is_worker = hasattr(config, "workerinput")
     if tests["absence"] or not is_worker:
-        plugins.register(Refusals(LocalRefusals(tests)), "gpu-share-refusals")
+        plugins.register(LocalRefusals(tests), "gpu-share-refusals")
     if is_worker:
         from pytest_gpushare.worker.runner import RunLoop
 

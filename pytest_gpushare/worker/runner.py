@@ -31,7 +31,6 @@ from pytest_gpushare.worker.collection import (
     Refusals,
     collected_tests,
     may_use_models,
-    sent_by_the_controller,
 )
 
 if TYPE_CHECKING:
@@ -257,7 +256,7 @@ class RunLoop:
         plugins = self._config.pluginmanager
         if not plugins.has_plugin("gpu-share-refusals"):
             # Most runs refuse nothing, and its hooks are called for each test.
-            plugins.register(Refusals(sent_by_the_controller), "gpu-share-refusals")
+            plugins.register(Refusals(), "gpu-share-refusals")
 
     def _give_back(self, _: object) -> None:
         """Return the tests that were not begun, but for the next one: the running one knows it."""
