@@ -55,7 +55,7 @@ def header_lines(header: Header, config: pytest.Config) -> list[str]:
     """The header's lines, in colour where pytest uses it."""
     writer = config.get_terminal_writer()
     return [
-        writer.markup(shown_text(line.text), **_markup(line))
+        writer.markup(for_stdout(line.text), **_markup(line))
         for line in _laid_out(header(verbosity_of(config)), config)
     ]
 
@@ -73,7 +73,7 @@ def print_problems(header: Header, config: pytest.Config, *, has_summary: bool) 
 def print_lines(lines: Sequence[Line], reporter: pytest.TerminalReporter) -> None:
     """Print the lines, in colour where pytest uses it."""
     for line in _laid_out(lines, reporter.config):
-        reporter.write_line(shown_text(line.text), **_markup(line))
+        reporter.write_line(for_stdout(line.text), **_markup(line))
 
 
 def _markup(line: Line) -> dict[str, bool]:
@@ -112,7 +112,7 @@ def log_line(logger: logging.Logger, line: Line) -> None:
     logger.log(logging.WARNING if line.problem else logging.INFO, "%s", line.text.strip())
 
 
-def shown_text(text: str) -> str:
+def for_stdout(text: str) -> str:
     """The text as standard output can show it."""
     return encodable(text, getattr(sys.stdout, "encoding", None) or "ascii")
 
@@ -131,7 +131,7 @@ def progress(config: pytest.Config) -> Callable[[Event], None]:
         if reporter is not None and reporter.isatty:
             # The dots of the tests so far end without a newline.
             reporter.ensure_newline()
-            reporter.write_line(shown_text(f"gpu-share: {event.text}"))
+            reporter.write_line(for_stdout(f"gpu-share: {event.text}"))
 
     return write
 

@@ -13,9 +13,9 @@ from pytest_gpushare.report.output import (
     LOGGER,
     WIDE,
     OutputOptions,
+    for_stdout,
     log_line,
     print_lines,
-    shown_text,
     verbosity_of,
 )
 from pytest_gpushare.report.results import Results
@@ -68,7 +68,7 @@ def write_reports(document: Mapping[str, Any], files: Sequence[Path]) -> dict[Pa
             write_whole(path, _text(document, path))
         except Exception as error:
             # A full disk or any other error: the tests keep their results.
-            problems[path] = f"no report in {printable(str(path))}: {why(error)}"
+            problems[path] = f"no report in {printable(str(path))}: {_reason(error)}"
     return problems
 
 
@@ -80,7 +80,7 @@ def _text(document: Mapping[str, Any], path: Path) -> str:
     return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
 
-def why(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """A reason in a few words, without the path."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
@@ -96,7 +96,7 @@ def _publish_to_github(results: Results) -> None:
         lines = summary(results, WIDE)
         append_regular(Path(path), redactor()(step_summary(results, lines)))
     except Exception as error:
-        results.run.unwritten.append(f"no table in {SUMMARY}: {why(error)}")
+        results.run.unwritten.append(f"no table in {SUMMARY}: {_reason(error)}")
 
 
 def print_summary(results: Results, reporter: pytest.TerminalReporter) -> None:
@@ -104,11 +104,11 @@ def print_summary(results: Results, reporter: pytest.TerminalReporter) -> None:
     if os.environ.get(ACTIONS) == "true":
         clean = redactor()
         for text in workflow_commands(results):
-            reporter.write_line(shown_text(clean(text)))
+            reporter.write_line(for_stdout(clean(text)))
     config = reporter.config
     view = OutputOptions(verbosity_of(config), int(config.get_terminal_writer().fullwidth))
     print_lines(summary(results, view), reporter)
     if view.verbosity >= 0:
         # As pytest does for its own XML file.
         for path in results.run.written:
-            reporter.write_sep("-", shown_text(f"generated VRAM report: {path}"))
+            reporter.write_sep("-", for_stdout(f"generated VRAM report: {path}"))
