@@ -25,7 +25,7 @@ from pytest_gpushare.cli.terminal import OK, Piece, Row, screen, show, write_lin
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, ProcessSplit
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, Memory
-from pytest_gpushare.gpu.host import identity, sees_every_process
+from pytest_gpushare.gpu.host import is_alive, sees_every_process
 from pytest_gpushare.gpu.readings import LiveVram
 from pytest_gpushare.host_probe import host_probe
 from pytest_gpushare.leases.ledger import directory_of
@@ -238,7 +238,7 @@ def _is_trustworthy(processes: Sequence[GpuProcess]) -> bool:
     """
     if not processes:
         return sees_every_process()
-    return all(p.used is not None and identity(p.pid) is not None for p in processes)
+    return all(p.used is not None and is_alive(p.pid) for p in processes)
 
 
 def _held(usage: Mapping[str, DeviceUsage], running: Sequence[RunningSession]) -> dict[int, int]:

@@ -14,14 +14,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from pytest_gpushare.gpu.devices import Device, GpuProcess, Memory
-from pytest_gpushare.gpu.host import is_alive, parent_of
+from pytest_gpushare.gpu.host import generations, is_alive, parent_of
 from pytest_gpushare.units import format_gb
 
 CONTROLLER = "controller"
 """The holder that stands for this process and its descendants that are no worker's."""
-
-_MOST_GENERATIONS = 64
-"""Limit of the parent walk."""
 
 
 class Statement(NamedTuple):
@@ -212,26 +209,17 @@ class Attribution:
             self._owners = {p: owner for p, owner in self._owners.items() if p in pids}
 
     def _is_kept(self, pid: int, worker: str) -> bool:
-        kept, at = self._kept.get(worker), pid
-        for _ in range(_MOST_GENERATIONS if kept else 0):
-            parent = self._parent(at) if at not in (kept or ()) else at
-            if parent is None or parent <= 1 or parent == at:
-                return parent == at
-            at = parent
-        return False
+        kept = self._kept.get(worker, frozenset())
+        return bool(kept) and any(at in kept for at in generations(pid, self._parent))
 
     def _owner(self, pid: int) -> str | None:
-        at: int | None = pid
         own, found = os.getpid(), self._owners.get(pid)
-        for _ in range(_MOST_GENERATIONS):
-            if at is None or at <= 1:
-                break
+        for at in generations(pid, self._parent):
             if at in self._workers:
                 found = self._workers[at]
                 break
             if at == own:
                 found = CONTROLLER
-            at = self._parent(at)
         if found is not None:
             self._owners[pid] = found
         return found

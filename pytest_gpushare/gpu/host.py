@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -174,16 +174,19 @@ def parent_of(pid: int) -> int | None:
     return int(fields[1]) if fields is not None and fields[1].isdigit() else None
 
 
+def generations(pid: int, parent: Callable[[int], int | None] = parent_of) -> Iterator[int]:
+    """A process, its parent, and so on; without the first process of all."""
+    at: int | None = pid
+    for _ in range(_MOST_GENERATIONS):
+        if at is None or at <= 1:
+            return
+        yield at
+        at = parent(at)
+
+
 def line_of(pid: int) -> Sequence[int]:
     """A process and those that started it; empty for one that is not found here."""
-    line: list[int] = []
-    above = parent_of(pid)
-    while above is not None and len(line) < _MOST_GENERATIONS:
-        line.append(pid)
-        if above <= 1:
-            break
-        pid, above = above, parent_of(above)
-    return line
+    return [] if parent_of(pid) is None else list(generations(pid))
 
 
 def _meminfo(key: str) -> int | None:
@@ -258,29 +261,14 @@ def _windows_ram() -> int | None:  # pragma: no cover - runs on Windows alone
 _MOST_STAT_BYTES = 4096
 
 
-def identity(pid: int) -> str | None:
-    """The identity of a process, which no other process with the same PID ever has.
-
-    None where it is dead, or where it is unknown. On Linux: the boot, the
-    namespace of process numbers, and the process's start time.
-    """
-    if sys.platform == "win32":
-        return _windows_identity(pid)
-    fields = _stat(pid)
-    if fields is None or fields[0] in ("Z", "X") or pid_space() is None:
-        return None
-    return f"{pid_space()}/{fields[19]}"
-
-
 def sees_every_process() -> bool:
     """Whether no process of this machine is hidden: not in a container, and not in WSL."""
     try:
         space = str(Path("/proc/self/ns/pid").readlink())
-        kernel = Path("/proc/sys/kernel/osrelease").read_text(encoding="ascii").lower()
-    except (OSError, ValueError):
+    except OSError:
         return False
     # The first namespace has had this number since there are namespaces.
-    return space == "pid:[4026531836]" and "microsoft" not in kernel
+    return space == "pid:[4026531836]" and not _is_wsl()
 
 
 @cache
@@ -302,24 +290,3 @@ def _stat(pid: int) -> list[str] | None:
         return None
     fields = text.rpartition(")")[2].split()
     return fields if len(fields) > 19 else None
-
-
-def _windows_identity(pid: int) -> str | None:  # pragma: no cover - runs on Windows alone
-    import ctypes
-
-    windll = getattr(ctypes, "windll", None)
-    if windll is None:
-        return None
-    kernel = windll.kernel32
-    kernel.OpenProcess.restype = ctypes.c_void_p
-    handle = kernel.OpenProcess(0x1000, False, pid)
-    if not handle:
-        return None
-    times = [ctypes.c_ulonglong() for _ in range(4)]
-    code = ctypes.c_ulong()
-    try:
-        found = kernel.GetProcessTimes(ctypes.c_void_p(handle), *map(ctypes.byref, times))
-        running = kernel.GetExitCodeProcess(ctypes.c_void_p(handle), ctypes.byref(code))
-        return f"windows/{times[0].value}" if found and running and code.value == 259 else None
-    finally:
-        kernel.CloseHandle(ctypes.c_void_p(handle))

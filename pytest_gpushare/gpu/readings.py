@@ -262,9 +262,7 @@ class Series:
         peaks = {_highest(column) for column in self._columns()}
         kept = self._spaced(old) | peaks
         # Not by one row each time: the next thinning is to be far away.
-        while len(kept) > max(len(peaks), (self._most - self._recent) // 2):
-            if self._gap > 1e9:
-                break
+        while len(kept) > max(len(peaks) + 1, (self._most - self._recent) // 2):
             self._gap *= 2
             kept = self._spaced(old) | peaks
         rows = sorted({row for row in kept if row < old}) + list(range(old, len(self.at)))

@@ -71,3 +71,14 @@ def test_heights() -> None:
         series.add(at, usage(size))
     # A stretch without a row is as high as the one before it.
     assert series.heights(4) == [5, 5, 5, 3]
+
+
+def test_more_peaks_than_rows_to_keep() -> None:
+    """Each column's peak stays, also where there are so many that little can be dropped."""
+    series = Series(12, 4)
+    for row in range(40):
+        series.add(row, usage(row % 7, {f"gw{row % 10}": 100 + row}))
+    # The newest four, and a peak of each of the 14 columns.
+    assert len(series) <= 4 + 14
+    for worker, column in series.workers().items():
+        assert max(size or 0 for size in column) == 130 + int(worker[2:])
