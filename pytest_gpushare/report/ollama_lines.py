@@ -132,16 +132,11 @@ def _spilled_before(life: Life, server: MonitoredServer) -> Sentence:
 
 
 def _silences(server: MonitoredServer) -> Iterator[Sentence]:
-    history = server.history
-    if history.last_known is not None and not (
-        history.silences and history.silences[-1][1] is None
-    ):
-        yield Sentence(
-            f"Ollama did not answer from {history.last_known:.0f} s into the run to its end: what "
-            "happened to its VRAM then is unknown",
-            is_problem=True,
-        )
-    for since, until in server.history.silences:
+    silences = list(server.history.silences)
+    last = server.history.last_known
+    if last is not None and not (silences and silences[-1][1] is None):
+        silences.insert(0, (last, None))
+    for since, until in silences:
         end = "to its end" if until is None else f"to {until:.0f} s"
         yield Sentence(
             f"Ollama did not answer from {since:.0f} s into the run {end}: what happened to its "
