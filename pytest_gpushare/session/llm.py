@@ -12,19 +12,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from pytest_gpushare.ollama.catalog import ask as ask_server
 from pytest_gpushare.ollama.catalog import ask_models
 from pytest_gpushare.ollama.models import ModelFacts, RunModel, full_name, grouped, in_order
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN
 from pytest_gpushare.ollama.reservation import Demand, devices_of_ollama, need_of, server_of
+from pytest_gpushare.scheduler.model_dispatch import ModelDispatch
 from pytest_gpushare.scheduler.model_room import Estimate, ModelLoad, choose
 from pytest_gpushare.scheduler.needs import ModelUse
 from pytest_gpushare.scheduler.types import BESIDE, CloseModel, ModelGroup, OpenModel
 from pytest_gpushare.session.llm_loads import Load, ModelLoads, Phase, RunParts
-from pytest_gpushare.session.model_turns import Limited
 from pytest_gpushare.text import printable
 from pytest_gpushare.timed import TimedCall
 
@@ -47,45 +46,8 @@ _STOP = 5.0
 """Seconds that the end of the run waits for a load to be given up."""
 
 
-class Opened(NamedTuple):
-    """What came of an `OpenModel`."""
-
-    group: int
-    problem: str = ""
-    """Why its tests cannot run; empty where the model is there."""
-
-
-class HasTurn(NamedTuple):
-    """What came of an `OpenModel` that only asks for the turn."""
-
-    group: int
-    waits: bool = False
-    """Not yet: another session's tests come first."""
-
-
-class Closed(NamedTuple):
-    """What came of a `CloseModel`."""
-
-    group: int
-
-
-Outcome: TypeAlias = Opened | HasTurn | Closed
-
-
-class Receiver(Limited, Protocol):
-    """The dispatcher, as far as models go."""
-
-    def has_turn(self, group: int, *, waits: bool) -> None:
-        """No other session uses another model of the server; `waits`: one does for a while."""
-
-    def opened(self, group: int, size: int | None) -> None:
-        """The model of this group is loaded, with so many bytes of VRAM, where that is known."""
-
-    def not_opened(self, group: int, reason: str) -> None:
-        """It cannot be loaded: its tests fail."""
-
-    def closed(self, group: int) -> None:
-        """Nothing keeps it any more."""
+Outcome: TypeAlias = Callable[[ModelDispatch], object]
+"""Informs the dispatcher, in xdist's thread, of what came of a command."""
 
 
 class LlmTests:
@@ -270,22 +232,13 @@ class LlmTests:
         """Have a model loaded, or not kept any more; `deliver` says what came of it."""
         self._commands.put(action)
 
-    def deliver(self, receiver: Receiver) -> None:
+    def deliver(self, models: ModelDispatch) -> None:
         """Say what came of the commands."""
         with contextlib.suppress(queue.Empty):
             while True:
-                outcome = self._outcomes.get_nowait()
-                if isinstance(outcome, HasTurn):
-                    receiver.has_turn(outcome.group, waits=outcome.waits)
-                elif isinstance(outcome, Closed):
-                    receiver.closed(outcome.group)
-                elif outcome.problem:
-                    receiver.not_opened(outcome.group, outcome.problem)
-                else:
-                    size = None if self.loader is None else self.loader.sizes.get(outcome.group)
-                    receiver.opened(outcome.group, size)
+                self._outcomes.get_nowait()(models)
         if self.loader is not None and self.loader.turns is not None:
-            self.loader.turns.put_in_force(receiver)
+            self.loader.turns.put_in_force(models)
 
     def open_now(self, number: int) -> str:
         """Load the model of a group in this thread: a process without workers waits for it.
@@ -353,20 +306,25 @@ class LlmTests:
             self._report(self._outcome_of(command))
 
     def _outcome_of(self, command: OpenModel | CloseModel) -> Outcome:
-        loader, number = self.loader, command.group
-        if loader is None:
-            return Closed(number) if isinstance(command, CloseModel) else Opened(number)
+        loader, number, problem = self.loader, command.group, ""
         try:
             if isinstance(command, CloseModel):
-                loader.close(number, makes_room=command.makes_room)
-                return Closed(number)
-            if command.turn_only:
-                loader.take_turn(number, partial(self._report, HasTurn(number, waits=True)))
-                return HasTurn(number)
-            return Opened(number, loader.open(number))
+                if loader is not None:
+                    loader.close(number, makes_room=command.makes_room)
+                return lambda models: models.closed(number)
+            if loader is not None and command.turn_only:
+                waits: Outcome = lambda models: models.has_turn(number, waits=True)  # noqa: E731
+                loader.take_turn(number, lambda: self._report(waits))
+                return lambda models: models.has_turn(number, waits=False)
+            if loader is not None:
+                problem = loader.open(number)
         except Exception as error:
             # Its tests are reported with this reason; else they would never be reported.
-            return Opened(number, printable(f"{type(error).__name__}: {error}", 200))
+            problem = printable(f"{type(error).__name__}: {error}", 200)
+        if problem:
+            return lambda models: models.not_opened(number, problem)
+        size = None if loader is None else loader.sizes.get(number)
+        return lambda models: models.opened(number, size)
 
     def _report(self, outcome: Outcome) -> None:
         self._outcomes.put(outcome)

@@ -74,20 +74,15 @@ class Loader:
         """`pids` are Ollama's processes that hold VRAM; `is_over` ends what is under way."""
         self._server, self._pids, self._is_over = server, pids, is_over
 
-    def there(self, wanted: RunModel) -> LoadedModel | None:
-        """The model as it is loaded now; None where it is not, or nobody says."""
-        with contextlib.suppress(TimeoutError, UnreachableError, NonsenseError):
-            return self._find(wanted)
-        return None
-
     def load(self, wanted: RunModel, limit: float) -> ReadyModel:
         """Have a model loaded with its options, within so many seconds. Raises `ModelLoadError`.
 
         A model that is there gets no request.
         """
-        found = self.there(wanted)
-        if found is not None:
-            return ReadyModel(found)
+        # Where nobody says what is there, the request does.
+        with contextlib.suppress(TimeoutError, UnreachableError, NonsenseError):
+            if (found := self._find(wanted)) is not None:
+                return ReadyModel(found)
         began = time.monotonic()
         until = began + limit
         try:
@@ -249,6 +244,8 @@ class ModelLoads:
         self._ours: dict[int, tuple[PreloadedModel, KeepAlive]] = {}
         """Group -> what this session loaded for it and has not unloaded."""
         self._pulled: set[int] = set()
+        self._pids = ollama_pids(run.live)
+        self._loader = Loader(server, self._pids, self.is_over.is_set)
         self.turns: ModelTurns | None = None
         """Where other sessions of the host may use the server, too."""
         if run.lessee is not None and run.shares_models:
@@ -284,12 +281,11 @@ class ModelLoads:
             return ""
         self.take_turn(number)
         self._since[number] = run.record.now()
-        loader = self._loader()
         try:
             if model.facts is not None and model.facts.is_missing and number not in self._pulled:
-                self._pull(loader, number)
+                self._pull(number)
             self._make_room(number)
-            loaded = loader.load(model, float(run.settings.ollama_load_timeout))
+            loaded = self._loader.load(model, float(run.settings.ollama_load_timeout))
         except ModelLoadError as error:
             self.close(number, makes_room=False)
             where = f"at {run.ollama.address}"
@@ -300,7 +296,7 @@ class ModelLoads:
             self.sizes[number] = loaded.model.on_gpu + OVERHEAD
         own = loaded.own or (self._ours[number][0] if number in self._ours else None)
         if own is not None:
-            kept = KeepAlive(self._server, [own], ollama_pids(run.live))
+            kept = KeepAlive(self._server, [own], self._pids)
             if run.lessee is not None:
                 kept.used_by_others = run.lessee.models_of_others
             kept.start()
@@ -347,9 +343,6 @@ class ModelLoads:
                 name, now = self._models[number].shown, self._run.record.now()
                 self.phases.append(Phase(name, since, now))
 
-    def _loader(self) -> Loader:
-        return Loader(self._server, ollama_pids(self._run.live), self.is_over.is_set)
-
     def _unload(self, number: int) -> None:
         """Unload what this session loaded for this group, and wait until it is gone."""
         if number not in self._ours:
@@ -359,9 +352,9 @@ class ModelLoads:
             return
         del self._ours[number]
         kept.give_up()
-        self._loader().unload(own)
+        self._loader.unload(own)
 
-    def _pull(self, loader: Loader, number: int) -> None:
+    def _pull(self, number: int) -> None:
         run, name = self._run, self._models[number].name
         shown = -1
 
@@ -372,5 +365,5 @@ class ModelLoads:
                 run.record.note("ollama-pull", f"Ollama pulls {name}: {words}, {share} %")
 
         run.record.note("ollama-pull", f"Ollama pulls {name}")
-        loader.pull(name, float(run.settings.ollama_pull_timeout), progress)
+        self._loader.pull(name, float(run.settings.ollama_pull_timeout), progress)
         self._pulled.add(number)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.leases.claims import TICKET_LIFE, Naming
 from pytest_gpushare.leases.ledger import LedgerError, LiveSession
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pytest_gpushare.config.settings import Settings
     from pytest_gpushare.leases.lessee import Lessee
     from pytest_gpushare.ollama.models import RunModel
+    from pytest_gpushare.scheduler.model_dispatch import ModelDispatch
 
 
 class Queue(NamedTuple):
@@ -97,13 +98,6 @@ WORTH_A_NOTE = 0.5
 """Seconds of waiting for other sessions."""
 
 
-class Limited(Protocol):
-    """The dispatcher, as far as places go."""
-
-    def limit(self, group: int, places: int) -> int:
-        """Let so many of its tests be under way at once. Returns how many are."""
-
-
 class ModelTurns:
     """The turns of one session: all but `put_in_force` is for one thread.
 
@@ -174,21 +168,21 @@ class ModelTurns:
     def others_wait(self) -> bool:
         """Whether another session waits for another model of the server, or for VRAM."""
         mine = {turn.model for turn in self._turns.values()}
-        sessions = self._lessee.ledger.look()
-        others = Queue.of(sessions, self._server, time.monotonic())
+        others, sessions = self._others()
         return any(turn.ticket and turn.model not in mine for turn in others.turns) or any(
             share.want for session in sessions for share in session.record.devices.values()
         )
 
-    def _others(self) -> Queue:
-        return Queue.of(self._lessee.ledger.look(), self._server, time.monotonic())
+    def _others(self) -> tuple[Queue, Sequence[LiveSession]]:
+        sessions = self._lessee.ledger.look()
+        return Queue.of(sessions, self._server, time.monotonic()), sessions
 
     def look(self) -> float | None:
         """Share the places with the other sessions. Returns the seconds until the next look."""
         if not self._turns:
             return None
         if all(turn.places for turn in self._turns.values()):
-            others = self._others()
+            others, _ = self._others()
             is_alone = not any(others.sharing(turn.model) for turn in self._turns.values())
             if is_alone and all(turn.places == self._parallel for turn in self._turns.values()):
                 return PAUSE_ALONE
@@ -199,11 +193,11 @@ class ModelTurns:
         is_settled = all(t.places == self._places[n] > 0 for n, t in self._turns.items())
         return LONG_PAUSE if is_settled else SHORT_PAUSE
 
-    def put_in_force(self, receiver: Limited) -> None:
+    def put_in_force(self, dispatch: ModelDispatch) -> None:
         """Have no more tests under way than the session has places; in xdist's thread."""
         places = self._places
         if places:
-            self._in_force = places, {n: receiver.limit(n, count) for n, count in places.items()}
+            self._in_force = places, {n: dispatch.limit(n, count) for n, count in places.items()}
 
     def _under_way(self, number: int, limit: int) -> int | None:
         """How many tests of a group are under way now that it is limited; None: not limited yet."""
