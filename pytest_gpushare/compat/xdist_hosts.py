@@ -125,7 +125,12 @@ class Replacements:
     """Decides which workers xdist replaces when they die."""
 
     def __init__(self, plugins: pytest.PytestPluginManager) -> None:
-        self._session = plugins.get_plugin("dsession")
+        self._plugins = plugins
+
+    @property
+    def _session(self) -> Any:
+        """xdist's session; None before it is there."""
+        return self._plugins.get_plugin("dsession")
 
     def ask(self, refusal: Callable[[Any, str], str]) -> None:
         """`refusal` gets a worker that has died, and why no other could be started in its place,
@@ -179,7 +184,7 @@ class Replacements:
     def gateway(self, name: str) -> Any | None:
         """execnet's gateway of this name; None where there is none any more."""
         with contextlib.suppress(Exception):
-            return self._session.nodemanager.group[name]  # type: ignore[union-attr]
+            return self._session.nodemanager.group[name]
         return None
 
     def is_connected(self, name: str) -> bool:

@@ -24,23 +24,31 @@ from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.host import (
-    available_ram,
     installed_frameworks,
     is_alive,
     line_of,
     mps_is_running,
 )
 from pytest_gpushare.gpu.readings import Live
-from pytest_gpushare.hosts.answers import HERE, RemoteFacts, checkout_message, encode, rows_of
+from pytest_gpushare.hosts.answers import (
+    HostAnswer,
+    MemorySample,
+    ModelsAnswer,
+    ProcessRow,
+    ProcessSample,
+    Sample,
+    answer_message,
+    message,
+)
 from pytest_gpushare.hosts.checkout import Checkout, checkout_of
 from pytest_gpushare.hosts.host_lease import LeaseHere
 from pytest_gpushare.leases.lessee import EnoughElsewhereError
-from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
+from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.monitor import Question
 from pytest_gpushare.ollama.prediction import known_sizes
 from pytest_gpushare.planning.caps import without_caps_of_outer_run
 from pytest_gpushare.planning.leasing import Terms
-from pytest_gpushare.planning.plan import NeighbourShare, Request
+from pytest_gpushare.planning.plan import Request
 from pytest_gpushare.planning.startup import PlanHooks
 from pytest_gpushare.session.needs_store import EarlierRuns
 from pytest_gpushare.session.start import Host, start
@@ -83,7 +91,7 @@ def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
         if settings.ollama_preload:
             # Nothing is loaded for a run that does not start.
             state.wait(_GIT)
-            send_whole(checkout_message(state.value or Checkout()))
+            send_whole(message("checkout", state.value or Checkout()))
             if next(words, "end") != "load":
                 return
         facts = _started(settings, request, line)
@@ -91,14 +99,16 @@ def serve(request: Mapping[str, Any], send: Send, lines: Iterable[str]) -> None:
         # The controller is gone while this host waited, or loaded.
         return
     except GpuShareError as error:
-        send_whole({"kind": "refused", "text": str(error)})
+        send_whole(message("refused", str(error)))
         return
     agent = _Agent(facts, send_whole)
     cache = ""
     try:
         cache = _written(request["cache"])
         state.wait(_GIT)
-        send_whole(encode(_found(facts, state.value or Checkout(), cache)))
+        answer = answer_of(facts)
+        answer = answer._replace(checkout=state.value or Checkout(), cache=cache)
+        send_whole(answer_message(answer))
         if request["only_asks"]:
             return
         agent.serve(words)
@@ -134,7 +144,7 @@ class _LineThere(WaitingLine):
     def _inform(self, kind: str, text: str) -> None:
         if time.monotonic() >= self._next_at:
             self._next_at = time.monotonic() + _WAITING_EVERY
-            self._send({"kind": kind, "text": text})
+            self._send(message(kind, text))
 
     def clear(self) -> None:
         """See `WaitingLine`."""
@@ -215,6 +225,10 @@ def _written(files: Mapping[str, str]) -> str:
     return directory
 
 
+HERE = frozenset({"markers", "vram", "config", "hosts"})
+"""Keys of options that only the controller goes by."""
+
+
 def settings_as_texts(settings: Settings) -> dict[str, str]:
     """The settings that sizing goes by, as a user would write them."""
     return {
@@ -250,34 +264,22 @@ def on_several_hosts(settings: Settings) -> Settings:
     return settings._replace(ollama_phase="beside")
 
 
-def _found(facts: StartFacts, checkout: Checkout, cache: str) -> RemoteFacts:
-    plan = facts.plan
-    path = facts.lessee.ledger.record_path if facts.lessee is not None else None
-    share = NeighbourShare(
-        OLLAMA,
-        {each.device.uuid: each.reservation for each in plan.devices},
-        {each.device.uuid: each.resident for each in plan.devices},
-        plan.is_released,
-    )
-    return RemoteFacts(
+def answer_of(facts: StartFacts) -> HostAnswer:
+    """What a host answers when it has probed and planned."""
+    lessee, loading = facts.lessee, facts.loading
+    path = lessee.ledger.record_path if lessee is not None else None
+    return HostAnswer(
         facts.gpus,
-        share,
-        {each.device.uuid: each.leases for each in plan.devices},
-        {each.device.uuid: each.alone for each in plan.devices},
-        {each.device.uuid: each.own_reservation for each in plan.devices},
+        facts.plan,
         facts.ollama,
         models_of_server(facts.ollama),
-        count_of_cpus(),
-        available_ram(),
         without_caps_of_outer_run(os.environ),
-        installed_frameworks() if plan.slots else {},
+        installed_frameworks() if facts.plan.slots else {},
         mps_is_running(os.environ),
         "" if path is None else str(path),
         facts.problems,
-        facts.loading.sentences if facts.loading is not None else (),
+        loading.sentences if loading is not None else (),
         facts.leases,
-        checkout,
-        cache,
     )
 
 
@@ -330,11 +332,14 @@ class _Agent:
         try:
             while not self._stopped.is_set():
                 self._wanted.clear()
-                sample: dict[str, Any] = {"kind": "sample", **_clocks()}
+                memory = processes = None
                 # Whatever a reading runs into, the host is still there, and says so.
                 with contextlib.suppress(Exception):
-                    sample = self._sample()
-                self._send(sample)
+                    processes = self._read_processes()
+                    memory = self._read_memory()
+                # The clocks as late as can be.
+                sample = Sample(time.monotonic(), time.time(), memory, processes)
+                self._send(message("sample", sample))
                 self._say_what_is_not_kept()
                 self._wanted.wait(BEAT)
         except OSError:
@@ -346,50 +351,33 @@ class _Agent:
         texts = kept.service.given_up if kept is not None else []
         for text in texts[self._not_kept :]:
             self._not_kept += 1
-            self._send({"kind": "not-kept", "text": text})
+            self._send(message("not-kept", text))
 
-    def _sample(self) -> dict[str, Any]:
-        sample: dict[str, Any] = {"kind": "sample"}
+    def _read_processes(self) -> ProcessSample | None:
         now, looks, self._looks = time.monotonic(), self._looks, False
-        is_due = looks or now - self._processes_at >= _PROCESSES_EVERY
-        if self._live is not None and is_due:
-            self._processes_at = now
-            processes = self._live.processes(0.0)
-            sample["processes_at"] = processes.at
-            sample["processes"] = {
-                uuid: None
-                if found is None
-                else [[p.pid, p.used, p.neighbour, line_of(p.pid)[1:], is_alive(p.pid)]
-                      for p in found]
-                for uuid, found in processes.devices.items()
-            }  # fmt: skip
-        if self._live is not None:
-            memory = self._live.memory(0.0)
-            sample["memory_at"] = memory.at
-            sample["memory"] = {uuid: list(found) for uuid, found in memory.devices.items()}
-            sample["answering"] = self._live.is_answering
-        # As late as can be.
-        return {**sample, **_clocks()}
+        if self._live is None or not (looks or now - self._processes_at >= _PROCESSES_EVERY):
+            return None
+        self._processes_at = now
+        found = self._live.processes(0.0)
+        devices = {
+            uuid: None
+            if listed is None
+            else tuple(ProcessRow(p, tuple(line_of(p.pid)[1:]), is_alive(p.pid)) for p in listed)
+            for uuid, listed in found.devices.items()
+        }
+        return ProcessSample(found.at, devices)
+
+    def _read_memory(self) -> MemorySample | None:
+        if self._live is None:
+            return None
+        found = self._live.memory(0.0)
+        return MemorySample(found.at, found.devices, self._live.is_answering)
 
     def _ask(self, number: int) -> None:
         if self._server is None:
             return
         question = Question(self._server, 5.0)
         question.wait(5.5)
-        models = question.models
-        answer = {
-            "kind": "models",
-            "number": number,
-            "models": None if models is None else rows_of(models),
-            "problem": question.problem,
-            "refused": question.is_refused,
-        }
-        try:
-            self._send(answer)
-        except OSError:
-            return
-
-
-def _clocks() -> dict[str, float]:
-    """What those of another host are compared with."""
-    return {"now": time.monotonic(), "wall": time.time()}
+        answer = ModelsAnswer(number, question.models, question.problem, question.is_refused)
+        with contextlib.suppress(OSError):
+            self._send(message("models", answer))

@@ -6,24 +6,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.hosts.agent import settings_as_texts
-from pytest_gpushare.hosts.answers import (
-    Hello,
-    HostError,
-    RemoteFacts,
-    decode,
-    decode_checkout,
-    decode_hello,
-)
+from pytest_gpushare.hosts.answers import Hello, HostAnswer, HostError, read, read_answer
 from pytest_gpushare.hosts.checkout import Checkout, checkout_of
 from pytest_gpushare.hosts.connection import START_LIMIT, HostConnection
-from pytest_gpushare.hosts.part import plan_there
 from pytest_gpushare.hosts.specs import HostSpec
 from pytest_gpushare.leases.lessee import EnoughElsewhereError
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
@@ -70,31 +61,25 @@ def _version(name: str) -> str | None:
         return None
 
 
-Answer = tuple[HostConnection, Hello, RemoteFacts]
-
-
 class AskedHost:
     """One host, and what it has answered so far."""
 
-    def __init__(self, connection: HostConnection) -> None:
+    def __init__(self, connection: HostConnection, here: Checkout, *, strict: bool = False) -> None:
+        """`here`: the checkout of this host; `strict`: a doubt about the other's is an error."""
         self.connection, self.name = connection, connection.name
-        self.hello: Hello | None = None
-        self.checkout: Checkout | None = None
-        """Known before the rest where it is to load models."""
-        self.facts: RemoteFacts | None = None
+        self._here, self._strict = here, strict
+        self.hello = Hello("", "", "", (), {})
+        """Empty until it has said it, which it does before all else."""
+        self.has_tests = False
+        """Whether its checkout is known and fits; before the rest where it is to load models."""
+        self.answer: HostAnswer | None = None
+        """None while it has not answered."""
         self.waits = ""
         """What it says while it waits for VRAM that other sessions there have leased."""
         self.loads = ""
         """What it says while a model is being loaded there."""
         self.until = connection.begun + START_LIMIT
         """Until when it has to say something."""
-
-    @property
-    def answer(self) -> Answer | None:
-        """What it has answered; None while it has not."""
-        if self.hello is None or self.facts is None:
-            return None
-        return self.connection, self.hello, self.facts
 
     def receive_until(self, until: float) -> bool:
         """Take its next message; whether one came until then.
@@ -117,22 +102,30 @@ class AskedHost:
     def _take(self, message: Mapping[str, Any]) -> None:
         kind = message.get("kind")
         if kind == "hello":
-            self.hello = decode_hello(message)
+            self.hello = read(Hello, message)
             _check_versions(self.name, self.hello)
         elif kind == "refused":
             raise HostError(f"{self.name}: {_words(message)}")
         elif kind == "checkout":
-            self.checkout = decode_checkout(message)
+            self._check(read(Checkout, message))
         elif kind == "loading":
             self.loads, self.until = _words(message), time.monotonic() + _LOADING
         elif kind == "waiting":
             self.waits = _words(message)
-        elif kind == "facts" and self.hello is not None:
-            self.facts = decode(message, self.name)
-            self.checkout = self.facts.checkout
+        elif kind == "facts" and self.hello.versions:
+            answer = read_answer(message, self.name)
+            self._check(answer.checkout)
+            doubt = self._here.doubt(answer.checkout)
+            notes = (*answer.notes, doubt) if doubt else answer.notes
+            self.answer = answer._replace(notes=notes)
 
-    def answered(self, line: WaitingLine | None = None, *, may_wait: bool = False) -> Answer | None:
-        """Its answer; None where it waits and may.
+    def _check(self, checkout: Checkout) -> None:
+        if problem := self._here.problem(checkout, strict=self._strict):
+            raise HostError(f"{self.name}: {problem}")
+        self.has_tests = True
+
+    def await_answer(self, line: WaitingLine | None = None, *, may_wait: bool = False) -> None:
+        """Take what it says until it has answered, or waits and may.
 
         `line` shows what it loads. Raises `HostError`, also where it says nothing in time.
         """
@@ -140,7 +133,11 @@ class AskedHost:
             self.says_something()
             if line is not None and self.loads:
                 line.progress(f"host {self.name}: {self.loads}")
-        return self.answer
+
+    def await_tests(self) -> None:
+        """Take what it says until its checkout is known. Raises `HostError`."""
+        while not self.has_tests:
+            self.says_something()
 
     def says_something(self) -> None:
         """Take what it says next. Raises `HostError`."""
@@ -152,7 +149,7 @@ class AskedHost:
 
 
 def _words(message: Mapping[str, Any]) -> str:
-    return one_line(str(message.get("text")), 500).removeprefix("gpu-share: ")
+    return one_line(read(str, message), 500).removeprefix("gpu-share: ")
 
 
 StartHere = Callable[[Settings, WaitingLine], StartFacts]
@@ -166,12 +163,15 @@ class StartOfHosts:
         settings: Settings,
         connections: Sequence[HostConnection],
         start_here: StartHere | None,
+        checkout: Checkout,
+        *,
+        strict: bool,
     ) -> None:
-        """`start_here` probes and plans on this host; None: it takes no part."""
+        """`start_here` probes and plans on this host; None: it takes no part. See `AskedHost`."""
         self._settings, self._start_here = settings, start_here
         # Whether CPU workers will do is decided for all hosts together.
         self._here = settings._replace(fallback_to_cpu_when_constrained=True)
-        self.hosts = [AskedHost(connection) for connection in connections]
+        self.hosts = [AskedHost(each, checkout, strict=strict) for each in connections]
         self.here: StartFacts | None = None
         """What was found on this host."""
 
@@ -180,36 +180,29 @@ class StartOfHosts:
         if self.here is not None:
             self.here.close()
 
-    def answers(self, root: Path, *, strict: bool) -> list[Answer]:
-        """What all hosts answered, once this host was looked at, too.
+    def ask(self) -> None:
+        """Have all hosts answer, and look at this one, too.
 
         Raises `HostError` with a line for each that cannot take part.
         """
-        checkout = checkout_of(root)
-        check = partial(self._check, checkout, strict=strict)
         if self._settings.ollama_preload:
             # Nothing is loaded for a run that does not start.
-            self._each(_checkout_is_known)
-            check()
+            self._each(AskedHost.await_tests)
             for host in self.hosts:
                 host.connection.say("load")
         self._look_here()
         line = WaitingLine()
         try:
-            self._each(lambda host: host.answered(line, may_wait=True))
+            self._each(lambda host: host.await_answer(line, may_wait=True))
         finally:
             line.clear()
-        check()
         self._await_room()
         # Those that still wait go on without.
         for host in self.hosts:
             if host.answer is None:
                 host.connection.say("enough")
                 host.until = time.monotonic() + START_LIMIT
-        self._each(AskedHost.answered)
-        check()
-        found = [host.answer for host in self.hosts if host.answer is not None]
-        return [(c, hello, _with_note(facts, checkout)) for c, hello, facts in found]
+        self._each(AskedHost.await_answer)
 
     def _each(self, ask: Callable[[AskedHost], object]) -> None:
         problems = []
@@ -219,10 +212,6 @@ class StartOfHosts:
             except HostError as error:
                 problems.append(str(error))
         _refuse(problems)
-
-    def _check(self, here: Checkout, *, strict: bool) -> None:
-        found = [(host.name, host.checkout) for host in self.hosts if host.checkout is not None]
-        _refuse([_other_checkout(name, here, there, strict=strict) for name, there in found])
 
     def _look_here(self) -> None:
         """Probe this host, and do not wait for VRAM: others may have some."""
@@ -261,22 +250,13 @@ class StartOfHosts:
     def has_room(self) -> bool:
         """Whether there is room for a GPU worker on one of them, as far as is known."""
         here = self.here is not None and bool(self.here.plan.slots)
-        return here or any(
-            host.facts is not None and bool(plan_there(self._settings, host.facts).slots)
-            for host in self.hosts
-        )
-
-
-def _checkout_is_known(host: AskedHost) -> None:
-    while host.checkout is None:
-        host.says_something()
+        return here or any(host.answer and host.answer.plan.slots for host in self.hosts)
 
 
 def _refuse(problems: Sequence[str]) -> None:
     """Raises `HostError` where there are problems."""
-    lines = [f"gpu-share: host {problem}" for problem in problems if problem]
-    if lines:
-        raise HostError("\n".join(lines))
+    if problems:
+        raise HostError("\n".join(f"gpu-share: host {problem}" for problem in problems))
 
 
 class _LineOfAll(WaitingLine):
@@ -318,33 +298,9 @@ def _check_versions(name: str, hello: Hello) -> None:
             )
 
 
-def _other_checkout(name: str, here: Checkout, there: Checkout, *, strict: bool) -> str:
-    if here.commit and there.commit and here.commit != there.commit:
-        return (
-            f"{name}: has commit {there.commit[:12]} checked out, this host {here.commit[:12]}: "
-            "check out the same commit there"
-        )
-    problem = _doubt(here, there)
-    return f"{name}: {problem} (an error under --gpu-share-strict)" if problem and strict else ""
-
-
-def _doubt(here: Checkout, there: Checkout) -> str:
-    """Why nobody can say that the tests are the same there; empty where they are."""
-    if here.commit is None or there.commit is None:
-        return "whether it has the same tests is unknown: there is no git checkout"
-    if here.changes != there.changes:
-        return "its uncommitted changes differ from those of this host"
-    return ""
-
-
-def _with_note(facts: RemoteFacts, here: Checkout) -> RemoteFacts:
-    doubt = _doubt(here, facts.checkout)
-    return facts._replace(notes=(*facts.notes, doubt)) if doubt else facts
-
-
 def look_at(
     specs: Sequence[HostSpec], settings: Settings, root: Path
-) -> Iterator[tuple[str, RemoteFacts | None, str]]:
+) -> Iterator[tuple[str, HostAnswer | None, str]]:
     """Ask hosts without a run: the name of each, what it answered, or why it cannot take part."""
     here = checkout_of(root)
     request = request_for(settings)
@@ -364,13 +320,10 @@ def look_at(
             if isinstance(found, HostError):
                 yield "", None, str(found)
                 continue
-            name = found.name
+            host = AskedHost(found, here)
             try:
-                answer = AskedHost(found).answered()
-                assert answer is not None
-                _, _, facts = answer
+                host.await_answer()
             except HostError as error:
-                yield name, None, str(error)
-                continue
-            problem = _other_checkout(name, here, facts.checkout, strict=False)
-            yield (name, None, problem) if problem else (name, _with_note(facts, here), "")
+                yield host.name, None, str(error)
+            else:
+                yield host.name, host.answer, ""

@@ -34,16 +34,9 @@ def main() -> None:
             return None
 
     versions = {name: version(name) for name in request["versions"]}
-    send(
-        {
-            "kind": "hello",
-            "python": sys.version.split()[0],
-            "executable": sys.executable,
-            "directory": os.getcwd(),  # noqa: PTH109 - the standard library alone
-            "path": sys.path,
-            "versions": versions,
-        }
-    )
+    directory = os.getcwd()  # noqa: PTH109 - the standard library alone
+    hello = [sys.version.split()[0], sys.executable, directory, sys.path, versions]
+    send({"kind": "hello", "value": hello})
     if versions != request["versions"]:
         return
     # In a checkout the package may lie in the directory itself.

@@ -1,4 +1,4 @@
-"""The state of a checkout: its commit, and a digest of what is not committed."""
+"""Whether two hosts have the same tests: by commit, and by what is not committed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,29 @@ _MOST_FILES = 1000
 
 
 class Checkout(NamedTuple):
-    """Both None where there is no git, or no checkout."""
+    """The state of a checkout; both None where there is no git, or no checkout."""
 
     commit: str | None = None
     changes: str | None = None
     """A digest of the changes to tracked files, and of modules that are not tracked."""
+
+    def doubt(self, there: Checkout) -> str:
+        """Why nobody can say that another host has the same tests; empty where it has."""
+        if self.commit is None or there.commit is None:
+            return "whether it has the same tests is unknown: there is no git checkout"
+        if self.changes != there.changes:
+            return "its uncommitted changes differ from those of this host"
+        return ""
+
+    def problem(self, there: Checkout, *, strict: bool) -> str:
+        """Why another host must not run the tests; empty where it may."""
+        if self.commit and there.commit and self.commit != there.commit:
+            return (
+                f"has commit {there.commit[:12]} checked out, this host {self.commit[:12]}: "
+                "check out the same commit there"
+            )
+        doubt = self.doubt(there)
+        return f"{doubt} (an error under --gpu-share-strict)" if doubt and strict else ""
 
 
 def checkout_of(directory: Path) -> Checkout:

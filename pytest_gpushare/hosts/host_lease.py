@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from pytest_gpushare.hosts.answers import Foreign, as_list, as_text, as_whole
+from pytest_gpushare.hosts.answers import Leased, LeasedDevice, message, read
 from pytest_gpushare.leases.claims import NOTHING, Naming
 from pytest_gpushare.leases.ledger import LedgerError
 from pytest_gpushare.leases.lessee import Lessee, Revision, View, progress_of
@@ -32,7 +32,6 @@ from pytest_gpushare.scheduler.sharing import (
 )
 from pytest_gpushare.scheduler.types import DeviceReading, Others
 from pytest_gpushare.text import one_line
-from pytest_gpushare.units import MOST_VRAM
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -41,9 +40,6 @@ _LOOK = 0.05
 
 _GIVING_UP = 1.0
 """Seconds between two messages that another session needs what idle workers keep."""
-
-_MOST_DEVICES = 64
-_LONGEST = 2000
 
 _BEFORE_ALL = -1
 """The ticket of a session for its first tests: it has waited for its turn when it started."""
@@ -71,8 +67,8 @@ class LeaseHere:
         self._asked: Asked | None = None
         self._granted: dict[str, int] = {}
         """UUID -> what was leased since then: the controller may have used it by now."""
-        self._informed: dict[str, Any] = {}
-        """The last message."""
+        self._informed: Leased | None = None
+        """The last answer."""
         self._is_shared = True
         self._waits = self._has_begun = False
         self._asked_at = float("-inf")
@@ -103,7 +99,7 @@ class LeaseHere:
         )
         with self._lock:
             self._asked = asked
-            self._informed, self._granted = {}, {}
+            self._informed, self._granted = None, {}
             self._decide()
 
     def start(self) -> None:
@@ -133,40 +129,37 @@ class LeaseHere:
         is_due = now - self._asked_at >= _GIVING_UP
         if is_new or (is_due and is_asked(claims, self._lessee.record)):
             self._is_shared, self._asked_at = True, now
-            self._send({"kind": "others"})
+            self._send(message("others", None))
 
     def _decide(self) -> None:
         """Lease what is there of what is wanted, and inform the controller of anything new."""
         asked = self._asked
         if asked is None:
             return
-        others: dict[str, tuple[Others, str]] = {}
+        others: dict[str, Others] = {}
         problem = ""
         try:
             self._lessee.revise(lambda view: self._revised(view, asked, others))
         except LedgerError as error:
             # Nobody knows what others do: the tests keep to what is leased.
             problem, self._is_shared, self._waits = str(error), True, True
-        message = {
-            "kind": "leased",
-            "number": asked.number,
-            "shared": self._is_shared,
-            "problem": problem,
-            "progress": self._progress[1],
-            "devices": {
-                uuid: [
+        answer = Leased(
+            asked.number,
+            self._is_shared,
+            problem,
+            {
+                uuid: LeasedDevice(
                     self._lessee.record.lease(uuid).lease,
-                    list(others.get(uuid, (Others(), ""))[0][:6]),
-                    others.get(uuid, (Others(), ""))[1],
-                ]
+                    others.get(uuid, Others())._replace(progress=self._progress[1]),
+                )
                 for uuid in self._capacities
             },
-        }
-        if message != self._informed:
-            self._informed = message
-            self._send(message)
+        )
+        if answer != self._informed:
+            self._informed = answer
+            self._send(message("leased", answer))
 
-    def _revised(self, view: View, asked: Asked, others: dict[str, tuple[Others, str]]) -> Revision:
+    def _revised(self, view: View, asked: Asked, others: dict[str, Others]) -> Revision:
         self._is_shared = are_shared(view.claims, self._capacities)
         progress = progress_of(view.sessions)
         if progress != self._progress[0]:
@@ -200,7 +193,8 @@ class LeaseHere:
                 waits.add((uuid, own.waits_for))
             now = time.time()
             names = "; ".join(self._naming.holder(holder, now) for holder in claims.holders)
-            others[uuid] = found, one_line(names, 1000)
+            keepable = None if found.keepable is None else max(0, found.keepable)
+            others[uuid] = found._replace(keepable=keepable, names=one_line(names, 1000))
         self._waits = bool(waits)
         return Revision(devices, frozenset(waits))
 
@@ -221,7 +215,7 @@ class HostLease:
         """
         self._keys, self._say, self._note = keys, say, note
         self.wake: Callable[[], object] = lambda: None
-        self._names = {key: uuid for uuid, key in keys.items()}
+        self._names = {keys[d.device.uuid]: d.device.uuid for d in plan.devices}
         self._totals = {keys[d.device.uuid]: d.device.total for d in plan.devices}
         self._limits = dict.fromkeys(self._names, 0)
         for slot in plan.slots:
@@ -243,37 +237,27 @@ class HostLease:
             if message.get("kind") == "others":
                 self.is_shared = True
                 self._said = {}
-            elif message.get("number") == self._number:
-                # Also where it makes no sense: no test waits for an answer without end.
-                self._is_asking = False
-                self._leased(Foreign(message))
+            else:
+                try:
+                    self._leased(read(Leased, message))
+                except ValueError:
+                    # No test waits for an answer without end.
+                    self._is_asking = False
+                    raise
             self.is_due = True
         self.wake()
 
-    def _leased(self, found: Foreign) -> None:
-        progress, rows = found.whole("progress"), found.items("devices", _MOST_DEVICES)
-        for uuid, row in rows.items():
-            key = self._keys.get(uuid)
-            lease, numbers, names = as_list(row, 3)
-            if key is None:
-                continue
-            claimed, held, keepable, owed, lacks, waiting = as_list(numbers, 6)
-            self._limits[key] = as_whole(lease, MOST_VRAM)
-            self._others[key] = Others(
-                as_whole(claimed, MOST_VRAM),
-                as_whole(held, MOST_VRAM),
-                None if keepable is None else as_whole(max(0, keepable), MOST_VRAM),
-                as_whole(owed, MOST_VRAM),
-                as_whole(lacks, MOST_VRAM),
-                bool(waiting),
-                progress=progress,
-                names=as_text(names, _LONGEST),
-            )
-        self.is_shared = found.flag("shared")
-        problem = found.text("problem")
-        if problem and problem != self._problem:
-            self._note(f"the leases of other sessions are not known: {problem}")
-        self._problem = problem
+    def _leased(self, found: Leased) -> None:
+        if found.number != self._number:
+            return
+        self._is_asking, self.is_shared = False, found.is_shared
+        for uuid, device in found.devices.items():
+            if uuid in self._keys:
+                self._limits[self._keys[uuid]] = device.lease
+                self._others[self._keys[uuid]] = device.others
+        if found.problem and found.problem != self._problem:
+            self._note(f"the leases of other sessions are not known: {found.problem}")
+        self._problem = found.problem
 
     def limited(self, readings: Mapping[str, DeviceReading]) -> dict[str, DeviceReading]:
         """The readings of its devices, with what others claim and what is leased there."""

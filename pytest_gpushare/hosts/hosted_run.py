@@ -8,8 +8,9 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,11 @@ import pytest
 
 from pytest_gpushare.compat.xdist_hosts import WorkerStart
 from pytest_gpushare.gpu.attribution import Attribution
-from pytest_gpushare.gpu.readings import DeviceSamples, Live
-from pytest_gpushare.gpu.vendors import variables
-from pytest_gpushare.hosts.answers import decode_sample
+from pytest_gpushare.gpu.readings import Live
+from pytest_gpushare.hosts.answers import ModelsAnswer, Sample, read, with_devices
 from pytest_gpushare.hosts.connection import SILENCE, HostConnection
 from pytest_gpushare.hosts.host_lease import HostLease, LeasesElsewhere
-from pytest_gpushare.hosts.live import AllAttribution, HostLive, global_pid
+from pytest_gpushare.hosts.live import AllAttribution, HostLive, HostOllama, global_pid
 from pytest_gpushare.hosts.part import HostPart
 from pytest_gpushare.hosts.specs import proxy_id
 from pytest_gpushare.planning.placement import (
@@ -33,7 +33,6 @@ from pytest_gpushare.planning.placement import (
 )
 from pytest_gpushare.planning.plan import Slot, shortage
 from pytest_gpushare.session.run import ActiveRun
-from pytest_gpushare.session.sampler import Sampler
 from pytest_gpushare.session.start_facts import (
     HostOfRun,
     ReadingSource,
@@ -57,6 +56,11 @@ class HostLinks(Links):
         self.places: dict[str, tuple[HostPart, int]] = {}
         """Worker -> its host, and its number in the plan of the host."""
 
+    def host_of(self, worker: str) -> HostPart | None:
+        """The host of a worker; None where it is unknown."""
+        part, _ = self.places.get(worker, (None, 0))
+        return part
+
     def receive(self, worker: str, message: Any) -> None:
         """See `Links`."""
         part, number = self.places.get(worker, (None, 0))
@@ -67,41 +71,12 @@ class HostLinks(Links):
                 if part.connection is not None:
                     # Sessions there do not count what it holds beside what is leased for it.
                     part.connection.say(f"worker {number} {worker} {payload}")
+            elif kind == "kept" and isinstance(payload, list):
+                pids = (pid for pid in payload if type(pid) is int)
+                message = kind, [global_pid(part.number, pid) for pid in pids]
             elif isinstance(payload, dict) and type(payload.get("pid")) is int:
                 message = kind, {**payload, "pid": global_pid(part.number, payload["pid"])}
         super().receive(worker, message)
-
-
-class HostSamplers:
-    """The samplers of all hosts, one each."""
-
-    def __init__(self, samplers: Sequence[Sampler]) -> None:
-        self._samplers = samplers
-
-    @property
-    def devices(self) -> Mapping[str, DeviceSamples]:
-        """The samples of all devices."""
-        return {u: found for each in self._samplers for u, found in each.devices.items()}
-
-    @property
-    def cpu_time(self) -> float:
-        """Seconds of CPU time of all sampling threads."""
-        return sum(each.cpu_time for each in self._samplers)
-
-    def start(self) -> None:
-        """Begin to sample."""
-        for each in self._samplers:
-            each.start()
-
-    def stop(self) -> None:
-        """Sample no more."""
-        for each in self._samplers:
-            each.stop()
-
-    def read_workers_now(self, worker: str = "") -> None:
-        """See `Sampler`."""
-        for each in self._samplers:
-            each.read_workers_now(worker)
 
 
 class HostedRun(ActiveRun):
@@ -121,13 +96,27 @@ class HostedRun(ActiveRun):
         self._host_links = HostLinks()
         super().__init__(facts, options, config=config)
         for part in parts:
-            for text in part.loaded:
+            for text in part.answer.loaded if part.number else ():
                 self.record.note("ollama-preloaded", f"{part.name}: {text}", host=part.name)
         for part in parts:
-            if part.ollama_there is not None and part.connection is not None:
-                monitor = part.ollama_there.follow(self.workers, self.record, part.connection)
-                if monitor is not None:
-                    self.services.include(monitor)
+            if part.connection is not None and part.live is not None:
+                part.ollama_there = self._ollama_on(part, part.connection, part.live)
+                if part.ollama_there.monitor is not None:
+                    self.services.include(part.ollama_there.monitor)
+
+    def _ollama_on(self, part: HostPart, connection: HostConnection, live: Live) -> HostOllama:
+        devices = tuple(map(part.named, part.answer.gpus.all_devices))
+        return HostOllama(
+            self.settings,
+            part.answer.gpus._replace(devices=devices, all_devices=devices),
+            part.answer.ollama,
+            with_devices(part.plan, part.named),
+            live,
+            part.attribution,
+            self.workers,
+            self.record,
+            connection,
+        )
 
     def _make_links(self) -> Links:
         return self._host_links
@@ -135,26 +124,17 @@ class HostedRun(ActiveRun):
     def _make_attribution(self) -> Attribution:
         return AllAttribution([(part.devices, part.attribution) for part in self.parts])
 
-    def _make_sampler(self, _live: Live) -> Sampler:
-        samplers = [
-            Sampler(
-                part.live,
-                part.attribution,
-                sorted(part.devices),
-                self.workers,
-                self.record,
-                self.statements if part.ollama_there is None else part.ollama_there.statements,
-            )
-            for part in self.parts
-            if part.live is not None and part.devices
-        ]
-        return HostSamplers(samplers)  # type: ignore[return-value]
-
     @property
     def hosts(self) -> tuple[HostOfRun, ...]:
         """See `ActiveRun`; this host only where it has workers."""
         return tuple(
-            HostOfRun(part.name, part.plan, part.ollama, part.python, part.lost)
+            HostOfRun(
+                part.name,
+                part.plan,
+                part.answer.ollama,
+                part.hello.python if part.hello is not None else "",
+                part.lost,
+            )
             for part in self.parts
             if part.number or part.plan.workers
         )
@@ -164,14 +144,14 @@ class HostedRun(ActiveRun):
         there = [f"{part.name}: {text}" for part in self.parts for text in part.not_kept]
         return [*super().not_kept(), *there]
 
-    def host_named(self, _worker: str) -> str | None:
+    def host_named(self, worker: str) -> str | None:
         """See `ActiveRun`."""
-        part, _ = self._host_links.places.get(_worker, (None, 0))
+        part = self._host_links.host_of(worker)
         return None if part is None else part.name or None
 
     def shift_of(self, worker: str) -> float:
         """See `ActiveRun`."""
-        part, _ = self._host_links.places.get(worker, (None, 0))
+        part = self._host_links.host_of(worker)
         return 0.0 if part is None else part.on_this_clock()
 
     def barred(self, spec: Any, uses: Mapping[int, ModelUse]) -> frozenset[int]:
@@ -187,30 +167,30 @@ class HostedRun(ActiveRun):
         )
 
     def readings(self) -> list[ReadingSource]:
-        """One entry for each host: a slow one holds no other back."""
+        """See `ActiveRun`."""
         return [
-            ReadingSource(part.live, part.devices, self._resident_on(part), part.attribution)
+            ReadingSource(
+                part.live,
+                part.devices,
+                part.resident if part.number else self.resident,
+                part.attribution,
+                part.statements if part.number else self.statements,
+            )
             for part in self.parts
         ]
 
-    def _resident_on(self, part: HostPart) -> Callable[[], Mapping[str, int]]:
-        monitor = part.ollama_there.monitor if part.ollama_there is not None else None
-        if part.number:
-            return dict if monitor is None else monitor.resident
-        return self.resident
-
     def _read_now(self, uuid: str) -> tuple[Live | None, Mapping[str, int]]:
         """See `ActiveRun`."""
-        part = next(part for part in self.parts if uuid in part.devices)
+        part = self._part_with(uuid)
         if isinstance(part.live, HostLive):
             part.live.look()
-        return part.live, self._resident_on(part)()
+        return part.live, part.resident() if part.number else self.resident()
 
     def leases_elsewhere(self, wake: Callable[[], object]) -> LeasesElsewhere | None:
         """See `ActiveRun`."""
         leases = []
         for part in self.parts:
-            if part.connection is not None and part.lease and part.plan.slots:
+            if part.connection is not None and part.answer.lease and part.plan.slots:
                 note = partial(self._note_of, part, "leases-unknown")
                 part.shared = HostLease(part.keys, part.plan, part.connection.say, note)
                 leases.append(part.shared)
@@ -234,29 +214,15 @@ class HostedRun(ActiveRun):
         number = (spec.env or {}).get(NUMBER, "")
         return self._hosts_of_numbers.get(int(number)) if number.isdigit() else None
 
-    def place(self, specs: Sequence[Any]) -> None:
-        """Write each worker's place into the environment of its spec."""
-        placed = {id(spec): number for number, spec in self._placed.items()}
-        free = {
-            part.number: iter([n for n in part.numbers() if n not in self._placed])
-            for part in self.parts
-        }
-        by_proxy = {proxy_id(part.number): part for part in self.parts if part.number}
-        self.has_placed_all = True
-        shown_by = frozenset(variables())
-        for spec in specs:
-            number = placed.get(id(spec))
-            part = by_proxy.get(spec.via) if spec.via else self.parts[0]
-            if number is None and part is not None and shown_by.isdisjoint(spec.env or {}):
-                number = next(free[part.number], None)
-            if number is None or part is None:
-                self.has_placed_all = False
-                continue
-            self._placed[number] = spec
-            spec.env = {**self._environment(number), **part.spec.environment, **(spec.env or {})}
-            spec.execmodel = spec.execmodel or "main_thread_only"
+    def _numbers_for(self, spec: Any) -> Iterable[int]:
+        """See `ActiveRun`; workers of another host run through its proxy."""
+        if not spec.via:
+            return self.parts[0].numbers()
+        parts = (part for part in self.parts if proxy_id(part.number) == spec.via)
+        return chain.from_iterable(part.numbers() for part in parts)
 
     def _environment(self, number: int) -> dict[str, str]:
+        """See `ActiveRun`; with what the user wrote for the host."""
         part = self._hosts_of_numbers[number]
         own = part.own_number(number, len(self.plan.slots))
         environment = worker_environment(part.plan, own, part.placement)
@@ -264,12 +230,12 @@ class HostedRun(ActiveRun):
             for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
                 if text := os.environ.get(name):
                     environment[name] = self._there(part, text)
-        return {**environment, NUMBER: str(number)}
+        return {**environment, NUMBER: str(number), **part.spec.environment}
 
     def _worker_message(self, number: int) -> dict[str, Any]:
         """By the plan of the worker's host; the tests are the whole run's."""
         part = self._hosts_of_numbers[number]
-        server = part.ollama.server if part.number else None
+        server = part.answer.ollama.server if part.number else None
         message = worker_message(
             self.settings,
             part.plan,
@@ -277,7 +243,7 @@ class HostedRun(ActiveRun):
             part.placement,
             context_of=self.context_of,
             ollama_url=self._ollama_url if server is None else server.url,
-            lease=part.lease if part.number else self._lease_path,
+            lease=part.answer.lease if part.number else self._lease_path,
         )
         tests = message["tests"]
         tests["absence"] = "" if self.plan.slots else shortage(self.plan)
@@ -293,23 +259,23 @@ class HostedRun(ActiveRun):
         return max((len(self.seen_by(slot)) for slot in self.plan.slots), default=0)
 
     def joined(self, worker: str, message: Mapping[str, Any]) -> None:
-        """A worker with this placement is starting."""
+        """See `ActiveRun`."""
         number = message["number"]
         part = self._hosts_of_numbers[number]
         own = part.own_number(number, len(self.plan.slots))
         self._host_links.places[worker] = part, own
-        slot = self.plan.slots[number] if number < len(self.plan.slots) else None
-        if self.exclusive is not None and slot is not None:
-            self.exclusive.joined(worker, self.seen_by(slot))
+        super().joined(worker, message)
+
+    def _part_with(self, key: str) -> HostPart:
+        """The host that has this device."""
+        return next(part for part in self.parts if key in part.devices)
 
     def seen_by(self, slot: Slot) -> tuple[str, ...]:
-        """Names of the devices that the worker in this slot sees, its own first."""
-        for part in self.parts:
-            for device in (planned.device for planned in part.plan.devices):
-                if part.keys.get(device.uuid) == slot.device.uuid:
-                    found = seen(part.plan, device, part.placement)
-                    return tuple(part.keys[each.uuid] for each in found)
-        return (slot.device.uuid,)
+        """See `ActiveRun`; by their names in the run."""
+        part = self._part_with(slot.device.uuid)
+        own = next(each.device for each in part.plan.devices
+                   if part.keys[each.device.uuid] == slot.device.uuid)  # fmt: skip
+        return tuple(part.keys[each.uuid] for each in seen(part.plan, own, part.placement))
 
     # --- what xdist sends to a worker ---
 
@@ -318,15 +284,15 @@ class HostedRun(ActiveRun):
         arguments = [self._there(part, text) for text in start.arguments]
         if not any(text.startswith("--rootdir") for text in arguments):
             arguments = [f"--rootdir={part.root}", *arguments]
-        if part.cache:
-            arguments = ["-o", f"cache_dir={part.cache}", *arguments]
+        if part.answer.cache:
+            arguments = ["-o", f"cache_dir={part.answer.cache}", *arguments]
         basetemp = None
         if self._basetemp is not None:
             # Each worker empties its own when it starts.
             basetemp = f"{self._there(part, str(self._basetemp))}-{worker}"
         own = [entry for entry in start.path or () if self._is_of_project(entry)]
         path = [self._there(part, entry) for entry in own]
-        return WorkerStart(arguments, basetemp, [*path, *part.path])
+        return WorkerStart(arguments, basetemp, [*path, *(part.hello.path if part.hello else ())])
 
     def _is_of_project(self, entry: str) -> bool:
         """Whether a directory of `sys.path` is one of the checkout, and of no environment in it."""
@@ -369,35 +335,38 @@ _MOST_TEXTS = 100
 class ConnectionWatch:
     """Follows the connection to a host, and its silence."""
 
-    def __init__(self, run: HostedRun, part: HostPart, cut: Callable[[HostPart], object]) -> None:
-        self._run, self._part, self._cut = run, part, cut
+    def __init__(
+        self,
+        run: HostedRun,
+        part: HostPart,
+        connection: HostConnection,
+        cut: Callable[[HostPart], object],
+    ) -> None:
+        self._run, self._part, self._connection, self._cut = run, part, connection, cut
 
     def begin(self) -> None:
         """Take its samples from now on."""
-        connection = self._part.connection
-        assert connection is not None
-        connection.listen(self._take)
-        threading.Thread(
-            target=self._follow, args=(connection,), name="gpu-share-host", daemon=True
-        ).start()
+        self._connection.listen(self._take)
+        threading.Thread(target=self._follow, name="gpu-share-host", daemon=True).start()
 
     def _take(self, message: Mapping[str, Any]) -> None:
         live, there = self._part.live, self._part.ollama_there
         # What makes no sense is no reading: the host is as one that says nothing.
         with contextlib.suppress(ValueError, TypeError):
             if message.get("kind") == "sample":
-                sample = decode_sample(message)
+                sample = read(Sample, message)
                 self._part.shift = min(self._part.shift, time.time() - sample.wall)
                 if isinstance(live, HostLive):
                     live.take(sample)
             elif message.get("kind") in ("leased", "others") and self._part.shared is not None:
                 self._part.shared.take(message)
             elif message.get("kind") == "not-kept" and len(self._part.not_kept) < _MOST_TEXTS:
-                self._part.not_kept.append(one_line(str(message.get("text")), 500))
+                self._part.not_kept.append(one_line(read(str, message), 500))
             elif message.get("kind") == "models" and there is not None and there.monitor:
-                there.monitor.take(message)
+                there.monitor.take(read(ModelsAnswer, message))
 
-    def _follow(self, connection: HostConnection) -> None:
+    def _follow(self) -> None:
+        connection = self._connection
         while not connection.is_over:
             connection.say("beat")
             silent = time.monotonic() - connection.last_message_at

@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.events import Record
@@ -22,14 +23,15 @@ from pytest_gpushare.gpu.attribution import (
 )
 from pytest_gpushare.gpu.devices import GpuFacts, GpuProcess, Memory
 from pytest_gpushare.gpu.readings import MEMORY_AGE, PROCESSES_AGE, Live, Reading
-from pytest_gpushare.hosts.answers import Foreign, ProcessRow, Sample, models_of
+from pytest_gpushare.hosts.answers import ModelsAnswer, ProcessRow, Sample
 from pytest_gpushare.hosts.connection import HostConnection
+from pytest_gpushare.ollama.address import Address
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
-from pytest_gpushare.ollama.monitor import Monitor
+from pytest_gpushare.ollama.monitor import Monitor, MonitoredServer
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
 from pytest_gpushare.planning.plan import Plan
 from pytest_gpushare.session.needs_store import ModelSizes
-from pytest_gpushare.session.sampler import monitored_server
+from pytest_gpushare.session.sampler import monitor_for
 from pytest_gpushare.session.workers import Workers
 
 _SHIFT = 32
@@ -37,13 +39,13 @@ _FRESH = 3.0
 """Seconds after which readings of a host that sends none any more are stale."""
 _SOONEST = 0.05
 """Seconds between two requests for a sample."""
-_MOST_MODELS = 1000
 _numbers = itertools.count(1)
+T = TypeVar("T")
 
 
 def global_pid(host: int, pid: int) -> int:
     """A number for a process that no process of another host has; this host is 0."""
-    return (host << _SHIFT) + pid
+    return (host << _SHIFT) + pid_there(pid)
 
 
 def pid_there(number: int) -> int:
@@ -78,23 +80,26 @@ class HostLive:
         now = self._clock()
         with self._changed:
             self._offset = min(self._offset, now - sample.now)
-            self._answering = sample.is_answering
-            if sample.memory_at is not None:
-                at = min(now, sample.memory_at + self._offset)
-                found = {self._keys[u]: m for u, m in sample.memory.items() if u in self._keys}
-                self._memory = Reading(found, max(at, self._memory.at))
-            if sample.processes_at is not None:
-                at = min(now, sample.processes_at + self._offset)
-                rows = {self._keys[u]: r for u, r in sample.processes.items() if u in self._keys}
+            memory = sample.memory
+            self._answering = memory is not None and memory.is_answering
+            if memory is not None:
+                at = min(now, memory.at + self._offset)
+                self._memory = Reading(self._by_key(memory.devices), max(at, self._memory.at))
+            if (processes := sample.processes) is not None:
+                at = min(now, processes.at + self._offset)
+                rows = self._by_key(processes.devices)
                 self._learn(row for found in rows.values() for row in found or ())
                 self._processes = Reading(
                     {
-                        uuid: None if found is None else tuple(self._named(row) for row in found)
-                        for uuid, found in rows.items()
+                        key: None if found is None else tuple(self._named(row) for row in found)
+                        for key, found in rows.items()
                     },
                     max(at, self._processes.at),
                 )
             self._changed.notify_all()
+
+    def _by_key(self, devices: Mapping[str, T]) -> dict[str, T]:
+        return {self._keys[uuid]: each for uuid, each in devices.items() if uuid in self._keys}
 
     def look(self, limit: float = 1.0) -> None:
         """Have the devices and their processes read now, and wait so many seconds for it."""
@@ -157,21 +162,22 @@ class AllLive:
 
     def memory(self, max_age: float = MEMORY_AGE) -> Reading[Memory]:
         """VRAM by device."""
-        found = [live.memory(max_age) for live in self._lives]
-        devices = {uuid: memory for reading in found for uuid, memory in reading.devices.items()}
-        return Reading(devices, min((reading.at for reading in found), default=float("-inf")))
+        return _together([live.memory(max_age) for live in self._lives])
 
     def processes(self, max_age: float = PROCESSES_AGE) -> Reading[tuple[GpuProcess, ...] | None]:
         """Processes by device."""
-        found = [live.processes(max_age) for live in self._lives]
-        devices = {uuid: listed for reading in found for uuid, listed in reading.devices.items()}
-        return Reading(devices, min((reading.at for reading in found), default=float("-inf")))
+        return _together([live.processes(max_age) for live in self._lives])
+
+
+def _together(readings: Sequence[Reading[T]]) -> Reading[T]:
+    devices = {uuid: found for reading in readings for uuid, found in reading.devices.items()}
+    return Reading(devices, min(reading.at for reading in readings))
 
 
 class AllAttribution(Attribution):
     """The attributions of all hosts together: each device's is its host's."""
 
-    def __init__(self, parts: Sequence[tuple[frozenset[str], Attribution]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Collection[str], Attribution]]) -> None:
         """`parts`: for each host the names of its devices, and its attribution."""
         self._parts = parts
         super().__init__()
@@ -189,6 +195,12 @@ class AllAttribution(Attribution):
             part = {uuid: now for uuid, now in memory.items() if uuid in devices}
             found.update(attribution.usage(part, splits, () if number else statements))
         return found
+
+    def keep(self, worker: str, pids: Iterable[int]) -> None:
+        """See `Attribution`; a PID says of which host it is."""
+        kept = tuple(pids)
+        for _, attribution in self._parts:
+            attribution.keep(worker, kept)
 
     def split(
         self, processes: Sequence[GpuProcess] | None, workers: Mapping[int, str]
@@ -228,25 +240,24 @@ class HostQuestion:
         """Its answer is not wanted any more."""
         self._answered.set()
 
-    def take(self, message: Mapping[str, Any]) -> None:
-        """The host's answer. Raises `ValueError` for one that makes no sense."""
-        if self._answered.is_set():
-            return
-        found = Foreign(message)
-        self.is_refused = found.flag("refused")
-        if found.is_null("models"):
-            self.problem = found.text("problem")
-        else:
-            self.models = models_of(found.list("models", _MOST_MODELS))
-        self._answered.set()
+    def take(self, answer: ModelsAnswer) -> None:
+        """The host has answered."""
+        if not self._answered.is_set():
+            self.models, self.problem = answer.models, answer.problem
+            self.is_refused = answer.is_refused
+            self._answered.set()
 
 
 class HostMonitor(Monitor):
     """Follows the Ollama of one host."""
 
-    def __init__(self, run: HostOllama, connection: HostConnection, live: Live) -> None:
-        address = run.ollama.server
-        super().__init__(address, lambda: monitored_server(run, live))  # type: ignore[arg-type]
+    def __init__(
+        self,
+        connection: HostConnection,
+        address: Address,
+        make_server: Callable[[], MonitoredServer],
+    ) -> None:
+        super().__init__(address, make_server)
         self._connection = connection
         self._there: HostQuestion | None = None
 
@@ -255,11 +266,10 @@ class HostMonitor(Monitor):
         self._there = self._question = HostQuestion(self._connection, patience)  # type: ignore[assignment]
         return self._there
 
-    def take(self, message: Mapping[str, Any]) -> None:
-        """An answer has arrived. Raises `ValueError` for one that makes no sense."""
-        question = self._there
-        if question is not None and message.get("number") == question.number:
-            question.take(message)
+    def take(self, answer: ModelsAnswer) -> None:
+        """An answer has arrived."""
+        if self._there is not None and answer.number == self._there.number:
+            self._there.take(answer)
 
 
 class HostOllama:
@@ -273,29 +283,22 @@ class HostOllama:
         plan: Plan,
         live: Live,
         attribution: Attribution,
+        workers: Workers,
+        record: Record,
+        connection: HostConnection,
     ) -> None:
+        """`gpus` and `plan` with the names that the devices have in the run."""
         self.settings, self.gpus, self.ollama, self.plan = settings, gpus, ollama, plan
         self.live: Live | None = live
-        self.attribution = attribution
-        self.workers: Workers
-        self.record: Record
+        self.attribution, self.workers, self.record = attribution, workers, record
         self.model_sizes = ModelSizes(settings, gpus, ollama)
         self.ollama_devices = devices_of_ollama(settings.ollama_gpu, gpus)
         self.monitor: HostMonitor | None = None
+        """None where no server is asked there, or none that holds VRAM."""
+        self.monitor = monitor_for(self, partial(HostMonitor, connection))
 
     def statements(self, loaded: Sequence[LoadedModel] | None = None) -> tuple[Statement, ...]:
         """What its Ollama says that it holds: of these models, or of those in its last answer."""
         if loaded is None and self.monitor is not None:
             loaded = self.monitor.models
         return statements(self.ollama_devices, self.ollama, loaded)
-
-    def follow(
-        self, workers: Workers, record: Record, connection: HostConnection
-    ) -> HostMonitor | None:
-        """The monitor of this run; None where no server is asked there, or none that holds VRAM."""
-        self.workers, self.record = workers, record
-        asked = self.ollama.asked and self.ollama.on_this_host
-        if not asked or self.ollama_devices == () or self.live is None:
-            return None
-        self.monitor = HostMonitor(self, connection, self.live)
-        return self.monitor

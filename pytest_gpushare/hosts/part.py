@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.gpu.attribution import Attribution
-from pytest_gpushare.gpu.devices import Device
-from pytest_gpushare.gpu.devices import HostFacts as Figures
+from pytest_gpushare.gpu.attribution import Attribution, Statement
+from pytest_gpushare.gpu.devices import Device, GpuFacts
 from pytest_gpushare.gpu.readings import Live
-from pytest_gpushare.hosts.answers import RemoteFacts
+from pytest_gpushare.hosts.agent import answer_of
+from pytest_gpushare.hosts.answers import Hello, HostAnswer, with_devices
+from pytest_gpushare.hosts.asking import AskedHost
 from pytest_gpushare.hosts.connection import HostConnection
-from pytest_gpushare.hosts.live import HostOllama
+from pytest_gpushare.hosts.live import HostLive, HostOllama, global_pid
 from pytest_gpushare.hosts.specs import HostSpec
-from pytest_gpushare.ollama.models import OllamaFacts, full_name
-from pytest_gpushare.planning.placement import (
-    PlacementContext,
-)
-from pytest_gpushare.planning.plan import DevicePlan, Plan, Request, Slot
-from pytest_gpushare.planning.sizing import make_plan
+from pytest_gpushare.ollama.models import full_name
+from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
+from pytest_gpushare.planning.placement import PlacementContext
+from pytest_gpushare.planning.plan import Plan, Request
+from pytest_gpushare.session.start_facts import StartFacts, placement_context
 
 if TYPE_CHECKING:
     from pytest_gpushare.hosts.host_lease import HostLease
@@ -33,38 +34,21 @@ class HostPart:
 
     number: int
     spec: HostSpec
-    plan: Plan
-    """Its own plan, with the UUIDs that its devices have there."""
+    answer: HostAnswer
+    """What it has answered; its devices have the UUIDs that they have there."""
     keys: Mapping[str, str]
     """UUID there -> the device's name in this run, which no device of another host has."""
     placement: PlacementContext
     live: Live | None
     attribution: Attribution
-    ollama: OllamaFacts
-    models: tuple[str, ...] = ()
-    """The full names of the models that its Ollama has."""
-    lease: str = ""
-    """The record that its workers keep alive."""
-    root: str = ""
-    """The project's root directory there; empty: here."""
-    path: tuple[str, ...] = ()
-    """Its `sys.path`."""
     connection: HostConnection | None = None
-    python: str = ""
-    """The version of Python there."""
+    hello: Hello | None = None
     ollama_there: HostOllama | None = None
-    """Its Ollama, for the monitor; None where it has no GPU worker."""
+    """Its Ollama; None where it has no GPU worker, and before the run is there."""
     shared: HostLease | None = None
     """What the run leases there while its tests are dispatched."""
-    cache: str = ""
-    """The directory of pytest's cache for its workers; empty: the usual one."""
-    notes: tuple[str, ...] = ()
-    loaded: tuple[str, ...] = ()
-    """A sentence on each model that was loaded there for the run."""
     not_kept: list[str] = field(default_factory=list)
-    """A sentence on each of them that was not kept loaded until the end."""
-    leases: tuple[str, ...] = ()
-    """What other sessions there have leased, one sentence each."""
+    """A sentence on each loaded model that was not kept loaded until the end."""
     shift: float = inf
     """Seconds to add to times by its clock; the least that was seen is best, infinity: none was."""
     lost: str = ""
@@ -80,13 +64,34 @@ class HostPart:
         return self.spec.name
 
     @property
-    def devices(self) -> frozenset[str]:
+    def plan(self) -> Plan:
+        """Its own plan."""
+        return self.answer.plan
+
+    @property
+    def devices(self) -> tuple[str, ...]:
         """The names of its devices in this run."""
-        return frozenset(self.keys.values())
+        return tuple(self.keys[planned.device.uuid] for planned in self.plan.devices)
+
+    def resident(self) -> Mapping[str, int]:
+        """Name of a device -> bytes that its Ollama holds there, on another host."""
+        monitor = self.ollama_there.monitor if self.ollama_there is not None else None
+        return {} if monitor is None else monitor.resident()
+
+    def statements(self) -> Sequence[Statement]:
+        """What its Ollama says that it holds, on another host."""
+        return () if self.ollama_there is None else self.ollama_there.statements()
+
+    @property
+    def root(self) -> str:
+        """The project's root directory there."""
+        directory, below = self.spec.chdir, self.spec.subdirectory
+        return directory.removesuffix(f"/{below}") if below else directory
 
     def has_model(self, name: str) -> bool:
         """Whether its Ollama has this model; of no name: whether there is one."""
-        return full_name(name) in self.models if name else self.ollama.answered
+        answer = self.answer
+        return full_name(name) in answer.models if name else answer.ollama.answered
 
     def on_this_clock(self) -> float:
         """Seconds to add to a time that was taken there."""
@@ -102,81 +107,126 @@ class HostPart:
         """A worker's number in its own plan, from its number in that of the run."""
         return number - (self.first_slot if number < slots else self.first_cpu)
 
-    def renamed(self, device: Device) -> Device:
+    def named(self, device: Device) -> Device:
         """A device of its own as the run knows it."""
-        return named(device, self.keys.get(device.uuid, device.uuid), self.name)
+        return _named(device, self.keys, self.name)
 
 
-def named(device: Device, key: str, host: str) -> Device:
-    """A device under its name in the run."""
+def _named(device: Device, keys: Mapping[str, str], host: str) -> Device:
+    key = keys[device.uuid]
     own = device.visible_as or (device.uuid if key != device.uuid else "")
     return replace(device, uuid=key, visible_as=own, host=host)
 
 
 def merged(parts: Sequence[HostPart]) -> Plan:
     """The plan of the run: the slots of all hosts, then their CPU workers."""
-    plans = [(part, part.plan) for part in parts]
-    slots: list[Slot] = []
-    devices: list[DevicePlan] = []
-    for part, plan in plans:
-        part.first_slot = len(slots)
-        slots += [replace(slot, device=part.renamed(slot.device)) for slot in plan.slots]
-        devices += [replace(each, device=part.renamed(each.device)) for each in plan.devices]
-    cpus = len(slots)
-    for part, plan in plans:
-        part.first_cpu = cpus - len(plan.slots)
+    plans = [with_devices(part.plan, part.named) for part in parts]
+    slots = [slot for plan in plans for slot in plan.slots]
+    devices = [device for plan in plans for device in plan.devices]
+    first, cpus = 0, len(slots)
+    for part, plan in zip(parts, plans, strict=True):
+        part.first_slot, part.first_cpu = first, cpus - len(plan.slots)
+        first += len(plan.slots)
         cpus += plan.cpu_workers
-    first = plans[0][1]
-    absences = [f"{part.name or 'this host'}: {plan.absence}" for part, plan in plans
-                if plan.absence]  # fmt: skip
+    absences = [f"{part.name or 'this host'}: {part.plan.absence}" for part in parts
+                if part.plan.absence]  # fmt: skip
     return replace(
-        first,
+        plans[0],
         slots=tuple(slots),
-        cpu_workers=sum(plan.cpu_workers for _, plan in plans),
-        limited_by=tuple(dict.fromkeys(limit for _, plan in plans for limit in plan.limited_by)),
+        cpu_workers=sum(plan.cpu_workers for plan in plans),
+        limited_by=tuple(dict.fromkeys(limit for plan in plans for limit in plan.limited_by)),
         devices=tuple(devices),
         limits=(),
         absence="" if devices else "; ".join(absences),
-        needed=max(plan.needed for _, plan in plans),
+        needed=max(plan.needed for plan in plans),
         demand=None,
-        is_released=all(plan.is_released for _, plan in plans),
+        is_released=all(plan.is_released for plan in plans),
     )
 
 
-def merged_devices(plan: Plan, keys: Mapping[str, str], host: str) -> Plan:
-    """A host's own plan, its devices under their names in the run."""
-    return replace(
-        plan,
-        slots=tuple(
-            replace(slot, device=named(slot.device, keys[slot.device.uuid], host))
-            for slot in plan.slots
-        ),
-        devices=tuple(
-            replace(each, device=named(each.device, keys[each.device.uuid], host))
-            for each in plan.devices
-        ),
-    )
+def in_company(settings: Settings, answer: HostAnswer) -> HostAnswer:
+    """The answer of one host of several: without room, CPU workers only where they are allowed."""
+    if answer.plan.slots or settings.fallback_to_cpu_when_constrained:
+        return answer
+    return answer._replace(plan=replace(answer.plan, cpu_workers=0))
 
 
-def plan_there(settings: Settings, facts: RemoteFacts) -> Plan:
-    """The plan of one host, by the same rule as on this one."""
-    ram = facts.ram if settings.ram_per_worker else None
-    plan = make_plan(
-        settings, facts.gpus, [facts.share], Figures(facts.cpus, ram), Request(), facts.leased
-    )
-    devices = (
-        replace(
-            planned,
-            alone=facts.alone.get(planned.device.uuid, 0),
-            asked=facts.asked.get(planned.device.uuid),
+def part_here(settings: Settings, local: StartFacts | None) -> HostPart:
+    """This host; without workers where nothing was started here."""
+    spec = HostSpec("")
+    if local is None:
+        plan = Plan((), 0, (), (), (), Request(), "no worker runs there")
+        answer = HostAnswer(GpuFacts(), plan)
+        return HostPart(
+            0, spec, answer, {}, PlacementContext(dict(os.environ)), None, Attribution()
         )
-        for planned in plan.devices
+    known = devices_of_ollama(settings.ollama_gpu, local.gpus)
+    attribution = Attribution(local.gpus.all_devices, statements(known, local.ollama))
+    answer = in_company(settings, answer_of(local))
+    keys = {device.uuid: device.uuid for device in local.gpus.all_devices}
+    placement = placement_context(local, answer.plan)
+    return HostPart(0, spec, answer, keys, placement, local.live, attribution)
+
+
+class Earlier(NamedTuple):
+    """What is known of the tests before they are collected, for the placement of workers."""
+
+    contexts: Mapping[str, int]
+    """Device name -> bytes of a CUDA context."""
+    has_needs: bool
+
+
+def part_there(
+    settings: Settings, number: int, host: AskedHost, taken: Collection[str], earlier: Earlier
+) -> HostPart:
+    """Another host, which has answered. `taken`: the names that devices of the run have."""
+    connection, hello, name = host.connection, host.hello, host.name
+    assert host.answer is not None
+    answer = in_company(settings, host.answer)
+    devices = answer.gpus.all_devices
+    keys = {d.uuid: f"{name}:{d.uuid}" if d.uuid in taken else d.uuid for d in devices}
+    live = HostLive(number, connection.say, keys) if answer.plan.slots else None
+    attribution = Attribution(
+        [_with_global_pids(_named(device, keys, name), number) for device in devices],
+        parent=live.parent if live is not None else _unknown,
+        alive=live.alive if live is not None else bool,
     )
-    return in_company(settings, replace(plan, devices=tuple(devices)))
+    directory = hello.directory.rstrip("/") or "/"
+    return HostPart(
+        number,
+        connection.spec._replace(chdir=directory, python=hello.executable),
+        answer,
+        keys,
+        _placement_there(settings, answer, earlier),
+        live,
+        attribution,
+        connection,
+        hello,
+    )
 
 
-def in_company(settings: Settings, plan: Plan) -> Plan:
-    """The plan of one host of several: without room, CPU workers only where they are allowed."""
-    if plan.slots or settings.fallback_to_cpu_when_constrained:
-        return plan
-    return replace(plan, cpu_workers=0)
+def _unknown(_pid: int) -> int | None:
+    return None
+
+
+def _with_global_pids(device: Device, number: int) -> Device:
+    if device.processes is None:
+        return device
+    processes = (p._replace(pid=global_pid(number, p.pid)) for p in device.processes)
+    return replace(device, processes=tuple(processes))
+
+
+def _placement_there(settings: Settings, answer: HostAnswer, earlier: Earlier) -> PlacementContext:
+    plan, simulated = answer.plan, answer.gpus.simulated
+    capped = settings.cap_vram and bool(plan.slots) and not simulated
+    return PlacementContext(
+        outer=answer.outer,
+        versions=answer.versions if capped else {},
+        mps=answer.mps and capped,
+        cap_vram=settings.cap_vram,
+        by_index=settings.device_names == "index",
+        see_all=settings.visible_devices == "all",
+        simulated=simulated,
+        contexts=earlier.contexts,
+        budgets={d.device.uuid: d.reach for d in plan.devices} if earlier.has_needs else {},
+    )

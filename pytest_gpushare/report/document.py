@@ -298,8 +298,6 @@ def _model_tests(run: ActiveRun) -> Mapping[str, Any] | None:
 
 
 def _samples(run: ActiveRun) -> dict[str, Any]:
-    if run.sampler is None:
-        return {}
     return {
         uuid: {
             "at_s": [round(at, 3) for at in watched.series.at],
@@ -308,7 +306,7 @@ def _samples(run: ActiveRun) -> dict[str, Any]:
             "others_bytes": watched.series.others(),
             "workers_bytes": watched.series.workers(),
         }
-        for uuid, watched in run.sampler.devices.items()
+        for uuid, watched in run.samples.items()
     }
 
 

@@ -26,7 +26,6 @@ from pytest_gpushare.units import GB
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_gpushare.session.sampler import Sampler
 
 INTERVAL = 0.25
 """Seconds between two looks at the figures."""
@@ -39,8 +38,8 @@ _STOP_TIMEOUT = 1.0
 def begin(run: ActiveRun, config: pytest.Config) -> None:
     """Show the line from now on until the run's services stop, where it is wanted."""
     file = reporter_file(config)
-    if run.sampler is not None and file is not None and is_wanted(run, config):
-        run.services.add(LiveLine(run, run.sampler, LineBelow(file)))
+    if run.samplers and file is not None and is_wanted(run, config):
+        run.services.add(LiveLine(run, LineBelow(file)))
 
 
 def is_wanted(
@@ -61,8 +60,8 @@ def is_wanted(
 class LiveLine:
     """The service that draws the line: four times a second at most, and only what has changed."""
 
-    def __init__(self, run: ActiveRun, sampler: Sampler, place: LineBelow) -> None:
-        self._run, self._sampler, self._place = run, sampler, place
+    def __init__(self, run: ActiveRun, place: LineBelow) -> None:
+        self._run, self._place = run, place
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="gpu-share-line", daemon=True)
 
@@ -81,7 +80,7 @@ class LiveLine:
     def _serve(self) -> None:
         while not self._stopped.wait(INTERVAL):
             try:
-                text = line(self._run, self._sampler)
+                text = line(self._run)
             except Exception:
                 # The line is no reason to disturb a run.
                 self._place.remove()
@@ -90,13 +89,13 @@ class LiveLine:
                 self._place.show(text)
 
 
-def line(run: ActiveRun, sampler: Sampler) -> str:
+def line(run: ActiveRun) -> str:
     """`gpu-share: GPU 0 ▇▇▇▂ 19.5 of 24 GB · tests 7.4 · Ollama 10.1 · 212/600`; empty before
     the first reading."""
     labels = {planned.device.uuid: planned.device.label for planned in run.plan.devices}
     used = [
         (watched.last, labels.get(uuid, "GPU"))
-        for uuid, watched in sampler.devices.items()
+        for uuid, watched in run.samples.items()
         if watched.last is not None and watched.last.total
     ]
     if not used:

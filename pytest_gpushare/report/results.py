@@ -73,7 +73,7 @@ class Results:
     @cached_property
     def usages(self) -> list[Usage]:
         """The devices that were watched."""
-        watched = {} if self.run.sampler is None else self.run.sampler.devices
+        watched = self.run.samples
         return [
             Usage(plan, found.peaks.counted(*self._held_on(plan.device.uuid)), found)
             for plan in self.run.plan.devices

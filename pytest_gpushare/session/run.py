@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
@@ -17,6 +17,7 @@ from pytest_gpushare.gpu.vendors import variables
 from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.ollama.address import candidates
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel
+from pytest_gpushare.ollama.monitor import Monitor
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
 from pytest_gpushare.planning.caps import CONTEXT_ALLOWANCE
 from pytest_gpushare.planning.placement import (
@@ -48,8 +49,7 @@ from pytest_gpushare.wire import Links
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_gpushare.gpu.readings import Live
-    from pytest_gpushare.ollama.monitor import Monitor
+    from pytest_gpushare.gpu.readings import DeviceSamples, Live
     from pytest_gpushare.scheduler.needs import ModelUse
     from pytest_gpushare.service import Service
     from pytest_gpushare.session.llm import LlmTests
@@ -101,11 +101,20 @@ class ActiveRun:
         self.tests = RecordedTests(self.workers)
         self.model_sizes = ModelSizes(self.settings, self.gpus, self.ollama)
         self.exclusive: ExclusiveAccess | None = None
-        self.sampler: Sampler | None = None
-        services: list[Service] = []
-        if self.live is not None and self.plan.devices:
-            self.sampler = self._make_sampler(self.live)
-            services.append(self.sampler)
+        self.samplers = [
+            Sampler(
+                each.live,
+                each.attribution,
+                each.devices,
+                self.workers,
+                self.record,
+                each.statements,
+            )
+            for each in self.readings()
+            if each.live is not None and each.devices
+        ]
+        """One for each host whose devices are read."""
+        services: list[Service] = list(self.samplers)
         if facts.loading is not None and facts.loading.kept is not None:
             services.append(facts.loading.kept)
         if self.plan.slots and not self.gpus.simulated:
@@ -148,7 +157,7 @@ class ActiveRun:
         """The tests that use models of Ollama's; None where none does."""
         self.differences: CollectionDifferences | None = None
         """None where xdist's scheduler distributes the tests."""
-        self.monitor = monitor_for(self)
+        self.monitor = monitor_for(self, Monitor)
         if self.monitor is not None:
             services.append(self.monitor)
         self.services = Services(services, self.notes.append)
@@ -172,9 +181,10 @@ class ActiveRun:
     def _make_attribution(self) -> Attribution:
         return Attribution(self.gpus.all_devices, statements(self.ollama_devices, self.ollama))
 
-    def _make_sampler(self, live: Live) -> Sampler:
-        uuids = [planned.device.uuid for planned in self.plan.devices]
-        return Sampler(live, self.attribution, uuids, self.workers, self.record, self.statements)
+    @property
+    def samples(self) -> Mapping[str, DeviceSamples]:
+        """UUID -> the samples of a device; empty where none are taken."""
+        return {uuid: found for each in self.samplers for uuid, found in each.devices.items()}
 
     @property
     def hosts(self) -> tuple[HostOfRun, ...]:
@@ -203,9 +213,9 @@ class ActiveRun:
         return frozenset()
 
     def readings(self) -> list[ReadingSource]:
-        """What admission reads, by host."""
-        devices = frozenset(planned.device.uuid for planned in self.plan.devices)
-        return [ReadingSource(self.live, devices, self.resident, self.attribution)]
+        """What admission and samplers read, by host: a slow one holds no other back."""
+        devices = tuple(planned.device.uuid for planned in self.plan.devices)
+        return [ReadingSource(self.live, devices, self.resident, self.attribution, self.statements)]
 
     def leases_elsewhere(self, _wake: Callable[[], object]) -> LeasesElsewhereProtocol | None:
         """What the run leases on other hosts while its tests are dispatched; None: nothing."""
@@ -231,12 +241,12 @@ class ActiveRun:
         """The dispatch leases what each test needs: no other session's lease limits the run.
 
         What others had leased when the plan was made, the tests of this one may have once it is
-        given back.
+        given back. The devices of other hosts have it in their plans.
         """
         self.plan = replace(
             self.plan,
             devices=tuple(
-                replace(planned, alone=self._alone.get(planned.device.uuid, 0))
+                replace(planned, alone=self._alone.get(planned.device.uuid, planned.alone))
                 for planned in self.plan.devices
             ),
         )
@@ -255,10 +265,11 @@ class ActiveRun:
     def read_workers_now(self, worker: str = "") -> None:
         """Read what the workers hold, or one of them: their fixtures are torn down, their
         processes alive."""
-        if self.sampler is not None and self.services.runs(self.sampler):
+        for sampler in self.samplers:
             # An error of NVML must not change the result of the run.
             with contextlib.suppress(Exception):
-                self.sampler.read_workers_now(worker)
+                if self.services.runs(sampler):
+                    sampler.read_workers_now(worker)
 
     def end(self) -> None:
         """Stop the services; harmless when called twice."""
@@ -286,7 +297,6 @@ class ActiveRun:
         """
         placed = {id(spec): number for number, (spec, _) in self._placed.items()}
         taken = {placed[id(spec)] for spec in specs if id(spec) in placed}
-        free = (number for number in count() if number not in taken)
         shown_by = variables()
         self.has_placed_all = True
         for spec in specs:
@@ -294,21 +304,31 @@ class ActiveRun:
             number = placed.get(id(spec))
             if number is not None:
                 spec.env = {**self._placed[number][1], **theirs}
-            elif spec.popen and not spec.via and theirs.keys().isdisjoint(shown_by):
-                number = next(free)
-                environment = worker_environment(self.plan, number, self.placement)
-                environment = {**environment, NUMBER: str(number)}
-                self._placed[number] = spec, environment
-                spec.env = {**theirs, **environment}
-                # xdist makes a new spec, without the environment, of one that has another model.
-                spec.execmodel = spec.execmodel or "main_thread_only"
-            else:
+                continue
+            if theirs.keys().isdisjoint(shown_by):
+                number = next((n for n in self._numbers_for(spec) if n not in taken), None)
+            if number is None:
                 self.has_placed_all = False
+                continue
+            taken.add(number)
+            environment = self._environment(number)
+            self._placed[number] = spec, environment
+            spec.env = {**theirs, **environment}
+            # xdist makes a new spec, without the environment, of one that has another model.
+            spec.execmodel = spec.execmodel or "main_thread_only"
+
+    def _numbers_for(self, spec: Any) -> Iterable[int]:
+        """The numbers in the plan that a worker of this spec may have."""
+        return count() if spec.popen and not spec.via else ()
+
+    def _environment(self, number: int) -> dict[str, str]:
+        """The variables for the worker of this number."""
+        return {**worker_environment(self.plan, number, self.placement), NUMBER: str(number)}
 
     def joined(self, worker: str, message: Mapping[str, Any]) -> None:
         """A worker with this placement is starting; its device is known from now on."""
-        device = message["place"]["device"]
-        slot = next((slot for slot in self.plan.slots if slot.device.uuid == device), None)
+        number = message["number"]
+        slot = self.plan.slots[number] if number < len(self.plan.slots) else None
         if self.exclusive is not None and slot is not None:
             # A worker that sees several devices may use them all.
             self.exclusive.joined(worker, self.seen_by(slot))
@@ -378,7 +398,7 @@ class ActiveRun:
 
     def _worker_message(self, number: int) -> dict[str, Any]:
         """What the worker of this number is sent when it starts."""
-        return worker_message(
+        message = worker_message(
             self.settings,
             self.plan,
             number,
@@ -387,6 +407,7 @@ class ActiveRun:
             ollama_url=self._ollama_url,
             lease=self._lease_path,
         )
+        return {**message, "number": number}
 
     @property
     def _lease_path(self) -> str:

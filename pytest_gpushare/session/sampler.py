@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, ProcessSplit, Statement
@@ -31,6 +31,7 @@ from pytest_gpushare.session.workers import Workers
 if TYPE_CHECKING:
     from pytest_gpushare.config.settings import Settings
     from pytest_gpushare.gpu.devices import GpuFacts
+    from pytest_gpushare.ollama.address import Address
     from pytest_gpushare.ollama.models import OllamaFacts
     from pytest_gpushare.ollama.monitor import MonitoredServer
     from pytest_gpushare.planning.plan import Plan
@@ -212,17 +213,22 @@ class MonitoredRun(Protocol):
         """What Ollama says that it holds, given the models that it has loaded."""
 
 
-def monitor_for(run: MonitoredRun) -> Monitor | None:
-    """The monitor of Ollama; None where no server is asked, or none that holds VRAM here."""
+M = TypeVar("M", bound=Monitor)
+
+
+def monitor_for(
+    run: MonitoredRun, make: Callable[[Address, Callable[[], MonitoredServer]], M]
+) -> M | None:
+    """The monitor of Ollama; None where no server is asked, or none that holds VRAM there."""
     ollama, live = run.ollama, run.live
     if not (ollama.asked and ollama.on_this_host) or ollama.server is None or live is None:
         return None
     if run.ollama_devices == ():
         return None
-    return Monitor(ollama.server, lambda: monitored_server(run, live))
+    return make(ollama.server, lambda: _monitored_server(run, live))
 
 
-def monitored_server(run: MonitoredRun, live: Live) -> MonitoredServer:
+def _monitored_server(run: MonitoredRun, live: Live) -> MonitoredServer:
     """What receives the answers of Ollama, and judges them by what is held on its devices."""
     # Imported in the monitor's thread, as the workers start meanwhile.
     from pytest_gpushare.ollama.monitor import MonitoredServer

@@ -16,7 +16,7 @@ from pytest_gpushare.planning.placement import PlacementContext
 from pytest_gpushare.planning.plan import Plan
 
 if TYPE_CHECKING:
-    from pytest_gpushare.gpu.attribution import Attribution
+    from pytest_gpushare.gpu.attribution import Attribution, Statement
     from pytest_gpushare.gpu.readings import Live
     from pytest_gpushare.leases.lessee import Lessee
     from pytest_gpushare.planning.preloading import Loading
@@ -138,14 +138,16 @@ class LeasesElsewhereProtocol(Protocol):
 
 
 class ReadingSource(NamedTuple):
-    """The devices of one host, as admission reads them."""
+    """The devices of one host, as admission and its sampler read them."""
 
     live: Live | None
-    devices: frozenset[str]
+    devices: Sequence[str]
     """UUIDs."""
     resident: Callable[[], Mapping[str, int]]
     """UUID -> bytes that Ollama holds there."""
     attribution: Attribution
+    statements: Callable[[], Sequence[Statement]]
+    """What neighbours there say of themselves."""
 
 
 def placement_context(facts: StartFacts, plan: Plan) -> PlacementContext:

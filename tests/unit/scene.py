@@ -71,8 +71,7 @@ class Scene:
         clock = lambda: self._now[0]  # noqa: E731
         facts = StartFacts(chosen, gpus, ollama, planned(chosen), planned, self.card)
         self.active = ActiveRun(facts, record=Record(clock))
-        assert self.active.sampler is not None
-        self.sampler = self.active.sampler
+        (self.sampler,) = self.active.samplers
         for number in range(workers):
             self.active.workers.join(f"gw{number}", number, 0.0)
             self.active.workers.came_up(f"gw{number}", FIRST_PID + number)

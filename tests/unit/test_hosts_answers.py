@@ -14,21 +14,32 @@ from typing import Any
 import pytest
 
 from pytest_gpushare.config.sources import Written, load
-from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, HostFacts
+from pytest_gpushare.gpu.attribution import Attribution
+from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, HostFacts, Memory
 from pytest_gpushare.hosts.agent import settings_as_texts, settings_of, words_of
 from pytest_gpushare.hosts.answers import (
-    RemoteFacts,
-    decode,
-    decode_hello,
-    decode_sample,
-    encode,
+    Hello,
+    HostAnswer,
+    MemorySample,
+    ModelsAnswer,
+    ProcessRow,
+    ProcessSample,
+    Sample,
+    answer_message,
+    message,
+    read,
+    read_answer,
+    with_devices,
 )
 from pytest_gpushare.hosts.checkout import Checkout
-from pytest_gpushare.hosts.live import HostLive, global_pid
-from pytest_gpushare.hosts.part import plan_there
+from pytest_gpushare.hosts.hosted_run import HostLinks
+from pytest_gpushare.hosts.live import AllAttribution, HostLive, global_pid
+from pytest_gpushare.hosts.part import HostPart, in_company
+from pytest_gpushare.hosts.specs import HostSpec
 from pytest_gpushare.ollama.address import parse_address
-from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
-from pytest_gpushare.planning.plan import NeighbourShare, Request
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, ModelFacts, OllamaFacts
+from pytest_gpushare.planning.placement import PlacementContext
+from pytest_gpushare.planning.plan import NeighbourShare, Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.units import GB
 
@@ -39,32 +50,88 @@ SETTINGS = load(Written({}, {"gpu_share_config": ""}, {}, "", HERE, HERE, HERE))
 DEVICE = Device("GPU-1", "a card", "0", 24 * GB, 2 * GB, 22 * GB, (GpuProcess(7, GB, "Ollama"),))
 
 
-def answer() -> dict[str, Any]:
-    gpus = GpuFacts((DEVICE,), (DEVICE,), driver="580")
+def sent(kind: str, value: object) -> dict[str, Any]:
+    """As it arrives."""
+    return dict(json.loads(json.dumps(message(kind, value))))
+
+
+def plan(device: Device) -> Plan:
+    share = NeighbourShare(OLLAMA, {"GPU-1": 12 * GB}, {"GPU-1": GB})
+    return make_plan(SETTINGS, GpuFacts((device,), (device,)), [share], HostFacts(6, None),
+                     Request())  # fmt: skip
+
+
+def answer(device: Device = DEVICE) -> HostAnswer:
+    gpus = GpuFacts((device,), (device,), driver="580")
     model = LoadedModel("m:1b", GB, GB, "sha256:1", 4096)
+    facts = ModelFacts("m:1b", info={"general.architecture": object()})
     server = parse_address("http://127.0.0.1:1")
-    facts = RemoteFacts(
-        gpus,
-        NeighbourShare(OLLAMA, {"GPU-1": 12 * GB}, {"GPU-1": GB}),
-        {"GPU-1": 0}, {"GPU-1": 11 * GB}, {"GPU-1": 12 * GB},
-        OllamaFacts(server.shown, True, True, "0.33.0", (model,), server=server),
-        ("m:1b",), 8, None, {"XLA_FLAGS": "x", "HOME": "/root"}, {"torch": "2.1"},
-        False, "/tmp/lease", ("a note",), ("loaded",), (), Checkout("abc", "def"), "",
+    ollama = OllamaFacts(server.shown, True, True, "0.33.0", (model,), server=server,
+                         relied_on=(facts,))  # fmt: skip
+    return HostAnswer(
+        gpus, plan(device), ollama, ("m:1b",), {"XLA_FLAGS": "x", "HOME": "/root"},
+        {"torch": "2.1"}, False, "/tmp/lease", ("a note",), ("loaded",), (),
+        Checkout("abc", "def"), "",
     )  # fmt: skip
-    return dict(json.loads(json.dumps(encode(facts))))
+
+
+def answered(found: HostAnswer) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(answer_message(found))))
 
 
 def test_an_answer_comes_back_with_its_host() -> None:
-    facts = decode(answer(), "box")
+    there = answer()
+    facts = read_answer(answered(there), "box")
     assert facts.gpus.devices[0].label == "box GPU 0"
     assert facts.gpus.devices[0].processes == DEVICE.processes
-    assert facts.share.reservation == {"GPU-1": 12 * GB}
+    assert with_devices(facts.plan, lambda device: replace(device, host="")) == there.plan
+    assert facts.plan.slots[0].device == facts.plan.devices[0].device == facts.gpus.devices[0]
     assert facts.ollama.models == (LoadedModel("m:1b", GB, GB, "sha256:1", 4096),)
     assert facts.ollama.server == parse_address("http://127.0.0.1:1")
     assert (facts.notes, facts.loaded) == (("a note",), ("loaded",))
     assert facts.checkout == Checkout("abc", "def")
-    # Nothing of the environment but what caps depend on.
+    # Nothing of the environment but what caps depend on, and what the models need stays there.
     assert facts.outer == {"XLA_FLAGS": "x"}
+    assert facts.ollama.relied_on == ()
+
+
+def place(kind: str) -> tuple[int, ...]:
+    """Where an answer has a part, in its message."""
+    return {
+        "slot": (1, 0, 0, 0, 0),
+        "planned": (1, 3, 0, 0, 0),
+        "usable": (0, 0, 0, 0),
+        "free": (0, 1, 0, 5),
+        "request": (1, 5, 0),
+        "models": (2, 10),
+        "pid": (0, 0, 0, 6, 0, 0),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("slot", "GPU-9"),
+        ("planned", "GPU-9"),
+        ("usable", "GPU-9"),
+        ("free", 25 * GB),
+        ("request", 3),
+        ("models", [[]]),
+        ("models", [None]),
+        ("pid", -1),
+    ],
+)
+def test_an_answer_that_does_not_fit_itself_is_refused(kind: str, value: Any) -> None:
+    """A worker of no device, more free than there is, another run's plan, what nobody asked for."""
+    found = answered(answer())
+    at: Any = found["value"]
+    *way, last = place(kind)
+    for step in way:
+        at = at[step]
+    assert at[last] != value
+    at[last] = value
+    with pytest.raises(ValueError):
+        read_answer(found, "box")
 
 
 def test_settings_arrive_as_they_were() -> None:
@@ -95,51 +162,42 @@ def test_a_host_that_is_only_asked_loads_no_model() -> None:
 @pytest.mark.parametrize("allowed", [True, False])
 def test_a_host_without_room_falls_back_as_a_run_on_it_alone(allowed: bool) -> None:
     """As many CPU workers as `-n gpu-auto` would start there; none where they are not allowed."""
-    full = replace(DEVICE, used=24 * GB, free=0)
-    facts = decode(answer(), "box")
-    facts = facts._replace(gpus=GpuFacts((full,), (full,)), cpus=6)
+    found = answer(replace(DEVICE, used=24 * GB, free=0))
+    assert (len(found.plan.slots), found.plan.cpu_workers) == (0, 6)
     settings = SETTINGS._replace(fallback_to_cpu_when_constrained=allowed)
-    found = plan_there(settings, facts)
-    alone = make_plan(SETTINGS, facts.gpus, [facts.share], HostFacts(6, None), Request())
-    assert (len(found.slots), alone.cpu_workers) == (0, 6)
-    assert found.cpu_workers == (6 if allowed else 0)
+    assert in_company(settings, found).plan.cpu_workers == (6 if allowed else 0)
 
 
-SAMPLE = {
-    "kind": "sample",
-    "now": 5.0,
-    "wall": 1e9,
-    "memory_at": 4.9,
-    "memory": {"GPU-1": [24 * GB, 2 * GB, 22 * GB]},
-    "answering": True,
-    "processes_at": 4.8,
-    "processes": {"GPU-1": [[7, GB, "", [3, 2], True]]},
-}
-HELLO = {
-    "kind": "hello",
-    "python": "3.12",
-    "executable": "/p",
-    "directory": "/d",
-    "path": ["/x"],
-    "versions": {"pytest": "9"},
-}
+SAMPLE = Sample(
+    5.0,
+    1e9,
+    MemorySample(4.9, {"GPU-1": Memory(24 * GB, 2 * GB, 22 * GB)}, True),
+    ProcessSample(4.8, {"GPU-1": (ProcessRow(GpuProcess(7, GB, ""), (3, 2), True),)}),
+)
+HELLO = Hello("3.12", "/p", "/d", ("/x",), {"pytest": "9"})
+MODELS = ModelsAnswer(3, (LoadedModel("m:1b", GB, GB, "sha256:1", 4096),), "", False)
 
 
-@pytest.mark.parametrize("which", ["answer", "sample", "hello"])
+@pytest.mark.parametrize("value", [SAMPLE, HELLO, MODELS, Sample(1.0, 2.0)])
+def test_a_message_comes_back_as_it_was(value: Any) -> None:
+    assert read(type(value), sent("any", value)) == value
+
+
+@pytest.mark.parametrize("which", ["answer", "sample", "hello", "models"])
 def test_damaged_messages_raise_nothing_but_value_errors(which: str) -> None:
     """Each value is replaced by values of other types: what is accepted makes sense."""
-    whole: dict[str, Any] = {"answer": answer(), "sample": SAMPLE, "hello": HELLO}[which]
-    read: Any = {
-        "answer": lambda message: decode(message, "box"),
-        "sample": decode_sample,
-        "hello": decode_hello,
+    whole, reader = {
+        "answer": (answered(answer()), lambda found: read_answer(found, "box")),
+        "sample": (sent("sample", SAMPLE), lambda found: read(Sample, found)),
+        "hello": (sent("hello", HELLO), lambda found: read(Hello, found)),
+        "models": (sent("models", MODELS), lambda found: read(ModelsAnswer, found)),
     }[which]
-    read(copy.deepcopy(whole))
+    reader(copy.deepcopy(whole))
     refused = 0
     for changed, _ in damaged(whole, 600, ODD):
         try:
-            read(changed)
-        except (ValueError, TypeError):
+            reader(changed)
+        except ValueError:
             refused += 1
     assert refused > 200
 
@@ -151,7 +209,7 @@ def test_readings_are_put_on_this_hosts_clock_and_numbers() -> None:
     assert not live.is_answering
     assert live.memory(0.1).devices == {}
     assert asked == ["read"]
-    live.take(decode_sample(SAMPLE))
+    live.take(SAMPLE)
     assert live.is_answering
     assert live.memory(1.0).at == pytest.approx(999.9)
     assert live.memory(1.0).devices["box:GPU-1"].free == 22 * GB
@@ -168,6 +226,26 @@ def test_readings_are_put_on_this_hosts_clock_and_numbers() -> None:
     assert not live.is_answering
     # Nobody waits: the last reading is what there is.
     assert live.memory(0.0).at == pytest.approx(999.9)
+
+
+def test_what_wider_fixtures_keep_on_another_host_is_the_workers_own() -> None:
+    """It is not left behind by a test, as on this host."""
+    worker, server = global_pid(1, 7), global_pid(1, 8)
+    own = Attribution(parent={server: worker}.get)
+    together = AllAttribution([((), Attribution()), (("GPU-1",), own)])
+    spec = HostSpec("box", ("box",))
+    part = HostPart(1, spec, answer(), {"GPU-1": "GPU-1"}, PlacementContext({}), None, own)
+    links = HostLinks()
+    links.places["gw0"] = part, 0
+    links.on("kept", together.keep)
+    listed = [GpuProcess(server, GB)]
+    before = together.split(listed, {worker: "gw0"})
+    links.receive("gw0", ("kept", [8]))
+    after = together.split(listed, {worker: "gw0"})
+    assert before is not None
+    assert after is not None
+    assert (before.descendants, after.descendants) == ({"gw0": GB}, {})
+    assert after.workers == {"gw0": GB}
 
 
 def test_a_controller_whose_beat_stays_away_is_gone() -> None:

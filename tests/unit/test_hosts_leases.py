@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import pytest
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
+from pytest_gpushare.hosts.answers import Leased, LeasedDevice, message
 from pytest_gpushare.hosts.asking import StartOfHosts
+from pytest_gpushare.hosts.checkout import Checkout
 from pytest_gpushare.hosts.host_lease import HostLease, LeaseHere
 from pytest_gpushare.leases.ledger import Ledger
 from pytest_gpushare.leases.lessee import Lessee, Revision, View
@@ -22,6 +26,8 @@ from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.plan import NeighbourShare, Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.scheduler.sharing import OwnShare
+from pytest_gpushare.scheduler.types import Others
+from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.start_facts import StartFacts
 from pytest_gpushare.units import GB, MOST_VRAM
 from pytest_gpushare.waiting_line import WaitingLine
@@ -150,32 +156,27 @@ def test_never_more_is_used_than_leased(tmp_path: Path, seed: int) -> None:
 def test_an_answer_that_makes_no_sense_grants_nothing_and_is_not_waited_for() -> None:
     """It is refused as a whole or in part; the tests may ask again."""
     said: list[str] = []
-    answer = {
-        "kind": "leased",
-        "number": 1,
-        "shared": True,
-        "problem": "",
-        "progress": 1,
-        "devices": {"GPU-1": [8 * GB, [GB, GB, -GB, 0, 0, True], "pid 7: 1.0 GB"]},
-    }
+    others = Others(GB, GB, 0, 0, 0, True, progress=1, names="pid 7: 1.0 GB")
+    leased = Leased(1, True, "", {"GPU-1": LeasedDevice(8 * GB, others)})
+    answer = json.loads(json.dumps(message("leased", leased)))
     refused = 0
-    for message, place in damaged(answer, 300, ODD):
+    for found, place in damaged(answer, 300, ODD):
         lease = HostLease({"GPU-1": "box:GPU-1"}, plan(), said.append, said.append)
         lease.publish({"box:GPU-1": OwnShare(*[0] * 11)})
         try:
-            lease.take(message)
-        except (ValueError, TypeError):
+            lease.take(found)
+        except ValueError:
             refused += 1
-        found = lease.limited({})
-        if place not in (("kind",), ("number",)) and found:
-            others = found["box:GPU-1"].others
-            assert not others.is_asked
-            assert others.leased is not None
-            assert 0 <= others.leased <= MOST_VRAM
+        limits = lease.limited({})
+        if place not in (("kind",), ("value", 0)) and limits:
+            limit = limits["box:GPU-1"].others
+            assert not limit.is_asked
+            assert limit.leased is not None
+            assert 0 <= limit.leased <= MOST_VRAM
     assert refused > 100
 
 
-def test_that_the_start_does_not_wait_is_no_setting_of_the_run(tmp_path: Path) -> None:
+def test_that_the_start_does_not_wait_is_no_setting_of_the_run() -> None:
     """A test that acquires VRAM waits for it as the user has set it.
 
     Nor is the start of this host refused where another one may have room.
@@ -187,8 +188,19 @@ def test_that_the_start_does_not_wait_is_no_setting_of_the_run(tmp_path: Path) -
         return StartFacts(settings, GpuFacts(), OllamaFacts(), plan())
 
     refusing = SETTINGS._replace(fallback_to_cpu_when_constrained=False)
-    hosts = StartOfHosts(refusing, [], start)
-    assert hosts.answers(tmp_path, strict=False) == []
+    hosts = StartOfHosts(refusing, [], start, Checkout(), strict=False)
+    hosts.ask()
     assert found == [(0, True)]
     assert hosts.here is not None
     assert hosts.here.settings == refusing
+
+
+def test_what_others_give_back_on_another_host_is_for_tests_too() -> None:
+    """The lease by the test on this host leaves the other host's figures as they are."""
+    there = replace(DEVICE, uuid="box:GPU-1", host="box")
+    here, box = (replace(plan().devices[0], device=device) for device in (DEVICE, there))
+    both = replace(plan(), devices=(here, replace(box, alone=12 * GB)))
+    facts = StartFacts(SETTINGS, GpuFacts(), OllamaFacts(), both, alone={"GPU-1": 10 * GB})
+    run = ActiveRun(facts)
+    run.allow_vram_of_others()
+    assert [planned.alone for planned in run.plan.devices] == [10 * GB, 12 * GB]

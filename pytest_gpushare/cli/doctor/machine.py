@@ -420,7 +420,7 @@ def other_hosts(found: Examined) -> Iterator[Finding]:
         return
     # Only a user who names hosts needs it.
     from pytest_gpushare.hosts.asking import look_at
-    from pytest_gpushare.hosts.part import plan_there
+    from pytest_gpushare.hosts.part import in_company
     from pytest_gpushare.hosts.specs import parse_lines, parse_tx
 
     try:
@@ -429,11 +429,11 @@ def other_hosts(found: Examined) -> Iterator[Finding]:
         yield broken("host-unusable", str(error), "correct the line")
         return
     root = Path(found.pytest.root) if found.pytest.root else Path.cwd()
-    for name, facts, problem in look_at(specs, found.settings, root):
-        if facts is None:
+    for name, answer, problem in look_at(specs, found.settings, root):
+        if answer is None:
             yield broken("host-unusable", problem, "pytest-gpushare plan shows it again")
             continue
-        host = HostOfRun(name, plan_there(found.settings, facts), facts.ollama)
+        host = HostOfRun(name, in_company(found.settings, answer).plan, answer.ollama)
         yield ok(host_line(host).strip())
-        for note in facts.notes:
+        for note in answer.notes:
             yield look("host-doubtful", f"{name}: {note}", "synchronise the host")
