@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, Statement
@@ -193,9 +193,8 @@ class Series:
         self.at = array("d")
         self.used = array("q")
         self._others = array("q")
-        self._unattributed = array("q")
-        self._neighbours: dict[str, array[int]] = {}
-        self._workers: dict[str, array[int]] = {}
+        self._owners: dict[tuple[str, str], array[int]] = {}
+        """(`worker` or `neighbour`, its name) -> bytes."""
 
     def __len__(self) -> int:
         return len(self.at)
@@ -204,28 +203,23 @@ class Series:
         """Append a row; `at` in seconds since the run started, later than the last."""
         if len(self.at) >= self._most:
             self._thin()
-        # A neighbour without a figure holds nothing where every process has its owner.
+        sizes = {("neighbour", name): size for name, size in usage.neighbours.items()}
+        sizes |= {("worker", name): size for name, size in (usage.workers or {}).items()}
+        for owner in sizes:
+            if owner not in self._owners:
+                # Before its first figure nothing was known of it.
+                self._owners[owner] = array("q", [_UNKNOWN]) * len(self.at)
+        # An owner without a figure holds nothing where every process has its owner.
         missing = _UNKNOWN if usage.workers is None else 0
-        self._append(self._neighbours, usage.neighbours, missing)
-        self._append(self._workers, usage.workers or {}, missing)
+        for owner, column in self._owners.items():
+            column.append(sizes.get(owner, missing))
         self.at.append(at)
         self.used.append(usage.used)
         self._others.append(_UNKNOWN if usage.others is None else usage.others)
-        self._unattributed.append(usage.unattributed)
-
-    def _append(
-        self, columns: dict[str, array[int]], sizes: Mapping[str, int], missing: int
-    ) -> None:
-        for name in sizes:
-            if name not in columns:
-                # Before its first figure nothing was known of it.
-                columns[name] = array("q", [_UNKNOWN]) * len(self.at)
-        for name, column in columns.items():
-            column.append(sizes.get(name, missing))
 
     def neighbour(self, name: str) -> list[int | None]:
         """Bytes that a neighbour held, row by row."""
-        column = self._neighbours.get(name)
+        column = self._owners.get(("neighbour", name))
         if column is None:
             return [None if others == _UNKNOWN else 0 for others in self._others]
         return _known(column)
@@ -234,13 +228,9 @@ class Series:
         """Bytes that other processes held, row by row."""
         return _known(self._others)
 
-    def unattributed(self) -> list[int]:
-        """Bytes that nobody explains, row by row."""
-        return list(self._unattributed)
-
     def workers(self) -> dict[str, list[int | None]]:
         """Worker's id -> the bytes that it and its descendants held, row by row."""
-        return {worker: _known(column) for worker, column in self._workers.items()}
+        return {name: _known(c) for (kind, name), c in self._owners.items() if kind == "worker"}
 
     def heights(self, columns: int) -> list[int]:
         """The most bytes in use in each of so many equal stretches of time; gaps are filled."""
@@ -259,7 +249,8 @@ class Series:
 
     def _thin(self) -> None:
         old = max(0, len(self.at) - self._recent)
-        peaks = {_highest(column) for column in self._columns()}
+        columns = (self.used, self._others, *self._owners.values())
+        peaks = {max(range(len(column)), key=column.__getitem__) for column in columns}
         kept = self._spaced(old) | peaks
         # Not by one row each time: the next thinning is to be far away.
         while len(kept) > max(len(peaks) + 1, (self._most - self._recent) // 2):
@@ -267,11 +258,8 @@ class Series:
             kept = self._spaced(old) | peaks
         rows = sorted({row for row in kept if row < old}) + list(range(old, len(self.at)))
         self.at = array("d", [self.at[row] for row in rows])
-        self.used, self._others, self._unattributed = (
-            _picked(column, rows) for column in (self.used, self._others, self._unattributed)
-        )
-        for columns in (self._neighbours, self._workers):
-            columns.update({name: _picked(column, rows) for name, column in columns.items()})
+        self.used, self._others = _picked(self.used, rows), _picked(self._others, rows)
+        self._owners = {owner: _picked(column, rows) for owner, column in self._owners.items()}
 
     def _spaced(self, old: int) -> set[int]:
         """Of the first `old` rows the highest of each stretch of `_gap` seconds."""
@@ -283,13 +271,6 @@ class Series:
                 kept[stretch] = row
         return set(kept.values())
 
-    def _columns(self) -> Iterator[array[int]]:
-        yield self.used
-        yield self._others
-        yield self._unattributed
-        yield from self._neighbours.values()
-        yield from self._workers.values()
-
 
 def _known(column: Sequence[int]) -> list[int | None]:
     return [None if value == _UNKNOWN else value for value in column]
@@ -297,10 +278,6 @@ def _known(column: Sequence[int]) -> list[int | None]:
 
 def _picked(column: array[int], rows: Sequence[int]) -> array[int]:
     return array("q", [column[row] for row in rows])
-
-
-def _highest(column: array[int]) -> int:
-    return max(range(len(column)), key=column.__getitem__)
 
 
 class DevicePeaks(NamedTuple):

@@ -173,7 +173,7 @@ class LeaseHere:
             if device is None:
                 continue
             claims = view.claims.get(uuid, NOTHING)
-            memory = (view.memory or {}).get(uuid)
+            memory = view.memory.get(uuid)
             reading = DeviceReading(None if memory is None else memory.free)
             share = share_of(own, self._lessee.seniority)
             found = others_on(device, reading, claims, own, share, ticket)

@@ -231,7 +231,7 @@ def _claim(lessee: Lessee, device: Device, size: int, wait: float | None) -> Non
 def _room(view: View, device: Device) -> tuple[int, int]:
     """Bytes that can be leased, and those that the other sessions' leases withhold."""
     claims = view.claims[device.uuid]
-    memory = (view.memory or {}).get(device.uuid)
+    memory = view.memory.get(device.uuid)
     free = device.free if memory is None else memory.free
     processes = view.processes.get(device.uuid, device.processes) or ()
     resident = sum(process.used or 0 for process in processes if process.neighbour)

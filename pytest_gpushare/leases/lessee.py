@@ -60,8 +60,8 @@ class View(NamedTuple):
     """The other sessions."""
     claims: Mapping[str, DeviceClaims] = {}
     """What they claim, by the UUIDs of the devices that were asked about."""
-    memory: Mapping[str, Memory] | None = None
-    """VRAM, read together with the processes; None where it was not read."""
+    memory: Mapping[str, Memory] = {}
+    """VRAM, read together with the processes; empty where it was not read."""
     processes: Mapping[str, tuple[GpuProcess, ...] | None] = {}
     ticket: int = 0
     """The own ticket; 0 where there is none."""
@@ -224,7 +224,7 @@ class Lessee:
         with self._lock, self.ledger.gate():
             entered = self._clock()
             view = self.view(may_reuse=is_first)
-            if is_first and view.memory is None and self._readings is not None:
+            if is_first and not view.memory and self._readings is not None:
                 # Who holds it takes milliseconds to read, and matters beside others only.
                 view = view._replace(memory=self._readings.memory())
             wish = decide(view)
@@ -291,7 +291,7 @@ class Lessee:
         `may_reuse`: NVML is not read where no other session names a device.
         """
         sessions = self.ledger.others()
-        memory: Mapping[str, Memory] | None = None
+        memory: Mapping[str, Memory] = {}
         processes: Mapping[str, tuple[GpuProcess, ...] | None] = {}
         names = names_device(sessions, self.totals)
         if self._readings is not None and (names or not may_reuse):

@@ -343,9 +343,7 @@ class _Negotiation:
             f"more than is left there"
             for uuid, claim in view.claims.items()
             for holder in claim.holders
-            if view.memory is not None
-            and uuid in view.memory
-            and holder.unclaimed > view.memory[uuid].free
+            if uuid in view.memory and holder.unclaimed > view.memory[uuid].free
         ]
         alone = {planned.device.uuid: planned.budget for planned in
                  (self._without or self.plan).devices}  # fmt: skip
@@ -359,12 +357,9 @@ def _unreadable(name: str, problem: str) -> str:
 
 def _updated(gpus: GpuFacts, view: View) -> GpuFacts:
     """The devices with the VRAM that was read inside the gate."""
-    if view.memory is None:
-        return gpus
-    memory = view.memory
 
     def now(device: Device) -> Device:
-        found = memory.get(device.uuid)
+        found = view.memory.get(device.uuid)
         if found is None:
             return device
         processes = view.processes.get(device.uuid, device.processes)

@@ -125,7 +125,7 @@ class LeasePerTest:
 
     def _decide(self, size: int, view: View) -> Wish:
         device, claims = self._slot.device, view.claims[self._slot.device.uuid]
-        memory = (view.memory or {}).get(device.uuid)
+        memory = view.memory.get(device.uuid)
         free = device.free if memory is None else memory.free
         processes = view.processes.get(device.uuid) or ()
         own = sum(process.used or 0 for process in processes if process.pid == os.getpid())

@@ -175,7 +175,6 @@ def test_peaks_of_tests_are_never_below_the_rise_that_nobody_explains() -> None:
     peaks = samples.peaks
     assert (peaks.used, peaks.workers, peaks.rise, peaks.unattributed) == (650, 120, 600, 480)
     assert not peaks.counted(0, 600).is_rise_exact
-    assert samples.series.unattributed() == [0, 500, 0]
 
 
 def test_what_a_neighbour_or_another_process_took_is_not_laid_to_the_tests() -> None:

@@ -27,7 +27,6 @@ def test_rows_are_kept_as_they_came() -> None:
     assert series.neighbour("Ollama") == [None, 1, 1]
     assert series.neighbour("another") == [None, 0, 0]
     assert series.others() == [None, 2, 2]
-    assert series.unattributed() == [0, 1, 0]
     # Before its first figure nothing was known of it; after that a worker left out holds nothing.
     assert series.workers() == {"gw0": [None, 3, 0]}
 
