@@ -16,7 +16,7 @@ from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.planning.placement import NUMBER
 from pytest_gpushare.scheduler.needs import CollectedTests, read
 from pytest_gpushare.service import AtSigterm
-from pytest_gpushare.session.needs_store import LearnedNeeds, remember_model_use, remember_needs
+from pytest_gpushare.session.needs_store import LearnedNeeds, remember_suite
 from pytest_gpushare.session.run import ActiveRun
 
 if TYPE_CHECKING:
@@ -312,9 +312,11 @@ class VramDispatch:
             # Workers of --tx that got no slot: nobody chose CPU workers, and nothing is to route.
             return None
         suite.is_closed = True
-        if weighed.has_needs or packs:
-            remember_needs(self._config)
-        remember_model_use(self._config, uses=bool(weighed.uses))
+        remember_suite(
+            self._config,
+            has_needs=weighed.has_needs or packs,
+            uses_models=bool(weighed.uses),
+        )
         self._uses = weighed.uses
         if started.shares_devices:
             started.allow_vram_of_others()

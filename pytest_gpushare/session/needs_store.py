@@ -270,7 +270,10 @@ def _write(path: Path, devices: Mapping[str, Mapping[str, Learned]]) -> None:
 
 
 HAS_NEEDS_KEY = "gpushare/has_needs"
-"""Whether tests of this suite have needs of their own, in pytest's cache."""
+"""In pytest's cache: whether tests of this suite have needs of their own."""
+
+MODEL_USE_KEY = "gpushare/tests-use-models"
+"""In pytest's cache: whether they said in the last run that they use models of Ollama's."""
 
 
 class LearnedNeeds:
@@ -310,24 +313,12 @@ def may_have_needs(settings: Settings, config: pytest.Config) -> bool:
     return stored(config, HAS_NEEDS_KEY) is True
 
 
-def remember_needs(config: pytest.Config) -> None:
-    """Note for the next run that tests have needs of their own."""
-    if stored(config, HAS_NEEDS_KEY) is not True:
+def remember_suite(config: pytest.Config, *, has_needs: bool, uses_models: bool) -> None:
+    """Note for the next run what the tests of this one ask for; needs are not forgotten again."""
+    if has_needs and stored(config, HAS_NEEDS_KEY) is not True:
         _store(config, HAS_NEEDS_KEY, True)
-
-
-MODEL_USE_KEY = "gpushare/tests-use-models"
-
-
-def recall_model_use(config: pytest.Config) -> bool:
-    """Whether tests of the last run said that they use models of Ollama's."""
-    return stored(config, MODEL_USE_KEY) is True
-
-
-def remember_model_use(config: pytest.Config, *, uses: bool) -> None:
-    """Note for the next run whether they do."""
-    if recall_model_use(config) != uses:
-        _store(config, MODEL_USE_KEY, uses)
+    if uses_models != (stored(config, MODEL_USE_KEY) is True):
+        _store(config, MODEL_USE_KEY, uses_models)
 
 
 def stored(config: pytest.Config, key: str) -> object:
@@ -422,7 +413,7 @@ def earlier_runs(config: pytest.Config, settings: Settings) -> EarlierRuns:
         recall_ollama(config) if settings.enable_ollama_detection else NOTHING_KNOWN,
         recall_contexts(config),
         may_have_needs(settings, config),
-        recall_model_use(config),
+        stored(config, MODEL_USE_KEY) is True,
     )
 
 
