@@ -9,7 +9,7 @@ from pytest_gpushare.ollama.history import Life
 from pytest_gpushare.ollama.models import LoadedModel, described, full_name
 from pytest_gpushare.ollama.monitor import MonitoredServer
 from pytest_gpushare.ollama.spill import Cause, has_room, held_by, uses_no_gpu, why, why_in_ram
-from pytest_gpushare.report.output import HINT, Line, OutputOptions
+from pytest_gpushare.report.output import Line, OutputOptions
 from pytest_gpushare.units import format_gb, plural
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def lines_of_tests(run: ActiveRun, view: OutputOptions) -> Iterator[Line]:
         yield Line(f"gpu-share: {model} gave {tokens} tokens in recorded answers{rate}")
     if _could_be_phased(run, llm):
         yield Line(
-            f"{HINT} the next run keeps VRAM for Ollama only while tests use its models: "
+            "gpu-share: hint: the next run keeps VRAM for Ollama only while tests use its models: "
             "it knows now that they do"
         )
     yield from _hints(run, llm)
@@ -237,7 +237,7 @@ def _hints(run: ActiveRun, llm: LlmTests) -> Iterator[Line]:
     for model in llm.models:
         if model.context and reloaded & {full_name(name) for name in model.names}:
             yield Line(
-                f"{HINT} {model.name} was loaded again while its tests ran: a call "
+                f"gpu-share: hint: {model.name} was loaded again while its tests ran: a call "
                 "without its context, such as one by OpenAI's paths, does that; a model of your "
                 f"own with PARAMETER num_ctx {model.context} keeps one context",
             )
@@ -249,7 +249,7 @@ def _hints(run: ActiveRun, llm: LlmTests) -> Iterator[Line]:
     took, workers = run.record.now(), run.plan.workers
     if run.settings.ollama_parallel == 1 and workers > 1 and busy > max(_WORTH_A_HINT, took / 2):
         yield Line(
-            f"{HINT} tests that use models ran one at a time, for {busy:.0f} s of "
+            f"gpu-share: hint: tests that use models ran one at a time, for {busy:.0f} s of "
             f"{took:.0f} s: a server with OLLAMA_NUM_PARALLEL = 2 answers two, with "
             "gpu_share_ollama_parallel = 2"
         )

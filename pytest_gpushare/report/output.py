@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import pytest
 
 LOGGER = "pytest_gpushare"
-HINT = "gpu-share: hint:"
-"""How a line begins that says what to change."""
 
 
 class Line(NamedTuple):

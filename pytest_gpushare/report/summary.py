@@ -15,7 +15,7 @@ from pytest_gpushare.report.advice import (
 )
 from pytest_gpushare.report.header import header
 from pytest_gpushare.report.ollama_lines import as_error, lines_of_tests, verdict
-from pytest_gpushare.report.output import HINT, Line, OutputOptions
+from pytest_gpushare.report.output import Line, OutputOptions
 from pytest_gpushare.report.results import Results, Usage
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.session.tests import Leak
@@ -260,6 +260,10 @@ def leak_text(leak: Leak) -> str:
 def _part(size: int, of: int) -> str:
     """`7.2 of 9.0 GB`."""
     return f"{format_gb(size).removesuffix(' GB')} of {format_gb(of)}"
+
+
+HINT = "gpu-share: hint:"
+"""How a line begins that says what to change."""
 
 
 def _hints(results: Results) -> Iterator[Line]:
