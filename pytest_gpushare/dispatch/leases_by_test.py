@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pytest_gpushare.leases.claims import NOTHING, DeviceClaims, Naming
+from pytest_gpushare.leases.claims import NOTHING, Naming
 from pytest_gpushare.leases.ledger import LedgerError
 from pytest_gpushare.leases.lessee import Lessee, Revision, View, progress_of
 from pytest_gpushare.scheduler.sharing import (
@@ -100,7 +100,9 @@ class SharedDevices:
                 others = others_on(device, reading, claims, own[uuid], share, ticket)
                 if not self._has_begun:
                     others = others._replace(limit=self._lessee.record.lease(uuid).lease)
-                others = others._replace(progress=progress, names=self._names(claims))
+                others = others._replace(
+                    progress=progress, names=self._naming.holders(claims, time.time())
+                )
                 shares = are_shared({uuid: claims}, self._capacities)
                 readings[uuid] = reading._replace(others=others if shares else NOBODY)
             actions = dispatcher.step(readings, time.monotonic())
@@ -123,10 +125,6 @@ class SharedDevices:
             self._progress = progress
             self._progressed += 1
         return self._progressed
-
-    def _names(self, claims: DeviceClaims) -> str:
-        now = time.time()
-        return "; ".join(self._naming.holder(holder, now) for holder in claims.holders)
 
     def _revision(self, view: View, own: Mapping[str, OwnShare], *, has_acted: bool) -> Revision:
         self.is_shared = are_shared(view.claims, self._capacities)

@@ -191,8 +191,7 @@ class LeaseHere:
             )
             if waiting and own.waits_for is not None:
                 waits.add((uuid, own.waits_for))
-            now = time.time()
-            names = "; ".join(self._naming.holder(holder, now) for holder in claims.holders)
+            names = self._naming.holders(claims, time.time())
             keepable = None if found.keepable is None else max(0, found.keepable)
             others[uuid] = found._replace(keepable=keepable, names=one_line(names, 1000))
         self._waits = bool(waits)

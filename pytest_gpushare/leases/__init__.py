@@ -206,8 +206,7 @@ def _claim(lessee: Lessee, device: Device, size: int, wait: float | None) -> Non
         return Wish({device.uuid: lease}, is_explained=size <= room + held)
 
     def holders(view: View) -> str:
-        found = view.claims[device.uuid].holders
-        return "; ".join(Naming().holder(h, time.time()) for h in found) or "other programs hold it"
+        return Naming().holders(view.claims[device.uuid], time.time()) or "other programs hold it"
 
     line = WaitingLine()
 

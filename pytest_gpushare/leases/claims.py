@@ -345,3 +345,7 @@ class Naming(NamedTuple):
         since = f" for {minutes} min" if minutes else ""
         done = f", {record.done:,} of {record.total:,} tests done" if record.total else ""
         return f"{self.session(holder.session)}: {size}{since}{done}"
+
+    def holders(self, claims: DeviceClaims, wall_clock: float) -> str:
+        """All that hold or lease VRAM of a device; empty: nobody does."""
+        return "; ".join(self.holder(holder, wall_clock) for holder in claims.holders)

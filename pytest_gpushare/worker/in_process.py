@@ -144,8 +144,7 @@ class LeasePerTest:
 
 
 def _holders(view: View, uuid: str) -> str:
-    found = view.claims[uuid].holders
-    return "; ".join(Naming().holder(holder, time.time()) for holder in found) or "no other session"
+    return Naming().holders(view.claims[uuid], time.time()) or "no other session"
 
 
 class ModelsInProcess:
