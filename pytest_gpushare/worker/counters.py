@@ -85,13 +85,11 @@ def may_count(modules: Mapping[str, Any] = sys.modules) -> bool:
     return not modules.keys().isdisjoint(_FRAMEWORKS)
 
 
-def measured(before: Counts | None, after: Counts | None) -> Measured | None:
+def measured(before: Counts | None, after: Counts) -> Measured:
     """What was taken between two readings, the first of which reset the peaks.
 
     A framework that was not up before had nothing then.
     """
-    if after is None:
-        return None
     before = before or {}
     devices = 1 + max(at for _, at in after)
     peaks, helds, process, exact = [0] * devices, [0] * devices, [0] * devices, True

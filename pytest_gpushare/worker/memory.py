@@ -92,9 +92,9 @@ class ForkedTests:
         """In the child: add the figures to its last report."""
         report = yield
         if report.when == "teardown" and os.getpid() != self._pid:
-            figures = counters.measured(None, counters.counts())
-            if figures is not None:
-                setattr(report, self._NAME, _message_of(figures))
+            found = counters.counts()
+            if found is not None:
+                setattr(report, self._NAME, _message_of(counters.measured(None, found)))
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -232,8 +232,8 @@ class Meter:
                 counters.clear_frames(error, kept)
             errors.clear()
         after = counters.counts()
-        forked = None if self._forked is None else self._forked.take()
-        if after is None and forked is None:
+        measured = None if self._forked is None else self._forked.take()
+        if after is None and measured is None:
             return
         # No framework here counts what other processes held for the test.
         cost, children = reaped(), own_children()
@@ -243,32 +243,30 @@ class Meter:
             self._link.send("ran-others", item.nodeid)
         # A framework in an odd state must not fail the test that is over.
         with contextlib.suppress(Exception):
-            measured = forked or self._measured(before, after, fixtures, alone)
-            if measured is not None:
-                self._link.send(
-                    "test",
-                    {
-                        "nodeid": item.nodeid,
-                        "start": start,
-                        "end": end,
-                        "outcome": self._outcome,
-                        **limits,
-                        "attempts": self._retry.attempts,
-                        "notes": [self._retry.note] if self._retry.note else [],
-                        **measured,
-                    },
-                )
+            if measured is None and after is not None:
+                measured = self._measured(before, after, fixtures, alone)
+            self._link.send(
+                "test",
+                {
+                    "nodeid": item.nodeid,
+                    "start": start,
+                    "end": end,
+                    "outcome": self._outcome,
+                    **limits,
+                    "attempts": self._retry.attempts,
+                    "notes": [self._retry.note] if self._retry.note else [],
+                    **(measured or {}),
+                },
+            )
 
     def _measured(
         self,
         before: counters.Counts | None,
-        after: counters.Counts | None,
+        after: counters.Counts,
         fixtures: int,
         alone: bool,
-    ) -> dict[str, Any] | None:
+    ) -> dict[str, Any]:
         figures = counters.measured(before, after)
-        if figures is None:
-            return None
         own = sum(self._fixtures.values()) - fixtures
         left = figures.grown - own
         if left > WORTH_COLLECTING and self._empty_caches != "never":

@@ -349,5 +349,5 @@ def _empty_caches() -> list[int] | None:
     # Other people's finalizers may do anything.
     with contextlib.suppress(Exception):
         counters.empty()
-    figures = counters.measured(None, counters.counts())
-    return None if figures is None else list(figures.helds)
+    found = counters.counts()
+    return None if found is None else list(counters.measured(None, found).helds)

@@ -180,21 +180,32 @@ def test_tensorflow_is_capped_when_its_context_comes_up(project: Project, machin
     assert lines[-4:] == ["IMPORTED", "LIMIT gpu 4008", "INITIALISED", "INITIALISED"]
 
 
+HOLDS = """
+    import os
+    import torch
+
+    kept = []
+
+    def test_holds():
+        kept.append(torch.empty(2**30, dtype=torch.uint8, device="cuda"))
+        print("CUPY", os.environ.get("CUPY_GPU_MEMORY_LIMIT"))
+"""
+
+
+def test_context_is_measured_without_workers(project: Project, machine: Machine) -> None:
+    """A process that runs the tests itself keeps it for the next run, too."""
+    project.with_frameworks()
+    project.write(test_project=HOLDS)
+    cached = ("--gpu-share", "-n0", "-p", "cacheprovider", "-o", "cache_dir=cache")
+    assert project.pytest(*cached).passed == 1
+    cache = json.loads((project.path / "cache/v/gpushare/contexts").read_text())
+    assert cache == {"NVIDIA GeForce RTX 3090 Ti": 600 * 2**20}
+
+
 def test_context_is_measured(project: Project, machine: Machine) -> None:
     """What NVML tells of a worker, less what torch counts, is the next run's allowance."""
     project.with_frameworks()
-    project.write(
-        test_project="""
-            import os
-            import torch
-
-            kept = []
-
-            def test_holds():
-                kept.append(torch.empty(2**30, dtype=torch.uint8, device="cuda"))
-                print("CUPY", os.environ["CUPY_GPU_MEMORY_LIMIT"])
-        """,
-    )
+    project.write(test_project=HOLDS)
     cached = ("--gpu-share", "-rP", "-p", "cacheprovider", "-o", "cache_dir=cache")
     first = project.pytest(*cached)
     assert f"CUPY {(4608 - 600) * 2**20}" in first.out, first.out
