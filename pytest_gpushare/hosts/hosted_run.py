@@ -20,10 +20,10 @@ from pytest_gpushare.compat.xdist_hosts import WorkerStart
 from pytest_gpushare.gpu.attribution import Attribution
 from pytest_gpushare.gpu.readings import Live
 from pytest_gpushare.hosts.answers import ModelsAnswer, Sample, read, with_devices
-from pytest_gpushare.hosts.connection import SILENCE, HostConnection
+from pytest_gpushare.hosts.connection import SILENCE
 from pytest_gpushare.hosts.host_lease import HostLease, LeasesElsewhere
 from pytest_gpushare.hosts.live import AllAttribution, HostLive, HostOllama, global_pid
-from pytest_gpushare.hosts.part import HostPart
+from pytest_gpushare.hosts.part import HostPart, OtherHost
 from pytest_gpushare.hosts.specs import proxy_id
 from pytest_gpushare.planning.placement import (
     NUMBER,
@@ -64,13 +64,12 @@ class HostLinks(Links):
     def receive(self, worker: str, message: Any) -> None:
         """See `Links`."""
         part, number = self.places.get(worker, (None, 0))
-        if part is not None and part.number and isinstance(message, tuple) and len(message) == 2:
+        if isinstance(part, OtherHost) and isinstance(message, tuple) and len(message) == 2:
             kind, payload = message
             if kind == "here" and type(payload) is int:
                 message = kind, global_pid(part.number, payload)
-                if part.connection is not None:
-                    # Sessions there do not count what it holds beside what is leased for it.
-                    part.connection.say(f"worker {number} {worker} {payload}")
+                # Sessions there do not count what it holds beside what is leased for it.
+                part.connection.say(f"worker {number} {worker} {payload}")
             elif kind == "kept" and isinstance(payload, list):
                 pids = (pid for pid in payload if type(pid) is int)
                 message = kind, [global_pid(part.number, pid) for pid in pids]
@@ -85,26 +84,27 @@ class HostedRun(ActiveRun):
     def __init__(
         self,
         facts: StartFacts,
-        parts: Sequence[HostPart],
+        here: HostPart,
+        others: Sequence[OtherHost],
         options: RunOptions,
         config: pytest.Config,
     ) -> None:
-        self.parts = parts
+        self.here, self.others = here, others
+        self.parts = parts = (here, *others)
         self._hosts_of_numbers = {number: part for part in parts for number in part.numbers()}
         self._root = config.rootpath
         self._basetemp = getattr(config.option, "basetemp", None)
         self._host_links = HostLinks()
         super().__init__(facts, options, config=config)
-        for part in parts:
-            for text in part.answer.loaded if part.number else ():
-                self.record.note("ollama-preloaded", f"{part.name}: {text}", host=part.name)
-        for part in parts:
-            if part.connection is not None and part.live is not None:
-                part.ollama_there = self._ollama_on(part, part.connection, part.live)
-                if part.ollama_there.monitor is not None:
-                    self.services.include(part.ollama_there.monitor)
+        for other in others:
+            for text in other.answer.loaded:
+                self._note_of(other, "ollama-preloaded", text)
+            if other.live is not None:
+                other.ollama_there = self._ollama_on(other, other.live)
+                if other.monitor is not None:
+                    self.services.include(other.monitor)
 
-    def _ollama_on(self, part: HostPart, connection: HostConnection, live: Live) -> HostOllama:
+    def _ollama_on(self, part: OtherHost, live: Live) -> HostOllama:
         devices = tuple(map(part.named, part.answer.gpus.all_devices))
         return HostOllama(
             self.settings,
@@ -115,7 +115,7 @@ class HostedRun(ActiveRun):
             part.attribution,
             self.workers,
             self.record,
-            connection,
+            part.connection,
         )
 
     def _make_links(self) -> Links:
@@ -132,16 +132,16 @@ class HostedRun(ActiveRun):
                 part.name,
                 part.plan,
                 part.answer.ollama,
-                part.hello.python if part.hello is not None else "",
+                part.hello.python if isinstance(part, OtherHost) else "",
                 part.lost,
             )
             for part in self.parts
-            if part.number or part.plan.workers
+            if part is not self.here or part.plan.workers
         )
 
     def not_kept(self) -> list[str]:
         """See `ActiveRun`."""
-        there = [f"{part.name}: {text}" for part in self.parts for text in part.not_kept]
+        there = [f"{part.name}: {text}" for part in self.others for text in part.not_kept]
         return [*super().not_kept(), *there]
 
     def host_named(self, worker: str) -> str | None:
@@ -152,7 +152,7 @@ class HostedRun(ActiveRun):
     def shift_of(self, worker: str) -> float:
         """See `ActiveRun`."""
         part = self._host_links.host_of(worker)
-        return 0.0 if part is None else part.on_this_clock()
+        return part.on_this_clock() if isinstance(part, OtherHost) else 0.0
 
     def barred(self, spec: Any, uses: Mapping[int, ModelUse]) -> frozenset[int]:
         """See `ActiveRun`."""
@@ -168,15 +168,17 @@ class HostedRun(ActiveRun):
 
     def readings(self) -> list[ReadingSource]:
         """See `ActiveRun`."""
+        here = self.here
         return [
             ReadingSource(
-                part.live,
-                part.devices,
-                part.resident if part.number else self.resident,
-                part.attribution,
-                part.statements if part.number else self.statements,
-            )
-            for part in self.parts
+                here.live, here.devices, self.resident, here.attribution, self.statements
+            ),
+            *(
+                ReadingSource(
+                    part.live, part.devices, part.resident, part.attribution, part.statements
+                )
+                for part in self.others
+            ),
         ]
 
     def _read_now(self, uuid: str) -> tuple[Live | None, Mapping[str, int]]:
@@ -184,30 +186,25 @@ class HostedRun(ActiveRun):
         part = self._part_with(uuid)
         if isinstance(part.live, HostLive):
             part.live.look()
-        return part.live, part.resident() if part.number else self.resident()
+        return part.live, part.resident() if isinstance(part, OtherHost) else self.resident()
 
     def leases_elsewhere(self, wake: Callable[[], object]) -> LeasesElsewhere | None:
         """See `ActiveRun`."""
         leases = []
-        for part in self.parts:
-            if part.connection is not None and part.answer.lease and part.plan.slots:
+        for part in self.others:
+            if part.answer.lease and part.plan.slots:
                 note = partial(self._note_of, part, "leases-unknown")
                 part.shared = HostLease(part.keys, part.plan, part.connection.say, note)
                 leases.append(part.shared)
         return LeasesElsewhere(leases, wake) if leases else None
 
-    def _note_of(self, part: HostPart, kind: str, text: str) -> None:
+    def _note_of(self, part: OtherHost, kind: str, text: str) -> None:
         self.record.note(kind, f"{part.name}: {text}", host=part.name)
 
     def monitors(self) -> list[tuple[str, Monitor]]:
         """See `ActiveRun`."""
-        there = [
-            (part.name, part.ollama_there) for part in self.parts if part.ollama_there is not None
-        ]
-        return [
-            *super().monitors(),
-            *((name, each.monitor) for name, each in there if each.monitor is not None),
-        ]
+        there = [(part.name, part.monitor) for part in self.others if part.monitor is not None]
+        return [*super().monitors(), *there]
 
     def host_of(self, spec: Any) -> HostPart | None:
         """The host of the worker with this execnet spec."""
@@ -217,8 +214,8 @@ class HostedRun(ActiveRun):
     def _numbers_for(self, spec: Any) -> Iterable[int]:
         """See `ActiveRun`; workers of another host run through its proxy."""
         if not spec.via:
-            return self.parts[0].numbers()
-        parts = (part for part in self.parts if proxy_id(part.number) == spec.via)
+            return self.here.numbers()
+        parts = (part for part in self.others if proxy_id(part.number) == spec.via)
         return chain.from_iterable(part.numbers() for part in parts)
 
     def _environment(self, number: int) -> dict[str, str]:
@@ -226,7 +223,7 @@ class HostedRun(ActiveRun):
         part = self._hosts_of_numbers[number]
         own = part.own_number(number, len(self.plan.slots))
         environment = worker_environment(part.plan, own, part.placement)
-        if part.number:
+        if isinstance(part, OtherHost):
             for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
                 if text := os.environ.get(name):
                     environment[name] = self._there(part, text)
@@ -235,7 +232,8 @@ class HostedRun(ActiveRun):
     def _worker_message(self, number: int) -> dict[str, Any]:
         """By the plan of the worker's host; the tests are the whole run's."""
         part = self._hosts_of_numbers[number]
-        server = part.answer.ollama.server if part.number else None
+        is_here = part is self.here
+        server = None if is_here else part.answer.ollama.server
         message = worker_message(
             self.settings,
             part.plan,
@@ -243,7 +241,7 @@ class HostedRun(ActiveRun):
             part.placement,
             context_of=self.context_of,
             ollama_url=self._ollama_url if server is None else server.url,
-            lease=part.answer.lease if part.number else self._lease_path,
+            lease=self._lease_path if is_here else part.answer.lease,
         )
         tests = message["tests"]
         tests["absence"] = "" if self.plan.slots else shortage(self.plan)
@@ -279,7 +277,7 @@ class HostedRun(ActiveRun):
 
     # --- what xdist sends to a worker ---
 
-    def start_of(self, worker: str, part: HostPart, start: WorkerStart) -> WorkerStart:
+    def start_of(self, worker: str, part: OtherHost, start: WorkerStart) -> WorkerStart:
         """What a worker of another host is sent at its start."""
         arguments = [self._there(part, text) for text in start.arguments]
         if not any(text.startswith("--rootdir") for text in arguments):
@@ -292,7 +290,7 @@ class HostedRun(ActiveRun):
             basetemp = f"{self._there(part, str(self._basetemp))}-{worker}"
         own = [entry for entry in start.path or () if self._is_of_project(entry)]
         path = [self._there(part, entry) for entry in own]
-        return WorkerStart(arguments, basetemp, [*path, *(part.hello.path if part.hello else ())])
+        return WorkerStart(arguments, basetemp, [*path, *part.hello.path])
 
     def _is_of_project(self, entry: str) -> bool:
         """Whether a directory of `sys.path` is one of the checkout, and of no environment in it."""
@@ -303,7 +301,7 @@ class HostedRun(ActiveRun):
             prefix == path or prefix in path.parents for prefix in prefixes if prefix != self._root
         )
 
-    def _there(self, part: HostPart, text: str) -> str:
+    def _there(self, part: OtherHost, text: str) -> str:
         """A text with the project's paths as they are on a host."""
         roots = sorted({str(self._root), os.path.realpath(self._root)}, key=len, reverse=True)
         here = "|".join(re.escape(root) for root in roots if len(root) > 1)
@@ -314,13 +312,13 @@ class HostedRun(ActiveRun):
 
     # --- hosts that are lost ---
 
-    def lose(self, part: HostPart, why: str) -> bool:
+    def lose(self, part: OtherHost, why: str) -> bool:
         """A host takes no part any more; whether that is news."""
         if part.lost:
             return False
         part.lost = why
         self.notes.append(f"host {part.name} was lost: {why}")
-        self.record.note("host-lost", f"{part.name}: {why}", host=part.name)
+        self._note_of(part, "host-lost", why)
         return True
 
     def may_replace(self, node: Any) -> bool:
@@ -335,22 +333,16 @@ _MOST_TEXTS = 100
 class ConnectionWatch:
     """Follows the connection to a host, and its silence."""
 
-    def __init__(
-        self,
-        run: HostedRun,
-        part: HostPart,
-        connection: HostConnection,
-        cut: Callable[[HostPart], object],
-    ) -> None:
-        self._run, self._part, self._connection, self._cut = run, part, connection, cut
+    def __init__(self, run: HostedRun, part: OtherHost, cut: Callable[[OtherHost], object]) -> None:
+        self._run, self._part, self._cut = run, part, cut
 
     def begin(self) -> None:
         """Take its samples from now on."""
-        self._connection.listen(self._take)
+        self._part.connection.listen(self._take)
         threading.Thread(target=self._follow, name="gpu-share-host", daemon=True).start()
 
     def _take(self, message: Mapping[str, Any]) -> None:
-        live, there = self._part.live, self._part.ollama_there
+        live, monitor = self._part.live, self._part.monitor
         # What makes no sense is no reading: the host is as one that says nothing.
         with contextlib.suppress(ValueError, TypeError):
             if message.get("kind") == "sample":
@@ -362,11 +354,11 @@ class ConnectionWatch:
                 self._part.shared.take(message)
             elif message.get("kind") == "not-kept" and len(self._part.not_kept) < _MOST_TEXTS:
                 self._part.not_kept.append(one_line(read(str, message), 500))
-            elif message.get("kind") == "models" and there is not None and there.monitor:
-                there.monitor.take(read(ModelsAnswer, message))
+            elif message.get("kind") == "models" and monitor is not None:
+                monitor.take(read(ModelsAnswer, message))
 
     def _follow(self) -> None:
-        connection = self._connection
+        connection = self._part.connection
         while not connection.is_over:
             connection.say("beat")
             silent = time.monotonic() - connection.last_message_at

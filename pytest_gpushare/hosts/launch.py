@@ -31,7 +31,14 @@ from pytest_gpushare.hosts.checkout import checkout_of
 from pytest_gpushare.hosts.connection import HostConnection
 from pytest_gpushare.hosts.hosted_run import ConnectionWatch, HostedRun
 from pytest_gpushare.hosts.live import AllLive
-from pytest_gpushare.hosts.part import Earlier, HostPart, merged, part_here, part_there
+from pytest_gpushare.hosts.part import (
+    Earlier,
+    HostPart,
+    OtherHost,
+    merged,
+    part_here,
+    part_there,
+)
 from pytest_gpushare.hosts.specs import (
     HostSpec,
     parse_lines,
@@ -42,7 +49,6 @@ from pytest_gpushare.hosts.specs import (
 )
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.plan import Plan, Request, shortage
-from pytest_gpushare.scheduler.needs import excludes_gpu_tests
 from pytest_gpushare.session.needs_store import may_have_needs, recall_contexts, recall_ollama
 from pytest_gpushare.session.start import (
     environment_for_plan,
@@ -50,6 +56,7 @@ from pytest_gpushare.session.start import (
     run_options,
     settings_of_run,
     start_locally,
+    why_no_gpu_tests,
 )
 from pytest_gpushare.session.start_facts import StartFacts
 from pytest_gpushare.text import one_line, read_regular
@@ -76,12 +83,9 @@ def start_on_hosts(
 
         check(settings)
     specs = _asked(options, settings)
-    selected = str(getattr(options, "markexpr", "") or "")
-    excluded = f"-m {selected!r} selects no GPU test"
-    if excludes_gpu_tests(selected, settings):
+    excluded = why_no_gpu_tests(options, settings)
+    if excluded:
         settings = settings._replace(fallback_to_cpu_when_constrained=True)
-    else:
-        excluded = ""
     with ExitStack() as stack:
         connections = _connect(config, settings, specs, excluded, stack)
         environment = environment_for_plan(before_conftests)
@@ -102,19 +106,19 @@ def start_on_hosts(
         hosts.ask()
         local = hosts.here
         earlier = Earlier(recall_contexts(config), may_have_needs(settings, config))
-        parts = [part_here(settings, local)]
+        this, others = part_here(settings, local), list[OtherHost]()
         for number, host in enumerate(hosts.hosts, 1):
-            taken = {key for part in parts for key in part.keys.values()}
-            parts.append(part_there(settings, number, host, taken, earlier))
-        plan = merged(parts)
+            taken = {key for part in (this, *others) for key in part.keys.values()}
+            others.append(part_there(settings, number, host, taken, earlier))
+        plan = merged((this, *others))
         if not plan.slots and not settings.fallback_to_cpu_when_constrained:
             raise NoRoomError(
                 f"gpu-share: no GPU worker fits on any host: {shortage(plan)}; "
                 "gpu_share_fallback_to_cpu_when_constrained is false: free VRAM, or set it to true"
             )
-        facts = _facts(local or _nothing_here(settings, plan), plan, parts, earlier)
-        run = HostedRun(facts, parts, at_end, config)
-        _write_workers(options, parts)
+        facts = _facts(local or _nothing_here(settings, plan), plan, others, earlier)
+        run = HostedRun(facts, this, others, at_end, config)
+        _write_workers(options, this, others)
         config.pluginmanager.register(HostHooks(run, config), "gpu-share-hosts")
         closing = stack.pop_all()
     config.add_cleanup(closing.close)
@@ -184,11 +188,11 @@ def _nothing_here(settings: Settings, plan: Plan) -> StartFacts:
 
 
 def _facts(
-    local: StartFacts, plan: Plan, parts: Sequence[HostPart], earlier: Earlier
+    local: StartFacts, plan: Plan, others: Sequence[OtherHost], earlier: Earlier
 ) -> StartFacts:
     """What was found on all hosts, from what was found on this one."""
-    lives = [part.live for part in parts if part.live is not None]
-    there = [(part.name, part.answer) for part in parts if part.number]
+    lives = [live for live in (local.live, *(part.live for part in others)) if live is not None]
+    there = [(part.name, part.answer) for part in others]
     return local._replace(
         plan=plan,
         replan=None,
@@ -200,18 +204,15 @@ def _facts(
     )
 
 
-def _write_workers(options: Any, parts: Sequence[HostPart]) -> None:
+def _write_workers(options: Any, here: HostPart, others: Sequence[OtherHost]) -> None:
     proxies, specs = [], []
-    for part in parts:
-        count = part.plan.workers
-        if not count:
-            continue
-        if part.number:
+    if here.plan.workers:
+        specs.append(f"{here.plan.workers}*popen")
+    for part in others:
+        if part.plan.workers:
             proxies.append(proxy(part.spec, part.number, part.spec.python, part.spec.chdir))
-            specs.append(workers(part.number, count))
-        else:
-            specs.append(f"{count}*popen")
-    write_workers(options, proxies, specs, sum(part.plan.workers for part in parts))
+            specs.append(workers(part.number, part.plan.workers))
+    write_workers(options, proxies, specs, sum(part.plan.workers for part in (here, *others)))
 
 
 class HostHooks:
@@ -226,13 +227,12 @@ class HostHooks:
     def pytest_sessionstart(self) -> Generator[None, Any, Any]:
         """Follow the hosts from before xdist starts the workers; one may be lost meanwhile."""
         self._replacements.ask(self._refusal)
-        for part in self._run.parts:
-            if part.connection is not None:
-                ConnectionWatch(self._run, part, part.connection, self._cut).begin()
+        for part in self._run.others:
+            ConnectionWatch(self._run, part, self._cut).begin()
         try:
             return (yield)
         except Exception:
-            lost = [part.name for part in self._run.parts if self._is_lost(part)]
+            lost = [part.name for part in self._run.others if self._is_lost(part)]
             if not lost:
                 raise
             self._replacements.end_all()
@@ -244,28 +244,26 @@ class HostHooks:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
         """Before xdist ends its workers: those of lost hosts are gone."""
-        for part in self._run.parts:
+        for part in self._run.others:
             if part.ollama_there is not None:
                 part.ollama_there.model_sizes.keep(self._config)
             if self._is_lost(part):
                 self._replacements.forget(proxy_id(part.number))
 
-    def _is_lost(self, part: HostPart) -> bool:
-        if not part.number or not part.plan.workers:
-            return False
-        return bool(part.lost) or not self._is_connected(part)
+    def _is_lost(self, part: OtherHost) -> bool:
+        return bool(part.plan.workers) and (bool(part.lost) or not self._is_connected(part))
 
-    def _is_connected(self, part: HostPart) -> bool:
+    def _is_connected(self, part: OtherHost) -> bool:
         return self._replacements.is_connected(proxy_id(part.number))
 
-    def _cut(self, part: HostPart) -> None:
+    def _cut(self, part: OtherHost) -> None:
         self._replacements.cut(proxy_id(part.number))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
         """A worker is about to be started."""
         part = self._run.host_of(node.gateway.spec)
-        if part is not None and part.number:
+        if isinstance(part, OtherHost):
             worker = node.gateway.id
             change_start(node, lambda start: self._run.start_of(worker, part, start))
 
@@ -278,12 +276,12 @@ class HostHooks:
     def pytest_testnodedown(self, node: Any, error: object) -> None:
         """A worker has ended; is it the only one of its host?"""
         part = self._run.host_of(node.gateway.spec)
-        if error is None or part is None or not part.number:
+        if error is None or not isinstance(part, OtherHost):
             return
         if not hasattr(node, "workerinfo") or not self._is_connected(part):
             self._cannot_start(part, node, str(error))
 
-    def _cannot_start(self, part: HostPart, node: Any, error: str) -> None:
+    def _cannot_start(self, part: OtherHost, node: Any, error: str) -> None:
         """A worker of a host is gone and no other can come in its place."""
         if not self._is_connected(part):
             self._run.lose(part, "its connection has ended")
@@ -294,9 +292,11 @@ class HostHooks:
 
     def _refusal(self, node: Any, problem: str) -> str:
         part = self._run.host_of(node.gateway.spec)
-        if part is not None and problem:
+        if not isinstance(part, OtherHost):
+            return ""
+        if problem:
             self._cannot_start(part, node, problem)
-        if part is None or not part.lost:
+        if not part.lost:
             return ""
         if node.gateway.id not in self._collected:
             self._replacements.wait_for_one_less()

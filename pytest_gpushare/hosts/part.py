@@ -16,7 +16,7 @@ from pytest_gpushare.hosts.agent import answer_of
 from pytest_gpushare.hosts.answers import Hello, HostAnswer, with_devices
 from pytest_gpushare.hosts.asking import AskedHost
 from pytest_gpushare.hosts.connection import HostConnection
-from pytest_gpushare.hosts.live import HostLive, HostOllama, global_pid
+from pytest_gpushare.hosts.live import HostLive, HostMonitor, HostOllama, global_pid
 from pytest_gpushare.hosts.specs import HostSpec
 from pytest_gpushare.ollama.models import full_name
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
@@ -35,27 +35,17 @@ class HostPart:
     number: int
     spec: HostSpec
     answer: HostAnswer
-    """What it has answered; its devices have the UUIDs that they have there."""
+    """What was found there; its devices have the UUIDs that they have there."""
     keys: Mapping[str, str]
     """UUID there -> the device's name in this run, which no device of another host has."""
     placement: PlacementContext
     live: Live | None
     attribution: Attribution
-    connection: HostConnection | None = None
-    hello: Hello | None = None
-    ollama_there: HostOllama | None = None
-    """Its Ollama; None where it has no GPU worker, and before the run is there."""
-    shared: HostLease | None = None
-    """What the run leases there while its tests are dispatched."""
-    not_kept: list[str] = field(default_factory=list)
-    """A sentence on each loaded model that was not kept loaded until the end."""
-    shift: float = inf
-    """Seconds to add to times by its clock; the least that was seen is best, infinity: none was."""
-    lost: str = ""
+    lost: str = field(default="", init=False)
     """Why it takes no part any more; empty while it does."""
-    first_slot: int = 0
+    first_slot: int = field(default=0, init=False)
     """The number of its first GPU worker in the plan of the run."""
-    first_cpu: int = 0
+    first_cpu: int = field(default=0, init=False)
     """The number of its first CPU worker, less those of its GPU workers."""
 
     @property
@@ -73,29 +63,10 @@ class HostPart:
         """The names of its devices in this run."""
         return tuple(self.keys[planned.device.uuid] for planned in self.plan.devices)
 
-    def resident(self) -> Mapping[str, int]:
-        """Name of a device -> bytes that its Ollama holds there, on another host."""
-        monitor = self.ollama_there.monitor if self.ollama_there is not None else None
-        return {} if monitor is None else monitor.resident()
-
-    def statements(self) -> Sequence[Statement]:
-        """What its Ollama says that it holds, on another host."""
-        return () if self.ollama_there is None else self.ollama_there.statements()
-
-    @property
-    def root(self) -> str:
-        """The project's root directory there."""
-        directory, below = self.spec.chdir, self.spec.subdirectory
-        return directory.removesuffix(f"/{below}") if below else directory
-
     def has_model(self, name: str) -> bool:
         """Whether its Ollama has this model; of no name: whether there is one."""
         answer = self.answer
         return full_name(name) in answer.models if name else answer.ollama.answered
-
-    def on_this_clock(self) -> float:
-        """Seconds to add to a time that was taken there."""
-        return self.shift if self.number and isfinite(self.shift) else 0.0
 
     def numbers(self) -> Iterator[int]:
         """The numbers of its workers in the plan of the run."""
@@ -110,6 +81,45 @@ class HostPart:
     def named(self, device: Device) -> Device:
         """A device of its own as the run knows it."""
         return _named(device, self.keys, self.name)
+
+
+@dataclass(eq=False)
+class OtherHost(HostPart):
+    """Another host than this one."""
+
+    connection: HostConnection
+    hello: Hello
+    ollama_there: HostOllama | None = field(default=None, init=False)
+    """Its Ollama; None where it has no GPU worker, and before the run is there."""
+    shared: HostLease | None = field(default=None, init=False)
+    """What the run leases there while its tests are dispatched."""
+    not_kept: list[str] = field(default_factory=list, init=False)
+    """A sentence on each loaded model that was not kept loaded until the end."""
+    shift: float = field(default=inf, init=False)
+    """Seconds to add to times by its clock; the least that was seen is best, infinity: none was."""
+
+    @property
+    def root(self) -> str:
+        """The project's root directory there."""
+        directory, below = self.spec.chdir, self.spec.subdirectory
+        return directory.removesuffix(f"/{below}") if below else directory
+
+    @property
+    def monitor(self) -> HostMonitor | None:
+        """Follows its Ollama; None where none does."""
+        return None if self.ollama_there is None else self.ollama_there.monitor
+
+    def resident(self) -> Mapping[str, int]:
+        """Name of a device -> bytes that its Ollama holds there."""
+        return {} if self.monitor is None else self.monitor.resident()
+
+    def statements(self) -> Sequence[Statement]:
+        """What its Ollama says that it holds."""
+        return () if self.ollama_there is None else self.ollama_there.statements()
+
+    def on_this_clock(self) -> float:
+        """Seconds to add to a time that was taken there."""
+        return self.shift if isfinite(self.shift) else 0.0
 
 
 def _named(device: Device, keys: Mapping[str, str], host: str) -> Device:
@@ -178,7 +188,7 @@ class Earlier(NamedTuple):
 
 def part_there(
     settings: Settings, number: int, host: AskedHost, taken: Collection[str], earlier: Earlier
-) -> HostPart:
+) -> OtherHost:
     """Another host, which has answered. `taken`: the names that devices of the run have."""
     connection, hello, name = host.connection, host.hello, host.name
     assert host.answer is not None
@@ -192,7 +202,7 @@ def part_there(
         alive=live.alive if live is not None else bool,
     )
     directory = hello.directory.rstrip("/") or "/"
-    return HostPart(
+    return OtherHost(
         number,
         connection.spec._replace(chdir=directory, python=hello.executable),
         answer,

@@ -383,7 +383,6 @@ def start_locally(
     """Probe this host, and plan; without `settings` by those of the run. `line`: see `Terms`."""
     settings = settings or settings_of_run(config)
     host = Host(tuple(options.gpu_share_simulate or ()), cpus, environment)
-    expression = str(getattr(options, "markexpr", "") or "")
     return start(
         settings,
         request,
@@ -391,10 +390,15 @@ def start_locally(
         _plan_hooks(config),
         earlier_runs(config, settings),
         terms=Terms(config.rootpath, only_asks=only_asks(config), line=line),
-        no_gpu_tests=f"-m {expression!r} selects no GPU test"
-        if excludes_gpu_tests(expression, settings)
-        else "",
+        no_gpu_tests=why_no_gpu_tests(options, settings),
     )
+
+
+def why_no_gpu_tests(options: Any, settings: Settings) -> str:
+    """Why no test of this run can be a GPU test; empty where some may."""
+    expression = str(getattr(options, "markexpr", "") or "")
+    excluded = excludes_gpu_tests(expression, settings)
+    return f"-m {expression!r} selects no GPU test" if excluded else ""
 
 
 def _active(facts: StartFacts, config: pytest.Config, options: RunOptions) -> ActiveRun:

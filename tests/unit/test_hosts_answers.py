@@ -34,7 +34,7 @@ from pytest_gpushare.hosts.answers import (
 from pytest_gpushare.hosts.checkout import Checkout
 from pytest_gpushare.hosts.hosted_run import HostLinks
 from pytest_gpushare.hosts.live import AllAttribution, HostLive, global_pid
-from pytest_gpushare.hosts.part import HostPart, in_company
+from pytest_gpushare.hosts.part import OtherHost, in_company
 from pytest_gpushare.hosts.specs import HostSpec
 from pytest_gpushare.ollama.address import parse_address
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, ModelFacts, OllamaFacts
@@ -234,7 +234,10 @@ def test_what_wider_fixtures_keep_on_another_host_is_the_workers_own() -> None:
     own = Attribution(parent={server: worker}.get)
     together = AllAttribution([((), Attribution()), (("GPU-1",), own)])
     spec = HostSpec("box", ("box",))
-    part = HostPart(1, spec, answer(), {"GPU-1": "GPU-1"}, PlacementContext({}), None, own)
+    nobody: Any = None
+    part = OtherHost(
+        1, spec, answer(), {"GPU-1": "GPU-1"}, PlacementContext({}), None, own, nobody, HELLO
+    )
     links = HostLinks()
     links.places["gw0"] = part, 0
     links.on("kept", together.keep)
