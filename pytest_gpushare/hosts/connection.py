@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pytest_gpushare.hosts.answers import HostError
 from pytest_gpushare.hosts.specs import NO_DIRECTORY, HostSpec, login
@@ -154,21 +154,11 @@ class HostConnection:
         return words or f"the Python there has ended (exit code {code})"
 
     def _read(self) -> None:
-        noise = 0
         assert self._process.stdout is not None
         problem = "it has closed the connection"
         try:
-            while line := self._process.stdout.readline(_LONGEST_LINE):
-                if not line.startswith(_PREFIX):
-                    noise += len(line)
-                    if noise > _MOST_NOISE:
-                        problem = "it prints too much in addition to its answers"
-                        break
-                    continue
-                message = json.loads(line[len(_PREFIX) :])
-                if not isinstance(message, dict):
-                    raise ValueError("no object")
-                self._take(message)
+            with self._process.stdout as stdout:
+                problem = self._receive(stdout) or problem
         except (ValueError, RecursionError):
             problem = "it answers nonsense"
         except OSError:
@@ -176,6 +166,19 @@ class HostConnection:
         with self._changed:
             self.problem = self.problem or problem
             self._changed.notify_all()
+
+    def _receive(self, stdout: IO[bytes]) -> str:
+        """Hand on its messages until it ends; why no more of them is read before."""
+        noise = 0
+        while line := stdout.readline(_LONGEST_LINE):
+            if line.startswith(_PREFIX):
+                message = json.loads(line[len(_PREFIX) :])
+                if not isinstance(message, dict):
+                    raise ValueError("no object")
+                self._take(message)
+            elif (noise := noise + len(line)) > _MOST_NOISE:
+                return "it prints too much in addition to its answers"
+        return ""
 
     def _take(self, message: dict[str, Any]) -> None:
         with self._changed:
@@ -198,8 +201,8 @@ class HostConnection:
 
     def _complain(self) -> None:
         assert self._process.stderr is not None
-        with contextlib.suppress(OSError):
-            while line := self._process.stderr.readline(4096):
+        with contextlib.suppress(OSError), self._process.stderr as stderr:
+            while line := stderr.readline(4096):
                 text = one_line(line.decode("utf-8", "replace"), 300)
                 if text:
                     self._errors.append(text)
