@@ -19,7 +19,7 @@ from pytest_gpushare.hosts.answers import Leased, LeasedDevice, message
 from pytest_gpushare.hosts.asking import StartOfHosts
 from pytest_gpushare.hosts.checkout import Checkout
 from pytest_gpushare.hosts.host_lease import HostLease, LeaseHere
-from pytest_gpushare.leases.ledger import Ledger
+from pytest_gpushare.leases.ledger import Ledger, LedgerError
 from pytest_gpushare.leases.lessee import Lessee, Revision, View
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
 from pytest_gpushare.ollama.models import OllamaFacts
@@ -151,6 +151,31 @@ def test_never_more_is_used_than_leased(tmp_path: Path, seed: int) -> None:
     finally:
         run.lessee.close()
         session.close()
+
+
+def test_a_ledger_there_that_cannot_be_used_is_noted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests keep to what is leased, and another failure of the same kind says no more."""
+
+    def fail(_decide: object) -> None:
+        raise LedgerError("no space left on device")
+
+    run, notes = Run(tmp_path / "leases"), list[str]()
+    run.there = HostLease({"GPU-1": "box:GPU-1"}, plan(), run.to_host.append, notes.append)
+    monkeypatch.setattr(run.lessee, "revise", fail)
+    try:
+        for need in (2 * GB, 3 * GB):
+            run.pending = [need]
+            run.step()
+            run.here.share(run.to_host.popleft().removeprefix("share "))
+            run.there.take(json.loads(json.dumps(run.to_run.popleft())))
+            run.step()
+            assert run.committed <= run.leased
+            run.tests.clear()
+    finally:
+        run.lessee.close()
+    assert notes == ["the leases of other sessions are not known: no space left on device"]
 
 
 def test_an_answer_that_makes_no_sense_grants_nothing_and_is_not_waited_for() -> None:
