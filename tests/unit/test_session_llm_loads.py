@@ -64,7 +64,9 @@ def test_lines_of_a_pull_that_make_no_sense_say_nothing(server: OllamaServer) ->
 
 
 def test_an_end_of_the_run_ends_a_load_and_a_pull(server: OllamaServer) -> None:
-    server.delays["/api/generate"] = server.delays["/api/pull"] = 60
+    for path in ("/api/generate", "/api/pull"):
+        # The server goes on alone, and must not start what the end of the test has ended.
+        server.delays[path], server.answers[path] = 3, b"{}"
     ended = loader(server, is_over=True)
     with pytest.raises(ModelLoadError, match="^no answer within 30 s$"):
         ended.load(wanted("a:1b"), 30)
