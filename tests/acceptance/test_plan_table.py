@@ -174,3 +174,35 @@ def test_no_device_without_fallback(project: Project, arguments: tuple[str, ...]
         "installed? (NVML error 12); gpu_share_fallback_to_cpu_when_constrained is false: "
         "set it to true to run the tests on the CPU"
     )
+
+
+def test_no_process_is_let_in_without_fallback(
+    project: Project, machine_with: Callable[..., Machine]
+) -> None:
+    """The same where it is the device's compute mode."""
+    machine_with(Device(total="24GB", used="2GB", compute_mode=2))
+    result = project.pytest("--gpu-share", "-o", "gpu_share_fallback_to_cpu_when_constrained=false")
+    assert _refused(result) == (
+        "ERROR: gpu-share: no GPU for the workers: GPU 0: its compute mode PROHIBITED lets no "
+        "process in; gpu_share_fallback_to_cpu_when_constrained is false: change the mode with "
+        "nvidia-smi -c, or set it to true to run the tests on the CPU"
+    )
+
+
+def test_a_hook_without_fallback(project: Project, machine_with: Callable[..., Machine]) -> None:
+    """The same where a hook took the slots away."""
+    machine_with(card("24GB", "2GB"))
+    project.file(
+        "conftest.py",
+        """
+        from dataclasses import replace
+
+        def pytest_gpushare_plan(plan):
+            return replace(plan, slots=())
+        """,
+    )
+    result = project.pytest("--gpu-share", "-o", "gpu_share_fallback_to_cpu_when_constrained=false")
+    assert _refused(result) == (
+        "ERROR: gpu-share: a pytest_gpushare_plan hook left no GPU worker; "
+        "gpu_share_fallback_to_cpu_when_constrained is false: change the hook, or set it to true"
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pytest_gpushare.config.sources import job_name, report_files
+from pytest_gpushare.errors import SettingsError
 
 HERE = Path("/here")
 
@@ -36,3 +37,10 @@ def test_host_and_job_stand_in_the_name(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("SLURM_PROCID", raising=False)
     found = report_files(["r-{host}-{job}.json", "{other}.html"], HERE)
     assert found == (HERE / "r-box-1-7.json", HERE / "{other}.html")
+
+
+def test_a_home_that_does_not_exist() -> None:
+    with pytest.raises(
+        SettingsError, match=r"--gpu-share-report ~nobody-here/r.json: no such home"
+    ):
+        report_files(["~nobody-here/r.json"], HERE)

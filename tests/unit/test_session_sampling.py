@@ -11,6 +11,7 @@ from simulator.child import wait_for
 
 from pytest_gpushare.gpu.attribution import Attribution
 from pytest_gpushare.gpu.readings import LiveVram
+from pytest_gpushare.session import workers
 from pytest_gpushare.session.sampler import Sampler
 from pytest_gpushare.session.tests import PhaseReport, RecordedTest, RecordedTests
 from pytest_gpushare.session.workers import LEAST, LeftVram, Peak
@@ -77,11 +78,31 @@ def test_counters_know_better_than_nvml() -> None:
 def test_what_a_worker_gone_wild_tells_is_dropped(message: object) -> None:
     run = Scene()
     run.active.links.receive("gw0", ("test", message))
+    run.active.links.receive("gw0", ("own", message))
     run.active.links.receive("gw0", ("here", "x"))
     run.active.links.receive("gw9", ("here", 5))
     run.ran("t::a", 0)
     (test,) = run.finish().tests
     assert (test.peak, test.left) == (None, None)
+
+
+def test_what_a_worker_read_of_itself_may_come_after_its_test() -> None:
+    run = Scene()
+    run.ran("t::a", 0)
+    run.active.links.receive("gw0", ("own", {"nodeid": "t::a", "held": 5 * GB, "at": 1.0}))
+    (test,) = run.finish().tests
+    assert test.peak == Peak(5 * GB, "nvml", False)
+
+
+def test_a_long_test_keeps_the_highest_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_MOST_READINGS", 4)
+    run = Scene()
+    member = run.active.workers.get("gw0")
+    assert member is not None
+    for at, size in enumerate([1, 6, 2, 3, 9, 4, 5, 1]):
+        run.active.workers.read(member, float(at), size * GB)
+    assert len(member.readings) <= 4
+    assert run.active.workers.peak_between(member, 0.0, 9.0) == Peak(9 * GB, "nvml", False)
 
 
 def journal() -> RecordedTests:
