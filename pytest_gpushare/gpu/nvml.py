@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, GpuProcess, Memory
 from pytest_gpushare.gpu.host import unified_memory
 from pytest_gpushare.gpu.vendors import NeighbourOf, Vendor
-from pytest_gpushare.text import printable
+from pytest_gpushare.text import printable, shown_text
 from pytest_gpushare.units import MOST_VRAM
 
 VARIABLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
@@ -29,6 +29,8 @@ _ORDINAL = r"([+-]?)([0-9]+)"
 _NOT_SUPPORTED = 3
 _NO_INSTANCE = (2, 6)
 """What NVML answers to an index at which there is no MIG instance."""
+_COMPUTE_MODES = {2: ComputeMode.PROHIBITED, 1: ComputeMode.EXCLUSIVE, 3: ComputeMode.EXCLUSIVE}
+"""1 is EXCLUSIVE_THREAD, which drivers have treated as EXCLUSIVE_PROCESS since CUDA 8."""
 _MOST_DEVICES = 256
 _MOST_MIG = 16
 
@@ -70,23 +72,23 @@ class Nvml:
                 self._library = pynvml
                 return
         # Closed while a slow driver was still opening: shut down here.
-        self._shut_down(pynvml)
+        _or_none(pynvml.nvmlShutdown)
 
     def close(self) -> None:
         """Shut the library down; harmless when it never opened."""
         with self._lock:
             library, self._library, self._closed = self._library, None, True
         if library is not None:
-            self._shut_down(library)
+            _or_none(library.nvmlShutdown)
 
     def versions(self) -> Mapping[str, str]:
         """Those of the library and of the CUDA that its driver supports, where it says so."""
         if self._library is None:
             return {}
-        nvml = _text(self._or_none(self._library.nvmlSystemGetNVMLVersion))
-        cuda = self._or_none(self._library.nvmlSystemGetCudaDriverVersion)
+        nvml = _text(_or_none(self._library.nvmlSystemGetNVMLVersion))
+        cuda = _or_none(self._library.nvmlSystemGetCudaDriverVersion)
         found = {"NVML": nvml} if nvml else {}
-        if isinstance(cuda, int) and cuda > 0:
+        if cuda:
             found["CUDA up to"] = f"{cuda // 1000}.{cuda % 1000 // 10}"
         return found
 
@@ -124,7 +126,7 @@ class Nvml:
             all_devices=tuple(devices),
             absence="" if seen.devices else absence,
             problems=(*problems, *([seen.problem] if seen.problem else [])),
-            driver=self._or_none(self._library.nvmlSystemGetDriverVersion),
+            driver=_or_none(self._library.nvmlSystemGetDriverVersion),
             own_process_has_context=any(
                 process.pid == own for device in devices for process in device.processes or ()
             ),
@@ -189,13 +191,13 @@ class Nvml:
         problems += dict.fromkeys(left_out)
 
     def _has_mig(self, handle: Any) -> bool:
-        mode = self._or_none(lambda: self._library.nvmlDeviceGetMigMode(handle))
+        mode = _or_none(lambda: self._library.nvmlDeviceGetMigMode(handle))
         return mode is not None and mode[0] == 1
 
     def _device(self, handle: Any, index: str, parent: Any = None) -> Device:
         whole = handle if parent is None else parent
         uuid = str(self._library.nvmlDeviceGetUUID(handle))
-        name = self._or_none(lambda: self._library.nvmlDeviceGetName(handle))
+        name = _or_none(lambda: self._library.nvmlDeviceGetName(handle))
         memory = self._memory(handle)
         unified = memory is None
         processes = self._processes(handle)
@@ -217,15 +219,15 @@ class Nvml:
             used=used,
             free=free,
             processes=processes,
-            compute_mode=_compute_mode(
-                self._or_none(lambda: self._library.nvmlDeviceGetComputeMode(whole))
+            compute_mode=_COMPUTE_MODES.get(
+                _or_none(lambda: self._library.nvmlDeviceGetComputeMode(whole)), ComputeMode.DEFAULT
             ),
-            capability=_capability(
-                self._or_none(lambda: self._library.nvmlDeviceGetCudaComputeCapability(whole))
+            capability=tuple(
+                _or_none(lambda: self._library.nvmlDeviceGetCudaComputeCapability(whole)) or (0, 0)
             ),
             parent=""
             if parent is None
-            else self._or_none(lambda: str(self._library.nvmlDeviceGetUUID(parent))) or "",
+            else _or_none(lambda: str(self._library.nvmlDeviceGetUUID(parent))) or "",
             unified=unified,
         )
 
@@ -247,7 +249,7 @@ class Nvml:
         return Memory(int(memory.total), int(memory.used), int(memory.free))
 
     def _processes(self, handle: Any) -> tuple[GpuProcess, ...] | None:
-        found = self._or_none(lambda: self._library.nvmlDeviceGetComputeRunningProcesses_v3(handle))
+        found = _or_none(lambda: self._library.nvmlDeviceGetComputeRunningProcesses_v3(handle))
         if found is None:
             return None
         return tuple(
@@ -259,15 +261,12 @@ class Nvml:
             for process in found
         )
 
-    def _shut_down(self, library: Any) -> None:
-        with contextlib.suppress(Exception):
-            library.nvmlShutdown()
 
-    def _or_none(self, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except Exception:
-            return None
+def _or_none(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception:
+        return None
 
 
 def reason(error: Exception) -> str:
@@ -309,19 +308,6 @@ def _unified() -> Memory:
     return Memory(total, total - free, free)
 
 
-def _compute_mode(mode: object) -> ComputeMode:
-    # 1 is EXCLUSIVE_THREAD, which drivers have treated as EXCLUSIVE_PROCESS since CUDA 8.
-    return {2: ComputeMode.PROHIBITED, 1: ComputeMode.EXCLUSIVE, 3: ComputeMode.EXCLUSIVE}.get(
-        mode if isinstance(mode, int) else 0, ComputeMode.DEFAULT
-    )
-
-
-def _capability(found: object) -> tuple[int, int]:
-    if isinstance(found, (list, tuple)) and len(found) == 2:
-        return int(found[0]), int(found[1])
-    return 0, 0
-
-
 def _text(found: object, most: int = 80) -> str:
     return printable(str(found or ""), most)
 
@@ -356,15 +342,13 @@ def visible(devices: Sequence[Device], value: str | None, order: str | None = No
     if not value.strip():
         return Visible((), absence=f"{VARIABLE} is empty; unset it or name a device")
     found: list[Device] = []
-    problem, written = "", f"{VARIABLE}={_short(value)}"
+    problem, written = "", f"{VARIABLE}={shown_text(value, 100)}"
     gpus = _as_cuda_counts(devices, order)
     for entry in value.split(","):
         device = _named(gpus, entry.strip())
         if device is None:
-            problem = (
-                f'{written}: "{_short(entry.strip())}" names no device: it and what follows '
-                "are ignored"
-            )
+            text = shown_text(entry.strip(), 100)
+            problem = f'{written}: "{text}" names no device: it and what follows are ignored'
             break
         if device in found:
             twice = f"{written}: names {device.label} twice: CUDA then sees no device"
@@ -416,12 +400,6 @@ def _as_cuda_counts(devices: Sequence[Device], order: str | None) -> dict[str, l
 
 def _are_mixed(devices: Sequence[Device]) -> bool:
     return len({device.name for device in devices}) > 1
-
-
-def _short(text: str) -> str:
-    """A piece of the environment, fit for one line of a message."""
-    text = printable(text)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _order_matters(devices: Sequence[Device], value: str, order: str | None) -> bool:
