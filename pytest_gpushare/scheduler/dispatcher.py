@@ -69,7 +69,7 @@ class Dispatcher:
             from pytest_gpushare.scheduler.model_dispatch import ModelDispatch
 
             self.models = ModelDispatch(
-                models, jobs, self._gpu, self._cpu, self._fallback, self._pressure.reclaiming
+                models, self._gpu, self._cpu, self._fallback, self._pressure.reclaiming
             )
             self._admitting.models = self.models
         self._left = len(jobs)
@@ -336,11 +336,11 @@ class Dispatcher:
 
     def _begin(self) -> None:
         self._begun = True
-        found = routes(self._jobs, self._gpu, self._cpu)
+        found = routes(self._gpu, self._cpu)
         if self.models is not None:
             found = self.models.take(found)
         alone = len(self._gpu.workers) == 1 and not self._cpu.workers
-        self._gpu.pending, self._gpu.cold = ordered(found.gpu, self._jobs, self._gpu, alone=alone)
+        self._gpu.pending = ordered(found.gpu, self._gpu, alone=alone)
         if alone and self._gpu.policy.dist == "load":
             self._alone = LoadOrder(found.gpu, self._gpu.policy.chunk)
         self._fallback.refuse(found.refused)

@@ -19,13 +19,10 @@ from pytest_gpushare.scheduler.types import (
     Admit,
     CloseModel,
     EmptyCaches,
-    Job,
     Run,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pytest_gpushare.scheduler.cpu_pool import CpuPool, CpuWorker
     from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
     from pytest_gpushare.scheduler.model_queue import ModelQueue, Offer
@@ -43,7 +40,6 @@ class ModelDispatch:
     def __init__(
         self,
         models: ModelQueue,
-        jobs: Sequence[Job],
         gpu: GpuPool,
         cpu: CpuPool,
         fallback: Fallback,
@@ -58,7 +54,7 @@ class ModelDispatch:
         self._asked: dict[int | None, float] = {}
         """Group -> since when the first of its tests waits for the model."""
         self._room = ModelRoom(models, gpu, reclaiming)
-        self._jobs, self._gpu, self._cpu, self._fallback = jobs, gpu, cpu, fallback
+        self._jobs, self._gpu, self._cpu, self._fallback = gpu.jobs, gpu, cpu, fallback
         cpu.divert = self._take_over
         gpu.bars = self.bars
 

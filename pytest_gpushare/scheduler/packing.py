@@ -40,10 +40,8 @@ class Bin(NamedTuple):
     """What an idle worker holds that has run a test, in bytes."""
 
 
-def ordered(
-    tests: Sequence[int], jobs: Sequence[Job], gpu: GpuPool, *, alone: bool = False
-) -> tuple[Pending, bool]:
-    """The GPU tests in the order to start them, and whether that is for lack of durations.
+def ordered(tests: Sequence[int], gpu: GpuPool, *, alone: bool = False) -> Pending:
+    """The GPU tests in the order to start them; how it is to be followed is noted in the pool.
 
     `alone`: one worker runs all tests of the run, in stock xdist's order, as no other order
     would pack better: that of collection, or of groups the largest first. Else, with known
@@ -51,7 +49,7 @@ def ordered(
     fit beside the contexts of its device's other workers comes first of all: then they have
     none yet, and need not be ended for its sake.
     """
-    grouped = gpu.policy.dist in GROUPED
+    jobs, grouped = gpu.jobs, gpu.policy.dist in GROUPED
     if alone and not grouped:
         units = [Unit([test]) for test in tests]
     else:
@@ -82,20 +80,17 @@ def ordered(
         return Pending([(units[at], kinds[at], needs[at]) for at in order])
 
     if grouped and alone and gpu.policy.reorder:
-        return pending(sorted(range(len(units)), key=lambda at: -len(units[at].tests))), False
+        return pending(sorted(range(len(units)), key=lambda at: -len(units[at].tests)))
     if alone or (grouped and not gpu.policy.reorder):
-        return pending(range(len(units))), False
+        return pending(range(len(units)))
     sizes = [whole_size(unit) for unit in units]
     order = best_order(sizes, [_seconds(unit, jobs) for unit in units], bins)
-    cold = order is None
+    gpu.cold = order is None
     if order is None:
-        order = sorted(range(len(units)), key=sizes.__getitem__, reverse=True)
-    first = [at for at in order if (cold if kinds[at][1] else sizes[at] > widest)]
-    if first:
-        chosen = set(first)
-        order = [*first, *(at for at in order if at not in chosen)]
+        order = _sorted(sizes)
+    first = [at for at in order if (gpu.cold if kinds[at][1] else sizes[at] > widest)]
     gpu.prefix = len(first)
-    return pending(order), cold
+    return pending(list(dict.fromkeys([*first, *order])))
 
 
 def _slots(gpu: GpuPool) -> dict[int, int]:

@@ -5,7 +5,7 @@ GPU tests that get no GPU are run on the CPU, skipped or failed, with the figure
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.scheduler.cpu_pool import CpuPool
@@ -29,12 +29,12 @@ class Routes(NamedTuple):
     """Marked tests that only CPU workers have collected, and the reason to give."""
 
 
-def routes(jobs: Sequence[Job], gpu: GpuPool, cpu: CpuPool) -> Routes:
+def routes(gpu: GpuPool, cpu: CpuPool) -> Routes:
     """Marked tests go to GPU workers, all others to CPU workers where there are any."""
     result = Routes([], [], {}, {})
     largest = _largest(gpu)
     gpu.settle({count: most for count, (most, _) in largest.items()})
-    for number, job in enumerate(jobs):
+    for number, job in enumerate(gpu.jobs):
         on_gpu = any(worker.knows(number) for worker in gpu.workers.values())
         on_cpu = cpu.could_run(number)
         if job.refusal:
