@@ -242,8 +242,7 @@ class Dispatcher:
         """
         gpu_worker = self._gpu.workers.get(worker)
         if gpu_worker is not None and gpu_worker.sent:
-            gpu_worker.more = MoreWanted(number, size, takes_less)
-            self._gpu.raising[worker] = gpu_worker
+            self._gpu.raising[worker] = MoreWanted(number, size, takes_less)
 
     def returned(self, worker: str, tests: Collection[int]) -> None:
         """The worker has given back these tests, which it had not begun."""

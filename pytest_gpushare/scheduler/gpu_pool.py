@@ -18,7 +18,7 @@ class GpuWorker:
     __slots__ = (
         "bound", "collected", "deadline", "device", "devices", "emptied",
         "emptying", "ending", "helps_in", "id", "last_group", "latest", "leaves", "left_groups",
-        "more", "most", "question", "reserved", "sent", "slot", "unit", "waiting_since",
+        "most", "question", "reserved", "sent", "slot", "unit", "waiting_since",
     )  # fmt: skip
 
     def __init__(
@@ -46,8 +46,6 @@ class GpuWorker:
         """When the bound test was first found not to fit."""
         self.question = ""
         """Where in the running test the worker requested its next one: `start` or `end`."""
-        self.more: MoreWanted | None = None
-        """The last wish of a running test for more than its need."""
         self.deadline: float | None = None
         """When its short tests should long be over."""
         self.latest = -1
@@ -135,8 +133,8 @@ class GpuPool:
         """Device -> the idle workers of that device."""
         self.waiting: dict[str, GpuWorker] = {}
         """The workers whose next test waits for its admission, in the order of binding."""
-        self.raising: dict[str, GpuWorker] = {}
-        """The workers whose running test wants more than its need, and waits for that."""
+        self.raising: dict[str, MoreWanted] = {}
+        """Worker -> what its running test wants beyond its need, and waits for."""
         self.changed: set[str] = set()
         """The devices on which something changed, so that what did not fit may fit now."""
         self.filled: dict[str, float] = dict.fromkeys(ledgers, float("-inf"))
@@ -374,7 +372,7 @@ class GpuPool:
         if self.raising and worker.id not in self.raising:
             # A test that runs already and waits for more goes before those that have not begun.
             wanted = worker.devices[:count]
-            if any(other.device in wanted for other in self.raising.values()):
+            if any(self.workers[other].device in wanted for other in self.raising):
                 return -1
         if len(worker.devices) < count:
             return -1

@@ -159,9 +159,9 @@ class Reclaiming:
     def raise_needs(self) -> Iterator[Action]:
         """Give running tests that want more what is there, and see to the rest."""
         pool = self._pool
-        for worker in list(pool.raising.values()):
-            more, ledger = worker.more, pool.ledgers[worker.device]
-            assert more is not None
+        for name, more in list(pool.raising.items()):
+            worker = pool.workers[name]
+            ledger = pool.ledgers[worker.device]
             size, left = more.size, ledger.limit(worker.id)
             there = max(left, ledger.accounts[worker.id].committed)
             if more.takes_less:
@@ -178,7 +178,7 @@ class Reclaiming:
                 yield Raised(worker.id, more.number, False, text=text)
             else:
                 if not more.is_noted:
-                    worker.more = more._replace(is_noted=True)
+                    pool.raising[name] = more._replace(is_noted=True)
                     there_is = f"{format_gb(max(0, left))} is left for it"
                     text = f"{there_is} on {ledger.capacity.label}{held_by(ledger)}"
                     yield Raised(worker.id, more.number, False, is_final=False, text=text)

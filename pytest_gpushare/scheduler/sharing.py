@@ -87,16 +87,15 @@ class Sharing:
         if ledger.awaited_by_model:
             return A_MODEL, ledger.awaited_by_model
         pool = self._pool
-        raising = (w for w in pool.raising.values() if w.device == device and w.more and w.sent)
-        worker = next(raising, None)
-        if worker is not None and worker.more is not None:
-            test, need = worker.sent[0], worker.more.size
-        else:
-            waiter = self._pressure.first_waiter(device)
-            if waiter is None:
-                return None, 0
+        raising = [name for name in pool.raising if pool.workers[name].device == device]
+        if raising:
+            worker, need = pool.workers[raising[0]], pool.raising[raising[0]].size
+            test = worker.sent[0]
+        elif waiter := self._pressure.first_waiter(device):
             worker, test = waiter.worker, waiter.test
             need = pool.bytes_for(worker, test)
+        else:
+            return None, 0
         live = ledger.limit_by_free_vram(worker.id)
         if need > ledger.limit_by_budget(worker.id) or live is None or need <= live:
             # Tests of this session are in its way, or nothing is.
