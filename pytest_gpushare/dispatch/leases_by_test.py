@@ -21,7 +21,6 @@ from pytest_gpushare.scheduler.sharing import (
     is_asked,
     lease_on,
     others_on,
-    share_of,
 )
 from pytest_gpushare.scheduler.types import NOBODY, Action, DeviceCapacity, DeviceReading, Others
 
@@ -95,9 +94,9 @@ class SharedDevices:
             progress, readings = self._progress_of(view), dict(found)
             for uuid, device in self._capacities.items():
                 reading, claims = found.get(uuid, DeviceReading()), view.claims.get(uuid, NOTHING)
-                share = share_of(own[uuid], self._lessee.seniority)
+                seniority = self._lessee.seniority
                 ticket = view.ticket if self._has_begun else _BEFORE_ALL
-                others = others_on(device, reading, claims, own[uuid], share, ticket)
+                others = others_on(device, reading, claims, own[uuid], seniority, ticket)
                 if not self._has_begun:
                     others = others._replace(limit=self._lessee.record.lease(uuid).lease)
                 others = others._replace(

@@ -28,7 +28,6 @@ from pytest_gpushare.scheduler.sharing import (
     is_asked,
     lease_on,
     others_on,
-    share_of,
 )
 from pytest_gpushare.scheduler.types import DeviceReading, Others
 from pytest_gpushare.text import one_line
@@ -175,8 +174,8 @@ class LeaseHere:
             claims = view.claims.get(uuid, NOTHING)
             memory = view.memory.get(uuid)
             reading = DeviceReading(None if memory is None else memory.free)
-            share = share_of(own, self._lessee.seniority)
-            found = others_on(device, reading, claims, own, share, ticket)
+            seniority = self._lessee.seniority
+            found = others_on(device, reading, claims, own, seniority, ticket)
             left = device.budget - own.committed
             if reading.free is not None:
                 left = min(left, reading.free - own.reserved - own.outstanding)

@@ -157,23 +157,19 @@ def _kept(account: Account, context: int) -> int:
     return min(account.committed, max(account.held, context))
 
 
-def share_of(own: OwnShare, seniority: Seniority) -> Share:
-    """What this session has of a device, as the others see it."""
-    return Share(seniority, own.kept, own.committed - own.kept, own.idle, own.most)
-
-
 def others_on(
     device: DeviceCapacity,
     reading: DeviceReading,
     claims: DeviceClaims,
     own: OwnShare,
-    share: Share,
+    seniority: Seniority,
     ticket: int,
 ) -> Others:
     """What the other sessions make of a device, from their records and a reading of it.
 
     `ticket` is this session's place in the queue, 0 for none.
     """
+    share = Share(seniority, own.kept, own.committed - own.kept, own.idle, own.most)
     resident = device.resident if reading.resident is None else reading.resident
     # Sessions may keep different amounts for Ollama: the largest counts, once.
     more = max(0, max(own.reservation, claims.reserved) - resident)

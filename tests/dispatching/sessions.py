@@ -12,7 +12,7 @@ from pytest_gpushare.gpu.devices import GpuProcess
 from pytest_gpushare.leases.claims import DeviceClaims, claims_of
 from pytest_gpushare.leases.ledger import LiveSession
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, SessionWorker
-from pytest_gpushare.scheduler.sharing import lease_on, others_on, share_of
+from pytest_gpushare.scheduler.sharing import lease_on, others_on
 from pytest_gpushare.scheduler.types import (
     NOBODY,
     DeviceCapacity,
@@ -79,8 +79,8 @@ class Session(World):
         for uuid, room in self.rooms.items():
             claims = self.host.claims(self, uuid)
             reading = found.get(uuid, DeviceReading())
-            share = share_of(own[uuid], self.record.seniority(self.name))
-            others = others_on(room, reading, claims, own[uuid], share, self.record.ticket)
+            seniority = self.record.seniority(self.name)
+            others = others_on(room, reading, claims, own[uuid], seniority, self.record.ticket)
             others = others._replace(progress=self.host.progress(self), names="others")
             result[uuid] = reading._replace(others=others if claims.shares else NOBODY)
         return result
