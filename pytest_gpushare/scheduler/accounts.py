@@ -245,6 +245,14 @@ class DeviceLedger:
         live -= self.beyond - own.beyond
         return live if leased is None or live < leased else leased
 
+    def fits_alone(self, need: int) -> bool:
+        """Whether so much fits here once all our tests are over; what others hold stays."""
+        if self.reading.free is None:
+            return True
+        # What is set aside beyond what tests will still take is there already, and comes back.
+        ours = self.committed - self.outstanding
+        return self.reading.free - self.kept + ours >= need
+
     def bars(self, account: Account) -> bool:
         """Whether older sessions need the VRAM that this worker would keep between its tests."""
         keepable = self.reading.others.keepable

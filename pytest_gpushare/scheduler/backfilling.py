@@ -86,7 +86,7 @@ class Backfilling:
                 left -= more
                 over = pool.at + (pool.expected(head.bound) or 0.0)
                 running.append((over, more, pool.average is not None))
-            elif not self._is_out_of_reach(head, ledger):
+            elif ledger.fits_alone(pool.bytes_for(head, head.bound)):
                 break
         else:
             return need <= left
@@ -159,13 +159,3 @@ class Backfilling:
         """The pending unit that is first in the order and was overtaken often enough."""
         front = self._pool.pending.front()
         return front if front is not None and front.overtaken >= self.patience else None
-
-    def _is_out_of_reach(self, head: GpuWorker, ledger: DeviceLedger) -> bool:
-        """Whether it would not fit though all our tests were over: others hold the VRAM."""
-        assert head.bound is not None
-        if ledger.reading.free is None:
-            return False
-        # What is set aside beyond what tests will still take is there already, and comes back.
-        ours = ledger.committed - ledger.outstanding
-        wanted = self._pool.bytes_for(head, head.bound)
-        return ledger.reading.free - ledger.kept + ours < wanted

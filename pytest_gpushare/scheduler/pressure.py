@@ -341,8 +341,9 @@ class Pressure:
             if live is not None and whole > live:
                 short, busy = whole - live, ledger.runs_beside(worker.id)
                 asked = reclaiming.empty(ledger, worker, short, busy)
-                is_on_its_way = reclaiming.is_under_way(ledger)
-                is_on_its_way = is_on_its_way or self._fits_after_running_tests(ledger, whole)
+                is_on_its_way = reclaiming.is_under_way(ledger) or (
+                    bool(ledger.running) and ledger.fits_alone(whole)
+                )
                 # A test without a model has the VRAM when the model is gone.
                 comes_back = ledger.has_model_reservation and pool.jobs[waiter.test].model is None
                 if asked or is_on_its_way or comes_back:
@@ -351,13 +352,6 @@ class Pressure:
             if pool.need(waiter.test).exclusive and ledger.runs_beside(worker.id):
                 return []
         return []
-
-    def _fits_after_running_tests(self, ledger: DeviceLedger, need: int) -> bool:
-        """Whether the test fits once our running tests are over, whatever others hold."""
-        if not ledger.running or ledger.reading.free is None:
-            return bool(ledger.running)
-        held = ledger.committed - ledger.outstanding
-        return ledger.reading.free - ledger.kept + held >= need
 
     def _missing(
         self, ledger: DeviceLedger, test: int, need: int, live: int, left_behind: int
@@ -410,8 +404,7 @@ class Pressure:
             blocked.given_up = True
 
 
-def held_by(ledger: DeviceLedger) -> str:
+def held_by(ledger: DeviceLedger, mark: str = "; ") -> str:
     """Who else has VRAM of the device, as the end of a message."""
-    holders, names = ledger.reading.holders, ledger.reading.others.names
-    held = f"; held by {holders}" if holders else ""
-    return held + (f"; leased by {names}" if names else "")
+    found = {"held": ledger.reading.holders, "leased": ledger.reading.others.names}
+    return "".join(f"{mark}{how} by {who}" for how, who in found.items() if who)

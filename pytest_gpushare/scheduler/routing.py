@@ -6,16 +6,14 @@ GPU tests that get no GPU are run on the CPU, skipped or failed, with the figure
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from pytest_gpushare.scheduler.cpu_pool import CpuPool
 from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
+from pytest_gpushare.scheduler.pressure import Pressure, held_by
 from pytest_gpushare.scheduler.queue import Unit
 from pytest_gpushare.scheduler.types import Action, Job
 from pytest_gpushare.units import format_gb, plural
-
-if TYPE_CHECKING:
-    from pytest_gpushare.scheduler.pressure import Pressure
 
 
 class Routes(NamedTuple):
@@ -222,16 +220,12 @@ class Fallback:
                 return ""
             device, live = found
             ledger = gpu.ledgers[device]
-            others = ledger.reading.others
-            by = f", held by {ledger.reading.holders}" if ledger.reading.holders else ""
-            if others.names:
-                by += f", leased by {others.names}"
-            if need <= live + others.held_by_others:
+            if need <= live + ledger.reading.others.held_by_others:
                 # It may not take what another session counts on.
                 self._lent.add(test)
             reason = (
                 f"it needs {format_gb(need)}, and {format_gb(live)} was left on "
                 f"{ledger.capacity.label} for {gpu.policy.pressure_timeout:g} s "
-                f"(gpu_share_pressure_timeout_s){by}"
+                f"(gpu_share_pressure_timeout_s){held_by(ledger, ', ')}"
             )
         return reason

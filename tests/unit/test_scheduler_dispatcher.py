@@ -674,6 +674,20 @@ def test_a_group_that_no_cpu_worker_has_collected_as_a_whole() -> None:
     assert found == [("gw0", (2,)), ("gw1", (3, 1))]
 
 
+@pytest.mark.parametrize("how", ["run", "skip"])
+def test_gpu_test_that_only_cpu_workers_have_collected(how: str) -> None:
+    """It goes to them from the start, with what is to become of it."""
+    made = dispatcher_of([gpu_test("a", 9)], [Worker("gw1")], policy=Policy(without_gpu=how))
+    made.worker_up(gpu_worker(0), set())
+    (run,) = [a for a in made.step({}, 0) if isinstance(a, Run)]
+    assert run.worker == "gw1"
+    why = "no GPU worker has collected it"
+    skipped = ("skip", f"no GPU for this test: {why} (gpu_share_without_gpu = skip)")
+    assert run.admissions[0] == (
+        Admission(note=f"ran without a GPU: {why}") if how == "run" else Admission(refusal=skipped)
+    )
+
+
 def test_no_gpu_worker_is_left() -> None:
     """What waited for a GPU runs on the CPU, with the reason."""
     made = dispatcher_of([gpu_test("a", 9), gpu_test("b", 9)], [gpu_worker(0), Worker("gw1")])
