@@ -106,12 +106,7 @@ class Weighed(NamedTuple):
     @property
     def has_needs(self) -> bool:
         """Whether any test asks for more than to be run on a GPU worker."""
-        return any(job.refusal or (job.need is not None and _asks(job)) for job in self.jobs)
-
-
-def _asks(job: Job) -> bool:
-    need = job.need
-    return need is not None and (need.source != "slot" or need.devices > 1 or need.exclusive)
+        return any(job.refusal or (job.need is not None and job.need.asks()) for job in self.jobs)
 
 
 Learned: TypeAlias = Callable[[str], "tuple[int | None, float | None]"]

@@ -169,6 +169,10 @@ class Need(NamedTuple):
     source: str = "slot"
     """`marker`, `rule`, `learned` or `slot`: where `vram` is from."""
 
+    def asks(self) -> bool:
+        """Whether it asks for more than a slot of one device."""
+        return self.source != "slot" or self.devices > 1 or self.exclusive
+
 
 class Mark(NamedTuple):
     """A marker of a test, the closest to it first in a list of them."""
