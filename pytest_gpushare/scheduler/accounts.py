@@ -61,7 +61,7 @@ class DeviceLedger:
         self.reading = DeviceReading()
         self.has_report = False
         """Whether a test is over since then: the same figures mean something else now."""
-        self.kept = _kept(capacity, self.reading)
+        self.kept = 0
         """What must stay free: Ollama's outstanding reservation, the safety buffer, and what
         other sessions claim."""
         self.budget = capacity.budget
@@ -72,6 +72,7 @@ class DeviceLedger:
         """Whether NVML has reported what a worker holds here."""
         self.present = self.committed = self.outstanding = self.beyond = 0
         """The sums over all accounts."""
+        self._recount()
 
     def open(self, worker: str) -> None:
         """A worker that sees the device; it has no context yet."""
@@ -178,8 +179,11 @@ class DeviceLedger:
         self.has_report = True
 
     def _recount(self) -> None:
-        limit, budget = self.reading.others.limit, self.capacity.budget
-        self.kept = _kept(self.capacity, self.reading)
+        capacity, reading, others = self.capacity, self.reading, self.reading.others
+        resident = capacity.resident if reading.resident is None else reading.resident
+        outstanding = max(0, capacity.reservation - resident)
+        self.kept = outstanding + capacity.safety_buffer + others.claimed
+        limit, budget = others.limit, capacity.budget
         self.budget = budget if limit is None else min(limit, budget)
 
     @property
@@ -315,9 +319,3 @@ class DeviceLedger:
             return outstanding
         taken = self._lacking() - self._unseen_beside(None)
         return max(0, outstanding - max(0, min(taken, unknown)))
-
-
-def _kept(capacity: DeviceCapacity, reading: DeviceReading) -> int:
-    resident = capacity.resident if reading.resident is None else reading.resident
-    outstanding = max(0, capacity.reservation - resident)
-    return outstanding + capacity.safety_buffer + reading.others.claimed

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pytest_gpushare.scheduler.accounts import DeviceLedger
     from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
 
+OVERTAKEN = 3
+"""How many tests for each worker may overtake the one that is first in the order."""
+
 
 class Backfilling:
     """The tests that wait for admission, and what may pass them."""
@@ -26,11 +29,6 @@ class Backfilling:
         self._pool = pool
         self._ends: dict[str, tuple[float, bool]] = {}
         """Worker -> when its tests should be over, and whether their durations are known."""
-
-    @property
-    def patience(self) -> int:
-        """How many tests may overtake one that is first in the order."""
-        return 3 * max(1, len(self._pool.workers))
 
     def waiting(self, device: str) -> Iterator[GpuWorker]:
         """The workers whose next test waits for this device, in the order of binding.
@@ -157,5 +155,5 @@ class Backfilling:
 
     def overdue(self) -> Unit | None:
         """The pending unit that is first in the order and was overtaken often enough."""
-        front = self._pool.pending.front()
-        return front if front is not None and front.overtaken >= self.patience else None
+        front, patience = self._pool.pending.front(), OVERTAKEN * max(1, len(self._pool.workers))
+        return front if front is not None and front.overtaken >= patience else None

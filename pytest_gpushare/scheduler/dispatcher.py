@@ -1,9 +1,17 @@
 """Which test goes where and when: events in, actions out. Pure: no clock, no I/O.
 
-The parts: `routing` sends tests to kinds of workers and sorts out what can never run,
-`packing` finds the order, `admission` follows it by the `accounts`, `backfilling` sees to it that
-no test waits without end, `pressure` frees VRAM and waits, within limits, for VRAM that others
-hold, `cpu_pool` fills deep queues.
+The parts, in the order in which to read them:
+
+- `types`: events and actions as values; `needs`: what a test needs;
+- `queue`: tests that go to one worker, and those that no worker has, found by what fits;
+- `accounts`: what each worker may hold of a device; `gpu_pool` and `cpu_pool`: the workers;
+- `routing` sends tests to kinds of workers and sorts out what can never run; `packing` finds the
+  order;
+- `admission` follows it by the accounts; `backfilling` sees to it that no test waits without end;
+- `pressure` frees VRAM and waits, within limits, for VRAM that others hold; `sharing` says what
+  other sessions are to know;
+- where tests use models: `model_queue` says which model is loaded when, `model_room` keeps its
+  VRAM, and `model_dispatch` hands the tests out.
 """
 
 from __future__ import annotations
