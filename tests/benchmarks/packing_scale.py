@@ -23,7 +23,7 @@ from dispatching import makespan_by_bound
 
 from pytest_gpushare.scheduler.dispatcher import Dispatcher
 from pytest_gpushare.scheduler.needs import Need
-from pytest_gpushare.scheduler.types import DeviceCapacity, DeviceReading, Job, Run, Worker
+from pytest_gpushare.scheduler.types import Admit, DeviceCapacity, DeviceReading, Job, Run, Worker
 from pytest_gpushare.units import GB
 
 DEVICES, WORKERS = 16, 64
@@ -67,10 +67,13 @@ def dispatched(count: int, *, known: bool, different: bool) -> float:
     done = 0
     while True:
         for action in actions:
-            if isinstance(action, Run):
-                heappush(
-                    running, (now + durations[action.tests[0]], action.worker, action.tests[0])
-                )
+            if isinstance(action, Admit):
+                started = action.test
+            elif isinstance(action, Run) and action.admitted:
+                (started,) = action.tests
+            else:
+                continue
+            heappush(running, (now + durations[started], action.worker, started))
         if not running:
             break
         now, worker, test = heappop(running)
