@@ -139,15 +139,11 @@ _FIELDS = len(DeviceLease._fields)
 def to_bytes(record: LeaseRecord) -> bytes:
     """The record as it is written: `SIZE` bytes. What does not fit is left out, workers first."""
     workers = sorted(record.workers, key=lambda worker: worker.role != "gpu")
-    while True:
-        text = _text(record, workers)
-        if len(text) <= SIZE:
-            return text.ljust(SIZE)
-        if not workers:
-            break
+    while workers and len(_text(record, workers)) > SIZE:
         del workers[-max(1, len(workers) // 8) :]
-    for smaller in (record._replace(models=()), record._replace(models=(), root="", user="")):
-        text = _text(smaller, ())
+    bare = record._replace(models=())
+    for smaller in (record, bare, bare._replace(root="", user="")):
+        text = _text(smaller, workers)
         if len(text) <= SIZE:
             return text.ljust(SIZE)
     raise UnreadableError(f"{len(record.devices)} devices are more than a record holds")

@@ -527,3 +527,13 @@ def test_holder_in_another_pid_namespace(directory: Path) -> None:
         child.kill()
         child.wait(30)
     wait_for(lambda: not others(ledger))
+
+
+def test_more_devices_than_a_record_holds(directory: Path) -> None:
+    devices = {f"GPU-{n:090d}": DeviceLease(1 << 49, 1 << 49, 1 << 49) for n in range(64)}
+    ledger = Ledger(directory)
+    with (
+        pytest.raises(LedgerError, match="64 devices are more than a record holds"),
+        ledger.gate(),
+    ):
+        ledger.publish(RECORD._replace(devices=devices))

@@ -58,6 +58,17 @@ def test_workers_beyond_the_block_are_left_out() -> None:
     assert 0 < len(found.workers) < 308
 
 
+@pytest.mark.parametrize(("devices", "is_bare"), [(15, False), (32, True)])
+def test_models_then_names_are_left_out(devices: int, is_bare: bool) -> None:
+    """Where what is claimed leaves no room for them."""
+    claimed = {f"GPU-{n:089d}": DeviceLease(1 << 49, n + 1) for n in range(devices)}
+    models = tuple(f"{n:0190d}" for n in range(16))
+    content = to_bytes(RECORD._replace(devices=claimed, models=models, root="/srv" * 50))
+    found = from_bytes(content)
+    assert (len(content), found.devices, found.models) == (SIZE, claimed, ())
+    assert (found.root == "") == is_bare
+
+
 def test_more_devices_than_fit() -> None:
     devices = {f"GPU-{n:090d}": DeviceLease(1 << 49, 1 << 49, 1 << 49, 1 << 49) for n in range(64)}
     with pytest.raises(UnreadableError, match="64 devices"):
