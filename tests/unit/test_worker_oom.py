@@ -67,10 +67,6 @@ def test_recognised(error: BaseException) -> None:
     assert len(said) <= 200
 
 
-def quoting(error: BaseException) -> str:
-    return f"the log says: {error}"
-
-
 OTHERS = {
     "an assertion": AssertionError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     "an assertion on a log": AssertionError("assert 'CUDA_ERROR_OUT_OF_MEMORY' not in 'log'"),

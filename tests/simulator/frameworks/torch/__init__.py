@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 __version__ = "2.13.0"
-uint8, float16, float32 = ("uint8", 1), ("float16", 2), ("float32", 4)
+uint8, float32 = ("uint8", 1), ("float32", 4)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -30,9 +30,6 @@ class Tensor:
         if self.is_cuda:
             block = cuda.allocator(where.index).take(nbytes)
             weakref.finalize(self, cuda.allocator(where.index).give, block).atexit = False
-
-    def numel(self) -> int:
-        return self.nbytes
 
     def cuda(self) -> Tensor:
         return Tensor(self.nbytes, device("cuda"))

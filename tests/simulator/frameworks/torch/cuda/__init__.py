@@ -31,16 +31,7 @@ def device_count() -> int:
     return gpusim.device_count() if gpusim.available() else 0
 
 
-def current_device() -> int:
-    _lazy_init()
-    return 0
-
-
 def init() -> None:
-    _lazy_init()
-
-
-def synchronize(device: int | None = None) -> None:
     _lazy_init()
 
 

@@ -15,7 +15,7 @@ from simulator.sizes import to_text
 
 import torch
 
-KB, MB = 1024, 1024**2
+MB = 1024**2
 ROUND, SMALL, SMALL_SEGMENT, LARGE_SEGMENT = 512, MB, 2 * MB, 20 * MB
 LARGE_FROM = 10 * MB
 
