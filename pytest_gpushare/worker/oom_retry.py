@@ -266,7 +266,7 @@ class Retry:
         self.note = ""
         """What is said of a test that ran out of memory, for its report."""
         self._was_asked = self._inside = self._waits = self._ran_again = False
-        self._phase = ""
+        self._is_calling = False
         self._subtests = False
         self._why = ""
 
@@ -297,9 +297,9 @@ class Retry:
         if self._inside:
             yield
             return
-        self._phase = "call"
+        self._is_calling = True
         outcome = yield
-        self._phase = ""
+        self._is_calling = False
         error = error_of_unittest(item) if outcome.exception is None else outcome.exception
         if isinstance(error, Exception) and self._starts_again(item, error):
             del error
@@ -309,14 +309,14 @@ class Retry:
 
     def reports(self) -> None:
         """A report is about to be made; one that is made during the call is of a subtest."""
-        if self._phase:
+        if self._is_calling:
             self._subtests = True
 
     def explanation(self, item: pytest.Item, call: pytest.CallInfo[None]) -> str:
         """What the report that is about to be made says of a lack of memory; mostly nothing."""
         # A set-up that went well the second time says nothing yet: the call is to come.
         if (
-            self._phase
+            self._is_calling
             or not self._why
             or self.note
             or (call.when == "setup" and call.excinfo is None)
@@ -387,12 +387,12 @@ class Retry:
             renew(item)
             item.ihook.pytest_runtest_setup(item=item)
             if when == "call":
-                self._phase = "call"
+                self._is_calling = True
                 item.ihook.pytest_runtest_call(item=item)
         except BaseException as error:
             outcome.force_exception(error)
         finally:
-            self._inside, self._phase = False, ""
+            self._inside = self._is_calling = False
 
     def _ask(self, item: pytest.Item, said: str) -> Mapping[str, Any] | None:
         while not self._answers.empty():

@@ -139,12 +139,12 @@ class RunLoop:
         self._asked: int | None = None
         """The test of which it was asked what follows, by index."""
         self._index = -1
+        """The test that runs now or ran last; -1: none has run."""
         self._waited = 0.0
         """Seconds for which the test that runs now waited for the next one to be known."""
         self._parked = False
         """Whether nothing follows for now."""
         self._ending = False
-        self._last: pytest.Item | None = None
         self._own = False
         """Whether the test that runs now is run by the protocol below."""
         self._looks_ahead: Callable[[pytest.Item], bool] = lambda _: True
@@ -284,7 +284,7 @@ class RunLoop:
         return self._items[self._queue[0]] if self._queue else None
 
     def _run_one(self, index: int, interactor: Interactor) -> None:
-        item = self._last = self._items[index]
+        item = self._items[index]
         self._index = index
         interactor.begin(index)
         looks_ahead = not self._queue and self._looks_ahead(item)
@@ -322,9 +322,9 @@ class RunLoop:
 
         The last test has been reported; only an error makes a second report of its teardown.
         """
-        item = self._last
-        if item is None:
+        if self._index < 0:
             return
+        item = self._items[self._index]
         try:
             pytest_items.tear_down_all(item.session)
         except (pytest.exit.Exception, KeyboardInterrupt):
