@@ -58,7 +58,7 @@ def sensible(found: Settings | SettingsError) -> bool:
 
 
 @given(st.dictionaries(st.sampled_from(KEYS) | st.text(), VALUES, max_size=3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @example({"safety_buffer_mb": "1\u212aB"})
 @example({"ollama_host": "\ud800"})
 @example({"preset": ["x" * 5000]})
@@ -73,7 +73,7 @@ def test_any_json_value(section: dict[str, Any]) -> None:
 
 
 @given(st.binary(max_size=200) | st.text().map(lambda text: text.encode("utf-8", "replace")))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @example(b'{"gpu_resource_management": {"safety_buffer_mb": 1e99999999999999999999}}')
 @example(b'{"gpu_resource_management": {"a": 1, "a": 1}, "b": NaN}')
 def test_any_bytes(content: bytes) -> None:
@@ -96,7 +96,7 @@ TYPED = VALUES | st.dates() | st.times() | st.just(10**5000)
     st.dictionaries((st.sampled_from(KEYS) | st.text()).map(INI_PREFIX.__add__), st.text()),
     st.dictionaries(st.sampled_from(["preset", "config"]), st.text() | st.lists(st.text())),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @example({"gpu_share_safety_buffer_mb": 10**5000}, {}, {})
 @example({}, {}, {"config": "~no such user/x"})
 @example({}, {}, {"config": "line\nbreak\u2028.json"})

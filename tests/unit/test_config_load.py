@@ -184,7 +184,7 @@ OVERLAPPING = st.fixed_dictionaries(
 
 
 @given(OVERLAPPING)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_precedence_as_told(places: dict[str, dict[str, Any]]) -> None:
     """Any mixture: each key has the value that the rule, written down plainly, gives it."""
     with tempfile.TemporaryDirectory() as directory:

@@ -182,7 +182,8 @@ JSON = st.recursive(
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     st.fixed_dictionaries({"name": st.just("m:7b") | JSON, "size": JSON, "digest": JSON,

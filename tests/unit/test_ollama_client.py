@@ -54,8 +54,8 @@ def read_request(connection: socket.socket) -> bytes:
 
 
 def drip(connection: socket.socket, part: bytes) -> None:
-    """A part every 50 ms, until the client hangs up; 5 s at most."""
-    for _ in range(100):
+    """A part every 50 ms, until the client hangs up; a minute at most."""
+    for _ in range(1200):
         connection.sendall(part)
         time.sleep(0.05)
 
@@ -67,10 +67,11 @@ def get(url: str, limit: float = 5, number: int = 1) -> list[Response]:
 
 
 @contextmanager
-def in_time(limit: float) -> Iterator[None]:
+def in_time() -> Iterator[None]:
+    """Well before the server ends, though it may be a while on a busy machine."""
     began = time.monotonic()
     yield
-    assert time.monotonic() - began < limit
+    assert time.monotonic() - began < 20
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_one_connection_for_several_requests() -> None:
 @pytest.mark.parametrize("mode", ["silent", "drip-header", "drip-body"])
 def test_the_limit_is_for_the_whole_exchange(mode: str) -> None:
     """Nobody else ends it."""
-    with FaultyServer(mode) as server, in_time(1.5), pytest.raises(TimeoutError):
+    with FaultyServer(mode) as server, in_time(), pytest.raises(TimeoutError):
         get(server.host, 0.4)
 
 
@@ -157,7 +158,7 @@ def test_a_handshake_that_hangs_or_drips(part: bytes) -> None:
         # Silent, it waits for the end of the connection.
         drip(connection, part) if part else connection.recv(1)
 
-    with serving(handshake) as host, in_time(1.5), pytest.raises(TimeoutError):
+    with serving(handshake) as host, in_time(), pytest.raises(TimeoutError):
         get(f"https://{host}", 0.4)
 
 
@@ -169,19 +170,19 @@ def test_what_drips_over_tls(start: bytes, tls: ssl.SSLContext, trusted: None) -
             secure.sendall(start)
             drip(secure, b"z")
 
-    with serving(serve) as host, in_time(1.5), pytest.raises(TimeoutError):
+    with serving(serve) as host, in_time(), pytest.raises(TimeoutError):
         get(f"https://{host}", 0.4)
 
 
 def test_hanging_up_from_another_thread() -> None:
     """It ends a request under way at once, and there is no next one."""
-    with FaultyServer("drip-header") as server, in_time(5):
+    with FaultyServer("drip-header") as server, in_time():
         connection = Connection(parse_address(server.host))
         stop = threading.Timer(1.0, connection.hang_up)
         stop.start()
         for _ in range(2):
             with pytest.raises(TimeoutError):
-                connection.get("/", time.monotonic() + 10)
+                connection.get("/", time.monotonic() + 60)
         connection.close()
         stop.join(10)
         assert server.connections == 1

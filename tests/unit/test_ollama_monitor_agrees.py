@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulator.hardware import DeviceState, OutOfMemoryError
 from simulator.ollama import Model, Settings
@@ -174,7 +174,7 @@ def take(step: tuple[str, str, int], here: World) -> None:
             vram.tests[what] = fits
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(
     st.lists(steps, min_size=1, max_size=12),
     st.sampled_from([0, 4 * GB, 8 * GB, 12 * GB, 16 * GB]),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from simulator.ollama import OllamaServer
 
@@ -451,7 +451,6 @@ ARCHITECTURES = st.sampled_from(
 )
 
 
-@settings(deadline=None)
 @given(
     ARCHITECTURES | st.text(max_size=5),
     st.dictionaries(KEYS, JSON | st.integers(0, 10**7)),
@@ -479,7 +478,6 @@ def test_any_answer_is_a_prediction_or_a_reason(
     assert found.vram == found.buffers + OVERHEAD
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(MODELS),
     st.integers(256, 131072),

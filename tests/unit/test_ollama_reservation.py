@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess
@@ -356,7 +355,6 @@ def test_split_by_what_is_used() -> None:
     assert [planned.resident for planned in result.devices] == [6 * GB, 3 * GB]
 
 
-@hypothesis_settings(deadline=None)
 @given(st.integers(0, 24), st.integers(0, 24), st.integers(0, 60), st.booleans(), st.booleans())
 def test_split_never_counts_a_byte_twice(
     one: int, other: int, held: int, first: bool, second: bool

@@ -301,7 +301,7 @@ def faults(count: int, made: dict[str, Any], seed: int) -> dict[str, Any]:
     return more
 
 
-@settings(max_examples=60 if CI else 200, deadline=None, derandomize=CI)
+@settings(max_examples=60 if CI else 200, derandomize=CI)
 @given(st.integers(1, 30), st.integers(0, 2**32))
 @example(29, 309)
 @example(31, 5505)
@@ -318,7 +318,7 @@ def test_random_suites(count: int, seed: int) -> None:
     assert not any("is left" in said for said in reasons(world))
 
 
-@settings(max_examples=60 if CI else 200, deadline=None, derandomize=CI)
+@settings(max_examples=60 if CI else 200, derandomize=CI)
 @given(st.integers(1, 40), st.integers(0, 2**32))
 @example(34, 17)
 @example(37, 211)

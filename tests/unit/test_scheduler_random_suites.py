@@ -127,7 +127,7 @@ def once_each(world: World) -> None:
     assert not missing or not any(process.alive for process in world.processes.values())
 
 
-@settings(max_examples=200, deadline=None, derandomize=CI)
+@settings(max_examples=200, derandomize=CI)
 @given(COUNTS, SEEDS)
 @example(35, 101270)
 @example(28, 130557)
@@ -140,7 +140,7 @@ def test_well_behaved_suites(count: int, seed: int) -> None:
         assert world.out_of_memory == 0
 
 
-@settings(max_examples=200, deadline=None, derandomize=CI)
+@settings(max_examples=200, derandomize=CI)
 @given(COUNTS, SEEDS)
 @example(19, 6450)
 @example(20, 270)
@@ -156,7 +156,7 @@ def test_suites_with_faults(count: int, seed: int) -> None:
     once_each(world)
 
 
-@settings(max_examples=80, deadline=None, derandomize=CI)
+@settings(max_examples=80, derandomize=CI)
 @given(COUNTS, SEEDS)
 @example(19, 915288)
 @example(21, 12062)

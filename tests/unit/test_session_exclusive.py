@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpushare.events import Record
@@ -187,7 +187,6 @@ def test_several_devices_are_had_together() -> None:
     assert not [worker for worker, _, _ in run.mail if worker == "gw3"]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=60))
 def test_never_two_alone_and_never_stuck(steps: list[tuple[int, int]]) -> None:
     """Whatever happens in whatever order: one alone on a device, and all go on in the end."""

@@ -177,7 +177,7 @@ ODD = [
 ]
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.binary(max_size=40) | st.sampled_from(ODD))
 def test_any_file(tmp_path: Path, content: bytes) -> None:
     """Whatever stands in the file, only sensible sizes come out of it."""
