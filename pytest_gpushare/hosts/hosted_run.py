@@ -239,7 +239,6 @@ class HostedRun(ActiveRun):
             part.plan,
             part.own_number(number, len(self.plan.slots)),
             part.placement,
-            context_of=self.context_of,
             ollama_url=self._ollama_url if server is None else server.url,
             lease=self._lease_path if is_here else part.answer.lease,
         )

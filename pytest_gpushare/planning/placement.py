@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pytest_gpushare.config.settings import Settings
@@ -54,6 +54,10 @@ class PlacementContext(NamedTuple):
     budgets: Mapping[str, int] = {}
     """UUID -> the device's budget in bytes, where tests have needs of their own; else empty."""
 
+    def context_on(self, name: str | None) -> int:
+        """Bytes of a CUDA context on devices of that name: measured by earlier runs, or assumed."""
+        return self.contexts.get(name or "", CONTEXT_ALLOWANCE)
+
 
 def worker_environment(plan: Plan, number: int, placement: PlacementContext) -> dict[str, str]:
     """The variables for the worker of this number, from 0: GPU workers first, then CPU workers.
@@ -78,13 +82,12 @@ def caps_of(slot: Slot, placement: PlacementContext) -> Caps:
     vendor = vendor_of(slot.device)
     if not placement.cap_vram or placement.simulated or vendor is None:
         return Caps()
-    context = placement.contexts.get(slot.device.name, CONTEXT_ALLOWANCE)
     return caps_for(
         slot,
         placement.outer,
         placement.versions,
         rules=vendor.caps,
-        context=context,
+        context=placement.context_on(slot.device.name),
         mps=placement.mps,
         budget=placement.budgets.get(slot.device.uuid),
     )
@@ -161,14 +164,13 @@ def worker_message(
     number: int,
     placement: PlacementContext,
     *,
-    context_of: Callable[[str | None], int],
     ollama_url: str,
     lease: str,
 ) -> dict[str, Any]:
     """All that the worker of this number is sent when it starts, in builtin types.
 
-    `context_of` gives the bytes of a CUDA context on devices of a name, `ollama_url` is where tests
-    find the server, and `lease` the path of the record that the worker keeps alive.
+    `ollama_url` is where tests find the server, and `lease` the path of the record that the worker
+    keeps alive.
     """
     slot = plan.slots[number] if number < len(plan.slots) else None
     own = {} if placement.simulated else visibility(plan, slot.device if slot else None, placement)
@@ -178,7 +180,10 @@ def worker_message(
     return {
         "place": vars(place),
         "visible": own,
-        "memory": {"context": context_of(place.name), "empty_caches": settings.empty_caches},
+        "memory": {
+            "context": placement.context_on(place.name),
+            "empty_caches": settings.empty_caches,
+        },
         "tests": {**_message_of_tests(settings, plan, placement), "ollama": models},
         "lease": lease,
         "acquire": list(AcquireTerms.of(settings)),

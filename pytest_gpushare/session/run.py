@@ -19,7 +19,6 @@ from pytest_gpushare.ollama.address import candidates
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel
 from pytest_gpushare.ollama.monitor import Monitor
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
-from pytest_gpushare.planning.caps import CONTEXT_ALLOWANCE
 from pytest_gpushare.planning.placement import (
     NUMBER,
     PlacementContext,
@@ -75,7 +74,7 @@ class ActiveRun:
             facts.live,
             facts.close,
         )
-        self.contexts, self.has_needs = facts.contexts, facts.has_needs
+        self.has_needs = facts.has_needs
         self.reports, self.strict, self.unplaced = options or RunOptions()
         self.notes = list(facts.problems)
         """Problems that the user should know of, one sentence each."""
@@ -343,8 +342,8 @@ class ActiveRun:
         return tuple(device.uuid for device in seen(self.plan, slot.device, self.placement))
 
     def context_of(self, name: str | None) -> int:
-        """Bytes of a CUDA context on devices of that name: measured by earlier runs, or assumed."""
-        return self.contexts.get(name or "", CONTEXT_ALLOWANCE)
+        """Bytes of a CUDA context on devices of that name."""
+        return self.placement.context_on(name)
 
     def context_on(self, uuid: str | None) -> int:
         """Bytes of a CUDA context on a device."""
@@ -403,7 +402,6 @@ class ActiveRun:
             self.plan,
             number,
             self.placement,
-            context_of=self.context_of,
             ollama_url=self._ollama_url,
             lease=self._lease_path,
         )

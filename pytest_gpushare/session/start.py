@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -121,11 +122,13 @@ def start(
     settings that do not fit this host.
     """
     earlier = earlier or EarlierRuns()
-    agreed: Agreed | None = None
     probes, loading = _probed(settings, host, earlier, terms.line if terms else None)
     if no_gpu_tests:
         probes = probes._replace(gpus=GpuFacts(absence=no_gpu_tests))
-    try:
+    with ExitStack() as closing:
+        closing.callback(probes.close)
+        if loading is not None:
+            closing.callback(loading.undo)
         if settings.ollama_unreachable == "fail" and probes.ollama.asked:
             _check_answer(probes.ollama)
         facts = HostFacts(
@@ -135,6 +138,8 @@ def start(
         )
         gpus = probes.gpus if no_gpu_tests else hooks.with_devices(probes.gpus)
         live = LiveVram(probes.devices) if probes.devices is not None and gpus.all_devices else None
+        if live is not None:
+            closing.callback(live.close)
         ollama = _AskedAgain(settings, host, probes.ollama)
 
         is_phased = _is_phased(settings, earlier, request, probes)
@@ -157,6 +162,8 @@ def start(
             )
             agreed = agree(settings, gpus, live, make, terms)
         gpus = agreed.gpus
+        if agreed.lessee is not None:
+            closing.callback(agreed.lessee.close)
 
         def replan(changed: Settings) -> Plan:
             return make(agreed.gpus, agreed.others, changed)
@@ -167,16 +174,7 @@ def start(
         allowed = settings.fallback_to_cpu_when_constrained or bool(no_gpu_tests)
         if not plan.slots and not allowed:
             raise NoRoomError(_no_room(plan, agreed.notes))
-    except BaseException:
-        if agreed is not None and agreed.lessee is not None:
-            agreed.lessee.close()
-        probes.close()
-        if loading is not None:
-            loading.undo()
-        raise
-    release = probes.close if live is None else _in_order(live.close, probes.close)
-    if agreed.lessee is not None:
-        release = _in_order(agreed.lessee.close, release)
+        release = closing.pop_all().close
     if loading is not None:
         loading.look_by(live, agreed.lessee)
     return StartFacts(
@@ -268,14 +266,6 @@ def _unexpected(settings: Settings, gpus: GpuFacts) -> list[str]:
         f"{device.label}: VRAM is reserved for it there, too"
         for device in unexpected(settings.ollama_gpu, gpus)
     ]
-
-
-def _in_order(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
-    def both() -> None:
-        first()
-        second()
-
-    return both
 
 
 def _no_room(plan: Plan, notes: Sequence[str]) -> str:
