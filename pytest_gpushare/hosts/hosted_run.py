@@ -22,7 +22,7 @@ from pytest_gpushare.gpu.readings import Live
 from pytest_gpushare.hosts.answers import ModelsAnswer, Sample, read, with_devices
 from pytest_gpushare.hosts.connection import SILENCE
 from pytest_gpushare.hosts.host_lease import HostLease, LeasesElsewhere
-from pytest_gpushare.hosts.live import AllAttribution, HostLive, HostOllama, global_pid
+from pytest_gpushare.hosts.live import AllAttribution, HostLive, HostMonitor, global_pid
 from pytest_gpushare.hosts.part import HostPart, OtherHost
 from pytest_gpushare.hosts.specs import proxy_id
 from pytest_gpushare.planning.placement import (
@@ -33,6 +33,7 @@ from pytest_gpushare.planning.placement import (
 )
 from pytest_gpushare.planning.plan import Slot, shortage
 from pytest_gpushare.session.run import ActiveRun
+from pytest_gpushare.session.sampler import OllamaOnHost
 from pytest_gpushare.session.start_facts import (
     HostOfRun,
     ReadingSource,
@@ -100,22 +101,22 @@ class HostedRun(ActiveRun):
             for text in other.answer.loaded:
                 self._note_of(other, "ollama-preloaded", text)
             if other.live is not None:
-                other.ollama_there = self._ollama_on(other, other.live)
+                other.ollama_there = self._ollama_on(other)
                 if other.monitor is not None:
                     self.services.include(other.monitor)
 
-    def _ollama_on(self, part: OtherHost, live: Live) -> HostOllama:
+    def _ollama_on(self, part: OtherHost) -> OllamaOnHost:
         devices = tuple(map(part.named, part.answer.gpus.all_devices))
-        return HostOllama(
+        return OllamaOnHost(
             self.settings,
             part.answer.gpus._replace(devices=devices, all_devices=devices),
             part.answer.ollama,
             with_devices(part.plan, part.named),
-            live,
+            part.live,
             part.attribution,
             self.workers,
             self.record,
-            part.connection,
+            partial(HostMonitor, part.connection),
         )
 
     def _make_links(self) -> Links:
@@ -168,11 +169,9 @@ class HostedRun(ActiveRun):
 
     def readings(self) -> list[ReadingSource]:
         """See `ActiveRun`."""
-        here = self.here
+        here, own = self.here, self.ollama_here
         return [
-            ReadingSource(
-                here.live, here.devices, self.resident, here.attribution, self.statements
-            ),
+            ReadingSource(here.live, here.devices, own.resident, here.attribution, own.statements),
             *(
                 ReadingSource(
                     part.live, part.devices, part.resident, part.attribution, part.statements
@@ -186,7 +185,7 @@ class HostedRun(ActiveRun):
         part = self._part_with(uuid)
         if isinstance(part.live, HostLive):
             part.live.look()
-        return part.live, part.resident() if isinstance(part, OtherHost) else self.resident()
+        return part.live, (part if isinstance(part, OtherHost) else self.ollama_here).resident()
 
     def leases_elsewhere(self, wake: Callable[[], object]) -> LeasesElsewhere | None:
         """See `ActiveRun`."""
@@ -353,7 +352,7 @@ class ConnectionWatch:
                 self._part.shared.take(message)
             elif message.get("kind") == "not-kept" and len(self._part.not_kept) < _MOST_TEXTS:
                 self._part.not_kept.append(one_line(read(str, message), 500))
-            elif message.get("kind") == "models" and monitor is not None:
+            elif message.get("kind") == "models" and isinstance(monitor, HostMonitor):
                 monitor.take(read(ModelsAnswer, message))
 
     def _follow(self) -> None:

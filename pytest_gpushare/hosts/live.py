@@ -9,30 +9,22 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import (
     Attribution,
     DeviceUsage,
     ProcessSplit,
     Statement,
 )
-from pytest_gpushare.gpu.devices import GpuFacts, GpuProcess, Memory
+from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.readings import MEMORY_AGE, PROCESSES_AGE, Live, Reading
 from pytest_gpushare.hosts.answers import ModelsAnswer, ProcessRow, Sample
 from pytest_gpushare.hosts.connection import HostConnection
 from pytest_gpushare.ollama.address import Address
-from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.ollama.models import LoadedModel
 from pytest_gpushare.ollama.monitor import Monitor, MonitoredServer
-from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
-from pytest_gpushare.planning.plan import Plan
-from pytest_gpushare.session.needs_store import ModelSizes
-from pytest_gpushare.session.sampler import monitor_for
-from pytest_gpushare.session.workers import Workers
 
 _SHIFT = 32
 _FRESH = 3.0
@@ -270,35 +262,3 @@ class HostMonitor(Monitor):
         """An answer has arrived."""
         if self._there is not None and answer.number == self._there.number:
             self._there.take(answer)
-
-
-class HostOllama:
-    """One host of a run, as its monitor sees it: `session.sampler.MonitoredRun`."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        gpus: GpuFacts,
-        ollama: OllamaFacts,
-        plan: Plan,
-        live: Live,
-        attribution: Attribution,
-        workers: Workers,
-        record: Record,
-        connection: HostConnection,
-    ) -> None:
-        """`gpus` and `plan` with the names that the devices have in the run."""
-        self.settings, self.gpus, self.ollama, self.plan = settings, gpus, ollama, plan
-        self.live: Live | None = live
-        self.attribution, self.workers, self.record = attribution, workers, record
-        self.model_sizes = ModelSizes(settings, gpus, ollama)
-        self.ollama_devices = devices_of_ollama(settings.ollama_gpu, gpus)
-        self.monitor: HostMonitor | None = None
-        """None where no server is asked there, or none that holds VRAM."""
-        self.monitor = monitor_for(self, partial(HostMonitor, connection))
-
-    def statements(self, loaded: Sequence[LoadedModel] | None = None) -> tuple[Statement, ...]:
-        """What its Ollama says that it holds: of these models, or of those in its last answer."""
-        if loaded is None and self.monitor is not None:
-            loaded = self.monitor.models
-        return statements(self.ollama_devices, self.ollama, loaded)

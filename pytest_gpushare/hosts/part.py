@@ -16,12 +16,14 @@ from pytest_gpushare.hosts.agent import answer_of
 from pytest_gpushare.hosts.answers import Hello, HostAnswer, with_devices
 from pytest_gpushare.hosts.asking import AskedHost
 from pytest_gpushare.hosts.connection import HostConnection
-from pytest_gpushare.hosts.live import HostLive, HostMonitor, HostOllama, global_pid
+from pytest_gpushare.hosts.live import HostLive, global_pid
 from pytest_gpushare.hosts.specs import HostSpec
 from pytest_gpushare.ollama.models import full_name
+from pytest_gpushare.ollama.monitor import Monitor
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
 from pytest_gpushare.planning.placement import PlacementContext
 from pytest_gpushare.planning.plan import Plan, Request
+from pytest_gpushare.session.sampler import OllamaOnHost
 from pytest_gpushare.session.start_facts import StartFacts, placement_context
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ class OtherHost(HostPart):
 
     connection: HostConnection
     hello: Hello
-    ollama_there: HostOllama | None = field(default=None, init=False)
+    ollama_there: OllamaOnHost | None = field(default=None, init=False)
     """Its Ollama; None where it has no GPU worker, and before the run is there."""
     shared: HostLease | None = field(default=None, init=False)
     """What the run leases there while its tests are dispatched."""
@@ -105,13 +107,13 @@ class OtherHost(HostPart):
         return directory.removesuffix(f"/{below}") if below else directory
 
     @property
-    def monitor(self) -> HostMonitor | None:
+    def monitor(self) -> Monitor | None:
         """Follows its Ollama; None where none does."""
         return None if self.ollama_there is None else self.ollama_there.monitor
 
     def resident(self) -> Mapping[str, int]:
         """Name of a device -> bytes that its Ollama holds there."""
-        return {} if self.monitor is None else self.monitor.resident()
+        return {} if self.ollama_there is None else self.ollama_there.resident()
 
     def statements(self) -> Sequence[Statement]:
         """What its Ollama says that it holds."""

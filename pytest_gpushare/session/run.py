@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpushare.events import Record
-from pytest_gpushare.gpu.attribution import Attribution, Holding, Statement, holding
+from pytest_gpushare.gpu.attribution import Attribution, Holding, holding
 from pytest_gpushare.gpu.vendors import variables
 from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.ollama.address import candidates
-from pytest_gpushare.ollama.models import OLLAMA, LoadedModel
+from pytest_gpushare.ollama.models import OLLAMA
 from pytest_gpushare.ollama.monitor import Monitor
 from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
 from pytest_gpushare.planning.placement import (
@@ -29,8 +29,8 @@ from pytest_gpushare.planning.placement import (
 from pytest_gpushare.planning.plan import Slot
 from pytest_gpushare.service import Services
 from pytest_gpushare.session.exclusive import ExclusiveAccess
-from pytest_gpushare.session.needs_store import ModelSizes, NeedsRecorder
-from pytest_gpushare.session.sampler import Sampler, monitor_for
+from pytest_gpushare.session.needs_store import NeedsRecorder
+from pytest_gpushare.session.sampler import OllamaOnHost, Sampler
 from pytest_gpushare.session.session_record import OtherLeases, SessionRecord
 from pytest_gpushare.session.start_facts import (
     CollectionDifferences,
@@ -91,14 +91,21 @@ class ActiveRun:
 
         self.record = record or Record()
         self.links = self._make_links()
-        self.ollama_devices = devices_of_ollama(self.settings.ollama_gpu, self.gpus)
         self.attribution = self._make_attribution()
         """Who holds the VRAM of the devices: the source of every such figure."""
-        self.monitor: Monitor | None = None
-        """Follows Ollama; None where no server uses a device of this host."""
         self.workers = Workers(self.plan, self.context_on)
         self.tests = RecordedTests(self.workers)
-        self.model_sizes = ModelSizes(self.settings, self.gpus, self.ollama)
+        self.ollama_here = OllamaOnHost(
+            self.settings,
+            self.gpus,
+            self.ollama,
+            self.plan,
+            self.live,
+            self.attribution,
+            self.workers,
+            self.record,
+        )
+        self.monitor, self.model_sizes = self.ollama_here.monitor, self.ollama_here.model_sizes
         self.exclusive: ExclusiveAccess | None = None
         self.samplers = [
             Sampler(
@@ -156,7 +163,6 @@ class ActiveRun:
         """The tests that use models of Ollama's; None where none does."""
         self.differences: CollectionDifferences | None = None
         """None where xdist's scheduler distributes the tests."""
-        self.monitor = monitor_for(self, Monitor)
         if self.monitor is not None:
             services.append(self.monitor)
         self.services = Services(services, self.notes.append)
@@ -178,7 +184,8 @@ class ActiveRun:
         return Links()
 
     def _make_attribution(self) -> Attribution:
-        return Attribution(self.gpus.all_devices, statements(self.ollama_devices, self.ollama))
+        devices = devices_of_ollama(self.settings.ollama_gpu, self.gpus)
+        return Attribution(self.gpus.all_devices, statements(devices, self.ollama))
 
     @property
     def samples(self) -> Mapping[str, DeviceSamples]:
@@ -214,7 +221,10 @@ class ActiveRun:
     def readings(self) -> list[ReadingSource]:
         """What admission and samplers read, by host: a slow one holds no other back."""
         devices = tuple(planned.device.uuid for planned in self.plan.devices)
-        return [ReadingSource(self.live, devices, self.resident, self.attribution, self.statements)]
+        ollama = self.ollama_here
+        return [
+            ReadingSource(self.live, devices, ollama.resident, self.attribution, ollama.statements)
+        ]
 
     def leases_elsewhere(self, _wake: Callable[[], object]) -> LeasesElsewhereProtocol | None:
         """What the run leases on other hosts while its tests are dispatched; None: nothing."""
@@ -350,19 +360,9 @@ class ActiveRun:
         names = [d.device.name for d in self.plan.devices if d.device.uuid == uuid]
         return self.context_of(names[0] if names else None)
 
-    def resident(self) -> Mapping[str, int]:
-        """UUID -> bytes that Ollama holds now; empty where it is not monitored."""
-        return self.monitor.resident() if self.monitor is not None else {}
-
-    def statements(self, loaded: Sequence[LoadedModel] | None = None) -> tuple[Statement, ...]:
-        """What Ollama says that it holds: of these models, or of those in its last answer."""
-        if loaded is None and self.monitor is not None:
-            loaded = self.monitor.models
-        return statements(self.ollama_devices, self.ollama, loaded)
-
     def _read_now(self, _uuid: str) -> tuple[Live | None, Mapping[str, int]]:
         """What reads this device as of now, and UUID -> bytes that Ollama holds on its host."""
-        return self.live, self.resident()
+        return self.live, self.ollama_here.resident()
 
     def holding(self, uuid: str, label: str, workers: Mapping[int, str]) -> Holding:
         """Who holds the VRAM of a device at this moment; `workers`: PID -> id."""

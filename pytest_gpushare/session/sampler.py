@@ -10,11 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING
 
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Attribution, DeviceUsage, ProcessSplit, Statement
-from pytest_gpushare.gpu.devices import Device, Memory
+from pytest_gpushare.gpu.devices import Memory
 from pytest_gpushare.gpu.readings import (
     MEMORY_AGE,
     MOST_ROWS,
@@ -26,6 +27,8 @@ from pytest_gpushare.gpu.readings import (
 )
 from pytest_gpushare.ollama.models import LoadedModel
 from pytest_gpushare.ollama.monitor import Monitor
+from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
+from pytest_gpushare.session.needs_store import ModelSizes
 from pytest_gpushare.session.workers import Workers
 
 if TYPE_CHECKING:
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
     from pytest_gpushare.ollama.models import OllamaFacts
     from pytest_gpushare.ollama.monitor import MonitoredServer
     from pytest_gpushare.planning.plan import Plan
-    from pytest_gpushare.session.needs_store import ModelSizes
 
 INTERVAL = 0.2
 """Seconds between readings of a device's memory: 12 microseconds for the driver."""
@@ -194,73 +196,75 @@ class Sampler:
             device.listed(None)
 
 
-class MonitoredRun(Protocol):
-    """What is asked of the active run beside which Ollama is monitored."""
+class OllamaOnHost:
+    """The Ollama of one host during the run: what it says, what it holds, and its monitor."""
 
-    settings: Settings
-    gpus: GpuFacts
-    ollama: OllamaFacts
-    ollama_devices: tuple[Device, ...] | None
-    """Those that it uses; None: any of them."""
-    plan: Plan
-    live: Live | None
-    attribution: Attribution
-    workers: Workers
-    record: Record
-    model_sizes: ModelSizes
+    def __init__(
+        self,
+        settings: Settings,
+        gpus: GpuFacts,
+        ollama: OllamaFacts,
+        plan: Plan,
+        live: Live | None,
+        attribution: Attribution,
+        workers: Workers,
+        record: Record,
+        make_monitor: Callable[[Address, Callable[[], MonitoredServer]], Monitor] = Monitor,
+    ) -> None:
+        """`plan` and `gpus` are those of the host, with the names that its devices have."""
+        self._settings, self._gpus, self._ollama, self._plan = settings, gpus, ollama, plan
+        self._attribution, self._workers, self._record = attribution, workers, record
+        self.model_sizes = ModelSizes(settings, gpus, ollama)
+        self._devices = devices_of_ollama(settings.ollama_gpu, gpus)
+        self.monitor: Monitor | None = None
+        """None where no server is asked, or none that holds VRAM there."""
+        is_asked = ollama.asked and ollama.on_this_host and self._devices != ()
+        if is_asked and ollama.server is not None and live is not None:
+            self.monitor = make_monitor(ollama.server, partial(self._monitored, live))
 
-    def statements(self, loaded: Sequence[LoadedModel] | None = ...) -> Sequence[Statement]:
-        """What Ollama says that it holds, given the models that it has loaded."""
+    def resident(self) -> Mapping[str, int]:
+        """UUID -> bytes that it holds now; empty where it is not monitored."""
+        return self.monitor.resident() if self.monitor is not None else {}
 
+    def statements(self, loaded: Sequence[LoadedModel] | None = None) -> tuple[Statement, ...]:
+        """What it says that it holds: of these models, or of those in its last answer."""
+        if loaded is None and self.monitor is not None:
+            loaded = self.monitor.models
+        return statements(self._devices, self._ollama, loaded)
 
-M = TypeVar("M", bound=Monitor)
+    def _monitored(self, live: Live) -> MonitoredServer:
+        """What receives its answers, and judges them by what is held on its devices."""
+        # Imported in the monitor's thread, as the workers start meanwhile.
+        from pytest_gpushare.ollama.monitor import MonitoredServer
+        from pytest_gpushare.ollama.spill import Promise
 
+        known = self._gpus.all_devices if self._devices is None else self._devices
+        may_use = {device.uuid for device in known}
+        models = self._ollama.models if self._ollama.answered else None
+        budgets = dict.fromkeys(may_use, 0)
+        for slot in self._plan.slots:
+            if slot.device.uuid in may_use:
+                budgets[slot.device.uuid] += slot.vram
 
-def monitor_for(
-    run: MonitoredRun, make: Callable[[Address, Callable[[], MonitoredServer]], M]
-) -> M | None:
-    """The monitor of Ollama; None where no server is asked, or none that holds VRAM there."""
-    ollama, live = run.ollama, run.live
-    if not (ollama.asked and ollama.on_this_host) or ollama.server is None or live is None:
-        return None
-    if run.ollama_devices == ():
-        return None
-    return make(ollama.server, lambda: _monitored_server(run, live))
+        def look(loaded: Sequence[LoadedModel], by_worker: bool) -> Mapping[str, DeviceUsage]:
+            """`by_worker` reads the process lists again, which takes milliseconds; older ones are
+            of another moment than the memory and would mix up workers and others."""
+            usage = read_usage(
+                live,
+                self._attribution,
+                self._workers.at_work(),
+                self.statements(loaded),
+                memory_age=0.0 if by_worker else MEMORY_AGE,
+                processes_age=0.0 if by_worker else PROCESSES_AGE,
+            )
+            found = {uuid: each for uuid, each in usage.items() if uuid in may_use}
+            return found if by_worker else {u: f._replace(workers=None) for u, f in found.items()}
 
-
-def _monitored_server(run: MonitoredRun, live: Live) -> MonitoredServer:
-    """What receives the answers of Ollama, and judges them by what is held on its devices."""
-    # Imported in the monitor's thread, as the workers start meanwhile.
-    from pytest_gpushare.ollama.monitor import MonitoredServer
-    from pytest_gpushare.ollama.spill import Promise
-
-    known = run.gpus.all_devices if run.ollama_devices is None else run.ollama_devices
-    may_use = {device.uuid for device in known}
-    models = run.ollama.models if run.ollama.answered else None
-    budgets = dict.fromkeys(may_use, 0)
-    for slot in run.plan.slots:
-        if slot.device.uuid in may_use:
-            budgets[slot.device.uuid] += slot.vram
-
-    def look(loaded: Sequence[LoadedModel], by_worker: bool) -> Mapping[str, DeviceUsage]:
-        """`by_worker` reads the process lists again, which takes milliseconds; older ones are of
-        another moment than the memory and would mix up workers and others."""
-        usage = read_usage(
-            live,
-            run.attribution,
-            run.workers.at_work(),
-            run.statements(loaded),
-            memory_age=0.0 if by_worker else MEMORY_AGE,
-            processes_age=0.0 if by_worker else PROCESSES_AGE,
+        promise = Promise(
+            start={u: each for u, each in self._attribution.start.items() if u in may_use},
+            budgets=budgets,
+            reservation=max((d.reservation for d in self._plan.devices), default=0),
+            safety_buffer=int(self._settings.safety_buffer),
+            needed=self._plan.needed,
         )
-        found = {uuid: each for uuid, each in usage.items() if uuid in may_use}
-        return found if by_worker else {u: f._replace(workers=None) for u, f in found.items()}
-
-    promise = Promise(
-        start={u: each for u, each in run.attribution.start.items() if u in may_use},
-        budgets=budgets,
-        reservation=max((d.reservation for d in run.plan.devices), default=0),
-        safety_buffer=int(run.settings.safety_buffer),
-        needed=run.plan.needed,
-    )
-    return MonitoredServer(models, promise, look, run.record, run.model_sizes.saw)
+        return MonitoredServer(models, promise, look, self._record, self.model_sizes.saw)
