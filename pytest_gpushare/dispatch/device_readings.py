@@ -137,6 +137,11 @@ class AllReadings(DeviceReadings):
         for part in self._parts:
             part.has_reported(worker)
 
+    def require_current(self) -> None:
+        """See `DeviceReadings`."""
+        for part in self._parts:
+            part.require_current()
+
     @property
     def due_at(self) -> float:
         """See `DeviceReadings`."""

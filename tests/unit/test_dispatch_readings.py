@@ -9,7 +9,7 @@ import time
 import pytest
 from simulator.child import wait_for
 
-from pytest_gpushare.dispatch.device_readings import SOONEST, DeviceReadings
+from pytest_gpushare.dispatch.device_readings import SOONEST, AllReadings, DeviceReadings
 from pytest_gpushare.dispatch.executor import Timer
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.readings import LiveVram
@@ -93,13 +93,16 @@ def test_free_is_never_older_than_the_processes() -> None:
     live.close()
 
 
-def test_what_is_read_when_a_worker_asks_for_its_next_test() -> None:
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_what_is_read_when_a_worker_asks_for_its_next_test(hosts: int) -> None:
     """What a test has taken since the processes were listed would be missing twice: there, and in
     what is free. The report that follows is seen as soon as it would be without."""
     nvml = Nvml(GpuProcess(os.getpid(), GB))
     clock = [100.0]
     live = LiveVram(nvml, lambda: clock[0])
     readings = DeviceReadings(live, ["GPU-0"], clock=lambda: clock[0])
+    if hosts == 2:
+        readings = AllReadings([readings, DeviceReadings(None, ())])
     readings.workers[os.getpid()] = "gw0"
     readings.now()
     nvml.held = (GpuProcess(os.getpid(), 3 * GB),)
