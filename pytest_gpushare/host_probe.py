@@ -1,4 +1,4 @@
-"""What reads the devices of this host, and knows the processes of the servers that use them."""
+"""What reads the devices of this host, and names the processes of the servers that use them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ if TYPE_CHECKING:
 
 
 def host_probe() -> Probe:
-    """The probe for planning, the run, leases, `watch` and `doctor`; not open yet.
-
-    Another server's function that names its processes is asked here, too.
-    """
+    """The probe for planning, the run, leases, `watch` and `doctor`; not open yet."""
     # Imported here: a what-if opens no probe.
     from pytest_gpushare.gpu.vendors import open_later
-    from pytest_gpushare.ollama.reservation import neighbour_of
+    from pytest_gpushare.neighbours import owner_of
 
-    return open_later(neighbour_of)
+    return open_later(owner_of)

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
@@ -30,9 +30,16 @@ from pytest_gpushare.gpu.readings import LiveVram
 from pytest_gpushare.host_probe import host_probe
 from pytest_gpushare.leases.ledger import directory_of
 from pytest_gpushare.leases.records import SessionWorker
+from pytest_gpushare.neighbours import (
+    Answers,
+    answer_of_ollama,
+    ask_again,
+    beside_ollama,
+    line_of,
+    statements_of,
+)
 from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts, described
-from pytest_gpushare.ollama.reservation import statements
-from pytest_gpushare.report.document import PLAN_SCHEMA, ollama_document
+from pytest_gpushare.report.document import PLAN_SCHEMA, ollama_document, servers_document
 from pytest_gpushare.session.session_record import RunningSession, sessions
 from pytest_gpushare.text import sparkline, wrapped
 from pytest_gpushare.timed import call_within
@@ -41,8 +48,8 @@ from pytest_gpushare.units import format_gb, plural
 HISTORY = 60
 """Snapshots that a sparkline shows."""
 
-OLLAMA_EVERY = 2.0
-"""The least number of seconds between two rounds of requests to Ollama, two GETs each."""
+SERVERS_EVERY = 2.0
+"""The least number of seconds between two rounds of requests to servers; Ollama gets two GETs."""
 
 _LEAST_AGE = 0.9
 """Seconds for which readings are shown again: process lists are asked for once a second at most."""
@@ -111,6 +118,8 @@ class SeenDevice:
     others: int | None
     history: tuple[float, ...]
     """The part in use, 0 to 1, in the last snapshots, the oldest first."""
+    servers: Mapping[str, int] = field(default_factory=dict)
+    """What other servers than Ollama hold, by name."""
 
     @property
     def is_attributed(self) -> bool:
@@ -132,6 +141,8 @@ class Snapshot:
     held: Mapping[int, int]
     """PID of a worker -> bytes held by it and its descendants; absent where unknown."""
     ollama: OllamaFacts
+    servers: Answers = field(default_factory=dict)
+    """The answers of other servers, by name."""
 
 
 class Watcher:
@@ -147,7 +158,7 @@ class Watcher:
         )
         self._live = LiveVram(self._probe) if facts and facts.all_devices else None
         self._history: dict[str, deque[float]] = {}
-        self._ollama = OllamaFacts()
+        self._answers: Answers = {}
         self._asked_at = float("-inf")
         self._asking: threading.Thread | None = None
 
@@ -159,7 +170,7 @@ class Watcher:
 
     def snapshot(self, max_age: float) -> Snapshot:
         """A snapshot; its VRAM is at most `max_age` seconds old unless the driver is slow."""
-        self._ask_ollama()
+        self._ask_servers()
         running = tuple(sessions(directory_of(self._settings.leases)))
         workers = {w.pid: str(w.pid) for session in running for w in session.workers}
         memory: Mapping[str, Memory] = {}
@@ -171,7 +182,7 @@ class Watcher:
                 known = found if _is_trustworthy(found or ()) else None
                 splits[uuid] = self._attribution.split(known, workers)
             memory = self._live.memory(age).devices
-        usage = self._attribution.usage(memory, splits, statements(None, self._ollama))
+        usage = self._attribution.usage(memory, splits, statements_of(self._answers, {}))
         return Snapshot(
             at=time.time(),
             devices=tuple(
@@ -183,7 +194,8 @@ class Watcher:
             problems=self._facts.problems,
             sessions=running,
             held=_held(usage, running),
-            ollama=self._ollama,
+            ollama=answer_of_ollama(self._answers),
+            servers=beside_ollama(self._answers),
         )
 
     def _open(self) -> GpuFacts:
@@ -196,36 +208,27 @@ class Watcher:
         if memory is not None and memory.total:
             history.append(memory.used / memory.total)
         ollama = tests = others = None
-        if usage is not None and (usage.workers is not None or OLLAMA in usage.neighbours):
+        servers: Mapping[str, int] = {}
+        if usage is not None and (usage.workers is not None or usage.neighbours):
             ollama, tests, others = usage.of(OLLAMA), usage.tests, usage.remainder
-        return SeenDevice(device, memory, ollama, tests, others, tuple(history))
+            servers = {name: size for name, size in usage.neighbours.items() if name != OLLAMA}
+        return SeenDevice(device, memory, ollama, tests, others, tuple(history), servers)
 
-    def _ask_ollama(self) -> None:
-        """Ask Ollama in the background, at most every two seconds; only the first call waits."""
-        if not self._settings.enable_ollama_detection:
-            return
+    def _ask_servers(self) -> None:
+        """Ask them in the background, at most every two seconds; only the first call waits."""
         busy = self._asking is not None and self._asking.is_alive()
-        if busy or time.monotonic() - self._asked_at < OLLAMA_EVERY:
+        if busy or time.monotonic() - self._asked_at < SERVERS_EVERY:
             return
         first = self._asking is None
-        self._asking = threading.Thread(target=self._ask, name="gpu-share-ollama", daemon=True)
+        self._asking = threading.Thread(target=self._ask, name="gpu-share-servers", daemon=True)
         self._asking.start()
         if first:
             # The questions have a limit of their own.
             self._asking.join(float(self._settings.ollama_timeout) + _IMPORT_PATIENCE)
 
     def _ask(self) -> None:
-        from pytest_gpushare.ollama.catalog import ask
-        from pytest_gpushare.planning.startup import ask_ollama
-
         try:
-            known = self._ollama
-            if known.answered and known.server is not None:
-                again = ask(known.server, float(self._settings.ollama_timeout))
-                self._ollama = again._replace(server=known.server, found_by=known.found_by)
-            else:
-                # Every address that may be Ollama's; asking for models by name takes more GETs.
-                self._ollama = ask_ollama(self._settings._replace(ollama_models=()), os.environ)
+            self._answers = ask_again(self._settings, os.environ, self._answers)
         finally:
             # Counted from the end: the first round also imports the client.
             self._asked_at = time.monotonic()
@@ -254,7 +257,7 @@ def _held(usage: Mapping[str, DeviceUsage], running: Sequence[RunningSession]) -
 
 
 _SIGNS = "█▓▒░"
-"""The parts of a bar: Ollama, tests, others, free."""
+"""The parts of a bar: Ollama and other servers, tests, others, free."""
 _STYLES = ("magenta", "green", "blue", "dim")
 
 
@@ -279,7 +282,7 @@ def rows(snapshot: Snapshot, width: int) -> Iterator[Row]:
         for worker in session.workers:
             yield from _broken(f"  {_worker(worker, snapshot)}", width)
     yield [Piece("")]
-    for text, style in _ollama(snapshot.ollama):
+    for text, style in _servers(snapshot):
         yield from _broken(text, width, style)
 
 
@@ -312,11 +315,13 @@ def document(snapshot: Snapshot) -> dict[str, Any]:
                 "ollama_bytes": seen.ollama,
                 "tests_bytes": seen.tests,
                 "others_bytes": seen.others,
+                **({"servers_bytes": dict(seen.servers)} if seen.servers else {}),
             }
             for seen in snapshot.devices
         ],
         "sessions": [_session_document(session, snapshot) for session in snapshot.sessions],
         "ollama": ollama_document(snapshot.ollama),
+        **servers_document(snapshot.servers),
         "problems": list(snapshot.problems),
     }
 
@@ -332,7 +337,7 @@ def _facts(snapshot: Snapshot) -> Iterator[str]:
     for session in snapshot.sessions:
         yield _session(session, snapshot.at)
         yield from (f"{_worker(w, snapshot)} (session {session.pid})" for w in session.workers)
-    yield from (text.strip() for text, _ in _ollama(snapshot.ollama))
+    yield from (text.strip() for text, _ in _servers(snapshot))
 
 
 def _bar(seen: SeenDevice, width: int) -> Row:
@@ -343,8 +348,8 @@ def _bar(seen: SeenDevice, width: int) -> Row:
     text = f"  {_memory(seen)}  "
     room = max(0, width - 2 - cells - len(text))
     # Where the holders are unknown, all used VRAM counts as others'.
-    ollama, tests = seen.ollama or 0, seen.tests or 0
-    shares = _shares((ollama, tests, memory.used - ollama - tests), memory.total, cells)
+    servers, tests = (seen.ollama or 0) + sum(seen.servers.values()), seen.tests or 0
+    shares = _shares((servers, tests, memory.used - servers - tests), memory.total, cells)
     signs = [sign * count for sign, count in zip(_SIGNS, shares, strict=True)]
     bar = map(Piece, signs, _STYLES)
     spark = sparkline(seen.history[-room:] if room else ())
@@ -380,14 +385,12 @@ def _memory(seen: SeenDevice) -> str:
 
 
 def _holders(seen: SeenDevice) -> str:
+    held = {OLLAMA: seen.ollama or 0, **seen.servers}
     if not seen.is_attributed:
-        return (
-            f"Ollama {format_gb(seen.ollama)}, others unknown" if seen.ollama else "holders unknown"
-        )
-    return (
-        f"Ollama {format_gb(seen.ollama or 0)}, tests {format_gb(seen.tests or 0)}, "
-        f"others {format_gb(seen.others or 0)}"
-    )
+        known = [f"{name} {format_gb(size)}" for name, size in held.items() if size]
+        return f"{' + '.join(known)}, others unknown" if known else "holders unknown"
+    servers = " + ".join(f"{name} {format_gb(size)}" for name, size in held.items())
+    return f"{servers}, tests {format_gb(seen.tests or 0)}, others {format_gb(seen.others or 0)}"
 
 
 def _session(session: RunningSession, now: float) -> str:
@@ -416,6 +419,13 @@ def _worker(worker: SessionWorker, snapshot: Snapshot) -> str:
     holds = "unknown" if held is None else format_gb(held)
     over = ", over its slot" if worker.is_bounded and (held or 0) > worker.slot else ""
     return f"{worker.id}: {label}, {holds} of {format_gb(worker.slot)}{over}, PID {worker.pid}"
+
+
+def _servers(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
+    """The lines about all servers, each with its style."""
+    yield from _ollama(snapshot.ollama)
+    for name, answer in snapshot.servers.items():
+        yield line_of(name, answer), "bold" if answer.answered else ""
 
 
 def _ollama(ollama: OllamaFacts) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,8 @@ from pytest_gpushare.scheduler.types import DeviceReading
 from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
-    from pytest_gpushare.session.start_facts import ReadingSource
+    from pytest_gpushare.planning.plan import DeviceShare
+    from pytest_gpushare.session.start_facts import ReadingSource, Resident
 
 SOONEST = 0.02
 """Seconds between two readings, however fast tests end."""
@@ -30,16 +31,18 @@ class DeviceReadings:
         self,
         live: Live | None,
         devices: Sequence[str],
-        resident: Callable[[], Mapping[str, int]] = dict,
+        resident: Callable[[], Resident] = dict,
         attribution: Attribution | None = None,
         clock: Callable[[], float] = time.monotonic,
+        shares: Mapping[str, Sequence[DeviceShare]] = {},
     ) -> None:
-        """`resident` gives UUID -> bytes that Ollama holds, where somebody knows."""
+        """`resident` gives what servers hold, where somebody knows; `shares`: UUID -> what is kept
+        for other servers than Ollama."""
         self.workers: dict[int, str] = {}
         """PID -> id of the worker, of those that are there."""
         self._live = live
         self._devices = devices
-        self._resident = resident
+        self._resident, self._shares = resident, shares
         self._attribution = attribution or Attribution()
         self._clock = clock
         self._reported: dict[str, float] = {}
@@ -98,17 +101,21 @@ class DeviceReadings:
         resident = self._resident()
         # What a test that is over held would be taken for what the next one has allocated.
         old = {worker for worker, at in self._reported.items() if at > processes.at}
-        basis = processes.at, memory_read.at, dict(resident), old, dict(self.workers)
+        residents = {name: dict(by_device) for name, by_device in resident.items()}
+        basis = processes.at, memory_read.at, residents, old, dict(self.workers)
         if basis == self._basis:
             return self._found
         self._basis = basis
         self._found = found = {}
         for uuid in self._devices:
-            held = processes.devices.get(uuid)
-            split = self._attribution.split(held, self.workers)
-            reading = _reading(memory.get(uuid), split, self.workers, resident.get(uuid))
+            listed = processes.devices.get(uuid)
+            split = self._attribution.split(listed, self.workers)
+            stated = {name: held[uuid] for name, held in residents.items() if uuid in held}
+            reading = _reading(
+                memory.get(uuid), split, self.workers, stated, self._shares.get(uuid, ())
+            )
             found[uuid] = reading._replace(
-                held={**self._absent(uuid, held), **reading.held, **dict.fromkeys(old)}
+                held={**self._absent(uuid, listed), **reading.held, **dict.fromkeys(old)}
             )
             if any(reading.held.values()):
                 self._naming.add(uuid)
@@ -161,7 +168,13 @@ class AllReadings(DeviceReadings):
 def readings_of(sources: Sequence[ReadingSource]) -> DeviceReadings:
     """What admission reads, of one host or of several."""
     found = [
-        DeviceReadings(source.live, sorted(source.devices), source.resident, source.attribution)
+        DeviceReadings(
+            source.live,
+            sorted(source.devices),
+            source.resident,
+            source.attribution,
+            shares=source.shares,
+        )
         for source in sources
     ]
     return found[0] if len(found) == 1 else AllReadings(found)
@@ -171,7 +184,8 @@ def _reading(
     memory: Memory | None,
     split: ProcessSplit | None,
     workers: Mapping[int, str],
-    resident: int | None,
+    stated: Mapping[str, int],
+    shares: Sequence[DeviceShare],
 ) -> DeviceReading:
     free = None if memory is None else memory.free
     listed: dict[str, int] = {}
@@ -184,10 +198,9 @@ def _reading(
         held = {worker: size for worker, size in split.workers.items() if worker in ids}
         left_behind = {w: size for w, size in split.descendants.items() if w in ids}
         others = [(size, f"PID {p} {format_gb(size)}") for p, size in split.others.items() if size]
-    held_by_ollama = resident if resident is not None else (sum(listed.values()) or None)
-    names = [text for _, text in sorted(others, reverse=True)[:_MOST_HOLDERS]]
-    if held_by_ollama:
-        names.insert(0, f"{next(iter(listed), OLLAMA)} {format_gb(held_by_ollama)}")
+    resident = {**listed, **stated}
+    names = [f"{name} {format_gb(size)}" for name, size in resident.items() if size]
+    names += [text for _, text in sorted(others, reverse=True)[:_MOST_HOLDERS]]
     names += [
         f"processes that tests of {worker} started {format_gb(size)}"
         for worker, size in left_behind.items()
@@ -195,9 +208,12 @@ def _reading(
     sizes = () if split is None else (*split.workers.values(), *split.others.values())
     return DeviceReading(
         free,
-        held_by_ollama,
+        resident.get(OLLAMA),
         held,
         ", ".join(names),
         left_behind=left_behind,
         is_attributed=bool(listed) or any(sizes),
+        outstanding=sum(
+            max(0, share.reservation - resident.get(share.name, share.resident)) for share in shares
+        ),
     )

@@ -224,6 +224,10 @@ class Series:
             return [None if others == _UNKNOWN else 0 for others in self._others]
         return _known(column)
 
+    def neighbours(self) -> dict[str, list[int | None]]:
+        """Name -> the bytes of each neighbour that held anything, row by row."""
+        return {name: _known(c) for (kind, name), c in self._owners.items() if kind == "neighbour"}
+
     def others(self) -> list[int | None]:
         """Bytes that other processes held, row by row."""
         return _known(self._others)

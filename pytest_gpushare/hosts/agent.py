@@ -43,6 +43,7 @@ from pytest_gpushare.hosts.answers import (
 from pytest_gpushare.hosts.checkout import Checkout, checkout_of
 from pytest_gpushare.hosts.host_lease import LeaseHere
 from pytest_gpushare.leases.lessee import EnoughElsewhereError
+from pytest_gpushare.neighbours import beside_ollama
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.monitor import Question
 from pytest_gpushare.ollama.prediction import known_sizes
@@ -280,6 +281,7 @@ def answer_of(facts: StartFacts) -> HostAnswer:
         facts.problems,
         loading.sentences if loading is not None else (),
         facts.leases,
+        servers=beside_ollama(facts.answers),
     )
 
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypeVar, Union, cast, get_args, get_origin, 
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, Memory
 from pytest_gpushare.hosts.checkout import Checkout
-from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.neighbours import Answers, ServerFacts
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.scheduler.types import Others
 from pytest_gpushare.text import one_line
@@ -70,6 +71,13 @@ class HostAnswer(NamedTuple):
     checkout: Checkout = Checkout()
     cache: str = ""
     """The directory with the controller's cache of pytest there; empty: it is not needed."""
+    servers: Mapping[str, ServerFacts] = {}
+    """The answers of other servers there, by name."""
+
+    @property
+    def answers(self) -> Answers:
+        """The answers of all servers there."""
+        return {OLLAMA: self.ollama, **self.servers}
 
 
 class ProcessRow(NamedTuple):

@@ -33,10 +33,11 @@ from pytest_gpushare.planning.placement import (
 )
 from pytest_gpushare.planning.plan import Slot, shortage
 from pytest_gpushare.session.run import ActiveRun
-from pytest_gpushare.session.sampler import OllamaOnHost
+from pytest_gpushare.session.sampler import ServersOnHost
 from pytest_gpushare.session.start_facts import (
     HostOfRun,
     ReadingSource,
+    Resident,
     RunOptions,
     StartFacts,
 )
@@ -105,12 +106,12 @@ class HostedRun(ActiveRun):
                 if other.monitor is not None:
                     self.services.include(other.monitor)
 
-    def _ollama_on(self, part: OtherHost) -> OllamaOnHost:
+    def _ollama_on(self, part: OtherHost) -> ServersOnHost:
         devices = tuple(map(part.named, part.answer.gpus.all_devices))
-        return OllamaOnHost(
+        return ServersOnHost(
             self.settings,
             part.answer.gpus._replace(devices=devices, all_devices=devices),
-            part.answer.ollama,
+            part.answer.answers,
             with_devices(part.plan, part.named),
             part.live,
             part.attribution,
@@ -171,16 +172,28 @@ class HostedRun(ActiveRun):
         """See `ActiveRun`."""
         here, own = self.here, self.ollama_here
         return [
-            ReadingSource(here.live, here.devices, own.resident, here.attribution, own.statements),
+            ReadingSource(
+                here.live,
+                here.devices,
+                own.resident,
+                here.attribution,
+                own.statements,
+                here.shares(),
+            ),
             *(
                 ReadingSource(
-                    part.live, part.devices, part.resident, part.attribution, part.statements
+                    part.live,
+                    part.devices,
+                    part.resident,
+                    part.attribution,
+                    part.statements,
+                    part.shares(),
                 )
                 for part in self.others
             ),
         ]
 
-    def _read_now(self, uuid: str) -> tuple[Live | None, Mapping[str, int]]:
+    def _read_now(self, uuid: str) -> tuple[Live | None, Resident]:
         """See `ActiveRun`."""
         part = self._part_with(uuid)
         if isinstance(part.live, HostLive):

@@ -47,7 +47,6 @@ from pytest_gpushare.hosts.specs import (
     proxy_id,
     workers,
 )
-from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.plan import Plan, Request, shortage
 from pytest_gpushare.session.needs_store import may_have_needs, recall_contexts, recall_ollama
 from pytest_gpushare.session.start import (
@@ -184,7 +183,7 @@ def _below_root(config: pytest.Config) -> str:
 
 def _nothing_here(settings: Settings, plan: Plan) -> StartFacts:
     gpus = GpuFacts(absence="no worker runs on this host")
-    return StartFacts(settings, gpus, OllamaFacts(), plan)
+    return StartFacts(settings, gpus, {}, plan)
 
 
 def _facts(

@@ -18,13 +18,14 @@ from pytest_gpushare.hosts.asking import AskedHost
 from pytest_gpushare.hosts.connection import HostConnection
 from pytest_gpushare.hosts.live import HostLive, global_pid
 from pytest_gpushare.hosts.specs import HostSpec
+from pytest_gpushare.neighbours import devices_of_servers, statements_of
 from pytest_gpushare.ollama.models import full_name
 from pytest_gpushare.ollama.monitor import Monitor
-from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
+from pytest_gpushare.planning.leasing import shares_beside_ollama
 from pytest_gpushare.planning.placement import PlacementContext
-from pytest_gpushare.planning.plan import Plan, Request
-from pytest_gpushare.session.sampler import OllamaOnHost
-from pytest_gpushare.session.start_facts import StartFacts, placement_context
+from pytest_gpushare.planning.plan import DeviceShare, Plan, Request
+from pytest_gpushare.session.sampler import ServersOnHost
+from pytest_gpushare.session.start_facts import Resident, StartFacts, placement_context
 
 if TYPE_CHECKING:
     from pytest_gpushare.hosts.host_lease import HostLease
@@ -65,6 +66,10 @@ class HostPart:
         """The names of its devices in this run."""
         return tuple(self.keys[planned.device.uuid] for planned in self.plan.devices)
 
+    def shares(self) -> Mapping[str, tuple[DeviceShare, ...]]:
+        """Name of a device -> what is kept for other servers than Ollama there."""
+        return {self.keys[d.device.uuid]: shares_beside_ollama(d) for d in self.plan.devices}
+
     def has_model(self, name: str) -> bool:
         """Whether its Ollama has this model; of no name: whether there is one."""
         answer = self.answer
@@ -91,7 +96,7 @@ class OtherHost(HostPart):
 
     connection: HostConnection
     hello: Hello
-    ollama_there: OllamaOnHost | None = field(default=None, init=False)
+    ollama_there: ServersOnHost | None = field(default=None, init=False)
     """Its Ollama; None where it has no GPU worker, and before the run is there."""
     shared: HostLease | None = field(default=None, init=False)
     """What the run leases there while its tests are dispatched."""
@@ -111,12 +116,12 @@ class OtherHost(HostPart):
         """Follows its Ollama; None where none does."""
         return None if self.ollama_there is None else self.ollama_there.monitor
 
-    def resident(self) -> Mapping[str, int]:
-        """Name of a device -> bytes that its Ollama holds there."""
+    def resident(self) -> Resident:
+        """What its servers hold, by the names of its devices."""
         return {} if self.ollama_there is None else self.ollama_there.resident()
 
     def statements(self) -> Sequence[Statement]:
-        """What its Ollama says that it holds."""
+        """What its servers say that they hold."""
         return () if self.ollama_there is None else self.ollama_there.statements()
 
     def on_this_clock(self) -> float:
@@ -172,8 +177,8 @@ def part_here(settings: Settings, local: StartFacts | None) -> HostPart:
         return HostPart(
             0, spec, answer, {}, PlacementContext(dict(os.environ)), None, Attribution()
         )
-    known = devices_of_ollama(settings.ollama_gpu, local.gpus)
-    attribution = Attribution(local.gpus.all_devices, statements(known, local.ollama))
+    stated = statements_of(local.answers, devices_of_servers(settings, local.gpus))
+    attribution = Attribution(local.gpus.all_devices, stated)
     answer = in_company(settings, answer_of(local))
     keys = {device.uuid: device.uuid for device in local.gpus.all_devices}
     placement = placement_context(local, answer.plan)

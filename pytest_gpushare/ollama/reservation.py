@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -10,9 +9,7 @@ from typing import NamedTuple
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import SettingsError
-from pytest_gpushare.gpu.attribution import Attribution, Statement
 from pytest_gpushare.gpu.devices import Device, GpuFacts
-from pytest_gpushare.gpu.host import command_line, parent_of
 from pytest_gpushare.ollama.architectures import ShapeUnknownError
 from pytest_gpushare.ollama.models import (
     OLLAMA,
@@ -77,61 +74,6 @@ def is_named(device: Device, name: str) -> bool:
 
 def _lists_ollama(device: Device) -> bool:
     return any(process.neighbour == OLLAMA for process in device.processes or ())
-
-
-def resident_bytes(
-    known: Sequence[Device] | None, gpus: GpuFacts, ollama: OllamaFacts
-) -> Mapping[str, int]:
-    """UUID -> bytes that Ollama holds there; no byte is counted on two devices.
-
-    See `gpu.attribution.resident_bytes`. A server on another host holds nothing here.
-    """
-    if ollama.asked and not ollama.on_this_host:
-        return {}
-    usage = Attribution(gpus.all_devices, statements(known, ollama)).start
-    return {uuid: found.of(OLLAMA) for uuid, found in usage.items()}
-
-
-def statements(
-    known: Sequence[Device] | None,
-    ollama: OllamaFacts,
-    loaded: Sequence[LoadedModel] | None = None,
-) -> tuple[Statement, ...]:
-    """What the server says that it holds here; empty where it says nothing.
-
-    `loaded` has the models of a later answer, where there was one.
-    """
-    if loaded is not None:
-        ollama = ollama._replace(answered=True, models=tuple(loaded))
-    if not ollama.answered or (ollama.asked and not ollama.on_this_host):
-        return ()
-    devices = None if known is None else tuple(device.uuid for device in known)
-    return (Statement(OLLAMA, ollama.vram, devices),)
-
-
-def neighbour_of(pid: int) -> str:
-    """`Ollama` for a process in which an Ollama server holds a model, else empty.
-
-    Since 0.30 that is `llama-server`, a name that stand-alone llama.cpp has too: then the
-    model's path or the parent decides. Before, `ollama runner` or `ollama_llama_server`.
-    """
-    arguments = command_line(pid)
-    if not arguments:
-        return ""
-    name = re.split(r"[/\\]", arguments[0])[-1].removesuffix(".exe").lower()
-    if name == "ollama":
-        return OLLAMA
-    if name not in _RUNNERS:
-        return ""
-    if name != "llama-server" or any(re.search(_BLOB, argument) for argument in arguments):
-        return OLLAMA
-    parent = parent_of(pid)
-    is_child = parent is not None and "ollama" in (command_line(parent) or ("",))[0].lower()
-    return OLLAMA if is_child else ""
-
-
-_RUNNERS = ("llama-server", "ollama_llama_server", "ollama-runner")
-_BLOB = r"[/\\]blobs[/\\]sha256-[0-9a-f]+$"
 
 
 def _named(name: str, devices: Sequence[Device]) -> Device:

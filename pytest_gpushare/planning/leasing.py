@@ -19,7 +19,8 @@ from pytest_gpushare.leases.claims import NEWCOMER, Naming
 from pytest_gpushare.leases.ledger import OFF, Ledger, LedgerError, directory_of
 from pytest_gpushare.leases.lessee import Lessee, LiveReadings, View, Wish
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
-from pytest_gpushare.planning.plan import DevicePlan, LeasedByOthers, Limit, Plan
+from pytest_gpushare.ollama.models import OLLAMA
+from pytest_gpushare.planning.plan import DevicePlan, DeviceShare, LeasedByOthers, Limit, Plan
 from pytest_gpushare.units import format_gb
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from pytest_gpushare.scheduler.types import DeviceCapacity
     from pytest_gpushare.waiting_line import WaitingLine
 
-_OLLAMA_EVERY = 2.0
-"""Seconds between two requests to Ollama while the session waits."""
+_SERVERS_EVERY = 2.0
+"""Seconds between two rounds of questions to servers while the session waits."""
 
 
 _ENDING = 3.0
@@ -52,7 +53,7 @@ class Terms(NamedTuple):
     in_process: bool = False
     """Whether it leases by the test and not by the run."""
     refresh: Callable[[], object] | None = None
-    """Asks Ollama again while the session waits; None: it is not asked."""
+    """Asks the servers again while the session waits; None: they are not asked."""
     line: WaitingLine | None = None
     """Says that the session waits, and may end that by `EnoughElsewhereError`; None: the user's
     terminal."""
@@ -285,7 +286,7 @@ class _Negotiation:
         )
 
     def _planned_alone(self, view: View) -> Plan:
-        """The plan if the other sessions had leased nothing, and kept nothing for Ollama.
+        """The plan if the other sessions had leased nothing, and kept nothing for servers.
 
         Nor had models loaded that their tests use: those are unloaded for one that waits.
         """
@@ -313,8 +314,8 @@ class _Negotiation:
             line.show(text, _AT_ONCE)
         else:
             line.show(text)
-        if self._refresh is not None and waited - self._refreshed >= _OLLAMA_EVERY:
-            # Its models come and go meanwhile: what it held at the start holds no longer.
+        if self._refresh is not None and waited - self._refreshed >= _SERVERS_EVERY:
+            # Models come and go meanwhile: what was held at the start holds no longer.
             self._refreshed = waited
             self._refresh()
 
@@ -413,10 +414,18 @@ def capacities_of(plan: Plan) -> list[DeviceCapacity]:
             planned.device.label,
             planned.reach,
             # What others keep counts by their records, where tests lease what they need.
-            planned.own_reservation if planned.alone else planned.reservation,
+            (planned.own_reservation if planned.alone else planned.reservation) - beside,
             planned.safety_buffer,
             planned.device.free,
-            planned.resident,
+            planned.resident - sum(share.resident for share in shares_beside_ollama(planned)),
+            beside=beside,
         )
         for planned in plan.devices
+        for beside in (sum(share.reservation for share in shares_beside_ollama(planned)),)
     ]
+
+
+def shares_beside_ollama(planned: DevicePlan) -> tuple[DeviceShare, ...]:
+    """What of a device is kept for other servers than Ollama: while tests run it does not change,
+    whereas Ollama's models may be loaded for tests."""
+    return tuple(share for share in planned.shares if share.name != OLLAMA)

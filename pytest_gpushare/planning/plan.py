@@ -48,21 +48,16 @@ class LeasedByOthers(NamedTuple):
     leases: Mapping[str, int] = MappingProxyType({})
     """What is leased and not yet taken, so that it is still free."""
     reserved: Mapping[str, int] = MappingProxyType({})
-    """The largest reservation for Ollama that one of them publishes."""
+    """The most that one of them publishes as kept for servers."""
 
 
-class NeighbourShare(NamedTuple):
-    """What another program on the same devices needs, as planning sees it; bytes by UUID."""
+class DeviceShare(NamedTuple):
+    """What of one device is kept for one server; bytes."""
 
     name: str
-    reservation: Mapping[str, int]
-    """VRAM kept for it, the resident part included; a device without an entry keeps nothing."""
-    resident: Mapping[str, int]
-    """VRAM that it holds already."""
-    is_released: bool = False
-    """Whether nothing is kept because it was not reached."""
-    demand: Demand | None = None
-    """What it needs, model by model; None where no model is named."""
+    reservation: int
+    resident: int
+    """What of it the server holds already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +117,17 @@ class DevicePlan:
     """What this session keeps for neighbours itself, where `reservation` is what another session
     keeps; None: they are the same."""
 
+    shares: tuple[DeviceShare, ...] = ()
+    """`reservation` and `resident` by server."""
+
     @property
     def reach(self) -> int:
         """The most bytes that tests may hold there at any time of the run."""
         return max(self.budget, self.alone)
+
+    def share_of(self, name: str) -> DeviceShare:
+        """What is kept for one server there."""
+        return next((each for each in self.shares if each.name == name), DeviceShare(name, 0, 0))
 
     @property
     def own_reservation(self) -> int:

@@ -18,7 +18,8 @@ from pytest_gpushare.config.kinds import read
 from pytest_gpushare.config.options import BY_KEY, PRESETS, merged
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, HostFacts
-from pytest_gpushare.planning.plan import DevicePlan, Limit, NeighbourShare, Plan, Request, Slot
+from pytest_gpushare.neighbours import NeighbourShare
+from pytest_gpushare.planning.plan import DevicePlan, DeviceShare, Limit, Plan, Request, Slot
 from pytest_gpushare.units import GB
 
 
@@ -38,12 +39,7 @@ def make_plan(
         size_device(
             device,
             settings,
-            reservation=sum(each.reservation.get(device.uuid, 0) for each in neighbours),
-            # Per neighbour: what one holds beyond its reservation is not the other's.
-            resident=sum(
-                min(each.reservation.get(device.uuid, 0), each.resident.get(device.uuid, 0))
-                for each in neighbours
-            ),
+            [_share_on(device, each) for each in neighbours],
             most=host.outer_slot,
             leases=leases.get(device.uuid, 0),
         )
@@ -76,21 +72,27 @@ def make_plan(
     )
 
 
+def _share_on(device: Device, neighbour: NeighbourShare) -> DeviceShare:
+    """What of a device is a neighbour's: what it holds beyond its reservation is no other's."""
+    kept = neighbour.reservation.get(device.uuid, 0)
+    return DeviceShare(neighbour.name, kept, min(kept, neighbour.resident.get(device.uuid, 0)))
+
+
 def size_device(
     device: Device,
     settings: Settings,
+    shares: Sequence[DeviceShare],
     *,
-    reservation: int,
-    resident: int,
     most: int | None = None,
     leases: int = 0,
 ) -> DevicePlan:
     """How many workers fit on one device, and which figure decides; no limit of the run yet.
 
-    `reservation` bytes are kept for neighbours there, `resident` of them they hold already. `most`
-    bounds the budget of a run that lives in a slot of another one, `leases` are
-    those of other sessions, in bytes.
+    `shares`: what is kept for neighbours there. `most` bounds the budget of a run that lives in a
+    slot of another one, `leases` are those of other sessions, in bytes.
     """
+    reservation = sum(each.reservation for each in shares)
+    resident = sum(each.resident for each in shares)
     safety = int(settings.safety_buffer)
     outstanding = max(0, reservation - resident)
     budget = max(0, device.free - outstanding - safety - leases)
@@ -109,14 +111,12 @@ def size_device(
     limit, fitting = _smallest([(name, most) for name, most in figures if most is not None])
     plain, assumed = _without_packed(settings), 0
     if plain is not settings:
-        other = size_device(
-            device, plain, reservation=reservation, resident=resident, most=most, leases=leases
-        )
+        other = size_device(device, plain, shares, most=most, leases=leases)
         assumed = budget // max(1, other.fitting)
     return DevicePlan(
         device=device,
         reservation=reservation,
-        resident=min(resident, reservation),
+        resident=resident,
         outstanding=outstanding,
         safety_buffer=safety,
         most=most,
@@ -130,6 +130,7 @@ def size_device(
         workers=fitting,
         assumed_need=assumed,
         leases=leases,
+        shares=tuple(shares),
     )
 
 

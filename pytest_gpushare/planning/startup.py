@@ -11,30 +11,27 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts, simulated
 from pytest_gpushare.gpu.vendors import Probe
 from pytest_gpushare.host_probe import host_probe
-from pytest_gpushare.ollama.address import Address, Candidate, candidates
-from pytest_gpushare.ollama.models import OLLAMA, ModelFacts, OllamaFacts
-from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
-from pytest_gpushare.ollama.reservation import (
-    devices_of_ollama,
-    reserve,
-    resident_bytes,
+from pytest_gpushare.neighbours import (
+    Answers,
+    NeighbourShare,
+    answer_of_ollama,
+    ask_all,
+    servers,
+    shares_of,
 )
-from pytest_gpushare.planning.plan import LeasedByOthers, Limit, NeighbourShare, Plan, Request, Slot
+from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
+from pytest_gpushare.planning.plan import LeasedByOthers, Limit, Plan, Request, Slot
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.timed import TimedCall, call_within
 from pytest_gpushare.units import format_gb
-
-if TYPE_CHECKING:
-    from pytest_gpushare.ollama.client import Connection
-
 
 DEVICES_TIMEOUT = 2.5
 """Seconds that the driver may take to open and to list the devices; 1.5 s has been seen."""
@@ -42,27 +39,21 @@ DEVICES_TIMEOUT = 2.5
 _CLOSE_TIMEOUT = 0.5
 """Seconds that it may take to shut down; the end of the process does the same."""
 
-_GRACE = 0.02
-"""Seconds for a probe that ran into its own limit to say so."""
-
-T = TypeVar("T")
-
-
-def _until(end: float, call: TimedCall[T]) -> T | None:
-    """The result of a call; None where there is none at `end` (on the monotonic clock)."""
-    call.wait_until(end)
-    return call.value
-
 
 class Probes(NamedTuple):
-    """What both probes found, and the library that is held open for the rest of the run."""
+    """What the devices and the servers said, and the library that is held open for the run."""
 
     gpus: GpuFacts
-    ollama: OllamaFacts
+    answers: Answers
     close: Callable[[], None]
     """Releases the probe; harmless when called twice."""
     devices: Probe | None = None
     """The open probe of the devices, for readings during the run; None under a what-if."""
+
+    @property
+    def ollama(self) -> OllamaFacts:
+        """What Ollama said."""
+        return answer_of_ollama(self.answers)
 
 
 def probe(
@@ -70,23 +61,25 @@ def probe(
     simulate: tuple[str, ...] = (),
     environment: Mapping[str, str] = os.environ,
 ) -> Probes:
-    """Ask the driver (or the what-if) and Ollama at the same time; `environment` is the user's.
+    """Ask the driver (or the what-if) and all servers at the same time; `environment` is the
+    user's.
 
     Raises `SettingsError` for a what-if that cannot be understood; nothing else.
     """
     if simulate:
+        answers = ask_all(settings, environment)
         # What a live server has loaded is on real devices: a what-if counts none of it.
-        ollama = ask_ollama(settings, environment)._replace(models=())
-        return Probes(simulated(simulate), ollama, _nothing)
+        answers = {each.name: each.with_nothing_held(answers[each.name]) for each in servers()}
+        return Probes(simulated(simulate), answers, _nothing)
     reading = _DevicesAsking(environment)
-    ollama = ask_ollama(settings, environment)
-    return Probes(reading.finish(), ollama, reading.close, reading.probe)
+    answers = ask_all(settings, environment)
+    return Probes(reading.finish(), answers, reading.close, reading.probe)
 
 
 def plan_run(
     settings: Settings,
     gpus: GpuFacts,
-    ollama: OllamaFacts,
+    answers: Answers,
     host: HostFacts,
     request: Request,
     sizes: KnownSizes = NOTHING_KNOWN,
@@ -94,32 +87,31 @@ def plan_run(
 ) -> Plan:
     """The plan for what was found; `sizes` has what Ollama's models took in earlier runs.
 
-    `others` is what other sessions claim; of all reservations for Ollama the largest counts.
+    `others` is what other sessions claim; of what all sessions keep for servers the largest counts.
 
     Raises `SettingsError` where `ollama_gpu` names no device of this host.
     """
-    shares = [
-        share._replace(reservation=_larger(share.reservation, others.reserved))
-        if share.name == OLLAMA
-        else share
-        for share in neighbours(settings, gpus, ollama, sizes)
-    ]
-    return make_plan(settings, gpus, shares, host, request, others.leases)
+    shares = shares_of(settings, gpus, answers, sizes)
+    return make_plan(
+        settings, gpus, _as_others_keep(shares, others.reserved), host, request, others.leases
+    )
 
 
-def _larger(one: Mapping[str, int], other: Mapping[str, int]) -> Mapping[str, int]:
-    return {uuid: max(one.get(uuid, 0), other.get(uuid, 0)) for uuid in {*one, *other}}
+def _as_others_keep(
+    shares: Sequence[NeighbourShare], reserved: Mapping[str, int]
+) -> Sequence[NeighbourShare]:
+    """The shares, with what other sessions keep beyond them.
 
-
-def neighbours(
-    settings: Settings, gpus: GpuFacts, ollama: OllamaFacts, sizes: KnownSizes = NOTHING_KNOWN
-) -> tuple[NeighbourShare, ...]:
-    """The programs that share the devices with the tests: one entry for each server."""
-    known = devices_of_ollama(settings.ollama_gpu, gpus)
-    resident = resident_bytes(known, gpus, ollama)
-    kept = reserve(settings, gpus, ollama, known, resident, sizes)
-    share = NeighbourShare(OLLAMA, kept.per_device, resident, kept.is_released, kept.demand)
-    return (share,)
+    A session publishes the sum, since all of a host find the same servers. What makes the sums
+    differ is the reservation that settings name: Ollama's, which is the first.
+    """
+    kept = Counter[str]()
+    for share in shares:
+        kept.update(share.reservation)
+    first, *rest = shares
+    own = Counter(first.reservation)
+    own.update({u: max(0, size - kept[u]) for u, size in reserved.items()})
+    return first._replace(reservation=own), *rest
 
 
 class _DevicesAsking:
@@ -136,7 +128,8 @@ class _DevicesAsking:
         return self.probe.read(self._environment)
 
     def finish(self) -> GpuFacts:
-        return _until(self._end, self._call) or GpuFacts(
+        self._call.wait_until(self._end)
+        return self._call.value or GpuFacts(
             absence=f"{self.probe.library} did not answer within {DEVICES_TIMEOUT:g} s: "
             f"{self.probe.remedy_when_slow(self._environment)}"
         )
@@ -145,87 +138,6 @@ class _DevicesAsking:
         # A driver that hangs is not waited for a second time.
         limit = _CLOSE_TIMEOUT if self._call.is_over else 0.0
         call_within(limit, self.probe.close, "devices-close")
-
-
-def ask_ollama(settings: Settings, environment: Mapping[str, str]) -> OllamaFacts:
-    """Every address that may be Ollama's is asked at once; the best that answers is taken.
-
-    All its questions together have the one time limit.
-    """
-    if not settings.enable_ollama_detection:
-        return OllamaFacts()
-    limit = float(settings.ollama_timeout)
-    places = candidates(settings.ollama_host, environment)
-    # Imported in this thread, so that its cost does not count against Ollama's time limit.
-    from pytest_gpushare.ollama.catalog import ask
-    from pytest_gpushare.ollama.client import load
-
-    load()
-    until = time.monotonic() + limit
-    asked = [_OllamaAsking(place, until, partial(ask, place.address, limit)) for place in places]
-    facts = []
-    for asking in asked:
-        facts.append(asking.finish(limit))
-        if facts[-1].answered:
-            break
-    for asking in asked:
-        asking.hang_up()
-    found = facts[-1] if facts[-1].answered else _no_answer(facts)
-    if found.answered and settings.ollama_models:
-        place = places[len(facts) - 1]
-        return found._replace(relied_on=_ask_models(place.address, settings, until))
-    return found
-
-
-def _no_answer(facts: Sequence[OllamaFacts]) -> OllamaFacts:
-    """None of the addresses gave an answer: one report for all."""
-    if len(facts) == 1:
-        return facts[0]
-    reachable = [each for each in facts if each.reachable]
-    if reachable:
-        return reachable[0]
-    return facts[0]._replace(
-        address=", ".join(each.address for each in facts),
-        problem="; ".join(dict.fromkeys(each.problem for each in facts)),
-        found_by="",
-    )
-
-
-class _OllamaAsking:
-    """One address being asked in the background."""
-
-    def __init__(self, place: Candidate, end: float, ask: Callable[[Any], OllamaFacts]) -> None:
-        self._place, self._end = place, end
-        self._connections: list[Connection] = []
-        self._call = TimedCall(lambda: ask(self._connections.append), "ollama")
-
-    def finish(self, limit: float) -> OllamaFacts:
-        """The answer in time, or a report that there is none."""
-        from pytest_gpushare.ollama.catalog import unanswered
-
-        facts = _until(self._end + _GRACE, self._call)
-        facts = facts or unanswered(self._place.address, f"no answer within {limit:g} s")
-        return facts._replace(found_by=self._place.found_by, server=self._place.address)
-
-    def hang_up(self) -> None:
-        """Close connections that are still open, without waiting for answers."""
-        _hang_up(self._connections)
-
-
-def _ask_models(address: Address, settings: Settings, until: float) -> tuple[ModelFacts, ...]:
-    from pytest_gpushare.ollama.catalog import ask_models
-
-    names, connections = settings.ollama_models, list[Any]()
-    call = TimedCall(lambda: ask_models(address, names, until, connections.append), "ollama")
-    models = _until(until + _GRACE, call)
-    _hang_up(connections)
-    problem = "no answer in time: raise gpu_share_ollama_timeout_s"
-    return models or tuple(ModelFacts(name, problem=problem) for name in names)
-
-
-def _hang_up(connections: Sequence[Connection]) -> None:
-    for connection in connections:
-        connection.hang_up()
 
 
 def _nothing() -> None:

@@ -17,9 +17,11 @@ from pytest_gpushare import __version__
 from pytest_gpushare.config.kinds import kind_of
 from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.config.settings import Settings
-from pytest_gpushare.gpu.readings import DevicePeaks
+from pytest_gpushare.gpu.readings import DevicePeaks, Series
+from pytest_gpushare.neighbours import Answers, beside_ollama
 from pytest_gpushare.ollama.address import without_secrets
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
+from pytest_gpushare.planning.leasing import shares_beside_ollama
 from pytest_gpushare.planning.placement import PlacementContext, caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
 from pytest_gpushare.report.header import header, left_out
@@ -74,6 +76,7 @@ def document(results: Results, exit_status: int, summary: Sequence[str]) -> dict
         "workers": [_worker(member, results) for member in results.workers],
         "tests": _tests(results),
         "ollama": _ollama(run),
+        **servers_document(run.facts.answers),
         "events": [
             {
                 "at_s": _seconds(event.at),
@@ -176,7 +179,18 @@ def _device(planned: DevicePlan, when: str = "") -> dict[str, Any]:
         "workers": planned.workers,
         "slot_bytes": planned.slot_vram or None,
         "limited_by": planned.limited_by.value,
+        **_servers_on(planned),
     }
+
+
+def _servers_on(planned: DevicePlan) -> dict[str, Any]:
+    """What is kept for other servers than Ollama; nothing where there are none."""
+    found = {
+        share.name: {"reservation_bytes": share.reservation, "resident_bytes": share.resident}
+        for share in shares_beside_ollama(planned)
+        if share.reservation
+    }
+    return {"servers": found} if found else {}
 
 
 def ollama_document(ollama: OllamaFacts) -> dict[str, Any] | None:
@@ -192,6 +206,23 @@ def ollama_document(ollama: OllamaFacts) -> dict[str, Any] | None:
         "problem": ollama.problem,
         "models": _models(ollama.models),
     }
+
+
+def servers_document(answers: Answers) -> dict[str, Any]:
+    """What other servers than Ollama answered; nothing where none was asked."""
+    found = [
+        {
+            "name": name,
+            "address": answer.address,
+            "version": answer.version,
+            "answered": answer.answered,
+            "on_this_host": answer.on_this_host,
+            "problem": answer.problem,
+            "vram_bytes": answer.vram if answer.answered else None,
+        }
+        for name, answer in beside_ollama(answers).items()
+    ]
+    return {"servers": found} if found else {}
 
 
 def _models(models: Iterable[LoadedModel]) -> list[dict[str, Any]]:
@@ -305,9 +336,16 @@ def _samples(run: ActiveRun) -> dict[str, Any]:
             "ollama_bytes": watched.series.neighbour(OLLAMA),
             "others_bytes": watched.series.others(),
             "workers_bytes": watched.series.workers(),
+            **_samples_of_servers(watched.series),
         }
         for uuid, watched in run.samples.items()
     }
+
+
+def _samples_of_servers(series: Series) -> dict[str, Any]:
+    """What other servers than Ollama held; nothing where none held anything."""
+    found = {name: held for name, held in series.neighbours().items() if name != OLLAMA}
+    return {"servers_bytes": found} if found else {}
 
 
 def _leases(run: ActiveRun) -> list[dict[str, Any]]:
@@ -372,6 +410,7 @@ def plan_document(run: ActiveRun) -> dict[str, Any]:
         "devices": [_device(device) for device in run.plan.devices],
         "workers": _workers(run.plan, run.placement),
         "ollama": ollama_document(run.ollama),
+        **servers_document(run.facts.answers),
         "problems": list(run.notes),
         "lines": [line.text for line in header(run, 0)],
     }

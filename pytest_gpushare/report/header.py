@@ -5,13 +5,16 @@ Each line has a word that `grep "VRAM\\|GPU\\|workers"` finds.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from pytest_gpushare.config.options import OPTIONS
+from pytest_gpushare.neighbours import beside_ollama, line_of
 from pytest_gpushare.ollama.address import AUTO
-from pytest_gpushare.ollama.models import OllamaFacts, described
+from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts, described
+from pytest_gpushare.planning.leasing import shares_beside_ollama
 from pytest_gpushare.planning.placement import caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Limit, Plan, shortage
 from pytest_gpushare.report.output import Line
@@ -48,6 +51,13 @@ def _server(run: ActiveRun) -> Line:
         f"  {who} at {ollama.address}{where}: {models}{odd}",
         problem=spilled or bool(odd),
     )
+
+
+def server_lines(run: ActiveRun) -> Iterator[Line]:
+    """A line for each other server, as far as there is a device to share with it."""
+    for name, answer in beside_ollama(run.facts.answers).items() if run.plan.devices else ():
+        nothing = "" if answer.answered else "; no VRAM is reserved for it"
+        yield Line(f"  {line_of(name, answer)}{nothing}", problem=not answer.answered)
 
 
 def what_stands(run: ActiveRun) -> str:
@@ -184,6 +194,7 @@ def _lines(run: ActiveRun, verbosity: int) -> Iterator[Line]:
             "wait for it (gpu_share_vram)"
         )
     yield from ollama_lines(run, verbosity)
+    yield from server_lines(run)
     if verbosity >= 1:
         yield from (Line(text) for text in _workers(run))
     if verbosity >= 2:
@@ -254,8 +265,12 @@ def host_line(host: HostOfRun) -> str:
     beside = f", {plural(plan.cpu_workers, 'CPU worker')}" if plan.cpu_workers else ""
     models = ", ".join(described(model) for model in host.ollama.models)
     ollama = f"; Ollama: {models}" if models else ""
+    kept: Counter[str] = Counter()
+    for share in (share for each in plan.devices for share in shares_beside_ollama(each)):
+        kept[share.name] += share.reservation
+    others = "".join(f"; {name}: {format_gb(size)} reserved" for name, size in kept.items() if size)
     workers = plural(len(plan.slots), "GPU worker")
-    return f"  {host.label}: {workers} {_slots(plan)}{beside} on {devices}{ollama}"
+    return f"  {host.label}: {workers} {_slots(plan)}{beside} on {devices}{ollama}{others}"
 
 
 def _slots(plan: Plan) -> str:
@@ -282,10 +297,14 @@ def _device(plan: DevicePlan) -> str:
 
 
 def _vram(plan: DevicePlan, *, several: bool) -> str:
-    resident = f" ({format_gb(plan.resident)} of it resident)" if plan.resident else ""
+    kept = [
+        f"{share.name} reservation {format_gb(share.reservation)}"
+        + (f" ({format_gb(share.resident)} of it resident)" if share.resident else "")
+        for share in plan.shares
+        if share.name == OLLAMA or share.reservation
+    ]
     return (
-        f"  VRAM{f' of {plan.device.label}' if several else ''}: "
-        f"Ollama reservation {format_gb(plan.reservation)}{resident}, "
+        f"  VRAM{f' of {plan.device.label}' if several else ''}: {', '.join(kept)}, "
         f"safety buffer {format_gb(plan.safety_buffer)}, "
         f"usable for tests {format_gb(plan.budget)}"
     )

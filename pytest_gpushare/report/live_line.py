@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, TextIO
 
 from pytest_gpushare.compat.pytest_options import captures_output, reporter_file, shows_progress
 from pytest_gpushare.gpu.attribution import DeviceUsage
-from pytest_gpushare.ollama.models import OLLAMA
 from pytest_gpushare.report.output import verbosity_of
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.text import cut, encodable, width_of
@@ -118,8 +117,7 @@ def _owners(usage: DeviceUsage) -> list[str]:
     if usage.tests is not None:
         # What nobody explains of the rise is the tests' until a process list says otherwise.
         parts.append(f"tests {_gb(usage.tests + usage.unattributed)}")
-    if OLLAMA in usage.neighbours:
-        parts.append(f"Ollama {_gb(usage.of(OLLAMA))}")
+    parts += [f"{name} {_gb(size)}" for name, size in usage.neighbours.items()]
     return parts
 
 

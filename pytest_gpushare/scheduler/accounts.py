@@ -62,7 +62,7 @@ class DeviceLedger:
         self.has_report = False
         """Whether a test is over since then: the same figures mean something else now."""
         self.kept = 0
-        """What must stay free: Ollama's outstanding reservation, the safety buffer, and what
+        """What must stay free: the servers' outstanding reservations, the safety buffer, and what
         other sessions claim."""
         self.budget = capacity.budget
         """That of the device, or what of it may be used while the other sessions are not known."""
@@ -181,7 +181,7 @@ class DeviceLedger:
     def _recount(self) -> None:
         capacity, reading, others = self.capacity, self.reading, self.reading.others
         resident = capacity.resident if reading.resident is None else reading.resident
-        outstanding = max(0, capacity.reservation - resident)
+        outstanding = max(0, capacity.reservation - resident) + reading.outstanding
         self.kept = outstanding + capacity.safety_buffer + others.claimed
         limit, budget = others.limit, capacity.budget
         self.budget = budget if limit is None else min(limit, budget)

@@ -45,7 +45,7 @@ class OwnShare(NamedTuple):
     reserved: int
     """What must stay free for neighbours and as safety buffer, whatever other sessions do."""
     reservation: int = 0
-    """What of the device is kept for Ollama."""
+    """What of the device is kept for servers."""
     published: int = 0
     """The same without a model that waits for VRAM: what other sessions are to keep, too."""
 
@@ -79,8 +79,9 @@ class Sharing:
             want=want,
             waits_for=test,
             reserved=ledger.kept - ledger.reading.others.claimed,
-            reservation=ledger.capacity.reservation,
-            published=(ledger.full if ledger.awaited_by_model else ledger.capacity).reservation,
+            reservation=ledger.capacity.reservation + ledger.capacity.beside,
+            published=(ledger.full if ledger.awaited_by_model else ledger.capacity).reservation
+            + ledger.capacity.beside,
         )
 
     def _wanted(self, device: str, ledger: DeviceLedger) -> tuple[int | None, int]:
@@ -172,8 +173,9 @@ def others_on(
     share = Share(seniority, own.kept, own.committed - own.kept, own.idle, own.most)
     resident = device.resident if reading.resident is None else reading.resident
     # Sessions may keep different amounts for Ollama: the largest counts, once.
-    more = max(0, max(own.reservation, claims.reserved) - resident)
-    more -= max(0, own.reservation - resident)
+    kept = own.reservation - device.beside
+    more = max(0, max(kept, claims.reserved - device.beside) - resident)
+    more -= max(0, kept - resident)
     if reading.free is None:
         left = device.budget - own.committed - claims.leased - more
         capacity = device.budget
@@ -212,7 +214,7 @@ def lease_on(device: DeviceCapacity, own: OwnShare, *, is_shared: bool) -> Devic
 def are_shared(claims: Mapping[str, DeviceClaims], own: Mapping[str, DeviceCapacity]) -> bool:
     """Whether others claim VRAM of these devices: for tests, or for a model loaded for tests."""
     return any(
-        claim.shares or claim.reserved > own[uuid].reservation
+        claim.shares or claim.reserved > own[uuid].reservation + own[uuid].beside
         for uuid, claim in claims.items()
         if uuid in own
     )

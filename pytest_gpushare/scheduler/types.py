@@ -73,6 +73,8 @@ class DeviceCapacity(NamedTuple):
     """What Ollama held when the plan was made."""
     context: int = 0
     """What a process holds that has used the device and gave everything else back."""
+    beside: int = 0
+    """Kept for other servers than Ollama: those whose models no test waits for."""
 
 
 class Others(NamedTuple):
@@ -108,7 +110,7 @@ NOBODY = Others()
 
 
 class DeviceReading(NamedTuple):
-    """What NVML and Ollama say of a device now."""
+    """What NVML and the servers say of a device now."""
 
     free: int | None = None
     """None: unknown."""
@@ -128,6 +130,8 @@ class DeviceReading(NamedTuple):
     of its tests runs, the next one cannot use that."""
     is_attributed: bool = True
     """Whether the driver says which process holds how much, as far as is known."""
+    outstanding: int = 0
+    """What other servers than Ollama have not yet taken of what is kept for them."""
 
 
 class Policy(NamedTuple):

@@ -15,10 +15,10 @@ from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.attribution import Attribution, Holding, holding
 from pytest_gpushare.gpu.vendors import variables
 from pytest_gpushare.leases.claims import Naming
+from pytest_gpushare.neighbours import devices_of_servers, statements_of
 from pytest_gpushare.ollama.address import candidates
-from pytest_gpushare.ollama.models import OLLAMA
 from pytest_gpushare.ollama.monitor import Monitor
-from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
+from pytest_gpushare.planning.leasing import shares_beside_ollama
 from pytest_gpushare.planning.placement import (
     NUMBER,
     PlacementContext,
@@ -30,13 +30,14 @@ from pytest_gpushare.planning.plan import Slot
 from pytest_gpushare.service import Services
 from pytest_gpushare.session.exclusive import ExclusiveAccess
 from pytest_gpushare.session.needs_store import NeedsRecorder
-from pytest_gpushare.session.sampler import OllamaOnHost, Sampler
+from pytest_gpushare.session.sampler import Sampler, ServersOnHost
 from pytest_gpushare.session.session_record import OtherLeases, SessionRecord
 from pytest_gpushare.session.start_facts import (
     CollectionDifferences,
     HostOfRun,
     LeasesElsewhereProtocol,
     ReadingSource,
+    Resident,
     RunOptions,
     StartFacts,
     placement_context,
@@ -95,10 +96,10 @@ class ActiveRun:
         """Who holds the VRAM of the devices: the source of every such figure."""
         self.workers = Workers(self.plan, self.context_on)
         self.tests = RecordedTests(self.workers)
-        self.ollama_here = OllamaOnHost(
+        self.ollama_here = ServersOnHost(
             self.settings,
             self.gpus,
-            self.ollama,
+            facts.answers,
             self.plan,
             self.live,
             self.attribution,
@@ -165,6 +166,9 @@ class ActiveRun:
         """None where xdist's scheduler distributes the tests."""
         if self.monitor is not None:
             services.append(self.monitor)
+        if self.live is not None:
+            follower = self.ollama_here.follow_others(self.live)
+            services += [follower] if follower is not None else []
         self.services = Services(services, self.notes.append)
 
         for text in facts.loading.sentences if facts.loading is not None else ():
@@ -184,8 +188,8 @@ class ActiveRun:
         return Links()
 
     def _make_attribution(self) -> Attribution:
-        devices = devices_of_ollama(self.settings.ollama_gpu, self.gpus)
-        return Attribution(self.gpus.all_devices, statements(devices, self.ollama))
+        stated = statements_of(self.facts.answers, devices_of_servers(self.settings, self.gpus))
+        return Attribution(self.gpus.all_devices, stated)
 
     @property
     def samples(self) -> Mapping[str, DeviceSamples]:
@@ -221,9 +225,12 @@ class ActiveRun:
     def readings(self) -> list[ReadingSource]:
         """What admission and samplers read, by host: a slow one holds no other back."""
         devices = tuple(planned.device.uuid for planned in self.plan.devices)
-        ollama = self.ollama_here
+        here = self.ollama_here
+        shares = {d.device.uuid: shares_beside_ollama(d) for d in self.plan.devices}
         return [
-            ReadingSource(self.live, devices, ollama.resident, self.attribution, ollama.statements)
+            ReadingSource(
+                self.live, devices, here.resident, self.attribution, here.statements, shares
+            )
         ]
 
     def leases_elsewhere(self, _wake: Callable[[], object]) -> LeasesElsewhereProtocol | None:
@@ -360,22 +367,22 @@ class ActiveRun:
         names = [d.device.name for d in self.plan.devices if d.device.uuid == uuid]
         return self.context_of(names[0] if names else None)
 
-    def _read_now(self, _uuid: str) -> tuple[Live | None, Mapping[str, int]]:
-        """What reads this device as of now, and UUID -> bytes that Ollama holds on its host."""
+    def _read_now(self, _uuid: str) -> tuple[Live | None, Resident]:
+        """What reads this device as of now, and what the servers of its host hold."""
         return self.live, self.ollama_here.resident()
 
     def holding(self, uuid: str, label: str, workers: Mapping[int, str]) -> Holding:
         """Who holds the VRAM of a device at this moment; `workers`: PID -> id."""
-        live, resident_by_device = self._read_now(uuid)
+        live, resident = self._read_now(uuid)
         if live is None:
             return Holding(label, None)
         processes = live.processes(0.0).devices.get(uuid)
         memory = live.memory(0.0).devices.get(uuid)
         if not live.is_answering:
             return Holding(label, None)
-        resident = resident_by_device.get(uuid)
         split = self.attribution.split(processes, workers)
-        return holding(label, memory, split, {OLLAMA: resident} if resident else {})
+        by_server = {name: held[uuid] for name, held in resident.items() if held.get(uuid)}
+        return holding(label, memory, split, by_server)
 
     def has_failed(self) -> bool:
         """Whether `--gpu-share-strict` fails the run, whatever its tests say."""

@@ -1,4 +1,4 @@
-"""What follows the devices and Ollama while the tests run.
+"""What follows the devices and the servers while the tests run.
 
 The sampler reads the VRAM of the devices five times a second and the process lists once a second.
 One thread reads and keeps; nothing is written while the tests run, so no slow disk can cost a
@@ -7,6 +7,8 @@ sample.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +27,17 @@ from pytest_gpushare.gpu.readings import (
     Live,
     read_usage,
 )
-from pytest_gpushare.ollama.models import LoadedModel
+from pytest_gpushare.neighbours import (
+    Answers,
+    answer_of_ollama,
+    ask_again,
+    beside_ollama,
+    devices_of_servers,
+    statements_of,
+    with_models,
+)
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel
 from pytest_gpushare.ollama.monitor import Monitor
-from pytest_gpushare.ollama.reservation import devices_of_ollama, statements
 from pytest_gpushare.session.needs_store import ModelSizes
 from pytest_gpushare.session.workers import Workers
 
@@ -35,9 +45,9 @@ if TYPE_CHECKING:
     from pytest_gpushare.config.settings import Settings
     from pytest_gpushare.gpu.devices import GpuFacts
     from pytest_gpushare.ollama.address import Address
-    from pytest_gpushare.ollama.models import OllamaFacts
     from pytest_gpushare.ollama.monitor import MonitoredServer
     from pytest_gpushare.planning.plan import Plan
+    from pytest_gpushare.session.start_facts import Resident
 
 INTERVAL = 0.2
 """Seconds between readings of a device's memory: 12 microseconds for the driver."""
@@ -196,14 +206,57 @@ class Sampler:
             device.listed(None)
 
 
-class OllamaOnHost:
-    """The Ollama of one host during the run: what it says, what it holds, and its monitor."""
+_SERVERS_EVERY = 2.0
+"""Seconds between two questions to a server, as to Ollama."""
+
+
+class ServerFollower:
+    """The service that asks the servers beside Ollama again, and notes what they hold.
+
+    Where the driver names their processes their answers add nothing; in a container it may not.
+    """
+
+    def __init__(
+        self,
+        answers: Answers,
+        ask: Callable[[Answers], Answers],
+        look: Callable[[], Mapping[str, DeviceUsage]],
+    ) -> None:
+        self.answers = answers
+        """What they said last."""
+        self.resident: Resident = {}
+        self._ask, self._look = ask, look
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="gpu-share-servers", daemon=True)
+
+    def start(self) -> None:
+        """Begin to ask."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask no more; a question that is open is not waited for."""
+        self._stopped.set()
+
+    def _follow(self) -> None:
+        while not self._stopped.wait(_SERVERS_EVERY):
+            # An error of the driver, or of an answer, must not end the thread.
+            with contextlib.suppress(Exception):
+                self.answers = self._ask(self.answers)
+                usage = self._look()
+                self.resident = {
+                    name: {uuid: each.of(name) for uuid, each in usage.items()}
+                    for name in self.answers
+                }
+
+
+class ServersOnHost:
+    """The servers of one host during the run: what they say, what they hold, Ollama's monitor."""
 
     def __init__(
         self,
         settings: Settings,
         gpus: GpuFacts,
-        ollama: OllamaFacts,
+        answers: Answers,
         plan: Plan,
         live: Live | None,
         attribution: Attribution,
@@ -212,25 +265,45 @@ class OllamaOnHost:
         make_monitor: Callable[[Address, Callable[[], MonitoredServer]], Monitor] = Monitor,
     ) -> None:
         """`plan` and `gpus` are those of the host, with the names that its devices have."""
-        self._settings, self._gpus, self._ollama, self._plan = settings, gpus, ollama, plan
+        self._settings, self._gpus, self._plan = settings, gpus, plan
+        self._answers, self._ollama = answers, answer_of_ollama(answers)
         self._attribution, self._workers, self._record = attribution, workers, record
-        self.model_sizes = ModelSizes(settings, gpus, ollama)
-        self._devices = devices_of_ollama(settings.ollama_gpu, gpus)
+        self.model_sizes = ModelSizes(settings, gpus, self._ollama)
+        self._known = devices_of_servers(settings, gpus)
+        self._devices = self._known[OLLAMA]
+        self.follower: ServerFollower | None = None
+        """Follows the other servers; None where nobody does."""
         self.monitor: Monitor | None = None
         """None where no server is asked, or none that holds VRAM there."""
+        ollama = self._ollama
         is_asked = ollama.asked and ollama.on_this_host and self._devices != ()
         if is_asked and ollama.server is not None and live is not None:
             self.monitor = make_monitor(ollama.server, partial(self._monitored, live))
 
-    def resident(self) -> Mapping[str, int]:
-        """UUID -> bytes that it holds now; empty where it is not monitored."""
-        return self.monitor.resident() if self.monitor is not None else {}
+    def follow_others(self, live: Live) -> ServerFollower | None:
+        """The service that follows the servers beside Ollama; None where there are none."""
+        others = beside_ollama(self._answers)
+        if others:
+            ask = partial(ask_again, self._settings, os.environ)
+            look = partial(read_usage, live, self._attribution)
+            self.follower = ServerFollower(
+                others, ask, lambda: look(self._workers.at_work(), self.statements())
+            )
+        return self.follower
+
+    def resident(self) -> Resident:
+        """What they hold now, as far as somebody follows them."""
+        found = {} if self.monitor is None else {OLLAMA: self.monitor.resident()}
+        return found if self.follower is None else {**found, **self.follower.resident}
 
     def statements(self, loaded: Sequence[LoadedModel] | None = None) -> tuple[Statement, ...]:
-        """What it says that it holds: of these models, or of those in its last answer."""
+        """What they said; Ollama of these models, or of those in its last answer."""
         if loaded is None and self.monitor is not None:
             loaded = self.monitor.models
-        return statements(self._devices, self._ollama, loaded)
+        answers = self._answers
+        if self.follower is not None:
+            answers = {**answers, **self.follower.answers}
+        return statements_of(with_models(answers, loaded), self._known)
 
     def _monitored(self, live: Live) -> MonitoredServer:
         """What receives its answers, and judges them by what is held on its devices."""
@@ -263,7 +336,9 @@ class OllamaOnHost:
         promise = Promise(
             start={u: each for u, each in self._attribution.start.items() if u in may_use},
             budgets=budgets,
-            reservation=max((d.reservation for d in self._plan.devices), default=0),
+            reservation=max(
+                (d.share_of(OLLAMA).reservation for d in self._plan.devices), default=0
+            ),
             safety_buffer=int(self._settings.safety_buffer),
             needed=self._plan.needed,
         )

@@ -34,6 +34,7 @@ from pytest_gpushare.gpu.readings import LiveVram
 from pytest_gpushare.gpu.vendors import settling_variables, variables
 from pytest_gpushare.leases import AcquireTerms, set_terms
 from pytest_gpushare.leases.ledger import OFF
+from pytest_gpushare.neighbours import Answers, ask_all
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.reservation import devices_of_ollama, seen_larger, unexpected
 from pytest_gpushare.place import entered, set_variables
@@ -45,7 +46,7 @@ from pytest_gpushare.planning.placement import (
     worker_environment,
 )
 from pytest_gpushare.planning.plan import LeasedByOthers, Limit, Plan, Request, shortage
-from pytest_gpushare.planning.startup import PlanHooks, Probes, ask_ollama, plan_run, probe
+from pytest_gpushare.planning.startup import PlanHooks, Probes, plan_run, probe
 from pytest_gpushare.scheduler.needs import excludes_gpu_tests, uses_models
 from pytest_gpushare.session.needs_store import EarlierRuns, earlier_runs
 from pytest_gpushare.session.run import ActiveRun
@@ -140,7 +141,7 @@ def start(
         live = LiveVram(probes.devices) if probes.devices is not None and gpus.all_devices else None
         if live is not None:
             closing.callback(live.close)
-        ollama = _AskedAgain(settings, host, probes.ollama)
+        asked = _AskedAgain(settings, host, probes.answers)
 
         is_phased = _is_phased(settings, earlier, request, probes)
 
@@ -148,7 +149,7 @@ def start(
             if is_phased:
                 changed = changed._replace(ollama_vram_reservation=Fraction(0))
             return plan_run(
-                changed, gpus, ollama.facts, facts, request, earlier.model_sizes, leased
+                changed, gpus, asked.answers, facts, request, earlier.model_sizes, leased
             )
 
         if terms is None or gpus.simulated:
@@ -158,7 +159,7 @@ def start(
             terms = terms._replace(
                 shares_devices=not no_gpu_tests and facts.outer_slot is None,
                 in_process=request.in_process,
-                refresh=ollama.ask if probes.ollama.answered else None,
+                refresh=asked.ask if asked.has_answers else None,
             )
             agreed = agree(settings, gpus, live, make, terms)
         gpus = agreed.gpus
@@ -180,7 +181,7 @@ def start(
     return StartFacts(
         settings,
         gpus,
-        ollama.facts,
+        asked.answers,
         plan,
         replan,
         live,
@@ -237,17 +238,24 @@ def _probed(
 
 
 class _AskedAgain:
-    """What Ollama said last."""
+    """What the servers said last."""
 
-    def __init__(self, settings: Settings, host: Host, facts: OllamaFacts) -> None:
+    def __init__(self, settings: Settings, host: Host, answers: Answers) -> None:
         self._settings, self._host = settings, host
-        self.facts = facts
+        self.answers = answers
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether any of them has answered."""
+        return any(each.answered for each in self.answers.values())
 
     def ask(self) -> None:
-        """Ask it again; one that gives no answer now holds what it held."""
-        again = ask_ollama(self._settings, self._host.environment)
-        if again.answered:
-            self.facts = again
+        """Ask them again; one that gives no answer now holds what it held."""
+        again = ask_all(self._settings, self._host.environment)
+        self.answers = {
+            name: again[name] if again[name].answered else before
+            for name, before in self.answers.items()
+        }
 
 
 def _check_answer(ollama: OllamaFacts) -> None:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.devices import GpuFacts
 from pytest_gpushare.gpu.host import installed_frameworks, mps_is_running
+from pytest_gpushare.neighbours import Answers, answer_of_ollama
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.planning.caps import without_caps_of_outer_run
 from pytest_gpushare.planning.placement import PlacementContext
-from pytest_gpushare.planning.plan import Plan
+from pytest_gpushare.planning.plan import DeviceShare, Plan
 
 if TYPE_CHECKING:
     from pytest_gpushare.gpu.attribution import Attribution, Statement
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from pytest_gpushare.planning.preloading import Loading
     from pytest_gpushare.scheduler.sharing import OwnShare
     from pytest_gpushare.scheduler.types import DeviceReading
+
+
+Resident = Mapping[str, Mapping[str, int]]
+"""Server -> UUID -> bytes that it holds there."""
 
 
 def nothing() -> None:
@@ -33,7 +38,7 @@ class StartFacts(NamedTuple):
 
     settings: Settings
     gpus: GpuFacts
-    ollama: OllamaFacts
+    answers: Answers
     plan: Plan
     replan: Callable[[Settings], Plan] | None = None
     """The plan for the same machine with other settings."""
@@ -67,6 +72,11 @@ class StartFacts(NamedTuple):
         if self.loading is not None:
             self.loading.undo()
         self.release()
+
+    @property
+    def ollama(self) -> OllamaFacts:
+        """What Ollama said."""
+        return answer_of_ollama(self.answers)
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -143,11 +153,13 @@ class ReadingSource(NamedTuple):
     live: Live | None
     devices: Sequence[str]
     """UUIDs."""
-    resident: Callable[[], Mapping[str, int]]
-    """UUID -> bytes that Ollama holds there."""
+    resident: Callable[[], Resident]
+    """What servers hold there, as far as somebody follows them."""
     attribution: Attribution
     statements: Callable[[], Sequence[Statement]]
-    """What neighbours there say of themselves."""
+    """What servers there say of themselves."""
+    shares: Mapping[str, tuple[DeviceShare, ...]] = {}
+    """UUID -> what is kept for other servers than Ollama."""
 
 
 def placement_context(facts: StartFacts, plan: Plan) -> PlacementContext:

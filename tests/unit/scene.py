@@ -9,7 +9,7 @@ from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.events import Record
 from pytest_gpushare.gpu.devices import GpuFacts, GpuProcess, HostFacts, Memory
 from pytest_gpushare.gpu.readings import Reading
-from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
 from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.planning.startup import plan_run
 from pytest_gpushare.session.run import ActiveRun
@@ -65,11 +65,11 @@ class Scene:
         chosen = DEFAULTS._replace(**settings)
 
         def planned(changed: Settings) -> Plan:
-            return plan_run(changed, gpus, ollama, host, request or Request())
+            return plan_run(changed, gpus, {OLLAMA: ollama}, host, request or Request())
 
         self.card = Card(self._now, gpus.devices[0].uuid)
         clock = lambda: self._now[0]  # noqa: E731
-        facts = StartFacts(chosen, gpus, ollama, planned(chosen), planned, self.card)
+        facts = StartFacts(chosen, gpus, {OLLAMA: ollama}, planned(chosen), planned, self.card)
         self.active = ActiveRun(facts, record=Record(clock))
         (self.sampler,) = self.active.samplers
         for number in range(workers):

@@ -34,7 +34,7 @@ from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
 from pytest_gpushare.leases.ledger import MEETING_PLACE, Ledger
 from pytest_gpushare.leases.records import LeaseRecord
-from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.planning.plan import Request
 from pytest_gpushare.planning.startup import plan_run
 from pytest_gpushare.session import start_facts
@@ -56,7 +56,7 @@ def examined(
     """A healthy machine, but for the changes."""
     here = Path("/nowhere")
     settings = load(Written({}, {}, ini or {}, "pytest.ini", here, here, here))
-    plan = plan_run(settings, gpus, server, HostFacts(8), Request())
+    plan = plan_run(settings, gpus, {OLLAMA: server}, HostFacts(8), Request())
     found = Examined(
         environment={},
         where=Platform(system="Linux", python="CPython 3.12"),
@@ -65,7 +65,7 @@ def examined(
         pytest=PytestView(),
         settings=settings,
         settings_error="",
-        started=ActiveRun(StartFacts(settings, gpus, server, plan)),
+        started=ActiveRun(StartFacts(settings, gpus, {OLLAMA: server}, plan)),
         start_error="",
     )
     return replace(found, **changes)

@@ -13,6 +13,7 @@ from pytest_gpushare.dispatch.device_readings import SOONEST, AllReadings, Devic
 from pytest_gpushare.dispatch.executor import Timer
 from pytest_gpushare.gpu.devices import GpuProcess, Memory
 from pytest_gpushare.gpu.readings import LiveVram
+from pytest_gpushare.ollama.models import OLLAMA
 from pytest_gpushare.units import GB
 
 
@@ -207,13 +208,13 @@ def test_timer_sleeps_until_a_step_may_be_due() -> None:
 def test_the_same_answer_as_long_as_nothing_changes() -> None:
     """Sixteen devices need not be gone through for each test; a report makes a new answer."""
     clock = [100.0]
-    resident = {"GPU-0": GB}
+    resident = {OLLAMA: {"GPU-0": GB}}
     live = LiveVram(Nvml(GpuProcess(os.getpid(), GB)), lambda: clock[0])
     readings = DeviceReadings(live, ["GPU-0"], lambda: resident, clock=lambda: clock[0])
     readings.workers[os.getpid()] = "gw0"
     first = readings.now()
     assert readings.now() is first
-    resident["GPU-0"] = 2 * GB
+    resident[OLLAMA]["GPU-0"] = 2 * GB
     second = readings.now()
     assert (first["GPU-0"].resident, second["GPU-0"].resident) == (GB, 2 * GB)
     readings.workers[os.getppid()] = "gw1"

@@ -36,10 +36,11 @@ from pytest_gpushare.hosts.hosted_run import HostLinks
 from pytest_gpushare.hosts.live import AllAttribution, HostLive, global_pid
 from pytest_gpushare.hosts.part import OtherHost, in_company
 from pytest_gpushare.hosts.specs import HostSpec
+from pytest_gpushare.neighbours import NeighbourShare, ServerFacts
 from pytest_gpushare.ollama.address import parse_address
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, ModelFacts, OllamaFacts
 from pytest_gpushare.planning.placement import PlacementContext
-from pytest_gpushare.planning.plan import NeighbourShare, Plan, Request
+from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.units import GB
 
@@ -56,9 +57,15 @@ def sent(kind: str, value: object) -> dict[str, Any]:
 
 
 def plan(device: Device) -> Plan:
-    share = NeighbourShare(OLLAMA, {"GPU-1": 12 * GB}, {"GPU-1": GB})
-    return make_plan(SETTINGS, GpuFacts((device,), (device,)), [share], HostFacts(6, None),
+    shares = (
+        NeighbourShare(OLLAMA, {"GPU-1": 12 * GB}, {"GPU-1": GB}),
+        NeighbourShare("ToyServe", {"GPU-1": 4 * GB}, {"GPU-1": 3 * GB}),
+    )
+    return make_plan(SETTINGS, GpuFacts((device,), (device,)), shares, HostFacts(6, None),
                      Request())  # fmt: skip
+
+
+TOY = ServerFacts("127.0.0.1:9", asked=True, answered=True, version="1.0", vram=3 * GB)
 
 
 def answer(device: Device = DEVICE) -> HostAnswer:
@@ -71,7 +78,7 @@ def answer(device: Device = DEVICE) -> HostAnswer:
     return HostAnswer(
         gpus, plan(device), ollama, ("m:1b",), {"XLA_FLAGS": "x", "HOME": "/root"},
         {"torch": "2.1"}, False, "/tmp/lease", ("a note",), ("loaded",), (),
-        Checkout("abc", "def"), "",
+        Checkout("abc", "def"), "", {"ToyServe": TOY},
     )  # fmt: skip
 
 
@@ -88,6 +95,7 @@ def test_an_answer_comes_back_with_its_host() -> None:
     assert facts.plan.slots[0].device == facts.plan.devices[0].device == facts.gpus.devices[0]
     assert facts.ollama.models == (LoadedModel("m:1b", GB, GB, "sha256:1", 4096),)
     assert facts.ollama.server == parse_address("http://127.0.0.1:1")
+    assert facts.answers["ToyServe"] == TOY
     assert (facts.notes, facts.loaded) == (("a note",), ("loaded",))
     assert facts.checkout == Checkout("abc", "def")
     # Nothing of the environment but what caps depend on, and what the models need stays there.

@@ -22,8 +22,8 @@ from pytest_gpushare.hosts.host_lease import HostLease, LeaseHere
 from pytest_gpushare.leases.ledger import Ledger, LedgerError
 from pytest_gpushare.leases.lessee import Lessee, Revision, View
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord
-from pytest_gpushare.ollama.models import OllamaFacts
-from pytest_gpushare.planning.plan import NeighbourShare, Plan, Request
+from pytest_gpushare.neighbours import NeighbourShare
+from pytest_gpushare.planning.plan import Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.scheduler.sharing import OwnShare
 from pytest_gpushare.scheduler.types import Others
@@ -210,7 +210,7 @@ def test_that_the_start_does_not_wait_is_no_setting_of_the_run() -> None:
 
     def start(settings: Settings, _line: WaitingLine) -> StartFacts:
         found.append((settings.wait, settings.fallback_to_cpu_when_constrained))
-        return StartFacts(settings, GpuFacts(), OllamaFacts(), plan())
+        return StartFacts(settings, GpuFacts(), {}, plan())
 
     refusing = SETTINGS._replace(fallback_to_cpu_when_constrained=False)
     hosts = StartOfHosts(refusing, [], start, Checkout(), strict=False)
@@ -225,7 +225,7 @@ def test_what_others_give_back_on_another_host_is_for_tests_too() -> None:
     there = replace(DEVICE, uuid="box:GPU-1", host="box")
     here, box = (replace(plan().devices[0], device=device) for device in (DEVICE, there))
     both = replace(plan(), devices=(here, replace(box, alone=12 * GB)))
-    facts = StartFacts(SETTINGS, GpuFacts(), OllamaFacts(), both, alone={"GPU-1": 10 * GB})
+    facts = StartFacts(SETTINGS, GpuFacts(), {}, both, alone={"GPU-1": 10 * GB})
     run = ActiveRun(facts)
     run.allow_vram_of_others()
     assert [planned.alone for planned in run.plan.devices] == [10 * GB, 12 * GB]

@@ -10,9 +10,9 @@ from simulator.child import wait_for
 from simulator.ollama import FaultyServer, OllamaServer
 
 from pytest_gpushare.gpu import host
+from pytest_gpushare.neighbours import ollama as together
 from pytest_gpushare.ollama import address
 from pytest_gpushare.ollama.address import Candidate, candidates, parse_address
-from pytest_gpushare.planning import startup as together
 from pytest_gpushare.planning.startup import probe
 
 from ..acceptance.conftest import closed_port

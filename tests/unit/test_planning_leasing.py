@@ -14,7 +14,7 @@ from pytest_gpushare.gpu.devices import GpuFacts, HostFacts, simulated
 from pytest_gpushare.leases.ledger import Ledger
 from pytest_gpushare.leases.lessee import Lessee
 from pytest_gpushare.leases.records import DeviceLease, LeaseRecord, SessionWorker
-from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
 from pytest_gpushare.planning.leasing import Agreed, Terms, agree
 from pytest_gpushare.planning.plan import LeasedByOthers, Plan, Request
 from pytest_gpushare.planning.startup import plan_run
@@ -49,7 +49,8 @@ def agreed(directory: Path, wait: str | None = None) -> Agreed:
     )
 
     def make(gpus: GpuFacts, others: LeasedByOthers) -> Plan:
-        return plan_run(settings, gpus, OllamaFacts(), HostFacts(8), Request(), others=others)
+        answers = {OLLAMA: OllamaFacts()}
+        return plan_run(settings, gpus, answers, HostFacts(8), Request(), others=others)
 
     found = agree(settings, GPUS, None, make, Terms(directory))
     assert found.lessee is not None

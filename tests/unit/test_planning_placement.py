@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pytest_gpushare.gpu.devices import Device, GpuFacts, HostFacts
 from pytest_gpushare.gpu.nvml import visible
-from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
 from pytest_gpushare.planning.placement import (
     PlacementContext,
     slot_of_outer_run,
@@ -33,7 +33,7 @@ def planned(devices: tuple[Device, ...], seen: tuple[Device, ...], number: int |
         max_workers_per_gpu=0,
     )
     facts = GpuFacts(seen, devices)
-    return plan_run(settings, facts, OllamaFacts(), HostFacts(64), Request(number))
+    return plan_run(settings, facts, {OLLAMA: OllamaFacts()}, HostFacts(64), Request(number))
 
 
 @given(fleets(), st.data(), st.none() | st.integers(1, 40))

@@ -17,10 +17,10 @@ from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.gpu.devices import ComputeMode, Device, GpuFacts, GpuProcess, HostFacts
-from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
+from pytest_gpushare.neighbours import NeighbourShare, resident_bytes
+from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.prediction import NOTHING_KNOWN, KnownSizes
-from pytest_gpushare.ollama.reservation import resident_bytes
-from pytest_gpushare.planning.plan import LeasedByOthers, Limit, NeighbourShare, Plan, Request
+from pytest_gpushare.planning.plan import LeasedByOthers, Limit, Plan, Request
 from pytest_gpushare.planning.sizing import make_plan
 from pytest_gpushare.planning.startup import plan_run
 from pytest_gpushare.units import GB, MB
@@ -55,7 +55,7 @@ def plan(
     """The plan for these devices, the rest at its default."""
     facts = GpuFacts(devices, devices, absence="" if devices else "NVML finds no device")
     host = HostFacts(cpus, ram)
-    return plan_run(DEFAULTS._replace(**settings), facts, ollama, host, request, sizes)
+    return plan_run(DEFAULTS._replace(**settings), facts, {OLLAMA: ollama}, host, request, sizes)
 
 
 def slots(result: Plan) -> list[tuple[str, float]]:
@@ -317,7 +317,7 @@ def test_what_is_resident_is_never_counted_twice(
     fleet = (replace(fleet[0], processes=(runner,)), *fleet[1:]) if known else fleet
     facts = GpuFacts(fleet, fleet)
     ollama = OllamaFacts(asked=True, answered=True, models=(LoadedModel("m", held, held),))
-    resident = resident_bytes(fleet[:1] if known else None, facts, ollama)
+    resident = resident_bytes(OLLAMA, ollama, fleet[:1] if known else None, facts)
     assert sum(resident.values()) <= max(held, told if known else 0)
     for one in fleet:
         assert 0 <= resident.get(one.uuid, 0) <= one.used
@@ -354,7 +354,7 @@ def test_an_unknown_need_is_no_small_need(
     here = Path.cwd()
     settings = load(Written({}, {}, {"gpu_share_preset": presets}, "ini", here, here, here))
     gpus = GpuFacts((device(free),), (device(free),))
-    result = plan_run(settings, gpus, SILENT, HostFacts(64), Request(number))
+    result = plan_run(settings, gpus, {OLLAMA: SILENT}, HostFacts(64), Request(number))
     assert len(result.slots) == workers
     assert {round(slot.assumed_need / GB, 2) for slot in result.slots} == {assumed}
     (slot, *_) = result.slots
@@ -367,7 +367,7 @@ def test_an_unknown_need_beside_leases() -> None:
     settings = load(Written({}, {}, {"gpu_share_preset": "packed"}, "ini", here, here, here))
     gpus = GpuFacts((device(22),), (device(22),))
     leased = LeasedByOthers({gpus.devices[0].uuid: 4 * GB})
-    result = plan_run(settings, gpus, SILENT, HostFacts(64), Request(8), others=leased)
+    result = plan_run(settings, gpus, {OLLAMA: SILENT}, HostFacts(64), Request(8), others=leased)
     # Conservative would give 1 worker of 5 GB, and without the lease 2.
     assert {slot.assumed_need for slot in result.slots} == {5 * GB}
 

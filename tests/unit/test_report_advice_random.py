@@ -40,7 +40,7 @@ class RandomMachine(NamedTuple):
         return load(Written({}, overrides, self.ini, "pytest.ini", HERE, HERE, HERE))
 
     def plan(self, settings: Settings) -> Plan:
-        return plan_run(settings, self.gpus, self.ollama, self.host, self.request)
+        return plan_run(settings, self.gpus, {OLLAMA: self.ollama}, self.host, self.request)
 
 
 def random_machine(seed: int) -> RandomMachine:
@@ -80,7 +80,7 @@ def random_machine(seed: int) -> RandomMachine:
 def case(machine: RandomMachine, need: int = 0) -> Case:
     settings = machine.settings({})
     plan = machine.plan(settings)
-    facts = StartFacts(settings, machine.gpus, machine.ollama, plan, replan=machine.plan)
+    facts = StartFacts(settings, machine.gpus, {OLLAMA: machine.ollama}, plan, replan=machine.plan)
     found = case_of(ActiveRun(facts))
     assert found is not None
     return found._replace(need=need)
@@ -135,7 +135,13 @@ def run_of(machine: RandomMachine, seed: int) -> ActiveRun:
     r = random.Random(seed)
     settings = machine.settings({})
     run = ActiveRun(
-        StartFacts(settings, machine.gpus, machine.ollama, machine.plan(settings), machine.plan)
+        StartFacts(
+            settings,
+            machine.gpus,
+            {OLLAMA: machine.ollama},
+            machine.plan(settings),
+            machine.plan,
+        )
     )
     for number in range(run.plan.workers):
         run.workers.join(f"gw{number}", number, 0.0)

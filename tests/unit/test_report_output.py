@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pytest_gpushare.config.sources import report_files
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.gpu.devices import GpuFacts, HostFacts
-from pytest_gpushare.ollama.models import OllamaFacts
+from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts
 from pytest_gpushare.planning.plan import Request
 from pytest_gpushare.planning.startup import plan_run
 from pytest_gpushare.report.output import Line
@@ -122,8 +122,8 @@ def test_no_text_means_anything_to_markdown(text: str) -> None:
 
 def test_github_table_without_a_gpu() -> None:
     settings, nothing = DEFAULTS, GpuFacts(absence="NVML library not found")
-    plan = plan_run(settings, nothing, OllamaFacts(), HostFacts(8), Request())
-    run = ActiveRun(StartFacts(settings, nothing, OllamaFacts(), plan))
+    plan = plan_run(settings, nothing, {OLLAMA: OllamaFacts()}, HostFacts(8), Request())
+    run = ActiveRun(StartFacts(settings, nothing, {}, plan))
     assert "| NVML library not found | | | | | |" in step_summary(Results(run), [])
 
 

@@ -24,6 +24,7 @@ from pytest_gpushare.cli.doctor.machine import (
     driver,
     ollama,
     other_hosts,
+    servers,
     sessions,
     visibility,
 )
@@ -45,6 +46,7 @@ _SECTIONS: Sequence[tuple[str, Sequence[Check]]] = (
     ("Devices", (devices,)),
     ("Visibility", (visibility,)),
     ("Ollama", (ollama,)),
+    ("Other servers", (servers,)),
     ("Sessions", (sessions,)),
     ("Settings", (settings,)),
     ("Plan", (plan,)),

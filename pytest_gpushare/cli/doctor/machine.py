@@ -14,6 +14,7 @@ from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.devices import ComputeMode, Device
 from pytest_gpushare.gpu.vendors import variables
 from pytest_gpushare.leases.ledger import MEETING_PLACE, OFF, Ledger, LedgerError, directory_of
+from pytest_gpushare.neighbours import beside_ollama, line_of
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.prediction import MARGIN
 from pytest_gpushare.ollama.reservation import devices_of_ollama
@@ -214,6 +215,16 @@ def ollama(found: Examined) -> Iterator[Finding]:
         yield _model(model, free, found.settings.ollama_vram_reservation)
     yield from _needs(found)
     yield from _device(found, server)
+
+
+def servers(found: Examined) -> Iterator[Finding]:
+    """The other servers that share the devices."""
+    for name, answer in beside_ollama(found.started.facts.answers).items():
+        text = line_of(name, answer)
+        if answer.answered:
+            yield ok(text)
+        else:
+            yield look("server-silent", f"{text}; no VRAM is reserved for it", f"start {name}")
 
 
 def _reached_by(found: Examined) -> str:
