@@ -35,7 +35,14 @@ TESTS = """
         pathlib.Path(f"place-{worker_id}").write_text(";".join(place))
         if gpu_share.role == "gpu" and seen[1]:
             held = pathlib.Path(os.environ["TOY_GPUS"], f"held-{os.getpid()}")
-            held.write_text(f"{seen[1]} {2**31}")
+            new = held.with_name(f"new-{os.getpid()}")
+            new.write_text(f"{seen[1]} {2**31}")
+            new.rename(held)
+            until = time.monotonic() + 60
+            # Both workers of the device hold theirs before either goes on.
+            while sum(f.read_text().startswith(seen[1]) for f in held.parent.glob("held-*")) < 2:
+                assert time.monotonic() < until
+                time.sleep(0.05)
         time.sleep(1.5)
 """
 HOLD = """
