@@ -85,10 +85,10 @@ def test_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         FaultyServer("drip-body") as two,
         OllamaServer(None, {}) as third,
     ):
-        facts, took = ask(monkeypatch, one.host, two.host, third.host)
+        facts, took = ask(monkeypatch, one.host, two.host, third.host, limit=1)
         assert (facts.answered, facts.found_by) == (True, "place 2")
         assert facts.server == parse_address(third.host)
-        assert 0.4 < took < 1.5
+        assert 0.9 < took < 3
         wait_for(lambda: _ours() == [])
 
 
