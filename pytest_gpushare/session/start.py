@@ -126,10 +126,11 @@ def start(
     probes, loading = _probed(settings, host, earlier, terms.line if terms else None)
     if no_gpu_tests:
         probes = probes._replace(gpus=GpuFacts(absence=no_gpu_tests))
-    with ExitStack() as closing:
+    with ExitStack() as loads, ExitStack() as closing:
         closing.callback(probes.close)
         if loading is not None:
-            closing.callback(loading.undo)
+            # Only after an error: what was loaded outlives these facts where a host plans again.
+            loads.callback(loading.undo)
         if settings.ollama_unreachable == "fail" and probes.ollama.asked:
             _check_answer(probes.ollama)
         facts = HostFacts(
@@ -176,6 +177,7 @@ def start(
         if not plan.slots and not allowed:
             raise NoRoomError(_no_room(plan, agreed.notes))
         release = closing.pop_all().close
+        loads.pop_all()
     if loading is not None:
         loading.look_by(live, agreed.lessee)
     return StartFacts(
