@@ -140,7 +140,7 @@ def test_what_it_takes_makes_a_test_wait(project: Project, toyserve: str, tmp_pa
             @pytest.mark.gpu(vram="1GB")
             def test_first():
                 more = urllib.request.Request(
-                    "http://{toyserve}/hold?size=12GB&seconds=3", method="POST")
+                    "http://{toyserve}/hold?size=12GB&seconds=10", method="POST")
                 urllib.request.urlopen(more, timeout=10).read()
 
             @pytest.mark.gpu(vram="8GB")
@@ -156,7 +156,7 @@ def test_what_it_takes_makes_a_test_wait(project: Project, toyserve: str, tmp_pa
     # By its own word, or as listed: with its context.
     assert re.search(r"held by ToyServe 1[23]\.0 GB", first["text"]), first
     waited = next(t for t in document["tests"] if t["nodeid"].endswith("test_second"))["waited_s"]
-    assert 0.5 < waited < 20
+    assert 0.5 < waited < 60
 
 
 def test_without_a_list_of_processes(
