@@ -131,6 +131,7 @@ def once_each(world: World) -> None:
 @given(COUNTS, SEEDS)
 @example(35, 101270)
 @example(28, 130557)
+@example(20, 1654606)
 def test_well_behaved_suites(count: int, seed: int) -> None:
     """No overcommit, no deadlock, no starvation, no memory error, one outcome each."""
     world = World(**suite(count, seed, faults=False)).run(limit=5000)
