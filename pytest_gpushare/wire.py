@@ -2,8 +2,8 @@
 
 Messages are (kind, payload) with builtin types. Handlers run in the thread in which execnet
 receives, so they must be quick and must not wait. All kinds, with the modules that send and
-receive them; a worker's requests to the dispatcher travel as xdist's event `unscheduled`, so that
-they arrive in xdist's own thread and in order with its reports.
+receive them, the main receiver first; a worker's requests to the dispatcher travel as xdist's
+event `unscheduled`, so that they arrive in xdist's own thread and in order with its reports.
 
 To the controller:
 
@@ -11,8 +11,10 @@ To the controller:
     -------------  ------------------------------  -----------------------  ------------------------
     collected      what the tests need, by index   worker/runner.py         dispatch/distribution.py
     here           PID                             worker/memory.py         session/run.py
+                                                                            session/exclusive.py
     overwritten    text: what changed it           worker/plugin.py         session/run.py
     test           figures of a test that is over  worker/memory.py         session/run.py
+                                                                            dispatch/distribution.py
     own            bytes that it holds by NVML     worker/memory.py         session/run.py
     kept           PIDs that wider fixtures keep   worker/memory.py         session/run.py
     ran-others     node id: it started processes   worker/memory.py         session/run.py
@@ -42,6 +44,9 @@ To a worker:
     alone          the device is its own, or not   session/exclusive.py     worker/oom_retry.py
     lease          path of the session's record    session/session_record.py      worker/plugin.py
     closed         none: the channel has ended     worker/plugin.py         worker/plugin.py
+                                                                            worker/runner.py
+                                                                            worker/memory.py
+                                                                            worker/oom_retry.py
 """
 
 from __future__ import annotations
