@@ -91,7 +91,7 @@ class ServerFacts(NamedTuple):
 class Neighbour(ABC):
     """A server that shares the devices: a class without state, named in `SERVERS`.
 
-    `ask` and `owns` are all that it must have; the rest follows from what they return.
+    `name`, `ask` and `owns` are all that it must have; the rest follows from what they return.
     """
 
     name: str

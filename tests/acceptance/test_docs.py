@@ -32,7 +32,8 @@ import pytest
 from simulator import Device, Machine
 
 from pytest_gpushare.config.kinds import read
-from pytest_gpushare.config.options import BY_KEY, JSON_SECTION, OPTIONS, PRESETS
+from pytest_gpushare.config.options import BY_KEY, JSON_SECTION, OPTIONS, PRESETS, Option
+from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.config.sources import Written, load
 from pytest_gpushare.errors import SettingsError
 from pytest_gpushare.gpu.nvml import _REMEDIES
@@ -525,6 +526,19 @@ def test_places_in_the_code_exist() -> None:
             assert found, f"{name} has no {inside}"
             body = getattr(found[0], "body", [])
     assert len(named) > 30
+
+
+def test_example_options_are_accepted() -> None:
+    """The options that CONTRIBUTING.md adds as an example, and the fields that it names."""
+    (block,) = [b for b in blocks_of(PAGES["CONTRIBUTING.md"]) if "Option(" in b.lines]
+    entries, _, fields = "\n".join(block.lines).partition("# config/settings.py")
+    written = ast.parse(entries).body
+    added = [eval(ast.unparse(entry), {"Option": Option}) for entry in written]
+    named = dict(re.findall(r"^(\w+): (\w+)$", fields, re.M))
+    values = {option.attribute: read(option, option.default, "default") for option in added}
+    assert {name: type(value).__name__ for name, value in values.items()} == named
+    assert not BY_KEY.keys() & {option.key for option in added}
+    assert list(Settings._fields)[-1] == "origins"
 
 
 def test_every_package_is_described() -> None:
