@@ -176,8 +176,11 @@ def others_on(
     kept = own.reservation - device.beside
     more = max(0, max(kept, claims.reserved - device.beside) - resident)
     more -= max(0, kept - resident)
+    taken = claims.leased
     if reading.free is None:
-        left = device.budget - own.committed - claims.leased - more
+        # The budget is what there is without other sessions: what they hold is missing there, too.
+        taken += claims.held
+        left = device.budget - own.committed - taken - more
         capacity = device.budget
         claims = claims._replace(counts_twice=False)
     else:
@@ -189,7 +192,7 @@ def others_on(
     left = max(0, left)
     ahead = claims.ahead(left, ticket, share, capacity, own.reservation)
     return Others(
-        claimed=claims.leased + more + ahead,
+        claimed=taken + more + ahead,
         held_by_others=claims.leased + claims.held + ahead + max(0, more),
         keepable=claims.keepable(capacity, share),
         owed=claims.owed(left, share, own.want),

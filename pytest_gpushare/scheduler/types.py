@@ -81,7 +81,8 @@ class Others(NamedTuple):
     """What the other sessions of the host have of a device, in bytes."""
 
     claimed: int = 0
-    """What is free and theirs: leased and not yet taken, or kept for those that asked before."""
+    """What is free and theirs: leased and not yet taken, or kept for those that asked before.
+    Where nobody knows what is free, also what they hold: it is counted off the budget."""
     held_by_others: int = 0
     """VRAM that this session could use if the others had none."""
     keepable: int | None = None

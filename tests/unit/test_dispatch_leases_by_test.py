@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from pytest_gpushare.dispatch.leases_by_test import SharedDevices
+from pytest_gpushare.gpu.devices import GpuProcess, Memory
+from pytest_gpushare.gpu.host import pid_space
 from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.leases.ledger import Ledger
 from pytest_gpushare.leases.lessee import Lessee
@@ -44,7 +46,7 @@ class Sharing:
     def wake(self) -> None:
         self.woken += 1
 
-    def step(self, free: int = 20) -> list[int]:
+    def step(self, free: int | None = 20) -> list[int]:
         """The tests that start in a step."""
         actions = self.shared.step(self.dispatcher, lambda: {GPU: DeviceReading(free)})
         return [t for a in actions if isinstance(a, Run) and a.admitted for t in a.tests]
@@ -98,6 +100,27 @@ def test_leaves_alone_what_others_have_leased(sharing: Sharing, other: Lessee) -
     assert sharing.lessee.record.ticket
     other.change(devices={})
     assert sharing.step() == [1]
+
+
+class Late:
+    """A driver that lists who holds VRAM, but not in time what is free."""
+
+    def memory(self) -> Mapping[str, Memory]:
+        return {}
+
+    def processes(self) -> Mapping[str, tuple[GpuProcess, ...] | None]:
+        return {GPU: (GpuProcess(os.getppid(), 5),)}
+
+
+def test_what_others_hold_is_theirs_also_where_nobody_knows_what_is_free(
+    tmp_path: Path, sharing: Sharing, other: Lessee
+) -> None:
+    """As while the machine is so busy that a reading comes too late."""
+    other.change(devices={GPU: DeviceLease(11)}, space=pid_space() or "")
+    sharing.lessee._readings = Late()
+    assert sharing.step(None) == [0]
+    assert sharing.step(None) == []
+    assert sharing.lease.lease == 8
 
 
 def test_keeps_to_its_lease_where_the_ledger_fails(sharing: Sharing, tmp_path: Path) -> None:
