@@ -84,4 +84,4 @@ class Toy:
         return tuple(found)
 
 
-VENDOR = Vendor(Toy, VARIABLE, caps=("CuPy",))
+TOY = Vendor(Toy, VARIABLE, caps=("CuPy",))

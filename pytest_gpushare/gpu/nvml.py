@@ -408,6 +408,6 @@ def _order_matters(devices: Sequence[Device], value: str, order: str | None) -> 
     return integers and order != "PCI_BUS_ID" and _are_mixed(devices)
 
 
-VENDOR = Vendor(
+NVIDIA = Vendor(
     Nvml, VARIABLE, (ORDER, "PCI_BUS_ID"), ("torch", "JAX", "CuPy", "TensorFlow", "CUDA MPS")
 )

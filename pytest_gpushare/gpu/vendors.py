@@ -1,7 +1,9 @@
 """The vendors whose GPUs can be read: one module each, named in `VENDORS`.
 
-A vendor's module has `VENDOR`: the variable by which a process is shown its devices, and a class
-with the methods of `Probe`. Nothing else in the plugin knows a vendor.
+A vendor's module has a `Vendor`: the variable by which a process is shown its devices, and a class
+with the methods of `Probe`. Only this module reads the vendor's driver. What else depends on the
+vendor: caps and counters of frameworks (`planning/caps.py`, `worker/`), whether CUDA or its MPS is
+up (`session/start.py`, `gpu/host.py`), and the advice in `cli/doctor/`, which is NVIDIA's.
 """
 
 from __future__ import annotations
@@ -14,11 +16,9 @@ from typing import NamedTuple, Protocol
 from pytest_gpushare.gpu.devices import Device, GpuFacts, GpuProcess, Memory
 from pytest_gpushare.timed import call_within
 
-VENDORS = [
-    "pytest_gpushare.gpu.nvml",
-]
-"""Imported by the first run that plans, or that reads its own device. Devices of several are
-numbered apart: `Device.index` is unique on a host."""
+VENDORS = ("pytest_gpushare.gpu.nvml:NVIDIA",)
+"""Each vendor as `module:name` of its `Vendor`. Imported by the first run that plans, or that reads
+its own device. Devices of several are numbered apart: `Device.index` is unique on a host."""
 
 NeighbourOf = Callable[[int], str]
 """Names the neighbour whose process a PID is; empty for any other."""
@@ -70,14 +70,15 @@ class Vendor(NamedTuple):
     """The environment variable by which a process is shown devices; `Device.variable` of each."""
     numbering: tuple[str, str] | None = None
     """The variable, and its value, with which numbers in `variable` are `Device.index`; None:
-    `gpu_share_device_ids = index` leaves these devices alone."""
+    `gpu_share_device_names = index` leaves these devices alone."""
     caps: tuple[str, ...] = ()
     """Names of the rules in `planning/caps.py` that hold on these devices."""
 
 
 def vendors() -> tuple[Vendor, ...]:
     """All vendors, the first one's devices first."""
-    return tuple(import_module(name).VENDOR for name in VENDORS)
+    named = (entry.partition(":") for entry in VENDORS)
+    return tuple(getattr(import_module(module), name) for module, _, name in named)
 
 
 def vendor_of(device: Device) -> Vendor | None:

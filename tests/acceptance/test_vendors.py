@@ -18,9 +18,9 @@ from .conftest import Project
 
 MB, GB = 2**20, 2**30
 REGISTERED = """
-    from pytest_gpushare.gpu.vendors import VENDORS
+    from pytest_gpushare.gpu import vendors
 
-    VENDORS.append("toy_vendor")
+    vendors.VENDORS = (*vendors.VENDORS, "toy_vendor:TOY")
 """
 TESTS = """
     import os, pathlib, time

@@ -23,7 +23,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(nvml.Nvml, "open", lambda _probe: None)
     (tmp_path / "devices.json").write_text(json.dumps([["Toy", 8 * MB, MB]]))
     monkeypatch.setenv("TOY_GPUS", str(tmp_path))
-    monkeypatch.setattr(vendors, "VENDORS", [*vendors.VENDORS, "toy_vendor"])
+    monkeypatch.setattr(vendors, "VENDORS", (*vendors.VENDORS, "toy_vendor:TOY"))
     return tmp_path
 
 

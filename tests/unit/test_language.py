@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from pytest_gpushare.config.options import OPTIONS, SWITCHES
+
 ROOT = Path(__file__).parents[2]
 PROSE = (
     ROOT / "README.md",
@@ -109,6 +111,21 @@ def test_package() -> None:
         for problem in unwanted(comments_of(path.read_text(encoding="utf-8")), UNWANTED)
     ]
     assert found == []
+
+
+def test_options_that_the_package_names_exist() -> None:
+    """Messages, docstrings and comments name options, and the switches of the command line."""
+    known = {option.ini for option in OPTIONS}
+    known |= {flag.strip("-").replace("-", "_") for flag, *_ in SWITCHES}
+    # Where `config.option` keeps that a command of our own asks for a plan.
+    known.add("gpu_share_only_asks")
+    named = {
+        (name, path.name)
+        for path in MODULES
+        for name in re.findall(r"\bgpu_share_[a-z_]*[a-z]\b", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 50
+    assert sorted(each for each in named if each[0] not in known) == []
 
 
 @pytest.mark.parametrize(

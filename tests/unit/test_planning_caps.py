@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_gpushare.gpu.devices import Device
-from pytest_gpushare.gpu.nvml import VENDOR
+from pytest_gpushare.gpu.nvml import NVIDIA
 from pytest_gpushare.planning.caps import Caps, caps_for, with_mark, without_caps_of_outer_run
 from pytest_gpushare.planning.plan import Slot
 from pytest_gpushare.units import GB, MB
@@ -20,7 +20,7 @@ ALL = {"torch": "2.10.0", "JAX": "0.10.2", "CuPy": "14.0.0", "TensorFlow": "2.20
 
 def caps(outer: dict[str, str] | None = None, **more: bool) -> Caps:
     """The caps of a 4.5 GB slot with every framework installed."""
-    return caps_for(SLOT, outer or {}, ALL, rules=VENDOR.caps, **more)
+    return caps_for(SLOT, outer or {}, ALL, rules=NVIDIA.caps, **more)
 
 
 def test_everything_is_capped() -> None:
@@ -61,7 +61,7 @@ def test_torch_fraction_of_the_user_stands() -> None:
 @pytest.mark.parametrize("version", ["1.13.1", "2.9.1+cu130", "2.0.0"])
 def test_older_torch_is_capped_by_a_call(version: str) -> None:
     """An allocator key that an older torch does not know would make it fail."""
-    result = caps_for(SLOT, {}, {"torch": version}, rules=VENDOR.caps)
+    result = caps_for(SLOT, {}, {"torch": version}, rules=NVIDIA.caps)
     assert "PYTORCH_ALLOC_CONF" not in result.environment
     assert result.environment["PYTEST_GPUSHARE_TORCH_FRACTION"] == FRACTION
     assert result.descriptions == (f"torch {version}: 3.91 GB, set when CUDA is first used",)
@@ -70,7 +70,7 @@ def test_older_torch_is_capped_by_a_call(version: str) -> None:
 def test_no_torch_no_key() -> None:
     """Of a torch that is not installed the version is unknown: nothing is set for it."""
     assert not [
-        name for name in caps_for(SLOT, {}, {}, rules=VENDOR.caps).environment if "TORCH" in name
+        name for name in caps_for(SLOT, {}, {}, rules=NVIDIA.caps).environment if "TORCH" in name
     ]
 
 
@@ -91,7 +91,7 @@ def test_jax_allocators_without_a_cap(allocator: str) -> None:
 
 def test_older_jax_knows_the_older_name() -> None:
     """Where the younger name may not be read yet, the older one is set, and it alone."""
-    environment = caps_for(SLOT, {}, {"JAX": "0.4.38"}, rules=VENDOR.caps).environment
+    environment = caps_for(SLOT, {}, {"JAX": "0.4.38"}, rules=NVIDIA.caps).environment
     assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == FRACTION
     assert "XLA_CLIENT_MEM_FRACTION" not in environment
 
@@ -123,7 +123,7 @@ def test_caps_never_exceed_the_slot(vram: int, total_gb: int, context: int) -> N
     total = max(total_gb * GB, vram)
     card = Device("GPU-1", "card", "0", total, 0, total)
     environment = caps_for(
-        Slot(card, vram), {}, ALL, rules=VENDOR.caps, context=context
+        Slot(card, vram), {}, ALL, rules=NVIDIA.caps, context=context
     ).environment
     limit = int(environment["CUPY_GPU_MEMORY_LIMIT"])
     assert 0 < limit <= vram

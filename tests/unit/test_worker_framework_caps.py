@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pytest_gpushare.gpu.devices import Device
-from pytest_gpushare.gpu.nvml import VENDOR
+from pytest_gpushare.gpu.nvml import NVIDIA
 from pytest_gpushare.planning.caps import caps_for, torch_fraction, with_mark
 from pytest_gpushare.planning.plan import Slot
 from pytest_gpushare.units import GB, MB
@@ -48,7 +48,7 @@ class Torch:
 
 def environment(**versions: str) -> dict[str, str]:
     """What a worker in that slot finds, where these are installed."""
-    return with_mark(caps_for(SLOT, {}, versions, rules=VENDOR.caps).environment)
+    return with_mark(caps_for(SLOT, {}, versions, rules=NVIDIA.caps).environment)
 
 
 @pytest.mark.parametrize("version", ["2.10.0", "2.4.0"])
@@ -110,7 +110,7 @@ def test_an_odd_torch_keeps_what_it_has() -> None:
 def test_the_room_of_the_device_takes_the_slots_place() -> None:
     """Where tests have needs of their own, what only the environment can set lets all through."""
     versions = {"torch": "2.13.0", "JAX": "0.10.2", "CuPy": "14.0.0"}
-    found = caps_for(SLOT, {}, versions, rules=VENDOR.caps, budget=18 * GB, mps=True).environment
+    found = caps_for(SLOT, {}, versions, rules=NVIDIA.caps, budget=18 * GB, mps=True).environment
     assert found["CUPY_GPU_MEMORY_LIMIT"] == str(18 * GB - 600 * MB)
     assert float(found["XLA_CLIENT_MEM_FRACTION"]) == pytest.approx(17.41 / 24, abs=1e-3)
     assert found["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == "0=18432M"
