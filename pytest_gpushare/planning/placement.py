@@ -102,7 +102,8 @@ def slot_of_outer_run(environment: Mapping[str, str]) -> int | None:
 
 
 def visibility(plan: Plan, device: Device | None, placement: PlacementContext) -> dict[str, str]:
-    """The variables that show a worker what it is to see, and hide all others from it."""
+    """The variables that show a worker what it is to see, and hide all others from it:
+    `CUDA_VISIBLE_DEVICES`, and those of other vendors."""
     # A worker that is given one kind of accelerator sees none of the others.
     hidden = dict.fromkeys([*variables(), *(d.device.variable for d in plan.devices)], NO_DEVICE)
     if device is None:

@@ -304,7 +304,8 @@ class ActiveRun:
         return self._worker_message(int(number)) if number.isdigit() else None
 
     def place(self, specs: Sequence[Any]) -> None:
-        """Write each worker's place into the environment of its execnet spec.
+        """Write each worker's place into the environment of its execnet spec: its
+        `CUDA_VISIBLE_DEVICES`, its caps and its number.
 
         Workers of other hosts, and those to which the user gave devices, are left alone. The
         spec lives on when its worker crashes, so a replacement gets the same place. Called
