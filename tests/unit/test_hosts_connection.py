@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from simulator.child import wait_for
 
 from pytest_gpushare.hosts.answers import Hello, HostError
 from pytest_gpushare.hosts.asking import AskedHost
@@ -20,17 +22,22 @@ Login = Callable[[str], HostConnection]
 
 
 @pytest.fixture
-def login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Login:
-    """A login to a "host" that runs this source."""
+def login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Login]:
+    """A login to a "host" that runs this source; closed with its processes after the test."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    begun: list[HostConnection] = []
 
     def begin(source: str) -> HostConnection:
         path = tmp_path / "ssh"
         path.write_text(f"#!{sys.executable} -IS\nimport sys, time\n{source}\n")
         path.chmod(0o755)
-        return HostConnection(SPEC, {})
+        begun.append(HostConnection(SPEC, {}))
+        return begun[-1]
 
-    return begin
+    yield begin
+    for connection in begun:
+        connection.close()
+    wait_for(lambda: not any(t.name.startswith("gpu-share-host") for t in threading.enumerate()))
 
 
 def over(connection: HostConnection) -> str:
@@ -59,7 +66,6 @@ def test_what_is_no_message_ends_the_login(login: Login, source: str, problem: s
     """A greeting alone does not: only much of it, and a message that is none."""
     connection = login(source)
     assert over(connection) == problem
-    connection.close()
 
 
 def test_a_login_that_does_not_end_is_killed(login: Login) -> None:
@@ -94,7 +100,6 @@ def test_a_host_that_says_nothing_is_not_waited_for(login: Login) -> None:
     host.until = time.monotonic() + 0.05
     with pytest.raises(HostError, match=r"no answer within 10 s: try `ssh box true`$"):
         host.await_answer()
-    connection.close()
 
 
 @pytest.mark.parametrize(
