@@ -398,7 +398,7 @@ class Admitting:
             note = f"started without room on its GPU: {pool.forced[test]}"
         alone = pool.assign(worker, test, ahead=ahead)
         if self.models is not None:
-            self.models.began(worker, test)
+            waited = max(waited, self.models.began(worker, test))
         worker.latest = test
         source = known.source if need else ""
         return Admission(need, source, waited, alone, note, pool.refusals.get(test))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pytest_gpushare.scheduler.model_queue import State
 from pytest_gpushare.scheduler.model_room import ModelRoom
 from pytest_gpushare.scheduler.queue import GROUPED, Unit, in_units
 from pytest_gpushare.scheduler.types import (
@@ -25,7 +26,7 @@ from pytest_gpushare.scheduler.types import (
 if TYPE_CHECKING:
     from pytest_gpushare.scheduler.cpu_pool import CpuPool, CpuWorker
     from pytest_gpushare.scheduler.gpu_pool import GpuPool, GpuWorker
-    from pytest_gpushare.scheduler.model_queue import ModelQueue, Offer
+    from pytest_gpushare.scheduler.model_queue import GroupState, ModelQueue, Offer
     from pytest_gpushare.scheduler.pressure import Reclaiming
     from pytest_gpushare.scheduler.routing import Fallback, Routes
 
@@ -51,8 +52,8 @@ class ModelDispatch:
         """Whether it was decided which model comes first."""
         self._idle_since: float | None = None
         """Since when no worker runs anything."""
-        self._asked: dict[int | None, float] = {}
-        """Group -> since when the first of its tests waits for the model."""
+        self._awaited: dict[int | None, float] = {}
+        """Group -> since when a worker runs nothing, as the model is not there yet."""
         self._room = ModelRoom(models, gpu, reclaiming)
         self._jobs, self._gpu, self._cpu, self._fallback = gpu.jobs, gpu, cpu, fallback
         cpu.divert = self._take_over
@@ -129,8 +130,12 @@ class ModelDispatch:
             refusal = self.queue.refusal_of(test)
             if refusal is not None:
                 gpu.refuse(test, *refusal)
+            unit = Unit([test])
+            if any(map(self._is_free, gpu.workers.values())) and (waited := self._waited(test)):
+                # It goes on to wait, for VRAM.
+                unit.since = gpu.at - waited
             # First, as it has one of the places for which others wait.
-            gpu.put_back(Unit([test]), first=True)
+            gpu.put_back(unit, first=True)
             # Its worker may have gone while it was held back, and another may take its place.
             self._fallback.is_due = True
 
@@ -138,7 +143,7 @@ class ModelDispatch:
         """What is to be done now for these tests, on CPU workers and beside them."""
         queue, cpu = self.queue, self._cpu
         for id_, admitted in queue.open_gate():
-            waited = self._gpu.at - self._asked.pop(self._jobs[admitted.test].model, self._gpu.at)
+            waited = self._waited(admitted.test)
             yield Admit(id_, admitted.test, Admission(refusal=admitted.refusal, waited=waited))
         wanted = queue.workers_wanted
         for number, worker in enumerate(cpu.workers.values()):
@@ -163,7 +168,6 @@ class ModelDispatch:
                 more = queue.waits or self._gpu_tests_are_left()
                 actions.append(action._replace(makes_room=holds_vram and more))
                 continue
-            self._asked[action.group] = gpu.at
             if holds_vram:
                 # Until it is known that the turn takes a while.
                 self._room.hold(action.group)
@@ -171,7 +175,30 @@ class ModelDispatch:
         actions += self._room.look()
         if queue.phase == BEFORE or self._room.is_held:
             actions += self._withdraw()
+        # A test that has not begun now does not wait for a model that is there.
+        self._awaited = {
+            number: self._awaited.get(number, gpu.at)
+            for number, group in enumerate(queue.groups)
+            if group.state is State.OPENING and self._has_free_worker(group)
+        }
         return actions
+
+    def _has_free_worker(self, group: GroupState) -> bool:
+        """Whether a worker that could run a test of this group runs nothing."""
+        needs_vram = bool(group.held or group.elsewhere)
+        workers: list[GpuWorker | CpuWorker] = []
+        if group.pending or not needs_vram:
+            workers += self._cpu.workers.values()
+        if needs_vram or not self._cpu.workers:
+            workers += self._gpu.workers.values()
+        return any(self._is_free(worker) and not worker.ending for worker in workers)
+
+    def _waited(self, test: int) -> float:
+        """Seconds for which a worker that begins this test waited for its model.
+
+        The first test of a model waits for it; those behind it wait for that one.
+        """
+        return self._gpu.at - self._awaited.pop(self._jobs[test].model, self._gpu.at)
 
     def _has_been_idle(self) -> bool:
         """Whether all have been idle for a moment, so that idle workers have given VRAM back."""
@@ -211,8 +238,11 @@ class ModelDispatch:
         else:
             self._room.await_room(group)
 
-    def began(self, worker: GpuWorker, test: int) -> None:
-        """A test was admitted; one whose model is missing is refused."""
+    def began(self, worker: GpuWorker, test: int) -> float:
+        """A test was admitted; one whose model is missing is refused.
+
+        Returns the seconds for which the worker waited for the model.
+        """
         queue, refusals = self.queue, self._gpu.refusals
         refusal = queue.refusal_of(test)
         if refusal is not None:
@@ -222,6 +252,7 @@ class ModelDispatch:
             queue.forget([test])
         else:
             queue.begin(worker.id, test)
+        return self._waited(test)
 
     def allows(self, worker: str, test: int) -> bool:
         """Whether a test may start as far as models go."""
@@ -305,14 +336,17 @@ class ModelDispatch:
         )
 
     def _is_idle(self) -> bool:
-        gate = self.queue.gate
         workers: list[GpuWorker | CpuWorker] = [*self._gpu.workers.values()]
         workers += self._cpu.workers.values()
         return (
             bool(workers)
             and all(worker.emptying is None for worker in self._gpu.workers.values())
-            and all(not each.sent or each.sent == [gate.get(each.id)] for each in workers)
+            and all(map(self._is_free, workers))
         )
+
+    def _is_free(self, worker: GpuWorker | CpuWorker) -> bool:
+        """Whether a worker runs nothing: its test, if it has one, waits in it for a model."""
+        return not worker.sent or worker.sent == [self.queue.gate.get(worker.id)]
 
     def _to_cpu(self, worker: CpuWorker, offer: Offer) -> Run:
         worker.asks = False
@@ -344,10 +378,7 @@ class ModelDispatch:
             yield EmptyCaches(worker, withdraw=True)
 
     def _run(self, worker: str, offer: Offer, note: str = "") -> Run:
-        waited, model = 0.0, self._jobs[offer.test].model
-        if model in self._asked and offer.admitted:
-            # The first test of a model waits for it; those behind it wait for that one.
-            waited = self._gpu.at - self._asked.pop(model)
+        waited = self._waited(offer.test) if offer.admitted else 0.0
         admissions = {}
         if note or offer.refusal is not None or waited:
             admissions = {offer.test: Admission(note=note, refusal=offer.refusal, waited=waited)}

@@ -164,7 +164,8 @@ class Admission(NamedTuple):
     source: str = ""
     """Where the need is from: marker, rule, learned, slot; empty where it has none."""
     waited: float = 0.0
-    """How long it was first in the order before it fitted."""
+    """Seconds for which it was first in the order and did not fit, or a free worker waited for its
+    model."""
     alone: bool = False
     """Whether no other GPU test runs on its devices meanwhile."""
     note: str = ""

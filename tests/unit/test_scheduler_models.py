@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pytest_gpushare.scheduler.needs import Need
 from pytest_gpushare.scheduler.types import (
+    Admit,
     DeviceCapacity,
     Drop,
     Job,
@@ -85,6 +86,47 @@ def test_the_others_run_while_a_model_is_loaded() -> None:
     world = World(mixed(uses(0, 3), plain), [ROOM], CPU, models=models(1), load=8.0).run()
     assert world.wrong == []
     assert world.makespan == pytest.approx(11.0, abs=1.1)
+
+
+def waits(world: World) -> dict[int, float]:
+    """Test -> how long it waited; those that did not left out."""
+    found: dict[int, float] = {}
+    for action in world.actions:
+        admissions = {}
+        if isinstance(action, Run):
+            admissions = dict(action.admissions)
+        elif isinstance(action, Admit):
+            admissions = {action.test: action.admission}
+        found.update({test: each.waited for test, each in admissions.items() if each.waited})
+    return found
+
+
+NEEDS = {"marked": True, "need": Need(6 * GB, source="marker")}
+
+
+@pytest.mark.parametrize("fields", [{}, {"group": "g"}, NEEDS, {**NEEDS, "group": "g"}])
+@pytest.mark.parametrize("workers", [CPU[:1], GPU[:1], [*GPU[:1], Worker("gw9")]])
+@pytest.mark.parametrize(("busy", "waited"), [(0.0, 8.0), (5.0, 3.0), (20.0, 0.0)])
+def test_wait_for_a_model(
+    fields: dict[str, Any], workers: list[Worker], busy: float, waited: float
+) -> None:
+    """The first test waits from when a worker is free until its model is loaded; no other does."""
+    if "need" in fields and not workers[0].devices:
+        fields = {}
+    if len(workers) > 1 and {"need", "group"} <= fields.keys():
+        # The model is loaded when the group has its turn.
+        waited = 8.0
+    plain = [Job(f"plain{n}", "need" in fields) for n in range(1 if busy else 0)]
+    jobs = [*plain, *uses(0, 3, **fields)]
+    scripts = {n: Script(busy) for n in range(len(plain))}
+    policy = Policy("loadgroup") if "group" in fields else None
+    world = World(
+        jobs, [ROOM], workers, models=models(1), load=8.0, scripts=scripts, policy=policy
+    ).run()
+    assert world.wrong == []
+    assert world.loads == [0]
+    assert sum(waits(world).values()) == pytest.approx(waited, abs=0.3)
+    assert set(waits(world)) <= {len(plain)}
 
 
 @pytest.mark.parametrize("workers", [CPU, GPU])
