@@ -93,7 +93,7 @@ class RecordedTests:
         """Node id -> bytes that a test was admitted for, and who says so: marker, rule, learned or
         slot."""
         self.waits: dict[str, float] = {}
-        """Node id -> seconds for which a test waited for VRAM."""
+        """Node id -> seconds that a test waited, before it started, for VRAM or for its model."""
         self.remarks: dict[str, list[str]] = {}
         """Node id -> remarks for the report."""
         self.counts: Counter[str] = Counter()
@@ -228,7 +228,7 @@ class RecordedTests:
             self.needs[nodeid] = size, source
 
     def waited(self, nodeid: str, seconds: float) -> None:
-        """A test waited for its VRAM."""
+        """A test waited for its VRAM, or for its model, before it started."""
         with self._lock:
             self.waits[nodeid] = self.waits.get(nodeid, 0.0) + seconds
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ def begin_in_process(run: ActiveRun, config: pytest.Config, message: Mapping[str
     register_plugins(config, message, link)
     if run.lessee is not None and run.lessee.claims_devices and run.plan.slots:
         wait = None if run.settings.wait is None else float(run.settings.wait)
-        leases = LeasePerTest(run.lessee, run.plan, tests, wait)
+        leases = LeasePerTest(run.lessee, run.plan, tests, wait, run.tests.waited)
         plugins.register(leases, "gpu-share-lease-per-test")
         config.add_cleanup(partial(set_need_hooks, None))
 
@@ -51,10 +51,18 @@ class LeasePerTest:
     """Leases what each test needs for as long as it runs, in a process without workers."""
 
     def __init__(
-        self, lessee: Lessee, plan: Plan, tests: Mapping[str, Any], wait: float | None
+        self,
+        lessee: Lessee,
+        plan: Plan,
+        tests: Mapping[str, Any],
+        wait: float | None,
+        waited: Callable[[str, float], object],
     ) -> None:
-        """`tests` is what a worker would receive about its tests."""
-        self._lessee, self._wait = lessee, wait
+        """`tests` is what a worker would receive about its tests.
+
+        `waited` is called with the node id of each test and the seconds that it waited.
+        """
+        self._lessee, self._wait, self._waited = lessee, wait, waited
         self._slot = plan.slots[0]
         self._device = next(d for d in plan.devices if d.device == self._slot.device)
         self._reader = MarkerReader(tests)
@@ -81,7 +89,8 @@ class LeasePerTest:
         if not size:
             return
         self._need = size
-        refused = self._lease(max(size, self._acquired), item.nodeid, self._wait)
+        refused, waited = self._lease(max(size, self._acquired), item.nodeid, self._wait)
+        self._waited(item.nodeid, waited)
         if refused and self._is_explained:
             pytest.fail(
                 f"{format_gb(size)} of VRAM is leased by other sessions, {refused}", pytrace=False
@@ -91,7 +100,8 @@ class LeasePerTest:
     def raised(self, size: int, wait: float | None) -> Iterator[None]:
         """Have so many bytes within a block, with what blocks around it have; or fail."""
         before = self._acquired
-        refused = self._lease(max(before + size, self._need), "a test", wait)
+        # It has started: how long it waits now is part of its time.
+        refused, _ = self._lease(max(before + size, self._need), "a test", wait)
         if refused:
             raise LeaseUnavailable(f"{format_gb(size)} of VRAM is not available, {refused}")
         self._acquired = before + size
@@ -101,8 +111,9 @@ class LeasePerTest:
             self._acquired = before
             self._lessee.shrink({self._slot.device.uuid: max(before, self._need)})
 
-    def _lease(self, size: int, name: str, wait: float | None) -> str:
-        """Lease so much in all; returns what is said where that cannot be had, else nothing."""
+    def _lease(self, size: int, name: str, wait: float | None) -> tuple[str, float]:
+        """Lease so much in all; returns what is said where that cannot be had, else nothing, and
+        the seconds that it took."""
         line = WaitingLine()
         uuid = self._slot.device.uuid
 
@@ -116,12 +127,13 @@ class LeasePerTest:
             outcome = self._lessee.claim(partial(self._decide, size), wait, report)
         except LedgerError:
             # Without the ledger the test runs as it would alone.
-            return ""
+            return "", 0.0
         finally:
             line.clear()
         if outcome.is_granted:
-            return ""
-        return f"waited {outcome.waited:.0f} s: {_holders(outcome.view, uuid)}"
+            return "", outcome.waited
+        why = f"waited {outcome.waited:.0f} s: {_holders(outcome.view, uuid)}"
+        return why, outcome.waited
 
     def _decide(self, size: int, view: View) -> Wish:
         device, claims = self._slot.device, view.claims[self._slot.device.uuid]
@@ -193,8 +205,12 @@ class ModelsInProcess:
         if group is None or llm is None:
             return (yield)
         refusal = llm.groups[group].refusal or self._refusals.get(group)
-        if refusal is None and (problem := llm.open_now(group)):
-            refusal = self._refusals[group] = "fail", problem
+        if refusal is None:
+            began = time.monotonic()
+            problem = llm.open_now(group)
+            self._run.tests.waited(item.nodeid, time.monotonic() - began)
+            if problem:
+                refusal = self._refusals[group] = "fail", problem
         if refusal is not None:
             item.stash[REFUSAL] = refusal
         try:

@@ -12,6 +12,8 @@ from inner_pytest import inner_command
 from simulator import Machine
 from simulator.child import child_process
 
+from pytest_gpushare.report.reading import read_report
+
 
 @pytest.mark.parametrize("asking", ["-n0", "--pdb"])
 def test_without_workers_each_test_leases(project: Project, machine: Machine, asking: str) -> None:
@@ -71,12 +73,17 @@ def test_without_workers_each_test_leases(project: Project, machine: Machine, as
                 pass
         """
     )
+    report = project.path / "r.json"
     result = project.pytest(
-        "--gpu-share", asking, "--gpu-share-wait=1", "-o", "gpu_share_preset=no-ollama"
+        *("--gpu-share", asking, "--gpu-share-wait=1", f"--gpu-share-report={report}"),
+        *("-o", "gpu_share_preset=no-ollama"),
     )
     assert "5.0 GB of VRAM is leased by other sessions, waited 1 s: pid" in result.out
     assert "ERROR test_project.py::test_second" in result.out
     assert result.passed == 1
+    first, second = (test["waited_s"] for test in read_report(report)["tests"])
+    assert first < 0.5
+    assert 1 <= second < 30
 
 
 def test_lease_of_a_test_in_the_debugger(project: Project, machine: Machine) -> None:

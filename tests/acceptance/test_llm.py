@@ -20,6 +20,8 @@ from simulator import Device, Machine
 from simulator.child import child_process, wait_for
 from simulator.ollama import Model, OllamaServer
 
+from pytest_gpushare.report.reading import read_report
+
 from .conftest import Project
 from .test_preload import keeps
 
@@ -115,6 +117,26 @@ def test_grouped_and_limited(project: Project, server: OllamaServer, arguments: 
     assert most_at_once(server, "a:1b") == most_at_once(server, "b:1b") == 1
     assert "gpu-share: 8 tests used 2 Ollama models: 2 loads" in result.out
     assert "no GPU test was selected" not in result.out
+
+
+@pytest.mark.parametrize("workers", ["-n1", "-n0"])
+def test_wait_for_a_model_is_in_the_report(
+    project: Project, ollama_with: Callable[..., Any], machine: Machine, workers: str
+) -> None:
+    """The first test of a model waited for it to be loaded, the others for nothing."""
+    ollama_with([Model("a:1b", "1GB"), Model("b:1b", "1GB")], max_loaded=1, load_delay=1.0)
+    project.write(test_project=MARKED.replace('"c:1b"', ""))
+    report = project.path / "r.json"
+    result = project.pytest("--gpu-share", workers, f"--gpu-share-report={report}")
+    assert (result.code, result.passed) == (0, 16), result.out
+    tests = sorted(read_report(report)["tests"], key=lambda test: test["start_s"])
+    waits: dict[str, list[float]] = {"test_a": [], "test_b": [], "test_placeholder": []}
+    for test in tests:
+        waits[test["nodeid"].partition("::")[2].partition("[")[0]].append(test["waited_s"])
+    for first, *others in (waits["test_a"], waits["test_b"]):
+        assert 0.9 <= first < 30
+        assert max(others) < 0.5
+    assert max(waits["test_placeholder"]) < 0.5
 
 
 def test_simulated_devices(project: Project, server: OllamaServer) -> None:

@@ -19,7 +19,7 @@ function columnsOf(tests) {
     { name: "peak", values: tests.peak, down: true, write: (cell, test) => writePeak(cell, tests, test) },
     { name: "need", values: tests.need, down: true, wide: true, write: bytes(tests.need) },
     { name: "left", values: tests.left, down: true, wide: true, write: bytes(tests.left), title: "VRAM left behind" },
-    { name: "waited", values: tests.waited, down: true, wide: true, write: (cell, test) => (cell.textContent = tests.waited[test] ? span(tests.waited[test]) : "–"), title: "waited for VRAM" },
+    { name: "waited", values: tests.waited, down: true, wide: true, write: (cell, test) => (cell.textContent = tests.waited[test] ? span(tests.waited[test]) : "–"), title: "waited for VRAM or for its model before it started" },
   ];
 }
 

@@ -80,7 +80,7 @@ class Tests {
     if (this.need[test] !== null) lines.push([null, `need${from(this.needSource[test])}`, size(this.need[test])]);
     lines.push([null, `peak${from(this.peakSource[test])}`, this.peakText(test)]);
     if (this.left[test]) lines.push([null, "left behind", size(this.left[test])]);
-    if (this.waited[test]) lines.push([null, "waited for VRAM", span(this.waited[test])]);
+    if (this.waited[test]) lines.push([null, "waited for VRAM or its model", span(this.waited[test])]);
     if (this.attempts[test] > 1) lines.push([null, "attempts", String(this.attempts[test])]);
     if (this.notes[test]) lines.push([null, this.notes[test]]);
     return lines;
