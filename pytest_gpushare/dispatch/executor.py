@@ -96,7 +96,7 @@ class _Member:
 
 
 class Executor:
-    """Sends each worker what the dispatcher says, and hands on what came of it."""
+    """Sends each worker what the dispatcher decides, and passes what happens to the dispatcher."""
 
     def __init__(
         self,

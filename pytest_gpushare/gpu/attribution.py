@@ -307,7 +307,7 @@ def resident_bytes(
     where they are listed without their size.
 
     NVML's figure is the best one, as a server leaves out contexts and pools. Where NVML gives
-    none, what the neighbour says is laid on the devices that it uses, the fullest first (while
+    none, what the neighbour says counts on the devices that it uses, the fullest first (while
     they are unknown: on all), and never more than is in use. Of several on which its processes
     are listed without their sizes, each gets its part: a model may be split over them.
     """

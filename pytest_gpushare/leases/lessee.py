@@ -401,7 +401,7 @@ def _without_wants(devices: Mapping[str, DeviceLease]) -> Mapping[str, DeviceLea
 
 
 def progress_of(sessions: Iterable[LiveSession]) -> object:
-    """What changes when other sessions get on: their tests done, and what they have leased."""
+    """What changes when other sessions make progress: tests they have done, and VRAM they lease."""
     return frozenset(
         (session.name, session.record.done, session.record.leased)
         for session in sessions

@@ -27,7 +27,7 @@ class Account:
     present: int = 0
     """What it holds as far as is known."""
     committed: int = 0
-    """What is set aside for it: a test that takes more than its need is believed."""
+    """What is set aside for it: the need of its test, or what it holds where that is more."""
     outstanding: int = 0
     """What its test may still take."""
     ahead: int = 0
@@ -104,7 +104,7 @@ class DeviceLedger:
 
     def stop(self, worker: str, held: int | None) -> int:
         """The test is over; returns what should come back."""
-        # What is unknown: a context is there in any case, caches and fixtures perhaps.
+        # Where `held` is unknown the context alone counts, though caches and fixtures may be there.
         account = self.running.pop(worker, None) or self.accounts[worker]
         # The next reading shows how much of it.
         account.unseen = account.need if held is None else 0

@@ -5,7 +5,7 @@ The parts, in the order in which to read them:
 - `types`: events and actions as values; `needs`: what a test needs;
 - `queue`: tests that go to one worker, and those that no worker has, found by what fits;
 - `accounts`: what each worker may hold of a device; `gpu_pool` and `cpu_pool`: the workers;
-- `routing` sends tests to kinds of workers and sorts out what can never run; `packing` finds the
+- `routing` sends tests to kinds of workers and refuses what can never run; `packing` finds the
   order;
 - `admission` follows it by the accounts; `backfilling` sees to it that no test waits without end;
 - `pressure` frees VRAM and waits, within limits, for VRAM that others hold; `sharing` says what
@@ -72,7 +72,7 @@ class Dispatcher:
         self._sharing = Sharing(self._gpu, self._pressure)
         self._fallback = Fallback(self._gpu, self._cpu, self._pressure)
         self.models: ModelDispatch | None = None
-        """The tests that use models: there goes what came of loads."""
+        """The tests that use models; it receives the results of loads."""
         if models is not None:
             from pytest_gpushare.scheduler.model_dispatch import ModelDispatch
 

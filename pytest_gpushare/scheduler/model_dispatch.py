@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 IDLE = 1.0
-"""Seconds for which no worker runs anything before a model makes way that nobody can use."""
+"""Seconds for which no worker runs anything before a model is unloaded that no worker can use."""
 
 
 class ModelDispatch:

@@ -397,11 +397,11 @@ class ModelQueue:
                 # Another session's tests use it; it is to stay for those of this one.
                 continue
             others = bool((wanted | blocked) - {number})
-            # Where nobody can use it now, and each worker waits for another, it makes way.
+            # Where no test can use it now, and each worker waits for another one, it is closed.
             has_more = number in startable or bool(group.elsewhere)
             keeps_vram = bool(group.facts.reservations) and number not in startable
-            makes_way = others and (is_idle or not has_more)
-            if not self._is_left(number) or makes_way or (is_idle and keeps_vram):
+            is_replaced = others and (is_idle or not has_more)
+            if not self._is_left(number) or is_replaced or (is_idle and keeps_vram):
                 group.state = State.CLOSING
                 group.in_vain += not group.was_used
                 actions.append(CloseModel(number))

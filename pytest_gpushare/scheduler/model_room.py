@@ -151,7 +151,7 @@ class ModelRoom:
             return False
         if self._drained_at is None:
             self._drained_at = self._gpu.at
-        # Nothing of ours is in the way any more: the server decides, as for any request.
+        # Our tests hold nothing there any more: the server decides, as for any request.
         return self._gpu.at - self._drained_at > DRAINED
 
     def _lacks_leased(self, group: int) -> str:

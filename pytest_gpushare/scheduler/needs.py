@@ -239,7 +239,7 @@ def wanted(
 ) -> Wanted:
     """Whether a test is a GPU test, and its need: marker > rule > learned > slot.
 
-    `gpu_unless_marked`: a marker of the suite means `cpu`, so whoever lacks it is a GPU test.
+    `gpu_unless_marked`: a marker of the suite means `cpu`, so a test without it is a GPU test.
     A test with a rule is one too. None for the need: nobody knows.
     """
     if said.route == "cpu":

@@ -24,7 +24,7 @@ AGAIN = 0.25
 AGAIN_WHILE_BUSY = 2.0
 """The same where a test runs: when that is over, something has changed."""
 PATIENCE = 0.5
-"""Seconds for which VRAM may be missing before anything is said of it."""
+"""Seconds for which VRAM may be missing before an event reports it."""
 
 
 class Waiter(NamedTuple):
@@ -55,14 +55,14 @@ class Reclaiming:
         asked = self.empty(ledger, worker, short, busy)
         if asked:
             return asked
-        in_the_way = need - ledger.most(worker.id)
-        if busy and in_the_way <= 0:
+        short_for_good = need - ledger.most(worker.id)
+        if busy and short_for_good <= 0:
             return []
         if not busy:
             asked = self._ask(ledger, worker, short, busy=False, withdraw=True)
             if asked:
                 return asked
-        return self._end(ledger, waiter, in_the_way if busy else short)
+        return self._end(ledger, waiter, short_for_good if busy else short)
 
     def empty(
         self, ledger: DeviceLedger, worker: GpuWorker, short: int, busy: bool
@@ -157,7 +157,7 @@ class Reclaiming:
         return [Shutdown(worker.id), Note("worker-ended", f"{worker.id} {why}", facts)]
 
     def raise_needs(self) -> Iterator[Action]:
-        """Give running tests that want more what is there, and see to the rest."""
+        """Grant running tests that want more VRAM what is there; have VRAM freed for the rest."""
         pool = self._pool
         for name, more in list(pool.raising.items()):
             worker = pool.workers[name]
@@ -199,8 +199,8 @@ class Blocked:
 
     since: float
     counts_from: float
-    """When the time began that tests wait at most: sessions that get on may take as long as they
-    need with what they have leased."""
+    """When the time began that `Policy.pressure_timeout` limits: it begins again with each progress
+    of another session, as long as the VRAM that the session leases is what is missing."""
     progress: int = 0
     noted: bool = False
     noted_late: bool = False
@@ -226,7 +226,7 @@ class Pressure:
             self._released[device] = size, self._pool.at
 
     def began(self, worker: str, tests: Sequence[int]) -> Iterator[Note]:
-        """Tests began in this worker: nobody is in the way on its devices any more."""
+        """Tests began in this worker: there is VRAM on its devices again."""
         if not self._blocked:
             return
         pool = self._pool
@@ -332,7 +332,7 @@ class Pressure:
                 # The tests of a model have it for as long as they run.
                 return []
             if ledger.reading.others.is_asked:
-                # Whatever lacks may be there with the answer.
+                # More was asked for on that host: the answer may bring what is missing.
                 return []
             if need > ledger.limit_by_budget(worker.id):
                 return reclaiming.reclaim(ledger, waiter, need)

@@ -234,7 +234,7 @@ class Raised(NamedTuple):
     is_final: bool = True
     """False: it waits."""
     text: str = ""
-    """What is in the way."""
+    """Why it waits or is refused."""
 
 
 class OpenModel(NamedTuple):

@@ -229,7 +229,7 @@ class LlmTests:
             loader.end()
 
     def obey(self, action: OpenModel | CloseModel) -> None:
-        """Have a model loaded, or not kept any more; `deliver` says what came of it."""
+        """Have a model loaded, or not kept any more; `deliver` reports the result."""
         self._commands.put(action)
 
     def deliver(self, models: ModelDispatch) -> None:

@@ -1,4 +1,4 @@
-"""What follows the devices and the servers while the tests run.
+"""Reads the VRAM of the devices, and asks the servers what they hold, while the tests run.
 
 The sampler reads the VRAM of the devices five times a second and the process lists once a second.
 One thread reads and keeps; nothing is written while the tests run, so no slow disk can cost a

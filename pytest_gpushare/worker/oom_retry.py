@@ -220,8 +220,8 @@ class _DeferredError:
 
 
 class _Explanations:
-    """The plugin that says in the report of a test that it ran out of memory, and what came of it;
-    registered when the first one does."""
+    """The plugin that adds to the report of a test that it ran out of memory, and how its second
+    attempt ended; registered when the first one does."""
 
     def __init__(self, retry: Retry) -> None:
         self._retry = retry

@@ -71,7 +71,7 @@ class RaisedNeed:
         __tracebackhide__ = True
         self._want(size)
         asked, why = time.monotonic(), ""
-        # The controller says at once what is in the way.
+        # The controller answers at once, with the reason where the test has to wait.
         while answer := self._answer(asked + (wait if why else max(wait, _ANSWER_WITHIN))):
             if answer["granted"]:
                 return
