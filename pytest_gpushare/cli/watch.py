@@ -34,8 +34,8 @@ from pytest_gpushare.neighbours import (
     Answers,
     answer_of_ollama,
     ask_again,
-    beside_ollama,
     line_of,
+    other_servers,
     statements_of,
 )
 from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts, described
@@ -195,7 +195,7 @@ class Watcher:
             sessions=running,
             held=_held(usage, running),
             ollama=answer_of_ollama(self._answers),
-            servers=beside_ollama(self._answers),
+            servers=other_servers(self._answers),
         )
 
     def _open(self) -> GpuFacts:

@@ -105,7 +105,7 @@ class Executor:
         links: Links,
         readings: DeviceReadings,
         contexts: Mapping[str, int],
-        journal: RecordedTests,
+        tests: RecordedTests,
         note: Callable[..., object],
         report_lost: Callable[[str, str], None],
         is_stopping: Callable[[], bool],
@@ -116,7 +116,7 @@ class Executor:
         self._links = links
         self._readings = readings
         self._contexts = contexts
-        self._journal = journal
+        self._tests = tests
         self._note = note
         self._report_lost = report_lost
         self._is_stopping = is_stopping
@@ -343,10 +343,10 @@ class Executor:
 
     def _record(self, test: int, admission: Admission) -> None:
         """Note for the report how a test was admitted."""
-        nodeid, journal = self._nodeids[test], self._journal
+        nodeid, tests = self._nodeids[test], self._tests
         if admission.source:
-            journal.need(nodeid, admission.need, admission.source)
+            tests.need(nodeid, admission.need, admission.source)
         if admission.waited:
-            journal.waited(nodeid, admission.waited)
+            tests.waited(nodeid, admission.waited)
         if admission.note:
-            journal.remark(nodeid, admission.note)
+            tests.remark(nodeid, admission.note)

@@ -43,7 +43,7 @@ from pytest_gpushare.hosts.answers import (
 from pytest_gpushare.hosts.checkout import Checkout, checkout_of
 from pytest_gpushare.hosts.host_lease import LeaseHere
 from pytest_gpushare.leases.lessee import EnoughElsewhereError
-from pytest_gpushare.neighbours import beside_ollama
+from pytest_gpushare.neighbours import other_servers
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.monitor import Question
 from pytest_gpushare.ollama.prediction import known_sizes
@@ -226,7 +226,7 @@ def _written(files: Mapping[str, str]) -> str:
     return directory
 
 
-HERE = frozenset({"markers", "vram", "config", "hosts"})
+CONTROLLER_ONLY = frozenset({"markers", "vram", "config", "hosts"})
 """Keys of options that only the controller goes by."""
 
 
@@ -235,7 +235,7 @@ def settings_as_texts(settings: Settings) -> dict[str, str]:
     return {
         option.key: kind_of(option).write(getattr(settings, option.attribute))
         for option in OPTIONS
-        if option.key not in HERE
+        if option.key not in CONTROLLER_ONLY
     }
 
 
@@ -281,7 +281,7 @@ def answer_of(facts: StartFacts) -> HostAnswer:
         facts.problems,
         loading.sentences if loading is not None else (),
         facts.leases,
-        servers=beside_ollama(facts.answers),
+        servers=other_servers(facts.answers),
     )
 
 

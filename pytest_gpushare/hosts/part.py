@@ -21,7 +21,7 @@ from pytest_gpushare.hosts.specs import HostSpec
 from pytest_gpushare.neighbours import devices_of_servers, statements_of
 from pytest_gpushare.ollama.models import full_name
 from pytest_gpushare.ollama.monitor import Monitor
-from pytest_gpushare.planning.leasing import shares_beside_ollama
+from pytest_gpushare.planning.leasing import shares_of_other_servers
 from pytest_gpushare.planning.placement import PlacementContext
 from pytest_gpushare.planning.plan import DeviceShare, Plan, Request
 from pytest_gpushare.session.sampler import ServersOnHost
@@ -68,7 +68,7 @@ class HostPart:
 
     def shares(self) -> Mapping[str, tuple[DeviceShare, ...]]:
         """Name of a device -> what is kept for other servers than Ollama there."""
-        return {self.keys[d.device.uuid]: shares_beside_ollama(d) for d in self.plan.devices}
+        return {self.keys[d.device.uuid]: shares_of_other_servers(d) for d in self.plan.devices}
 
     def has_model(self, name: str) -> bool:
         """Whether its Ollama has this model; of no name: whether there is one."""

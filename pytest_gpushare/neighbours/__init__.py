@@ -275,7 +275,7 @@ def line_of(name: str, answer: ServerAnswer) -> str:
     return f"{where}{away}: {format_gb(answer.vram)} in VRAM"
 
 
-def beside_ollama(answers: Answers) -> Answers:
+def other_servers(answers: Answers) -> Answers:
     """The answers of the servers but Ollama, which has lines, options and events of its own;
     without those that were not asked."""
     return {name: each for name, each in answers.items() if name != OLLAMA and each.asked}

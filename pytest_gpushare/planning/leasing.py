@@ -417,15 +417,15 @@ def capacities_of(plan: Plan) -> list[DeviceCapacity]:
             (planned.own_reservation if planned.alone else planned.reservation) - beside,
             planned.safety_buffer,
             planned.device.free,
-            planned.resident - sum(share.resident for share in shares_beside_ollama(planned)),
+            planned.resident - sum(share.resident for share in shares_of_other_servers(planned)),
             beside=beside,
         )
         for planned in plan.devices
-        for beside in (sum(share.reservation for share in shares_beside_ollama(planned)),)
+        for beside in (sum(share.reservation for share in shares_of_other_servers(planned)),)
     ]
 
 
-def shares_beside_ollama(planned: DevicePlan) -> tuple[DeviceShare, ...]:
+def shares_of_other_servers(planned: DevicePlan) -> tuple[DeviceShare, ...]:
     """What of a device is kept for other servers than Ollama: while tests run it does not change,
     whereas Ollama's models may be loaded for tests."""
     return tuple(share for share in planned.shares if share.name != OLLAMA)

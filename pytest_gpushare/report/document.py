@@ -18,10 +18,10 @@ from pytest_gpushare.config.kinds import kind_of
 from pytest_gpushare.config.options import OPTIONS
 from pytest_gpushare.config.settings import Settings
 from pytest_gpushare.gpu.readings import DevicePeaks, Series
-from pytest_gpushare.neighbours import Answers, beside_ollama
+from pytest_gpushare.neighbours import Answers, other_servers
 from pytest_gpushare.ollama.address import without_secrets
 from pytest_gpushare.ollama.models import OLLAMA, LoadedModel, OllamaFacts
-from pytest_gpushare.planning.leasing import shares_beside_ollama
+from pytest_gpushare.planning.leasing import shares_of_other_servers
 from pytest_gpushare.planning.placement import PlacementContext, caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Plan, shortage
 from pytest_gpushare.report.header import header, left_out
@@ -187,7 +187,7 @@ def _servers_on(planned: DevicePlan) -> dict[str, Any]:
     """What is kept for other servers than Ollama; nothing where there are none."""
     found = {
         share.name: {"reservation_bytes": share.reservation, "resident_bytes": share.resident}
-        for share in shares_beside_ollama(planned)
+        for share in shares_of_other_servers(planned)
         if share.reservation
     }
     return {"servers": found} if found else {}
@@ -220,7 +220,7 @@ def servers_document(answers: Answers) -> dict[str, Any]:
             "problem": answer.problem,
             "vram_bytes": answer.vram if answer.answered else None,
         }
-        for name, answer in beside_ollama(answers).items()
+        for name, answer in other_servers(answers).items()
     ]
     return {"servers": found} if found else {}
 

@@ -11,10 +11,10 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from pytest_gpushare.config.options import OPTIONS
-from pytest_gpushare.neighbours import beside_ollama, line_of
+from pytest_gpushare.neighbours import line_of, other_servers
 from pytest_gpushare.ollama.address import AUTO
 from pytest_gpushare.ollama.models import OLLAMA, OllamaFacts, described
-from pytest_gpushare.planning.leasing import shares_beside_ollama
+from pytest_gpushare.planning.leasing import shares_of_other_servers
 from pytest_gpushare.planning.placement import caps_of
 from pytest_gpushare.planning.plan import DevicePlan, Limit, Plan, shortage
 from pytest_gpushare.report.output import Line
@@ -55,7 +55,7 @@ def _server(run: ActiveRun) -> Line:
 
 def server_lines(run: ActiveRun) -> Iterator[Line]:
     """A line for each other server, as far as there is a device to share with it."""
-    for name, answer in beside_ollama(run.facts.answers).items() if run.plan.devices else ():
+    for name, answer in other_servers(run.facts.answers).items() if run.plan.devices else ():
         nothing = "" if answer.answered else "; no VRAM is reserved for it"
         yield Line(f"  {line_of(name, answer)}{nothing}", problem=not answer.answered)
 
@@ -266,7 +266,7 @@ def host_line(host: HostOfRun) -> str:
     models = ", ".join(described(model) for model in host.ollama.models)
     ollama = f"; Ollama: {models}" if models else ""
     kept: Counter[str] = Counter()
-    for share in (share for each in plan.devices for share in shares_beside_ollama(each)):
+    for share in (share for each in plan.devices for share in shares_of_other_servers(each)):
         kept[share.name] += share.reservation
     others = "".join(f"; {name}: {format_gb(size)} reserved" for name, size in kept.items() if size)
     workers = plural(len(plan.slots), "GPU worker")

@@ -78,7 +78,7 @@ class Admitting:
         if test in pool.forced:
             return not pool.has_neighbours(worker)
         return (
-            pool.bytes_for(worker, test) <= pool.limit(worker, pool.kind_of(test))
+            pool.bytes_for(worker, test) <= pool.largest_need(worker, pool.kind_of(test))
             and self._backfilling.allows(worker, test)
             and self._fits_beside_what_was_left(worker, test)
         )
@@ -289,7 +289,7 @@ class Admitting:
         # Where models decide too, what leaves room for others may have to wait for its model.
         is_cold = pool.cold and self.models is None
         for kind, tree in pending.trees.items():
-            limit = pool.limit(worker, kind)
+            limit = pool.largest_need(worker, kind)
             start = self._first_modest(worker, tree, limit) if is_cold else 0
             for rank in islice(tree.up_to(limit, start), TRIES):
                 if 0 <= best < rank:

@@ -129,7 +129,7 @@ class CpuPool:
             self._low[worker] = cpu_worker
         return wants
 
-    def orphans(self) -> list[int]:
+    def take_unrunnable(self) -> list[int]:
         """Take out the tests that no CPU worker can run any more."""
         if self.knows_all:
             return []

@@ -362,11 +362,11 @@ class Dispatcher:
         if self.models is not None:
             self.models.release_tests()
         if fallback.is_due and not self._expected:
-            fallback.orphans()
+            fallback.decide_unrunnable()
             if self.models is not None:
-                self.models.drop_orphans()
+                self.models.drop_unrunnable()
         if pressure.has_given_up:
-            actions += fallback.sort_out()
+            actions += fallback.decide_given_up()
         given = [] if self.models is None else list(self.models.actions())
         is_due = gpu.at >= pressure.due_at
         if is_due:

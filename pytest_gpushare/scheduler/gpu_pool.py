@@ -247,8 +247,8 @@ class GpuPool:
 
     # --- what is known of a test ---
 
-    def settle(self, largest: Mapping[int, int]) -> None:
-        """From now on it is known what each test needs: the largest budgets are.
+    def set_largest(self, largest: Mapping[int, int]) -> None:
+        """Set the largest need that any worker can meet, by the number of devices.
 
         What was learned is a peak with a margin: where the margin is all that does not fit,
         the test gets the whole budget of the largest device.
@@ -363,7 +363,7 @@ class GpuPool:
 
     # --- admission ---
 
-    def limit(self, worker: GpuWorker, kind: Kind) -> int:
+    def largest_need(self, worker: GpuWorker, kind: Kind) -> int:
         """The largest need of this kind that may start in this worker now; -1: none.
 
         What the worker's own test holds comes back before its next one starts: it counts as free.

@@ -75,10 +75,10 @@ class ModelDispatch:
         else:
             self.queue.hold(both)
             gpu = [test for test in gpu if self._jobs[test].model is None]
-        self.drop_orphans()
+        self.drop_unrunnable()
         return found._replace(cpu=cpu, gpu=gpu)
 
-    def drop_orphans(self) -> None:
+    def drop_unrunnable(self) -> None:
         """Drop the tests that no worker which is left has collected."""
         gpu, cpu = self._gpu, self._cpu
 
@@ -87,7 +87,7 @@ class ModelDispatch:
                 worker.knows(*tests) and not worker.ending for worker in gpu.workers.values()
             )
 
-        for test in self.queue.orphans(could_run):
+        for test in self.queue.take_unrunnable(could_run):
             self._fallback.dropped.append((test, "no worker that has collected it is left"))
 
     def _take_over(self, test: int) -> bool:

@@ -192,7 +192,7 @@ class ModelQueue:
         most = max((group.facts.parallel for group in self.groups), default=0)
         return most if self.waits else 0
 
-    def orphans(self, could_run: Callable[..., bool]) -> list[int]:
+    def take_unrunnable(self, could_run: Callable[..., bool]) -> list[int]:
         """Take out the tests that no worker can run; of chains that none can run as a whole, each
         test goes by itself. `could_run` says whether one worker could run these tests."""
         queues: list[deque[int]] = [*self._chains, *(g.pending for g in self.groups)]

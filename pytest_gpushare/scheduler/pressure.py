@@ -348,12 +348,12 @@ class Pressure:
                 comes_back = ledger.has_model_reservation and pool.jobs[waiter.test].model is None
                 if asked or is_on_its_way or comes_back:
                     return asked
-                return list(self._missing(ledger, waiter.test, need, live, whole - need))
+                return list(self._wait_or_give_up(ledger, waiter.test, need, live, whole - need))
             if pool.need(waiter.test).exclusive and ledger.runs_beside(worker.id):
                 return []
         return []
 
-    def _missing(
+    def _wait_or_give_up(
         self, ledger: DeviceLedger, test: int, need: int, live: int, left_behind: int
     ) -> Iterator[Action]:
         """VRAM that should be free is not: it comes back late, or others took it.

@@ -31,7 +31,7 @@ def routes(gpu: GpuPool, cpu: CpuPool) -> Routes:
     """Marked tests go to GPU workers, all others to CPU workers where there are any."""
     result = Routes([], [], {}, {})
     largest = _largest(gpu)
-    gpu.settle({count: most for count, (most, _) in largest.items()})
+    gpu.set_largest({count: most for count, (most, _) in largest.items()})
     for number, job in enumerate(gpu.jobs):
         on_gpu = any(worker.knows(number) for worker in gpu.workers.values())
         on_cpu = cpu.could_run(number)
@@ -146,7 +146,7 @@ class Fallback:
         text = f"no GPU for this test: {reason}"
         return outcome, text if is_lent and outcome == "fail" else f"{text} ({asked})"
 
-    def settle(self, test: int, reason: str) -> None:
+    def reroute(self, test: int, reason: str) -> None:
         """Decide, and put the test where it goes."""
         where = self.decide(test, reason)
         if where == "cpu":
@@ -154,7 +154,7 @@ class Fallback:
         elif where == "gpu":
             self._gpu.put_back(Unit([test]))
 
-    def orphans(self) -> None:
+    def decide_unrunnable(self) -> None:
         """Workers are gone and none will come: what no other worker can run gets no GPU."""
         gpu, self.is_due = self._gpu, False
         for unit in gpu.pending.all():
@@ -165,27 +165,27 @@ class Fallback:
                 if gpu.any_worker_can_run(single := Unit([test])):
                     gpu.put_back(single)
                 else:
-                    self.settle(test, "no GPU worker is left that could run it")
-        for test in self._cpu.orphans():
+                    self.reroute(test, "no GPU worker is left that could run it")
+        for test in self._cpu.take_unrunnable():
             if gpu.any_worker_can_run(single := Unit([test])):
                 gpu.put_back(single)
             else:
                 self.dropped.append((test, "no worker that has collected it is left"))
 
-    def sort_out(self) -> list[Action]:
+    def decide_given_up(self) -> list[Action]:
         """Decide on the tests that have waited long enough for VRAM that others hold."""
         gpu = self._gpu
         actions: list[Action] = []
         gone = [
             (unit, reason)
             for unit in gpu.pending.all()
-            if (reason := self._hopeless(unit.tests[0], None))
+            if (reason := self._why_given_up(unit.tests[0], None))
         ]
         for worker in list(gpu.waiting.values()):
             test = worker.bound
             if test is None or not worker.is_between_tests:
                 continue
-            if not (reason := self._hopeless(test, worker)):
+            if not (reason := self._why_given_up(test, worker)):
                 continue
             if self.decide(test, reason) == "cpu":
                 # The fixtures that the worker keeps are for this test alone.
@@ -199,10 +199,10 @@ class Fallback:
             test = unit.next()
             if unit.tests:
                 gpu.put_back(unit)
-            self.settle(test, reason)
+            self.reroute(test, reason)
         return actions
 
-    def _hopeless(self, test: int, bound: GpuWorker | None) -> str:
+    def _why_given_up(self, test: int, bound: GpuWorker | None) -> str:
         """Why the test gets no GPU; empty where it still may."""
         gpu = self._gpu
         if test in gpu.forced or test in gpu.refusals:

@@ -18,7 +18,7 @@ from pytest_gpushare.leases.claims import Naming
 from pytest_gpushare.neighbours import devices_of_servers, statements_of
 from pytest_gpushare.ollama.address import candidates
 from pytest_gpushare.ollama.monitor import Monitor
-from pytest_gpushare.planning.leasing import shares_beside_ollama
+from pytest_gpushare.planning.leasing import shares_of_other_servers
 from pytest_gpushare.planning.placement import (
     NUMBER,
     PlacementContext,
@@ -226,7 +226,7 @@ class ActiveRun:
         """What admission and samplers read, by host: a slow one holds no other back."""
         devices = tuple(planned.device.uuid for planned in self.plan.devices)
         here = self.ollama_here
-        shares = {d.device.uuid: shares_beside_ollama(d) for d in self.plan.devices}
+        shares = {d.device.uuid: shares_of_other_servers(d) for d in self.plan.devices}
         return [
             ReadingSource(
                 self.live, devices, here.resident, self.attribution, here.statements, shares
@@ -290,7 +290,7 @@ class ActiveRun:
     def end(self) -> None:
         """Stop the services; harmless when called twice."""
         self.services.stop()
-        self.tests.settle()
+        self.tests.finish()
 
     def message_to_itself(self) -> dict[str, Any] | None:
         """The placement of this process where it runs the tests itself."""

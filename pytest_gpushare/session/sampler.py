@@ -31,8 +31,8 @@ from pytest_gpushare.neighbours import (
     Answers,
     answer_of_ollama,
     ask_again,
-    beside_ollama,
     devices_of_servers,
+    other_servers,
     statements_of,
     with_models,
 )
@@ -130,7 +130,7 @@ class Sampler:
         with self._lock:
             since = self._clock() - self._last_processes
             if not workers:
-                self._settle()
+                self._note_no_workers()
             elif processes or since >= PROCESSES_INTERVAL:
                 self._read_processes(workers)
             reading = self._live.memory(INTERVAL / 2)
@@ -191,7 +191,7 @@ class Sampler:
             if found is not None and found.workers is not None and member.id in present:
                 self._workers.read(member, at, held.get(member.id, 0))
 
-    def _settle(self) -> None:
+    def _note_no_workers(self) -> None:
         """No worker is there: the last process list explains what was sampled since the one
         before, and what is taken from here on is no test's."""
         if self._listed_workers:
@@ -282,7 +282,7 @@ class ServersOnHost:
 
     def follow_others(self, live: Live) -> ServerFollower | None:
         """The service that follows the servers beside Ollama; None where there are none."""
-        others = beside_ollama(self._answers)
+        others = other_servers(self._answers)
         if others:
             ask = partial(ask_again, self._settings, os.environ)
             look = partial(read_usage, live, self._attribution)

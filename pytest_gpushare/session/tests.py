@@ -215,7 +215,7 @@ class RecordedTests:
             else:
                 self._looked_at[key] = higher(self._looked_at.get(key), peak) or peak
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """The run is over: what frameworks counted is a lower bound where they count not all."""
         for test in self:
             member = self._workers.get(test.worker)

@@ -14,7 +14,7 @@ from pytest_gpushare.errors import GpuShareError
 from pytest_gpushare.gpu.devices import ComputeMode, Device
 from pytest_gpushare.gpu.vendors import variables
 from pytest_gpushare.leases.ledger import MEETING_PLACE, OFF, Ledger, LedgerError, directory_of
-from pytest_gpushare.neighbours import beside_ollama, line_of
+from pytest_gpushare.neighbours import line_of, other_servers
 from pytest_gpushare.ollama.models import LoadedModel, OllamaFacts
 from pytest_gpushare.ollama.prediction import MARGIN
 from pytest_gpushare.ollama.reservation import devices_of_ollama
@@ -219,7 +219,7 @@ def ollama(found: Examined) -> Iterator[Finding]:
 
 def servers(found: Examined) -> Iterator[Finding]:
     """The other servers that share the devices."""
-    for name, answer in beside_ollama(found.started.facts.answers).items():
+    for name, answer in other_servers(found.started.facts.answers).items():
         text = line_of(name, answer)
         if answer.answered:
             yield ok(text)
