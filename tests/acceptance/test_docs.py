@@ -564,3 +564,12 @@ def test_links_of_pages_for_github() -> None:
     for name in ("README.md", "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / name).read_text()):
             assert (ROOT / target).exists(), f"{name}: {target}"
+
+
+def test_links_inside_of_contributing() -> None:
+    """Links to a heading lead to one, by the name that GitHub gives it."""
+    text = PAGES["CONTRIBUTING.md"].read_text(encoding="utf-8")
+    headings = [re.sub(r"[^\w -]", "", h).lower() for h in re.findall(r"^#+ (.*)$", text, re.M)]
+    links = re.findall(r"\]\(#([^)]+)\)", text)
+    assert len(links) > 5
+    assert set(links) <= {heading.replace(" ", "-") for heading in headings}
