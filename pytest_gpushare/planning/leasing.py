@@ -414,14 +414,15 @@ def capacities_of(plan: Plan) -> list[DeviceCapacity]:
             planned.device.label,
             planned.reach,
             # What others keep counts by their records, where tests lease what they need.
-            (planned.own_reservation if planned.alone else planned.reservation) - beside,
+            (planned.own_reservation if planned.alone else planned.reservation)
+            - beside.reservation,
             planned.safety_buffer,
             planned.device.free,
-            planned.resident - sum(share.resident for share in shares_of_other_servers(planned)),
-            beside=beside,
+            planned.resident - beside.resident,
+            beside=beside.reservation,
         )
         for planned in plan.devices
-        for beside in (sum(share.reservation for share in shares_of_other_servers(planned)),)
+        for beside in (kept_for_other_servers(planned),)
     ]
 
 
@@ -429,3 +430,13 @@ def shares_of_other_servers(planned: DevicePlan) -> tuple[DeviceShare, ...]:
     """What of a device is kept for other servers than Ollama: while tests run it does not change,
     whereas Ollama's models may be loaded for tests."""
     return tuple(share for share in planned.shares if share.name != OLLAMA)
+
+
+def kept_for_other_servers(planned: DevicePlan) -> DeviceShare:
+    """The sum of these."""
+    shares = shares_of_other_servers(planned)
+    return DeviceShare(
+        "",
+        sum(share.reservation for share in shares),
+        sum(share.resident for share in shares),
+    )

@@ -17,7 +17,8 @@ from pytest_gpushare.gpu.devices import GpuFacts
 from pytest_gpushare.ollama.models import OllamaFacts
 from pytest_gpushare.ollama.prediction import MARGIN, OVERHEAD
 from pytest_gpushare.ollama.reservation import devices_of_ollama
-from pytest_gpushare.planning.plan import Limit, Plan, shortage
+from pytest_gpushare.planning.leasing import kept_for_other_servers
+from pytest_gpushare.planning.plan import DevicePlan, Limit, Plan, shortage
 from pytest_gpushare.session.run import ActiveRun
 from pytest_gpushare.units import GB, MB, format_gb, plural
 
@@ -94,7 +95,8 @@ def case_of(run: ActiveRun) -> Case | None:
     named = 0
     if plan.demand is not None:
         named = sum(each.vram for each in plan.demand.needs) + plan.demand.margin
-    models = max([named, *(device.resident for device in plan.devices), *sizes])
+    held = (device.resident - kept_for_other_servers(device).resident for device in plan.devices)
+    models = max([named, *held, *sizes])
     need = run.tests.largest_own_need
     return Case(run.settings, run.gpus, run.ollama, plan, run.replan, models, need)
 
@@ -109,7 +111,7 @@ def more_room(case: Case) -> list[Advice]:
     why = shortage(plan).partition(";")[0]
     need = case.least_slot
     found: list[Advice] = idle_devices(case)
-    kept = max((device.reservation for device in plan.devices), default=0)
+    kept = max(map(_kept_for_ollama, plan.devices), default=0)
     fitting = reservation_for(case, need)
     if fitting is not None and fitting < kept and fitting >= max(case.models, LEAST_RESERVATION):
         found += checked(case, why, {"ollama_vram_reservation": Fraction(fitting)}, need)
@@ -124,14 +126,14 @@ def more_room(case: Case) -> list[Advice]:
 
 def _no_reservation(case: Case, why: str, need: int) -> list[Advice]:
     """No reservation for an Ollama that is absent, or that runs its models on the CPU."""
-    if not any(device.outstanding for device in case.plan.devices):
+    if not any(device.outstanding and _kept_for_ollama(device) for device in case.plan.devices):
         return []
     action = "if no Ollama is to run here,"
     if case.ollama.answered:
         action = "if Ollama takes a smaller model, a smaller context or the CPU,"
     changes: dict[str, object] = {"ollama_gpu": ("none",)}
     found = checked(case, why, changes, need, action=action)
-    free = max(d.device.free - d.safety_buffer for d in case.plan.devices)
+    free = max(map(_free_without_ollama, case.plan.devices))
     smaller = free // STEP * STEP
     if not found and smaller >= max(case.need, STEP):
         changes["min_vram_per_worker"] = Fraction(smaller)
@@ -144,7 +146,7 @@ def idle_devices(case: Case) -> list[Advice]:
     devices, ollama = case.gpus.all_devices, case.settings.ollama_gpu
     if len(devices) < 2 or devices_of_ollama(ollama, case.gpus) is not None:
         return []
-    if not any(device.outstanding for device in case.plan.devices):
+    if not any(device.outstanding and _kept_for_ollama(device) for device in case.plan.devices):
         return []
     indices = [device.index for device in devices if device.index.isdigit()]
     if not indices:
@@ -160,13 +162,29 @@ def idle_devices(case: Case) -> list[Advice]:
 
 
 def reservation_for(case: Case, need: int) -> int | None:
-    """The largest reservation, in whole MB, beside which a worker of so many bytes fits."""
+    """The largest reservation for Ollama, in whole MB, beside which a worker of so many bytes
+    fits."""
     found = [
-        device.device.free + device.resident - device.safety_buffer - need
+        device.device.free
+        + device.resident
+        - kept_for_other_servers(device).reservation
+        - device.safety_buffer
+        - need
         for device in case.plan.devices
-        if device.device.free - device.safety_buffer >= need and device.most is None
+        if _free_without_ollama(device) >= need and device.most is None
     ]
     return max(found) // MB * MB if found else None
+
+
+def _kept_for_ollama(planned: DevicePlan) -> int:
+    return planned.reservation - kept_for_other_servers(planned).reservation
+
+
+def _free_without_ollama(planned: DevicePlan) -> int:
+    """Bytes that would be there for tests were nothing kept for Ollama."""
+    beside = kept_for_other_servers(planned)
+    outstanding = max(0, beside.reservation - beside.resident)
+    return planned.device.free - outstanding - planned.safety_buffer
 
 
 def checked(

@@ -159,6 +159,31 @@ def test_what_it_takes_makes_a_test_wait(project: Project, toyserve: str, tmp_pa
     assert 0.5 < waited < 60
 
 
+def test_advice_leaves_it_its_vram(project: Project, toyserve: str) -> None:
+    """What is advised for Ollama's reservation takes nothing from ToyServe's; what is typed
+    gives what is promised."""
+    project.write(
+        test_project="""
+            import pytest
+
+            @pytest.mark.gpu
+            def test_it():
+                assert False
+        """
+    )
+    arguments = ("--gpu-share", "-o", "gpu_share_min_vram_per_worker_gb=12")
+    done = project.pytest(*arguments, "-o", "gpu_share_ollama_vram_reservation_mb=14336")
+    advised = ("-o", "gpu_share_ollama_vram_reservation_mb=3072")
+    hint = f"{' '.join(advised)} would allow 1 GPU worker of 12.0 GB"
+    assert any(line.endswith(hint) for line in done.said), done.out
+    # Of the 18 GB that are free ToyServe is to have 2 more.
+    most = "-o gpu_share_ollama_gpu=none -o gpu_share_min_vram_per_worker_gb=15 would allow 1 GPU"
+    without = project.pytest("--gpu-share", "-o", "gpu_share_min_vram_per_worker_gb=17")
+    assert f"if no Ollama is to run here, {most}" in without.out
+    done = project.pytest(*arguments, *advised)
+    assert done.said[0].startswith("gpu-share: 1 GPU worker × 12.0 GB"), done.out
+
+
 def test_without_a_list_of_processes(
     project: Project, machine: Machine, toyserve: str, tmp_path: Path
 ) -> None:
