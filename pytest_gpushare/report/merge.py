@@ -11,12 +11,13 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pytest_gpushare.report.document import SCHEMA, generator
 from pytest_gpushare.text import one_line
 
 Document = Mapping[str, Any]
+Name = TypeVar("Name", str, tuple[str, str])
 
 MOST_TESTS = 500_000
 """Of all shards together; what is more is counted under problems."""
@@ -108,6 +109,7 @@ def merged(documents: Sequence[Document], names: Sequence[str]) -> dict[str, Any
         ],
         "tests": tests[:MOST_TESTS],
         "ollama": _ollama(shards),
+        **_servers(shards),
         "events": _events(shards),
         "samples": {
             "devices": _samples(shards),
@@ -206,7 +208,7 @@ def _settings(plans: Sequence[Document]) -> dict[str, dict[str, str]]:
     return result
 
 
-def _union(lists: Iterable[Iterable[str]]) -> list[str]:
+def _union(lists: Iterable[Iterable[Name]]) -> list[Name]:
     return list(dict.fromkeys(each for found in lists for each in found))
 
 
@@ -264,34 +266,75 @@ def _ollama(shards: Sequence[Shard]) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+def _servers(shards: Sequence[Shard]) -> dict[str, Any]:
+    """The other servers, by name and address; nothing where none was asked."""
+    found: dict[tuple[str, str], list[tuple[Shard, Document]]] = {}
+    for shard in shards:
+        for server in shard.document.get("servers", ()):
+            key = server["name"], server["address"]
+            found.setdefault(key, []).append((shard, server))
+    merged_servers = [
+        {
+            "name": name,
+            "address": address,
+            "version": _common([server["version"] for _, server in asked]),
+            "answered": any(server["answered"] for _, server in asked),
+            "on_this_host": any(server["on_this_host"] for _, server in asked),
+            "problem": "; ".join(f"{shard.name}: {server['problem']}" for shard, server in asked
+                                 if server["problem"]),
+            "vram_bytes": max((server["vram_bytes"] for _, server in asked
+                               if server["vram_bytes"] is not None), default=None),
+        }
+        for (name, address), asked in found.items()
+    ]  # fmt: skip
+    return {"servers": merged_servers} if merged_servers else {}
+
+
 _SAMPLED = ("used_bytes", "ollama_bytes", "others_bytes")
 
 
+class Rows(NamedTuple):
+    """The samples that one shard has of a device."""
+
+    named: list[tuple[str, str]]
+    """Of each further column what it is of: where it stands in the document, and the name."""
+    rows: list[tuple[Any, ...]]
+    """Time, the figures of the whole device, and these columns."""
+
+
 def _samples(shards: Sequence[Shard]) -> dict[str, Any]:
-    found: dict[str, list[tuple[list[str], list[tuple[Any, ...]]]]] = {}
+    found: dict[str, list[Rows]] = {}
     for shard in shards:
         for uuid, columns in shard.document["samples"]["devices"].items():
-            workers = {shard.worker(name): held for name, held in columns["workers_bytes"].items()}
+            named = {
+                **{("workers_bytes", shard.worker(name)): held
+                   for name, held in columns["workers_bytes"].items()},
+                **{("servers_bytes", name): held
+                   for name, held in columns.get("servers_bytes", {}).items()},
+            }  # fmt: skip
             times = [shard.at(seconds) for seconds in columns["at_s"]]
-            lists = (times, *(columns[name] for name in _SAMPLED), *workers.values())
+            lists = (times, *(columns[name] for name in _SAMPLED), *named.values())
             # As many rows as the shortest list has.
             rows = list(zip(*lists, strict=False))
-            found.setdefault(uuid, []).append((list(workers), rows))
+            found.setdefault(uuid, []).append(Rows(list(named), rows))
     return {uuid: _columns(parts) for uuid, parts in found.items()}
 
 
-def _columns(parts: Sequence[tuple[list[str], list[tuple[Any, ...]]]]) -> dict[str, Any]:
-    """The rows of all shards in the order of their times; each fills its own workers' columns."""
-    every = [(row, workers) for workers, rows in parts for row in rows]
+def _columns(parts: Sequence[Rows]) -> dict[str, Any]:
+    """The rows of all shards in the order of their times; each fills the columns that it has."""
+    first = 1 + len(_SAMPLED)
+    every = [
+        (row, dict(zip(part.named, row[first:], strict=True)))
+        for part in parts
+        for row in part.rows
+    ]
     every.sort(key=lambda each: each[0][0])
     result: dict[str, Any] = {
         name: [row[at] for row, _ in every] for at, name in enumerate(("at_s", *_SAMPLED))
     }
-    result["workers_bytes"] = {
-        name: [row[at] if workers is own else None for row, workers in every]
-        for own, _ in parts
-        for at, name in enumerate(own, 1 + len(_SAMPLED))
-    }
+    result["workers_bytes"] = {}
+    for kind, name in _union(part.named for part in parts):
+        result.setdefault(kind, {})[name] = [held.get((kind, name)) for _, held in every]
     return result
 
 

@@ -16,6 +16,7 @@ from pytest_gpushare.report.html import page
 from pytest_gpushare.report.html.comparison import compare
 from pytest_gpushare.report.merge import exit_status, merged, names_of
 from pytest_gpushare.report.reading import ReportFileError, read_report
+from pytest_gpushare.units import GB
 
 from .damage import ODD, damaged
 
@@ -86,6 +87,33 @@ def test_samples_of_uneven_length_are_as_long_as_the_shortest() -> None:
     columns["used_bytes"] = columns["used_bytes"][:7]
     (found,) = merged([one], ["a"])["samples"]["devices"].values()
     assert {len(found[name]) for name in ("at_s", "used_bytes", "others_bytes")} == {7}
+
+
+def test_other_servers_than_ollama(tmp_path: Path) -> None:
+    """What they held stays theirs, in the shards that had them; one server is there once."""
+    one = whole(documents.small)
+    bare = copy.deepcopy(one)
+    server = {
+        "name": "ToyServe", "address": "127.0.0.1:9000", "version": "1.2", "answered": True,
+        "on_this_host": True, "problem": "", "vram_bytes": 3 * GB,
+    }  # fmt: skip
+    one["servers"] = [server]
+    (columns,) = one["samples"]["devices"].values()
+    count = len(columns["at_s"])
+    columns["servers_bytes"] = {"ToyServe": [4 * GB] * count}
+    two = copy.deepcopy(one)
+    silent = {"version": None, "answered": False, "problem": "no answer", "vram_bytes": None}
+    two["servers"] = [{**server, **silent}]
+    result = merged([one, bare, two], ["a", "b", "c"])
+    assert result["servers"] == [{**server, "problem": "c: no answer"}]
+    (samples,) = result["samples"]["devices"].values()
+    held = samples["servers_bytes"]["ToyServe"]
+    assert len(held) == len(samples["at_s"]) == 3 * count
+    assert (held.count(4 * GB), held.count(None)) == (2 * count, count)
+    path = tmp_path / "whole.json"
+    path.write_text(json.dumps(result))
+    assert read_report(path)["servers"] == result["servers"]
+    assert "servers" not in merged([bare], ["a"])
 
 
 def test_more_tests_than_a_report_holds(monkeypatch: pytest.MonkeyPatch) -> None:
