@@ -101,7 +101,7 @@ class DeviceClaims(NamedTuple):
     ) -> int:
         """Bytes of the room that are kept for those who asked before.
 
-        `ticket` is the own one, 0 for whoever has none yet. One that cannot be satisfied, not
+        `ticket` is the own one, 0 for a session without one. One that cannot be satisfied, not
         even with what the others give back as their tests end and younger ones with workers
         that they can do without, keeps nothing. Nor does a younger one that has to wait until an
         older session has run its largest test; `capacity` is what the device has for all.

@@ -221,7 +221,7 @@ class Fallback:
             device, live = found
             ledger = gpu.ledgers[device]
             if need <= live + ledger.reading.others.held_by_others:
-                # It may not take what another session counts on.
+                # It must not take what another session has leased.
                 self._lent.add(test)
             reason = (
                 f"it needs {format_gb(need)}, and {format_gb(live)} was left on "

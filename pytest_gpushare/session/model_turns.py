@@ -86,7 +86,7 @@ class Queue(NamedTuple):
 
 
 QUANTUM = 1.0
-"""Seconds for which a session uses its places before it gives way to one that has none."""
+"""Seconds for which a session keeps its places while another one has none."""
 
 SHORT_PAUSE, LONG_PAUSE = 0.025, 0.25
 """Seconds between two looks while something is waited for; longer, the longer it takes."""

@@ -184,7 +184,7 @@ class StartBarrier:
                 self.open()
 
     def open(self, _payload: object = None) -> None:
-        """Go on for good where the controller is gone, which asks for no more rest."""
+        """Never wait again: the controller is gone, and pauses no worker any more."""
         with self._changed:
             self._pause = None
             self._changed.notify_all()

@@ -373,7 +373,7 @@ def sessions(found: Examined) -> Iterator[Finding]:
         yield from _ledger(directory)
     yield from (ok(text) for text in found.started.leases)
     if directory != MEETING_PLACE:
-        # Whoever names a directory has seen to it that others see it.
+        # A directory of the user's own choice is taken to be visible to the others.
         return
     if found.where.is_container and not directory.is_mount():
         yield look(
