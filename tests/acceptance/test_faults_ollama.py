@@ -78,6 +78,11 @@ PROBLEMS = {
 """What is said of each bad answer; before it "reachable but answers nonsense: ", if in time."""
 
 
+def limit_of(mode: str) -> float:
+    """Seconds for its answer: those that answer at once do so on a busy machine, too."""
+    return LIMIT if PROBLEMS[mode] == NOTHING_IN_TIME else 10.0
+
+
 @pytest.fixture(scope="module")
 def faulty() -> Iterator[dict[str, FaultyServer]]:
     """A server for each bad way."""
@@ -104,7 +109,7 @@ def answers(
     project = Project(tmp_path_factory.mktemp("project"), clean_environment())
     # The first one loads the HTTP client, which is not the server's fault.
     cases = [(f"127.0.0.1:{closed_port()}", LIMIT)]
-    cases += [(server.host, LIMIT) for server in faulty.values()]
+    cases += [(server.host, limit_of(mode)) for mode, server in faulty.items()]
     found = ask(project, cases)
     answers = dict(zip(["closed", *faulty], found["answers"], strict=True))
     return {**answers, "process": {"grown_kb": found["grown_kb"]}}
@@ -124,7 +129,7 @@ def test_fault(mode: str, answers: dict[str, Any], faulty: dict[str, FaultyServe
     start = "reachable but answers nonsense: " if in_time else ""
     assert re.fullmatch(start + PROBLEMS[mode], found["problem"]), found["problem"]
     assert (found["answered"], found["models"], found["reachable"]) == (False, [], in_time)
-    assert found["took"] < LIMIT + 2
+    assert found["took"] < limit_of(mode) + 2
     assert found["address"] == faulty[mode].host
     assert faulty[mode].connections > 0
 

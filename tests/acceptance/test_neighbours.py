@@ -131,7 +131,10 @@ def test_it_has_its_share_of_the_plan(project: Project, toyserve: str, tmp_path:
 
 
 def test_what_it_takes_makes_a_test_wait(project: Project, toyserve: str, tmp_path: Path) -> None:
-    """While it holds more than was kept for it, a test that lacks the VRAM waits, and says why."""
+    """While it holds more than was kept for it, a test that lacks the VRAM waits, and says why.
+
+    It holds that until the reason was given.
+    """
     project.write(
         test_project=f"""
             import urllib.request
@@ -140,13 +143,27 @@ def test_what_it_takes_makes_a_test_wait(project: Project, toyserve: str, tmp_pa
             @pytest.mark.gpu(vram="1GB")
             def test_first():
                 more = urllib.request.Request(
-                    "http://{toyserve}/hold?size=12GB&seconds=10", method="POST")
+                    "http://{toyserve}/hold?size=12GB&until={project.path}/noted", method="POST")
                 urllib.request.urlopen(more, timeout=10).read()
 
             @pytest.mark.gpu(vram="8GB")
             def test_second():
                 pass
-        """
+        """,
+        conftest="""
+            import pathlib
+            from pytest_gpushare.events import Record
+
+            note = Record.note
+
+            def noted(self, kind, *arguments, **facts):
+                event = note(self, kind, *arguments, **facts)
+                if kind == "pressure":
+                    pathlib.Path(__file__).with_name("noted").touch()
+                return event
+
+            Record.note = noted
+        """,
     )
     report = tmp_path / "r.json"
     done = project.pytest("--gpu-share", "-n1", *SETTINGS, f"--gpu-share-report={report}")
@@ -156,7 +173,7 @@ def test_what_it_takes_makes_a_test_wait(project: Project, toyserve: str, tmp_pa
     # By its own word, or as listed: with its context.
     assert re.search(r"held by ToyServe 1[23]\.0 GB", first["text"]), first
     waited = next(t for t in document["tests"] if t["nodeid"].endswith("test_second"))["waited_s"]
-    assert 0.5 < waited < 60
+    assert waited > 0.5
 
 
 def test_advice_leaves_it_its_vram(project: Project, toyserve: str) -> None:

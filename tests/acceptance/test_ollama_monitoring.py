@@ -279,7 +279,24 @@ def test_server_that_never_answered_again(
 ) -> None:
     """After the question at the start: kept is what was seen then, and no more."""
     process_with("--models", '{"qwen2.5:14b": "10.8GB"}', "--load", "qwen2.5:14b")
-    project.write(test_project=STOP.format(before=0, after=2.5))
+    project.write(
+        test_project="""
+            import time
+
+            def test_it():
+                time.sleep(2.5)
+        """,
+        # Before the monitor starts: on a busy machine it asks again before the first test.
+        conftest="""
+            import os, pathlib, signal
+            import pytest
+
+            @pytest.hookimpl(tryfirst=True)
+            def pytest_sessionstart(session):
+                if not hasattr(session.config, "workerinput"):
+                    os.kill(int(pathlib.Path("server.pid").read_text()), signal.SIGSTOP)
+        """,
+    )
     result = project.pytest("--gpu-share", "-n1")
     assert (result.code, result.passed) == (0, 1), result.out + result.err
     assert "until Ollama answered last, 0 s into the run" in result.out

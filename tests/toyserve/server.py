@@ -1,7 +1,7 @@
 """ToyServe: an HTTP server that holds VRAM of the simulated machine, in a process of its own.
 
 `python server.py PORT HELD MOST` holds so much of the first device. `POST /hold?size=5GB` has it
-hold that instead, with `&seconds=2` for so long.
+hold that instead, with `&until=PATH` until that file is there.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -34,10 +35,15 @@ class Holding:
         self._machine.release(self._handle)
         self.size, self._handle = size, self._machine.allocate(0, size)
 
-    def hold_for(self, size: int, seconds: float) -> None:
-        """The same for so many seconds; then what it held first."""
+    def hold_until(self, size: int, path: Path) -> None:
+        """The same until a file is there; then what it held first."""
         self.hold(size)
-        threading.Timer(seconds, self.hold, [self._first]).start()
+        threading.Thread(target=self._give_back, args=(path,), daemon=True).start()
+
+    def _give_back(self, path: Path) -> None:
+        while not path.exists():
+            time.sleep(0.02)
+        self.hold(self._first)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -53,8 +59,8 @@ class Handler(BaseHTTPRequestHandler):
         """`/hold`."""
         asked = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
         size = to_bytes(asked["size"])
-        if "seconds" in asked:
-            self.holding.hold_for(size, float(asked["seconds"]))
+        if "until" in asked:
+            self.holding.hold_until(size, Path(asked["until"]))
         else:
             self.holding.hold(size)
         self._answer({})

@@ -28,6 +28,10 @@ class Run:
         monkeypatch.setattr(counters, "may_count", lambda: bool(self.framework))
         monkeypatch.setattr(counters, "counts", self._counts)
         monkeypatch.setattr(memory, "reaped", self._reaped)
+        # What other tests of this process have started is not this worker's.
+        before = memory.own_children()
+        children = memory.own_children
+        monkeypatch.setattr(memory, "own_children", lambda: children() - before)
         link: Any = SimpleNamespace(send=lambda kind, payload: self.sent.append((kind, payload)))
         nothing: Any = SimpleNamespace(
             begin=lambda: None, over=lambda *_: None, prepare=lambda: None, set=lambda _: None,
