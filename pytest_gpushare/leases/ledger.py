@@ -63,6 +63,10 @@ class LedgerError(Exception):
     """The ledger cannot be used; its text is one line for the user."""
 
 
+class GateHeldError(LedgerError):
+    """Another process, or thread, holds the gate for too long: what was published still counts."""
+
+
 class LiveSession(NamedTuple):
     """A session whose record is locked."""
 
@@ -157,7 +161,7 @@ class Ledger:
     def gate(self) -> Iterator[None]:
         """Hold the gate. Raises `LedgerError`, also where it cannot be had in time."""
         if not self._thread_lock.acquire(timeout=GATE_MOST):
-            raise LedgerError(f"another thread holds the gate of {self.directory}")
+            raise GateHeldError(f"another thread holds the gate of {self.directory}")
         try:
             descriptor = self._enter_gate()
             try:
@@ -261,14 +265,14 @@ class Ledger:
     def _enter_gate(self) -> int:
         began = self._clock()
         if began < self._shut_until:
-            raise LedgerError(self._held())
+            raise GateHeldError(self._held())
         try:
             while True:
                 descriptor = self._open_gate()
                 try:
                     if not self._lock(descriptor, began):
                         self._shut_until = self._clock() + GATE_REST
-                        raise LedgerError(self._held())
+                        raise GateHeldError(self._held())
                     # One that somebody removed meanwhile would let two in.
                     if self._is_the_gate(descriptor):
                         return descriptor
@@ -330,8 +334,9 @@ class Ledger:
 
     def _live(self, *, may_remove: bool) -> Iterator[LiveSession]:
         names = self._names()
-        for gone in self._parsed.keys() - names:
-            del self._parsed[gone]
+        for gone in set(self._parsed).difference(names):
+            # Another thread may have removed it.
+            self._parsed.pop(gone, None)
         for name in names:
             if name == self._own_name and self._own is not None:
                 continue

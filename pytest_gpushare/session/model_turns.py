@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_gpushare.leases.claims import TICKET_LIFE, Naming
-from pytest_gpushare.leases.ledger import LedgerError, LiveSession
+from pytest_gpushare.leases.ledger import GateHeldError, LedgerError, LiveSession
 from pytest_gpushare.leases.records import ModelTurn
 
 if TYPE_CHECKING:
@@ -101,7 +101,9 @@ WORTH_A_NOTE = 0.5
 class ModelTurns:
     """The turns of one session: all but `put_in_force` is for one thread.
 
-    A fault of the ledger leaves the session as if it were alone.
+    A fault of the ledger leaves the session as if it were alone. While the gate is held it keeps
+    the places that it has published, and takes others only after waiting as long as for a session
+    without progress.
     """
 
     def __init__(
@@ -238,6 +240,13 @@ class ModelTurns:
 
         try:
             self._lessee.take_turn(decide)
+        except GateHeldError:
+            now = time.monotonic()
+            has_waited = {n: now - since >= self._patience for n, since in self._since.items()}
+            places = {
+                number: turn.places or (self._parallel if has_waited[number] else 0)
+                for number, turn in self._turns.items()
+            }
         except LedgerError:
             # The record of the session says so to the user.
             places = dict.fromkeys(self._turns, self._parallel)

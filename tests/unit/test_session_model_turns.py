@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from random import Random
 
 import pytest
 
+from pytest_gpushare.leases import ledger, locks
 from pytest_gpushare.leases.claims import TICKET_LIFE
-from pytest_gpushare.leases.ledger import LiveSession
+from pytest_gpushare.leases.ledger import Ledger, LiveSession
+from pytest_gpushare.leases.lessee import Lessee
 from pytest_gpushare.leases.records import LeaseRecord, ModelTurn, from_bytes, to_bytes
-from pytest_gpushare.session.model_turns import Queue
+from pytest_gpushare.ollama.models import RunModel
+from pytest_gpushare.session.model_turns import ModelTurns, Queue
+
+from .test_planning_sizing import DEFAULTS
 
 NOW = 100.0
 
@@ -109,3 +119,60 @@ def test_random_sessions(seed: int) -> None:
         for model in "ab":
             assert sum(t.places for t in turns if t.model == model) <= parallel
     assert left == [0] * count
+
+
+class Limits:
+    """A dispatcher whose model may be used by so many tests."""
+
+    places: int | None = None
+
+    def limit(self, _group: int, places: int) -> int:
+        self.places = places
+        return 0
+
+
+@pytest.fixture
+def turns_in(tmp_path: Path) -> Iterator[Callable[..., ModelTurns]]:
+    """Sessions that use one model, of which the server answers one request at a time."""
+    with ExitStack() as stack:
+
+        def begin(**settings: object) -> ModelTurns:
+            lessee = Lessee(Ledger(tmp_path / "leases"), LeaseRecord(os.getpid()), {}, None)
+            stack.callback(lessee.close)
+            given = DEFAULTS._replace(ollama_parallel=1, **settings)  # type: ignore[arg-type]
+            models = [RunModel("a:1b", names=("a:1b",))]
+            nothing = lambda *_, **__: None  # noqa: E731
+            return ModelTurns(lessee, "server", models, given, nothing, lambda: None)
+
+        yield begin
+
+
+def in_force(turns: ModelTurns) -> int | None:
+    """How many tests may use the model after a look at the other sessions."""
+    turns.look()
+    limits = Limits()
+    turns.put_in_force(limits)  # type: ignore[arg-type]
+    return limits.places
+
+
+@pytest.mark.parametrize(("patience", "expected"), [(600, 0), (0, 1)])
+def test_while_the_gate_is_held_places_stay_as_they_are(
+    turns_in: Callable[..., ModelTurns],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    patience: int,
+    expected: int,
+) -> None:
+    """As on a busy machine. Who has none goes on without only when it has waited for long."""
+    monkeypatch.setattr(ledger, "GATE_LIMIT", 0.05)
+    first, second = turns_in(), turns_in(ollama_load_timeout=patience)
+    over = threading.Event()
+    first.take(0, over)
+    gate = os.open(tmp_path / "leases" / "gate", os.O_RDONLY)
+    try:
+        assert locks.try_exclusive(gate)
+        over.set()
+        second.take(0, over)
+        assert (in_force(first), in_force(second)) == (1, expected)
+    finally:
+        os.close(gate)
