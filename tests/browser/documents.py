@@ -101,6 +101,32 @@ def cut_off() -> Document:
     return document
 
 
+def second_server() -> Document:
+    """ToyServe beside Ollama: 2 GB of the 3 that are kept for it are taken."""
+    document = made(Shape())
+    (device,) = document["devices"]
+    (samples,) = document["samples"]["devices"].values()
+    samples["servers_bytes"] = {"ToyServe": [2 * GB for _ in samples["at_s"]]}
+    samples["used_bytes"] = [used + 2 * GB for used in samples["used_bytes"]]
+    for name in ("used_at_start_bytes", "resident_bytes", "peak_used_bytes"):
+        device[name] += 2 * GB
+    device["free_at_start_bytes"] -= 2 * GB
+    device["reservation_bytes"] += 3 * GB
+    device["servers"] = {"ToyServe": {"reservation_bytes": 3 * GB, "resident_bytes": 2 * GB}}
+    document["servers"] = [
+        {
+            "name": "ToyServe",
+            "address": "127.0.0.1:9000",
+            "version": "1.2",
+            "answered": True,
+            "on_this_host": True,
+            "problem": "",
+            "vram_bytes": GB,
+        }
+    ]
+    return document
+
+
 def untold() -> Document:
     """A machine that tells nothing by process: peaks, Ollama and others are unknown."""
     document = made(Shape(ollama="silent"))

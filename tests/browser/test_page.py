@@ -29,6 +29,7 @@ EVERY = (
     "simulated",
     "cut_off",
     "several_hosts",
+    "second_server",
 )
 
 
@@ -330,6 +331,31 @@ def test_ten_thousand_tests_over_a_day(opened: Open) -> None:
     here.tab.fill("#find", "-9999]")
     here.says("#shown", "1 of 1 tests, filtered from 10,000")
     assert here.names() == [document["tests"][9999]["nodeid"]]
+
+
+def test_another_server_hangs_below_ollama(opened: Open) -> None:
+    """Each has a name and a colour of its own."""
+    here = opened(documents.second_server())
+    key = here.texts("#charts .key li")
+    at = key.index("Ollama max 10.8 GB")
+    assert key[at + 1] == "ToyServe max 2.0 GB"
+    colours = here.tab.evaluate(
+        """() => {
+            const canvas = document.querySelector("#charts canvas");
+            const { data } = canvas.getContext("2d")
+                .getImageData(Math.floor(canvas.width / 2), 0, 1, canvas.height);
+            const seen = [];
+            for (let at = 0; at < data.length; at += 4) {
+                const colour = data.slice(at, at + 3).join();
+                if (seen.at(-1) !== colour) seen.push(colour);
+            }
+            return seen;
+        }"""
+    )
+    ollama, server = "235,162,30", "138,115,80"
+    assert ollama in colours, colours
+    assert server in colours, colours
+    assert colours.index(ollama) < colours.index(server)
 
 
 # Chromium's own colours of what must be seen, from the stylesheet: the page, Ollama, worker 0.

@@ -36,6 +36,7 @@ EVERY = (
     documents.eventful,
     documents.cpu_only,
     documents.empty,
+    documents.second_server,
     documents.untold,
     documents.hostile,
     documents.simulated,
@@ -325,6 +326,36 @@ def test_differences_give_the_values_back() -> None:
         before += step or 0
         back.append(None if step is None else before)
     assert back == [5, 6, None, 6, -1]
+
+
+def test_another_server_is_a_part_of_its_own() -> None:
+    """It is not among what nobody accounts for, and its reservation is not Ollama's."""
+    document = documents.second_server()
+    (device,) = data(document)["devices"]
+    kinds = [(part["kind"], part["name"]) for part in device["samples"]["parts"]]
+    assert kinds[:3] == [("ollama", ""), ("others", ""), ("server", "ToyServe")]
+    assert "rest" not in dict(kinds)
+    assert device["kept"] == [
+        {"name": "Ollama", "reservation": 12 * GB, "resident": int(10.8 * GB)},
+        {"name": "ToyServe", "reservation": 3 * GB, "resident": 2 * GB},
+    ]
+    bar = package.meters(document)
+    words = re.sub(r"<[^>]*>", " ", bar)
+    assert re.search(r"kept for Ollama\s+12\.0 GB\s+of it resident\s+10\.8 GB", words), words
+    assert re.search(r"kept for ToyServe\s+3\.0 GB\s+of it resident\s+2\.0 GB", words), words
+    assert "Ollama 10.8 GB, ToyServe 2.0 GB of 24.0 GB" in bar
+
+
+def test_another_server_before_and_after_the_workers() -> None:
+    """What it held at the nearest reading is part of what accounts for all."""
+    used: list[float | None] = [7 * GB, 8 * GB, 7 * GB]
+    ollama: list[float | None] = [GB, GB, GB]
+    others: list[float | None] = [None, 2 * GB, None]
+    server: list[float | None] = [None, 4 * GB, None]
+    worker: list[float | None] = [None, GB, None]
+    assert without_workers(used, [ollama, others, server, worker], 24 * GB, 3) == [
+        ollama, [2 * GB] * 3, [4 * GB] * 3, [None, GB, None],
+    ]  # fmt: skip
 
 
 def test_what_nobody_accounts_for_is_a_part() -> None:

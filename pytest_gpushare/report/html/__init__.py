@@ -19,6 +19,7 @@ from pytest_gpushare.report.html.markup import (
     clock,
     code,
     generator,
+    kept_by_server,
     label,
     meter,
     pairs,
@@ -64,6 +65,7 @@ def page(report: Record) -> str:
 
 
 _NAMES = {"ollama": "Ollama", "others": "others", "rest": "unattributed"}
+_HANGING = ("ollama", "server")
 
 # Samples before and after the fullest one, to attribute VRAM to its owners.
 _AROUND = 20
@@ -103,8 +105,14 @@ def _meter(report: Record, device: Record) -> Markup:
         pairs(
             [
                 ("free at the start", size(device["free_at_start_bytes"])),
-                ("kept for Ollama", size(device["reservation_bytes"])),
-                ("of it resident", size(device["resident_bytes"])),
+                *(
+                    row
+                    for kept in kept_by_server(device)
+                    for row in (
+                        (f"kept for {kept.name}", size(kept.reservation)),
+                        ("of it resident", size(kept.resident)),
+                    )
+                ),
                 ("safety buffer", size(device["safety_buffer_bytes"])),
                 ("budget of tests", size(device["budget_bytes"])),
                 ("most held by tests", tests_peak(device)),
@@ -115,11 +123,13 @@ def _meter(report: Record, device: Record) -> Markup:
 
 
 def _bar(device: Record, parts: list[Part], total: float) -> Markup:
-    """As the timeline has it: Ollama at one end, all others at the other."""
-    ollama = next((part for part in parts if part.kind == "ollama"), None)
-    resident = 0 if ollama else device["resident_bytes"]
+    """As the timeline has it: Ollama and other servers at one end, all others at the other."""
+    hanging = [part for part in parts if part.kind in _HANGING]
+    told = {part.name for part in hanging}
+    # Of a server that has no part of its own what it holds is among the others.
+    resident = sum(kept.resident for kept in kept_by_server(device) if kept.name not in told)
     edges = Edges(max(0, device["reservation_bytes"] - resident), device["safety_buffer_bytes"])
-    return meter([part for part in parts if part is not ollama], total, ollama, edges)
+    return meter([part for part in parts if part not in hanging], total, hanging, edges)
 
 
 def _fullest(report: Record, device: Record) -> tuple[float | None, list[Part]]:
@@ -148,7 +158,7 @@ def _key(parts: list[Part], total: int, peak: int | None) -> Markup:
     if not parts:
         return Markup("")
     free = [Part("free", "free", total - peak)] if total and peak is not None else []
-    ends = [part for part in parts if part.kind == "ollama"]
+    ends = [part for part in parts if part.kind in _HANGING]
     items = [
         tag("li", tag("i", cls=f"swatch {part.kind}"), f"{part.name} {size(part.held)}")
         for part in [*(part for part in parts if part not in ends), *free, *ends]

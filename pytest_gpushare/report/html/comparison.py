@@ -15,6 +15,7 @@ from pytest_gpushare.report.html.markup import (
     Record,
     breakable,
     generator,
+    kept_by_server,
     label,
     lasted,
     peak_text,
@@ -107,9 +108,12 @@ def _devices(old: Record, new: Record) -> ComparedSubject:
         rows += _peaks(f"{name} peak in use", one, other, "peak_used", always=True)
         rows += _peaks(f"{name} peak of tests", one, other, "peak_tests", always=True)
         rows += _bytes(f"{name} usable for tests", one["budget_bytes"], other["budget_bytes"])
-        rows += _bytes(
-            f"{name} kept for Ollama", one["reservation_bytes"], other["reservation_bytes"]
+        was, now = (
+            {kept.name: kept.reservation for kept in kept_by_server(device)}
+            for device in (one, other)
         )
+        for server in {**was, **now}:
+            rows += _bytes(f"{name} kept for {server}", was.get(server, 0), now.get(server, 0))
         rows += _bytes(f"{name} total", one["total_bytes"], other["total_bytes"])
     return ComparedSubject("VRAM", tuple(rows), note)
 

@@ -9,7 +9,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pytest_gpushare.report.html.markup import Record, label, lasted, severity, visible
+from pytest_gpushare.report.html.markup import (
+    Record,
+    kept_by_server,
+    label,
+    lasted,
+    severity,
+    visible,
+)
 from pytest_gpushare.units import MB
 
 Values = Sequence[float | None]
@@ -25,7 +32,8 @@ class Holders(NamedTuple):
     """Seconds since the run started."""
     used: Values
     parts: list[tuple[str, str, Values]]
-    """Kind (`ollama`, `others`, `rest`, `worker`), the worker's name, and what it held."""
+    """Kind (`ollama`, `others`, `server`, `rest`, `worker`), the name of the worker or of the other
+    server, and what it held."""
 
 
 def holders(samples: Record, at: Sequence[int], total: int, workers: Sequence[Record]) -> Holders:
@@ -36,12 +44,15 @@ def holders(samples: Record, at: Sequence[int], total: int, workers: Sequence[Re
     """
     times, used = ([samples[name][row] for row in at] for name in ("at_s", "used_bytes"))
     parts = [("ollama", "", samples["ollama_bytes"]), ("others", "", samples["others_bytes"])]
+    servers = samples.get("servers_bytes", {})
+    parts += [("server", visible(name), held) for name, held in servers.items()]
+    outside = len(parts)
     order = {worker["id"]: place for place, worker in enumerate(workers)}
     by_worker = samples["workers_bytes"]
     names = sorted(by_worker, key=lambda name: order.get(name, len(order)))
     parts += [("worker", name, by_worker[name]) for name in names]
     read: list[Values] = [[held[row] for row in at] for _, _, held in parts]
-    columns = without_workers(used, settled(times, used, read, total), total)
+    columns = without_workers(used, settled(times, used, read, total), total, outside)
     found: list[tuple[str, str, Values]] = [
         (kind, name, values)
         for (kind, name, _), values in zip(parts, columns, strict=True)
@@ -80,11 +91,14 @@ def settled(
     return columns
 
 
-def without_workers(used: Values, parts: Sequence[Values], total: int) -> list[list[float | None]]:
+def without_workers(
+    used: Values, parts: Sequence[Values], total: int, outside: int = 2
+) -> list[list[float | None]]:
     """The parts, also where no reading was made as no worker lived.
 
-    *parts* begins with Ollama, which may be known from its own answers, and others. Where the
-    nearest reading, or these two figures of it, account for all that is in use, they hold here too.
+    *parts* begins with those *outside* of the run: Ollama, which may be known from its own answers,
+    and others. Where the nearest reading, or these figures of it, account for all that is in use,
+    they hold here too.
     """
     columns = [list(values) for values in parts]
     near = total / 200
@@ -96,7 +110,7 @@ def without_workers(used: Values, parts: Sequence[Values], total: int) -> list[l
         reading = known[max(0, bisect_right(known, row) - 1)]
         whole = [column[reading] for column in parts]
         # A worker that says good-bye is no longer asked, and holds its context a little longer.
-        for likely in (whole, whole[:2], [parts[0][row], whole[1]]):
+        for likely in (whole, whole[:outside], [parts[0][row], *whole[1:outside]]):
             if abs(held - sum(filter(None, likely))) <= near:
                 for column, value in zip(columns, likely, strict=False):
                     column[row] = value
@@ -242,6 +256,7 @@ def _device(
         "used_at_start": device["used_at_start_bytes"],
         "reservation": device["reservation_bytes"],
         "resident": device["resident_bytes"],
+        "kept": [each._asdict() for each in kept_by_server(device)],
         "safety_buffer": device["safety_buffer_bytes"],
         "budget": device["budget_bytes"],
         "samples": drawn(samples, most, device["total_bytes"], workers) if samples else None,

@@ -78,6 +78,26 @@ def label(device: Record) -> str:
     return f"{host} {name}" if host else name
 
 
+class Kept(NamedTuple):
+    """What of a device the plan keeps for one server; bytes."""
+
+    name: str
+    reservation: int
+    resident: int
+    """What of it the server held already."""
+
+
+def kept_by_server(device: Record) -> list[Kept]:
+    """What is kept for each server: Ollama first, then the others that have something."""
+    others = [
+        Kept(visible(name), share["reservation_bytes"], share["resident_bytes"])
+        for name, share in device.get("servers", {}).items()
+    ]
+    reservation = device["reservation_bytes"] - sum(each.reservation for each in others)
+    resident = device["resident_bytes"] - sum(each.resident for each in others)
+    return [Kept("Ollama", max(0, reservation), max(0, resident)), *others]
+
+
 def lasted(start: float | None, end: float | None) -> float | None:
     """Seconds from a start to an end; None where one is unknown."""
     return None if start is None or end is None else end - start
@@ -205,7 +225,7 @@ class Part(NamedTuple):
     """A part of a bar."""
 
     kind: str
-    """Its class in the stylesheet: `ollama`, `others`, `rest`, `cpu`, `worker-0` ..."""
+    """Its class in the stylesheet: `ollama`, `server`, `others`, `rest`, `cpu`, `worker-0` ..."""
     name: str
     held: float
     """Bytes."""
@@ -215,15 +235,18 @@ class Edges(NamedTuple):
     """What a plan keeps at the right end of a bar, in bytes."""
 
     kept: float
-    """For Ollama, at the very end."""
+    """For Ollama and other servers, at the very end."""
     buffer: float
     """Free, before it."""
 
 
 def meter(
-    parts: Sequence[Part], total: float, hanging: Part | None = None, edges: Edges | None = None
+    parts: Sequence[Part],
+    total: float,
+    hanging: Sequence[Part] = (),
+    edges: Edges | None = None,
 ) -> Markup:
-    """The parts one after another from the left, *hanging* at the right end, of *total* bytes."""
+    """The parts one after another from the left, *hanging* from the right end, of *total* bytes."""
     shapes = []
     if edges:
         kept = min(edges.kept, total)
@@ -236,11 +259,12 @@ def meter(
         width = min(_WIDTH - at, _WIDTH * part.held / total)
         shapes.append(_rect(part.kind, at, width))
         at += width
-    if hanging:
-        width = min(_WIDTH - at, _WIDTH * hanging.held / total)
-        shapes.append(_rect(hanging.kind, _WIDTH - width, width))
-    every = [*parts, *([hanging] if hanging else [])]
-    words = ", ".join(f"{part.name} {size(part.held)}" for part in every)
+    end = float(_WIDTH)
+    for part in hanging:
+        width = min(end - at, _WIDTH * part.held / total)
+        end -= width
+        shapes.append(_rect(part.kind, end, width))
+    words = ", ".join(f"{part.name} {size(part.held)}" for part in (*parts, *hanging))
     return tag(
         "svg",
         *shapes,

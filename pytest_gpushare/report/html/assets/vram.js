@@ -1,5 +1,5 @@
 // A device's VRAM over time. Others and the workers stand on the ground, one on another; Ollama
-// hangs from the ceiling. What is left between them is free, so one sees who comes near to whom.
+// and other servers hang from the ceiling. What is left between them is free, so one sees who comes near to whom.
 
 function vramPlot(timeline, device, height) {
   const samples = device.samples;
@@ -7,7 +7,7 @@ function vramPlot(timeline, device, height) {
   const used = sums(samples.used, 1);
   const all = samples.parts.map((part) => describe(timeline, part, sums(part.held, 1)));
   const total = device.total / MB;
-  const hanging = all.filter((part) => part.colour === "ollama");
+  const hanging = all.filter((part) => part.colour === "ollama" || part.colour === "server");
   const standing = all.filter((part) => !hanging.includes(part));
   const parts = [...standing, ...hanging];
   const plot = {};
@@ -40,9 +40,9 @@ function vramPlot(timeline, device, height) {
   });
   // From the top down: each covers what does not belong to the one above it.
   for (const part of [...standing].reverse()) made.series.push(paint(part.colour, 0));
-  for (const part of hanging) made.series.push(paint(part.colour, total));
+  for (const part of [...hanging].reverse()) made.series.push(paint(part.colour, total));
   if (!parts.length) made.series.push(paint("rest", 0));
-  const plan = planned(device, hanging.length > 0);
+  const plan = planned(device, hanging.map((part) => part.name));
   const leases = leasesOf(device);
   const events = timeline.data.events.filter((event) => !event.device || event.device === device.uuid);
   made.hooks.drawAxes = [(chart) => drawKept(timeline, chart, plan)];
@@ -100,8 +100,13 @@ function vramPlot(timeline, device, height) {
     }
     timeline.showTip(event, `${device.label} at ${clock(seconds)}`, lines);
   };
-  const ceilings = hanging.map((part) => part.held.map((value) => (value === null ? null : total - value)));
-  const shown = parts.length ? [times, ...tops.reverse(), ...ceilings] : [times, used];
+  // The lower edge of each hanging part: what hangs above it, and itself.
+  let above = times.map(() => 0);
+  const ceilings = hanging.map((part) => {
+    above = above.map((held, index) => held + (part.held[index] ?? 0));
+    return above.map((held, index) => (part.held[index] === null ? null : total - held));
+  });
+  const shown = parts.length ? [times, ...tops.reverse(), ...ceilings.reverse()] : [times, used];
   follow(timeline, plot, new uPlot(made, shown, panel));
   plot.tell(null);
   return plot;
@@ -135,7 +140,7 @@ function drawLeases(timeline, chart, leases) {
 }
 
 function describe(timeline, part, values) {
-  const names = { ollama: "Ollama", others: "others", rest: "unattributed", worker: part.name };
+  const names = { ollama: "Ollama", others: "others", rest: "unattributed", server: part.name, worker: part.name };
   const worker = timeline.data.workers.find((other) => other.id === part.name);
   const colour = part.kind === "worker" ? workerClass(worker) : part.kind;
   return { name: names[part.kind], colour, swatch: colour, held: values };
@@ -164,14 +169,18 @@ function seen(chart, times) {
 }
 
 // How the plan divides the device, from the ground: what others had, the budget of tests, the
-// safety buffer, and what is kept for Ollama. Where nobody knows which part is Ollama's,
-// only what it does not hold yet hangs from the ceiling.
+// safety buffer, and what is kept for Ollama and other servers. Where nobody knows which part is a
+// server's, only what it does not hold yet hangs from the ceiling.
 function planned(device, toldApart) {
   const { total, budget, reservation, resident, used_at_start: start } = device;
-  const kept = toldApart ? reservation : Math.max(0, reservation - resident);
-  const ground = start - (toldApart ? Math.min(resident, reservation) : 0);
+  const told = device.kept.filter((each) => toldApart.includes(each.name));
+  const known = told.reduce((sum, each) => sum + each.resident, 0);
+  const kept = Math.max(0, reservation - Math.max(0, resident - known));
+  const ground = start - Math.min(known, reservation);
+  const servers = device.kept.filter((each) => each.reservation > 0);
+  const whose = servers.map((each) => `kept for ${each.name}: ${size(each.reservation)}`).join(", ");
   const lines = [[total, "total", `total ${size(total)}`, [], -4]];
-  if (kept) lines.push([total - kept, "ollama-line", `kept for Ollama: ${size(reservation)}`, [2, 3], -4]);
+  if (kept) lines.push([total - kept, "ollama-line", whose, [2, 3], -4]);
   if (budget) lines.push([ground + budget, "budget", `budget of tests: ${size(budget)}`, [7, 4], 12]);
   return { total, kept, buffer: device.safety_buffer, lines };
 }
