@@ -373,19 +373,25 @@ NEIGHBOURS = """
     from shared import *
 
     def test_slow_neighbour():
-        both_are_here("left")
         held = take(12 * GB)
-        time.sleep(3)
+        both_are_here("left")
+        end = time.monotonic() + 20
+        while not pathlib.Path("tried").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(2)
 """
 TIMED = """
     from shared import *
 
-    @pytest.mark.timeout(2)
-    def test_timed():
+    def test_before():
         both_are_here("right")
-        time.sleep(0.5)
+
+    # Either attempt takes 2.4 s, and between them the neighbour is waited for.
+    @pytest.mark.timeout(4)
+    def test_timed():
+        time.sleep(2.4)
+        pathlib.Path("tried").touch()
         held = take(11 * GB)
-        time.sleep(1.3)
 """
 
 
@@ -394,7 +400,7 @@ def test_timeout_counts_each_attempt(project: Project, two: Machine) -> None:
     pytest.importorskip("pytest_timeout", reason="pytest-timeout is not installed here")
     shared(project, TIMED, NEIGHBOURS)
     result = project.pytest(*UNCAPPED, beside=["timeout"])
-    assert (result.code, result.passed) == (0, 2), result.out
+    assert (result.code, result.passed) == (0, 3), result.out
     assert heard(project)["test_timed"]["attempts"] == 2
 
 
