@@ -108,7 +108,10 @@ def test_a_host_that_says_nothing_is_not_waited_for(login: Login) -> None:
 )
 def test_an_answer_that_makes_no_sense_names_the_host(login: Login, value: str) -> None:
     source = "import json\nprint('gpu-share:' + json.dumps({'kind': 'hello', 'value': %s}))"
-    host = AskedHost(login(source % value), Checkout())
+    connection = login(source % value)
+    # What it said counts, not that it has ended since.
+    assert over(connection) == "it has closed the connection"
+    host = AskedHost(connection, Checkout())
     with pytest.raises(HostError, match="^box: it answers nonsense: use the same"):
         host.await_answer()
     assert host.hello == Hello("", "", "", (), {})

@@ -86,10 +86,10 @@ def test_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         FaultyServer("drip-body") as two,
         OllamaServer(None, {}) as third,
     ):
-        facts, took = ask(monkeypatch, one.host, two.host, third.host, limit=1)
+        facts, took = ask(monkeypatch, one.host, two.host, third.host, limit=2)
         assert (facts.answered, facts.found_by) == (True, "place 2")
         assert facts.server == parse_address(third.host)
-        assert 0.9 < took < 3
+        assert 1.9 < took < 6
         wait_for(lambda: _ours() <= before)
 
 
