@@ -209,6 +209,26 @@ def test_fails_naming_the_holder(
     assert re.search(rf"leased by pid {holder.process.pid}, \w+, in \S*worktree1: 18\.0 GB", text)
 
 
+def test_lease_of_another_counts_where_the_driver_is_slow(
+    start: Callable[..., Session], machine: Machine, project: Project
+) -> None:
+    """What is free is not known in time then, though it is known who holds how much."""
+    holder = start(SLEEPER, "-o", "gpu_share_preset=no-ollama", "-n1",
+                   "-o", "gpu_share_safety_buffer_mb=4096")  # fmt: skip
+    wait_for((holder.path.parent / "worktree1" / "sleeps").exists)
+    session = start(suite_of("6GB", 1, 0.1), *PACKED, "-n1",
+                    "-o", "gpu_share_pressure_timeout_s=8")  # fmt: skip
+    wait_for(lambda: any(record["ticket"] for record in records(project)))
+    for number in range(12):
+        # One late answer at a time, at any of the readings of a step.
+        machine.inject("nvmlDeviceGetMemoryInfo*", delay=1.3, first=number % 5, count=1)
+        time.sleep(0.5)
+        machine.clear_injections()
+    output = session.finish()
+    assert "1 failed" in output or "1 error" in output, output
+    assert not (session.path.parent / "worktree2" / "began0").exists()
+
+
 def test_waits_as_long_as_the_holder_makes_progress(
     start: Callable[..., Session], machine: Machine, project: Project
 ) -> None:
