@@ -165,6 +165,10 @@ class ModelTurns:
         """The session has no use for the model any more."""
         if self._turns.pop(number, None) is not None:
             self._revise(self._none_under_way)
+            # Where the gate could not be had, it is given back with the next change of the record.
+            turns = tuple(self._turns.values())
+            if self._lessee.record.turns != turns:
+                self._lessee.change(turns=turns)
             self._publish()
 
     def others_wait(self) -> bool:

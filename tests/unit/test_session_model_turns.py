@@ -176,3 +176,21 @@ def test_while_the_gate_is_held_places_stay_as_they_are(
         assert (in_force(first), in_force(second)) == (1, expected)
     finally:
         os.close(gate)
+
+
+def test_what_could_not_be_given_back_is_with_the_next_change(
+    turns_in: Callable[..., ModelTurns], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "GATE_LIMIT", 0.05)
+    monkeypatch.setattr(ledger, "GATE_REST", 0.0)
+    first, second = turns_in(), turns_in()
+    over = threading.Event()
+    first.take(0, over)
+    gate = os.open(tmp_path / "leases" / "gate", os.O_RDONLY)
+    assert locks.try_exclusive(gate)
+    first.give_back(0)
+    os.close(gate)
+    first._lessee.change(done=1)
+    over.set()
+    second.take(0, over)
+    assert in_force(second) == 1
