@@ -67,6 +67,8 @@ class CpuPool:
         """Test -> outcome and reason, where it is reported without being run."""
         self.notes: dict[int, str] = {}
         """GPU tests that run without a GPU, and why."""
+        self.waited: dict[int, float] = {}
+        """Seconds for which a GPU test waited for VRAM before it came here."""
         self.divert: Callable[[int], bool] | None = None
         """Takes tests that go elsewhere, as they use a model of Ollama's; None: there are none."""
         self._seconds, self._finished = 0.0, 0
@@ -196,10 +198,18 @@ class CpuPool:
         if not (self.refusals or self.notes):
             return {}
         return {
-            test: Admission(note=self.notes.pop(test, ""), refusal=self.refusals.pop(test, None))
+            test: self.admission(test)
             for test in tests
             if test in self.refusals or test in self.notes
         }
+
+    def admission(self, test: int) -> Admission:
+        """What is to say of a test that begins here."""
+        return Admission(
+            waited=self.waited.pop(test, 0.0),
+            note=self.notes.pop(test, ""),
+            refusal=self.refusals.pop(test, None),
+        )
 
     def _next(self, worker: CpuWorker) -> list[int]:
         if worker.is_shallow and worker.sent and not worker.asks:

@@ -352,10 +352,7 @@ class ModelDispatch:
         worker.asks = False
         worker.sent.append(offer.test)
         worker.is_taken = self.queue.has_chain(worker.id)
-        note = self._cpu.notes.pop(offer.test, "")
-        refusal = self._cpu.refusals.pop(offer.test, None)
-        offer = offer._replace(refusal=offer.refusal or refusal)
-        return self._run(worker.id, offer, note)
+        return self._run(worker.id, offer, self._cpu.admission(offer.test))
 
     def use(self, worker: GpuWorker) -> Run | None:
         """A test for a GPU worker that has no group to go on with; None where it gets none."""
@@ -377,9 +374,9 @@ class ModelDispatch:
         for worker in list(self.queue.gate):
             yield EmptyCaches(worker, withdraw=True)
 
-    def _run(self, worker: str, offer: Offer, note: str = "") -> Run:
-        waited = self._waited(offer.test) if offer.admitted else 0.0
-        admissions = {}
-        if note or offer.refusal is not None or waited:
-            admissions = {offer.test: Admission(note=note, refusal=offer.refusal, waited=waited)}
+    def _run(self, worker: str, offer: Offer, known: Admission = Admission()) -> Run:  # noqa: B008
+        """`known`: what the worker's pool has to say of the test."""
+        waited = known.waited + (self._waited(offer.test) if offer.admitted else 0.0)
+        admission = known._replace(waited=waited, refusal=offer.refusal or known.refusal)
+        admissions = {} if admission == Admission() else {offer.test: admission}
         return Run(worker, (offer.test,), admissions, admitted=offer.admitted)

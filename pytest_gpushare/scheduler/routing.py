@@ -146,13 +146,20 @@ class Fallback:
         text = f"no GPU for this test: {reason}"
         return outcome, text if is_lent and outcome == "fail" else f"{text} ({asked})"
 
-    def reroute(self, test: int, reason: str) -> None:
-        """Decide, and put the test where it goes."""
+    def reroute(self, test: int, reason: str, since: float | None = None) -> None:
+        """Decide, and put the test where it goes. `since`: when it began to wait for VRAM."""
         where = self.decide(test, reason)
         if where == "cpu":
-            self._cpu.add([test])
+            self._to_cpu(test, since)
         elif where == "gpu":
-            self._gpu.put_back(Unit([test]))
+            unit = Unit([test])
+            unit.since = since
+            self._gpu.put_back(unit)
+
+    def _to_cpu(self, test: int, since: float | None) -> None:
+        if since is not None:
+            self._cpu.waited[test] = self._gpu.at - since
+        self._cpu.add([test])
 
     def decide_unrunnable(self) -> None:
         """Workers are gone and none will come: what no other worker can run gets no GPU."""
@@ -189,17 +196,17 @@ class Fallback:
                 continue
             if self.decide(test, reason) == "cpu":
                 # The fixtures that the worker keeps are for this test alone.
-                worker.bound = None
+                since, worker.bound, worker.waiting_since = worker.waiting_since, None, None
                 actions.append(self._pressure.reclaiming.ask(worker, withdraw=True))
-                self._cpu.add([test])
+                self._to_cpu(test, since)
             gpu.note_change()
         for unit, reason in gone:
             gpu.pending.take(unit)
             # The rest of a group may fit: it stays.
-            test = unit.next()
+            test, since, unit.since = unit.next(), unit.since, None
             if unit.tests:
                 gpu.put_back(unit)
-            self.reroute(test, reason)
+            self.reroute(test, reason, since)
         return actions
 
     def _why_given_up(self, test: int, bound: GpuWorker | None) -> str:
