@@ -508,9 +508,14 @@ def test_different_collections(project: Project, same: Same) -> None:
     """Workers that see different tests are an error, as in stock."""
     tests = """
         import os
+        import time
         import pytest
 
-        @pytest.mark.parametrize("i", range(2 + (os.environ["PYTEST_XDIST_WORKER"] == "gw1")))
+        is_last = os.environ["PYTEST_XDIST_WORKER"] == "gw1"
+        # The error is of the worker that has collected last.
+        time.sleep(is_last)
+
+        @pytest.mark.parametrize("i", range(2 + is_last))
         def test_collected(i):
             pass
     """
