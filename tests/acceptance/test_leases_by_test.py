@@ -193,13 +193,19 @@ def test_waits_for_any_of_several_devices(
         second.terminate()
 
 
+def holding(start: Callable[..., Session]) -> Session:
+    """A session whose test holds its lease for good, once it does."""
+    holder = start(SLEEPER, "-o", "gpu_share_preset=no-ollama", "-n1",
+                   "-o", "gpu_share_safety_buffer_mb=4096")  # fmt: skip
+    wait_for((holder.path.parent / "worktree1" / "sleeps").exists)
+    return holder
+
+
 def test_fails_naming_the_holder(
     start: Callable[..., Session], machine: Machine, project: Project
 ) -> None:
     """A session that makes no progress is waited for as long as for any other program."""
-    holder = start(SLEEPER, "-o", "gpu_share_preset=no-ollama", "-n1",
-                   "-o", "gpu_share_safety_buffer_mb=4096")  # fmt: skip
-    wait_for((holder.path.parent / "worktree1" / "sleeps").exists)
+    holder = holding(start)
     session = start(suite_of("6GB", 1, 0.1), *PACKED, "-n1",
                     "-o", "gpu_share_pressure_timeout_s=2")  # fmt: skip
     output = session.finish()
@@ -213,9 +219,7 @@ def test_lease_of_another_counts_where_the_driver_is_slow(
     start: Callable[..., Session], machine: Machine, project: Project
 ) -> None:
     """What is free is not known in time then, though it is known who holds how much."""
-    holder = start(SLEEPER, "-o", "gpu_share_preset=no-ollama", "-n1",
-                   "-o", "gpu_share_safety_buffer_mb=4096")  # fmt: skip
-    wait_for((holder.path.parent / "worktree1" / "sleeps").exists)
+    holding(start)
     session = start(suite_of("6GB", 1, 0.1), *PACKED, "-n1",
                     "-o", "gpu_share_pressure_timeout_s=8")  # fmt: skip
     wait_for(lambda: any(record["ticket"] for record in records(project)))

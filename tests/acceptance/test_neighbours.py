@@ -27,6 +27,15 @@ from .conftest import Project, closed_port
 GB = 1024**3
 TOYSERVE = Path(__file__).parents[1] / "toyserve"
 LINE = '"pytest_gpushare.neighbours.toyserve:ToyServe"'
+FOUR_TESTS = """
+    import time
+    import pytest
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("i", range(4))
+    def test_it(i):
+        time.sleep(0.5)
+"""
 SETTINGS = (
     *("-o", "gpu_share_ollama_vram_reservation_mb=6144"),
     *("-o", "gpu_share_max_workers_per_gpu=0"),
@@ -97,17 +106,7 @@ def toyserve(project: Project, machine: Machine, tmp_path: Path) -> Iterator[str
 
 def test_it_has_its_share_of_the_plan(project: Project, toyserve: str, tmp_path: Path) -> None:
     """Two workers fit beside it, and three without; header, report and samples name it."""
-    project.write(
-        test_project="""
-            import time
-            import pytest
-
-            @pytest.mark.gpu
-            @pytest.mark.parametrize("i", range(4))
-            def test_it(i):
-                time.sleep(0.5)
-        """
-    )
+    project.write(test_project=FOUR_TESTS)
     report = tmp_path / "r.json"
     done = project.pytest("--gpu-share", *SETTINGS, f"--gpu-share-report={report}")
     assert (done.code, done.passed, done.workers) == (0, 4, 2), done.out + done.err

@@ -14,7 +14,7 @@ from pytest_gpushare.report.reading import read_report
 
 from .conftest import Project, closed_port
 from .other_hosts import OtherHost, commit, on, skip_where_missing
-from .test_neighbours import SETTINGS, TOYSERVE, await_answer, with_toyserve
+from .test_neighbours import FOUR_TESTS, SETTINGS, TOYSERVE, await_answer, with_toyserve
 
 skip_where_missing()
 
@@ -25,17 +25,7 @@ def test_it_is_known_on_another_host(
     project: Project, hosts: Callable[..., OtherHost], tmp_path: Path
 ) -> None:
     """Two workers fit beside it there; its processes are its own in the samples."""
-    project.write(
-        test_project="""
-            import time
-            import pytest
-
-            @pytest.mark.gpu
-            @pytest.mark.parametrize("i", range(4))
-            def test_it(i):
-                time.sleep(0.5)
-        """
-    )
+    project.write(test_project=FOUR_TESTS)
     commit(project)
     box = hosts("box", Device(total="24GB", used="2GB"))
     address = f"127.0.0.1:{closed_port()}"
