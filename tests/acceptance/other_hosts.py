@@ -72,6 +72,8 @@ def missing() -> str:
         return "this pytest-xdist has no --px"
     if sys.platform != "linux" or shutil.which("unshare") is None:
         return "no namespaces"
+    if any(Path("/tmp") in place.parents for place in (SIMULATOR, Path(sys.prefix))):
+        return "another host has a /tmp of its own, and the tests or their Python are in this one's"
     done = subprocess.run(
         [*_NAMESPACES, "true"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10
     )
